@@ -1,0 +1,44 @@
+# moelab: `make lab` opens the lab, `make test` runs every test. Both set up .venv first, once.
+#
+#   make lab  [LAB_ARGS="--no-browser --port 8899"]    JupyterLab on the live dashboard, on 127.0.0.1 only
+#   make test [TEST_ARGS="-k store -m 'not browser'"]  the whole suite; browser tests need Chromium
+#   make lint                                          ruff and pyright
+#   make pins                                          write binder/pins.txt from what is in .venv
+#   make clean                                         remove .venv and caches
+#
+# PYTHON=python3.12 chooses the Python of .venv; TORCH_INDEX=none leaves the build of torch to pip.
+
+NOTEBOOK  ?= notebooks/01_live_lab.ipynb
+LAB_ARGS  ?=
+TEST_ARGS ?=
+BIN       := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test lint pins environment clean
+
+help:
+	@sed -n '3,7s/^#  *//p' Makefile
+
+environment:
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" .ci/environment
+
+# Jupyter refuses to run as root unless told to: tell it then, and only then.
+lab: environment
+	@echo "moelab: opening $(NOTEBOOK) in JupyterLab (Ctrl-C twice ends it)"
+	@root=$$([ "$$(id -u)" -eq 0 ] && echo --allow-root || true); \
+	 exec $(BIN)/python -m jupyterlab --ServerApp.ip=127.0.0.1 $$root $(LAB_ARGS) $(NOTEBOOK)
+
+test: environment
+	@echo "moelab: running the tests"
+	@$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: environment
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+pins: environment
+	@$(BIN)/python .ci/pins
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis test-artifacts

@@ -1,0 +1,45 @@
+"""moelab: a lab for Mixture-of-Experts offloading.
+
+Open a model with its experts on disk, give it a memory budget, and watch what that does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "open": "moelab.lab",
+    "Lab": "moelab.lab",
+    "Run": "moelab.run",
+    "Settings": "moelab.settings",
+    "Score": "moelab.quality",
+    "Store": "moelab.store.store",
+    "StoreError": "moelab.store.store",
+    "BudgetError": "moelab.scheduling.scheduler",
+    "Strategy": "moelab.scheduling.strategy",
+    "Trace": "moelab.scheduling.trace",
+    "pack": "moelab.store.pack",
+    "replay": "moelab.scheduling.replay",
+    "belady_hits": "moelab.scheduling.replay",
+    "devices": "moelab.engine.devices",
+    "strategies": "moelab.strategies",
+    "demo": "moelab.demo",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: ``import moelab`` itself is instant."""
+    if name not in _HOMES:
+        raise AttributeError(f"moelab has no {name!r}; it has {', '.join(sorted(_HOMES))}")
+    home = import_module(_HOMES[name])
+    if _HOMES[name] == f"moelab.{name}":
+        return home
+    return globals().setdefault(name, getattr(home, name))
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

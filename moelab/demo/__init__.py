@@ -1,0 +1,54 @@
+"""The bundled model: a small Mixture-of-Experts, really trained, with held-out text to try it on.
+
+`checkpoint()` is a folder that stock transformers loads (`Qwen3MoeForCausalLM`); `prompts()` and
+`probes()` are text the model never saw in training, by domain.  How it was trained is in
+`moelab.demo.train`, what it does in `CARD.md`.  Importing this module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+__all__ = ["DOMAINS", "checkpoint", "probes", "prompts"]
+
+HERE = Path(__file__).parent
+DOMAINS = ("novel", "bible", "drama", "dictionary", "code", "docs")
+
+
+def checkpoint() -> Path:
+    """Folder of the bundled checkpoint: config, bf16 safetensors and tokenizer.
+
+    Raises
+    ------
+    FileNotFoundError
+        When the weights are not installed.
+
+    Examples
+    --------
+    >>> AutoModelForCausalLM.from_pretrained(moelab.demo.checkpoint())  # doctest: +SKIP
+    """
+    folder = HERE / "model"
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is missing: reinstall moelab, or train the demo model with "
+                "`python -m moelab.demo.train` (2 cores, under 3 hours)"
+            )
+    return folder
+
+
+@cache
+def _held_out() -> dict[str, dict]:
+    return json.loads((HERE / "prompts.json").read_text(encoding="utf-8"))
+
+
+def prompts() -> dict[str, list[str]]:
+    """Short held-out starts to continue, by domain."""
+    return {domain: list(_held_out()["prompts"][domain]) for domain in DOMAINS}
+
+
+def probes() -> dict[str, str]:
+    """Held-out text of 300-400 tokens, by domain, to measure quality on."""
+    return {domain: _held_out()["probes"][domain] for domain in DOMAINS}

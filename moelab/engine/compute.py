@@ -1,0 +1,168 @@
+"""What experts compute: the kernels for SwiGLU experts, any family's own code for the rest.
+
+A `Batch` collects the output of one layer while its experts arrive. `full_precision` is the
+measuring instrument: the same layer with every expert at the store's best tier, read through the
+page cache and outside the budget, for comparing logits.
+
+T tokens, K active, D model, n experts of one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moelab.engine import kernels
+from moelab.engine.arena import Slot
+from moelab.engine.model import Adapter, expert_forward
+from moelab.scheduling.scheduler import Serve
+from moelab.store.codecs import decode
+from moelab.store.store import Store
+
+if TYPE_CHECKING:
+    from moelab.engine.engine import Routed
+
+FEW_TOKENS = 8
+"""Up to here one kernel call serves all tokens; above, each expert is decoded for its own."""
+
+
+class ExpertCompute:
+    """Computes experts of one store for one model."""
+
+    def __init__(self, store: Store, adapter: Adapter) -> None:
+        self.store, self.adapter = store, adapter
+        self.layout = store.layout
+        facts = store.manifest
+        self.inner = facts.inner
+        self.fast = not facts.has_post_norm and kernels.supports(
+            store.layout,
+            activation=facts.activation,
+            is_concatenated=facts.gating == "concatenated",
+            is_transposed=facts.transposed,
+            has_bias=facts.has_bias,
+            has_gate=facts.gating != "none",
+        )
+        self._full: dict[int, np.memmap] = {}
+
+    def batch(self, layer: int, x: torch.Tensor, routed: Routed, scale_input: bool) -> Batch:
+        """A new layer's output, to be filled expert by expert; ``x`` is ``[T, D]``."""
+        if self.fast and not scale_input:
+            return KernelBatch(self, layer, x, routed)
+        return TorchBatch(self, layer, x, routed, scale_input)
+
+    def full_precision(
+        self, layer: int, x: torch.Tensor, routed: Routed, scale_input: bool
+    ) -> torch.Tensor:
+        """The layer at the store's best tier, without cache or budget; ``[T, D]``."""
+        bits = max(self.store.tiers)
+        batch = self.batch(layer, x, routed, scale_input)
+        wanted = sorted({e for row in routed.experts for e in row})
+        batch.add([(Serve(e, e, bits, bits, False, ""), self._mapped(layer, e)) for e in wanted])
+        return batch.result()
+
+    def _mapped(self, layer: int, expert: int) -> Mapped:
+        bits = max(self.store.tiers)
+        path, offset, nbytes = self.store.location(layer, expert, bits)
+        if bits not in self._full:
+            self._full[bits] = np.memmap(path, np.uint8, mode="r")
+        return Mapped(self._full[bits][offset : offset + nbytes])
+
+
+class Mapped:
+    """A blob in the page cache, with what a computation reads of a slot."""
+
+    __slots__ = ("addr", "view")
+
+    def __init__(self, view: np.ndarray) -> None:
+        self.view, self.addr = view, view.ctypes.data
+
+
+Memory = Slot | Mapped
+
+
+class Batch:
+    """One layer's output in the making."""
+
+    def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
+        self.layer, self._compute, self._x, self._routed = layer, compute, x, routed
+
+    def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
+        """Add the outputs of experts whose bytes are in memory."""
+        raise NotImplementedError
+
+    def result(self) -> torch.Tensor:
+        """The layer's output ``[T, D]`` in the model's dtype."""
+        raise NotImplementedError
+
+    def _gate(self, expert: int) -> np.ndarray:
+        """Gate weight of ``expert`` for every token, float32 ``[T]``."""
+        return np.where(self._routed.idx == expert, self._routed.gates, np.float32(0)).sum(1)
+
+
+class KernelBatch(Batch):
+    """SwiGLU experts through the kernels, each at its own bits."""
+
+    def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
+        super().__init__(compute, layer, x, routed)
+        self._in = x.float().contiguous()
+        self._out = torch.zeros_like(self._in)
+
+    def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
+        if not served:
+            return
+        gates = [self._gate(s.expert) for s, _ in served]
+        if len(self._in) <= FEW_TOKENS:
+            kernels.swiglu_experts(
+                np.array([m.addr for _, m in served], np.uintp),
+                np.array([s.bits for s, _ in served], np.int64),
+                self._in.numpy(),
+                np.stack(gates).astype(np.float32, copy=False),
+                self._out.numpy(),
+                inner=self._compute.inner,
+                half=self._compute.layout.dtype,
+            )
+            return
+        for (serve, memory), gate in zip(served, gates, strict=True):
+            rows = torch.from_numpy(np.flatnonzero(gate))
+            y = kernels.swiglu_prefill(
+                memory.view, serve.bits, self._compute.layout, self._in[rows]
+            )
+            self._out.index_add_(0, rows, y * torch.from_numpy(gate[rows.numpy()])[:, None])
+
+    def result(self) -> torch.Tensor:
+        return self._out.to(self._x.dtype)
+
+
+class TorchBatch(Batch):
+    """Experts of any kind: decoded to tensors and run by the family's own forward."""
+
+    def __init__(
+        self,
+        compute: ExpertCompute,
+        layer: int,
+        x: torch.Tensor,
+        routed: Routed,
+        scale_input: bool,
+    ) -> None:
+        super().__init__(compute, layer, x, routed)
+        self._scale_input = scale_input
+        self._out = torch.zeros_like(x)
+        self._module = compute.adapter.layers[layer].module
+
+    def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
+        for serve, memory in served:
+            gate = self._gate(serve.expert)
+            rows = torch.from_numpy(np.flatnonzero(gate))
+            share = torch.from_numpy(gate)[rows, None].to(self._x.dtype)
+            tensors = decode(
+                memory.view, self._compute.layout, serve.bits, dtype=self._x.dtype
+            )
+            x = self._x[rows]
+            y = expert_forward(self._module, x * share if self._scale_input else x, tensors)
+            self._out.index_add_(0, rows, y if self._scale_input else y * share)
+
+    def result(self) -> torch.Tensor:
+        return self._out

@@ -1,0 +1,380 @@
+"""Every Mixture-of-Experts family of transformers as a list of `MoELayer`.
+
+transformers marks its experts modules with a decorator that leaves facts behind (`is_transposed`,
+`has_gate`, ...), and gives them fused parameters [E, ...]; that is all `find_moe` looks for, so a
+new family needs no code here. Three older families lack the decorator and are described at the end.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2CLS
+from transformers.integrations.moe import _default_apply_gate
+
+# T tokens, E experts, K active experts per token, D model width, F expert width.
+
+_TOP_K = ("top_k", "topk", "num_experts_per_tok", "moe_topk", "top_k_experts", "moe_top_k", "moe_k")
+_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+
+Run = Callable[..., torch.Tensor]
+Choice = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class MoELayer:
+    """One layer of experts: where it is in the model and what its experts compute.
+
+    Attributes
+    ----------
+    index
+        Position among the MoE layers in forward order (dense layers are not counted).
+    name
+        Path of the experts module in the model.
+    module, router, block
+        The experts module, the router (None where a family has no module for it) and their parent.
+    num_experts, top_k
+        E and K.
+    activation
+        "silu", "gelu", ... or "custom".
+    gating
+        "concatenated": act(gate) * up with [gate; up] stacked; "custom": the family's own rule
+        (clamps, interleaving); "none": no gate.
+    transposed
+        Weights are [in, out] instead of [out, in].
+    has_bias, has_post_norm
+        Biases in the two projections; a norm after the second.
+    tensors
+        (name, shape) of one expert's tensors, in the order in which a store keeps them.
+    """
+
+    index: int
+    name: str
+    module: nn.Module = field(repr=False)
+    router: nn.Module | None = field(repr=False)
+    block: nn.Module = field(repr=False)
+    num_experts: int
+    top_k: int
+    activation: str
+    gating: str
+    transposed: bool
+    has_bias: bool
+    has_post_norm: bool
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def hidden(self) -> int:
+        """D, the width of the model."""
+        shape = dict(self.tensors)["down_proj"]
+        return shape[1] if self.transposed else shape[0]
+
+    @property
+    def inner(self) -> int:
+        """F, the width of one expert."""
+        shape = dict(self.tensors)["down_proj"]
+        return shape[0] if self.transposed else shape[1]
+
+    def choice(self, output: Any) -> Choice | None:
+        """Read (experts [T, K], weights [T, K]) from what the router returned, or None."""
+        special = _UNDECORATED.get(type(self.module).__name__)
+        if special is not None:
+            return special.choice(self, output)
+        return _read_choice(output)
+
+
+def find_moe(model: nn.Module) -> list[MoELayer]:
+    """List the MoE layers of a model in forward order.
+
+    Parameters
+    ----------
+    model
+        Any transformers model; its weights may be on the meta device.
+
+    Raises
+    ------
+    ValueError
+        The model has no experts.
+    """
+    layers: list[MoELayer] = []
+    for name, module in model.named_modules():
+        special = _UNDECORATED.get(type(module).__name__)
+        if special is not None and not hasattr(module, "is_transposed"):
+            special.describe(module)
+        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+            layers.append(_describe(model, name, module, index=len(layers)))
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no experts that moelab knows how to serve; "
+            "give a Mixture-of-Experts model of a transformers family with fused experts"
+        )
+    return layers
+
+
+def expert_parameter(target: str, layers: list[MoELayer]) -> tuple[MoELayer, str] | None:
+    """The layer and parameter that a model-side weight name belongs to, or None."""
+    owner, _, parameter = target.rpartition(".")
+    for layer in layers:
+        if owner == layer.name:
+            return (layer, parameter) if parameter in dict(layer.tensors) else None
+        if owner.startswith(layer.name + ".expert_"):
+            return layer, _per_expert_name(target)
+    return None
+
+
+def expert_forward(
+    module: nn.Module, x: torch.Tensor, tensors: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Run one expert on its tokens: the slow path that is right for every family.
+
+    Parameters
+    ----------
+    module
+        The layer's experts module (`MoELayer.module`); its own weights are not used.
+    x
+        Input, [T, D].
+    tensors
+        One expert's weights by name; they are cast to the type of `x`.
+
+    Returns
+    -------
+    Tensor
+        [T, D], before the router's weight is applied.
+    """
+    weight = {name: t if t.dtype == x.dtype else t.to(x.dtype) for name, t in tensors.items()}
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    h = _linear(x, weight[first], weight.get(first + "_bias"), module.is_transposed)
+    h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
+    h = _linear(h, weight["down_proj"], weight.get("down_proj_bias"), module.is_transposed)
+    return module.post_expert_norm(h) if module.has_post_expert_norm else h
+
+
+def run_experts(
+    module: nn.Module,
+    x: torch.Tensor,
+    idx: torch.Tensor,
+    weights: torch.Tensor,
+    fetch: Callable[[int], dict[str, torch.Tensor]],
+    *,
+    scale_input: bool = False,
+) -> torch.Tensor:
+    """Run one whole layer, summing in the order of transformers' eager implementation.
+
+    Parameters
+    ----------
+    module
+        The layer's experts module.
+    x
+        Input, [T, D].
+    idx, weights
+        The router's choice, [T, K]. Indices outside 0..E-1 and weights of 0 are not fetched.
+    fetch
+        expert -> its tensors by name.
+    scale_input
+        The weight multiplies the expert's input instead of its output (Llama 4).
+
+    Returns
+    -------
+    Tensor
+        [T, D], in the type of `x`.
+    """
+    out = torch.zeros_like(x)
+    active = (idx >= 0) & (idx < module.num_experts) & (weights != 0)  # [T, K]
+    for expert in torch.unique(idx[active]).tolist():
+        position, token = torch.where(((idx == expert) & active).T)
+        share = weights[token, position, None]
+        rows = x[token]
+        y = expert_forward(module, rows * share if scale_input else rows, fetch(expert))
+        out.index_add_(0, token, (y if scale_input else y * share).to(out.dtype))
+    return out
+
+
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool
+) -> torch.Tensor:
+    if not transposed:
+        return F.linear(x, weight, bias)
+    return x @ weight if bias is None else x @ weight + bias
+
+
+def _describe(model: nn.Module, name: str, module: nn.Module, *, index: int) -> MoELayer:
+    block = model.get_submodule(name.rpartition(".")[0])
+    router = next(
+        (r for a in ("gate", "router") if isinstance(r := getattr(block, a, None), nn.Module)), None
+    )
+    return MoELayer(
+        index=index,
+        name=name,
+        module=module,
+        router=router,
+        block=block,
+        num_experts=module.num_experts,
+        top_k=_top_k(router, block, module),
+        activation=_activation(getattr(module, "act_fn", None)),
+        gating=_gating(module),
+        transposed=module.is_transposed,
+        has_bias=module.has_bias,
+        has_post_norm=module.has_post_expert_norm,
+        tensors=_tensors(module),
+    )
+
+
+def _tensors(module: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    special = _UNDECORATED.get(type(module).__name__)
+    parameters = dict(module.named_parameters(recurse=False))
+    if special is not None and special.per_expert is not None:
+        one = special.per_expert(module)
+        found = {_per_expert_name(k): tuple(p.shape) for k, p in one.named_parameters()}
+    else:
+        found = {k: tuple(p.shape[1:]) for k, p in parameters.items()}
+    names = [n + suffix for suffix in ("", "_bias") for n in _PARAMETERS]
+    return tuple((n, found[n]) for n in names if n in found)
+
+
+def _per_expert_name(key: str) -> str:
+    """`expert_3.fc1.bias` -> `up_proj_bias`: the fused names for families of single modules."""
+    linear, kind = key.split(".")[-2:]
+    name = "up_proj" if linear in ("wi", "fc1") else "down_proj"
+    return name if kind == "weight" else f"{name}_bias"
+
+
+def _top_k(router: nn.Module | None, block: nn.Module, module: nn.Module) -> int:
+    config = getattr(module, "config", None)
+    for owner in (router, block, config, getattr(router, "config", None)):
+        for name in _TOP_K:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    raise ValueError(
+        f"cannot tell how many experts {type(block).__name__} activates per token: none of "
+        f"{', '.join(_TOP_K)} is set on its router, block or config"
+    )
+
+
+def _activation(function: Any) -> str:
+    if function is None:
+        return "custom"
+    if function is F.silu or isinstance(function, nn.SiLU):
+        return "silu"
+    for name, known in ACT2CLS.items():
+        if type(function) is (known[0] if isinstance(known, tuple) else known):
+            return name
+    return "custom"
+
+
+def _gating(module: nn.Module) -> str:
+    if not module.has_gate:
+        return "none"
+    own = getattr(type(module), "_apply_gate", _default_apply_gate)
+    default = own is _default_apply_gate and getattr(module, "is_concatenated", True)
+    return "concatenated" if default else "custom"
+
+
+def _read_choice(output: Any) -> Choice | None:
+    """Routers return (logits, weights, experts, ...): find the last two by type and shape."""
+    tensors = [t for t in output if isinstance(t, torch.Tensor)] if _is_sequence(output) else []
+    idx = next((t for t in reversed(tensors) if t.dtype in (torch.int64, torch.int32)), None)
+    if idx is None:
+        return None
+    alike = [t for t in tensors if t.is_floating_point() and t.numel() == idx.numel()]
+    if not alike:
+        return None
+    idx = idx.reshape(-1, idx.shape[-1])
+    return idx.to(torch.int64), alike[-1].reshape(idx.shape)
+
+
+def _is_sequence(output: Any) -> bool:
+    return isinstance(output, (tuple, list))
+
+
+# ------------------------------------------------------------- families without the decorator
+
+
+@dataclass(frozen=True)
+class Undecorated:
+    """What the decorator would have said: the facts, the forward that serves, the choice."""
+
+    describe: Callable[[nn.Module], None]
+    choice: Callable[[MoELayer, Any], Choice]
+    forward: Callable[[MoELayer, Run], tuple[nn.Module, Run]]
+    per_expert: Callable[[nn.Module], nn.Module] | None = None
+
+
+def replacement_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run] | None:
+    """For a family without the decorator: the module whose forward to replace, and by what.
+
+    `run(x, idx, weights, scale_input)` serves the layer.
+    """
+    special = _UNDECORATED.get(type(layer.module).__name__)
+    return None if special is None else special.forward(layer, run)
+
+
+def _describe_single_modules(module: nn.Module) -> None:
+    one = module["expert_0"]
+    module.is_transposed = module.has_gate = module.has_post_expert_norm = False
+    module.has_bias = getattr(one, "fc1", None) is not None
+    module.__dict__["act_fn"] = one.act  # not as a submodule: the model must not change
+
+
+def _switch_choice(layer: MoELayer, output: Any) -> Choice:
+    hot, probability, _ = output  # one-hot [B, S, E], all zero where an expert was full
+    hot = hot.reshape(-1, hot.shape[-1])
+    share = probability.reshape(-1, 1) * hot.sum(-1, keepdim=True).to(probability.dtype)
+    return hot.argmax(-1, keepdim=True), share
+
+
+def _switch_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
+    def forward(x: torch.Tensor, hot: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
+        return run(x, *_switch_choice(layer, (hot, probability, None)), False)
+
+    return layer.module, forward
+
+
+def _nllb_choice(layer: MoELayer, output: Any) -> Choice:
+    weights, idx = output[1].topk(2, -1)  # the gates of both experts, [T, E]
+    return idx, weights * (1 - layer.module.moe_token_dropout)
+
+
+def _nllb_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
+    # transformers' own forward reads a one-hot mask as expert numbers and so only ever runs
+    # experts 0 and 1; here the two experts that the router chose are run.
+    def forward(x: torch.Tensor, hot: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        return run(x, *_nllb_choice(layer, (hot, gates, None)), False)
+
+    return layer.module, forward
+
+
+def _describe_llama4(module: nn.Module) -> None:
+    module.is_transposed = module.has_gate = True
+    module.has_bias = module.has_post_expert_norm = False
+    module.__dict__["_apply_gate"] = lambda h: _default_apply_gate(module, h)
+
+
+def _llama4_choice(layer: MoELayer, output: Any) -> Choice:
+    weights, idx = output[0].topk(layer.top_k, -1)
+    return idx, weights
+
+
+def _llama4_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
+    block = layer.block
+
+    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = hidden.reshape(-1, block.hidden_dim)
+        output = block.router(x)
+        routed = run(x, *_llama4_choice(layer, output), True)
+        return block.shared_expert(x).add_(routed), output[1]
+
+    return block, forward
+
+
+_UNDECORATED = {
+    "SwitchTransformersExperts": Undecorated(
+        _describe_single_modules, _switch_choice, _switch_forward, lambda m: m["expert_0"]
+    ),
+    "NllbMoeExperts": Undecorated(
+        _describe_single_modules, _nllb_choice, _nllb_forward, lambda m: m["expert_0"]
+    ),
+    "Llama4TextExperts": Undecorated(_describe_llama4, _llama4_choice, _llama4_forward),
+}

@@ -1,0 +1,120 @@
+"""One sequence through the engine, token by token, beside the full-precision model on request.
+
+A hand-written loop instead of ``generate()``: settings change and a stop is heard between tokens.
+Sampling is transformers' own logits processors with a generator of our own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from moelab.engine.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn; ``temperature`` 0 is greedy.
+
+    Raises
+    ------
+    ValueError
+        A value is out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: 0 (greedy) or above")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: above 0, at most 1")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty}: above 0 (1: none)")
+
+
+class Sampler:
+    """Draws tokens from logits."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._greedy = sampling.temperature == 0
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._steps = LogitsProcessorList()
+        if sampling.repetition_penalty != 1:
+            self._steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        if not self._greedy:
+            self._steps.append(TemperatureLogitsWarper(float(sampling.temperature)))
+            if sampling.top_k:
+                self._steps.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                self._steps.append(TopPLogitsWarper(sampling.top_p))
+
+    def draw(self, ids: Sequence[int], logits: torch.Tensor) -> int:
+        """The next token after ``ids`` from logits ``[V]``."""
+        scores = self._steps(torch.tensor([ids]), logits.float()[None])[0]
+        if self._greedy:
+            return int(scores.argmax())
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+
+class Stream:
+    """A growing sequence with its key-value cache."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._cache = DynamicCache(config=engine.model.config)
+
+    @torch.inference_mode()
+    def forward(self, ids: Sequence[int], *, keep: int = 1) -> torch.Tensor:
+        """Append ``ids`` and return the logits of the last ``keep`` positions ``[keep, V]``."""
+        out = self.engine.model(
+            torch.tensor([list(ids)]),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        return out.logits[0]
+
+
+class Decoder(Stream):
+    """The run's own sequence: measures the time of each step."""
+
+    seconds = 0.0
+
+    def step(self, ids: Sequence[int]) -> torch.Tensor:
+        """Logits ``[V]`` after ``ids``; ``seconds`` then holds how long it took."""
+        begun = time.perf_counter()
+        logits = self.forward(ids)[-1]
+        self.seconds = time.perf_counter() - begun
+        return logits
+
+
+class Reference(Stream):
+    """The same model at full precision over the same tokens, outside budget, cache and clock."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._seen = 0
+
+    def logits(self, ids: Sequence[int], *, keep: int = 1) -> torch.Tensor:
+        """Logits ``[keep, V]`` at the end of the whole sequence ``ids``; catches up as needed."""
+        new = ids[self._seen :]
+        with self.engine.full_precision():
+            out = self.forward(new, keep=keep)
+        self._seen = len(ids)
+        return out

@@ -1,0 +1,212 @@
+"""Background loads: O_DIRECT reads by a few threads, on demand before prefetch.
+
+One load reads one expert's blob from the store straight into its slot; no conversion, no copy.
+Where O_DIRECT is not to be had (another system, tmpfs) the same `preadv` goes through the page
+cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+
+from moelab.engine.devices import Device, Throttle, device, sleep_until
+
+BIG = 1_500_000
+"""One reader saturates a disk from this many bytes a load on; smaller ones take `SMALL_READERS`."""
+SMALL_READERS = 3
+
+
+class LoadError(OSError):
+    """An expert could not be read."""
+
+
+class Ticket:
+    """One load: where from, where to, and when it happened (seconds of `time.perf_counter`)."""
+
+    __slots__ = (
+        "cancelled",
+        "done",
+        "error",
+        "finished",
+        "into",
+        "offset",
+        "path",
+        "started",
+        "submitted",
+        "urgent",
+    )
+
+    def __init__(self, path: Path, offset: int, into: np.ndarray, urgent: bool) -> None:
+        self.path, self.offset, self.into, self.urgent = path, offset, into, urgent
+        self.submitted, self.started, self.finished = time.perf_counter(), 0.0, 0.0
+        self.done = self.cancelled = False
+        self.error: Exception | None = None
+
+
+class Loader:
+    """Reads blobs in the background.
+
+    Parameters
+    ----------
+    nbytes
+        Largest load, which decides the number of threads.
+    profile
+        Name of the device, see `moelab.engine.devices`.
+    """
+
+    def __init__(self, nbytes: int, profile: str = "disk") -> None:
+        self._cond = threading.Condition()
+        self._queues: tuple[deque[Ticket], deque[Ticket]] = (deque(), deque())
+        self._files: dict[Path, tuple[int, bool]] = {}
+        self._opened: list[int] = []
+        self._throttle = Throttle()
+        self._profile: Device = device(profile)
+        self._active = 0
+        self._closed = False
+        count = 1 if nbytes >= BIG else SMALL_READERS
+        self._threads = [
+            threading.Thread(target=self._work, name=f"moelab-load-{i}", daemon=True)
+            for i in range(count)
+        ]
+        for t in self._threads:
+            t.start()
+
+    @property
+    def profile(self) -> Device:
+        """The device in force."""
+        return self._profile
+
+    def use(self, name: str) -> None:
+        """Loads begun from now on come from another device."""
+        with self._cond:
+            self._profile = device(name)
+            self._throttle.reset()
+            self._cond.notify_all()
+
+    def submit(self, path: Path, offset: int, into: np.ndarray, *, urgent: bool) -> Ticket:
+        """Queue a read of ``len(into)`` bytes; ``into`` must stay alive until it is done."""
+        ticket = Ticket(path, offset, into, urgent)
+        with self._cond:
+            if self._closed:
+                raise LoadError(errno.ESHUTDOWN, "the loader is closed; open the lab again")
+            self._queues[0 if urgent else 1].append(ticket)
+            self._cond.notify_all()
+        return ticket
+
+    def wait(self, ticket: Ticket) -> None:
+        """Return when ``ticket`` is done; a prefetch not yet begun becomes urgent.
+
+        Raises
+        ------
+        LoadError
+            The read failed; the message names the file.
+        """
+        if not ticket.done:
+            with self._cond:
+                if not ticket.urgent and ticket in self._queues[1]:
+                    self._queues[1].remove(ticket)
+                    self._queues[0].append(ticket)
+                    ticket.urgent = True
+                while not ticket.done:
+                    self._cond.wait()
+        if ticket.error is not None:
+            raise LoadError(
+                errno.EIO, f"cannot read {ticket.path.name} at {ticket.offset}: {ticket.error}"
+            ) from ticket.error
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """Withdraw a load that has not begun; False where it has."""
+        with self._cond:
+            for queue in self._queues:
+                if ticket in queue:
+                    queue.remove(ticket)
+                    ticket.cancelled = ticket.done = True
+                    return True
+        return False
+
+    def close(self) -> None:
+        """Finish what was begun, withdraw the rest, stop the threads, close the files."""
+        with self._cond:
+            self._closed = True
+            for queue in self._queues:
+                for ticket in queue:
+                    ticket.cancelled = ticket.done = True
+                queue.clear()
+            self._cond.notify_all()
+        for t in self._threads:
+            t.join()
+        for fd in self._opened:
+            os.close(fd)
+        self._opened.clear()
+        self._files.clear()
+
+    # -- the threads ------------------------------------------------------------------------
+
+    def _next(self) -> Ticket | None:
+        with self._cond:
+            while True:
+                ready = self._queues[0] or self._queues[1]
+                if ready and self._active < self._profile.queue:
+                    self._active += 1
+                    return ready.popleft()
+                if self._closed and not ready:
+                    return None
+                self._cond.wait()
+
+    def _work(self) -> None:
+        while (ticket := self._next()) is not None:
+            ticket.started = time.perf_counter()
+            profile = self._profile
+            due = self._throttle.due(profile, len(ticket.into), ticket.started)
+            try:
+                self._read(ticket)
+                if profile.emulated:
+                    sleep_until(due)
+            except Exception as e:  # handed to whoever waits for the ticket
+                ticket.error = e
+            with self._cond:
+                ticket.finished = time.perf_counter()
+                ticket.done = True
+                self._active -= 1
+                self._cond.notify_all()
+
+    def _read(self, ticket: Ticket) -> None:
+        into, at, end = memoryview(ticket.into), ticket.offset, ticket.offset + len(ticket.into)
+        while at < end:
+            fd, direct = self._open(ticket.path)
+            try:
+                got = os.preadv(fd, [into[at - ticket.offset :]], at)
+            except OSError as e:
+                if not (direct and e.errno == errno.EINVAL):
+                    raise
+                self._reopen_buffered(ticket.path)
+                continue
+            if got <= 0:
+                raise EOFError(f"the file ends at {at}, expected {end}")
+            at += got
+
+    def _open(self, path: Path) -> tuple[int, bool]:
+        with self._cond:
+            if path not in self._files:
+                try:
+                    self._remember(path, os.O_DIRECT, True)
+                except (AttributeError, OSError):
+                    self._remember(path, 0, False)
+            return self._files[path]
+
+    def _reopen_buffered(self, path: Path) -> None:
+        with self._cond:
+            if self._files[path][1]:
+                self._remember(path, 0, False)
+
+    def _remember(self, path: Path, flag: int, direct: bool) -> None:
+        fd = os.open(path, os.O_RDONLY | flag)
+        self._opened.append(fd)
+        self._files[path] = (fd, direct)

@@ -1,0 +1,125 @@
+"""What moelab does around a router: look ahead with it, and hide experts from it.
+
+`RouterTap` stands in for the router's `forward`: it remembers the input, so that the routers of
+later layers can be asked with it (the gate look-ahead of HOBBIT and others), and it runs the router
+under a mask where one is set (SwapMoE). Masks work inside the router, on the logits and on the
+top-k inputs, and therefore before softmax, sigmoid or normalisation, in whatever order a family
+has them. What it does not know: routers that choose by a table of token ids ignore masks.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from moelab.engine.families import Choice, MoELayer
+
+# Finite: sparsemixer (PhiMoE) divides by the logits; exp and sigmoid of it are 0; float16 holds it.
+HIDDEN = -1e4
+CLOSED = HIDDEN / 2  # allowed, but in a group that group-limited routing has closed
+
+
+class MaskedRouting(TorchFunctionMode):
+    """While active, linear outputs and top-k inputs over all experts show only the allowed ones.
+
+    Group-limited routing (DeepSeek) first picks groups, then experts inside them: groups are ranked
+    by their allowed experts, and an allowed expert of a closed group still comes before any hidden
+    one. So no hidden expert is chosen as long as top-k experts are allowed.
+    """
+
+    def __init__(self, allowed: torch.Tensor) -> None:
+        super().__init__()
+        self._hidden, self._count = ~allowed, allowed.numel()
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.topk, torch.Tensor.topk):
+            args = (self._hide(args[0]), *args[1:])
+        result = func(*args, **kwargs)
+        if func is F.linear and result.shape[-1] == self._count:
+            return result.masked_fill(self._hidden, HIDDEN)
+        return result
+
+    def _hide(self, scores: torch.Tensor) -> torch.Tensor:
+        if scores.shape[-1] == self._count:
+            scores = scores.masked_fill(scores == -torch.inf, CLOSED)
+            return scores.masked_fill(self._hidden, HIDDEN)
+        if scores.ndim > 2 and scores.shape[-1] * scores.shape[-2] == self._count:  # [T, group, E/g]
+            return scores.masked_fill(self._hidden.view(scores.shape[-2:]), HIDDEN)
+        return scores
+
+
+class RouterTap:
+    """Stands in for one router's `forward` until `remove` is called.
+
+    Attributes
+    ----------
+    layer
+        The layer whose router this is.
+    mask
+        Bool [E], the experts the router may choose; None means all.
+    """
+
+    def __init__(self, layer: MoELayer, *, seen: Callable[["RouterTap"], None]) -> None:
+        self.layer = layer
+        self.mask: torch.Tensor | None = None
+        self.hidden: torch.Tensor | None = None  # the router's last input; dropped by `forget`
+        self._seen = seen
+        self._forward = layer.router.forward
+        self._extra: tuple[tuple, dict] | None = None
+        self._own = {id(t) for t in (*layer.block.parameters(False), *layer.block.buffers(False))}
+        needed = list(inspect.signature(self._forward).parameters.values())[1:]
+        if not any(p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD for p in needed):
+            self._extra = ((), {})
+        layer.router.forward = self
+
+    def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.hidden, self._extra = hidden, (args, kwargs)
+        self._seen(self)
+        return self._ask(hidden, args, kwargs, masked=True)
+
+    @torch.no_grad()
+    def predict(self, asked_by: "RouterTap") -> Choice | None:
+        """What this router chooses on the input of an earlier layer's router.
+
+        None where the router needs more than its input and has not run yet, or where that is not
+        known to transfer between layers.
+        """
+        extra = self._extra
+        if extra is None or not self._is_constant(extra):
+            same = type(self.layer.router) is type(asked_by.layer.router)
+            extra = asked_by._extra if same else None
+        if extra is None or asked_by.hidden is None:
+            return None
+        return self.layer.choice(self._ask(asked_by.hidden, *extra, masked=True))
+
+    @torch.no_grad()
+    def unmasked(self) -> Choice | None:
+        """What the router would choose on its last input if every expert were allowed."""
+        if self.hidden is None or self._extra is None:
+            return None
+        return self.layer.choice(self._ask(self.hidden, *self._extra, masked=False))
+
+    def forget(self) -> None:
+        """Let go of the last input: a prefill's hidden states are megabytes per layer."""
+        self.hidden = None
+
+    def remove(self) -> None:
+        """Give the router its own forward back."""
+        vars(self.layer.router).pop("forward", None)
+
+    def _ask(self, hidden: torch.Tensor, args: tuple, kwargs: dict, *, masked: bool) -> Any:
+        if self.mask is None or not masked:
+            return self._forward(hidden, *args, **kwargs)
+        with MaskedRouting(self.mask):
+            return self._forward(hidden, *args, **kwargs)
+
+    def _is_constant(self, extra: tuple[tuple, dict]) -> bool:
+        """Whether the further arguments are the block's own parameters, the same for every token."""
+        tensors = [v for v in (*extra[0], *extra[1].values()) if isinstance(v, torch.Tensor)]
+        return all(id(t) in self._own for t in tensors)

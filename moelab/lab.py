@@ -1,0 +1,416 @@
+"""The lab: open a model, change settings, generate, score, watch.
+
+>>> import moelab
+>>> lab = moelab.open("demo", budget="25%")
+>>> run = lab.generate("Once upon a time", max_new_tokens=8)
+>>> sorted(run.summary())[:2]
+['budget_bytes', 'byte_hit_ratio']
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, GenerationConfig
+
+from moelab.engine.engine import Engine, shape_of
+from moelab.engine.generation import Decoder, Reference, Sampling
+from moelab.models import find_store
+from moelab.quality import Score, Scorer
+from moelab.run import Run
+from moelab.scheduling.scheduler import minimum_budget
+from moelab.scheduling.strategy import Strategy
+from moelab.settings import Settings, parse_budget
+from moelab.store.codecs import TIERS
+from moelab.store.store import Store
+from moelab.strategies import make
+
+if TYPE_CHECKING:
+    from moelab.widgets.dashboard import Dashboard
+
+CHEAP_BYTES = 256 * 2**20
+"""Models below this many expert bytes are compared with full precision by default."""
+SCORE_CHUNK = 64
+
+
+def open(  # noqa: A001
+    model: str | Path = "demo",
+    *,
+    budget: int | str = "25%",
+    bits: int | None = None,
+    low_bits: int | None = None,
+    strategy: str | Strategy = "lru",
+    device: str = "disk",
+    prefetch: int = 0,
+    measure_kl: bool | None = None,
+    seed: int = 0,
+    tiers: Sequence[int] = TIERS,
+    dtype: torch.dtype | None = None,
+    verify: bool = False,
+    progress: bool = True,
+) -> Lab:
+    """Open a model with its experts on disk.
+
+    Parameters
+    ----------
+    model
+        ``"demo"``, a store, a checkpoint folder, or a hub id; the latter are packed first.
+    budget
+        For resident experts: bytes, ``"64MB"``, ``"1.5GiB"`` or ``"25%"`` of all experts.
+    bits, low_bits
+        Tier asked for (default: the store's best) and the second tier of a pair, or None.
+    strategy
+        A name of ``moelab.strategies.NAMES`` or a `Strategy`.
+    device
+        ``"disk"``, or an emulated one of ``moelab.devices()``.
+    prefetch
+        Layers to look ahead (0: off).
+    measure_kl
+        Compare each token with full precision; default where that is cheap.
+    tiers
+        Tiers to pack where the model has to be packed.
+    dtype
+        Of the non-expert weights; default float32 for small models, else the checkpoint's own.
+    verify
+        Check every blob's checksum before opening.
+
+    Raises
+    ------
+    ValueError
+        A setting is refused, or the model is not to be found.
+    StoreError
+        The store is broken; the message names file, layer and expert.
+    """
+    store = Store.open(find_store(model, tiers=tiers, progress=progress), verify=verify)
+    shape = shape_of(store)
+    settings = Settings(
+        budget_bytes=parse_budget(budget, shape),
+        bits=max(store.tiers) if bits is None else bits,
+        strategy=make(strategy),
+        seed=seed,
+        measure_kl=shape.all_bytes(max(store.tiers)) <= CHEAP_BYTES
+        if measure_kl is None
+        else measure_kl,
+    )
+    settings = settings.change(shape, low_bits=low_bits, device=device, prefetch=prefetch)
+    return Lab(store, settings, name=str(model), dtype=dtype)
+
+
+class Lab:
+    """A model, its engine, and the settings a person may change at any time.
+
+    Use `open`; a lab is also a context manager that closes itself.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings,
+        *,
+        name: str = "",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._store, self._settings = store, settings
+        self.name = name or store.manifest.source
+        self._shape = shape_of(store)
+        self._engine = Engine(store, settings, dtype=dtype or _dtype(store))
+        self._tokenizer = AutoTokenizer.from_pretrained(store.checkpoint_dir)
+        self._sampling = _model_sampling(store.checkpoint_dir)
+        self._busy, self._lock = threading.Lock(), threading.RLock()
+        self.run: Run | None = None
+
+    # -- settings ---------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force from the next token on."""
+        return self._settings
+
+    def update(self, **changes: Any) -> Settings:
+        """Change settings at any time, from any thread; the next token obeys.
+
+        Raises
+        ------
+        ValueError
+            A value is refused; no setting changes.
+        """
+        with self._lock:
+            self._settings = self._settings.change(self._shape, **changes)
+            if self._busy.acquire(blocking=False):  # no run: obey at once
+                try:
+                    self._engine.apply(self._settings)
+                finally:
+                    self._busy.release()
+            return self._settings
+
+    # -- generating -------------------------------------------------------------------------
+
+    def start(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        measure_kl: bool | None = None,
+        ignore_eos: bool = False,
+    ) -> Run:
+        """Generate in the background and return at once.
+
+        Parameters
+        ----------
+        prompt
+            Text; at least one token.
+        max_new_tokens
+            Upper limit; the model's end-of-text token ends earlier unless ``ignore_eos``.
+        temperature, top_p, repetition_penalty
+            Default: the model's own generation config; ``temperature=0`` is greedy.
+        seed
+            Of sampling; default the ``seed`` setting.
+        measure_kl
+            Changes the setting of that name.
+
+        Raises
+        ------
+        RuntimeError
+            Another run is going on in this lab.
+        ValueError
+            An empty prompt, or a value out of range.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: 1 or more")
+        ids = self._encode(prompt)
+        given = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+        }
+        own = {k: v for k, v in given.items() if v is not None}
+        chosen = self._settings.seed if seed is None else seed
+        sampling = Sampling(**(self._sampling | own | {"seed": chosen}))
+        self._claim()
+        try:
+            if measure_kl is not None and measure_kl != self._settings.measure_kl:
+                self.update(measure_kl=measure_kl)
+            eos = set() if ignore_eos else self._eos()
+            run = Run(prompt, ids, self._tokenizer, eos)
+            self.run = run
+            run._start(lambda: self._work(run, max_new_tokens, sampling))
+        except BaseException:
+            self._busy.release()
+            raise
+        return run
+
+    def generate(self, prompt: str, **options: Any) -> Run:
+        """Generate and wait; options as in `start`. Ctrl-C stops the run."""
+        return self.start(prompt, **options).join()
+
+    def score(
+        self, text: str | None = None, *, max_tokens: int = 48, progress: bool = True
+    ) -> Score:
+        """Quality under the current settings against full precision, teacher-forced.
+
+        Every position is decoded through the engine, so misses are downgraded as they would be in
+        a run; an emulated device is not waited for, since it changes no decision.
+
+        Parameters
+        ----------
+        text
+            Default: held-out text of each of the demo's domains.
+        max_tokens
+            Tokens taken of each text.
+
+        Raises
+        ------
+        RuntimeError
+            A run is going on.
+        ValueError
+            The text has fewer than two tokens, or is not given for a model without probes.
+        """
+        texts = [text] if text is not None else list(self.probes().values())
+        if not texts:
+            raise ValueError("this model brings no probe texts; give text=")
+        if any(len(self._encode(t)) < 2 for t in texts):
+            raise ValueError("nothing to score: the text needs at least two tokens")
+        self._claim()
+        scorer = Scorer()
+        try:
+            self._engine.loader.use("disk")
+            todo = [self._encode(t)[:max_tokens] for t in texts]
+            with tqdm(total=sum(map(len, todo)), disable=not progress, desc="score") as bar:
+                for ids in todo:
+                    self._score_one(ids, scorer, bar)
+        except BaseException:
+            self._engine.recover()
+            raise
+        finally:
+            self._engine.loader.use(self._engine.settings.device)
+            self._release()
+        return scorer.score()
+
+    # -- looking ----------------------------------------------------------------------------
+
+    def info(self) -> dict[str, Any]:
+        """The model and what fits: sizes in bytes, counts of experts."""
+        s, shape = self._settings, self._shape
+        return {
+            "name": self.name,
+            "architecture": self._store.manifest.architecture,
+            "layers": shape.layers,
+            "experts_per_layer": max(shape.experts),
+            "top_k": shape.top_k,
+            "tiers": tuple(sorted(shape.nbytes, reverse=True)),
+            "expert_bytes": dict(shape.nbytes),
+            "all_experts_bytes": shape.all_bytes(max(shape.nbytes)),
+            "token_cycle_bytes": shape.token_cycle_bytes(s.bits),
+            "minimum_budget_bytes": minimum_budget(shape, s.strategy, s.knobs()),
+            "budget_bytes": s.budget_bytes,
+            "budget_experts": s.budget_bytes // shape.nbytes[s.bits],
+            "resident_bytes": self._engine.arena.held_bytes,
+            "non_expert_parameters": sum(
+                p.numel() for p in self._engine.model.parameters() if p.device.type != "meta"
+            ),
+            "store": str(self._store.path),
+        }
+
+    def cache_map(self) -> dict[str, np.ndarray]:
+        """What is resident now, arrays ``[L, E]``.
+
+        ``bits`` uint8 (0: not resident), ``in_flight`` bool, ``loaded`` and ``used`` int32 (last
+        token of this run that did so, -1: none), ``uses`` int32 (in this run).
+        """
+        size = (self._shape.layers, max(self._shape.experts))
+        bits, in_flight = np.zeros(size, np.uint8), np.zeros(size, bool)
+        for key, here in list(self._engine.resident.items()):
+            bits[key], in_flight[key] = here.slot.bits, not here.ticket.done
+        usage = self._engine.usage
+        return {
+            "bits": bits,
+            "in_flight": in_flight,
+            "loaded": usage.loaded.copy(),
+            "used": usage.used.copy(),
+            "uses": usage.uses.copy(),
+        }
+
+    def why(self, layer: int, expert: int) -> dict[str, float]:
+        """The evict decision's own terms for a resident expert."""
+        return self._engine.scheduler.why((layer, expert))
+
+    def prompts(self) -> dict[str, list[str]]:
+        """Prompts by domain; empty for models that bring none."""
+        from moelab import demo
+
+        return demo.prompts() if self._is_demo() else {}
+
+    def probes(self) -> dict[str, str]:
+        """Held-out text by domain; empty for models that bring none."""
+        from moelab import demo
+
+        return demo.probes() if self._is_demo() else {}
+
+    def dashboard(self) -> Dashboard:
+        """The live view: show it as the last line of a notebook cell."""
+        from moelab.widgets.dashboard import Dashboard
+
+        return Dashboard(self)
+
+    def close(self) -> None:
+        """Stop the run, the loader and let go of the experts' memory."""
+        if self.run is not None and self.run.running:
+            self.run.stop()
+            self.run._done.wait()
+        self._engine.close()
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        words = ", ".join(f"{k}={v}" for k, v in self._settings.shown().items())
+        return f"<Lab {self.name}: {words}>"
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _work(self, run: Run, max_new_tokens: int, sampling: Sampling) -> None:
+        try:
+            run._generate(self._engine, lambda: self._settings, max_new_tokens, sampling)
+        except BaseException:
+            self._engine.recover()
+            raise
+        finally:
+            self._release()
+
+    def _claim(self) -> None:
+        """Take the engine, waiting only for a run that was told to stop."""
+        last = self.run
+        if last is not None and last._stop.is_set():
+            last._done.wait()
+        with self._lock:
+            if not self._busy.acquire(blocking=False):
+                raise RuntimeError("a run is going on; run.stop() it or run.join() first")
+
+    def _release(self) -> None:
+        with self._lock:
+            try:
+                if self._engine.settings is not self._settings:  # changed after the last token
+                    self._engine.apply(self._settings)
+            finally:
+                self._busy.release()
+
+    def _score_one(self, ids: list[int], scorer: Scorer, bar: tqdm) -> None:
+        engine = self._engine
+        engine.new_sequence(record=False)
+        decoder, reference = Decoder(engine), Reference(engine)
+        for start in range(0, len(ids), SCORE_CHUNK):
+            chunk = ids[start : start + SCORE_CHUNK]
+            full = reference.logits(ids[: start + len(chunk)], keep=len(chunk))
+            for i, token in enumerate(chunk):
+                engine.prefill = False
+                logits = decoder.step([token])
+                engine.end_of_token()
+                if start + i + 1 < len(ids):
+                    scorer.add(full[i], logits, ids[start + i + 1])
+                bar.update()
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self._tokenizer(text)["input_ids"]
+        if not ids:
+            raise ValueError("the prompt is empty; give at least one word")
+        return list(ids)
+
+    def _eos(self) -> set[int]:
+        eos = self._engine.model.generation_config.eos_token_id
+        eos = self._tokenizer.eos_token_id if eos is None else eos
+        return set(eos if isinstance(eos, list) else [eos]) - {None}
+
+    def _is_demo(self) -> bool:
+        return self.name == "demo"
+
+
+def _dtype(store: Store) -> torch.dtype:
+    """Float32 where the non-expert weights are small: exact, and faster on CPUs without bf16."""
+    files = store.checkpoint_dir.glob("*.safetensors")
+    small = sum(f.stat().st_size for f in files) <= CHEAP_BYTES
+    return torch.float32 if small else getattr(torch, store.layout.dtype)
+
+
+def _model_sampling(folder: Path) -> dict[str, Any]:
+    """The model's own way of sampling; greedy where it says nothing."""
+    try:
+        config = GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return {}
+    if not config.do_sample:
+        return {}
+    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    return {n: v for n in names if (v := getattr(config, n, None)) is not None}

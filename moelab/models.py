@@ -1,0 +1,60 @@
+"""From what a person calls a model to a packed store on this machine.
+
+``"demo"``, a store, a checkpoint folder or a hub id; checkpoints are packed once into the user's
+cache and found there the next time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from moelab.paths import cache_dir
+from moelab.store.codecs import TIERS
+
+
+def find_store(model: str | Path, *, tiers: Sequence[int] = TIERS, progress: bool = True) -> Path:
+    """The store of ``model``, packed now if it has to be.
+
+    Raises
+    ------
+    ValueError
+        The name is no store, no checkpoint and no hub id; the message says what would be.
+    """
+    if str(model) == "demo":
+        from moelab import demo
+
+        return _packed(demo.checkpoint(), "demo", tiers, progress)
+    path = Path(model).expanduser()
+    if (path / "manifest.json").is_file():
+        return path
+    if (path / "config.json").is_file():
+        return _packed(path, path.resolve().name, tiers, progress)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        return _packed(str(model), str(model).replace("/", "--"), tiers, progress)
+    raise ValueError(
+        f"model {str(model)!r} is not 'demo', a store (a folder with manifest.json), a checkpoint "
+        "(a folder with config.json and safetensors) or a hub id like 'org/name'"
+    )
+
+
+def _packed(source: str | Path, name: str, tiers: Sequence[int], progress: bool) -> Path:
+    from moelab.store.pack import pack
+
+    slug = re.sub(r"[^\w.-]", "_", name)
+    destination = cache_dir() / "stores" / f"{slug}-{_fingerprint(source, tiers)}"
+    if not (destination / "manifest.json").is_file():
+        pack(source, destination, tiers=tuple(tiers), progress=progress)
+    return destination
+
+
+def _fingerprint(source: str | Path, tiers: Sequence[int]) -> str:
+    """Changes with the checkpoint's files, so that a newer one is packed anew."""
+    digest = hashlib.blake2b(repr((str(source), sorted(tiers))).encode(), digest_size=6)
+    if isinstance(source, Path):
+        for file in sorted([*source.glob("*.safetensors"), *source.glob("*.json")]):
+            stat = file.stat()
+            digest.update(repr((file.name, stat.st_size, stat.st_mtime_ns)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,269 @@
+"""A run: one generation in a worker thread, its text, events, per-token figures and summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moelab.engine.devices import DEVICES
+from moelab.engine.generation import Decoder, Reference, Sampler, Sampling
+from moelab.quality import kl_divergence
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moelab.engine.engine import Engine
+    from moelab.events import EventLog
+    from moelab.scheduling.trace import Trace
+    from moelab.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class TokenReport:
+    """What one token cost. Token 0 is the first generated one and carries the whole prefill.
+
+    ``total_ms`` is compute plus stalls; measuring KL is not part of it. ``stall_ms`` is by cause:
+    ``on demand``, ``prefetch late`` (a guess was right but still on its way), ``evict``.
+    ``bytes`` were read from the device, ``hit_bytes`` served from memory.
+    """
+
+    token: int
+    text: str
+    total_ms: float
+    compute_ms: float
+    stall_ms: dict[str, float]
+    bytes: int
+    hit_bytes: int
+    hits: int
+    loads: int
+    prefetches: int
+    downgrades: int
+    skips: int
+    substitutes: int
+    kl: float | None
+    resident_bytes: int
+    budget_bytes: int
+    device: str
+
+
+class Run:
+    """One generation. Made by ``lab.start`` and ``lab.generate``, not by hand.
+
+    Attributes
+    ----------
+    prompt, text
+        What was given and what has been generated so far.
+    tokens
+        Ids generated so far.
+    token_reports
+        One `TokenReport` for each token so far; grows while the run goes on.
+    changes
+        (token, {setting: new value}) for each change of settings that acted during the run.
+    error
+        What ended the run, or None.
+    """
+
+    def __init__(self, prompt: str, ids: list[int], tokenizer: Any, eos: set[int]) -> None:
+        self.prompt, self.text, self.error = prompt, "", None
+        self.tokens: list[int] = []
+        self.token_reports: list[TokenReport] = []
+        self.changes: list[tuple[int, dict[str, str]]] = []
+        self._ids, self._tokenizer, self._eos = ids, tokenizer, eos
+        self._stop, self._done = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._log: EventLog | None = None
+        self._trace: Trace | None = None
+        self._peak_bytes = 0
+
+    # -- for the person ---------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Whether tokens are still coming."""
+        return not self._done.is_set()
+
+    def stop(self) -> None:
+        """End the run after the token it is at. Returns at once; `join` waits."""
+        self._stop.set()
+
+    def join(self, timeout: float | None = None) -> Run:
+        """Wait for the end; Ctrl-C stops the run. Raises what the run raised."""
+        try:
+            self._done.wait(timeout)
+        except KeyboardInterrupt:
+            self.stop()
+            self._done.wait(10)
+            raise
+        if self.error is not None:
+            raise self.error
+        return self
+
+    @property
+    def events(self) -> pd.DataFrame:
+        """Every event so far: token layer expert kind bits_asked bits bytes start_ms dur_ms cause."""
+        return self._log.frame()
+
+    @property
+    def log(self) -> EventLog:
+        """The event log itself: numpy records, Perfetto export."""
+        return self._log
+
+    @property
+    def trace(self) -> Trace:
+        """The recorded activations and settings, for replay."""
+        return self._trace
+
+    @property
+    def per_token(self) -> pd.DataFrame:
+        """One row a token; ``stall_ms`` is the sum, ``stall_by_cause`` the parts."""
+        import pandas as pd
+
+        rows = []
+        for r in list(self.token_reports):
+            row = {f.name: getattr(r, f.name) for f in dataclasses.fields(r)}
+            row["stall_by_cause"] = row["stall_ms"]
+            row["stall_ms"] = sum(r.stall_ms.values())
+            rows.append(row)
+        names = [f.name for f in dataclasses.fields(TokenReport)] + ["stall_by_cause"]
+        frame = pd.DataFrame(rows, columns=names)
+        frame["kl"] = frame["kl"].astype(float)
+        return frame
+
+    def summary(self) -> dict[str, Any]:
+        """The run in figures; ratios, speeds and bytes are of decoded tokens, without prefill.
+
+        ``tokens_per_s`` counts compute and stalls, not the measuring of KL. ``hit_ratio`` is hits
+        over requests, ``byte_hit_ratio`` bytes served from memory over bytes served,
+        ``stall_share`` the part of the time spent waiting. Works while the run goes on.
+        """
+        reports = list(self.token_reports)
+        decoded = [r for r in reports if r.token > 0]
+        total = sum(r.total_ms for r in decoded)
+        stall = sum(sum(r.stall_ms.values()) for r in decoded)
+        times = [r.total_ms for r in decoded] or [0.0]
+        hits, loads, read, kept = (
+            sum(getattr(r, name) for r in decoded) for name in ("hits", "loads", "bytes", "hit_bytes")
+        )
+        skips, substitutes = sum(r.skips for r in decoded), sum(r.substitutes for r in decoded)
+        asked = hits + loads + skips + substitutes
+        kls = [r.kl for r in reports if r.kl is not None]
+        devices = sorted({r.device for r in reports})
+        kinds = {"emulated" if DEVICES[d].emulated else "measured" for d in devices}
+        return {
+            "tokens": len(reports),
+            "tokens_per_s": 1e3 * len(decoded) / total if total else 0.0,
+            "ttft_ms": reports[0].total_ms if reports else 0.0,
+            "tpot_ms_median": float(np.median(times)),
+            "tpot_ms_p99": float(np.quantile(times, 0.99)),
+            "hit_ratio": hits / asked if asked else 0.0,
+            "byte_hit_ratio": kept / (kept + read) if kept + read else 0.0,
+            "bytes_per_token": read / len(decoded) if decoded else 0.0,
+            "stall_share": stall / total if total else 0.0,
+            "downgrades": sum(r.downgrades for r in decoded),
+            "skips": skips,
+            "substitutes": substitutes,
+            "kl_mean": float(np.mean(kls)) if kls else None,
+            "peak_resident_bytes": self._peak_bytes,
+            "budget_bytes": reports[-1].budget_bytes if reports else 0,
+            "device": ", ".join(devices),
+            "timing": " + ".join(sorted(kinds)),
+        }
+
+    def __repr__(self) -> str:
+        state = "running" if self.running else "failed" if self.error else "done"
+        return f"<Run {state}, {len(self.tokens)} tokens: {self.text[:60]!r}>"
+
+    # -- the worker -------------------------------------------------------------------------
+
+    def _start(self, work: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=self._guard, args=(work,), daemon=True)
+        self._thread.name = "moelab-run"
+        self._thread.start()
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as e:  # kept for join() and the window; a thread has nobody to tell
+            self.error = e
+        finally:
+            self._done.set()
+
+    def _generate(
+        self,
+        engine: Engine,
+        latest: Callable[[], Settings],
+        max_new_tokens: int,
+        sampling: Sampling,
+    ) -> None:
+        engine.new_sequence()
+        self._log, self._trace = engine.log, engine.trace
+        decoder, sampler = Decoder(engine), Sampler(sampling)
+        reference: Reference | None = None
+        context, new = list(self._ids), list(self._ids)
+        for index in range(max_new_tokens):
+            self._obey(engine, latest(), index)
+            logits = decoder.step(new)
+            kl = None
+            if engine.settings.measure_kl:
+                reference = reference or Reference(engine)
+                kl = float(kl_divergence(reference.logits(context)[-1], logits))
+            token = sampler.draw(context, logits)
+            self._report(engine, index, token, decoder.seconds, kl)
+            engine.end_of_token()
+            context.append(token)
+            new = [token]
+            if self._stop.is_set() or token in self._eos:
+                break
+
+    def _obey(self, engine: Engine, settings: Settings, index: int) -> None:
+        if settings is engine.settings:
+            return
+        before, after = engine.settings.shown(), settings.shown()
+        engine.apply(settings)
+        changed = {k: v for k, v in after.items() if before[k] != v}
+        if changed:
+            self.changes.append((index, changed))
+
+    def _report(
+        self, engine: Engine, index: int, token: int, seconds: float, kl: float | None
+    ) -> None:
+        self.tokens.append(token)
+        text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+        piece = ""
+        if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
+            piece, self.text = text[len(self.text) :], text
+        stall = {cause: 1e3 * s for cause, s in engine.stall.items()}
+        counts, read = engine.counts, engine.bytes
+        for issued, nbytes in engine.withdrawn:  # a load that never began was counted when issued
+            if issued == index:
+                read -= nbytes
+            elif issued < len(self.token_reports):
+                old = self.token_reports[issued]
+                self.token_reports[issued] = dataclasses.replace(old, bytes=old.bytes - nbytes)
+        self._peak_bytes = engine.arena.peak_bytes
+        self.token_reports.append(
+            TokenReport(
+                token=index,
+                text=piece,
+                total_ms=1e3 * seconds,
+                compute_ms=1e3 * seconds - sum(stall.values()),
+                stall_ms=stall,
+                bytes=read,
+                hit_bytes=counts["hit_bytes"],
+                hits=counts["hit"],
+                loads=counts["load"],
+                prefetches=counts["prefetch"],
+                downgrades=counts["downgrade"],
+                skips=counts["skip"],
+                substitutes=counts["substitute"],
+                kl=kl,
+                resident_bytes=engine.arena.held_bytes,
+                budget_bytes=engine.settings.budget_bytes,
+                device=engine.settings.device,
+            )
+        )

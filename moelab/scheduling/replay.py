@@ -1,0 +1,117 @@
+"""The scheduler over a recorded trace: what would have been decided, and what was possible at best.
+
+A replay of a run's own trace under its own settings decides exactly what the run decided (a test
+holds this). `belady_hits` is the offline optimum of eviction for experts of one size.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from moelab.scheduling.scheduler import Decision, LayerPlan, Scheduler, requests
+from moelab.scheduling.strategy import Knobs, Strategy
+from moelab.scheduling.trace import Trace
+
+
+@dataclass(slots=True)
+class Replay:
+    """The outcome of a replay: every decision, and counts of decoded tokens (prefill excluded)."""
+
+    decisions: list[Decision] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    bytes: int = 0
+
+    @property
+    def hit_ratio(self) -> float:
+        """Hits per request of the decoded tokens."""
+        asked = sum(self.counts[k] for k in ("hit", "load", "skip", "substitute"))
+        return self.counts["hit"] / asked if asked else 0.0
+
+    def take(self, plan: LayerPlan, nbytes: Mapping[int, int], *, prefill: bool) -> None:
+        """Write down one plan."""
+        for d in plan.decisions(dict(nbytes)):
+            self.decisions.append(d)
+            if not prefill:
+                self.counts[d.kind] += 1
+                if d.kind in ("load", "prefetch"):
+                    self.bytes += d.nbytes
+
+
+def replay(
+    trace: Trace,
+    strategy: Strategy | None = None,
+    knobs: Knobs | None = None,
+    *,
+    strategies: Mapping[str, Strategy] | None = None,
+) -> Replay:
+    """Decide a trace again.
+
+    Parameters
+    ----------
+    trace
+        Recorded by a run (``run.trace``) or loaded.
+    strategy, knobs
+        Other than the recorded ones, for the whole trace; both or neither.
+    strategies
+        Name -> strategy, to find the recorded names where ``strategy`` is not given.
+
+    Raises
+    ------
+    ValueError
+        The trace records no settings, or a strategy's name is not among ``strategies``.
+    """
+    changes = list(trace.changes)
+    if strategy is not None and knobs is not None:
+        changes = [(0, knobs, strategy.name)]
+        strategies = {strategy.name: strategy}
+    if not changes or changes[0][0] != 0:
+        raise ValueError("this trace records no settings; give strategy= and knobs=")
+    known = strategies or {}
+    missing = {name for _, _, name in changes} - known.keys()
+    if missing:
+        raise ValueError(f"strategies {sorted(missing)} of this trace are unknown; pass strategies=")
+    _, first, name = changes.pop(0)
+    scheduler, out = Scheduler(trace.shape, known[name], first), Replay()
+    for i, given in enumerate(trace.steps):
+        while changes and changes[0][0] == i:
+            _, new, to = changes.pop(0)
+            scheduler.change(new, known[to] if to != name else None)
+            name = to
+        if given.prefill and given.layer == 0:
+            scheduler.new_sequence()
+        out.take(scheduler.step(given), trace.shape.nbytes, prefill=given.prefill)
+        if given.layer == trace.shape.layers - 1:
+            scheduler.end_of_token()
+    return out
+
+
+def belady_hits(trace: Trace, capacity: int) -> tuple[int, int]:
+    """Hits and requests of the decoded tokens with Belady's eviction and room for ``capacity``.
+
+    Source: L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", 1966.
+    """
+    stream = [
+        ((s.layer, r.expert), not s.prefill) for s in trace.steps for r in requests(s)
+    ]
+    following, last = [len(stream)] * len(stream), {}
+    for i in range(len(stream) - 1, -1, -1):
+        following[i] = last.get(stream[i][0], len(stream) + i)
+        last[stream[i][0]] = i
+    resident: dict = {}
+    heap: list[tuple[int, tuple[int, int]]] = []
+    hits = asked = 0
+    for i, (key, counted) in enumerate(stream):
+        hits += counted and key in resident
+        asked += counted
+        if key not in resident and len(resident) >= capacity:
+            while True:
+                when, victim = heapq.heappop(heap)
+                if resident.get(victim) == -when:
+                    del resident[victim]
+                    break
+        resident[key] = following[i]
+        heapq.heappush(heap, (-following[i], key))
+    return hits, asked

@@ -1,0 +1,137 @@
+"""Settings: frozen, validated, and every error says what to do.
+
+A `Settings` is what the sliders show. `change` makes the next one from what a person typed
+(``budget="25%"``); `knobs` is the part the scheduler reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from moelab.engine.devices import device as find_device
+from moelab.scheduling.scheduler import check_budget
+from moelab.scheduling.strategy import Knobs, Shape, Strategy
+from moelab.strategies import make
+
+_UNITS = {"": 1, "b": 1}
+for _i, _p in enumerate("kmgt", 1):
+    _UNITS |= {_p + "b": 1000**_i, _p + "ib": 1024**_i}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run obeys; changed between tokens by ``lab.update``.
+
+    Attributes
+    ----------
+    budget_bytes
+        Bytes that resident experts of all tiers may take, loads in flight included.
+    bits
+        Tier at which experts are asked for.
+    low_bits
+        Second tier for unimportant misses (HOBBIT's rule), None for one precision.
+    t1, t2
+        HOBBIT's thresholds: above ``t1`` low precision, above ``t2`` skip.
+    strategy
+        The five decisions.
+    device
+        ``"disk"`` (real) or an emulated device, see ``moelab.devices()``.
+    prefetch
+        Layers to look ahead, 0 to 3.
+    measure_kl
+        Compare each token with the full-precision model on the same context.
+    seed
+        Of sampling.
+    """
+
+    budget_bytes: int
+    bits: int
+    strategy: Strategy
+    low_bits: int | None = None
+    t1: float = 0.6
+    t2: float = 0.9
+    device: str = "disk"
+    prefetch: int = 0
+    measure_kl: bool = False
+    seed: int = 0
+
+    def knobs(self) -> Knobs:
+        """The part that decisions read."""
+        return Knobs(
+            self.budget_bytes, self.bits, self.low_bits, self.t1, self.t2, self.prefetch
+        )
+
+    def change(self, shape: Shape, **changes: Any) -> Settings:
+        """The settings after ``changes``; nothing changes where one of them is refused.
+
+        Raises
+        ------
+        ValueError
+            A value is out of range, unknown, or the budget is below one token's need.
+        """
+        if "budget" in changes:
+            changes["budget_bytes"] = parse_budget(changes.pop("budget"), shape)
+        known = {f.name for f in dataclasses.fields(self)}
+        if extra := changes.keys() - known:
+            names = ", ".join(["budget", *sorted(known - {"budget_bytes"})])
+            raise ValueError(f"unknown setting {sorted(extra)[0]!r}; there are {names}")
+        if "strategy" in changes:
+            changes["strategy"] = make(changes["strategy"])
+        if changes.get("low_bits") in (0, "off"):
+            changes["low_bits"] = None
+        new = dataclasses.replace(self, **changes)
+        new._check(shape)
+        return new
+
+    def _check(self, shape: Shape) -> None:
+        tiers = sorted(shape.nbytes, reverse=True)
+        for name in ("bits", "low_bits"):
+            value = getattr(self, name)
+            if value not in shape.nbytes and not (name == "low_bits" and value is None):
+                raise ValueError(
+                    f"{name}={value!r} is not in this store; choose one of {tiers}"
+                    + (" or None" if name == "low_bits" else "")
+                )
+        if not 0 <= self.t1 <= self.t2:
+            raise ValueError(f"t1={self.t1}, t2={self.t2}: need 0 <= t1 <= t2")
+        if type(self.prefetch) is not int or not 0 <= self.prefetch <= 3:
+            raise ValueError(f"prefetch={self.prefetch!r}: layers to look ahead, 0 to 3")
+        find_device(self.device)
+        check_budget(shape, self.strategy, self.knobs())
+
+    def shown(self) -> dict[str, str]:
+        """Every setting as a word for a table or a mark on the time axis."""
+        words = {f.name: str(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        words["strategy"] = self.strategy.name
+        words["budget"] = f"{self.budget_bytes / 1e6:.3g} MB"
+        words["low_bits"] = "off" if self.low_bits is None else str(self.low_bits)
+        words["prefetch"] = f"+{self.prefetch}" if self.prefetch else "off"
+        words["measure_kl"] = "on" if self.measure_kl else "off"
+        del words["budget_bytes"]
+        return words
+
+
+def parse_budget(value: int | float | str, shape: Shape) -> int:
+    """Bytes from ``8_000_000``, ``"8MB"``, ``"1.5GiB"`` or ``"25%"`` (of all experts at the top tier).
+
+    Raises
+    ------
+    ValueError
+        The text is not a size.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        number, unit = float(value), ""
+    else:
+        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*|%)\s*", str(value))
+        if not found or (found[2] != "%" and found[2].lower() not in _UNITS):
+            raise ValueError(f"budget {value!r} is not a size; write 8000000, '8MB', '1.5GiB' or '25%'")
+        number, unit = float(found[1]), found[2].lower()
+    if not math.isfinite(number) or number <= 0:
+        raise ValueError(f"budget {value!r} must be above 0")
+    if unit == "%":
+        return round(number / 100 * shape.all_bytes(max(shape.nbytes)))
+    return round(number * _UNITS[unit])

@@ -1,0 +1,377 @@
+"""An expert as bytes: one contiguous blob per tier, the same on disk, in memory and in the kernels.
+
+At 16 bit a blob is the checkpoint's own bfloat16 or float16 bytes. Below that every weight matrix
+becomes unsigned codes (signed at 8 bit) in groups of 64 along its last dimension, followed by one
+float16 (scale, offset) pair per group: ``weight = scale * code + offset``. At 4, 3 and 2 bits each
+group's range is searched, because rounding to the nearest of four levels between min and max
+wastes them on outliers. Biases and other 1-D tensors stay at 16 bit; a last dimension that 64 does
+not divide is padded, and the padding is dropped when decoding. What the codec does not know is
+activations: no calibration data is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numba import njit
+
+__all__ = [
+    "GROUP",
+    "PAGE",
+    "TIERS",
+    "Layout",
+    "decode",
+    "encode",
+    "nbytes",
+    "payload_bytes",
+]
+
+TIERS = (16, 8, 4, 3, 2)
+PAGE = 4096
+GROUP = 64
+FLOAT16_MAX = 65504.0
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`numba.njit`, GIL-free and cached on disk, or uncached where no folder can be written."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        settings = {"nogil": True, "error_model": "numpy", **options}
+        try:
+            return njit(cache=True, **settings)(function)
+        except RuntimeError:  # neither __pycache__ nor the user's cache folder is writable
+            return njit(**settings)(function)
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one expert looks like, in blob order.
+
+    Parameters
+    ----------
+    tensors : tuple of (name, shape)
+        For example ``(("gate_up_proj", (2048, 2048)), ("down_proj", (2048, 1024)))``.
+    dtype : {"bfloat16", "float16"}
+        The dtype of the 16-bit tier: the checkpoint's own.
+
+    Examples
+    --------
+    >>> layout = Layout((("gate_up_proj", (256, 192)), ("down_proj", (192, 128))), "bfloat16")
+    >>> payload_bytes(layout, 16), nbytes(layout, 4)
+    (147456, 45056)
+    """
+
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        tensors = tuple((str(name), tuple(int(n) for n in shape)) for name, shape in self.tensors)
+        object.__setattr__(self, "tensors", tensors)
+        names = [name for name, _ in tensors]
+        if self.dtype not in _DTYPES:
+            raise ValueError(
+                f"layout dtype {self.dtype!r} is not a 16-bit dtype; use one of {tuple(_DTYPES)}"
+            )
+        if not tensors or len(set(names)) != len(names):
+            raise ValueError(f"layout tensors {names} must be one or more different names")
+        for name, shape in tensors:
+            if not shape or min(shape) < 1:
+                raise ValueError(
+                    f"layout tensor {name!r} has shape {shape}; give one or more positive sizes"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dictionary that `json.dumps` takes and `from_json` reads back."""
+        return {"tensors": [[name, list(shape)] for name, shape in self.tensors],
+                "dtype": self.dtype}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Layout:
+        """Rebuild a layout from `to_json`'s dictionary.
+
+        Raises
+        ------
+        ValueError
+            If a field is missing or makes no sense.
+        """
+        try:
+            return cls(tuple((name, tuple(shape)) for name, shape in data["tensors"]),
+                       data["dtype"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a layout: {data!r}; expected 'tensors' and 'dtype'") from error
+
+
+def payload_bytes(layout: Layout, bits: int) -> int:
+    """Return the exact bytes of one expert at `bits`, without padding to a page."""
+    _check_bits(bits)
+    return sum(codes + pairs for codes, pairs in (_sizes(s, bits) for _, s in layout.tensors))
+
+
+def nbytes(layout: Layout, bits: int) -> int:
+    """Return the bytes one expert takes at `bits` on disk, in memory and in the budget.
+
+    This is `payload_bytes` rounded up to whole pages of 4096 bytes.
+    """
+    return -(-payload_bytes(layout, bits) // PAGE) * PAGE
+
+
+def encode(tensors: Mapping[str, torch.Tensor], layout: Layout, bits: int) -> np.ndarray:
+    """Turn one expert into a blob.
+
+    Parameters
+    ----------
+    tensors : mapping of str to torch.Tensor
+        The expert's tensors by name, with the layout's shapes; any floating dtype.
+    layout : Layout
+        The expected shapes, and the dtype of the 16-bit tier.
+    bits : {16, 8, 4, 3, 2}
+        The tier.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8, of shape ``[nbytes(layout, bits)]``, zero after the payload.
+
+    Raises
+    ------
+    ValueError
+        On an unknown tier, missing or misshapen tensors, NaN or infinite weights, and weights
+        that float16 scales cannot hold (beyond 65504).
+    """
+    blob = np.zeros(nbytes(layout, bits), np.uint8)
+    if set(tensors) != {name for name, _ in layout.tensors}:
+        raise ValueError(
+            f"got tensors {sorted(tensors)}, the layout has "
+            f"{[name for name, _ in layout.tensors]}; pass exactly those"
+        )
+    start = 0
+    for name, shape in layout.tensors:
+        tensor = tensors[name].detach()
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, the layout says {shape}; "
+                "pass the expert as its module holds it"
+            )
+        if _stays_half(shape, bits):
+            parts = [_to_half(name, tensor, _DTYPES[layout.dtype])]
+        else:
+            parts = _quantise(name, tensor, bits)
+        for part in parts:
+            raw = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+            blob[start : start + raw.size] = raw
+            start += raw.size
+    return blob
+
+
+def decode(
+    blob: np.ndarray, layout: Layout, bits: int, *, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """Turn a blob back into an expert's tensors.
+
+    Parameters
+    ----------
+    blob : numpy.ndarray
+        uint8, of shape ``[nbytes(layout, bits)]``.
+    layout, bits
+        As given to `encode`.
+    dtype : torch.dtype
+        The dtype of the result. At 16 bit the exact inverse of `encode`, whenever `dtype` can
+        hold the checkpoint's values.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        The tensors own their memory: they stay valid when the blob is overwritten.
+
+    Raises
+    ------
+    ValueError
+        On an unknown tier, or a blob of another size than ``nbytes(layout, bits)``.
+    """
+    expected = nbytes(layout, bits)
+    if blob.dtype != np.uint8 or blob.shape != (expected,):
+        raise ValueError(
+            f"blob is {blob.dtype} of shape {blob.shape}, {bits} bit needs uint8 of shape "
+            f"({expected},); read the whole expert, padding included"
+        )
+    blob = np.ascontiguousarray(blob)
+    result, start = {}, 0
+    for name, shape in layout.tensors:
+        codes, pairs = _sizes(shape, bits)
+        middle, end = start + codes, start + codes + pairs
+        if _stays_half(shape, bits):
+            half = torch.from_numpy(blob[start:middle].copy()).view(_DTYPES[layout.dtype])
+            result[name] = half.reshape(shape).to(dtype)
+        else:
+            result[name] = _dequantise(blob[start:middle], blob[middle:end], shape, bits).to(dtype)
+        start = end
+    return result
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in TIERS:
+        raise ValueError(f"bits={bits!r} is not a tier; use one of {TIERS}")
+
+
+def _stays_half(shape: tuple[int, ...], bits: int) -> bool:
+    return bits == 16 or len(shape) == 1
+
+
+def _sizes(shape: tuple[int, ...], bits: int) -> tuple[int, int]:
+    """Bytes of a tensor's codes, and of its (scale, offset) pairs."""
+    if _stays_half(shape, bits):
+        return 2 * math.prod(shape), 0
+    groups = math.prod(shape[:-1]) * -(-shape[-1] // GROUP)
+    return groups * GROUP * bits // 8, groups * 4
+
+
+def _to_half(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    """The tensor's 16-bit bytes as uint16; refuses what is not finite."""
+    half = tensor.to(device="cpu", dtype=dtype).contiguous()
+    if not math.isfinite(half.abs().max()):
+        _refuse(name, tensor, torch.finfo(dtype).max)
+    return half.view(torch.int16).numpy()
+
+
+def _refuse(name: str, tensor: torch.Tensor, limit: float) -> NoReturn:
+    largest = float(tensor.abs().max())
+    if math.isfinite(largest):
+        raise ValueError(
+            f"{name} has weights up to {largest:.3g}, this tier holds at most {limit:.3g}; "
+            "pack a bfloat16 checkpoint with tiers=(16,)"
+        )
+    raise ValueError(f"{name} has NaN or infinite weights; repair the checkpoint first")
+
+
+def _quantise(name: str, tensor: torch.Tensor, bits: int) -> list[np.ndarray]:
+    """Packed codes uint8 [groups, 8 * bits] and pairs float16 [groups, 2] of one matrix."""
+    w = tensor.to(device="cpu", dtype=torch.float32)
+    if not float(w.abs().max()) <= FLOAT16_MAX:  # NaN too
+        _refuse(name, tensor, FLOAT16_MAX)
+    rows = w.reshape(-1, w.shape[-1]).numpy()
+    padding = -rows.shape[1] % GROUP
+    if padding:  # repeat the row's last weight: it widens no range
+        rows = np.pad(rows, ((0, 0), (0, padding)), mode="edge")
+    groups = np.ascontiguousarray(rows).reshape(-1, GROUP)
+    pairs = np.empty((len(groups), 2), np.float32)
+    if bits == 8:
+        low, high = groups.min(1), groups.max(1)
+        pairs[:, 1] = ((low + high) / 2).astype(np.float16)
+        reach = np.maximum(high - pairs[:, 1], pairs[:, 1] - low) / 127
+        scale = reach.astype(np.float16)
+        scale = np.where(scale < reach, np.nextafter(scale, np.float16(np.inf)), scale)
+        pairs[:, 0] = scale  # rounded up, so that no weight is clipped
+    else:
+        _fit_ranges(groups, 2**bits - 1, pairs)
+    stored = np.clip(pairs, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
+    codes = np.empty((len(groups), 8 * bits), np.uint8)
+    _pack_codes(groups, stored.astype(np.float32), bits, codes)
+    return [codes, stored]
+
+
+def _dequantise(
+    codes: np.ndarray, pairs: np.ndarray, shape: tuple[int, ...], bits: int
+) -> torch.Tensor:
+    """The float32 tensor of one matrix's packed codes and pairs."""
+    scales = pairs.copy().view(np.float16).astype(np.float32).reshape(-1, 2)
+    groups = np.empty((len(scales), GROUP), np.float32)
+    _unpack_codes(codes.reshape(len(scales), -1), scales, bits, groups)
+    rows = torch.from_numpy(groups).reshape(math.prod(shape[:-1]), -1)
+    return rows[:, : shape[-1]].contiguous().reshape(shape)
+
+
+@compiled(fastmath=True)
+def _fit_ranges(groups, levels, pairs):  # type: ignore[no-untyped-def]
+    """Search each group's (scale, offset): shrink the range, refit by least squares, keep the best.
+
+    For given codes q the best scale is cov(q, w) / var(q), and it explains cov(q, w)^2 / var(q)
+    of the group's variance: the largest explained share is the smallest error.
+    """
+    zero, top = np.float32(0), np.float32(levels)
+    for g in range(groups.shape[0]):
+        w = groups[g]
+        low, high, total = w[0], w[0], zero
+        for j in range(GROUP):
+            low, high, total = min(low, w[j]), max(high, w[j]), total + w[j]
+        mean, best = total / np.float32(GROUP), np.float32(-1)
+        pairs[g, 0], pairs[g, 1] = zero, mean
+        if high - low < np.float32(1e-7):  # constant, or below what float16 resolves
+            continue
+        for step in range(13):
+            scale = (high - low) * np.float32(1 - 0.05 * step) / top
+            offset = (low + high - scale * top) / np.float32(2)
+            for _ in range(2):
+                inverse, sum_q, sum_qq, sum_qw = np.float32(1) / scale, zero, zero, zero
+                for j in range(GROUP):
+                    q = min(max(np.rint((w[j] - offset) * inverse), zero), top)
+                    sum_q += q
+                    sum_qq += q * q
+                    sum_qw += q * (w[j] - mean)
+                variance = sum_qq - sum_q * sum_q / np.float32(GROUP)
+                if variance <= zero or sum_qw <= zero:
+                    break
+                scale = sum_qw / variance
+                offset = mean - scale * sum_q / np.float32(GROUP)
+                if sum_qw * scale > best:
+                    best = sum_qw * scale
+                    pairs[g, 0], pairs[g, 1] = scale, offset
+
+
+@compiled()
+def _pack_codes(groups, pairs, bits, packed):  # type: ignore[no-untyped-def]
+    """Round each group to its levels and pack the codes.
+
+    8 bit: one signed byte each. 4 bit: code j low, code 32 + j high in byte j. 2 bit: codes j,
+    16 + j, 32 + j, 48 + j in byte j. 3 bit: the low two bits as at 2 bit, then 8 bytes, whose
+    byte j holds in bit t the high bit of code 8 t + j.
+    """
+    low, high = np.float32(0), np.float32(2**bits - 1)
+    if bits == 8:
+        low, high = np.float32(-127), np.float32(127)
+    q = np.empty(GROUP, np.int32)
+    for g in range(groups.shape[0]):
+        scale, offset = pairs[g, 0], pairs[g, 1]
+        inverse = np.float32(0) if scale == 0 else np.float32(1) / scale
+        for j in range(GROUP):
+            q[j] = np.int32(min(max(np.rint((groups[g, j] - offset) * inverse), low), high))
+        if bits == 8:
+            for j in range(GROUP):
+                packed[g, j] = q[j] & 255
+        elif bits == 4:
+            for j in range(32):
+                packed[g, j] = q[j] | q[32 + j] << 4
+        else:
+            for j in range(16):
+                a, b, c, d = q[j] & 3, q[16 + j] & 3, q[32 + j] & 3, q[48 + j] & 3
+                packed[g, j] = a | b << 2 | c << 4 | d << 6
+        if bits == 3:
+            for j in range(8):
+                plane = 0
+                for t in range(8):
+                    plane |= (q[8 * t + j] >> 2) << t
+                packed[g, 16 + j] = plane
+
+
+@compiled()
+def _unpack_codes(packed, pairs, bits, groups):  # type: ignore[no-untyped-def]
+    """The inverse of `_pack_codes`: float32 weights of each group."""
+    for g in range(groups.shape[0]):
+        scale, offset = pairs[g, 0], pairs[g, 1]
+        for j in range(GROUP):
+            if bits == 8:
+                q = np.int32(np.int8(packed[g, j]))
+            elif bits == 4:
+                q = np.int32(packed[g, j & 31] >> (4 * (j >> 5)) & 15)
+            else:
+                q = np.int32(packed[g, j & 15] >> (2 * (j >> 4)) & 3)
+                if bits == 3:
+                    q |= np.int32(packed[g, 16 + (j & 7)] >> (j >> 3) & 1) << 2
+            groups[g, j] = scale * np.float32(q) + offset

@@ -1,0 +1,396 @@
+"""Turn a checkpoint into a store, one expert at a time.
+
+Every expert is read from its shards, written at every tier, and forgotten, so memory holds about
+one expert in float32 however large the model is; the other weights are copied byte by byte. All of
+it goes into a folder beside the destination which takes the destination's name at the very end:
+what is killed, cancelled or runs out of disk leaves nothing there, and packing starts over.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from moelab.engine.families import MoELayer, find_moe
+from moelab.engine.model import blank_model
+from moelab.store.checkpoint import Checkpoint, ExpertReader, split
+from moelab.store.codecs import PAGE, TIERS, Layout, encode, nbytes
+from moelab.store.manifest import (
+    FORMAT,
+    MODEL,
+    NAME,
+    Manifest,
+    StoreError,
+    digest,
+    digest_file,
+    experts_file,
+)
+from moelab.store.store import Store
+
+_KEEP = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+    "*processor_config.json",
+    "*.tiktoken",
+    "*.model",
+    "LICENSE*",
+    "NOTICE*",
+)
+_PACKING = threading.Lock()  # two threads with one destination: the second finds it done
+
+
+def pack(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    tiers: Sequence[int] = TIERS,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Pack a Mixture-of-Experts checkpoint into a store.
+
+    Parameters
+    ----------
+    source
+        Folder of a transformers checkpoint in safetensors, or a Hugging Face hub id.
+    destination
+        Folder to make. If it is already the store of this source at these tiers, nothing is done.
+    tiers
+        Bits to store every expert at, from 16, 8, 4, 3, 2. 16 is the checkpoint's own bytes
+        (bfloat16 where the checkpoint is float32).
+    overwrite
+        Replace another store at the destination. Folders that are not stores are never replaced.
+    progress
+        Show a progress bar.
+
+    Returns
+    -------
+    Path
+        The destination.
+
+    Raises
+    ------
+    StoreError
+        The destination is taken, the disk is too small, or the experts differ in shape.
+    ValueError
+        The source is no usable checkpoint.
+
+    Examples
+    --------
+    >>> pack("path/to/checkpoint", "stores/mine", tiers=(16, 4))  # doctest: +SKIP
+    """
+    tiers = _check_tiers(tiers)
+    destination = Path(destination).absolute()
+    folder, name = _fetch(source)
+    with _PACKING:
+        work = _Work(folder, name, tiers, progress)
+        if _is_done(destination, work, overwrite=overwrite):
+            return destination
+        _check_room(destination, work)
+        _remove_stale(destination)
+        with _partial(destination) as partial:
+            work.write(partial)
+            _move(partial, destination, overwrite=overwrite)
+    return destination
+
+
+class _Work:
+    """One checkpoint on its way into a store."""
+
+    def __init__(self, folder: Path, name: str, tiers: tuple[int, ...], progress: bool) -> None:
+        self.folder, self.progress = folder, progress
+        model = blank_model(folder)
+        self.checkpoint = Checkpoint(folder)
+        self.layers = find_moe(model)
+        self.reader = ExpertReader(model, folder)
+        self.rest = split(model, self.checkpoint).rest
+        stored = self.reader.dtype(0)
+        half = stored if stored == torch.float16 else torch.bfloat16
+        layout = Layout(_same_tensors(self.layers), str(half).removeprefix("torch."))
+        self.half = half
+        self.kept = [f for f in sorted(folder.iterdir()) if f.is_file() and _is_kept(f.name)]
+        self._digest: str | None = None
+        self.manifest = _describe(model, name, self.checkpoint, tiers, layout, self.layers)
+        if stored in (torch.float32, torch.float64):
+            note = f"experts are {str(stored).removeprefix('torch.')} in the source, stored as"
+            self.manifest = replace(self.manifest, notes=(f"{note} bfloat16",))
+
+    @property
+    def experts(self) -> int:
+        return sum(self.manifest.experts_per_layer)
+
+    @property
+    def store_bytes(self) -> int:
+        """Size of the store, but for a page or two."""
+        sizes = sum(self.manifest.slot_bytes.values()) * self.experts
+        info = self.checkpoint.info
+        return sizes + sum(info[key].stop - info[key].start for key in self.rest)
+
+    def identity(self) -> tuple[str, str]:
+        """(id of the store, digest of the source): reads every byte of the source once."""
+        if self._digest is None:
+            files = [*self.checkpoint.files, *self.kept]
+            bar = tqdm(files, desc="reading the source", unit="file", disable=not self.progress)
+            sums = [f"{file.name} {digest_file(file)}" for file in bar]
+            self._digest = digest("\n".join(sums).encode())
+        text = f"{FORMAT} {self.manifest.tiers} {self._digest}"
+        return digest(text.encode()), self._digest
+
+    def write(self, partial: Path) -> None:
+        """Write the whole store into an empty folder."""
+        store_id, source_digest = self.identity()
+        self.manifest = replace(self.manifest, id=store_id, source_digest=source_digest)
+        if self.progress:
+            for note in self.manifest.notes:
+                tqdm.write(f"{self.manifest.source}: {note}")
+        checksums = self._write_experts(partial)
+        (partial / MODEL).mkdir()
+        write_safetensors(partial / MODEL / "model.safetensors", self.checkpoint, self.rest)
+        for file in self.kept:
+            shutil.copyfile(file, partial / MODEL / file.name)
+        files = {}
+        for file in sorted((partial / MODEL).iterdir()):
+            files[f"{MODEL}/{file.name}"] = (file.stat().st_size, digest_file(file))
+        for bits in self.manifest.tiers:
+            files[experts_file(bits)] = ((partial / experts_file(bits)).stat().st_size, "")
+        manifest = self.manifest.with_files(files, checksums)
+        (partial / NAME).write_text(manifest.to_json(), encoding="utf-8")
+        for name in (*files, NAME):
+            _sync(partial / name)
+
+    def _write_experts(self, partial: Path) -> dict[int, tuple[str, ...]]:
+        tiers, layout = self.manifest.tiers, self.manifest.layout
+        checksums: dict[int, list[str]] = {bits: [] for bits in tiers}
+        with ExitStack() as stack:
+            out = {b: stack.enter_context((partial / experts_file(b)).open("wb")) for b in tiers}
+            for bits, stream in out.items():
+                stream.write(self.manifest.header(bits))
+            for layer, expert in self._all_experts():
+                tensors = {k: t.to(self.half) for k, t in self.reader(layer, expert).items()}
+                for bits, stream in out.items():
+                    try:
+                        blob = memoryview(encode(tensors, layout, bits))
+                    except ValueError as error:
+                        raise StoreError(f"layer {layer} expert {expert}: {error}") from error
+                    stream.write(blob)
+                    checksums[bits].append(digest(blob))
+        return {bits: tuple(sums) for bits, sums in checksums.items()}
+
+    def _all_experts(self) -> Iterator[tuple[int, int]]:
+        counts = self.manifest.experts_per_layer
+        every = ((layer, e) for layer, count in enumerate(counts) for e in range(count))
+        size = self.experts
+        yield from tqdm(
+            every, total=size, desc="packing", unit="expert", disable=not self.progress
+        )
+
+
+def write_safetensors(path: Path, checkpoint: Checkpoint, keys: Iterable[str]) -> None:
+    """Copy some tensors of a checkpoint into one safetensors file, byte by byte."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    keys, end = list(keys), 0
+    for key in keys:
+        info = checkpoint.info[key]
+        start, end = end, end + info.stop - info.start
+        header[key] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for key in keys:
+            for piece in checkpoint.chunks(key):
+                stream.write(piece)
+
+
+def _describe(
+    model: torch.nn.Module,
+    name: str,
+    checkpoint: Checkpoint,
+    tiers: tuple[int, ...],
+    layout: Layout,
+    layers: list[MoELayer],
+) -> Manifest:
+    """The manifest as far as it is known before anything is read."""
+    first = layers[0]
+    return Manifest(
+        id="",
+        architecture=type(model).__name__,
+        model_type=model.config.model_type,
+        source=name,
+        source_digest="",
+        source_bytes=sum(file.stat().st_size for file in checkpoint.files),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        transformers_version=transformers.__version__,
+        notes=(),
+        tiers=tiers,
+        layout=layout,
+        layer_names=tuple(layer.name for layer in layers),
+        experts_per_layer=tuple(layer.num_experts for layer in layers),
+        top_k=first.top_k,
+        hidden=first.hidden,
+        inner=first.inner,
+        activation=first.activation,
+        gating=first.gating,
+        transposed=first.transposed,
+        has_bias=first.has_bias,
+        has_post_norm=first.has_post_norm,
+        files={},
+        checksums={},
+    )
+
+
+def _same_tensors(layers: list[MoELayer]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The tensors of one expert, which must be the same in every layer."""
+
+    def kind(layer: MoELayer) -> tuple:
+        return (layer.tensors, layer.top_k, layer.activation, layer.gating, layer.transposed)
+
+    for layer in layers:
+        if kind(layer) != kind(layers[0]):
+            raise StoreError(
+                f"experts of layer {layer.index} ({layer.name}) are {kind(layer)}, those of layer "
+                f"0 are {kind(layers[0])}; a store holds experts of one shape only"
+            )
+    return layers[0].tensors
+
+
+def _check_tiers(tiers: Sequence[int]) -> tuple[int, ...]:
+    wrong = [bits for bits in tiers if bits not in TIERS]
+    if wrong or not tiers:
+        raise StoreError(f"tiers={tuple(tiers)} must be one or more of {TIERS}")
+    return tuple(sorted(set(tiers), reverse=True))
+
+
+def _is_kept(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _KEEP)
+
+
+def _fetch(source: str | os.PathLike[str]) -> tuple[Path, str]:
+    """The checkpoint's folder, downloaded if need be, and the name to remember it by."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder.resolve(), folder.resolve().name
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or folder.exists():
+        raise StoreError(
+            f"{source} is neither a folder nor a hub id such as 'allenai/OLMoE-1B-7B-0924'"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json", *_KEEP])
+    except Exception as error:
+        raise StoreError(
+            f"{source} is no folder here and could not be downloaded ({error}); "
+            "check the name and the network, or give the folder of a checkpoint"
+        ) from error
+    return Path(path), str(source)
+
+
+def _is_done(destination: Path, work: _Work, *, overwrite: bool) -> bool:
+    """Whether the destination is this very store; refuse whatever else is in the way."""
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return False
+    if not (destination / NAME).is_file():
+        raise StoreError(f"{destination} exists and is not a store; choose another destination")
+    try:
+        old = Store.open(destination).manifest
+        same = (old.tiers, old.source_bytes) == (work.manifest.tiers, work.manifest.source_bytes)
+        if same and old.id == work.identity()[0]:
+            return True
+        what = f"the store of {old.source!r} at {old.tiers} bit"
+    except StoreError as error:
+        what = f"a damaged store ({error})"
+    if not overwrite:
+        raise StoreError(
+            f"{destination} holds {what}; pass overwrite=True to replace it, or choose another"
+        )
+    return False
+
+
+def _check_room(destination: Path, work: _Work) -> None:
+    parent = destination.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < work.store_bytes:
+        sizes = {b: nbytes(work.manifest.layout, b) for b in work.manifest.tiers}
+        raise StoreError(
+            f"the store needs {work.store_bytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB "
+            f"free; make room or store fewer tiers (bytes per expert: {sizes})"
+        )
+
+
+def _remove_stale(destination: Path) -> None:
+    """Remove what a killed process left beside the destination."""
+    for folder in destination.parent.glob(f"{destination.name}.partial-*"):
+        pid = folder.name.rpartition("-")[2]
+        if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _partial(destination: Path) -> Iterator[Path]:
+    """A folder to write into, gone at the end whatever happens."""
+    partial = destination.with_name(f"{destination.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreError(
+            f"the disk of {destination.parent} is full; make room or store fewer tiers. "
+            "Nothing is left behind, pack again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move(partial: Path, destination: Path, *, overwrite: bool) -> None:
+    """Give the finished store its name; an old store steps aside and comes back on failure."""
+    old = None
+    if destination.exists() and any(destination.iterdir()):
+        if not overwrite:
+            raise StoreError(f"{destination} appeared while packing; choose another destination")
+        old = destination.with_name(f"{destination.name}.partial-old-{os.getpid()}")
+        destination.rename(old)
+    try:
+        partial.rename(destination)
+    except BaseException:
+        if old is not None:
+            old.rename(destination)
+        raise
+    _sync(destination.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder on the disk before the store gets its name."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

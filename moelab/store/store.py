@@ -1,0 +1,233 @@
+"""A packed model on disk: where every expert of every tier lies, and whether it is still intact.
+
+    DEST/manifest.json       what is in the store, with checksums
+    DEST/experts-{bits}.bin  one page that names store and tier, then every expert, layer by layer
+    DEST/model/              configuration, tokenizer and the weights that are not experts'
+
+All experts of a tier have one size, a multiple of 4096 bytes, so an expert's place is arithmetic
+and every read is aligned for O_DIRECT. Opening checks the manifest, every file's size and first
+page, and the small files' checksums; `verify` reads everything.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from moelab.store.codecs import PAGE, Layout
+from moelab.store.manifest import (
+    MODEL,
+    NAME,
+    Manifest,
+    StoreError,
+    digest,
+    digest_file,
+    experts_file,
+)
+
+__all__ = ["Store", "StoreError"]
+
+_SMALL = 1 << 20  # files up to this size are checked against their checksum when opening
+
+
+class Store:
+    """An opened store; make one with `moelab.pack`, open it with `Store.open`.
+
+    Reading is safe from any number of threads.
+
+    Attributes
+    ----------
+    path
+        The store's folder.
+    manifest
+        What it holds.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._first = (0, *accumulate(manifest.experts_per_layer))
+        self._slots = manifest.slot_bytes
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = False) -> Store:
+        """Open a store and check what can be checked at once.
+
+        Parameters
+        ----------
+        path
+            The store's folder.
+        verify
+            Also read every byte and hold it against the checksums.
+
+        Raises
+        ------
+        StoreError
+            Not a store, or one with a truncated, edited, missing or foreign file; names the file
+            and, where `verify` finds it, layer and expert.
+
+        Examples
+        --------
+        >>> store = Store.open("stores/demo")  # doctest: +SKIP
+        >>> store.read(layer=0, expert=3, bits=4).nbytes == store.slot_bytes[4]  # doctest: +SKIP
+        True
+        """
+        path = Path(path)
+        if not (path / NAME).is_file():
+            raise StoreError(
+                f"{path} has no {NAME}, so it is not a store; make one with "
+                f"moelab.pack(checkpoint, {str(path)!r})"
+            )
+        try:
+            manifest = Manifest.from_json((path / NAME).read_text(encoding="utf-8"))
+        except (StoreError, UnicodeDecodeError) as error:
+            raise StoreError(f"{path}: {error}") from error
+        store = cls(path, manifest)
+        store._check_files()
+        if verify:
+            store.verify()
+        return store
+
+    @property
+    def tiers(self) -> tuple[int, ...]:
+        """Bits of the stored tiers, highest first."""
+        return self.manifest.tiers
+
+    @property
+    def layout(self) -> Layout:
+        """The tensors of one expert."""
+        return self.manifest.layout
+
+    @property
+    def slot_bytes(self) -> dict[int, int]:
+        """Bytes of one expert at each tier: on disk, in memory and in the budget."""
+        return dict(self._slots)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of MoE layers."""
+        return len(self.manifest.layer_names)
+
+    @property
+    def experts_per_layer(self) -> tuple[int, ...]:
+        """Number of experts of each MoE layer."""
+        return self.manifest.experts_per_layer
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a router activates per token."""
+        return self.manifest.top_k
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Folder with configuration, tokenizer and non-expert weights, for `load_skeleton`."""
+        return self.path / MODEL
+
+    def location(self, layer: int, expert: int, bits: int) -> tuple[Path, int, int]:
+        """Where one expert lies: file, offset and length, both multiples of 4096.
+
+        Raises
+        ------
+        StoreError
+            There is no such layer, expert or tier.
+        """
+        if bits not in self._slots:
+            raise StoreError(f"{self.path} has no {bits}-bit tier; it has {self.tiers}")
+        if not 0 <= layer < self.num_layers:
+            raise StoreError(f"{self.path} has no layer {layer}; it has 0 to {self.num_layers - 1}")
+        if not 0 <= expert < self.experts_per_layer[layer]:
+            raise StoreError(
+                f"layer {layer} of {self.path} has no expert {expert}; "
+                f"it has 0 to {self.experts_per_layer[layer] - 1}"
+            )
+        size = self._slots[bits]
+        offset = PAGE + (self._first[layer] + expert) * size
+        return self.path / experts_file(bits), offset, size
+
+    def read(self, layer: int, expert: int, bits: int) -> np.ndarray:
+        """Read one expert as uint8, the plain way: for tests and reference models."""
+        file, offset, size = self.location(layer, expert, bits)
+        blob = np.fromfile(file, dtype=np.uint8, count=size, offset=offset)
+        if blob.size != size:
+            raise StoreError(
+                f"{file} is truncated: layer {layer} expert {expert} has {blob.size} of "
+                f"{size} bytes; pack the model again"
+            )
+        return blob
+
+    def verify(self, *, progress: bool = False) -> None:
+        """Read every byte and hold it against the manifest.
+
+        Raises
+        ------
+        StoreError
+            Names the first file that differs, with layer and expert where it holds experts.
+        """
+        total = len(self.tiers) * self._first[-1]
+        with tqdm(total=total, desc="verifying", unit="expert", disable=not progress) as bar:
+            for bits in self.tiers:
+                self._verify_tier(bits, bar)
+        for name, (_, checksum) in self.manifest.files.items():
+            if checksum:
+                self._check_sum(name, checksum)
+
+    def _verify_tier(self, bits: int, bar: tqdm) -> None:
+        sums = self.manifest.checksums[bits]
+        for layer, count in enumerate(self.experts_per_layer):
+            for expert in range(count):
+                found = digest(memoryview(self.read(layer, expert, bits)))
+                if found != sums[self._first[layer] + expert]:
+                    raise StoreError(
+                        f"{self.path / experts_file(bits)} is damaged or edited: layer {layer} "
+                        f"expert {expert} at {bits} bit differs from its checksum; "
+                        "pack the model again"
+                    )
+                bar.update()
+
+    def _check_files(self) -> None:
+        root = self.path.resolve()
+        for name, (size, checksum) in self.manifest.files.items():
+            file = self.path / name
+            if not file.resolve().is_relative_to(root):
+                raise StoreError(f"{file} is a link that leads out of the store; pack again")
+            if not file.is_file():
+                raise StoreError(f"{file} is missing; pack the model again")
+            found = file.stat().st_size
+            if found != size:
+                word = "truncated" if found < size else "longer than it was"
+                raise StoreError(
+                    f"{file} is {word}: {found} bytes, the manifest says {size}; "
+                    "pack the model again"
+                )
+            if checksum and size <= _SMALL:
+                self._check_sum(name, checksum)
+        for bits in self.tiers:
+            self._check_header(bits)
+        self._refuse_strangers()
+
+    def _check_header(self, bits: int) -> None:
+        file = self.path / experts_file(bits)
+        with file.open("rb") as stream:
+            if stream.read(PAGE) != self.manifest.header(bits):
+                raise StoreError(
+                    f"{file} is not this store's {bits}-bit file: its first page names another "
+                    "store or tier; put the right file back or pack again"
+                )
+
+    def _check_sum(self, name: str, checksum: str) -> None:
+        if digest_file(self.path / name) != checksum:
+            raise StoreError(
+                f"{self.path / name} is damaged or edited: it differs from its checksum; "
+                "pack the model again"
+            )
+
+    def _refuse_strangers(self) -> None:
+        """A file that packing did not write could change what is loaded."""
+        known = set(self.manifest.files)
+        for file in sorted(self.checkpoint_dir.iterdir()):
+            if f"{MODEL}/{file.name}" not in known:
+                raise StoreError(f"{file} does not belong to the store; remove it or pack again")

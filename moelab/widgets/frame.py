@@ -1,0 +1,221 @@
+"""What the dashboard shows, as one dict: a frame is a whole picture, never a difference.
+
+A late view, a reloaded page and the static report all draw the same frame. Arrays travel as raw
+little-endian bytes: the cache map as five [L, E] arrays, the tokens as one [C, T] float32 array
+whose rows are `COLUMNS`. Nothing here knows widgets, threads or clocks.
+
+Figures measured on this machine's disk and figures of an emulated device are never averaged
+together: every figure covers the tokens since the device last changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+CAUSES = ("on demand", "prefetch late", "evict")
+COUNTS = ("bytes", "hits", "loads", "prefetches", "downgrades", "skips", "substitutes")
+COLUMNS = ("total_ms", "compute_ms", *CAUSES, "kl", *COUNTS, "resident_bytes", "budget_bytes")
+RECENT_TOKENS = 16
+"""The large figures cover this many tokens, so that they follow a slider."""
+
+LONGEST = 2000
+"""Tokens a frame carries at most; older ones leave the picture."""
+
+MAP_TYPES = {"bits": "<u1", "in_flight": "<u1", "loaded": "<i4", "used": "<i4", "uses": "<i4"}
+
+
+def options(lab: Any, devices: Mapping[str, Any], strategies: Sequence[str]) -> dict[str, Any]:
+    """What the controls offer and what never changes for this model."""
+    info = lab.info()
+    return {
+        "name": info["name"],
+        "architecture": info["architecture"],
+        "layers": info["layers"],
+        "experts": info["experts_per_layer"],
+        "top_k": info["top_k"],
+        "tiers": list(info["tiers"]),
+        "expert_bytes": {str(bits): int(n) for bits, n in info["expert_bytes"].items()},
+        "all_experts_bytes": int(info["all_experts_bytes"]),
+        "strategies": list(strategies),
+        "devices": [
+            {"name": name, "title": device.title, "emulated": bool(device.emulated)}
+            for name, device in devices.items()
+        ],
+        "prompts": lab.prompts(),
+        "causes": list(CAUSES),
+        "columns": list(COLUMNS),
+    }
+
+
+def controls(lab: Any) -> dict[str, Any]:
+    """What is set now, and what that means in experts and bytes."""
+    settings, info = lab.settings, lab.info()
+    return {
+        "budget_bytes": int(settings.budget_bytes),
+        "bits": settings.bits,
+        "low_bits": settings.low_bits,
+        "strategy": settings.strategy.name,
+        "device": settings.device,
+        "prefetch": int(settings.prefetch),
+        "budget_experts": int(info["budget_experts"]),
+        "minimum_budget_bytes": int(info["minimum_budget_bytes"]),
+        "token_cycle_bytes": int(info["token_cycle_bytes"]),
+    }
+
+
+class Framer:
+    """Builds frames of the lab's newest run, reading each token report once.
+
+    Parameters
+    ----------
+    lab
+        Read through `settings`, `info`, `cache_map` and `run` only.
+    devices
+        By name: a title, and whether it is emulated.
+    """
+
+    def __init__(self, lab: Any, devices: Mapping[str, Any]) -> None:
+        self._lab, self._devices = lab, devices
+        self._run: Any = None
+        self._first_device = lab.settings.device
+        self._texts: list[str] = []
+        self._rows: list[tuple[float, ...]] = []
+
+    def build(self) -> dict[str, Any]:
+        """One frame of what is true now; JSON but for the arrays, which are bytes."""
+        run = self._lab.run
+        if run is not self._run:
+            self._begin(run)
+        running = run is not None and bool(run.running)  # asked first: then no token is missed
+        reports = run.token_reports if run is not None else []
+        for report in reports[len(self._rows) :]:
+            self._texts.append(report.text)
+            self._rows.append(_row(report))
+        origins = self._origins()
+        first = max(0, len(self._rows) - LONGEST)
+        values = np.asarray(self._rows[first:], np.float32).reshape(-1, len(COLUMNS))
+        since = max(0, origins[-1]["token"] - first)
+        cells = self._lab.cache_map()
+        return {
+            "run": id(run) if run is not None else 0,
+            "running": running,
+            "error": "" if run is None or run.error is None else in_words(run.error),
+            "prompt": run.prompt if run is not None else "",
+            "first": first,
+            "count": len(values),
+            "texts": self._texts[first:],
+            "values": np.ascontiguousarray(values.T, "<f4").tobytes(),  # [C, T]
+            "changes": merge_changes(run.changes if run is not None else []),
+            "origins": origins,
+            "map": {k: np.ascontiguousarray(cells[k], t).tobytes() for k, t in MAP_TYPES.items()},
+            "resident": self._resident(cells["bits"]),
+            "recent": figures(values[since:][-RECENT_TOKENS:]),
+            "whole": figures(values[since:]),
+        }
+
+    def _begin(self, run: Any) -> None:
+        self._run, self._texts, self._rows = run, [], []
+        self._first_device = self._lab.settings.device
+
+    def _resident(self, bits: np.ndarray) -> dict[str, int]:
+        info = self._lab.info()
+        tiers, counts = np.unique(bits[bits > 0], return_counts=True)
+        each = info["expert_bytes"]
+        total = sum(each[int(b)] * int(n) for b, n in zip(tiers, counts, strict=True))
+        budget = int(info["budget_bytes"])
+        return {"experts": int(counts.sum()), "bytes": total, "budget_bytes": budget}
+
+    def _origins(self) -> list[dict[str, Any]]:
+        """From which token on the times come from which device."""
+        named = {device.title: name for name, device in self._devices.items()}
+        found = [(0, self._first_device)]
+        for token, changed in list(self._run.changes if self._run is not None else []):
+            if "device" in changed:
+                shown = changed["device"]
+                found.append((max(0, token), named.get(shown, shown)))
+        kept = [f for f, after in zip(found, [*found[1:], None], strict=True)
+                if after is None or after[0] > f[0]]  # fmt: skip
+        return [{"token": token, **self._origin(name)} for token, name in kept]
+
+    def _origin(self, name: str) -> dict[str, Any]:
+        device = self._devices[name]
+        return {"device": name, "title": device.title, "emulated": bool(device.emulated)}
+
+
+def _row(report: Any) -> tuple[float, ...]:
+    stalls = [float(report.stall_ms.get(cause, 0.0)) for cause in CAUSES]
+    counts = [float(getattr(report, name)) for name in COUNTS]
+    kl = math.nan if report.kl is None else float(report.kl)
+    memory = float(report.resident_bytes), float(report.budget_bytes)
+    return (float(report.total_ms), float(report.compute_ms), *stalls, kl, *counts, *memory)
+
+
+def figures(values: np.ndarray) -> dict[str, float | int | None]:
+    """Running figures of some tokens.
+
+    Parameters
+    ----------
+    values
+        [T, C], columns as in `COLUMNS`.
+
+    Returns
+    -------
+    dict
+        ``tokens``, ``tokens_per_s``, ``hit_ratio`` (hits over hits and loads on demand),
+        ``bytes_per_token``, ``stall_share``, ``kl_mean``; None where there is nothing to divide.
+    """
+    sums = dict(zip(COLUMNS, np.nansum(values, axis=0, dtype=np.float64).tolist(), strict=True))
+    tokens = len(values)
+    measured = int(np.isfinite(values[:, COLUMNS.index("kl")]).sum())
+
+    def ratio(over: float, under: float) -> float | None:
+        return over / under if under else None
+
+    return {
+        "tokens": tokens,
+        "tokens_per_s": ratio(1e3 * tokens, sums["total_ms"]),
+        "hit_ratio": ratio(sums["hits"], sums["hits"] + sums["loads"]),
+        "bytes_per_token": ratio(sums["bytes"], tokens),
+        "stall_share": ratio(sum(sums[cause] for cause in CAUSES), sums["total_ms"]),
+        "kl_mean": ratio(sums["kl"], measured),
+    }
+
+
+def merge_changes(
+    changes: Sequence[tuple[int, Mapping[str, Any]]], *, gap: int = 8
+) -> list[dict[str, Any]]:
+    """Marks of the time axis: a slider drag is one mark with the value it ended on.
+
+    Changes of the same settings at most ``gap`` tokens apart are one mark.
+
+    Examples
+    --------
+    >>> merge_changes([(3, {"bits": "8"}), (5, {"bits": "4"})])
+    [{'first': 3, 'last': 5, 'keys': ['bits'], 'label': 'bits 4'}]
+    """
+    marks: list[dict[str, Any]] = []
+    for token, changed in list(changes):
+        keys = sorted(changed)
+        before = marks[-1] if marks else None
+        if before and before["keys"] == keys and token - before["last"] <= gap:
+            before |= {"last": token, "label": _label(changed)}
+        else:
+            marks.append({"first": token, "last": token, "keys": keys, "label": _label(changed)})
+    return marks
+
+
+def _label(changed: Mapping[str, Any]) -> str:
+    words = (f"{k.removesuffix('_bytes').replace('_', ' ')} {v}" for k, v in changed.items())
+    return ", ".join(words)
+
+
+def in_words(error: BaseException) -> str:
+    """Say an exception as a sentence: moelab's own errors are, others get their type's name."""
+    text = str(error).strip()
+    if isinstance(error, (ValueError, RuntimeError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
