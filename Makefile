@@ -8,7 +8,6 @@
 #
 # PYTHON=python3.12 chooses the Python of .venv; TORCH_INDEX=none leaves the build of torch to pip.
 
-NOTEBOOK  ?= notebooks/01_live_lab.ipynb
 LAB_ARGS  ?=
 TEST_ARGS ?=
 BIN       := .venv/bin
@@ -22,11 +21,8 @@ help:
 environment:
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" .ci/environment
 
-# Jupyter refuses to run as root unless told to: tell it then, and only then.
 lab: environment
-	@echo "moelab: opening $(NOTEBOOK) in JupyterLab (Ctrl-C twice ends it)"
-	@root=$$([ "$$(id -u)" -eq 0 ] && echo --allow-root || true); \
-	 exec $(BIN)/python -m jupyterlab --ServerApp.ip=127.0.0.1 $$root $(LAB_ARGS) $(NOTEBOOK)
+	@exec $(BIN)/moelab lab $(LAB_ARGS)
 
 test: environment
 	@echo "moelab: running the tests"

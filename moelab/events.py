@@ -126,7 +126,11 @@ class EventLog:
             lane = {"load": 1, "prefetch": 2, "stall": 0}.get(kind)
             if lane is None:
                 continue
-            span = {"ph": "X", "ts": float(row["start_ms"]) * 1e3, "dur": float(row["dur_ms"]) * 1e3}
+            span = {
+                "ph": "X",
+                "ts": float(row["start_ms"]) * 1e3,
+                "dur": float(row["dur_ms"]) * 1e3,
+            }
             out.append(
                 {"name": kind if lane == 0 else name, "cat": kind, "pid": 0, "tid": lane}
                 | span

@@ -147,7 +147,8 @@ class Run:
         stall = sum(sum(r.stall_ms.values()) for r in decoded)
         times = [r.total_ms for r in decoded] or [0.0]
         hits, loads, read, kept = (
-            sum(getattr(r, name) for r in decoded) for name in ("hits", "loads", "bytes", "hit_bytes")
+            sum(getattr(r, name) for r in decoded)
+            for name in ("hits", "loads", "bytes", "hit_bytes")
         )
         skips, substitutes = sum(r.skips for r in decoded), sum(r.substitutes for r in decoded)
         asked = hits + loads + skips + substitutes

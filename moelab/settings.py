@@ -61,9 +61,7 @@ class Settings:
 
     def knobs(self) -> Knobs:
         """The part that decisions read."""
-        return Knobs(
-            self.budget_bytes, self.bits, self.low_bits, self.t1, self.t2, self.prefetch
-        )
+        return Knobs(self.budget_bytes, self.bits, self.low_bits, self.t1, self.t2, self.prefetch)
 
     def change(self, shape: Shape, **changes: Any) -> Settings:
         """The settings after ``changes``; nothing changes where one of them is refused.
@@ -79,6 +77,8 @@ class Settings:
         if extra := changes.keys() - known:
             names = ", ".join(["budget", *sorted(known - {"budget_bytes"})])
             raise ValueError(f"unknown setting {sorted(extra)[0]!r}; there are {names}")
+        if changes.get("strategy") == self.strategy.name:
+            del changes["strategy"]  # it goes on with what it has learnt
         if "strategy" in changes:
             changes["strategy"] = make(changes["strategy"])
         if changes.get("low_bits") in (0, "off"):
@@ -128,7 +128,9 @@ def parse_budget(value: int | float | str, shape: Shape) -> int:
     else:
         found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*|%)\s*", str(value))
         if not found or (found[2] != "%" and found[2].lower() not in _UNITS):
-            raise ValueError(f"budget {value!r} is not a size; write 8000000, '8MB', '1.5GiB' or '25%'")
+            raise ValueError(
+                f"budget {value!r} is not a size; write 8000000, '8MB', '1.5GiB' or '25%'"
+            )
         number, unit = float(found[1]), found[2].lower()
     if not math.isfinite(number) or number <= 0:
         raise ValueError(f"budget {value!r} must be above 0")

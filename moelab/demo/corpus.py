@@ -75,7 +75,9 @@ SOURCES: dict[str, Source] = {
 
 
 def _run(command: list[str], cwd: Path) -> None:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(  # noqa: S603, our own words
+        command, cwd=cwd, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         tail = (done.stderr or done.stdout).strip()[-800:]
         raise RuntimeError(f"`{' '.join(command)}` failed ({done.returncode}):\n{tail}")
@@ -85,9 +87,10 @@ def _fetch_debian(packages: list[str], folder: Path) -> None:
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise RuntimeError(
-                f"{tool} is not here: the corpus comes from Debian packages ({', '.join(packages)})."
-                " Run this in a Debian 12 system or container (`docker run -it python:3.11-bookworm`);"
-                " moelab itself needs none of this, the trained model is bundled."
+                f"{tool} is not here: the corpus comes from Debian packages "
+                f"({', '.join(packages)}). Run this in a Debian 12 system or container "
+                "(`docker run -it python:3.11-bookworm`); moelab itself needs none of this, the "
+                "trained model is bundled"
             )
     try:
         _run(["apt-get", "download", *packages], folder)

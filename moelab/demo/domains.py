@@ -16,7 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PLAIN = str.maketrans(
-    {"‘": "'", "’": "'", "“": '"', "”": '"', "—": "--", "–": "-", "…": "...", "\u00a0": " ", "\t": "    "}
+    {
+        "‘": "'",
+        "’": "'",
+        "“": '"',
+        "”": '"',
+        "—": "--",
+        "–": "-",
+        "…": "...",
+        "\u00a0": " ",
+        "\t": "    ",
+    }
 )
 
 
@@ -107,7 +117,7 @@ def _sword_verses(book: Path) -> Iterator[str]:
 
 def _strip_osis(verse: str) -> str:
     verse = re.sub(r"<note.*?</note>|<title.*?</title>", "", verse, flags=re.DOTALL)
-    verse = re.sub(r"<(lb|milestone|p|l|lg)\b[^>]*>", " ", verse)
+    verse = re.sub(r"<(lb|milestone|p|l|lg|div|chapter)\b[^>]*>", " ", verse)
     verse = html.unescape(re.sub(r"<[^>]+>", "", verse))
     verse = clean(re.sub(r"\s+", " ", verse))
     return re.sub(r" ([.,;:?!])", r"\1", verse)
@@ -120,11 +130,10 @@ def bible(root: Path) -> list[str]:
     chapter: list[str] = []
     for testament in ("ot", "nt"):
         for verse in [*_sword_verses(folder / testament), ""]:
-            starts = "<chapter" in verse or ("<div" in verse and "book" in verse)
-            if not verse or starts:
-                if len(chapter) > 3:
-                    chapters.append("\n".join(chapter))
-                    chapter = []
+            starts = not verse or re.search("<chapter[^>]*sID=", verse)
+            if starts and len(chapter) > 3:
+                chapters.append("\n".join(chapter))
+                chapter = []
             if text := _strip_osis(verse):
                 chapter.append(text)
     return chapters
@@ -181,7 +190,7 @@ def dictionary(root: Path) -> list[str]:
 def code(root: Path) -> list[str]:
     """Python's standard library, a module a document, without tables and generated files."""
     library = root / "usr/lib/python3.11"
-    skip = re.compile(r"/(test|idlelib|encodings|pydoc_data|lib2to3/pgen2?|unicodedata)/")
+    skip = re.compile(r"/(test|idlelib|encodings|pydoc_data|lib2to3/pgen2?)/|/_sysconfigdata")
     modules: list[str] = []
     for path in sorted(library.rglob("*.py")):
         if skip.search(f"/{path.relative_to(library).as_posix()}"):
@@ -199,10 +208,10 @@ DIRECTIVE = (
     "index|_|module|versionadded|audit|highlight|testsetup|rst-class|only|sectionauthor"
     "|moduleauthor|versionchanged|include"
 )
-SQLITE_LISTS = (
-    "requirements crossref /syntax/ chronology changes releaselog keyword_index c3ref toc_db "
-    "hlr oldnews /session/"
-).split()
+SQLITE_LISTS = re.compile(
+    "requirements|crossref|/syntax/|chronology|changes|releaselog|keyword_index|c3ref|toc_db"
+    "|hlr|oldnews|/session/"
+)
 
 
 def _python_docs(root: Path) -> Iterator[str]:
@@ -218,11 +227,12 @@ def _python_docs(root: Path) -> Iterator[str]:
 
 def _sqlite_docs(root: Path) -> Iterator[str]:
     for path in sorted(root.glob("usr/share/doc/sqlite3/**/*.html")):
-        if any(name in str(path) for name in SQLITE_LISTS):
+        if SQLITE_LISTS.search(path.relative_to(root).as_posix()):
             continue
         text = path.read_text("utf-8", errors="replace")
         if body := re.search(r"<div class=.?fancy", text):
             text = text[body.start() :]
+        text = text.split("Search Changelog")[-1]  # the menu, where no title block was found
         text = re.sub(r"(?s)<(script|style|svg).*?</\1>", "", text)
         text = re.sub(r"(?i)</?(p|h\d|li|pre|tr|blockquote|div|br|dt|dd)\b[^>]*>", "\n\n", text)
         text = html.unescape(re.sub(r"<[^>]+>", "", text))

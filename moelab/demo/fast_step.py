@@ -42,18 +42,29 @@ class _Experts(torch.autograd.Function):
         for e, part in _parts(counts):
             torch.mm(hidden[part], w2[e].t(), out=out[part])
         by_token = out.index_select(0, inverse).view(tokens, active, -1)  # [N, K, D]
-        ctx.save_for_backward(rows, gate_up, hidden, by_token, weight, order, token, inverse, w13, w2)
+        ctx.save_for_backward(
+            rows, gate_up, hidden, by_token, weight, order, token, inverse, w13, w2
+        )
         ctx.counts = counts
         return torch.bmm(weight.unsqueeze(1), by_token).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, *grads: Tensor):
+        (grad,) = grads
         rows, gate_up, hidden, by_token, weight, order, token, inverse, w13, w2 = ctx.saved_tensors
         tokens, active, _ = by_token.shape
         d_weight = torch.bmm(by_token, grad.unsqueeze(2)).squeeze(2)
         d_out = grad.index_select(0, token)
         d_out.mul_(weight.flatten().index_select(0, order).unsqueeze(1))
-        d_hidden, d_w2 = torch.empty_like(hidden), torch.zeros_like(w2)
+        d_hidden, d_w2, d_w13 = (
+            torch.empty_like(hidden),
+            torch.empty_like(w2),
+            torch.empty_like(w13),
+        )
+        for e, count in enumerate(ctx.counts):
+            if not count:
+                d_w2[e].zero_()
+                d_w13[e].zero_()
         for e, part in _parts(ctx.counts):
             torch.mm(d_out[part], w2[e], out=d_hidden[part])
             torch.mm(d_out[part].t(), hidden[part], out=d_w2[e])
@@ -64,7 +75,7 @@ class _Experts(torch.autograd.Function):
         silu = gate * sigmoid
         torch.mul(d_hidden, silu, out=d_up)
         torch.mul(d_hidden.mul_(up), sigmoid.addcmul(silu, 1 - sigmoid), out=d_gate)
-        d_rows, d_w13 = d_out, torch.zeros_like(w13)
+        d_rows = d_out
         for e, part in _parts(ctx.counts):
             torch.mm(d_gate_up[part], w13[e], out=d_rows[part])
             torch.mm(d_gate_up[part].t(), rows[part], out=d_w13[e])
@@ -103,7 +114,8 @@ class _CrossEntropy(torch.autograd.Function):
         return x.new_tensor(total / len(x))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, *grads: Tensor):
+        (grad,) = grads
         d_x, d_head = ctx.saved_tensors
         return d_x * grad, d_head * grad, None, None
 
@@ -118,7 +130,8 @@ class _RMSNorm(torch.autograd.Function):
         return normed * weight
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, *grads: Tensor):
+        (grad,) = grads
         normed, scale, weight = ctx.saved_tensors
         d_weight = (grad * normed).flatten(0, -2).sum(0)
         scaled = grad * weight

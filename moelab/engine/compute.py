@@ -157,9 +157,7 @@ class TorchBatch(Batch):
             gate = self._gate(serve.expert)
             rows = torch.from_numpy(np.flatnonzero(gate))
             share = torch.from_numpy(gate)[rows, None].to(self._x.dtype)
-            tensors = decode(
-                memory.view, self._compute.layout, serve.bits, dtype=self._x.dtype
-            )
+            tensors = decode(memory.view, self._compute.layout, serve.bits, dtype=self._x.dtype)
             x = self._x[rows]
             y = expert_forward(self._module, x * share if self._scale_input else x, tensors)
             self._out.index_add_(0, rows, y if self._scale_input else y * share)

@@ -231,9 +231,7 @@ class Engine:
                 planned.clear()
             for drop in serve.drops:
                 self._evict(drop)
-            self._note_serve(plan.layer, serve)
-            if serve.load:
-                self._load(key, serve.bits, urgent=True)
+            self._serve(plan.layer, serve)
             waiting.append(serve)
             planned.add(key)
         for expert, asked in plan.skips:
@@ -275,6 +273,7 @@ class Engine:
     # -- memory -----------------------------------------------------------------------------
 
     def _load(self, key: Key, bits: int, *, urgent: bool) -> None:
+        """Submit the load whose event was noted last."""
         slot = self.arena.take(bits)
         path, offset, _ = self.store.location(*key, bits)
         ticket = self.loader.submit(path, offset, slot.view, urgent=urgent)
@@ -302,12 +301,14 @@ class Engine:
 
     # -- what is written down ---------------------------------------------------------------
 
-    def _note_serve(self, layer: int, s: Serve) -> None:
+    def _serve(self, layer: int, s: Serve) -> None:
         kind = "load" if s.load else "substitute" if s.served != s.expert else "hit"
         nbytes = self.shape.nbytes[s.bits]
+        self._note(kind, layer, s.served, s.asked, s.bits, nbytes, s.cause)
+        if s.load:
+            self._load((layer, s.served), s.bits, urgent=True)
         if s.bits < s.asked:
             self._note("downgrade", layer, s.served, s.asked, s.bits, 0, s.cause)
-        self._note(kind, layer, s.served, s.asked, s.bits, nbytes, s.cause)
         if kind == "hit":
             self.counts["hit_bytes"] += nbytes
         self.usage.used[layer, s.served] = self.token

@@ -241,6 +241,9 @@ def _per_expert_name(key: str) -> str:
 
 
 def _top_k(router: nn.Module | None, block: nn.Module, module: nn.Module) -> int:
+    special = _UNDECORATED.get(type(module).__name__)
+    if special is not None and special.top_k is not None:
+        return special.top_k
     config = getattr(module, "config", None)
     for owner in (router, block, config, getattr(router, "config", None)):
         for name in _TOP_K:
@@ -273,20 +276,16 @@ def _gating(module: nn.Module) -> str:
 
 
 def _read_choice(output: Any) -> Choice | None:
-    """Routers return (logits, weights, experts, ...): find the last two by type and shape."""
-    tensors = [t for t in output if isinstance(t, torch.Tensor)] if _is_sequence(output) else []
-    idx = next((t for t in reversed(tensors) if t.dtype in (torch.int64, torch.int32)), None)
-    if idx is None:
+    """Routers return (logits, weights, experts, ...): the experts are told by their type."""
+    if not isinstance(output, (tuple, list)):
         return None
-    alike = [t for t in tensors if t.is_floating_point() and t.numel() == idx.numel()]
-    if not alike:
+    tensors = [t for t in output if isinstance(t, torch.Tensor)]
+    at = next((i for i, t in enumerate(tensors) if t.dtype in (torch.int64, torch.int32)), None)
+    if at is None:
         return None
-    idx = idx.reshape(-1, idx.shape[-1])
-    return idx.to(torch.int64), alike[-1].reshape(idx.shape)
-
-
-def _is_sequence(output: Any) -> bool:
-    return isinstance(output, (tuple, list))
+    idx = tensors[at].reshape(-1, tensors[at].shape[-1]).to(torch.int64)
+    weights = [t for t in tensors[:at] if t.is_floating_point() and t.numel() == idx.numel()]
+    return (idx, weights[-1].reshape(idx.shape)) if weights else None
 
 
 # ------------------------------------------------------------- families without the decorator
@@ -299,6 +298,7 @@ class Undecorated:
     describe: Callable[[nn.Module], None]
     choice: Callable[[MoELayer, Any], Choice]
     forward: Callable[[MoELayer, Run], tuple[nn.Module, Run]]
+    top_k: int | None = None  # where no attribute says it
     per_expert: Callable[[nn.Module], nn.Module] | None = None
 
 
@@ -318,8 +318,8 @@ def _describe_single_modules(module: nn.Module) -> None:
     module.__dict__["act_fn"] = one.act  # not as a submodule: the model must not change
 
 
-def _switch_choice(layer: MoELayer, output: Any) -> Choice:
-    hot, probability, _ = output  # one-hot [B, S, E], all zero where an expert was full
+def _switch_choice(_: MoELayer, output: Any) -> Choice:
+    hot, probability = output[:2]  # one-hot [B, S, E], all zero where an expert was full
     hot = hot.reshape(-1, hot.shape[-1])
     share = probability.reshape(-1, 1) * hot.sum(-1, keepdim=True).to(probability.dtype)
     return hot.argmax(-1, keepdim=True), share
@@ -327,7 +327,7 @@ def _switch_choice(layer: MoELayer, output: Any) -> Choice:
 
 def _switch_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
     def forward(x: torch.Tensor, hot: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
-        return run(x, *_switch_choice(layer, (hot, probability, None)), False)
+        return run(x, *_switch_choice(layer, (hot, probability)), False)
 
     return layer.module, forward
 
@@ -341,7 +341,7 @@ def _nllb_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
     # transformers' own forward reads a one-hot mask as expert numbers and so only ever runs
     # experts 0 and 1; here the two experts that the router chose are run.
     def forward(x: torch.Tensor, hot: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        return run(x, *_nllb_choice(layer, (hot, gates, None)), False)
+        return run(x, *_nllb_choice(layer, (hot, gates)), False)
 
     return layer.module, forward
 
@@ -371,10 +371,10 @@ def _llama4_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
 
 _UNDECORATED = {
     "SwitchTransformersExperts": Undecorated(
-        _describe_single_modules, _switch_choice, _switch_forward, lambda m: m["expert_0"]
+        _describe_single_modules, _switch_choice, _switch_forward, 1, lambda m: m["expert_0"]
     ),
     "NllbMoeExperts": Undecorated(
-        _describe_single_modules, _nllb_choice, _nllb_forward, lambda m: m["expert_0"]
+        _describe_single_modules, _nllb_choice, _nllb_forward, 2, lambda m: m["expert_0"]
     ),
     "Llama4TextExperts": Undecorated(_describe_llama4, _llama4_choice, _llama4_forward),
 }

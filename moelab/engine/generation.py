@@ -6,8 +6,9 @@ Sampling is transformers' own logits processors with a generator of our own.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,22 +73,42 @@ class Sampler:
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
 
+TINY_PARAMETERS = 16_000_000
+"""Below this many non-expert weights, waking a second thread costs more than it computes."""
+
+
+@contextlib.contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Inside, torch uses one thread (where ``wanted``)."""
+    before = torch.get_num_threads()
+    if wanted and before > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
 class Stream:
     """A growing sequence with its key-value cache."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._cache = DynamicCache(config=engine.model.config)
+        weights = (p for p in engine.model.parameters() if p.device.type != "meta")
+        self._tiny = sum(p.numel() for p in weights) < TINY_PARAMETERS
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[int], *, keep: int = 1) -> torch.Tensor:
         """Append ``ids`` and return the logits of the last ``keep`` positions ``[keep, V]``."""
-        out = self.engine.model(
-            torch.tensor([list(ids)]),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
+        with one_thread(self._tiny):
+            out = self.engine.model(
+                torch.tensor([list(ids)]),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
         return out.logits[0]
 
 

@@ -1,342 +1,37 @@
 """SwiGLU experts straight from their blobs: one call per layer, each expert at its own tier.
 
-A row of weights meets a token in one inlined dot product. At 16 bit it widens bfloat16 or float16
-to float32 and keeps float32 activations. Below, activations become integers with one scale per group
-of 64, int16 at 8 bit and int8 under it, and AVX2 multiplies and adds 16 or 32 codes at a time; a
-group's dot product is ``scale * xs * sum(code * xq) + offset * xs * sum(xq)``. Nothing is unpacked to memory, so reading
-the blob is the cost. Other machines, and any machine under ``MOELAB_PORTABLE=1``, run plain loops
-with the same arithmetic. Kernels compile at first use and are cached on disk. What they do not
-know: biases, other activations, and devices other than the CPU.
+At 16 bit weights are widened to float32 and activations stay float32. Below, activations become
+integers with one scale per group of 64, int16 at 8 bit and int8 under it, and a group's dot
+product is ``scale * xs * sum(code * xq) + offset * xs * sum(xq)``. Nothing is unpacked to memory,
+so reading the blob is the cost. Kernels compile at first use, release the GIL and are cached on
+disk. What they do not know: biases, other activations, and devices other than the CPU.
 
 Letters: T tokens, n experts, H model width, I inner width, K a row's length.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from llvmlite import binding, ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from moelab.store.codecs import GROUP, TIERS, Layout, compiled, decode, encode, nbytes
+from moelab.engine.row_dots import AVX2, dot_codes, dot_half, kernel
+from moelab.store.codecs import GROUP, TIERS, Layout, check_blob, decode, nbytes
 
-__all__ = ["AVX2", "supports", "swiglu_experts", "swiglu_prefill", "warm_up"]
+__all__ = ["AVX2", "KERNEL_TOKENS", "supports", "swiglu_experts", "swiglu_prefill", "warm_up"]
 
+KERNEL_TOKENS = 32
+"""Up to so many tokens per expert the kernels are faster than decoding (measured with AVX2)."""
 
-def _has_avx2() -> bool:
-    if os.environ.get("MOELAB_PORTABLE", "0") not in ("", "0"):
-        return False
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    features = binding.get_host_cpu_features()
-    return all(features.get(name, False) for name in ("avx2", "fma", "f16c"))
+_UINTP, _INT64, _FLOAT32 = np.dtype(np.uintp), np.dtype(np.int64), np.dtype(np.float32)
 
 
-AVX2 = _has_avx2()
-"""Whether the AVX2 kernels run, or the portable loops."""
-
-# Infinities and NaN must mean what they mean, so fastmath's nnan and ninf stay off.
-_FAST = {"reassoc", "contract", "nsz", "arcp"}
-
-
-def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with a cache of its own: numba's key knows the CPU, not MOELAB_PORTABLE."""
-    function.__qualname__ += "_avx2" if AVX2 else "_portable"
-    return compiled(fastmath=_FAST)(function)
-
-
-# ---- memory at an address, as LLVM sees it --------------------------------------------------
-
-_I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
-_F16, _F32, _V = ir.HalfType(), ir.FloatType(), ir.VectorType
-
-
-def _load(b: ir.IRBuilder, address: ir.Value, offset: ir.Value | int, kind: ir.Type) -> ir.Value:
-    """An unaligned load of `kind` from address + offset."""
-    where = b.add(address, offset if isinstance(offset, ir.Value) else _I64(offset))
-    loaded = b.load(b.inttoptr(where, ir.PointerType(kind)))
-    loaded.align = 1
-    return loaded
-
-
-@intrinsic
-def _load_u8(_context, address):  # type: ignore[no-untyped-def]
-    def emit(_c, b, _s, args):  # type: ignore[no-untyped-def]
-        return b.zext(_load(b, args[0], 0, _I8), _I32)
-
-    return types.int32(types.intp), emit
-
-
-@intrinsic
-def _load_i8(_context, address):  # type: ignore[no-untyped-def]
-    def emit(_c, b, _s, args):  # type: ignore[no-untyped-def]
-        return b.sext(_load(b, args[0], 0, _I8), _I32)
-
-    return types.int32(types.intp), emit
-
-
-@intrinsic
-def _load_i16(_context, address):  # type: ignore[no-untyped-def]
-    def emit(_c, b, _s, args):  # type: ignore[no-untyped-def]
-        return b.sext(_load(b, args[0], 0, _I16), _I32)
-
-    return types.int32(types.intp), emit
-
-
-@intrinsic
-def _load_f32(_context, address):  # type: ignore[no-untyped-def]
-    return types.float32(types.intp), lambda _c, b, _s, args: _load(b, args[0], 0, _F32)
-
-
-@intrinsic
-def _load_bfloat16(_context, address):  # type: ignore[no-untyped-def]
-    def emit(_c, b, _s, args):  # type: ignore[no-untyped-def]
-        return b.bitcast(b.shl(b.zext(_load(b, args[0], 0, _I16), _I32), _I32(16)), _F32)
-
-    return types.float32(types.intp), emit
-
-
-@intrinsic
-def _load_float16(_context, address):  # type: ignore[no-untyped-def]
-    """Integer arithmetic only: fpext needs a library call on CPUs without F16C."""
-
-    def emit(_c, b, _s, args):  # type: ignore[no-untyped-def]
-        h = b.zext(_load(b, args[0], 0, _I16), _I32)
-        magnitude = b.bitcast(b.shl(b.and_(h, _I32(0x7FFF)), _I32(13)), _F32)
-        rebased = b.bitcast(b.fmul(magnitude, _F32(2.0**112)), _I32)
-        return b.bitcast(b.or_(rebased, b.shl(b.and_(h, _I32(0x8000)), _I32(16))), _F32)
-
-    return types.float32(types.intp), emit
-
-
-# ---- row dot products with AVX2 -------------------------------------------------------------
-
-
-def _splat(value: int, lanes: int = 32, kind: ir.Type = _I8) -> ir.Constant:
-    return ir.Constant(_V(kind, lanes), [value] * lanes)
-
-
-def _permute(b: ir.IRBuilder, value: ir.Value, lanes: list[int]) -> ir.Value:
-    return b.shuffle_vector(value, value, ir.Constant(_V(_I32, len(lanes)), lanes))
-
-
-def _call(b: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
-    kind = ir.FunctionType(result, [arg.type for arg in args])
-    return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
-
-
-def _shift_right(b: ir.IRBuilder, value: ir.Value, count: int) -> ir.Value:
-    """Shift bytes, two at a time: the neighbour's bits that come in are for the caller to mask."""
-    lanes = value.type.count // 2
-    words = b.bitcast(value, _V(_I16, lanes))
-    return b.bitcast(b.lshr(words, _splat(count, lanes, _I16)), value.type)
-
-
-def _codes_avx2(b: ir.IRBuilder, group: ir.Value, bits: int) -> list[ir.Value]:
-    """One packed group of 4, 3 or 2 bits as two <32 x i8> of codes."""
-    if bits == 4:
-        v = _load(b, group, 0, _V(_I8, 32))
-        return [b.and_(v, _splat(15)), b.lshr(v, _splat(4))]
-    half = _load(b, group, 0, _V(_I8, 16))
-    lanes = ir.Constant(_V(_I32, 32), list(range(32)))
-    v = b.shuffle_vector(half, _shift_right(b, half, 2), lanes)
-    codes = [b.and_(v, _splat(3)), b.and_(_shift_right(b, v, 4), _splat(3))]
-    if bits == 3:
-        plane = _permute(b, _load(b, group, 16, _V(_I8, 8)), [k % 8 for k in range(32)])
-        for i in (0, 1):
-            masks = ir.Constant(_V(_I8, 32), [1 << (4 * i + k // 8) for k in range(32)])
-            is_set = b.icmp_unsigned("!=", b.and_(plane, masks), _splat(0))
-            codes[i] = b.or_(codes[i], b.select(is_set, _splat(4), _splat(0)))
-    return codes
-
-
-def _group_dot_avx2(b: ir.IRBuilder, group: ir.Value, x: ir.Value, bits: int) -> ir.Value:
-    """Sum of code * xq over one group, as <8 x float> partial sums.
-
-    8 bit: 64 * 127 * 32767 fits in 32 bits. Below: pmaddubsw adds two products in 16 bits, and
-    4 * 15 * 127 fits.
-    """
-    v32, v16, v8 = _V(_I8, 32), _V(_I16, 16), _V(_I32, 8)
-    if bits == 8:
-        parts = [
-            _call(b, "llvm.x86.avx2.pmadd.wd", v8,
-                  b.sext(_load(b, group, 16 * i, _V(_I8, 16)), v16), _load(b, x, 32 * i, v16))
-            for i in range(4)
-        ]
-        return b.sitofp(b.add(b.add(*parts[:2]), b.add(*parts[2:])), _V(_F32, 8))
-    sums = [
-        _call(b, "llvm.x86.avx2.pmadd.ub.sw", v16, codes, _load(b, x, 32 * i, v32))
-        for i, codes in enumerate(_codes_avx2(b, group, bits))
-    ]
-    wide = _call(b, "llvm.x86.avx2.pmadd.wd", v8, b.add(*sums), _splat(1, 16, _I16))
-    return b.sitofp(wide, _V(_F32, 8))
-
-
-def _fma(b: ir.IRBuilder, total: ir.Value, x: ir.Value, y: ir.Value) -> None:
-    b.store(_call(b, "llvm.fma.v8f32", _V(_F32, 8), x, y, b.load(total)), total)
-
-
-def _sum(b: ir.IRBuilder, totals: list[ir.Value]) -> ir.Value:
-    """The sum of all lanes of all accumulators."""
-    vectors = [b.load(total) for total in totals]
-    while len(vectors) > 1:
-        vectors = [b.fadd(*vectors[i : i + 2]) for i in range(0, len(vectors), 2)]
-    result = vectors[0]
-    for lanes in (4, 2, 1):
-        low = _permute(b, result, list(range(lanes)))
-        result = b.fadd(low, _permute(b, result, list(range(lanes, 2 * lanes))))
-    return b.extract_element(result, _I32(0))
-
-
-def _dot_avx2(bits: int) -> Any:
-    """Row dot product for codes: four groups a turn, then the rest one by one."""
-
-    @intrinsic
-    def dot(_context, row, pairs, xq, x_pairs, groups):  # type: ignore[no-untyped-def]
-        def emit(_c, b, _s, args):  # type: ignore[no-untyped-def]
-            row, pairs, xq, x_pairs, groups = args
-            zeros = ir.Constant(_V(_F32, 8), [0.0] * 8)
-            totals = [cgutils.alloca_once_value(b, zeros) for _ in range(4)]
-            offsets = cgutils.alloca_once_value(b, zeros)  # odd lanes count, even are dropped
-            turns = b.lshr(groups, _I64(2))
-
-            def add_groups(first: ir.Value, count: int) -> None:
-                halves = _load(b, pairs, b.mul(first, _I64(4)), _V(_F16, 2 * count))
-                products = b.fmul(
-                    b.fpext(halves, _V(_F32, 2 * count)),
-                    _load(b, x_pairs, b.mul(first, _I64(8)), _V(_F32, 2 * count)),
-                )
-                padded = products if count == 4 else b.shuffle_vector(
-                    products, ir.Constant(products.type, [0.0] * 2),
-                    ir.Constant(_V(_I32, 8), [0, 1, 2, 3, 2, 3, 2, 3]),
-                )
-                b.store(b.fadd(b.load(offsets), padded), offsets)
-                for k in range(count):
-                    g = b.add(first, _I64(k))
-                    group = b.add(row, b.mul(g, _I64(8 * bits)))
-                    x = b.add(xq, b.mul(g, _I64(2 * GROUP if bits == 8 else GROUP)))
-                    dots = _group_dot_avx2(b, group, x, bits)
-                    _fma(b, totals[k], dots, _permute(b, products, [2 * k] * 8))
-
-            with cgutils.for_range(b, turns) as loop:
-                add_groups(b.mul(loop.index, _I64(4)), 4)
-            with cgutils.for_range(b, groups, b.mul(turns, _I64(4))) as loop:
-                add_groups(loop.index, 1)
-            odd = [float(k % 2) for k in range(8)]
-            b.store(b.fmul(b.load(offsets), ir.Constant(_V(_F32, 8), odd)), offsets)
-            _fma(b, totals[0], b.load(offsets), ir.Constant(_V(_F32, 8), [1.0] * 8))
-            return _sum(b, totals)
-
-        return types.float32(*[types.intp] * 5), emit
-
-    return dot
-
-
-def _dot_half_avx2(half: ir.Type | None) -> Any:
-    """Row dot product for 16-bit weights (None: bfloat16), 64 at a time in eight accumulators."""
-
-    @intrinsic
-    def dot(_context, row, x, groups):  # type: ignore[no-untyped-def]
-        def emit(_c, b, _s, args):  # type: ignore[no-untyped-def]
-            row, x, groups = args
-            f8, w8 = _V(_F32, 8), _V(_I32, 8)
-            totals = [
-                cgutils.alloca_once_value(b, ir.Constant(f8, [0.0] * 8)) for _ in range(8)
-            ]
-            with cgutils.for_range(b, groups) as loop:
-                w_at = b.add(row, b.mul(loop.index, _I64(2 * GROUP)))
-                x_at = b.add(x, b.mul(loop.index, _I64(4 * GROUP)))
-                for k, total in enumerate(totals):
-                    w = _load(b, w_at, 16 * k, _V(half or _I16, 8))
-                    if half is None:
-                        w = b.bitcast(b.shl(b.zext(w, w8), _splat(16, 8, _I32)), f8)
-                    else:
-                        w = b.fpext(w, f8)
-                    _fma(b, total, w, _load(b, x_at, 32 * k, f8))
-            return _sum(b, totals)
-
-        return types.float32(*[types.intp] * 3), emit
-
-    return dot
-
-
-# ---- row dot products anywhere --------------------------------------------------------------
-
-
-@_kernel
-def _dot_portable(bits, row, pairs, xq, x_pairs, groups):  # type: ignore[no-untyped-def]
-    total = np.float32(0)
-    for g in range(groups):
-        q, x, dot = row + g * 8 * bits, xq + g * GROUP, np.int32(0)
-        if bits == 8:
-            for j in range(GROUP):
-                dot = np.int32(dot + _load_i8(q + j) * _load_i16(x + g * GROUP + 2 * j))
-        elif bits == 4:
-            for j in range(32):
-                c = _load_u8(q + j)
-                dot = np.int32(dot + (c & 15) * _load_i8(x + j))
-                dot = np.int32(dot + (c >> 4) * _load_i8(x + 32 + j))
-        else:
-            for k in range(4):
-                for j in range(16):
-                    c = (_load_u8(q + j) >> (2 * k)) & 3
-                    if bits == 3:
-                        plane = _load_u8(q + 16 + (j & 7))
-                        c |= ((plane >> (2 * k + (j >> 3))) & 1) << 2
-                    dot = np.int32(dot + c * _load_i8(x + 16 * k + j))
-        scale = _load_float16(pairs + 4 * g) * _load_f32(x_pairs + 8 * g)
-        offset = _load_float16(pairs + 4 * g + 2) * _load_f32(x_pairs + 8 * g + 4)
-        total += np.float32(dot) * scale + offset
-    return total
-
-
-@_kernel
-def _dot_bfloat16_portable(row, x, groups):  # type: ignore[no-untyped-def]
-    total = np.float32(0)
-    for j in range(groups * GROUP):
-        total += _load_bfloat16(row + 2 * j) * _load_f32(x + 4 * j)
-    return total
-
-
-@_kernel
-def _dot_float16_portable(row, x, groups):  # type: ignore[no-untyped-def]
-    total = np.float32(0)
-    for j in range(groups * GROUP):
-        total += _load_float16(row + 2 * j) * _load_f32(x + 4 * j)
-    return total
-
-
-def _portable(bits: int) -> Any:
-    @_kernel
-    def dot(row, pairs, xq, x_pairs, groups):  # type: ignore[no-untyped-def]
-        return _dot_portable(bits, row, pairs, xq, x_pairs, groups)
-
-    return dot
-
-
-if AVX2:
-    _dot8, _dot4, _dot3, _dot2 = (_dot_avx2(bits) for bits in (8, 4, 3, 2))
-    _dot_bfloat16, _dot_float16 = _dot_half_avx2(None), _dot_half_avx2(_F16)
-else:
-    _dot8, _dot4, _dot3, _dot2 = (_portable(bits) for bits in (8, 4, 3, 2))
-    _dot_bfloat16, _dot_float16 = _dot_bfloat16_portable, _dot_float16_portable
-
-
-# ---- one layer's experts --------------------------------------------------------------------
-
-
-@_kernel
-def _quantise_rows(x, levels, xq, x_pairs):  # type: ignore[no-untyped-def]
+@kernel
+def _quantise_rows(
+    x: np.ndarray, tokens: np.ndarray, levels: int, xq: np.ndarray, x_pairs: np.ndarray
+) -> None:
     """float32 [T, K] -> integer codes, and per group scale and scale * sum(codes)."""
-    for t in range(x.shape[0]):
+    for t in tokens:
         for g in range(x_pairs.shape[1]):
             largest, poison = np.float32(0), np.float32(0)
             for j in range(g * GROUP, (g + 1) * GROUP):
@@ -352,88 +47,131 @@ def _quantise_rows(x, levels, xq, x_pairs):  # type: ignore[no-untyped-def]
             x_pairs[t, g, 1] = np.float32(total) * scale + poison
 
 
-@_kernel
-def _linear(address, bits, bfloat, rows, tokens, x, xq, x_pairs, out):  # type: ignore[no-untyped-def]
-    """out[t] = W @ x[t] for the given tokens; returns the address after W."""
+@kernel
+def _quantise(
+    x: np.ndarray,
+    tokens: np.ndarray,
+    int8: bool,
+    int16: bool,
+    x8: np.ndarray,
+    x16: np.ndarray,
+    x_pairs: np.ndarray,
+) -> None:
+    if int8:
+        _quantise_rows(x, tokens, 127, x8, x_pairs[0])
+    if int16:
+        _quantise_rows(x, tokens, 32767, x16, x_pairs[1])
+
+
+@kernel
+def _linear(
+    address: int,
+    bits: int,
+    bfloat: bool,
+    rows: int,
+    tokens: np.ndarray,
+    x: np.ndarray,
+    x8: np.ndarray,
+    x16: np.ndarray,
+    x_pairs: np.ndarray,
+    out: np.ndarray,
+) -> int:
+    """Set out[t] to W @ x[t] for the given tokens; returns the address after W."""
     width = x.shape[1]
     groups, row_bytes = width // GROUP, width * bits // 8
     pairs = address + rows * row_bytes
-    at_x, at_xq, at_pairs = x.ctypes.data, xq.ctypes.data, x_pairs.ctypes.data
+    at_x, at_pairs = x.ctypes.data, x_pairs[int(bits == 8)].ctypes.data
+    at_codes, step = (x16.ctypes.data, 2 * width) if bits == 8 else (x8.ctypes.data, width)
     for r in range(rows):
         w, p = address + r * row_bytes, pairs + r * groups * 4
         for t in tokens:
-            fx, qx, px = at_x + t * width * 4, at_xq + t * xq.shape[1], at_pairs + t * groups * 8
-            if bits == 16 and bfloat:
-                out[t, r] = _dot_bfloat16(w, fx, groups)
-            elif bits == 16:
-                out[t, r] = _dot_float16(w, fx, groups)
-            elif bits == 8:
-                out[t, r] = _dot8(w, p, qx, px, groups)
-            elif bits == 4:
-                out[t, r] = _dot4(w, p, qx, px, groups)
-            elif bits == 3:
-                out[t, r] = _dot3(w, p, qx, px, groups)
+            if bits == 16:
+                out[t, r] = dot_half(bfloat, w, at_x + t * width * 4, groups)
             else:
-                out[t, r] = _dot2(w, p, qx, px, groups)
+                codes, px = at_codes + t * step, at_pairs + t * groups * 8
+                out[t, r] = dot_codes(bits, w, p, codes, px, groups)
     return pairs if bits == 16 else pairs + rows * groups * 4
 
 
-@_kernel
-def _silu_mul(hidden, act):  # type: ignore[no-untyped-def]
-    """act = silu(gate) * up, for one token."""
-    inner = len(act)
-    for j in range(inner):
-        act[j] = hidden[j] / (np.float32(1) + np.exp(-hidden[j])) * hidden[inner + j]
+@kernel
+def _silu_mul(tokens: np.ndarray, hidden: np.ndarray, act: np.ndarray) -> None:
+    inner = act.shape[1]
+    for t in tokens:
+        for j in range(inner):
+            h = hidden[t, j]
+            act[t, j] = h / (np.float32(1) + np.exp(-h)) * hidden[t, inner + j]
 
 
-@_kernel
-def _experts(addresses, bits, x, gate, out, inner, bfloat):  # type: ignore[no-untyped-def]
+@kernel
+def _first_wrong(addresses: np.ndarray, bits: np.ndarray) -> int:
+    for e in range(len(addresses)):
+        if addresses[e] == 0 or bits[e] not in (16, 8, 4, 3, 2):
+            return e
+    return -1
+
+
+@kernel
+def _has(bits: np.ndarray, low: int, high: int) -> bool:
+    found = False
+    for tier in bits:
+        found |= low <= tier <= high
+    return found
+
+
+@kernel
+def _tokens(gate: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """List the tokens to which any of these experts [n, T] has a gate weight."""
+    n = 0
+    for t in range(gate.shape[1]):
+        for e in range(gate.shape[0]):
+            if gate[e, t] != 0:
+                room[n] = t
+                n += 1
+                break
+    return room[:n]
+
+
+@kernel
+def _experts(
+    addresses: np.ndarray,
+    bits: np.ndarray,
+    x: np.ndarray,
+    gate: np.ndarray,
+    out: np.ndarray,
+    inner: int,
+    bfloat: bool,
+) -> int:
     """Serve every expert to the tokens whose gate weight for it is not zero.
 
     Returns -1, or the index of an expert that cannot be, in which case nothing was done.
     """
-    for e in range(len(addresses)):
-        tier = bits[e]
-        known = tier == 16 or tier == 8 or tier == 4 or tier == 3 or tier == 2
-        if not known or addresses[e] == 0:
-            return e
+    wrong = _first_wrong(addresses, bits)
+    if wrong >= 0:
+        return wrong
     count, width = x.shape
-    x8 = np.empty((count, width), np.int8)
-    x16 = np.empty((count, 2 * width), np.int8)  # int16 codes
-    x8_pairs = np.empty((count, width // GROUP, 2), np.float32)
-    x16_pairs = np.empty((count, width // GROUP, 2), np.float32)
-    a = np.empty((count, 2 * inner), np.int8)
-    a_pairs = np.empty((count, inner // GROUP, 2), np.float32)
+    x8, x16 = np.empty((count, width), np.int8), np.empty((count, width), np.int16)
+    a8, a16 = np.empty((count, inner), np.int8), np.empty((count, inner), np.int16)
+    x_pairs = np.empty((2, count, width // GROUP, 2), np.float32)  # for int8, for int16
+    a_pairs = np.empty((2, count, inner // GROUP, 2), np.float32)
     hidden = np.empty((count, 2 * inner), np.float32)
     act = np.empty((count, inner), np.float32)
     result = np.empty((count, width), np.float32)
-    if (bits == 8).any():
-        _quantise_rows(x, 32767, x16.view(np.int16), x16_pairs)
-    if (bits < 8).any():
-        _quantise_rows(x, 127, x8, x8_pairs)
+    room = np.empty(count, np.int64)
+    some_int8, some_int16 = _has(bits, 2, 4), _has(bits, 8, 8)
+    _quantise(x, _tokens(gate, room), some_int8, some_int16, x8, x16, x_pairs)
     for e in range(len(addresses)):
-        tokens = np.flatnonzero(gate[e])
+        tokens = _tokens(gate[e : e + 1], room)
         if len(tokens) == 0:
             continue
         start, tier = np.int64(addresses[e]), bits[e]
-        xq, x_pairs = (x16, x16_pairs) if tier == 8 else (x8, x8_pairs)
-        down = _linear(start, tier, bfloat, 2 * inner, tokens, x, xq, x_pairs, hidden)
-        for t in tokens:
-            _silu_mul(hidden[t], act[t])
-            if tier == 8:
-                _quantise_rows(act[t:t + 1], 32767, a[t:t + 1].view(np.int16), a_pairs[t:t + 1])
-            elif tier < 8:
-                _quantise_rows(act[t:t + 1], 127, a[t:t + 1], a_pairs[t:t + 1])
-        _linear(down, tier, bfloat, width, tokens, act, a, a_pairs, result)
+        down = _linear(start, tier, bfloat, 2 * inner, tokens, x, x8, x16, x_pairs, hidden)
+        _silu_mul(tokens, hidden, act)
+        _quantise(act, tokens, tier < 8, tier == 8, a8, a16, a_pairs)
+        _linear(down, tier, bfloat, width, tokens, act, a8, a16, a_pairs, result)
         for t in tokens:
             for j in range(width):
                 out[t, j] += gate[e, t] * result[t, j]
     return -1
-
-
-# ---- what the engine calls ------------------------------------------------------------------
-
-_UINTP, _INT64, _FLOAT32 = np.dtype(np.uintp), np.dtype(np.int64), np.dtype(np.float32)
 
 
 def _check(name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> None:
@@ -542,7 +280,7 @@ def swiglu_experts(
 
 
 def swiglu_prefill(blob: np.ndarray, bits: int, layout: Layout, x: torch.Tensor) -> torch.Tensor:
-    """Return one expert's output for many tokens, with torch's threads.
+    """Return one expert's output for any number of tokens.
 
     Parameters
     ----------
@@ -562,20 +300,40 @@ def swiglu_prefill(blob: np.ndarray, bits: int, layout: Layout, x: torch.Tensor)
 
     Notes
     -----
-    Weights are decoded to float32: on AVX2 machines torch multiplies 16-bit matrices by more than
-    one token several times slower than float32 ones.
+    Beyond 32 tokens weights are decoded to float32 and torch multiplies them with its threads;
+    up to there the decoding costs more than it saves, and the kernels serve. Decoding to 16-bit
+    matrices does not pay: without AVX512 torch multiplies those by more than one token several
+    times slower than float32 ones.
     """
+    if len(x) <= KERNEL_TOKENS:
+        x, out = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format)
+        swiglu_experts(
+            np.array([_address(blob, bits, layout)], np.uintp),
+            np.array([bits], np.int64),
+            x.numpy(),
+            np.ones((1, len(x)), np.float32),
+            out.numpy(),
+            inner=layout.tensors[1][1][1],
+            half=layout.dtype,
+        )
+        return out
     weights = decode(blob, layout, bits)
     gate, up = F.linear(x, weights["gate_up_proj"]).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, weights["down_proj"])
 
 
+def _address(blob: np.ndarray, bits: int, layout: Layout) -> int:
+    check_blob(blob, layout, bits)
+    if not blob.flags.c_contiguous:
+        raise ValueError("blob is a strided view; pass its bytes in one piece")
+    return blob.ctypes.data
+
+
 def warm_up() -> None:
-    """Compile every kernel and codec, or load them from numba's cache on disk."""
+    """Compile the kernels and decoders, or load them from numba's cache on disk."""
     layout = Layout((("gate_up_proj", (128, 64)), ("down_proj", (64, 64))), "bfloat16")
-    tensors = {name: torch.ones(shape) for name, shape in layout.tensors}
-    blobs = [encode(tensors, layout, bits) for bits in TIERS]
-    decode(blobs[1], layout, TIERS[1])
+    blobs = [np.zeros(nbytes(layout, bits), np.uint8) for bits in TIERS]
+    decode(blobs[-1], layout, TIERS[-1])
     swiglu_experts(
         np.array([blob.ctypes.data for blob in blobs], np.uintp),
         np.array(TIERS, np.int64),

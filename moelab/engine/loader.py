@@ -44,10 +44,16 @@ class Ticket:
     )
 
     def __init__(self, path: Path, offset: int, into: np.ndarray, urgent: bool) -> None:
-        self.path, self.offset, self.into, self.urgent = path, offset, into, urgent
+        self.path, self.offset, self.urgent = path, offset, urgent
+        self.into: np.ndarray | None = into  # let go of when done: the log keeps tickets
         self.submitted, self.started, self.finished = time.perf_counter(), 0.0, 0.0
         self.done = self.cancelled = False
         self.error: Exception | None = None
+
+    def cancel(self) -> None:
+        """It will not be read."""
+        self.cancelled = self.done = True
+        self.into = None
 
 
 class Loader:
@@ -127,7 +133,7 @@ class Loader:
             for queue in self._queues:
                 if ticket in queue:
                     queue.remove(ticket)
-                    ticket.cancelled = ticket.done = True
+                    ticket.cancel()
                     return True
         return False
 
@@ -137,7 +143,7 @@ class Loader:
             self._closed = True
             for queue in self._queues:
                 for ticket in queue:
-                    ticket.cancelled = ticket.done = True
+                    ticket.cancel()
                 queue.clear()
             self._cond.notify_all()
         for t in self._threads:
@@ -173,7 +179,7 @@ class Loader:
                 ticket.error = e
             with self._cond:
                 ticket.finished = time.perf_counter()
-                ticket.done = True
+                ticket.into, ticket.done = None, True
                 self._active -= 1
                 self._cond.notify_all()
 

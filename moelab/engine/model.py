@@ -31,7 +31,7 @@ from moelab.engine.families import (
     run_experts,
 )
 from moelab.engine.routing import RouterTap
-from moelab.store.checkpoint import QUANTISED, Checkpoint, LazyTensor, split
+from moelab.store.checkpoint import QUANTISED, SCALE, Checkpoint, LazyTensor, split
 
 __all__ = [
     "Adapter",
@@ -76,7 +76,8 @@ def load_skeleton(path: str | os.PathLike[str], *, dtype: torch.dtype) -> nn.Mod
     blank = blank_model(path)
     family, config, layers = type(blank), blank.config, find_moe(blank)
     checkpoint = Checkpoint(path)
-    weights = {key: LazyTensor(checkpoint, key) for key in split(blank, checkpoint).rest}
+    rest = split(blank, checkpoint).rest
+    weights = {key: LazyTensor(checkpoint, key) for key in rest if not key.endswith(SCALE)}
     with _quiet(family.__name__):
         model, report = _skeleton_class(family).from_pretrained(
             None,
@@ -115,10 +116,8 @@ def read_config(path: Path) -> PreTrainedConfig:
             f"{path} is quantised with {method!r}; moelab reads bf16, fp16, fp32 and "
             f"{', '.join(QUANTISED)} checkpoints: give the unquantised one"
         )
-    if method == "mxfp4":  # only experts are mxfp4, and the reader decodes those
+    if quantisation:  # `Checkpoint` and `ExpertReader` decode these themselves
         del config.quantization_config
-    elif method == "fp8":
-        config.quantization_config = {**quantisation, "dequantize": True}
     return config
 
 

@@ -37,6 +37,7 @@ class MaskedRouting(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Sequence, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        """Run one torch function, with hidden experts where it sees all experts."""
         kwargs = kwargs or {}
         if func in (torch.topk, torch.Tensor.topk):
             args = (self._hide(args[0]), *args[1:])
@@ -49,7 +50,7 @@ class MaskedRouting(TorchFunctionMode):
         if scores.shape[-1] == self._count:
             scores = scores.masked_fill(scores == -torch.inf, CLOSED)
             return scores.masked_fill(self._hidden, HIDDEN)
-        if scores.ndim > 2 and scores.shape[-1] * scores.shape[-2] == self._count:  # [T, group, E/g]
+        if scores.ndim > 2 and scores.shape[-1] * scores.shape[-2] == self._count:  # by group
             return scores.masked_fill(self._hidden.view(scores.shape[-2:]), HIDDEN)
         return scores
 
@@ -72,13 +73,14 @@ class RouterTap:
         self._seen = seen
         self._forward = layer.router.forward
         self._extra: tuple[tuple, dict] | None = None
+        self._classes: int | None = None
         self._own = {id(t) for t in (*layer.block.parameters(False), *layer.block.buffers(False))}
-        needed = list(inspect.signature(self._forward).parameters.values())[1:]
-        if not any(p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD for p in needed):
+        if len(inspect.signature(self._forward).parameters) == 1:
             self._extra = ((), {})
         layer.router.forward = self
 
     def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The router's own forward, under the mask."""
         self.hidden, self._extra = hidden, (args, kwargs)
         self._seen(self)
         return self._ask(hidden, args, kwargs, masked=True)
@@ -116,10 +118,19 @@ class RouterTap:
     def _ask(self, hidden: torch.Tensor, args: tuple, kwargs: dict, *, masked: bool) -> Any:
         if self.mask is None or not masked:
             return self._forward(hidden, *args, **kwargs)
-        with MaskedRouting(self.mask):
+        if self._classes is None:
+            self._classes = self._count_classes(self._forward(hidden, *args, **kwargs))
+        with MaskedRouting(F.pad(self.mask, (0, self._classes - len(self.mask)), value=True)):
             return self._forward(hidden, *args, **kwargs)
 
+    def _count_classes(self, output: Any) -> int:
+        """What the router chooses from: the experts, and in some families "no expert" besides."""
+        logits = output[0] if isinstance(output, (tuple, list)) else output
+        experts = self.layer.num_experts
+        more = isinstance(logits, torch.Tensor) and experts < logits.shape[-1] <= 2 * experts
+        return logits.shape[-1] if more else experts
+
     def _is_constant(self, extra: tuple[tuple, dict]) -> bool:
-        """Whether the further arguments are the block's own parameters, the same for every token."""
+        """Whether the further arguments are the block's own, the same for every token."""
         tensors = [v for v in (*extra[0], *extra[1].values()) if isinstance(v, torch.Tensor)]
         return all(id(t) in self._own for t in tensors)

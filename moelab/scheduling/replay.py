@@ -72,7 +72,9 @@ def replay(
     known = strategies or {}
     missing = {name for _, _, name in changes} - known.keys()
     if missing:
-        raise ValueError(f"strategies {sorted(missing)} of this trace are unknown; pass strategies=")
+        raise ValueError(
+            f"strategies {sorted(missing)} of this trace are unknown; pass strategies="
+        )
     _, first, name = changes.pop(0)
     scheduler, out = Scheduler(trace.shape, known[name], first), Replay()
     for i, given in enumerate(trace.steps):
@@ -93,9 +95,7 @@ def belady_hits(trace: Trace, capacity: int) -> tuple[int, int]:
 
     Source: L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", 1966.
     """
-    stream = [
-        ((s.layer, r.expert), not s.prefill) for s in trace.steps for r in requests(s)
-    ]
+    stream = [((s.layer, r.expert), not s.prefill) for s in trace.steps for r in requests(s)]
     following, last = [len(stream)] * len(stream), {}
     for i in range(len(stream) - 1, -1, -1):
         following[i] = last.get(stream[i][0], len(stream) + i)

@@ -45,7 +45,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 QUANTISED = ("mxfp4", "fp8")  # quant_method values whose experts can be read
-_SCALE = "_scale_inv"  # fp8: one scale per block beside each weight
+SCALE = "_scale_inv"  # fp8: one scale per block beside each weight
 _HEADER_LIMIT = 100 << 20
 _CHUNK = 1 << 20
 
@@ -77,7 +77,7 @@ class LazyTensor:
         return self._checkpoint.info[self._key].dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._checkpoint.tensor(self._key)[index]
+        return self._checkpoint.weight(self._key)[index]
 
 
 class Checkpoint:
@@ -103,11 +103,12 @@ class Checkpoint:
         self.info: dict[str, TensorInfo] = {}
         for number, file in enumerate(self.files):
             self.info |= _read_header(file, number)
+        self._block = _block_size(self.path / "config.json")
 
     def __contains__(self, key: str) -> bool:
         return key in self.info
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """All tensor names, layers and experts in numerical order."""
         return sorted(self.info, key=dot_natural_key)
 
@@ -115,6 +116,12 @@ class Checkpoint:
         """Read one whole tensor."""
         info = self.info[key]
         return self._read(info, info.start, info.stop, info.shape)
+
+    def weight(self, key: str) -> torch.Tensor:
+        """Read one whole tensor, in bfloat16 if it is fp8 with scales beside it."""
+        if key + SCALE not in self.info:
+            return self.tensor(key)
+        return _dequantise_fp8(self.tensor(key), self.tensor(key + SCALE), self._block)
 
     def row(self, key: str, index: int) -> torch.Tensor:
         """Read `tensor[index : index + 1]` of a tensor that holds all experts of a layer."""
@@ -178,6 +185,13 @@ def _shards(path: Path) -> list[Path]:
             "writes safetensors, and give that folder"
         )
     raise ValueError(f"{path} holds no *.safetensors file; give the folder of a checkpoint")
+
+
+def _block_size(config: Path) -> tuple[int, int]:
+    """Rows and columns that share one fp8 scale."""
+    data = json.loads(config.read_text()) if config.is_file() else {}
+    block = (data.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+    return int(block[0]), int(block[1])
 
 
 def _read_header(file: Path, shard: int) -> dict[str, TensorInfo]:
@@ -256,12 +270,12 @@ def split(model: nn.Module, checkpoint: Checkpoint) -> Split:
 
     experts: dict[int, dict[str, Source]] = {}
     rest, unused = [], []
-    for key in checkpoint.keys():
-        target, pattern = rename(key.removesuffix(_SCALE))
+    for key in checkpoint.names():
+        target, pattern = rename(key.removesuffix(SCALE))
         place = expert_parameter(re.sub(r"_(blocks|scales)$", "", target), layers)
         if place is None:
             (rest if target in state else unused).append(key)
-        elif not key.endswith(_SCALE):
+        elif not key.endswith(SCALE):
             layer, parameter = place
             converter = by_pattern.get(pattern) if pattern is not None else None
             source = experts.setdefault(layer.index, {}).setdefault(
@@ -275,6 +289,20 @@ def split(model: nn.Module, checkpoint: Checkpoint) -> Split:
 def _expert_number(key: str) -> int | None:
     match = re.search(r"expert(?:s\.expert)?s?[._](\d+)[._]", key)
     return int(match[1]) if match else None
+
+
+class _OneExpert:
+    """The model as converters see it that ask for the shape of their target."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        """One expert's share of a parameter [E, ...]."""
+        return self._model.get_parameter(name)[:1]
 
 
 class ExpertReader:
@@ -300,12 +328,13 @@ class ExpertReader:
     def __init__(self, model: nn.Module, path: str | os.PathLike[str]) -> None:
         self.checkpoint = Checkpoint(path)
         self.layers = find_moe(model)
-        self._model = model
+        self._model = _OneExpert(model)
         self._plan = split(model, self.checkpoint).experts
         for layer in self.layers:
             self._check(layer)
 
     def __call__(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        """Read one expert: its tensors by name."""
         found = {
             name: self._parameter(source, name, expert)
             for name, source in self._plan[layer].items()
@@ -363,18 +392,25 @@ class ExpertReader:
     def _piece(self, keys: dict[int | None, str], expert: int) -> torch.Tensor:
         if None in keys:
             return self.checkpoint.row(keys[None], expert)
-        key = keys[expert]
-        weight = self.checkpoint.tensor(key)
-        if key + _SCALE not in self.checkpoint:
-            return weight
-        return _dequantise_fp8(weight, self.checkpoint.tensor(key + _SCALE))
+        return self.checkpoint.weight(keys[expert])
 
 
-def _dequantise_fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """One scale per block, 128 x 128 in the published checkpoints."""
-    if scale.ndim < 2:
-        return (weight.float() * scale.float()).to(torch.bfloat16)
+def _dequantise_fp8(
+    weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
+) -> torch.Tensor:
+    """One scale per block; the last block of a row or column may be smaller."""
+    e8m0 = scale.dtype == torch.uint8  # bare exponents
+    factor = torch.exp2(scale.float() - 127) if e8m0 else scale.float()
+    if factor.numel() == 1:
+        return (weight.float() * factor.reshape(())).to(torch.bfloat16)
     rows, columns = weight.shape
-    tall, wide = -(-rows // scale.shape[0]), -(-columns // scale.shape[1])
-    spread = scale.float().repeat_interleave(tall, 0).repeat_interleave(wide, 1)
+    grid = tuple(factor.shape)
+    if grid != (-(-rows // block[0]), -(-columns // block[1])):
+        if rows % grid[0] or columns % grid[1]:
+            raise ValueError(
+                f"fp8 weight {rows} x {columns} has a {grid[0]} x {grid[1]} grid of scales, which "
+                f"is not one per block of {block[0]} x {block[1]}; give the unquantised checkpoint"
+            )
+        block = rows // grid[0], columns // grid[1]
+    spread = factor.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     return (weight.float() * spread[:rows, :columns]).to(torch.bfloat16)

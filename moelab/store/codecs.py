@@ -12,13 +12,14 @@ activations: no calibration data is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from numba import njit
+
+from moelab.store.groups import GROUP, fit_ranges, pack_codes, unpack_codes
 
 __all__ = [
     "GROUP",
@@ -33,22 +34,8 @@ __all__ = [
 
 TIERS = (16, 8, 4, 3, 2)
 PAGE = 4096
-GROUP = 64
 FLOAT16_MAX = 65504.0
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`numba.njit`, GIL-free and cached on disk, or uncached where no folder can be written."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        settings = {"nogil": True, "error_model": "numpy", **options}
-        try:
-            return njit(cache=True, **settings)(function)
-        except RuntimeError:  # neither __pycache__ nor the user's cache folder is writable
-            return njit(**settings)(function)
-
-    return decorate
 
 
 @dataclass(frozen=True)
@@ -90,8 +77,10 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         """Return a dictionary that `json.dumps` takes and `from_json` reads back."""
-        return {"tensors": [[name, list(shape)] for name, shape in self.tensors],
-                "dtype": self.dtype}
+        return {
+            "tensors": [[name, list(shape)] for name, shape in self.tensors],
+            "dtype": self.dtype,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layout:
@@ -103,8 +92,9 @@ class Layout:
             If a field is missing or makes no sense.
         """
         try:
-            return cls(tuple((name, tuple(shape)) for name, shape in data["tensors"]),
-                       data["dtype"])
+            return cls(
+                tuple((name, tuple(shape)) for name, shape in data["tensors"]), data["dtype"]
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a layout: {data!r}; expected 'tensors' and 'dtype'") from error
 
@@ -196,12 +186,7 @@ def decode(
     ValueError
         On an unknown tier, or a blob of another size than ``nbytes(layout, bits)``.
     """
-    expected = nbytes(layout, bits)
-    if blob.dtype != np.uint8 or blob.shape != (expected,):
-        raise ValueError(
-            f"blob is {blob.dtype} of shape {blob.shape}, {bits} bit needs uint8 of shape "
-            f"({expected},); read the whole expert, padding included"
-        )
+    check_blob(blob, layout, bits)
     blob = np.ascontiguousarray(blob)
     result, start = {}, 0
     for name, shape in layout.tensors:
@@ -214,6 +199,16 @@ def decode(
             result[name] = _dequantise(blob[start:middle], blob[middle:end], shape, bits).to(dtype)
         start = end
     return result
+
+
+def check_blob(blob: np.ndarray, layout: Layout, bits: int) -> None:
+    """Raise ValueError unless `blob` has the dtype and size of an expert at `bits`."""
+    expected = nbytes(layout, bits)
+    if blob.dtype != np.uint8 or blob.shape != (expected,):
+        raise ValueError(
+            f"blob is {blob.dtype} of shape {blob.shape}, {bits} bit needs uint8 of shape "
+            f"({expected},); read the whole expert, padding included"
+        )
 
 
 def _check_bits(bits: int) -> None:
@@ -270,10 +265,13 @@ def _quantise(name: str, tensor: torch.Tensor, bits: int) -> list[np.ndarray]:
         scale = np.where(scale < reach, np.nextafter(scale, np.float16(np.inf)), scale)
         pairs[:, 0] = scale  # rounded up, so that no weight is clipped
     else:
-        _fit_ranges(groups, 2**bits - 1, pairs)
+        levels = 2**bits - 1
+        fit_ranges(groups, levels, pairs)
+        lost = pairs[:, 0] - pairs[:, 0].astype(np.float16)  # much of it when the scale is tiny
+        pairs[:, 1] += lost * (levels / 2)  # keeps the middle of the range where it was
     stored = np.clip(pairs, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
     codes = np.empty((len(groups), 8 * bits), np.uint8)
-    _pack_codes(groups, stored.astype(np.float32), bits, codes)
+    pack_codes(groups, stored.astype(np.float32), bits, codes)
     return [codes, stored]
 
 
@@ -283,95 +281,6 @@ def _dequantise(
     """The float32 tensor of one matrix's packed codes and pairs."""
     scales = pairs.copy().view(np.float16).astype(np.float32).reshape(-1, 2)
     groups = np.empty((len(scales), GROUP), np.float32)
-    _unpack_codes(codes.reshape(len(scales), -1), scales, bits, groups)
+    unpack_codes(codes.reshape(len(scales), -1), scales, bits, groups)
     rows = torch.from_numpy(groups).reshape(math.prod(shape[:-1]), -1)
     return rows[:, : shape[-1]].contiguous().reshape(shape)
-
-
-@compiled(fastmath=True)
-def _fit_ranges(groups, levels, pairs):  # type: ignore[no-untyped-def]
-    """Search each group's (scale, offset): shrink the range, refit by least squares, keep the best.
-
-    For given codes q the best scale is cov(q, w) / var(q), and it explains cov(q, w)^2 / var(q)
-    of the group's variance: the largest explained share is the smallest error.
-    """
-    zero, top = np.float32(0), np.float32(levels)
-    for g in range(groups.shape[0]):
-        w = groups[g]
-        low, high, total = w[0], w[0], zero
-        for j in range(GROUP):
-            low, high, total = min(low, w[j]), max(high, w[j]), total + w[j]
-        mean, best = total / np.float32(GROUP), np.float32(-1)
-        pairs[g, 0], pairs[g, 1] = zero, mean
-        if high - low < np.float32(1e-7):  # constant, or below what float16 resolves
-            continue
-        for step in range(13):
-            scale = (high - low) * np.float32(1 - 0.05 * step) / top
-            offset = (low + high - scale * top) / np.float32(2)
-            for _ in range(2):
-                inverse, sum_q, sum_qq, sum_qw = np.float32(1) / scale, zero, zero, zero
-                for j in range(GROUP):
-                    q = min(max(np.rint((w[j] - offset) * inverse), zero), top)
-                    sum_q += q
-                    sum_qq += q * q
-                    sum_qw += q * (w[j] - mean)
-                variance = sum_qq - sum_q * sum_q / np.float32(GROUP)
-                if variance <= zero or sum_qw <= zero:
-                    break
-                scale = sum_qw / variance
-                offset = mean - scale * sum_q / np.float32(GROUP)
-                if sum_qw * scale > best:
-                    best = sum_qw * scale
-                    pairs[g, 0], pairs[g, 1] = scale, offset
-
-
-@compiled()
-def _pack_codes(groups, pairs, bits, packed):  # type: ignore[no-untyped-def]
-    """Round each group to its levels and pack the codes.
-
-    8 bit: one signed byte each. 4 bit: code j low, code 32 + j high in byte j. 2 bit: codes j,
-    16 + j, 32 + j, 48 + j in byte j. 3 bit: the low two bits as at 2 bit, then 8 bytes, whose
-    byte j holds in bit t the high bit of code 8 t + j.
-    """
-    low, high = np.float32(0), np.float32(2**bits - 1)
-    if bits == 8:
-        low, high = np.float32(-127), np.float32(127)
-    q = np.empty(GROUP, np.int32)
-    for g in range(groups.shape[0]):
-        scale, offset = pairs[g, 0], pairs[g, 1]
-        inverse = np.float32(0) if scale == 0 else np.float32(1) / scale
-        for j in range(GROUP):
-            q[j] = np.int32(min(max(np.rint((groups[g, j] - offset) * inverse), low), high))
-        if bits == 8:
-            for j in range(GROUP):
-                packed[g, j] = q[j] & 255
-        elif bits == 4:
-            for j in range(32):
-                packed[g, j] = q[j] | q[32 + j] << 4
-        else:
-            for j in range(16):
-                a, b, c, d = q[j] & 3, q[16 + j] & 3, q[32 + j] & 3, q[48 + j] & 3
-                packed[g, j] = a | b << 2 | c << 4 | d << 6
-        if bits == 3:
-            for j in range(8):
-                plane = 0
-                for t in range(8):
-                    plane |= (q[8 * t + j] >> 2) << t
-                packed[g, 16 + j] = plane
-
-
-@compiled()
-def _unpack_codes(packed, pairs, bits, groups):  # type: ignore[no-untyped-def]
-    """The inverse of `_pack_codes`: float32 weights of each group."""
-    for g in range(groups.shape[0]):
-        scale, offset = pairs[g, 0], pairs[g, 1]
-        for j in range(GROUP):
-            if bits == 8:
-                q = np.int32(np.int8(packed[g, j]))
-            elif bits == 4:
-                q = np.int32(packed[g, j & 31] >> (4 * (j >> 5)) & 15)
-            else:
-                q = np.int32(packed[g, j & 15] >> (2 * (j >> 4)) & 3)
-                if bits == 3:
-                    q |= np.int32(packed[g, 16 + (j & 7)] >> (j >> 3) & 1) << 2
-            groups[g, j] = scale * np.float32(q) + offset

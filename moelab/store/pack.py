@@ -1,7 +1,7 @@
 """Turn a checkpoint into a store, one expert at a time.
 
 Every expert is read from its shards, written at every tier, and forgotten, so memory holds about
-one expert in float32 however large the model is; the other weights are copied byte by byte. All of
+two experts in float32 however large the model is; the other weights are copied byte by byte. All of
 it goes into a folder beside the destination which takes the destination's name at the very end:
 what is killed, cancelled or runs out of disk leaves nothing there, and packing starts over.
 """
@@ -15,6 +15,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -29,7 +30,7 @@ from tqdm.auto import tqdm
 from moelab.engine.families import MoELayer, find_moe
 from moelab.engine.model import blank_model
 from moelab.store.checkpoint import Checkpoint, ExpertReader, split
-from moelab.store.codecs import PAGE, TIERS, Layout, encode, nbytes
+from moelab.store.codecs import TIERS, Layout, encode, nbytes
 from moelab.store.manifest import (
     FORMAT,
     MODEL,
@@ -57,6 +58,7 @@ _KEEP = (
     "LICENSE*",
     "NOTICE*",
 )
+_WORKERS = min(2, os.cpu_count() or 1)  # each holds a float32 copy of one matrix
 _PACKING = threading.Lock()  # two threads with one destination: the second finds it done
 
 
@@ -183,14 +185,16 @@ class _Work:
         tiers, layout = self.manifest.tiers, self.manifest.layout
         checksums: dict[int, list[str]] = {bits: [] for bits in tiers}
         with ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(_WORKERS))
             out = {b: stack.enter_context((partial / experts_file(b)).open("wb")) for b in tiers}
             for bits, stream in out.items():
                 stream.write(self.manifest.header(bits))
             for layer, expert in self._all_experts():
                 tensors = {k: t.to(self.half) for k, t in self.reader(layer, expert).items()}
+                blobs = {b: pool.submit(encode, tensors, layout, b) for b in tiers}
                 for bits, stream in out.items():
                     try:
-                        blob = memoryview(encode(tensors, layout, bits))
+                        blob = memoryview(blobs.pop(bits).result())
                     except ValueError as error:
                         raise StoreError(f"layer {layer} expert {expert}: {error}") from error
                     stream.write(blob)

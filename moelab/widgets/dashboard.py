@@ -23,12 +23,13 @@ from moelab.widgets.report import Report
 STATIC = Path(__file__).parent / "static"
 SCRIPTS = ("look", "cells", "bars", "text", "settings", "dashboard")
 FRAMES_PER_S = 12.0
+IN_FLIGHT = 1
+"""Frames that may be under way besides the one to be sent."""
+
 PATIENCE_S = 0.3
 """Without an acknowledgement (a busy kernel, no browser) a frame goes out this often."""
 
 IDLE_S = 0.25
-CHEAP_BYTES = 256 << 20
-"""Below this size the full-precision model runs along by default, to measure KL."""
 
 
 class Dashboard(anywidget.AnyWidget):
@@ -122,11 +123,7 @@ class Dashboard(anywidget.AnyWidget):
 
     def _start_run(self, content: dict[str, Any]) -> None:
         asked = content["form"]
-        self._lab.start(
-            asked["prompt"],
-            max_new_tokens=int(asked["max_new_tokens"]),
-            measure_kl=bool(asked["measure_kl"]),
-        )
+        self._lab.start(asked["prompt"], max_new_tokens=int(asked["max_new_tokens"]))
         self._clear_error()
 
     def _stop_run(self, _content: dict[str, Any]) -> None:
@@ -166,18 +163,23 @@ class Dashboard(anywidget.AnyWidget):
     def _publish(self, wake: threading.Event) -> None:
         me = threading.current_thread()
         while self._thread is me:
+            begun = time.monotonic()
             try:
                 self._offer()
+                if self.error.get("where") == "dashboard":
+                    self._clear_error()
             except Exception as error:  # noqa: BLE001 a view that stands still must say why
                 self._show_error("dashboard", error)
-            wake.wait(1.0 / FRAMES_PER_S if self.frame.get("running") else IDLE_S)
+            period = 1.0 / FRAMES_PER_S if self.frame.get("running") else IDLE_S
+            wake.wait(max(0.0, period - (time.monotonic() - begun)))
             wake.clear()
 
     def _offer(self) -> bool:
         """Publish what is new if a frame is due; return whether one went out."""
         with self._lock:
             now = time.monotonic()
-            wait = 0.5 / FRAMES_PER_S if self._acked >= self._seq else PATIENCE_S
+            behind = self._seq - self._acked > IN_FLIGHT
+            wait = PATIENCE_S if behind else 0.5 / FRAMES_PER_S
             if now - self._sent_at < wait:
                 return False
             told = self._controls()
@@ -221,6 +223,5 @@ def _first_form(offered: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": prompts[0] if prompts else "Once upon a time",
         "max_new_tokens": 200,
-        "measure_kl": offered["all_experts_bytes"] <= CHEAP_BYTES,
         "shade": "cost",
     }

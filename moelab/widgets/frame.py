@@ -33,7 +33,7 @@ def options(lab: Any, devices: Mapping[str, Any], strategies: Sequence[str]) -> 
     info = lab.info()
     return {
         "name": info["name"],
-        "architecture": info["architecture"],
+        "architecture": info["architecture"].removesuffix("ForCausalLM"),
         "layers": info["layers"],
         "experts": info["experts_per_layer"],
         "top_k": info["top_k"],
@@ -61,6 +61,7 @@ def controls(lab: Any) -> dict[str, Any]:
         "strategy": settings.strategy.name,
         "device": settings.device,
         "prefetch": int(settings.prefetch),
+        "measure_kl": bool(settings.measure_kl),
         "budget_experts": int(info["budget_experts"]),
         "minimum_budget_bytes": int(info["minimum_budget_bytes"]),
         "token_cycle_bytes": int(info["token_cycle_bytes"]),
@@ -81,45 +82,49 @@ class Framer:
     def __init__(self, lab: Any, devices: Mapping[str, Any]) -> None:
         self._lab, self._devices = lab, devices
         self._run: Any = None
-        self._first_device = lab.settings.device
-        self._texts: list[str] = []
+        self._number = 0
+        self._reports: list[Any] = []
         self._rows: list[tuple[float, ...]] = []
 
     def build(self) -> dict[str, Any]:
         """One frame of what is true now; JSON but for the arrays, which are bytes."""
         run = self._lab.run
         if run is not self._run:
-            self._begin(run)
+            self._run, self._number = run, self._number + (run is not None)
+            self._reports, self._rows = [], []
         running = run is not None and bool(run.running)  # asked first: then no token is missed
-        reports = run.token_reports if run is not None else []
-        for report in reports[len(self._rows) :]:
-            self._texts.append(report.text)
-            self._rows.append(_row(report))
+        self._read(list(run.token_reports) if run is not None else [])
         origins = self._origins()
         first = max(0, len(self._rows) - LONGEST)
         values = np.asarray(self._rows[first:], np.float32).reshape(-1, len(COLUMNS))
         since = max(0, origins[-1]["token"] - first)
+        recent = max(since, len(values) - RECENT_TOKENS)
         cells = self._lab.cache_map()
         return {
-            "run": id(run) if run is not None else 0,
+            "run": self._number,
             "running": running,
             "error": "" if run is None or run.error is None else in_words(run.error),
             "prompt": run.prompt if run is not None else "",
             "first": first,
             "count": len(values),
-            "texts": self._texts[first:],
+            "texts": [report.text for report in self._reports[first:]],
             "values": np.ascontiguousarray(values.T, "<f4").tobytes(),  # [C, T]
             "changes": merge_changes(run.changes if run is not None else []),
             "origins": origins,
             "map": {k: np.ascontiguousarray(cells[k], t).tobytes() for k, t in MAP_TYPES.items()},
             "resident": self._resident(cells["bits"]),
-            "recent": figures(values[since:][-RECENT_TOKENS:]),
-            "whole": figures(values[since:]),
+            "recent": figures(values[recent:], first=first + recent),
+            "whole": figures(values[since:], first=first + since),
         }
 
-    def _begin(self, run: Any) -> None:
-        self._run, self._texts, self._rows = run, [], []
-        self._first_device = self._lab.settings.device
+    def _read(self, reports: list[Any]) -> None:
+        """Take new reports, and those the run has put right since."""
+        for i, report in enumerate(reports):
+            if i == len(self._rows):
+                self._reports.append(report)
+                self._rows.append(_row(report))
+            elif self._reports[i] is not report:
+                self._reports[i], self._rows[i] = report, _row(report)
 
     def _resident(self, bits: np.ndarray) -> dict[str, int]:
         info = self._lab.info()
@@ -131,15 +136,11 @@ class Framer:
 
     def _origins(self) -> list[dict[str, Any]]:
         """From which token on the times come from which device."""
-        named = {device.title: name for name, device in self._devices.items()}
-        found = [(0, self._first_device)]
-        for token, changed in list(self._run.changes if self._run is not None else []):
-            if "device" in changed:
-                shown = changed["device"]
-                found.append((max(0, token), named.get(shown, shown)))
-        kept = [f for f, after in zip(found, [*found[1:], None], strict=True)
-                if after is None or after[0] > f[0]]  # fmt: skip
-        return [{"token": token, **self._origin(name)} for token, name in kept]
+        origins: list[dict[str, Any]] = []
+        for token, report in enumerate(self._reports):
+            if not origins or report.device != origins[-1]["device"]:
+                origins.append({"token": token, **self._origin(report.device)})
+        return origins or [{"token": 0, **self._origin(self._lab.settings.device)}]
 
     def _origin(self, name: str) -> dict[str, Any]:
         device = self._devices[name]
@@ -154,34 +155,39 @@ def _row(report: Any) -> tuple[float, ...]:
     return (float(report.total_ms), float(report.compute_ms), *stalls, kl, *counts, *memory)
 
 
-def figures(values: np.ndarray) -> dict[str, float | int | None]:
-    """Running figures of some tokens.
+def figures(values: np.ndarray, *, first: int = 0) -> dict[str, float | int | None]:
+    """Running figures of some tokens, defined as in ``Run.summary``.
 
     Parameters
     ----------
     values
         [T, C], columns as in `COLUMNS`.
+    first
+        Index of the first of them. Token 0 carries the prefill: only its KL counts.
 
     Returns
     -------
     dict
-        ``tokens``, ``tokens_per_s``, ``hit_ratio`` (hits over hits and loads on demand),
-        ``bytes_per_token``, ``stall_share``, ``kl_mean``; None where there is nothing to divide.
+        ``tokens``, ``tokens_per_s``, ``hit_ratio``, ``bytes_per_token``, ``stall_share``,
+        ``kl_mean``; None where there is nothing to divide.
     """
-    sums = dict(zip(COLUMNS, np.nansum(values, axis=0, dtype=np.float64).tolist(), strict=True))
-    tokens = len(values)
-    measured = int(np.isfinite(values[:, COLUMNS.index("kl")]).sum())
+    kls = values[:, COLUMNS.index("kl")]
+    kls = kls[np.isfinite(kls)]
+    decoded = np.delete(values, COLUMNS.index("kl"), axis=1)[int(first == 0) :]
+    names = [name for name in COLUMNS if name != "kl"]
+    sums = dict(zip(names, decoded.sum(axis=0, dtype=np.float64).tolist(), strict=True))
 
     def ratio(over: float, under: float) -> float | None:
         return over / under if under else None
 
+    asked = sum(sums[name] for name in ("hits", "loads", "skips", "substitutes"))
     return {
-        "tokens": tokens,
-        "tokens_per_s": ratio(1e3 * tokens, sums["total_ms"]),
-        "hit_ratio": ratio(sums["hits"], sums["hits"] + sums["loads"]),
-        "bytes_per_token": ratio(sums["bytes"], tokens),
+        "tokens": len(values),
+        "tokens_per_s": ratio(1e3 * len(decoded), sums["total_ms"]),
+        "hit_ratio": ratio(sums["hits"], asked),
+        "bytes_per_token": ratio(sums["bytes"], len(decoded)),
         "stall_share": ratio(sum(sums[cause] for cause in CAUSES), sums["total_ms"]),
-        "kl_mean": ratio(sums["kl"], measured),
+        "kl_mean": float(kls.mean(dtype=np.float64)) if len(kls) else None,
     }
 
 

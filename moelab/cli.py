@@ -1,0 +1,277 @@
+"""The command line: `moelab` opens the lab; info, pack, run and bench do the same work as text.
+
+Torch and transformers are imported by the commands that need them, so `moelab --help` is instant.
+What a person can put right (a bad value, a missing file) is one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from moelab import Run
+
+NOTEBOOK = "01_live_lab.ipynb"
+_POLL_SECONDS = 0.03
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Put a Mixture-of-Experts model's experts on disk, and watch what a memory budget does.",
+    epilog="Without a command: the same as `moelab lab`.",
+)
+
+Model = Annotated[
+    str, typer.Argument(help='"demo", a store, a checkpoint folder or a Hugging Face hub id.')
+]
+Budget = Annotated[str, typer.Option(help="For resident experts: bytes, 64MB, 1.5GiB or 25%.")]
+Seed = Annotated[int, typer.Option(help="Of sampling.")]
+
+
+def main() -> None:
+    """Run the command line; end with exit code 2 and one line where the user can put it right."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(_refuse(error))
+
+
+def _refuse(error: Exception) -> int:
+    print(f"moelab: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moelab {metadata.version('moelab')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        _open_jupyter([])
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lab(context: typer.Context) -> None:
+    """Open JupyterLab on the live dashboard; options go to JupyterLab (--no-browser, --port 8899).
+
+    From an installed package, the notebooks are copied to ./moelab-notebooks first; a notebook that
+    is there already is left as it is. JupyterLab listens on 127.0.0.1 only.
+    """
+    _open_jupyter(context.args)
+
+
+@app.command()
+def info(model: Model = "demo", budget: Budget = "25%") -> None:
+    """Print a model's sizes and what fits the budget."""
+    import moelab
+
+    with moelab.open(model, budget=budget) as opened:
+        facts = opened.info()
+    rows = []
+    for name, value in facts.items():
+        if name == "expert_bytes":
+            rows += [(f"expert_bytes at {bits} bit", _size(n)) for bits, n in value.items()]
+        else:
+            rows.append((name, _size(value) if name.endswith("_bytes") else _word(value)))
+    _print_table(rows)
+
+
+@app.command()
+def pack(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder or Hugging Face hub id.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to make.")],
+    tiers: Annotated[str, typer.Option(help="Bits to store every expert at.")] = "16,8,4,3,2",
+    *,
+    overwrite: Annotated[bool, typer.Option(help="Replace another store.")] = False,
+) -> None:
+    """Pack a checkpoint into a store."""
+    import moelab
+
+    try:
+        bits = tuple(int(part) for part in _split(tiers))
+    except ValueError:
+        raise ValueError(f"--tiers {tiers!r}: write numbers like 16,8,4") from None
+    made = moelab.pack(source, destination, tiers=bits, overwrite=overwrite)
+    total = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
+    print(f"{made}: {_size(total)}, tiers {', '.join(map(str, bits))}")
+
+
+@app.command()
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What the text begins with.")],
+    budget: Budget = "25%",
+    bits: Annotated[int | None, typer.Option(help="Tier; default the store's best.")] = None,
+    low_bits: Annotated[int | None, typer.Option(help="Tier of unimportant misses.")] = None,
+    strategy: Annotated[str, typer.Option(help="on_demand, lru, lfu or layer_lru.")] = "lru",
+    device: Annotated[str, typer.Option(help="disk, or an emulated one such as hdd.")] = "disk",
+    prefetch: Annotated[int, typer.Option(help="Layers to look ahead, 0 to 3.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Upper limit.")] = 64,
+    temperature: Annotated[float | None, typer.Option(help="0: greedy.")] = None,
+    seed: Seed = 0,
+    *,
+    kl: Annotated[bool, typer.Option(help="Compare each token with full precision.")] = False,
+) -> None:
+    """Generate text under a budget, then print what it cost. Ctrl-C stops and still prints."""
+    import moelab
+
+    with moelab.open(
+        model,
+        budget=budget,
+        bits=bits,
+        low_bits=low_bits,
+        strategy=strategy,
+        device=device,
+        prefetch=prefetch,
+        measure_kl=kl,
+        seed=seed,
+    ) as opened:
+        going = opened.start(prompt, max_new_tokens=max_new_tokens, temperature=temperature)
+        stopped = _stream(going)
+        summary = going.summary()
+    if stopped:
+        print("stopped")
+    rows = [(n, _size(v) if "bytes" in n else _word(v)) for n, v in summary.items()]
+    _print_table([row for row in rows if row[1]])
+    if going.error is not None:
+        raise ValueError(f"the run ended early: {going.error}") from going.error
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="As for the other commands.")] = "demo",
+    strategies: Annotated[
+        str, typer.Option(help='Like "lru, lru + look-ahead, lfu + 4 bit, lru + mixed 16/4".')
+    ] = "",
+    budgets: Annotated[str, typer.Option(help="Like 25%,50%,8MB.")] = "",
+    devices: Annotated[str, typer.Option(help="Like disk,hdd.")] = "",
+    tokens: Annotated[int, typer.Option(help="Generated per run.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Runs per row; the row is their median.")] = 3,
+    prompt: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table.")] = None,
+    *,
+    quality: Annotated[bool, typer.Option(help="Score the KL of each strategy.")] = True,
+) -> None:
+    """Measure strategy x budget x device in one go and print a table."""
+    from moelab import bench as measure
+
+    for file in (json_file, markdown):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"cannot write {file}: the folder {file.absolute().parent} is missing")
+    frame = measure.bench(
+        model,
+        strategies=_split(strategies) or measure.STRATEGIES,
+        budgets=_split(budgets) or measure.BUDGETS,
+        devices=_split(devices) or measure.DEVICES,
+        tokens=tokens,
+        repeats=repeats,
+        prompt=prompt,
+        quality=quality,
+    )
+    table = measure.as_markdown(measure.report(frame))
+    print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(measure.as_record(frame), indent=2) + "\n", "utf-8")
+    if markdown is not None:
+        markdown.write_text(table + "\n", "utf-8")
+
+
+def _stream(going: Run) -> bool:
+    """Print a run's text as it comes; say whether Ctrl-C stopped it."""
+    print(going.prompt, end="", flush=True)
+    shown, stopped = 0, False
+    while True:
+        try:
+            done = not going.running
+            text = going.text
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+            if done:
+                break
+            time.sleep(_POLL_SECONDS)
+        except KeyboardInterrupt:
+            stopped = True
+            going.stop()
+    print("\n")
+    return stopped
+
+
+def notebooks(package: Path, target: Path) -> Path:
+    """Return the folder of notebooks to open: a checkout's own, else copies of the package's.
+
+    Parameters
+    ----------
+    package
+        The folder of the package `moelab`.
+    target
+        Where copies go; what lies there already is kept.
+    """
+    checkout = package.parent / "notebooks"
+    if (checkout / NOTEBOOK).is_file() and (package.parent / "pyproject.toml").is_file():
+        return checkout
+    shipped = package / "notebooks"
+    if not (shipped / NOTEBOOK).is_file():
+        raise FileNotFoundError(f"{shipped / NOTEBOOK} is missing: install moelab again")
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(shipped.glob("*.ipynb")):
+        if not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
+    return target
+
+
+def _open_jupyter(options: list[str]) -> None:
+    """Become JupyterLab, on loopback; root is let in because it asked."""
+    if util.find_spec("jupyterlab") is None:
+        raise ImportError("JupyterLab is not installed here; run: pip install 'moelab[lab]'")
+    folder = notebooks(Path(__file__).parent, Path.cwd() / "moelab-notebooks")
+    command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *options]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")
+    print(f"moelab: opening {folder / NOTEBOOK} in JupyterLab (Ctrl-C twice ends it)", flush=True)
+    os.execv(sys.executable, [*command, str(folder / NOTEBOOK)])  # noqa: S606
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _print_table(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def _size(nbytes: float) -> str:
+    """Bytes for people, with the exact count where it is one."""
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= step:
+            return f"{nbytes / step:.3g} {unit}"
+    return f"{nbytes:.0f} B"

@@ -1,0 +1,346 @@
+"""One row of weights meets one token: the dot products under the kernels.
+
+`dot_half` takes bfloat16 or float16 weights and float32 activations, `dot_codes` packed codes and
+integer activations (int16 at 8 bit, int8 below). All arguments are addresses; a row is whole
+groups of 64. With AVX2 they are emitted as LLVM vectors: codes are unpacked in registers and
+multiplied 16 or 32 at a time. Other machines, and any machine under ``MOELAB_PORTABLE=1``, run
+plain loops with the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from moelab.store.groups import GROUP, compiled
+
+
+def _has_avx2() -> bool:
+    if os.environ.get("MOELAB_PORTABLE", "0") not in ("", "0"):
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    features = binding.get_host_cpu_features()
+    return all(features.get(name, False) for name in ("avx2", "fma", "f16c"))
+
+
+AVX2 = _has_avx2()
+"""Whether the AVX2 kernels run, or the portable loops."""
+
+_intrinsic = cast("Callable[..., Any]", intrinsic)
+_TEXT = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=4).hexdigest()
+# Infinities and NaN must mean what they mean, so fastmath's nnan and ninf stay off.
+_FAST = {"reassoc", "contract", "nsz", "arcp"}
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile, with a cache key that knows MOELAB_PORTABLE and this file's text.
+
+    numba's own key knows the CPU and the file of the function, not the intrinsics it calls.
+    """
+    function.__qualname__ += f"@{'avx2' if AVX2 else 'portable'}-{_TEXT}"
+    is_dot = function.__name__.startswith("dot_")
+    return compiled(fastmath=_FAST, forceinline=is_dot)(function)
+
+
+# ---- memory at an address, as LLVM sees it --------------------------------------------------
+
+_I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+_Builder = Any  # ir.IRBuilder, whose methods have no types
+_F16, _F32, _V = ir.HalfType(), ir.FloatType(), ir.VectorType
+
+
+def _load(b: _Builder, address: ir.Value, offset: ir.Value | int, kind: ir.Type) -> ir.Value:
+    """An unaligned load of `kind` from address + offset."""
+    where = b.add(address, offset if isinstance(offset, ir.Value) else _I64(offset))
+    loaded = b.load(b.inttoptr(where, ir.PointerType(kind)))
+    loaded.align = 1
+    return loaded
+
+
+@_intrinsic
+def _load_u8(_context: Any, address: Any) -> Any:  # noqa: ARG001
+    def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
+        return b.zext(_load(b, args[0], 0, _I8), _I32)
+
+    return types.int32(types.intp), emit
+
+
+@_intrinsic
+def _load_i8(_context: Any, address: Any) -> Any:  # noqa: ARG001
+    def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
+        return b.sext(_load(b, args[0], 0, _I8), _I32)
+
+    return types.int32(types.intp), emit
+
+
+@_intrinsic
+def _load_i16(_context: Any, address: Any) -> Any:  # noqa: ARG001
+    def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
+        return b.sext(_load(b, args[0], 0, _I16), _I32)
+
+    return types.int32(types.intp), emit
+
+
+@_intrinsic
+def _load_f32(_context: Any, address: Any) -> Any:  # noqa: ARG001
+    def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
+        return _load(b, args[0], 0, _F32)
+
+    return types.float32(types.intp), emit
+
+
+@_intrinsic
+def _load_bfloat16(_context: Any, address: Any) -> Any:  # noqa: ARG001
+    def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
+        return b.bitcast(b.shl(b.zext(_load(b, args[0], 0, _I16), _I32), _I32(16)), _F32)
+
+    return types.float32(types.intp), emit
+
+
+@_intrinsic
+def _load_float16(_context: Any, address: Any) -> Any:  # noqa: ARG001
+    """Integer arithmetic only: fpext needs a library call on CPUs without F16C."""
+
+    def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
+        h = b.zext(_load(b, args[0], 0, _I16), _I32)
+        magnitude = b.bitcast(b.shl(b.and_(h, _I32(0x7FFF)), _I32(13)), _F32)
+        rebased = b.bitcast(b.fmul(magnitude, _F32(2.0**112)), _I32)
+        return b.bitcast(b.or_(rebased, b.shl(b.and_(h, _I32(0x8000)), _I32(16))), _F32)
+
+    return types.float32(types.intp), emit
+
+
+# ---- row dot products with AVX2 -------------------------------------------------------------
+
+
+def _splat(value: int, lanes: int = 32, kind: ir.Type = _I8) -> ir.Constant:
+    return ir.Constant(_V(kind, lanes), [value] * lanes)
+
+
+def _permute(b: _Builder, value: Any, lanes: list[int]) -> ir.Value:
+    return b.shuffle_vector(value, value, ir.Constant(_V(_I32, len(lanes)), lanes))
+
+
+def _call(b: _Builder, name: str, result: ir.Type, *args: Any) -> Any:
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
+
+
+def _shift_right(b: _Builder, value: Any, count: int) -> ir.Value:
+    """Shift bytes, two at a time: the neighbour's bits that come in are for the caller to mask."""
+    lanes = value.type.count // 2
+    words = b.bitcast(value, _V(_I16, lanes))
+    return b.bitcast(b.lshr(words, _splat(count, lanes, _I16)), value.type)
+
+
+def _codes_avx2(b: _Builder, group: ir.Value, bits: int) -> list[ir.Value]:
+    """One packed group of 4, 3 or 2 bits as two <32 x i8> of codes."""
+    if bits == 4:
+        v = _load(b, group, 0, _V(_I8, 32))
+        return [b.and_(v, _splat(15)), b.lshr(v, _splat(4))]
+    half = _load(b, group, 0, _V(_I8, 16))
+    lanes = ir.Constant(_V(_I32, 32), list(range(32)))
+    v = b.shuffle_vector(half, _shift_right(b, half, 2), lanes)
+    codes = [b.and_(v, _splat(3)), b.and_(_shift_right(b, v, 4), _splat(3))]
+    if bits == 3:
+        plane = _permute(b, _load(b, group, 16, _V(_I8, 8)), [k % 8 for k in range(32)])
+        for i in (0, 1):
+            masks = ir.Constant(_V(_I8, 32), [1 << (4 * i + k // 8) for k in range(32)])
+            is_set = b.icmp_unsigned("!=", b.and_(plane, masks), _splat(0))
+            codes[i] = b.or_(codes[i], b.select(is_set, _splat(4), _splat(0)))
+    return codes
+
+
+def _group_dot_avx2(b: _Builder, group: ir.Value, x: ir.Value, bits: int) -> ir.Value:
+    """Sum of code * xq over one group, as <8 x float> partial sums.
+
+    8 bit: 64 * 127 * 32767 fits in 32 bits. Below: pmaddubsw adds two products in 16 bits, and
+    4 * 15 * 127 fits.
+    """
+    v32, v16, v8 = _V(_I8, 32), _V(_I16, 16), _V(_I32, 8)
+    if bits == 8:
+        parts = [
+            _call(
+                b,
+                "llvm.x86.avx2.pmadd.wd",
+                v8,
+                b.sext(_load(b, group, 16 * i, _V(_I8, 16)), v16),
+                _load(b, x, 32 * i, v16),
+            )
+            for i in range(4)
+        ]
+        return b.sitofp(b.add(b.add(*parts[:2]), b.add(*parts[2:])), _V(_F32, 8))
+    sums = [
+        _call(b, "llvm.x86.avx2.pmadd.ub.sw", v16, codes, _load(b, x, 32 * i, v32))
+        for i, codes in enumerate(_codes_avx2(b, group, bits))
+    ]
+    wide = _call(b, "llvm.x86.avx2.pmadd.wd", v8, b.add(*sums), _splat(1, 16, _I16))
+    return b.sitofp(wide, _V(_F32, 8))
+
+
+def _fma(b: _Builder, total: ir.Value, x: ir.Value, y: ir.Value) -> None:
+    b.store(_call(b, "llvm.fma.v8f32", _V(_F32, 8), x, y, b.load(total)), total)
+
+
+def _sum(b: _Builder, totals: list[ir.Value]) -> ir.Value:
+    """The sum of all lanes of all accumulators."""
+    vectors = [b.load(total) for total in totals]
+    while len(vectors) > 1:
+        vectors = [b.fadd(*vectors[i : i + 2]) for i in range(0, len(vectors), 2)]
+    result = vectors[0]
+    for lanes in (4, 2, 1):
+        low = _permute(b, result, list(range(lanes)))
+        result = b.fadd(low, _permute(b, result, list(range(lanes, 2 * lanes))))
+    return b.extract_element(result, _I32(0))
+
+
+def _dot_avx2(bits: int) -> Any:
+    """Row dot product for codes: four groups a turn, then the rest one by one."""
+
+    @_intrinsic
+    def dot(_context: Any, row: Any, pairs: Any, xq: Any, x_pairs: Any, groups: Any) -> Any:  # noqa: ARG001
+        def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
+            row, pairs, xq, x_pairs, groups = args
+            zeros = ir.Constant(_V(_F32, 8), [0.0] * 8)
+            totals = [cgutils.alloca_once_value(b, zeros) for _ in range(4)]
+            offsets = cgutils.alloca_once_value(b, zeros)  # odd lanes count, even are dropped
+            turns = b.lshr(groups, _I64(2))
+
+            def add_groups(first: ir.Value, count: int) -> None:
+                halves = _load(b, pairs, b.mul(first, _I64(4)), _V(_F16, 2 * count))
+                products = b.fmul(
+                    b.fpext(halves, _V(_F32, 2 * count)),
+                    _load(b, x_pairs, b.mul(first, _I64(8)), _V(_F32, 2 * count)),
+                )
+                padded = (
+                    products
+                    if count == 4
+                    else b.shuffle_vector(
+                        products,
+                        ir.Constant(products.type, [0.0] * 2),
+                        ir.Constant(_V(_I32, 8), [0, 1, 2, 3, 2, 3, 2, 3]),
+                    )
+                )
+                b.store(b.fadd(b.load(offsets), padded), offsets)
+                for k in range(count):
+                    g = b.add(first, _I64(k))
+                    group = b.add(row, b.mul(g, _I64(8 * bits)))
+                    x = b.add(xq, b.mul(g, _I64(2 * GROUP if bits == 8 else GROUP)))
+                    dots = _group_dot_avx2(b, group, x, bits)
+                    _fma(b, totals[k], dots, _permute(b, products, [2 * k] * 8))
+
+            with cgutils.for_range(b, turns) as loop:
+                add_groups(b.mul(loop.index, _I64(4)), 4)
+            with cgutils.for_range(b, groups, b.mul(turns, _I64(4))) as loop:
+                add_groups(loop.index, 1)
+            odd = [float(k % 2) for k in range(8)]
+            b.store(b.fmul(b.load(offsets), ir.Constant(_V(_F32, 8), odd)), offsets)
+            _fma(b, totals[0], b.load(offsets), ir.Constant(_V(_F32, 8), [1.0] * 8))
+            return _sum(b, totals)
+
+        return types.float32(*[types.intp] * 5), emit
+
+    return dot
+
+
+def _dot_half_avx2(half: ir.Type | None) -> Any:
+    """Row dot product for 16-bit weights (None: bfloat16), 64 at a time in eight accumulators."""
+
+    @_intrinsic
+    def dot(_context: Any, row: Any, x: Any, groups: Any) -> Any:  # noqa: ARG001
+        def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
+            row, x, groups = args
+            f8, w8 = _V(_F32, 8), _V(_I32, 8)
+            totals = [cgutils.alloca_once_value(b, ir.Constant(f8, [0.0] * 8)) for _ in range(8)]
+            with cgutils.for_range(b, groups) as loop:
+                w_at = b.add(row, b.mul(loop.index, _I64(2 * GROUP)))
+                x_at = b.add(x, b.mul(loop.index, _I64(4 * GROUP)))
+                for k, total in enumerate(totals):
+                    w = _load(b, w_at, 16 * k, _V(half or _I16, 8))
+                    if half is None:
+                        w = b.bitcast(b.shl(b.zext(w, w8), _splat(16, 8, _I32)), f8)
+                    else:
+                        w = b.fpext(w, f8)
+                    _fma(b, total, w, _load(b, x_at, 32 * k, f8))
+            return _sum(b, totals)
+
+        return types.float32(*[types.intp] * 3), emit
+
+    return dot
+
+
+# ---- row dot products, here and on any other machine ----------------------------------------
+
+if AVX2:
+    _dot8, _dot4, _dot3, _dot2 = (_dot_avx2(bits) for bits in (8, 4, 3, 2))
+    _dot_bfloat16, _dot_float16 = _dot_half_avx2(None), _dot_half_avx2(_F16)
+
+    @kernel
+    def dot_half(bfloat: bool, row: int, x: int, groups: int) -> Any:
+        """Sum of 16-bit weight * float32 activation."""
+        if bfloat:
+            return _dot_bfloat16(row, x, groups)
+        return _dot_float16(row, x, groups)
+
+    @kernel
+    def dot_codes(bits: int, row: int, pairs: int, xq: int, x_pairs: int, groups: int) -> Any:
+        """Sum of (scale * code + offset) * activation."""
+        if bits == 8:
+            return _dot8(row, pairs, xq, x_pairs, groups)
+        if bits == 4:
+            return _dot4(row, pairs, xq, x_pairs, groups)
+        if bits == 3:
+            return _dot3(row, pairs, xq, x_pairs, groups)
+        return _dot2(row, pairs, xq, x_pairs, groups)
+
+else:
+
+    @kernel
+    def dot_half(bfloat: bool, row: int, x: int, groups: int) -> Any:
+        """Sum of 16-bit weight * float32 activation."""
+        total = np.float32(0)
+        if bfloat:
+            for j in range(groups * GROUP):
+                total += _load_bfloat16(row + 2 * j) * _load_f32(x + 4 * j)
+        else:
+            for j in range(groups * GROUP):
+                total += _load_float16(row + 2 * j) * _load_f32(x + 4 * j)
+        return total
+
+    @kernel
+    def dot_codes(bits: int, row: int, pairs: int, xq: int, x_pairs: int, groups: int) -> Any:
+        """Sum of (scale * code + offset) * activation."""
+        total = np.float32(0)
+        for g in range(groups):
+            q, x, dot = row + g * 8 * bits, xq + g * GROUP, np.int32(0)
+            if bits == 8:
+                for j in range(GROUP):
+                    dot = np.int32(dot + _load_i8(q + j) * _load_i16(x + g * GROUP + 2 * j))
+            elif bits == 4:
+                for j in range(32):
+                    c = _load_u8(q + j)
+                    dot = np.int32(dot + (c & 15) * _load_i8(x + j))
+                    dot = np.int32(dot + (c >> 4) * _load_i8(x + 32 + j))
+            else:
+                for k in range(4):
+                    for j in range(16):
+                        c = (_load_u8(q + j) >> (2 * k)) & 3
+                        if bits == 3:
+                            plane = _load_u8(q + 16 + (j & 7))
+                            c |= ((plane >> (2 * k + (j >> 3))) & 1) << 2
+                        dot = np.int32(dot + c * _load_i8(x + 16 * k + j))
+            scale = _load_float16(pairs + 4 * g) * _load_f32(x_pairs + 8 * g)
+            offset = _load_float16(pairs + 4 * g + 2) * _load_f32(x_pairs + 8 * g + 4)
+            total += np.float32(dot) * scale + offset
+        return total

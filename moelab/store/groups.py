@@ -1,0 +1,122 @@
+"""Sixty-four weights as codes: fit a group's range, pack its codes, unpack them again.
+
+A group is ``weight = scale * code + offset``. The loops are compiled with numba, because the range
+search visits every weight 26 times. They take finite weights only; `codecs` refuses the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+GROUP = 64
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`numba.njit`, GIL-free and cached on disk, or uncached where no folder can be written."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        settings = {"nogil": True, "error_model": "numpy", **options}
+        try:
+            return njit(cache=True, **settings)(function)
+        except RuntimeError:  # neither __pycache__ nor the user's cache folder is writable
+            return njit(**settings)(function)
+
+    return decorate
+
+
+@compiled(fastmath=True)
+def fit_ranges(groups: np.ndarray, levels: int, pairs: np.ndarray) -> None:
+    """Search each group's (scale, offset): shrink the range, refit by least squares, keep the best.
+
+    For given codes q the best scale is cov(q, w) / var(q), and it explains cov(q, w)^2 / var(q)
+    of the group's variance: the largest explained share is the smallest error.
+    """
+    zero, top = np.float32(0), np.float32(levels)
+    for g in range(groups.shape[0]):
+        w = groups[g]
+        low, high, total = w[0], w[0], zero
+        for j in range(GROUP):
+            low, high, total = min(low, w[j]), max(high, w[j]), total + w[j]
+        mean, best = total / np.float32(GROUP), np.float32(-1)
+        pairs[g, 0], pairs[g, 1] = zero, mean
+        if high - low < np.float32(1e-7):  # constant, or below what float16 resolves
+            continue
+        for step in range(13):
+            scale = (high - low) * np.float32(1 - 0.05 * step) / top
+            offset = (low + high - scale * top) / np.float32(2)
+            for _ in range(2):
+                inverse, sum_q, sum_qq, sum_qw = np.float32(1) / scale, zero, zero, zero
+                for j in range(GROUP):
+                    q = min(max(np.rint((w[j] - offset) * inverse), zero), top)
+                    sum_q += q
+                    sum_qq += q * q
+                    sum_qw += q * (w[j] - mean)
+                variance = sum_qq - sum_q * sum_q / np.float32(GROUP)
+                if variance <= zero or sum_qw <= zero:
+                    break
+                scale = sum_qw / variance
+                offset = mean - scale * sum_q / np.float32(GROUP)
+                if sum_qw * scale > best:
+                    best = sum_qw * scale
+                    pairs[g, 0], pairs[g, 1] = scale, offset
+
+
+@compiled()
+def _pack_planes(q: np.ndarray, bits: int, packed: np.ndarray) -> None:
+    for j in range(16):
+        a, b, c, d = q[j] & 3, q[16 + j] & 3, q[32 + j] & 3, q[48 + j] & 3
+        packed[j] = a | b << 2 | c << 4 | d << 6
+    if bits == 3:
+        for j in range(8):
+            plane = 0
+            for t in range(8):
+                plane |= (q[8 * t + j] >> 2) << t
+            packed[16 + j] = plane
+
+
+@compiled()
+def pack_codes(groups: np.ndarray, pairs: np.ndarray, bits: int, packed: np.ndarray) -> None:
+    """Round each group to its levels and pack the codes.
+
+    8 bit: one signed byte each. 4 bit: code j low, code 32 + j high in byte j. 2 bit: codes j,
+    16 + j, 32 + j, 48 + j in byte j. 3 bit: the low two bits as at 2 bit, then 8 bytes, whose
+    byte j holds in bit t the high bit of code 8 t + j.
+    """
+    low, high = np.float32(0), np.float32(2**bits - 1)
+    if bits == 8:
+        low, high = np.float32(-127), np.float32(127)
+    q = np.empty(GROUP, np.uint8)
+    for g in range(groups.shape[0]):
+        scale, offset = pairs[g, 0], pairs[g, 1]
+        inverse = np.float32(0) if scale == 0 else np.float32(1) / scale
+        for j in range(GROUP):
+            code = min(max(np.rint((groups[g, j] - offset) * inverse), low), high)
+            q[j] = np.int32(code) & 255
+        if bits == 8:
+            packed[g] = q
+        elif bits == 4:
+            for j in range(32):
+                packed[g, j] = q[j] | q[32 + j] << 4
+        else:
+            _pack_planes(q, bits, packed[g])
+
+
+@compiled()
+def unpack_codes(packed: np.ndarray, pairs: np.ndarray, bits: int, groups: np.ndarray) -> None:
+    """The inverse of `pack_codes`: float32 weights of each group."""
+    for g in range(groups.shape[0]):
+        scale, offset = pairs[g, 0], pairs[g, 1]
+        for j in range(GROUP):
+            if bits == 8:
+                q = np.int32(np.int8(packed[g, j]))
+            elif bits == 4:
+                q = np.int32(packed[g, j & 31] >> (4 * (j >> 5)) & 15)
+            else:
+                q = np.int32(packed[g, j & 15] >> (2 * (j >> 4)) & 3)
+                if bits == 3:
+                    q |= np.int32(packed[g, 16 + (j & 7)] >> (j >> 3) & 1) << 2
+            groups[g, j] = scale * np.float32(q) + offset

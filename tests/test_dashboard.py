@@ -1,0 +1,392 @@
+"""The dashboard without a browser: traits in, traits out, over a lab that has no model."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+import xml.dom.minidom
+
+import numpy as np
+import pytest
+
+from fake_lab import FakeLab
+from moelab.widgets import Dashboard, frame
+from moelab.widgets.frame import COLUMNS, Framer, figures, in_words, merge_changes
+from moelab.widgets.picture import lay_out
+
+
+def wait_until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not so within {seconds} s"
+        time.sleep(0.01)
+
+
+def publishers():
+    return [t for t in threading.enumerate() if t.name == "moelab-dashboard"]
+
+
+@pytest.fixture
+def lab():
+    lab = FakeLab(token_ms=0.05)
+    yield lab
+    if lab.run is not None:
+        lab.run.stop()
+
+
+@pytest.fixture
+def dashboard(lab):
+    dashboard = Dashboard(lab)
+    yield dashboard
+    dashboard.close()
+    wait_until(lambda: not publishers())
+
+
+def says(dashboard, do, **content):
+    """What the browser would send."""
+    dashboard._handle_custom_msg({"do": do, **content}, [])
+
+
+def tokens(dashboard):
+    return dashboard.frame["first"] + dashboard.frame["count"]
+
+
+def column(shown, name):
+    rows = np.frombuffer(shown["values"], "<f4").reshape(len(COLUMNS), shown["count"])
+    return rows[COLUMNS.index(name)]
+
+
+class TestFrame:
+    def test_before_a_run_the_whole_picture_is_there(self, lab):
+        shown = Framer(lab, frame_devices()).build()
+        assert (shown["run"], shown["running"], shown["count"]) == (0, False, 0)
+        assert len(shown["map"]["bits"]) == 8 * 32
+        assert len(shown["map"]["uses"]) == 8 * 32 * 4
+        assert shown["resident"]["budget_bytes"] == lab.settings.budget_bytes
+
+    def test_tokens_arrive_as_one_array_by_column(self, lab):
+        run = lab.start("Once", max_new_tokens=12, measure_kl=True)
+        run.join()
+        shown = Framer(lab, frame_devices()).build()
+        want = run.token_reports
+        assert "".join(shown["texts"]) == run.text
+        assert np.allclose(column(shown, "on demand"), [r.stall_ms["on demand"] for r in want])
+        assert np.allclose(column(shown, "kl"), [r.kl for r in want])
+        assert column(shown, "bytes").tolist() == [np.float32(r.bytes) for r in want]
+
+    def test_figures_are_those_of_the_summary(self, lab):
+        lab.update(low_bits=4)
+        run = lab.start("Once", max_new_tokens=30, measure_kl=True)
+        run.join()
+        whole, summary = Framer(lab, frame_devices()).build()["whole"], run.summary()
+        for key in ("tokens_per_s", "hit_ratio", "bytes_per_token", "stall_share", "kl_mean"):
+            assert whole[key] == pytest.approx(summary[key], rel=1e-5), key
+
+    def test_figures_of_nothing_are_none_not_nan(self):
+        assert set(figures(np.empty((0, len(COLUMNS)))).values()) == {0, None}
+
+    def test_resident_bytes_are_those_of_the_map(self, lab):
+        lab.start("Once", max_new_tokens=5).join()
+        shown = Framer(lab, frame_devices()).build()
+        bits = np.frombuffer(shown["map"]["bits"], np.uint8)
+        assert shown["resident"]["experts"] == (bits > 0).sum()
+        assert shown["resident"]["bytes"] == (bits == 16).sum() * 221_184
+
+    def test_a_report_put_right_later_is_read_again(self, lab):
+        run = lab.start("Once", max_new_tokens=4)
+        run.join()
+        framer = Framer(lab, frame_devices())
+        framer.build()
+        run.token_reports[1] = type(run.token_reports[1])(1, " put right", bytes=7)
+        shown = framer.build()
+        assert shown["texts"][1] == " put right"
+        assert column(shown, "bytes")[1] == 7
+
+    def test_a_new_run_starts_over(self, lab):
+        framer = Framer(lab, frame_devices())
+        lab.start("Once", max_new_tokens=9).join()
+        first = framer.build()
+        lab.start("Twice", max_new_tokens=3).join()
+        second = framer.build()
+        assert (first["count"], second["count"], second["prompt"]) == (9, 3, "Twice")
+        assert first["run"] != second["run"]
+
+    def test_long_runs_keep_the_newest_tokens(self, lab, monkeypatch):
+        monkeypatch.setattr(frame, "LONGEST", 10)
+        lab.start("Once", max_new_tokens=25).join()
+        shown = Framer(lab, frame_devices()).build()
+        assert (shown["first"], shown["count"], len(shown["texts"])) == (15, 10, 10)
+        assert shown["whole"]["tokens"] == 10
+
+    def test_measured_and_emulated_tokens_are_never_averaged_together(self, lab):
+        lab.start("Once", max_new_tokens=40)
+        wait_until(lambda: len(lab.run.token_reports) >= 10)
+        lab.update(device="hdd")
+        lab.run.join()
+        shown = Framer(lab, frame_devices()).build()
+        assert [o["emulated"] for o in shown["origins"]] == [False, True]
+        since = shown["origins"][-1]["token"]
+        emulated = [r for r in lab.run.token_reports if r.device == "hdd"]
+        assert since == 40 - len(emulated)
+        total = sum(r.total_ms for r in emulated)
+        assert shown["whole"]["tokens_per_s"] == pytest.approx(1e3 * len(emulated) / total)
+
+    def test_a_slider_drag_is_one_mark(self):
+        drag = [(5, {"budget": "8 MB"}), (6, {"budget": "7 MB"}), (9, {"budget": "6 MB"})]
+        marks = merge_changes([*drag, (11, {"bits": "4"}), (40, {"bits": "2", "device": "hdd"})])
+        labels = [(m["first"], m["last"], m["label"]) for m in marks]
+        assert labels == [
+            (5, 9, "budget 6 MB"),
+            (11, 11, "bits 4"),
+            (40, 40, "bits 2, device hdd"),
+        ]
+
+    def test_errors_are_sentences(self):
+        assert in_words(ValueError("raise it to 4 MB")) == "raise it to 4 MB"
+        assert in_words(KeyError("x")) == "KeyError: 'x'"
+        assert in_words(MemoryError()) == "MemoryError"
+
+
+def frame_devices():
+    import moelab
+
+    return moelab.devices()
+
+
+class TestActions:
+    def test_controls_act_on_the_lab_at_once(self, lab, dashboard):
+        says(dashboard, "update", changes={"budget": 9_000_000}, n=1)
+        says(dashboard, "update", changes={"bits": 4}, n=2)
+        assert (lab.settings.budget_bytes, lab.settings.bits) == (9_000_000, 4)
+        assert dashboard.controls["budget_bytes"] == 9_000_000
+        assert dashboard.controls["budget_experts"] == 9_000_000 // 65_536
+        assert dashboard.controls["answered"] == 2
+
+    def test_run_and_stop(self, lab, dashboard):
+        says(dashboard, "run", form={"prompt": "Once", "max_new_tokens": 5000})
+        wait_until(lambda: lab.run.token_reports)
+        assert lab.run.prompt == "Once"
+        says(dashboard, "stop")
+        wait_until(lambda: not lab.run.running)
+        assert len(lab.run.token_reports) < 5000
+        assert not dashboard.error
+
+    def test_stop_without_a_run_is_harmless(self, dashboard):
+        says(dashboard, "stop")
+        assert not dashboard.error
+
+    def test_a_refused_setting_is_drawn_by_its_control_until_mended(self, lab, dashboard):
+        before = lab.settings
+        says(dashboard, "update", changes={"budget": 1000}, n=1)
+        assert dashboard.error["where"] == "budget"
+        assert "raise it to" in dashboard.error["text"]
+        assert lab.settings == before
+        assert dashboard.controls["budget_bytes"] == before.budget_bytes
+        says(dashboard, "update", changes={"budget": 9_000_000}, n=2)
+        assert dashboard.error == {}
+
+    def test_a_refused_run_is_drawn(self, dashboard):
+        says(dashboard, "run", form={"prompt": "", "max_new_tokens": 5}, where="run")
+        assert dashboard.error["where"] == "run"
+        assert "empty" in dashboard.error["text"]
+        says(dashboard, "run", form={"prompt": "Once", "max_new_tokens": 1}, where="run")
+        assert dashboard.error == {}
+
+    def test_what_ends_a_run_is_in_the_frame(self, lab, dashboard):
+        dashboard.start()
+        run = lab.start("Once", max_new_tokens=500)
+        run.fail_at = len(run.token_reports) + 50
+        wait_until(lambda: dashboard.frame["error"])
+        assert "experts-4.bin" in dashboard.frame["error"]
+        assert not dashboard.frame["running"]
+        with pytest.raises(RuntimeError):
+            run.join()
+
+    def test_unknown_messages_are_ignored(self, dashboard):
+        says(dashboard, "dance")
+        says(dashboard, "")
+        assert not dashboard.error
+
+    def test_a_hundred_updates_from_ten_threads(self, lab, dashboard):
+        def drag(start):
+            for i in range(10):
+                budget = 5_000_000 + 10_000 * (10 * start + i)
+                says(dashboard, "update", changes={"budget": budget}, n=10 * start + i)
+
+        threads = [threading.Thread(target=drag, args=(i,)) for i in range(10)]
+        lab.start("Once", max_new_tokens=300)
+        dashboard.start()
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(20)
+        assert not dashboard.error
+        assert len(lab.updates) == 100
+        wait_until(lambda: dashboard.controls["budget_bytes"] == lab.settings.budget_bytes)
+        assert dashboard.controls["answered"] == 99
+
+
+class TestPublishing:
+    def test_a_run_started_from_python_shows_up(self, lab, dashboard):
+        dashboard.start()
+        run = lab.start("From a cell", max_new_tokens=60)
+        wait_until(lambda: dashboard.frame["prompt"] == "From a cell")
+        run.join()
+        wait_until(lambda: tokens(dashboard) == 60 and not dashboard.frame["running"])
+
+    def test_settings_changed_from_python_show_up(self, lab, dashboard):
+        dashboard.start()
+        lab.update(bits=4)
+        wait_until(lambda: dashboard.controls["bits"] == 4)
+
+    def test_frames_are_paced_while_they_are_acknowledged(self, lab, dashboard):
+        dashboard.observe(lambda c: says(dashboard, "ack", seq=c["new"]["seq"]), "frame")
+        dashboard.start()
+        lab.start("Once", max_new_tokens=100_000)
+        wait_until(lambda: dashboard.frame["running"])
+        begun, before = time.monotonic(), dashboard.frame["seq"]
+        time.sleep(2)
+        per_s = (dashboard.frame["seq"] - before) / (time.monotonic() - begun)
+        assert 4 < per_s < 16
+
+    def test_a_view_that_does_not_keep_up_gets_fewer_frames(self, lab, dashboard):
+        dashboard.start()
+        lab.start("Once", max_new_tokens=100_000)
+        wait_until(lambda: dashboard.frame["running"] and dashboard.frame["seq"] > 2)
+        begun, before = time.monotonic(), dashboard.frame["seq"]
+        time.sleep(2)
+        per_s = (dashboard.frame["seq"] - before) / (time.monotonic() - begun)
+        assert 0.5 < per_s < 4
+
+    def test_nothing_is_sent_while_nothing_changes(self, lab, dashboard):
+        lab.start("Once", max_new_tokens=5).join()
+        dashboard.start()
+        wait_until(lambda: tokens(dashboard) == 5)
+        time.sleep(0.6)
+        before = dashboard.frame["seq"]
+        time.sleep(1)
+        assert dashboard.frame["seq"] == before
+
+    def test_the_last_token_is_always_shown(self, lab, dashboard):
+        dashboard.start()
+        for n in (1, 2, 17):
+            lab.start("Once", max_new_tokens=n).join()
+            wait_until(lambda n=n: tokens(dashboard) == n and not dashboard.frame["running"])
+
+    def test_a_fault_while_reading_the_lab_is_drawn_and_survived(self, lab, dashboard, monkeypatch):
+        dashboard.start()
+        with monkeypatch.context() as broken:
+            broken.setattr(lab, "cache_map", lambda: 1 / 0)
+            wait_until(lambda: "ZeroDivisionError" in dashboard.error.get("text", ""))
+        lab.start("Once", max_new_tokens=3).join()
+        wait_until(lambda: tokens(dashboard) == 3)
+        wait_until(lambda: not dashboard.error)
+
+
+class TestLife:
+    def test_threads_follow_the_views(self, dashboard):
+        assert not publishers()
+        says(dashboard, "hello", view="a")
+        says(dashboard, "hello", view="b")
+        assert len(publishers()) == 1
+        says(dashboard, "gone", view="a")
+        assert len(publishers()) == 1
+        says(dashboard, "gone", view="b")  # the cell was run again, or the page is closed
+        wait_until(lambda: not publishers())
+        says(dashboard, "hello", view="c")  # a reload
+        assert len(publishers()) == 1
+
+    def test_close_ends_the_thread_and_leaves_the_run(self, lab):
+        dashboard = Dashboard(lab)
+        dashboard.start()
+        run = lab.start("Once", max_new_tokens=100_000)
+        dashboard.close()
+        wait_until(lambda: not publishers())
+        assert run.running
+
+    def test_a_hundred_starts_and_stops_leave_one_thread_or_none(self, dashboard):
+        for _ in range(100):
+            dashboard.start()
+            dashboard.stop()
+        wait_until(lambda: not publishers())
+        dashboard.start()
+        assert len(publishers()) == 1
+
+    def test_two_dashboards_of_one_lab(self, lab, dashboard):
+        other = Dashboard(lab)
+        try:
+            dashboard.start()
+            other.start()
+            says(other, "update", changes={"bits": 8}, n=1)
+            lab.start("Once", max_new_tokens=20).join()
+            for one in (dashboard, other):
+                wait_until(lambda one=one: tokens(one) == 20 and one.controls["bits"] == 8)
+        finally:
+            other.close()
+
+    def test_state_is_small_enough_for_the_wire(self, dashboard):
+        state = dashboard.get_state()
+        assert len(state["_esm"]) + len(state["_css"]) < 80_000
+        assert "import " not in re.sub(r"//.*|/\*.*?\*/", "", state["_esm"], flags=re.DOTALL)
+        assert "http" not in state["_esm"] + state["_css"]
+
+
+class TestReport:
+    @pytest.fixture
+    def report(self, lab, dashboard):
+        lab.update(device="hdd", measure_kl=True)
+        run = lab.start("if a < b & c:", max_new_tokens=60)
+        wait_until(lambda: len(run.token_reports) >= 10)
+        lab.update(bits=4)
+        run.join()
+        return dashboard.report()
+
+    def test_it_is_one_well_formed_self_contained_piece(self, report):
+        html = report.html()
+        xml.dom.minidom.parseString(html)
+        assert "<script" not in html
+        assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", html)
+        assert len(html) < 200_000
+
+    def test_it_says_settings_figures_and_where_times_come_from(self, report, lab):
+        html = report.html()
+        assert "emulated: HDD, 50 MB/s" in html
+        assert "4 bit" in html
+        assert "bits 4" in html  # the mark on the time axis
+        assert "60 tokens" in html
+        assert "if a &lt; b &amp; c:" in html
+        assert html.count("<title>layer ") == 8 * 32
+
+    def test_it_is_a_copy_that_later_runs_do_not_change(self, report, lab):
+        before = report.html()
+        lab.start("Other", max_new_tokens=3).join()
+        assert report.html() == before
+
+    def test_it_can_be_drawn_before_any_run(self, dashboard):
+        html = dashboard.report().html()
+        xml.dom.minidom.parseString(html)
+        assert "no token yet" in html
+
+    def test_the_saved_dashboard_cell_holds_a_picture(self, dashboard):
+        data, _ = dashboard._repr_mimebundle_()
+        assert "application/vnd.jupyter.widget-view+json" in data
+        xml.dom.minidom.parseString(data["text/html"])
+        assert publishers()  # showing it starts it
+
+    def test_a_big_map_stays_small(self):
+        lab = FakeLab(layers=48, experts=128, top_k=8, token_ms=0)
+        lab.start("Once", max_new_tokens=3).join()
+        dashboard = Dashboard(lab)
+        html = dashboard.report().html()
+        dashboard.close()
+        xml.dom.minidom.parseString(html)
+        assert len(html) < 900_000
+
+    def test_text_with_control_characters_stays_well_formed(self, lab, dashboard):
+        lab.start("a\x00b\tc\u2028d\r\n\x1b[0m", max_new_tokens=2).join()
+        xml.dom.minidom.parseString(dashboard.report().html())
+
+    def test_text_is_broken_at_the_edge_and_at_line_ends(self):
+        laid = list(lay_out(["abc", "de\n\nf"], columns=4))
+        assert laid == [(0, "abc", 0, 0), (1, "d", 3, 0), (1, "e", 0, 1), (1, "f", 0, 3)]

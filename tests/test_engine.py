@@ -1,0 +1,332 @@
+"""What a user may rely on of the engine: stock output, honest counters, the budget, memory back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import moelab
+from moelab.engine.devices import DEVICES, Device, Throttle
+from moelab.engine.generation import Decoder
+from moelab.scheduling.replay import replay
+from moelab.scheduling.scheduler import requests
+from moelab.strategies import NAMES, make
+
+PROMPT = "Elizabeth was not at all surprised to hear that"
+
+
+@pytest.fixture(scope="module")
+def lab(demo_store):
+    with moelab.open("demo", budget="100%", measure_kl=False, progress=False) as lab:
+        yield lab
+
+
+@pytest.fixture(autouse=True)
+def plain(lab):
+    """Every test starts from the same settings."""
+    lab.update(
+        budget="100%", bits=16, low_bits=None, strategy="lru", prefetch=0, device="disk",
+        measure_kl=False, t1=0.6, t2=0.9,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stock():
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        moelab.demo.checkpoint(), dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+
+
+def test_full_precision_equals_stock_transformers(lab, stock):
+    ids = lab._encode(PROMPT)
+    with torch.inference_mode():
+        want = stock.generate(
+            torch.tensor([ids]), max_new_tokens=200, min_new_tokens=200, do_sample=False,
+            repetition_penalty=1.0, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    run = lab.generate(PROMPT, max_new_tokens=200, temperature=0, repetition_penalty=1, ignore_eos=True)
+    assert run.tokens == want.sequences[0, len(ids) :].tolist()
+    lab._engine.new_sequence()
+    decoder, worst, new = Decoder(lab._engine), 0.0, ids
+    for token, logits in zip(run.tokens[:60], want.logits, strict=False):
+        worst = max(worst, float((decoder.step(new) - logits[0]).abs().max()))
+        lab._engine.end_of_token()
+        new = [token]
+    assert worst <= 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_no_strategy_changes_what_is_computed_at_one_precision(lab, name, prefetch):
+    want = lab.generate(PROMPT, max_new_tokens=24, temperature=0, ignore_eos=True).tokens
+    lab.update(strategy=name, prefetch=prefetch, budget="25%")
+    run = lab.generate(PROMPT, max_new_tokens=24, temperature=0, ignore_eos=True)
+    assert run.tokens == want
+
+
+def test_a_prompt_larger_than_the_budget_gives_the_same_logits(lab):
+    ids = lab._encode(moelab.demo.probes()["novel"])[:120]
+    lab._engine.new_sequence()
+    full = Decoder(lab._engine).step(ids)
+    lab.update(budget=lab.info()["minimum_budget_bytes"])
+    lab._engine.new_sequence()
+    assert torch.allclose(Decoder(lab._engine).step(ids), full, atol=1e-4)
+
+
+def test_counters_equal_an_independent_recount_from_the_trace(lab):
+    lab.update(budget="25%")
+    run = lab.generate(PROMPT, max_new_tokens=40, ignore_eos=True)
+    capacity = lab.settings.budget_bytes // lab.info()["expert_bytes"][16]
+    size = lab.info()["expert_bytes"][16]
+    events = run.events
+    assert (events.query("kind == 'load'").bytes == size).all()
+    # an LRU written anew, warmed by the loads and hits of the prompt as they were issued
+    cache: OrderedDict = OrderedDict()
+    prompt = events[(events.token == 0) & events.kind.isin(["hit", "load"])]
+    for key in zip(prompt.layer, prompt.expert, strict=True):
+        cache[key] = None
+        cache.move_to_end(key)
+    while len(cache) > capacity:
+        cache.popitem(last=False)
+    hits = asked = 0
+    for given_layer in (s for s in run.trace.steps if not s.prefill):
+        wanted = [(given_layer.layer, r.expert) for r in requests(given_layer)]
+        hits += sum(k in cache for k in wanted)
+        asked += len(wanted)
+        for key in sorted(wanted, key=lambda k: k not in cache):
+            cache[key] = None
+            cache.move_to_end(key)
+            if len(cache) > capacity:
+                cache.popitem(last=False)
+    summary, table = run.summary(), run.per_token
+    assert summary["hit_ratio"] == pytest.approx(hits / asked)
+    later = events[events.token > 0]
+    assert (later.kind == "hit").sum() == hits == table.hits[1:].sum()
+    assert later.bytes[later.kind == "load"].sum() == table.bytes[1:].sum()
+
+
+def budget_from_events(run) -> np.ndarray:
+    """Resident bytes after each event, rebuilt from the log alone (from an empty cache)."""
+    sizes = {16: 0} | lab_sizes(run)
+    change = []
+    for row in run.events.itertuples():
+        nbytes = sizes[row.bits] if row.bits else 0
+        change.append(
+            nbytes if row.kind in ("load", "prefetch") else -nbytes if row.kind == "evict" else 0
+        )
+    return np.cumsum(change)
+
+
+def lab_sizes(run) -> dict[int, int]:
+    return run.trace.shape.nbytes
+
+
+changes = st.fixed_dictionaries(
+    {},
+    optional={
+        "budget": st.sampled_from(["6%", "10%", "25%", "60%", "100%"]),
+        "bits": st.sampled_from([16, 8, 4, 3, 2]),
+        "low_bits": st.sampled_from([None, 4, 2]),
+        "strategy": st.sampled_from(NAMES),
+        "prefetch": st.integers(0, 3),
+    },
+)
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(script=st.lists(st.tuples(st.integers(0, 15), changes), max_size=6), seed=st.integers(0, 9))
+def test_the_budget_is_never_exceeded_whatever_changes_at_whatever_token(lab, script, seed):
+    lab._engine.recover()  # an empty cache, so that the log tells all
+    due, seen = dict(script), []
+    arena, take = lab._engine.arena, lab._engine.arena.take
+
+    def watched(bits):
+        slot = take(bits)
+        seen.append(arena.held_bytes <= arena.limit_bytes == lab._engine.settings.budget_bytes)
+        return slot
+
+    class Clock(list):  # the run appends one report a token: change settings right then
+        def append(self, report):
+            super().append(report)
+            if report.token in due:
+                try:
+                    lab.update(**due[report.token])
+                except ValueError as e:
+                    assert "below one token" in str(e)  # noqa: PT017
+
+    arena.take = watched
+    try:
+        run = lab.start(PROMPT, max_new_tokens=16, ignore_eos=True, seed=seed)
+        run.token_reports = Clock(run.token_reports)
+        run.join()
+    finally:
+        del arena.take
+    assert all(seen)
+    held = budget_from_events(run)
+    limits = run.per_token.set_index("token").budget_bytes
+    evicting = run.events.kind == "evict"  # between tokens a smaller budget is still being answered
+    within = held <= limits.reindex(run.events.token).fillna(np.inf).to_numpy()
+    assert (within | evicting).all()
+    again = replay(run.trace, strategies={n: make(n) for n in NAMES})
+    live = run.events[~run.events.kind.isin(["stall"])]
+    settings_drops = live.cause.isin(["bits", "budget"])
+    mine = live[~settings_drops][["kind", "layer", "expert", "bits_asked", "bits"]]
+    assert [tuple(r) for r in mine.itertuples(index=False)] == [
+        (d.kind, d.layer, d.expert, d.bits_asked, d.bits) for d in again.decisions
+    ]
+
+
+def test_memory_returns_to_the_system_when_the_budget_shrinks(lab):
+    import psutil
+
+    process = psutil.Process()
+    lab.generate(moelab.demo.probes()["docs"], max_new_tokens=60, ignore_eos=True)
+    before, held = process.memory_info().rss, lab.info()["resident_bytes"]
+    assert held > 8e6
+    lab.update(budget="10%")
+    freed = before - process.memory_info().rss
+    assert lab.info()["resident_bytes"] <= lab.settings.budget_bytes
+    assert freed > 0.8 * (held - lab.settings.budget_bytes)
+
+
+def test_quality_moves_with_the_bits(lab):
+    kl = {}
+    for bits in (16, 8, 4, 2):
+        lab.update(bits=bits)
+        kl[bits] = lab.score(max_tokens=24, progress=False).kl_mean
+    assert kl[16] < 1e-6 < kl[8] < kl[4] < kl[2]
+
+
+def test_kl_measured_in_a_run_is_that_of_the_same_context(lab, stock):
+    lab.update(bits=2, measure_kl=True)
+    run = lab.generate(PROMPT, max_new_tokens=6, temperature=0, ignore_eos=True)
+    ids = lab._encode(PROMPT) + run.tokens
+    lab._engine.new_sequence()
+    decoder, new = Decoder(lab._engine), lab._encode(PROMPT)
+    for i, report in enumerate(run.token_reports):
+        degraded = decoder.step(new).double().log_softmax(-1)
+        lab._engine.end_of_token()
+        with torch.inference_mode():
+            upto = ids[: len(ids) - len(run.tokens) + i]
+            full = stock(torch.tensor([upto])).logits[0, -1].double().log_softmax(-1)
+        want = float((full.exp() * (full - degraded)).sum())
+        assert report.kl == pytest.approx(want, abs=1e-4)
+        new = [run.tokens[i]]
+
+
+def test_an_emulated_device_takes_its_time_and_says_so(lab):
+    lab.update(strategy="on_demand", device="hdd", budget="25%")
+    run = lab.generate(PROMPT, max_new_tokens=5, ignore_eos=True)
+    loads = run.events.query("kind == 'load' and token > 0")
+    hdd = DEVICES["hdd"]
+    least_ms = loads.bytes.iloc[0] / hdd.bandwidth_bytes_s * 1e3
+    assert loads.dur_ms.min() >= least_ms
+    span = (loads.start_ms + loads.dur_ms).max() - loads.start_ms.min()
+    assert loads.bytes.sum() / (span / 1e3) <= hdd.bandwidth_bytes_s * 1.05
+    assert run.summary()["timing"] == "emulated"
+    lab.update(device="disk")
+    assert lab.generate(PROMPT, max_new_tokens=3).summary()["timing"] == "measured"
+
+
+def test_a_throttle_shares_the_bus_and_overlaps_latencies():
+    slow = Device("test", bandwidth_bytes_s=1000.0, latency_ms=100.0, queue=2)
+    throttle = Throttle()
+    assert throttle.due(slow, 100, 0.0) == pytest.approx(0.2)  # latency, then 0.1 s on the bus
+    assert throttle.due(slow, 100, 0.0) == pytest.approx(0.3)  # its latency passed meanwhile
+    assert throttle.due(slow, 100, 0.0) == pytest.approx(0.4)  # begins at 0.2, ready at 0.3
+    assert throttle.due(slow, 100, 5.0) == pytest.approx(5.2)  # an idle device starts afresh
+
+
+def test_prefetched_experts_are_hits_and_late_ones_are_waited_for(lab):
+    lab.update(strategy="lru", prefetch=1, device="hdd", budget="40%")
+    run = lab.generate(PROMPT, max_new_tokens=20, ignore_eos=True)
+    events = run.events[run.events.token > 0]
+    assert (events.kind == "prefetch").any()
+    assert ((events.kind == "hit") & (events.cause == "prefetched")).any()
+    stalls = set(events.cause[events.kind == "stall"])
+    assert stalls <= {"on demand", "prefetch late"}
+    assert "prefetch late" in stalls
+
+
+def test_times_add_up(lab):
+    lab.update(budget="25%", device="emmc")
+    run = lab.generate(PROMPT, max_new_tokens=12, ignore_eos=True)
+    table = run.per_token
+    assert np.allclose(table.total_ms, table.compute_ms + table.stall_ms)
+    assert (table.compute_ms > 0).all()
+    stalls = run.events.query("kind == 'stall'").groupby("token").dur_ms.sum()
+    assert np.allclose(stalls.reindex(table.token, fill_value=0.0), table.stall_ms)
+
+
+def test_a_store_damaged_while_running_ends_the_run_not_the_lab(demo_store, tmp_path):
+    import shutil
+
+    store = shutil.copytree(demo_store, tmp_path / "store")
+    with moelab.open(store, budget="10%", measure_kl=False, progress=False) as lab:
+        file = store / "experts-16.bin"
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 4])
+        run = lab.start(PROMPT, max_new_tokens=8)
+        with pytest.raises(OSError, match="experts-16.bin"):
+            run.join()
+        assert run.error is not None
+        assert lab.info()["resident_bytes"] == 0
+        file.write_bytes(whole)
+        assert len(lab.generate(PROMPT, max_new_tokens=4, ignore_eos=True).tokens) == 4
+
+
+def test_started_stopped_and_set_a_hundred_times_from_threads(lab):
+    errors: list[BaseException] = []
+    done = threading.Event()
+    lab.update(budget="25%")
+
+    def fiddle(i: int) -> None:
+        n = 0
+        while not done.is_set():
+            try:
+                lab.update(bits=(16, 8, 4)[n % 3], budget=("25%", "60%")[(n + i) % 2], prefetch=n % 2)
+            except Exception as e:  # noqa: BLE001
+                errors.append(e)
+            n += 1
+            time.sleep(0.003)
+
+    threads = [threading.Thread(target=fiddle, args=(i,)) for i in range(2)]
+    for t in threads:
+        t.start()
+    try:
+        for _ in range(100):
+            run = lab.start(PROMPT, max_new_tokens=50, ignore_eos=True)
+            while not run.tokens and run.running:
+                time.sleep(0.001)
+            run.stop()
+            run.join(30)
+            assert not run.running
+            assert run.tokens
+    finally:
+        done.set()
+        for t in threads:
+            t.join()
+    assert errors == []
+    assert threading.active_count() < 20
+
+
+def test_a_second_run_at_once_is_refused(lab):
+    lab.update(device="hdd", strategy="on_demand")
+    run = lab.start(PROMPT, max_new_tokens=200)
+    try:
+        with pytest.raises(RuntimeError, match=r"run.stop\(\)"):
+            lab.start(PROMPT)
+    finally:
+        run.stop()
+        run.join()

@@ -1,0 +1,110 @@
+"""One adapter serves every family: equal to transformers, masks hold, look-ahead answers.
+
+The reference for NLLB-MoE is a plain sum over its experts, because transformers' own forward only
+ever runs experts 0 and 1 of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import tiny_families
+import tiny_models
+from moelab.engine.model import Adapter, attach, find_moe, load_skeleton, run_experts
+from moelab.store.checkpoint import ExpertReader
+
+IDS = torch.tensor([[3, 17, 99, 4, 250, 31, 77]])
+NO_LOOK_AHEAD = {"flint", "jamba", "nemotron_h"}  # tiny, they have one MoE layer only
+NOT_TINY = {
+    "deepseek_ocr2": "its vision part cannot be built small",
+    "diffusion_gemma": "block diffusion: it does not generate token by token",
+    "ernie4_5_vl_moe": "its text and vision experts differ in size",
+    "glm5_next": "its text part has no MoE layer at this size",
+    "mistral_large4": "its vision part cannot be built small",
+    "muse_spark": "its vision part cannot be built small",
+    "openai_privacy_filter": "a token classifier: it does not generate",
+    "qwen3_omni_moe": "its audio part cannot be built small",
+    "unlimited_ocr": "its vision part cannot be built small",
+}
+
+
+def nllb_forward(self: nn.ModuleDict, x: torch.Tensor, _: torch.Tensor, gates: torch.Tensor):
+    share = gates * (1 - self.moe_token_dropout)
+    return sum(self[f"expert_{e}"](x) * share[:, e, None] for e in range(self.num_experts))
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    extra = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    return model(IDS, use_cache=False, **extra).logits
+
+
+class Served:
+    def __init__(self, folder: Path) -> None:
+        self.model = load_skeleton(folder, dtype=torch.float32)
+        self.reader = ExpertReader(self.model, folder)
+        self.calls: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.ahead: dict[int, list] = {}
+        self.adapter: Adapter = attach(self.model, self.run)
+
+    def run(self, layer, x, idx, weights, scale_input):
+        facts = self.adapter.layers[layer]
+        assert idx.shape == weights.shape == (len(x), facts.top_k)
+        self.calls[layer] = idx.clone(), weights.clone()
+        self.ahead[layer] = self.adapter.look_ahead(layer, 1)
+        fetch = lambda expert: self.reader(layer, expert)  # noqa: E731
+        return run_experts(facts.module, x, idx, weights, fetch, scale_input=scale_input)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("name", tiny_families.names())
+def test_family_is_served_exactly(name, tmp_path, monkeypatch):
+    if name in NOT_TINY:
+        pytest.skip(NOT_TINY[name])
+    theirs = tiny_families.build(name).float().eval()
+    tiny_models.randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    if name == "nllb_moe":
+        experts = type(find_moe(theirs)[0].module)
+        monkeypatch.setattr(experts, "forward", nllb_forward)
+    served = Served(tmp_path)
+    expected, got = logits(theirs), logits(served.model)
+    assert (got - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+    check_look_ahead(served, name)
+    check_masks(served)
+
+
+def check_look_ahead(served: Served, name: str) -> None:
+    """From the second pass on, consecutive MoE layers answer with what they would choose."""
+    logits(served.model)
+    answers = [later for ahead in served.ahead.values() for later in ahead]
+    assert bool(answers) != (name in NO_LOOK_AHEAD)
+    for layer, idx, weights in answers:
+        assert idx.shape == weights.shape == served.calls[layer][0].shape
+        assert torch.isfinite(weights).all()
+
+
+def check_masks(served: Served) -> None:
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        allowed = {}
+        for layer in served.adapter.layers:
+            mask = torch.zeros(layer.num_experts, dtype=torch.bool)
+            mask[torch.randperm(layer.num_experts, generator=generator)[: layer.top_k]] = True
+            allowed[layer.index] = mask
+            served.adapter.set_mask(layer.index, mask)
+        assert torch.isfinite(logits(served.model)).all()
+        for index, (idx, weights) in served.calls.items():
+            active = (idx >= 0) & (idx < len(allowed[index])) & (weights != 0)
+            assert allowed[index][idx[active]].all()

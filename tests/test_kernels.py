@@ -1,0 +1,356 @@
+"""What the engine may rely on: kernels give torch's result, whatever the tier, shape or thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moelab.engine import kernels
+from moelab.store.codecs import TIERS, Layout, decode, encode
+
+# Integer activations cost this much of the output's norm; float32 ones cost rounding only.
+ACTIVATION_ERROR = {16: 2e-6, 8: 2e-4, 4: 0.03, 3: 0.03, 2: 0.03}
+SHAPES = [(192, 128), (64, 320), (192, 192), (256, 64), (320, 448)]
+
+
+def swiglu_layout(width: int, inner: int, half: str = "bfloat16") -> Layout:
+    return Layout((("gate_up_proj", (2 * inner, width)), ("down_proj", (width, inner))), half)
+
+
+def make_blobs(layout: Layout, tiers: list[int], *, seed: int = 0) -> list[np.ndarray]:
+    generator = torch.Generator().manual_seed(seed)
+    experts = [
+        {n: torch.randn(s, generator=generator) * 0.1 for n, s in layout.tensors} for _ in tiers
+    ]
+    return [encode(expert, layout, b) for expert, b in zip(experts, tiers, strict=True)]
+
+
+def run(layout, blobs, tiers, x, gate, out=None):
+    """Call the kernel on blobs; returns `out`."""
+    out = np.zeros_like(x) if out is None else out
+    addresses = np.array([blob.ctypes.data for blob in blobs], np.uintp)
+    kernels.swiglu_experts(
+        addresses,
+        np.array(tiers, np.int64),
+        x,
+        gate,
+        out,
+        inner=layout.tensors[1][1][1],
+        half=layout.dtype,
+    )
+    return out
+
+
+def reference(layout, blobs, tiers, x, gate):
+    """The same in torch float32, from decoded weights."""
+    x, total = torch.from_numpy(x), torch.zeros(x.shape)
+    for blob, bits, weights in zip(blobs, tiers, gate, strict=True):
+        expert = decode(blob, layout, bits)
+        first, second = F.linear(x, expert["gate_up_proj"]).chunk(2, -1)
+        served = F.linear(F.silu(first) * second, expert["down_proj"])
+        total += torch.from_numpy(weights)[:, None] * served
+    return total.numpy()
+
+
+def tokens(count: int, width: int, *, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, width), dtype=np.float32)
+
+
+def error(result: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(result - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("width", "inner"), SHAPES)
+@pytest.mark.parametrize("bits", TIERS)
+def test_every_tier_and_shape_matches_torch(bits, width, inner, half):
+    layout, x = swiglu_layout(width, inner, half), tokens(3, width)
+    blobs, gate = make_blobs(layout, [bits]), np.ones((1, 3), np.float32)
+    got = run(layout, blobs, [bits], x, gate)
+    assert error(got, reference(layout, blobs, [bits], x, gate)) < ACTIVATION_ERROR[bits]
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_16_bit_is_within_1e_5_of_upcast_weights_at_olmoe_size(half):
+    layout, x = swiglu_layout(2048, 1024, half), tokens(1, 2048)
+    blobs, gate = make_blobs(layout, [16]), np.ones((1, 1), np.float32)
+    expected = reference(layout, blobs, [16], x, gate)
+    got = run(layout, blobs, [16], x, gate)
+    assert np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_tiers_mix_in_one_call_for_any_number_of_tokens(count):
+    tiers = [4, 16, 2, 8, 3, 16, 8]
+    layout, x = swiglu_layout(192, 128), tokens(count, 192)
+    blobs = make_blobs(layout, tiers)
+    gate = np.abs(tokens(len(tiers), count, seed=1))
+    mixed = run(layout, blobs, tiers, x, gate)
+    assert error(mixed, reference(layout, blobs, tiers, x, gate)) < 0.03
+    alone = sum(
+        run(layout, [blob], [bits], x, gate[e : e + 1])
+        for e, (blob, bits) in enumerate(zip(blobs, tiers, strict=True))
+    )
+    np.testing.assert_allclose(mixed, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_are_added_to_what_is_there():
+    layout, x = swiglu_layout(64, 64), tokens(2, 64)
+    blobs, gate = make_blobs(layout, [16]), np.full((1, 2), 0.5, np.float32)
+    fresh = run(layout, blobs, [16], x, gate)
+    added = run(layout, blobs, [16], x, gate, out=np.ones((2, 64), np.float32))
+    np.testing.assert_allclose(added, fresh + 1, rtol=1e-6)
+
+
+def test_no_experts_and_no_tokens_do_nothing():
+    layout, x = swiglu_layout(64, 64), tokens(2, 64)
+    assert not run(layout, [], [], x, np.zeros((0, 2), np.float32)).any()
+    blobs = make_blobs(layout, [4])
+    assert run(layout, blobs, [4], x[:0], np.zeros((1, 0), np.float32)).shape == (0, 64)
+
+
+def test_a_zero_gate_weight_means_the_expert_is_not_touched():
+    tiers = [8, 2, 16]
+    layout, x = swiglu_layout(192, 128), tokens(4, 192)
+    blobs = make_blobs(layout, tiers)
+    gate = np.array([[1, 0, 0, 2], [0, 0, 3, 0], [0, 0, 0, 0]], np.float32)
+    blobs[2][:] = 255  # would be NaN
+    got = run(layout, blobs, tiers, x, gate)
+    blobs[2][:] = 0
+    assert error(got, reference(layout, blobs, tiers, x, gate)) < 0.03
+    assert not got[1].any()
+
+
+@pytest.mark.parametrize("bits", TIERS)
+def test_a_token_does_not_depend_on_its_neighbours(bits):
+    layout, x = swiglu_layout(192, 128), tokens(5, 192)
+    blobs, gate = make_blobs(layout, [bits]), np.ones((1, 5), np.float32)
+    together = run(layout, blobs, [bits], x, gate)
+    for t in range(5):
+        alone = run(layout, blobs, [bits], x[t : t + 1].copy(), gate[:, :1].copy())
+        assert np.array_equal(alone[0], together[t])
+
+
+@pytest.mark.parametrize("bits", TIERS)
+def test_a_blob_may_start_anywhere(bits):
+    layout, x = swiglu_layout(64, 64), tokens(1, 64)
+    blobs, gate = make_blobs(layout, [bits]), np.ones((1, 1), np.float32)
+    shifted = np.concatenate([np.zeros(3, np.uint8), blobs[0]])[3:]
+    assert np.array_equal(
+        run(layout, [shifted], [bits], x, gate), run(layout, blobs, [bits], x, gate)
+    )
+
+
+@pytest.mark.parametrize("bits", TIERS)
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e3])
+def test_silu_has_its_limits_and_no_nan(bits, scale):
+    layout, x = swiglu_layout(192, 128), tokens(2, 192) * np.float32(scale)
+    blobs, gate = make_blobs(layout, [bits]), np.ones((1, 2), np.float32)
+    got, expected = (f(layout, blobs, [bits], x, gate) for f in (run, reference))
+    assert np.isfinite(got).all()
+    assert np.linalg.norm(got - expected) <= ACTIVATION_ERROR[bits] * np.linalg.norm(expected)
+
+
+def test_silu_of_a_large_negative_gate_is_zero():
+    layout = swiglu_layout(64, 64)
+    expert = {"gate_up_proj": torch.ones(128, 64), "down_proj": torch.ones(64, 64)}
+    expert["gate_up_proj"][:64] = -1
+    x = np.full((1, 64), 1e4, np.float32)
+    for bits in TIERS:
+        got = run(layout, [encode(expert, layout, bits)], [bits], x, np.ones((1, 1), np.float32))
+        assert not got.any()
+
+
+@pytest.mark.parametrize("bits", TIERS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_activations_that_are_not_finite_show_in_the_output(bits, bad):
+    layout, x = swiglu_layout(192, 128), tokens(2, 192)
+    x[0, 7] = bad
+    got = run(layout, make_blobs(layout, [bits]), [bits], x, np.ones((1, 2), np.float32))
+    assert not np.isfinite(got[0]).any()
+    assert np.isfinite(got[1]).all()
+
+
+@pytest.mark.parametrize("bits", TIERS)
+def test_extreme_codes_do_not_saturate(bits):
+    layout = swiglu_layout(128, 128)
+    wave = torch.ones(128)
+    wave[::2] = -1  # two levels: codes at both ends, activations at their largest
+    for sign in (torch.ones(128), wave):
+        expert = {"gate_up_proj": sign.repeat(256, 1), "down_proj": sign.repeat(128, 1)}
+        x = sign.numpy()[None].astype(np.float32).copy()
+        blobs, gate = [encode(expert, layout, bits)], np.ones((1, 1), np.float32)
+        got, expected = (f(layout, blobs, [bits], x, gate) for f in (run, reference))
+        scale = np.abs(x).sum() ** 2 * 128  # down_proj @ a cancels exactly for the wave
+        assert np.abs(got - expected).max() < 1e-3 * scale
+
+
+@pytest.mark.parametrize("count", [1, kernels.KERNEL_TOKENS, kernels.KERNEL_TOKENS + 1])
+@pytest.mark.parametrize("bits", TIERS)
+def test_prefill_gives_what_single_tokens_give(bits, count):
+    layout, x = swiglu_layout(192, 128), tokens(count, 192)
+    blobs, gate = make_blobs(layout, [bits]), np.ones((1, count), np.float32)
+    many = kernels.swiglu_prefill(blobs[0], bits, layout, torch.from_numpy(x)).numpy()
+    expected = reference(layout, blobs, [bits], x, gate)
+    limit = ACTIVATION_ERROR[bits] if count <= kernels.KERNEL_TOKENS else 1e-6
+    assert error(many, expected) < limit
+    assert error(run(layout, blobs, [bits], x, gate), many) < ACTIVATION_ERROR[bits]
+
+
+def test_prefill_refuses_what_is_not_the_experts_blob():
+    layout = swiglu_layout(192, 128)
+    blob = make_blobs(layout, [4])[0]
+    for count in (1, 40):
+        with pytest.raises(ValueError, match="8 bit needs uint8"):
+            kernels.swiglu_prefill(blob, 8, layout, torch.zeros(count, 192))
+
+
+def test_threads_may_call_at_once():
+    tiers = list(TIERS)
+    layout, x = swiglu_layout(192, 128), tokens(2, 192)
+    blobs, gate = make_blobs(layout, tiers), np.ones((5, 2), np.float32)
+    expected, wrong = run(layout, blobs, tiers, x, gate), []
+
+    def work() -> None:
+        wrong.extend(
+            i for i in range(50) if not np.array_equal(run(layout, blobs, tiers, x, gate), expected)
+        )
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_supports_swiglu_and_nothing_else():
+    def ask(tensors, **facts):
+        return kernels.supports(Layout(tensors, "bfloat16"), **{"activation": "silu", **facts})
+
+    swiglu = (("gate_up_proj", (256, 192)), ("down_proj", (192, 128)))
+    assert ask(swiglu)
+    assert ask(swiglu, activation="swish")
+    assert not ask(swiglu, activation="gelu")
+    assert not ask(swiglu, is_concatenated=False)
+    assert not ask(swiglu, is_transposed=True)
+    assert not ask(swiglu, has_bias=True)
+    assert not ask(swiglu, has_gate=False)
+    assert not ask((*swiglu, ("down_proj_bias", (192,))))
+    assert not ask((("up_proj", (256, 192)), ("down_proj", (192, 128))))
+    assert not ask((("gate_up_proj", (192, 256)), ("down_proj", (128, 192))))  # transposed
+    assert not ask((("gate_up_proj", (200, 192)), ("down_proj", (192, 100))))  # 100 % 64
+
+
+def test_wrong_arrays_are_refused_before_memory_is_read():
+    layout, x = swiglu_layout(64, 64), tokens(2, 64)
+    blob = make_blobs(layout, [4])[0]
+    good = {
+        "addrs": np.array([blob.ctypes.data], np.uintp),
+        "bits": np.array([4]),
+        "x": x,
+        "gate": np.ones((1, 2), np.float32),
+        "out": np.zeros_like(x),
+        "inner": 64,
+        "half": "bfloat16",
+    }
+    frozen = np.zeros_like(x)
+    frozen.flags.writeable = False
+    bad = [
+        ("bits", np.array([5]), "expert 0 of the call has 5 bit"),
+        ("addrs", np.zeros(1, np.uintp), "at address 0"),
+        ("addrs", np.zeros(1, np.int64), "addrs is int64"),
+        ("x", x.astype(np.float64), "x is float64"),
+        ("x", np.asfortranarray(x), "C-contiguous float32"),
+        ("gate", np.ones((2, 1), np.float32), r"gate is float32 of shape \(2, 1\)"),
+        ("out", frozen, "writeable"),
+        ("inner", 100, "I=100 must be multiples of 64"),
+        ("half", "float32", "half='float32'"),
+    ]
+    for name, value, message in bad:
+        with pytest.raises(ValueError, match=message):
+            kernels.swiglu_experts(**{**good, name: value})
+    assert not good["out"].any()
+    kernels.swiglu_experts(**good)
+    assert good["out"].any()
+
+
+PROBE = """
+import json, sys, time
+import numpy as np
+sys.path.insert(0, {tests!r})
+import test_kernels as t
+from moelab.engine import kernels
+start = time.perf_counter()
+kernels.warm_up()
+warm = time.perf_counter() - start
+layout, tiers = t.swiglu_layout(192, 128), list(t.TIERS)
+blobs, x = t.make_blobs(layout, tiers), t.tokens(3, 192)
+rows = [t.run(layout, [b], [n], x, np.ones((1, 3), np.float32)).tolist()
+        for b, n in zip(blobs, tiers)]
+print(json.dumps({{"avx2": kernels.AVX2, "warm": warm, "rows": rows}}))
+"""
+
+
+def probe(**environment: str) -> dict:
+    """Run the kernels in a process of their own."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.format(tests=str(tests))],
+        env={**os.environ, **environment},
+        cwd=tests.parent,
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_kernels_are_cached_between_processes_and_portable_ones_apart(tmp_path):
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    first, portable = probe(**cache), probe(**cache, MOELAB_PORTABLE="1")
+    again, portable_again = probe(**cache), probe(**cache, MOELAB_PORTABLE="1")
+    assert again["rows"] == first["rows"]
+    np.testing.assert_allclose(portable_again["rows"], portable["rows"], rtol=1e-4, atol=1e-5)
+    assert not portable["avx2"]
+    assert not portable_again["avx2"]
+    assert again["warm"] < first["warm"] / 2
+    assert portable_again["warm"] < portable["warm"] / 2
+    for bits, fast, plain in zip(TIERS, first["rows"], portable["rows"], strict=True):
+        # One activation that rounds the other way moves the result by a code.
+        limit = 1e-6 if bits == 16 else 1e-5 if bits == 8 else 1e-3
+        assert error(np.array(plain), np.array(fast)) < limit
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not kernels.AVX2, reason="these already run the portable kernels")
+def test_portable_kernels_pass_all_of_these_tests():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            "not between_processes",
+        ],
+        env={**os.environ, "MOELAB_PORTABLE": "1"},
+        cwd=Path(__file__).parent.parent,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

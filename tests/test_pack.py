@@ -1,0 +1,328 @@
+"""Packing either makes a whole store or leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny_models
+from moelab.engine.model import find_moe, load_skeleton
+from moelab.store import pack as packing
+from moelab.store.checkpoint import ExpertReader
+from moelab.store.codecs import PAGE, decode, encode
+from moelab.store.manifest import StoreError
+from moelab.store.pack import pack
+from moelab.store.store import Store
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.qwen3_moe(tmp_path_factory.mktemp("qwen"))
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_every_expert_at_every_tier_is_what_the_checkpoint_holds(family, tmp_path):
+    source = tiny_models.FAMILIES[family](tmp_path / "source")
+    store = Store.open(pack(source, tmp_path / "store", progress=False), verify=True)
+    model = load_skeleton(source, dtype=torch.float32)
+    layers, reader = find_moe(model), ExpertReader(model, source)
+    assert store.experts_per_layer == tuple(layer.num_experts for layer in layers)
+    assert store.layout.tensors == layers[0].tensors
+    assert store.top_k == layers[0].top_k
+    for layer in layers:
+        for expert in (0, 3, 5):
+            tensors = reader(layer.index, expert)
+            exact = decode(store.read(layer.index, expert, 16), store.layout, 16)
+            assert all(torch.equal(exact[k], t.float()) for k, t in tensors.items())
+            for bits in store.tiers:
+                blob = store.read(layer.index, expert, bits)
+                assert (blob == encode(tensors, store.layout, bits)).all()
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_the_stores_own_model_folder_loads_like_the_checkpoint(family, tmp_path):
+    source = tiny_models.FAMILIES[family](tmp_path / "source")
+    store = Store.open(pack(source, tmp_path / "store", tiers=(4,), progress=False))
+    ours = load_skeleton(store.checkpoint_dir, dtype=torch.float32)
+    theirs = load_skeleton(source, dtype=torch.float32)
+    for (name, a), (_, b) in zip(
+        ours.state_dict().items(), theirs.state_dict().items(), strict=True
+    ):
+        assert a.is_meta == b.is_meta, name
+        assert a.is_meta or torch.equal(a, b), name
+    kept = sum(p.stat().st_size for p in store.checkpoint_dir.glob("*.safetensors"))
+    assert kept < 0.8 * sum(p.stat().st_size for p in source.glob("*.safetensors"))
+
+
+def test_manifest_says_what_the_engine_needs(qwen, tmp_path):
+    store = Store.open(pack(qwen, tmp_path / "store", tiers=(4, 16), progress=False))
+    manifest = store.manifest
+    assert manifest.architecture == "Qwen3MoeForCausalLM"
+    assert manifest.source == qwen.name
+    assert store.tiers == (16, 4)
+    assert (manifest.hidden, manifest.inner, store.top_k) == (192, 128, 2)
+    assert (manifest.activation, manifest.gating) == ("silu", "concatenated")
+    assert manifest.is_plain_swiglu
+    assert manifest.layout.dtype == "bfloat16"
+    assert all(size % PAGE == 0 for size in store.slot_bytes.values())
+    assert "/" not in manifest.source
+
+
+def test_gpt_oss_is_marked_as_not_plain(tmp_path):
+    source = tiny_models.gpt_oss(tmp_path / "g")
+    store = Store.open(pack(source, tmp_path / "store", tiers=(8,), progress=False))
+    assert not store.manifest.is_plain_swiglu
+    assert store.manifest.transposed
+    assert store.manifest.has_bias
+
+
+def test_packing_twice_gives_the_same_bytes(qwen, tmp_path):
+    first, second = (pack(qwen, tmp_path / n, tiers=(4,), progress=False) for n in "ab")
+    assert (first / "experts-4.bin").read_bytes() == (second / "experts-4.bin").read_bytes()
+    assert Store.open(first).manifest.id == Store.open(second).manifest.id
+
+
+def test_float32_checkpoints_are_stored_as_bfloat16_and_say_so(tmp_path, capsys):
+    torch.manual_seed(0)
+    source = tiny_models.mixtral(tmp_path / "m")
+    for file in source.glob("*.safetensors"):
+        save_file({k: t.float() for k, t in load_file(file).items()}, file, {"format": "pt"})
+    store = Store.open(pack(source, tmp_path / "store", tiers=(16,)))
+    assert store.layout.dtype == "bfloat16"
+    assert store.manifest.notes == ("experts are float32 in the source, stored as bfloat16",)
+    assert "stored as bfloat16" in capsys.readouterr().out
+
+
+def test_a_second_pack_of_the_same_is_a_no_op_and_of_another_is_refused(qwen, tmp_path):
+    store = pack(qwen, tmp_path / "store", tiers=(4,), progress=False)
+    stamp = (store / "manifest.json").stat().st_mtime_ns
+    assert pack(qwen, store, tiers=(4,), progress=False) == store
+    assert (store / "manifest.json").stat().st_mtime_ns == stamp
+    with pytest.raises(StoreError, match="overwrite=True"):
+        pack(qwen, store, tiers=(8, 4), progress=False)
+    other = tiny_models.mixtral(tmp_path / "other")
+    with pytest.raises(StoreError, match="overwrite=True"):
+        pack(other, store, tiers=(4,), progress=False)
+    pack(other, store, tiers=(4,), overwrite=True, progress=False)
+    assert Store.open(store, verify=True).manifest.model_type == "mixtral"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "store"]
+
+
+def test_a_retrained_checkpoint_of_the_same_size_is_not_the_same(qwen, tmp_path):
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    for file in qwen.iterdir():
+        (twin / file.name).write_bytes(file.read_bytes())
+    store = pack(twin, tmp_path / "store", tiers=(2,), progress=False)
+    shard = min(twin.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(StoreError, match="overwrite=True"):
+        pack(twin, store, tiers=(2,), progress=False)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_store_is_never_replaced(qwen, tmp_path, overwrite):
+    taken = tmp_path / "thesis"
+    taken.mkdir()
+    (taken / "chapter.txt").write_text("years of work")
+    with pytest.raises(StoreError, match="is not a store"):
+        pack(qwen, taken, overwrite=overwrite, progress=False)
+    assert (taken / "chapter.txt").read_text() == "years of work"
+
+
+def test_wrong_tiers_and_sources_are_refused_with_the_next_step(qwen, tmp_path):
+    with pytest.raises(StoreError, match=r"tiers=\(5,\) must be one or more of \(16, 8, 4, 3, 2\)"):
+        pack(qwen, tmp_path / "s", tiers=(5,))
+    with pytest.raises(StoreError, match="one or more"):
+        pack(qwen, tmp_path / "s", tiers=())
+    with pytest.raises(StoreError, match="neither a folder nor a hub id"):
+        pack(tmp_path / "nothing here", tmp_path / "s")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"config\.json"):
+        pack(tmp_path / "empty", tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_weights_that_are_not_finite_are_refused_by_layer_and_expert(qwen, tmp_path):
+    source = tmp_path / "nan"
+    source.mkdir()
+    tensors = {}
+    for file in qwen.glob("*.safetensors"):
+        tensors |= load_file(file)
+    tensors["model.layers.1.mlp.experts.4.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    (source / "config.json").write_text((qwen / "config.json").read_text())
+    with pytest.raises(StoreError, match="layer 1 expert 4"):
+        pack(source, tmp_path / "store", progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["nan"]
+
+
+def full_after(experts: int, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Let the encoder fail as if something happened after some experts."""
+    count = iter(range(experts))
+
+    def failing(tensors, layout, bits):
+        if next(count, None) is None:
+            raise error
+        return encode(tensors, layout, bits)
+
+    monkeypatch.setattr(packing, "encode", failing)
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), StoreError),
+        (OSError(errno.EIO, "Input/output error"), OSError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_an_interrupted_pack_leaves_nothing(qwen, tmp_path, monkeypatch, error, seen):
+    full_after(7, monkeypatch, error)
+    with pytest.raises(seen):
+        pack(qwen, tmp_path / "store", tiers=(4,), progress=False)
+    assert tree(tmp_path) == []
+
+
+def test_an_interrupted_overwrite_keeps_the_old_store(qwen, tmp_path, monkeypatch):
+    store = pack(qwen, tmp_path / "store", tiers=(4,), progress=False)
+    before = tree(tmp_path)
+    full_after(7, monkeypatch, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        pack(qwen, store, tiers=(8,), overwrite=True, progress=False)
+    assert tree(tmp_path) == before
+    Store.open(store, verify=True)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    qwen, tmp_path, monkeypatch
+):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(packing.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(StoreError, match="the store needs"):
+        pack(qwen, tmp_path / "store", progress=False)
+    assert tree(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A real file system of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.name != "posix" or os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_is_left_empty(qwen, small_disk, monkeypatch):
+    monkeypatch.setattr(packing, "_check_room", lambda *_: None)
+    with pytest.raises(StoreError, match="is full"):
+        pack(qwen, small_disk / "store", progress=False)
+    assert tree(small_disk) == []
+
+
+SLOW_PACK = textwrap.dedent(
+    """
+    import sys, time
+    from moelab.store import pack as packing
+    plain = packing.encode
+    def slow(*args):
+        time.sleep(0.05)
+        return plain(*args)
+    packing.encode = slow
+    packing.pack(sys.argv[1], sys.argv[2], tiers=(4,), progress=False)
+    """
+)
+
+
+def test_kill_9_leaves_no_store_and_the_next_pack_cleans_up(qwen, tmp_path):
+    target = tmp_path / "store"
+    child = subprocess.Popen([sys.executable, "-c", SLOW_PACK, qwen, target], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not any(f.stat().st_size > PAGE for f in tmp_path.glob("store.partial-*/experts-4.bin")):
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not target.exists()
+    assert len(list(tmp_path.glob("store.partial-*"))) == 1
+    pack(qwen, target, tiers=(4,), progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+    Store.open(target, verify=True)
+
+
+def test_two_threads_with_one_destination_make_one_store(qwen, tmp_path):
+    target, errors = tmp_path / "store", []
+
+    def work():
+        try:
+            pack(qwen, target, tiers=(4,), progress=False)
+        except Exception as error:  # noqa: BLE001
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    Store.open(target, verify=True)
+
+
+MEMORY = textwrap.dedent(
+    """
+    import resource, sys
+    from moelab.store import pack as packing
+    first, small, large = (sys.argv[i] for i in (1, 2, 3))
+    packing.pack(first, small, tiers=(16, 4), progress=False)  # libraries and compilers are in
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    packing.pack(large, small + "-2", tiers=(16, 4), progress=False)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    """
+)
+
+
+def test_memory_grows_by_a_few_experts_however_many_there_are(qwen, tmp_path):
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 24, "head_dim": 64}
+    large = tiny_models.qwen3_moe(tmp_path / "large", num_hidden_layers=2, **sizes)
+    run = [sys.executable, "-c", MEMORY, qwen, tmp_path / "s", large]
+    done = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True)
+    store = Store.open(tmp_path / "s-2")
+    expert = store.slot_bytes[16]
+    everything = expert * sum(store.experts_per_layer)
+    assert int(done.stdout) < 12 * expert
+    assert int(done.stdout) < everything / 4
+
+
+def test_code_and_foreign_files_of_a_checkpoint_stay_out_of_the_store(tmp_path):
+    source = tiny_models.olmoe(tmp_path / "o")
+    (source / "modeling_evil.py").write_text("raise SystemExit")
+    (source / "notes.json").write_text(json.dumps({"a": 1}))
+    (source / "LICENSE").write_text("MIT")
+    store = Store.open(pack(source, tmp_path / "store", tiers=(2,), progress=False))
+    names = {f.name for f in store.checkpoint_dir.iterdir()}
+    assert {"config.json", "tokenizer.json", "LICENSE", "model.safetensors"} <= names
+    assert not {"modeling_evil.py", "notes.json", "model.safetensors.index.json"} & names

@@ -1,0 +1,190 @@
+"""What holds for the project as a whole: its files, its versions, and that the README is true."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import moelab
+from moelab import cli
+
+TOP = Path(__file__).parent.parent
+ALLOWED = {
+    *("moelab", "notebooks", "tests", "binder", "pyproject.toml", "Makefile"),
+    *("README.md", "LICENSE", "CHANGELOG.md"),
+}
+TEXT = {".py", ".md", ".toml", ".ipynb", ".js", ".mjs", ".css", ".yaml", ".txt", ".sh", ""}
+MB = 10**6
+
+
+@pytest.fixture(scope="module")
+def files() -> list[Path]:
+    """Every file that git has or would take."""
+    words = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
+    listed = subprocess.run(
+        [*words, "--cached", "--others", "--exclude-standard"],
+        cwd=TOP,
+        capture_output=True,
+        check=False,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    names = listed.stdout.decode().split("\0")
+    return [TOP / name for name in sorted(set(names)) if name and (TOP / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return (TOP / "README.md").read_text("utf-8")
+
+
+def test_the_top_level_holds_only_what_a_newcomer_needs(files):
+    top = {file.relative_to(TOP).parts[0] for file in files}
+    assert {name for name in top if not name.startswith(".")} == ALLOWED
+
+
+def test_the_repository_stays_small(files):
+    sizes = {str(f.relative_to(TOP)): f.stat().st_size for f in files}
+    assert sum(sizes.values()) < 60 * MB
+    assert {n: s for n, s in sizes.items() if s > MB and "demo/model/" not in n} == {}
+
+
+def test_notebooks_are_committed_without_outputs(files):
+    notebooks = [file for file in files if file.suffix == ".ipynb"]
+    assert notebooks
+    for file in notebooks:
+        for cell in json.loads(file.read_text("utf-8"))["cells"]:
+            assert not cell.get("outputs"), file.name
+            assert cell.get("execution_count") is None, file.name
+
+
+def test_no_file_knows_the_machine_it_was_made_on(files):
+    path = re.compile(r"(?<![\w.])/(root|work|tmp|opt|home|Users)/\w")
+    found = [
+        f"{file.relative_to(TOP)}: {match[0]}"
+        for file in files
+        if file.suffix in TEXT
+        for match in path.finditer(file.read_text("utf-8"))
+    ]
+    assert found == []
+
+
+# -- versions -----------------------------------------------------------------------------------
+
+
+def test_one_version_everywhere(project):
+    changes = (TOP / "CHANGELOG.md").read_text("utf-8")
+    newest = re.search(r"^## (\S+)", changes, re.MULTILINE)
+    assert project["version"] == moelab.__version__ == newest[1]
+
+
+def test_dependencies_have_lower_bounds_only(project):
+    for text in project["dependencies"]:
+        specifiers = list(Requirement(text).specifier)
+        assert [s.operator for s in specifiers] == [">="], text
+
+
+def test_pins_are_exact_and_satisfy_every_requirement(project):
+    lines = (TOP / "binder" / "pins.txt").read_text().splitlines()
+    pins = {}
+    for line in lines:
+        if not line.startswith("#"):
+            name, version = re.fullmatch(r"([a-z0-9-]+)==([0-9][\w.]*)", line).groups()
+            pins[name] = version
+    asked = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    for requirement in map(Requirement, asked):
+        if requirement.name != "moelab":
+            assert requirement.specifier.contains(pins[requirement.name]), requirement
+
+
+# -- the README ---------------------------------------------------------------------------------
+
+
+def test_commands_of_the_readme_exist(readme):
+    makefile = (TOP / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    told = [line.split() for line in re.findall(r"\bmake ((?:[a-z]+ ?)+)", readme)]
+    assert {"lab", "test"} <= {word for words in told for word in words}
+    assert {words[0] for words in told} - targets == {"environments"}
+    commands = {c.name or c.callback.__name__ for c in cli.app.registered_commands}
+    assert set(re.findall(r"^ {4}moelab ([a-z]+)", readme, re.MULTILINE)) == commands
+
+
+def test_the_tree_in_the_readme_is_the_tree(readme):
+    tree = readme[readme.index("    moelab/\n") :].split("\n\n")[0]
+    folder = Path()
+    for line in tree.splitlines():
+        indent, name = re.match(r"( +)(\S+)", line).groups()
+        folder = Path("moelab") if len(indent) > 4 else Path()
+        assert (TOP / folder / name).exists(), line
+    parts = {p.name for p in (TOP / "moelab").iterdir() if p.suffix == ".py" or p.is_dir()}
+    missing = {name for name in parts if name not in tree}
+    assert missing - {"__pycache__", "__main__.py"} == set()
+
+
+def test_links_of_the_readme_lead_somewhere(readme):
+    links = re.findall(r"\]\(([^)#]+)\)", readme)
+    assert links
+    assert [link for link in links if "://" not in link and not (TOP / link).exists()] == []
+
+
+@pytest.mark.slow
+def test_the_code_of_the_readme_runs(readme, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 2
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert "tokens_per_s" in capsys.readouterr().out
+    assert names["lab"].settings.strategy.name == "lowest index stays"
+    names["lab"].close()
+
+
+# -- the package --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
+        cwd=TOP,
+        capture_output=True,
+        check=True,
+        timeout=120,
+    )
+    (made,) = folder.glob("*.whl")
+    assert made.stat().st_size < 60 * MB
+    with zipfile.ZipFile(made) as opened:
+        yield opened
+
+
+def test_the_wheel_holds_every_file_of_the_package(files, wheel):
+    inside = set(wheel.namelist())
+    package = {str(f.relative_to(TOP)) for f in files if f.is_relative_to(TOP / "moelab")}
+    assert package - inside == set()
+    assert {"moelab/py.typed", f"moelab/notebooks/{cli.NOTEBOOK}"} <= inside
+    assert any(name.startswith("moelab/widgets/") and name.endswith(".js") for name in inside)
+    assert "moelab/demo/model/model.safetensors" in inside
+
+
+def test_the_wheel_holds_nothing_else(files, wheel):
+    known = {str(f.relative_to(TOP)) for f in files}
+    known |= {f"moelab/{name}" for name in known if name.startswith("notebooks/")}
+    extra = {name for name in wheel.namelist() if ".dist-info/" not in name} - known
+    assert extra == set()

@@ -1,0 +1,176 @@
+"""Every Mixture-of-Experts family of transformers as a tiny random model, by one generic rule.
+
+A family's configuration class is shrunk field by field with one table of sizes; the few families
+that need something of their own say so in `SPECIAL`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig
+
+from moelab.engine.families import find_moe
+
+LIMIT = 50_000_000  # parameters
+LAYERS, EXPERTS, TOP_K = 3, 6, 2
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 260,
+    "vocab_size_per_layer_input": 260,
+    "hidden_size_per_layer_input": 16,
+    "hidden_size": 64,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 48,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 40,
+    "num_hidden_layers": LAYERS,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_sparse_encoder_layers": 1,
+    "num_sparse_decoder_layers": 1,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_sparse_step": 1,
+    "decoder_sparse_step": 1,
+    "num_heads": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "linear_head_dim": 8,
+    "linear_num_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "mamba_n_heads": 4,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+    "ssm_state_size": 8,
+    "n_groups": 1,
+    "max_position_embeddings": 128,
+    "num_experts": EXPERTS,
+    "num_local_experts": EXPERTS,
+    "n_routed_experts": EXPERTS,
+    "moe_num_experts": EXPERTS,
+    "num_experts_per_tok": TOP_K,
+    "moe_topk": TOP_K,
+    "moe_k": TOP_K,
+    "top_k_experts": TOP_K,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "n_group": 3,
+    "topk_group": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "enable_moe_block": True,
+    "expert_capacity": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OTHER_SIZES: dict[str, Any] = {  # vision and audio parts, which are built but not run
+    "hidden_size": 32,
+    "embed_dim": 32,
+    "intermediate_size": 32,
+    "out_hidden_size": 64,
+    "depth": 1,
+    "num_hidden_layers": 1,
+    "num_heads": 2,
+    "num_attention_heads": 2,
+    "deepstack_visual_indexes": [0],
+}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "dots1": {"n_shared_experts": 1},
+    "glm4v_moe": {"head_dim": 64},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "mimo_v2_flash": {"head_dim": 24},
+    "zaya": {"num_experts_per_tok": 1},
+}
+UNDECORATED = ("switch_transformers", "nllb_moe", "llama4")
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Model packages of transformers whose experts moelab means to find."""
+    root = Path(transformers.models.__path__[0])
+    found = []
+    for package in pkgutil.iter_modules([str(root)]):
+        sources = (file.read_text() for file in (root / package.name).glob("modeling_*.py"))
+        if any("@use_experts_implementation" in source for source in sources):
+            found.append(package.name)
+    return (*found, *UNDECORATED)
+
+
+def classes(name: str) -> Iterator[type]:
+    """The generating classes of a package."""
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    for key, value in vars(module).items():
+        own = inspect.isclass(value) and value.__module__ == module.__name__
+        if own and key.endswith(("ForCausalLM", "ForConditionalGeneration")):
+            yield value
+
+
+def shrink(config_class: type, name: str) -> PreTrainedConfig:
+    """A family's configuration with small sizes, parts included."""
+    known = {f.name for f in fields(config_class)}
+    sizes = SIZES | SPECIAL.get(name, {})
+    values = {k: v for k, v in sizes.items() if k in known}
+    for part, part_class in (getattr(config_class, "sub_configs", None) or {}).items():
+        if not hasattr(part_class, "__dataclass_fields__"):
+            continue
+        if "text" in part or "thinker" in part:
+            values[part] = shrink(part_class, name)
+        else:
+            have = {f.name for f in fields(part_class)}
+            values[part] = {k: v for k, v in OTHER_SIZES.items() if k in have}
+    return config_class(**values)
+
+
+def build(name: str) -> nn.Module:
+    """The first generating class of a family that can be built tiny and has experts.
+
+    Raises
+    ------
+    LookupError
+        None can; says why for each.
+    """
+    reasons = []
+    for family in classes(name):
+        try:
+            config = shrink(family.config_class, name)
+            config._experts_implementation = "eager"
+            with torch.device("meta"):
+                blank = family._from_config(config)
+            find_moe(blank)
+        except Exception as error:  # noqa: BLE001
+            reasons.append(f"{family.__name__}: {str(error).splitlines()[-1].strip()}")
+            continue
+        size = sum(p.numel() for p in blank.parameters())
+        if size < LIMIT:
+            return family._from_config(config)
+        reasons.append(f"{family.__name__}: {size / 1e6:.0f} million parameters")
+    raise LookupError("; ".join(reasons) or "no generating class")
