@@ -12,20 +12,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from moelab.engine.engine import Engine, shape_of
-from moelab.engine.generation import Decoder, Reference, Sampling
-from moelab.models import find_store
-from moelab.quality import Score, Scorer
+from moelab.engine.generation import Sampling
+from moelab.models import CHEAP_BYTES, compute_dtype, find_store, model_sampling
+from moelab.quality import Score
 from moelab.run import Run
 from moelab.scheduling.scheduler import minimum_budget
 from moelab.scheduling.strategy import Strategy
+from moelab.scoring import score_ids
 from moelab.settings import Settings, parse_budget
 from moelab.store.codecs import TIERS
 from moelab.store.store import Store
@@ -33,10 +33,6 @@ from moelab.strategies import make
 
 if TYPE_CHECKING:
     from moelab.widgets.dashboard import Dashboard
-
-CHEAP_BYTES = 256 * 2**20
-"""Models below this many expert bytes are compared with full precision by default."""
-SCORE_CHUNK = 64
 
 
 def open(  # noqa: A001
@@ -119,9 +115,9 @@ class Lab:
         self._store, self._settings = store, settings
         self.name = name or store.manifest.source
         self._shape = shape_of(store)
-        self._engine = Engine(store, settings, dtype=dtype or _dtype(store))
+        self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
         self._tokenizer = AutoTokenizer.from_pretrained(store.checkpoint_dir)
-        self._sampling = _model_sampling(store.checkpoint_dir)
+        self._sampling = model_sampling(store.checkpoint_dir)
         self._busy, self._lock = threading.Lock(), threading.RLock()
         self.run: Run | None = None
 
@@ -241,20 +237,15 @@ class Lab:
         if any(len(self._encode(t)) < 2 for t in texts):
             raise ValueError("nothing to score: the text needs at least two tokens")
         self._claim()
-        scorer = Scorer()
         try:
-            self._engine.loader.use("disk")
-            todo = [self._encode(t)[:max_tokens] for t in texts]
-            with tqdm(total=sum(map(len, todo)), disable=not progress, desc="score") as bar:
-                for ids in todo:
-                    self._score_one(ids, scorer, bar)
+            return score_ids(
+                self._engine, [self._encode(t)[:max_tokens] for t in texts], progress=progress
+            )
         except BaseException:
             self._engine.recover()
             raise
         finally:
-            self._engine.loader.use(self._engine.settings.device)
             self._release()
-        return scorer.score()
 
     # -- looking ----------------------------------------------------------------------------
 
@@ -329,7 +320,7 @@ class Lab:
             self.run._done.wait()
         self._engine.close()
 
-    def __enter__(self) -> Lab:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -367,21 +358,6 @@ class Lab:
             finally:
                 self._busy.release()
 
-    def _score_one(self, ids: list[int], scorer: Scorer, bar: tqdm) -> None:
-        engine = self._engine
-        engine.new_sequence(record=False)
-        decoder, reference = Decoder(engine), Reference(engine)
-        for start in range(0, len(ids), SCORE_CHUNK):
-            chunk = ids[start : start + SCORE_CHUNK]
-            full = reference.logits(ids[: start + len(chunk)], keep=len(chunk))
-            for i, token in enumerate(chunk):
-                engine.prefill = False
-                logits = decoder.step([token])
-                engine.end_of_token()
-                if start + i + 1 < len(ids):
-                    scorer.add(full[i], logits, ids[start + i + 1])
-                bar.update()
-
     def _encode(self, text: str) -> list[int]:
         ids = self._tokenizer(text)["input_ids"]
         if not ids:
@@ -395,22 +371,3 @@ class Lab:
 
     def _is_demo(self) -> bool:
         return self.name == "demo"
-
-
-def _dtype(store: Store) -> torch.dtype:
-    """Float32 where the non-expert weights are small: exact, and faster on CPUs without bf16."""
-    files = store.checkpoint_dir.glob("*.safetensors")
-    small = sum(f.stat().st_size for f in files) <= CHEAP_BYTES
-    return torch.float32 if small else getattr(torch, store.layout.dtype)
-
-
-def _model_sampling(folder: Path) -> dict[str, Any]:
-    """The model's own way of sampling; greedy where it says nothing."""
-    try:
-        config = GenerationConfig.from_pretrained(folder)
-    except OSError:
-        return {}
-    if not config.do_sample:
-        return {}
-    names = ("temperature", "top_p", "top_k", "repetition_penalty")
-    return {n: v for n in names if (v := getattr(config, n, None)) is not None}

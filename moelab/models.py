@@ -10,9 +10,16 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from moelab.paths import cache_dir
 from moelab.store.codecs import TIERS
+from moelab.store.store import Store
+
+CHEAP_BYTES = 256 * 2**20
+"""Below this a model is small: float32, and compared with full precision by default."""
 
 
 def find_store(model: str | Path, *, tiers: Sequence[int] = TIERS, progress: bool = True) -> Path:
@@ -58,3 +65,24 @@ def _fingerprint(source: str | Path, tiers: Sequence[int]) -> str:
             stat = file.stat()
             digest.update(repr((file.name, stat.st_size, stat.st_mtime_ns)).encode())
     return digest.hexdigest()
+
+
+def compute_dtype(store: Store) -> torch.dtype:
+    """Float32 where the non-expert weights are small: exact, and faster on CPUs without bf16."""
+    files = store.checkpoint_dir.glob("*.safetensors")
+    small = sum(f.stat().st_size for f in files) <= CHEAP_BYTES
+    return torch.float32 if small else getattr(torch, store.layout.dtype)
+
+
+def model_sampling(folder: Path) -> dict[str, Any]:
+    """The model's own way of sampling; greedy where it says nothing."""
+    from transformers import GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return {}
+    if not config.do_sample:
+        return {}
+    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    return {n: v for n in names if (v := getattr(config, n, None)) is not None}

@@ -105,7 +105,7 @@ class Run:
 
     @property
     def events(self) -> pd.DataFrame:
-        """Every event so far: token layer expert kind bits_asked bits bytes start_ms dur_ms cause."""
+        """Every event so far; the columns are those of `moelab.events.DTYPE`."""
         return self._log.frame()
 
     @property
@@ -189,7 +189,7 @@ class Run:
     def _guard(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as e:  # kept for join() and the window; a thread has nobody to tell
+        except BaseException as e:  # noqa: BLE001, kept for join() and the window; a thread has nobody to tell
             self.error = e
         finally:
             self._done.set()

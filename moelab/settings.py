@@ -76,7 +76,7 @@ class Settings:
         known = {f.name for f in dataclasses.fields(self)}
         if extra := changes.keys() - known:
             names = ", ".join(["budget", *sorted(known - {"budget_bytes"})])
-            raise ValueError(f"unknown setting {sorted(extra)[0]!r}; there are {names}")
+            raise ValueError(f"unknown setting {min(extra)!r}; there are {names}")
         if changes.get("strategy") == self.strategy.name:
             del changes["strategy"]  # it goes on with what it has learnt
         if "strategy" in changes:
@@ -115,8 +115,8 @@ class Settings:
         return words
 
 
-def parse_budget(value: int | float | str, shape: Shape) -> int:
-    """Bytes from ``8_000_000``, ``"8MB"``, ``"1.5GiB"`` or ``"25%"`` (of all experts at the top tier).
+def parse_budget(value: float | str, shape: Shape) -> int:
+    """Bytes from ``8_000_000``, ``"8MB"``, ``"1.5GiB"`` or ``"25%"`` of all experts at full bits.
 
     Raises
     ------

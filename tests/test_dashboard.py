@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import threading
 import time
@@ -343,20 +344,24 @@ class TestReport:
         return dashboard.report()
 
     def test_it_is_one_well_formed_self_contained_piece(self, report):
-        html = report.html()
-        xml.dom.minidom.parseString(html)
-        assert "<script" not in html
-        assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", html)
-        assert len(html) < 200_000
+        html, svg = report.html(), report.svg()
+        image = xml.dom.minidom.parseString(html).documentElement
+        kind, data = image.getAttribute("src").split(",")
+        assert (image.tagName, kind) == ("img", "data:image/svg+xml;base64")
+        assert base64.b64decode(data).decode() == svg
+        xml.dom.minidom.parseString(svg)
+        assert "<script" not in svg
+        assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", svg)
+        assert len(html) < 100_000
 
     def test_it_says_settings_figures_and_where_times_come_from(self, report, lab):
-        html = report.html()
-        assert "emulated: HDD, 50 MB/s" in html
-        assert "4 bit" in html
-        assert "bits 4" in html  # the mark on the time axis
-        assert "60 tokens" in html
-        assert "if a &lt; b &amp; c:" in html
-        assert html.count("<title>layer ") == 8 * 32
+        svg = report.svg()
+        assert "emulated: HDD, 50 MB/s" in svg
+        assert "4 bit" in svg
+        assert "bits 4" in svg  # the mark on the time axis
+        assert "60 tokens" in svg
+        assert "if a &lt; b &amp; c:" in svg
+        assert "60 tokens" in report.html()  # for who cannot see the picture
 
     def test_it_is_a_copy_that_later_runs_do_not_change(self, report, lab):
         before = report.html()
@@ -364,9 +369,9 @@ class TestReport:
         assert report.html() == before
 
     def test_it_can_be_drawn_before_any_run(self, dashboard):
-        html = dashboard.report().html()
-        xml.dom.minidom.parseString(html)
-        assert "no token yet" in html
+        svg = dashboard.report().svg()
+        xml.dom.minidom.parseString(svg)
+        assert "no token yet" in svg
 
     def test_the_saved_dashboard_cell_holds_a_picture(self, dashboard):
         data, _ = dashboard._repr_mimebundle_()
@@ -378,14 +383,14 @@ class TestReport:
         lab = FakeLab(layers=48, experts=128, top_k=8, token_ms=0)
         lab.start("Once", max_new_tokens=3).join()
         dashboard = Dashboard(lab)
-        html = dashboard.report().html()
+        report = dashboard.report()
         dashboard.close()
-        xml.dom.minidom.parseString(html)
-        assert len(html) < 900_000
+        xml.dom.minidom.parseString(report.svg())
+        assert len(report.html()) < 1_000_000
 
     def test_text_with_control_characters_stays_well_formed(self, lab, dashboard):
         lab.start("a\x00b\tc\u2028d\r\n\x1b[0m", max_new_tokens=2).join()
-        xml.dom.minidom.parseString(dashboard.report().html())
+        xml.dom.minidom.parseString(dashboard.report().svg())
 
     def test_text_is_broken_at_the_edge_and_at_line_ends(self):
         laid = list(lay_out(["abc", "de\n\nf"], columns=4))

@@ -53,7 +53,9 @@ def test_full_precision_equals_stock_transformers(lab, stock):
             torch.tensor([ids]), max_new_tokens=200, min_new_tokens=200, do_sample=False,
             repetition_penalty=1.0, output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
-    run = lab.generate(PROMPT, max_new_tokens=200, temperature=0, repetition_penalty=1, ignore_eos=True)
+    run = lab.generate(
+        PROMPT, max_new_tokens=200, temperature=0, repetition_penalty=1, ignore_eos=True
+    )
     assert run.tokens == want.sequences[0, len(ids) :].tolist()
     lab._engine.new_sequence()
     decoder, worst, new = Decoder(lab._engine), 0.0, ids
@@ -295,7 +297,9 @@ def test_started_stopped_and_set_a_hundred_times_from_threads(lab):
         n = 0
         while not done.is_set():
             try:
-                lab.update(bits=(16, 8, 4)[n % 3], budget=("25%", "60%")[(n + i) % 2], prefetch=n % 2)
+                lab.update(
+                    bits=(16, 8, 4)[n % 3], budget=("25%", "60%")[(n + i) % 2], prefetch=n % 2
+                )
             except Exception as e:  # noqa: BLE001
                 errors.append(e)
             n += 1

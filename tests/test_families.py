@@ -23,6 +23,7 @@ NO_LOOK_AHEAD = {"flint", "jamba", "nemotron_h"}  # tiny, they have one MoE laye
 NOT_TINY = {
     "deepseek_ocr2": "its vision part cannot be built small",
     "diffusion_gemma": "block diffusion: it does not generate token by token",
+    "dots3_note": "its embeddings cannot be built small",
     "ernie4_5_vl_moe": "its text and vision experts differ in size",
     "glm5_next": "its text part has no MoE layer at this size",
     "mistral_large4": "its vision part cannot be built small",

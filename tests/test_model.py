@@ -79,9 +79,7 @@ def test_logits_equal_stock_transformers_in_prefill_and_decode(folder):
 def test_generate_gives_the_same_text(folder):
     settings = {"max_new_tokens": 12, "do_sample": False}
     served, theirs = Served(folder).model, stock(folder)
-    assert torch.equal(
-        served.generate(PROMPT, **settings), theirs.generate(PROMPT, **settings)
-    )
+    assert torch.equal(served.generate(PROMPT, **settings), theirs.generate(PROMPT, **settings))
 
 
 def test_experts_stay_on_meta_and_everything_else_is_loaded(folder):

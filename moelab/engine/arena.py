@@ -1,4 +1,4 @@
-"""Memory for resident experts: page-aligned slots, one free list per tier, given back to the system.
+"""Memory for resident experts: page-aligned slots, one free list per tier, given back in time.
 
 All experts of a tier have one size, so there is no fragmentation. A slot that is free but still
 mapped counts against the limit too: what the arena holds is what the process really has.

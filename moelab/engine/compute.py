@@ -111,6 +111,7 @@ class KernelBatch(Batch):
         self._out = torch.zeros_like(self._in)
 
     def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
+        """One kernel call for all of them, or one expert after another for many tokens."""
         if not served:
             return
         gates = [self._gate(s.expert) for s, _ in served]
@@ -133,6 +134,7 @@ class KernelBatch(Batch):
             self._out.index_add_(0, rows, y * torch.from_numpy(gate[rows.numpy()])[:, None])
 
     def result(self) -> torch.Tensor:
+        """The layer's output ``[T, D]`` in the model's dtype."""
         return self._out.to(self._x.dtype)
 
 
@@ -153,6 +155,7 @@ class TorchBatch(Batch):
         self._module = compute.adapter.layers[layer].module
 
     def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
+        """One expert after another, on the tokens that chose it."""
         for serve, memory in served:
             gate = self._gate(serve.expert)
             rows = torch.from_numpy(np.flatnonzero(gate))
@@ -163,4 +166,5 @@ class TorchBatch(Batch):
             self._out.index_add_(0, rows, y if self._scale_input else y * share)
 
     def result(self) -> torch.Tensor:
+        """The layer's output ``[T, D]`` in the model's dtype."""
         return self._out

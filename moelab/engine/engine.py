@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from moelab.engine import kernels
 from moelab.engine.arena import Arena, Slot
 from moelab.engine.compute import Batch, ExpertCompute
 from moelab.engine.loader import Loader, Ticket
@@ -69,6 +70,7 @@ class Engine:
     def __init__(self, store: Store, settings: Settings, *, dtype: torch.dtype) -> None:
         self.store, self.settings = store, settings
         self.shape = shape_of(store)
+        kernels.warm_up()
         self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
         self.model = load_skeleton(store.checkpoint_dir, dtype=dtype)
         self.adapter = attach(self.model, self._layer)

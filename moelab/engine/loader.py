@@ -175,7 +175,7 @@ class Loader:
                 self._read(ticket)
                 if profile.emulated:
                     sleep_until(due)
-            except Exception as e:  # handed to whoever waits for the ticket
+            except Exception as e:  # noqa: BLE001, handed to whoever waits for the ticket
                 ticket.error = e
             with self._cond:
                 ticket.finished = time.perf_counter()

@@ -28,11 +28,19 @@ class MaskedRouting(TorchFunctionMode):
     Group-limited routing (DeepSeek) first picks groups, then experts inside them: groups are ranked
     by their allowed experts, and an allowed expert of a closed group still comes before any hidden
     one. So no hidden expert is chosen as long as top-k experts are allowed.
+
+    Parameters
+    ----------
+    mask
+        Bool [E], the allowed experts.
+    classes
+        What the router chooses from: E, or more where a family has classes for "no expert".
     """
 
-    def __init__(self, allowed: torch.Tensor) -> None:
+    def __init__(self, mask: torch.Tensor, classes: int) -> None:
         super().__init__()
-        self._hidden, self._count = ~allowed, allowed.numel()
+        self.mask, self._count = mask, classes
+        self._hidden = ~F.pad(mask, (0, classes - len(mask)), value=True)
 
     def __torch_function__(
         self, func: Callable, types: Sequence, args: tuple = (), kwargs: dict | None = None
@@ -73,7 +81,7 @@ class RouterTap:
         self._seen = seen
         self._forward = layer.router.forward
         self._extra: tuple[tuple, dict] | None = None
-        self._classes: int | None = None
+        self._mode: MaskedRouting | None = None  # kept while the mask is the same object
         self._own = {id(t) for t in (*layer.block.parameters(False), *layer.block.buffers(False))}
         if len(inspect.signature(self._forward).parameters) == 1:
             self._extra = ((), {})
@@ -118,9 +126,10 @@ class RouterTap:
     def _ask(self, hidden: torch.Tensor, args: tuple, kwargs: dict, *, masked: bool) -> Any:
         if self.mask is None or not masked:
             return self._forward(hidden, *args, **kwargs)
-        if self._classes is None:
-            self._classes = self._count_classes(self._forward(hidden, *args, **kwargs))
-        with MaskedRouting(F.pad(self.mask, (0, self._classes - len(self.mask)), value=True)):
+        if self._mode is None or self._mode.mask is not self.mask:
+            classes = self._count_classes(self._forward(hidden, *args, **kwargs))
+            self._mode = MaskedRouting(self.mask, classes)
+        with self._mode:
             return self._forward(hidden, *args, **kwargs)
 
     def _count_classes(self, output: Any) -> int:

@@ -1,1 +1,1 @@
-"""The five decisions and the scheduler that takes them: pure Python, no torch, no threads, no clock."""
+"""The five decisions and the scheduler that takes them: no torch, no threads, no clock."""

@@ -192,7 +192,7 @@ class Scheduler:
             if bits > new.allocate.bits(key, view)
         ]
         while cache.free_bytes < 0:
-            drops.append(self._drop(self._victim(lambda key: True), "budget"))
+            drops.append(self._drop(self._victim(lambda _: True), "budget"))
         for layer in range(self.shape.layers):
             share = new.allocate.layer_bytes(layer, view)
             while share is not None and cache.layer_bytes[layer] > share:

@@ -123,7 +123,7 @@ class Allocates(Protocol):
 
 @runtime_checkable
 class Routes(Protocol):
-    """Each token and layer: which experts the router may choose, who stands in for a missing one."""
+    """Each token and layer: whom the router may choose, who stands in for a missing expert."""
 
     def mask(self, layer: int, view: View) -> Sequence[bool] | None: ...
     def stand_in(self, request: Request, view: View) -> int | None: ...
@@ -278,7 +278,7 @@ class Strategy:
                 )
 
     def replace(self, **parts: Any) -> Strategy:
-        """This strategy with other parts; the name gains a ``*`` unless one is given."""
+        """The same strategy with other parts; the name gains a ``*`` unless one is given."""
         parts.setdefault("name", self.name if self.name.endswith("*") else self.name + "*")
         return dataclasses.replace(self, **parts)
 

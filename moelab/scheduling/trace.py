@@ -85,20 +85,24 @@ class Trace:
         """
         try:
             doc = json.loads(Path(path).read_text())
-            if doc["format"] != FORMAT:
-                raise ValueError(f"format {doc['format']}")
-            shape = doc["shape"]
-            nbytes = {int(b): n for b, n in shape["nbytes"].items()}
-            return cls(
-                Shape(tuple(shape["experts"]), shape["top_k"], nbytes),
-                [_step(*row) for row in doc["steps"]],
-                [(i, Knobs(**k), name) for i, k, name in doc["changes"]],
-            )
+            return cls(*_parts(doc))
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise ValueError(
                 f"{path} is not a moelab trace of format {FORMAT} ({e}); record one with "
                 "run.trace.save(path)"
             ) from e
+
+
+def _parts(doc: dict) -> tuple:
+    if doc["format"] != FORMAT:
+        raise ValueError(f"format {doc['format']}")
+    shape = doc["shape"]
+    nbytes = {int(b): n for b, n in shape["nbytes"].items()}
+    return (
+        Shape(tuple(shape["experts"]), shape["top_k"], nbytes),
+        [_step(*row) for row in doc["steps"]],
+        [(i, Knobs(**k), name) for i, k, name in doc["changes"]],
+    )
 
 
 def _nested(rows: list[list[int]]) -> tuple[tuple, ...]:

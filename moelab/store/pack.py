@@ -205,9 +205,7 @@ class _Work:
         counts = self.manifest.experts_per_layer
         every = ((layer, e) for layer, count in enumerate(counts) for e in range(count))
         size = self.experts
-        yield from tqdm(
-            every, total=size, desc="packing", unit="expert", disable=not self.progress
-        )
+        yield from tqdm(every, total=size, desc="packing", unit="expert", disable=not self.progress)
 
 
 def write_safetensors(path: Path, checkpoint: Checkpoint, keys: Iterable[str]) -> None:

@@ -28,8 +28,6 @@ HATCH = (
     '<rect width="2.4" height="4" fill="#e69f00"/></pattern></defs>'
 )
 KL_LOW, KL_HIGH = 1e-4, 1.0
-TITLED_CELLS = 1024
-"""Above this many cells the map carries no tooltips, to keep a notebook small."""
 
 
 def words(
@@ -66,10 +64,7 @@ def cache_map(
 ) -> tuple[str, float]:
     """Layers down, experts across: colour and fill are the resident bits."""
     shape = layers, experts = options["layers"], options["experts"]
-    bits, uses = (
-        np.frombuffer(frame["map"][name], MAP_TYPES[name]).reshape(shape)
-        for name in ("bits", "uses")
-    )  # [L, E]
+    bits = np.frombuffer(frame["map"]["bits"], MAP_TYPES["bits"]).reshape(shape)  # [L, E]
     left, y0 = MARGIN + AXIS, top + 26
     wide, tall = (WIDTH - left - MARGIN) / experts, min(22.0, max(5.0, 240 / layers))
     gap = 2.0 if tall > 9 else 0.6
@@ -80,10 +75,6 @@ def cache_map(
         if tier:
             full = (tall - gap) * FILL[tier]
             cell += box(x, y + tall - gap - full, wide - gap, full, TIERS[tier])
-        if bits.size <= TITLED_CELLS:
-            held = f"{tier} bit" if tier else "not resident"
-            tip = f"layer {layer}, expert {e}: {held}, {uses[layer, e]} uses"
-            cell = f"<g><title>{tip}</title>{cell}</g>"
         out.append(cell)
     for layer in range(0, layers, math.ceil(13 / tall)):
         y = y0 + (layer + 0.5) * tall + 3
@@ -190,8 +181,9 @@ def shaded_text(frame: Mapping[str, Any], top: float) -> tuple[str, float]:
         fill = f' fill="{SOFT}"' if not token else ""
         place = f'x="{x:.1f}" y="{y:.1f}" textLength="{wide:.1f}"'
         text.append(f"<text {place}{fill}>{clean(piece)}</text>")
-    style = "font-family:ui-monospace,Menlo,Consolas,monospace;white-space:pre"
-    return f'{"".join(out)}<g style="{style}">{"".join(text)}</g>', y - top + 8
+    style = "font-family:ui-monospace,Menlo,Consolas,monospace"
+    body = "".join(text).replace("> ", ">\u00a0").replace(" </", "\u00a0</")
+    return f'{"".join(out)}<g style="{style}">{body}</g>', y - top + 8
 
 
 def lay_out(pieces: Iterable[str], *, columns: int) -> Iterator[tuple[int, str, int, int]]:

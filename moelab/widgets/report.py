@@ -1,11 +1,13 @@
 """A picture of a run that outlives the kernel: one SVG with the last frame and its figures.
 
-It needs no script, no style sheet and no network, so a saved notebook still shows it. It brings
-its own light ground and reads the same on a dark page.
+It needs no script, no style sheet and no network, so a saved notebook still shows it. As HTML it
+is an image with the picture inside its address: notebooks that are not trusted drop inline SVG. It
+brings its own light ground and reads the same on a dark page.
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
@@ -48,12 +50,10 @@ class Report:
         return {"text/html": self.html(), "image/svg+xml": self.svg(), "text/plain": repr(self)}
 
     def html(self) -> str:
-        """The picture as a figure that says its content to a screen reader."""
-        label = escape(f"moelab report. {self.settings()}. {self.figures()}", quote=True)
-        return (
-            f'<figure role="img" aria-label="{label}" style="margin:0;max-width:{WIDTH}px">'
-            f"{self.svg()}</figure>"
-        )
+        """The picture as an image that says its content to a screen reader."""
+        label = escape(f"moelab report. {self.settings()}. {self.figures()}.", quote=True)
+        data = base64.b64encode(self.svg().encode()).decode()
+        return f'<img alt="{label}" width="{WIDTH}" src="data:image/svg+xml;base64,{data}"/>'
 
     def svg(self) -> str:
         """The picture alone."""
