@@ -119,6 +119,7 @@ class Lab:
         self._tokenizer = AutoTokenizer.from_pretrained(store.checkpoint_dir)
         self._sampling = model_sampling(store.checkpoint_dir)
         self._busy, self._lock = threading.Lock(), threading.RLock()
+        self._closed = False
         self.run: Run | None = None
 
     # -- settings ---------------------------------------------------------------------------
@@ -318,7 +319,11 @@ class Lab:
         if self.run is not None and self.run.running:
             self.run.stop()
             self.run._done.wait()
-        self._engine.close()
+        with self._lock:
+            if not self._closed:
+                self._claim()  # for good
+                self._closed = True
+                self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -347,6 +352,8 @@ class Lab:
         if last is not None and last._stop.is_set():
             last._done.wait()
         with self._lock:
+            if self._closed:
+                raise RuntimeError("this lab is closed; open it again")
             if not self._busy.acquire(blocking=False):
                 raise RuntimeError("a run is going on; run.stop() it or run.join() first")
 

@@ -360,7 +360,7 @@ class TestReport:
         assert "4 bit" in svg
         assert "bits 4" in svg  # the mark on the time axis
         assert "60 tokens" in svg
-        assert "if a &lt; b &amp; c:" in svg
+        assert "if\u00a0a\u00a0&lt;\u00a0b\u00a0&amp;\u00a0c:" in svg
         assert "60 tokens" in report.html()  # for who cannot see the picture
 
     def test_it_is_a_copy_that_later_runs_do_not_change(self, report, lab):

@@ -62,8 +62,8 @@ def tiny_corpus(tmp_path_factory):
         "sums": [f"{a} plus {b} is {a + b}.\n" * 3 for a in range(20) for b in range(20)],
         "words": [f"the {w} of number {n} was here.\n" * 2 for w in "abcdef" for n in range(60)],
     }
-    documents = {domain: split(list(parts)) for domain, parts in texts.items()}
-    tokenizer = train_tokenizer({d: parts[0] for d, parts in documents.items()}, 300)
+    tokenizer = train_tokenizer(texts, 300)
+    documents = {domain: split(parts, tokenizer) for domain, parts in texts.items()}
     return save_tokens(folder, tokenizer, documents, {"sums": 0.6, "words": 0.4})
 
 

@@ -69,6 +69,7 @@ def _quiet():
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny_families.names())
 def test_family_is_served_exactly(name, tmp_path, monkeypatch):
     if name in NOT_TINY:

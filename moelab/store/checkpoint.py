@@ -1,225 +1,32 @@
-"""Read safetensors checkpoints: one tensor, one row of a fused tensor, one expert at a time.
+"""Experts of a checkpoint, one at a time, in the layout of the model's own module.
 
-`Checkpoint` knows which shard holds which tensor and reads plain byte ranges: no mmap, whose
-pages count as resident memory, and not safetensors' own "pread" backend, which reads a whole fused
-tensor when one row of it is asked for. `ExpertReader` turns shards into experts in the layout
-of the model's own module, by running transformers' weight converters on one expert instead of on
-all. What it does not know: quantised formats other than mxfp4 and block-wise fp8.
+`split` tells a checkpoint's expert tensors from the others by the names transformers gives them;
+`ExpertReader` runs transformers' own weight converters on one expert instead of on all. What it
+does not know: quantised formats other than mxfp4 and block-wise fp8.
 """
 
-import copy
-import json
-import os
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
+import copy
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
 import torch
-from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from moelab.engine.families import MoELayer, expert_parameter, find_moe
+from moelab.store.shards import DTYPES, SCALE, Checkpoint, LazyTensor
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+if TYPE_CHECKING:
+    import os
+
+    from torch import nn
+
+__all__ = ["QUANTISED", "SCALE", "Checkpoint", "ExpertReader", "LazyTensor", "Split", "split"]
+
 QUANTISED = ("mxfp4", "fp8")  # quant_method values whose experts can be read
-SCALE = "_scale_inv"  # fp8: one scale per block beside each weight
-_HEADER_LIMIT = 100 << 20
-_CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: its shard, type name, shape and byte range."""
-
-    shard: int
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-class LazyTensor:
-    """A tensor that is read when it is indexed, as transformers' loader expects of a slice."""
-
-    def __init__(self, checkpoint: "Checkpoint", key: str) -> None:
-        self._checkpoint, self._key = checkpoint, key
-        self.shape = torch.Size(checkpoint.info[key].shape)
-
-    def get_shape(self) -> list[int]:
-        """Shape as a list, the safetensors way."""
-        return list(self.shape)
-
-    def get_dtype(self) -> str:
-        """Type name, the safetensors way ("BF16")."""
-        return self._checkpoint.info[self._key].dtype
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._checkpoint.weight(self._key)[index]
-
-
-class Checkpoint:
-    """The safetensors files of a folder as one mapping from tensor name to bytes.
-
-    Any number of threads may read at once: each read opens the file for itself.
-
-    Parameters
-    ----------
-    path
-        Folder with `model.safetensors`, or with shards and `model.safetensors.index.json`.
-
-    Raises
-    ------
-    ValueError
-        No safetensors file (pickled weights are refused: loading one can run code), or a shard
-        that is missing, truncated or not safetensors.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.files = _shards(self.path)
-        self.info: dict[str, TensorInfo] = {}
-        for number, file in enumerate(self.files):
-            self.info |= _read_header(file, number)
-        self._block = _block_size(self.path / "config.json")
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.info
-
-    def names(self) -> list[str]:
-        """All tensor names, layers and experts in numerical order."""
-        return sorted(self.info, key=dot_natural_key)
-
-    def tensor(self, key: str) -> torch.Tensor:
-        """Read one whole tensor."""
-        info = self.info[key]
-        return self._read(info, info.start, info.stop, info.shape)
-
-    def weight(self, key: str) -> torch.Tensor:
-        """Read one whole tensor, in bfloat16 if it is fp8 with scales beside it."""
-        if key + SCALE not in self.info:
-            return self.tensor(key)
-        return _dequantise_fp8(self.tensor(key), self.tensor(key + SCALE), self._block)
-
-    def row(self, key: str, index: int) -> torch.Tensor:
-        """Read `tensor[index : index + 1]` of a tensor that holds all experts of a layer."""
-        info = self.info[key]
-        size = (info.stop - info.start) // info.shape[0]
-        start = info.start + index * size
-        return self._read(info, start, start + size, (1, *info.shape[1:]))
-
-    def chunks(self, key: str) -> Iterator[bytes]:
-        """Yield the raw bytes of one tensor in pieces of at most 1 MiB."""
-        info = self.info[key]
-        for start in range(info.start, info.stop, _CHUNK):
-            stop = min(start + _CHUNK, info.stop)
-            buffer = np.empty(stop - start, dtype=np.uint8)
-            self._fill(info.shard, buffer, start)
-            yield buffer.tobytes()
-
-    def _read(
-        self, info: TensorInfo, start: int, stop: int, shape: tuple[int, ...]
-    ) -> torch.Tensor:
-        buffer = np.empty(stop - start, dtype=np.uint8)
-        self._fill(info.shard, buffer, start)
-        return torch.from_numpy(buffer).view(DTYPES[info.dtype]).reshape(shape)
-
-    def _fill(self, shard: int, buffer: np.ndarray, offset: int) -> None:
-        view, done = memoryview(buffer), 0
-        with self.files[shard].open("rb", buffering=0) as stream:
-            stream.seek(offset)
-            while done < len(view):
-                got = stream.readinto(view[done:])
-                if not got:
-                    raise ValueError(
-                        f"{self.files[shard]} ends at byte {offset + done}, {len(view) - done} "
-                        "bytes too early: the file is truncated; download it again"
-                    )
-                done += got
-
-
-def _shards(path: Path) -> list[Path]:
-    """The safetensors files of a folder, by its index where there is one."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [n for n in names if Path(n).name != n or not (path / n).is_file()]
-        if missing:
-            raise ValueError(
-                f"{index} names {missing[0]!r}, which is not a file in {path} "
-                f"({len(missing)} of {len(names)} shards missing); finish the download"
-            )
-        return [path / n for n in names]
-    files = sorted(path.glob("*.safetensors"))
-    if (path / "model.safetensors").exists():
-        files = [path / "model.safetensors"]
-    if files:
-        return files
-    pickled = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
-    if pickled:
-        raise ValueError(
-            f"{path} holds pickled weights only ({pickled[0].name}), and loading a pickle can run "
-            "code; convert it once where you trust it with model.save_pretrained(folder), which "
-            "writes safetensors, and give that folder"
-        )
-    raise ValueError(f"{path} holds no *.safetensors file; give the folder of a checkpoint")
-
-
-def _block_size(config: Path) -> tuple[int, int]:
-    """Rows and columns that share one fp8 scale."""
-    data = json.loads(config.read_text()) if config.is_file() else {}
-    block = (data.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
-    return int(block[0]), int(block[1])
-
-
-def _read_header(file: Path, shard: int) -> dict[str, TensorInfo]:
-    """Parse one safetensors header and hold it against the size of the file."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-            raise ValueError(f"{file} is not a safetensors file or is truncated; download it again")
-        try:
-            entries = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file} has an unreadable safetensors header: {error}") from error
-    entries.pop("__metadata__", None)
-    found = {}
-    for name, entry in entries.items():
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(
-                f"{file}: {name} has type {entry['dtype']}; moelab reads {', '.join(DTYPES)}"
-            )
-        if not 0 <= start <= stop <= size:
-            raise ValueError(
-                f"{file} has {size} bytes but {name} ends at byte {stop}: the file is truncated; "
-                "download it again"
-            )
-        found[name] = TensorInfo(shard, entry["dtype"], tuple(entry["shape"]), start, stop)
-    return found
 
 
 @dataclass
@@ -393,24 +200,3 @@ class ExpertReader:
         if None in keys:
             return self.checkpoint.row(keys[None], expert)
         return self.checkpoint.weight(keys[expert])
-
-
-def _dequantise_fp8(
-    weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
-) -> torch.Tensor:
-    """One scale per block; the last block of a row or column may be smaller."""
-    e8m0 = scale.dtype == torch.uint8  # bare exponents
-    factor = torch.exp2(scale.float() - 127) if e8m0 else scale.float()
-    if factor.numel() == 1:
-        return (weight.float() * factor.reshape(())).to(torch.bfloat16)
-    rows, columns = weight.shape
-    grid = tuple(factor.shape)
-    if grid != (-(-rows // block[0]), -(-columns // block[1])):
-        if rows % grid[0] or columns % grid[1]:
-            raise ValueError(
-                f"fp8 weight {rows} x {columns} has a {grid[0]} x {grid[1]} grid of scales, which "
-                f"is not one per block of {block[0]} x {block[1]}; give the unquantised checkpoint"
-            )
-        block = rows // grid[0], columns // grid[1]
-    spread = factor.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return (weight.float() * spread[:rows, :columns]).to(torch.bfloat16)

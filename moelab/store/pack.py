@@ -8,7 +8,6 @@ what is killed, cancelled or runs out of disk leaves nothing there, and packing 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -16,21 +15,21 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
 
-import psutil
 import torch
 import transformers
 from tqdm.auto import tqdm
 
 from moelab.engine.families import MoELayer, find_moe
-from moelab.engine.model import blank_model
+from moelab.engine.skeleton import blank_model
 from moelab.store.checkpoint import Checkpoint, ExpertReader, split
 from moelab.store.codecs import TIERS, Layout, encode, nbytes
+from moelab.store.destination import move, partial_folder, remove_stale, sync
 from moelab.store.manifest import (
     FORMAT,
     MODEL,
@@ -110,10 +109,10 @@ def pack(
         if _is_done(destination, work, overwrite=overwrite):
             return destination
         _check_room(destination, work)
-        _remove_stale(destination)
-        with _partial(destination) as partial:
+        remove_stale(destination)
+        with partial_folder(destination) as partial:
             work.write(partial)
-            _move(partial, destination, overwrite=overwrite)
+            move(partial, destination, overwrite=overwrite)
     return destination
 
 
@@ -179,7 +178,7 @@ class _Work:
         manifest = self.manifest.with_files(files, checksums)
         (partial / NAME).write_text(manifest.to_json(), encoding="utf-8")
         for name in (*files, NAME):
-            _sync(partial / name)
+            sync(partial / name)
 
     def _write_experts(self, partial: Path) -> dict[int, tuple[str, ...]]:
         tiers, layout = self.manifest.tiers, self.manifest.layout
@@ -300,7 +299,11 @@ def _fetch(source: str | os.PathLike[str]) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     try:
-        path = snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json", *_KEEP])
+        path = snapshot_download(
+            str(source),
+            allow_patterns=["*.safetensors", "*.json", *_KEEP],
+            ignore_patterns=["*/*", "consolidated*"],  # the same weights in other formats
+        )
     except Exception as error:
         raise StoreError(
             f"{source} is no folder here and could not be downloaded ({error}); "
@@ -340,59 +343,3 @@ def _check_room(destination: Path, work: _Work) -> None:
             f"the store needs {work.store_bytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB "
             f"free; make room or store fewer tiers (bytes per expert: {sizes})"
         )
-
-
-def _remove_stale(destination: Path) -> None:
-    """Remove what a killed process left beside the destination."""
-    for folder in destination.parent.glob(f"{destination.name}.partial-*"):
-        pid = folder.name.rpartition("-")[2]
-        if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _partial(destination: Path) -> Iterator[Path]:
-    """A folder to write into, gone at the end whatever happens."""
-    partial = destination.with_name(f"{destination.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise StoreError(
-            f"the disk of {destination.parent} is full; make room or store fewer tiers. "
-            "Nothing is left behind, pack again"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _move(partial: Path, destination: Path, *, overwrite: bool) -> None:
-    """Give the finished store its name; an old store steps aside and comes back on failure."""
-    old = None
-    if destination.exists() and any(destination.iterdir()):
-        if not overwrite:
-            raise StoreError(f"{destination} appeared while packing; choose another destination")
-        old = destination.with_name(f"{destination.name}.partial-old-{os.getpid()}")
-        destination.rename(old)
-    try:
-        partial.rename(destination)
-    except BaseException:
-        if old is not None:
-            old.rename(destination)
-        raise
-    _sync(destination.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Have a file or folder on the disk before the store gets its name."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

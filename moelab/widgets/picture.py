@@ -180,10 +180,10 @@ def shaded_text(frame: Mapping[str, Any], top: float) -> tuple[str, float]:
             out.append(box(x, y - 13, wide, line - 1, COST, shade))
         fill = f' fill="{SOFT}"' if not token else ""
         place = f'x="{x:.1f}" y="{y:.1f}" textLength="{wide:.1f}"'
-        text.append(f"<text {place}{fill}>{clean(piece)}</text>")
+        kept = clean(piece).replace(" ", "\u00a0")  # SVG would drop the spaces at both ends
+        text.append(f"<text {place}{fill}>{kept}</text>")
     style = "font-family:ui-monospace,Menlo,Consolas,monospace"
-    body = "".join(text).replace("> ", ">\u00a0").replace(" </", "\u00a0</")
-    return f'{"".join(out)}<g style="{style}">{body}</g>', y - top + 8
+    return f'{"".join(out)}<g style="{style}">{"".join(text)}</g>', y - top + 8
 
 
 def lay_out(pieces: Iterable[str], *, columns: int) -> Iterator[tuple[int, str, int, int]]:

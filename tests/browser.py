@@ -1,0 +1,128 @@
+"""A real JupyterLab and a real Chromium, for tests marked `browser`.
+
+Where there is no Chromium these tests are skipped, but not in CI: there they fail.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOKEN = "moelab-tests"
+ARTIFACTS = Path(os.environ.get("MOELAB_ARTIFACTS", ROOT / "test-artifacts"))
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update"]
+# JupyterLab's own commands, not its menus: those race the start of the kernel on a slow machine.
+OPEN_AND_RUN_ALL = """async (path) => {
+  const app = window.jupyterapp;
+  await app.restored;
+  const notebook = await app.commands.execute("docmanager:open", { path, factory: "Notebook" });
+  await notebook.context.ready;
+  await notebook.sessionContext.ready;
+  await notebook.sessionContext.session.kernel.info;
+  app.commands.execute("notebook:run-all-cells");
+}"""
+SHUT_DOWN = """async () => {
+  const { commands, serviceManager } = window.jupyterapp;
+  await commands.execute("docmanager:save");
+  await serviceManager.sessions.shutdownAll();
+}"""
+
+
+@pytest.fixture(scope="session")
+def jupyter(tmp_path_factory, demo_store):
+    """Base address of a JupyterLab that serves a copy of the notebooks and has its own settings."""
+    home = tmp_path_factory.mktemp("jupyter")
+    shutil.copytree(ROOT / "notebooks", home / "notebooks")
+    quiet = home / "settings" / "@jupyterlab" / "apputils-extension"
+    quiet.mkdir(parents=True)
+    (quiet / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false"}))
+    places = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "IPYTHONDIR": "ipython",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+    }
+    env = os.environ | {name: str(home / folder) for name, folder in places.items()}
+    env["PYTHONPATH"] = str(ROOT)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += ["--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
+    command += [f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={home / 'notebooks'}"]
+    command += ["--LabApp.expose_app_in_browser=True"]
+    with (home / "log").open("wb") as log:
+        server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(server, f"{address}/api/status?token={TOKEN}", home / "log")
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def wait_for(server, address, log, seconds=120):
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(address, timeout=2).close()
+        except OSError as error:
+            if server.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"no JupyterLab: {error}\n{log.read_text()}") from error
+            time.sleep(0.3)
+        else:
+            return
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    if CHROMIUM is None:
+        words = "no Chromium: install the chromium package, or set CHROMIUM to its path"
+        pytest.fail(words) if os.environ.get("CI") else pytest.skip(words)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def live_page(chromium, jupyter):
+    """The live lab with all its cells run, on a laptop's screen; `page.faults` are its errors."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 800})
+    page = context.new_page()
+    page.set_default_timeout(120_000)
+    page.faults = []
+    page.on("pageerror", lambda error: page.faults.append(str(error)))
+    page.goto(f"{jupyter}/lab?token={TOKEN}")
+    page.wait_for_function("window.jupyterapp")
+    page.evaluate(OPEN_AND_RUN_ALL, "01_live_lab.ipynb")
+    tables = page.locator(".jp-OutputArea table")  # the last two cells show one
+    tables.nth(1).wait_for()
+    yield page
+    page.evaluate(SHUT_DOWN)
+    context.close()
+
+
+def shot(page, name):
+    """Keep a picture of the page for people to look at."""
+    ARTIFACTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=ARTIFACTS / f"{name}.png")

@@ -1,0 +1,260 @@
+"""What a person sees and does: the live lab in JupyterLab, driven by mouse and keyboard."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from browser import chromium, jupyter, live_page, shot  # noqa: F401 the first three are fixtures
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(900)]
+SECONDS = 120
+
+
+class Dash:
+    """The dashboard on a page, through what is on the screen and its data attributes."""
+
+    def __init__(self, page):
+        self.page = page
+        self.root = page.locator(".moe-dash").first
+        self.root.wait_for()
+        self.slider = self.root.get_by_role("slider")
+        self.text = self.root.locator(".moe-text")
+
+    def data(self, name):
+        value = self.root.get_attribute(f"data-{name}")
+        return float(value) if value and value not in {"true", "false"} else value
+
+    def until(self, condition, what):
+        end = time.monotonic() + SECONDS
+        while not condition():
+            assert time.monotonic() < end, f"{what}: not within {SECONDS} s"
+            self.page.wait_for_timeout(50)
+
+    def run(self, *, tokens):
+        """Press Run, by mouse, for so many tokens."""
+        self.until(lambda: self.data("running") == "false", "the run before has ended")
+        count = self.root.get_by_role("spinbutton")
+        count.fill(str(tokens))
+        count.press("Tab")
+        self.root.get_by_role("button", name="Run").click()
+        self.until(lambda: self.data("running") == "true", "a run")
+        self.until(lambda: self.data("token") > 4, "tokens")
+
+    def stop(self):
+        self.root.get_by_role("button", name="Stop").click()
+        self.until(lambda: self.data("running") == "false", "stopped")
+
+    def choose(self, name, value):
+        self.root.locator(f"select[name={name}]").select_option(value)
+
+    def drag(self, share):
+        """Take the thumb by the mouse and drag it to a share of all experts."""
+        self.root.scroll_into_view_if_needed()
+        box = self.slider.bounding_box()
+        top, reach = float(self.slider.get_attribute("max")), box["width"] - 16
+        x0, y = box["x"] + 8, box["y"] + box["height"] / 2
+        begin = x0 + reach * float(self.slider.input_value()) / top
+        mouse = self.page.mouse
+        mouse.move(begin, y)
+        mouse.down()
+        for i in range(1, 11):
+            mouse.move(begin + (x0 + reach * share - begin) * i / 10, y)
+            self.page.wait_for_timeout(60)
+        mouse.up()
+
+    def inked(self, part):
+        """How many different colours a canvas has: none is drawn with fewer than three."""
+        return self.root.locator(f"{part} canvas").evaluate(
+            """c => new Set(new Uint32Array(
+                 c.getContext("2d").getImageData(0, 0, c.width, c.height).data.buffer)).size"""
+        )
+
+    def pixels(self, part):
+        return self.root.locator(f"{part} canvas").evaluate("c => c.toDataURL()")
+
+
+@pytest.fixture
+def dash(live_page, request):  # noqa: F811
+    """The dashboard at rest: nothing runs, a quarter of the experts at 16 bit on the real disk."""
+    live_page.faults.clear()
+    dash = Dash(live_page)
+    if dash.data("running") == "true":
+        dash.stop()
+    theme(live_page, "Light")
+    for name, value in (("device", "disk"), ("low_bits", ""), ("prefetch", "0"), ("bits", "4")):
+        dash.choose(name, value)
+    dash.drag(0.25)
+    dash.choose("bits", "16")
+    dash.root.locator(".moe-switch").get_by_text("cost").click()
+    yield dash
+    shot(live_page, f"end-{request.node.name}")
+    assert not live_page.faults
+
+
+def theme(page, name):
+    command = "name => window.jupyterapp.commands.execute('apputils:change-theme', { theme: name })"
+    page.evaluate(command, f"JupyterLab {name}")
+
+
+def test_dragging_the_budget_during_a_run_changes_everything_on_screen(dash):
+    dash.choose("device", "hdd")
+    dash.choose("bits", "16")
+    dash.drag(0.5)
+    dash.run(tokens=900)
+    dash.until(lambda: dash.data("token") > 20, "a filled cache")
+    dash.until(lambda: dash.root.locator(".moe-badge.emulated").count() == 2, "the emulated badge")
+    full, before, shown = dash.data("resident"), dash.data("stall"), dash.pixels(".moe-map")
+    marks = dash.data("changes")
+    shot(dash.page, "lab-light-half-budget")
+
+    dash.drag(0.06)
+    dash.until(lambda: dash.data("budget") < 0.08 / 0.5 * full * 221_184, "the budget")
+    dash.until(lambda: dash.data("resident") < 0.4 * full, "a smaller cache map")
+    dash.until(lambda: dash.data("stall") > before, "more stall in the running figures")
+    dash.until(lambda: dash.data("changes") > marks, "a mark on the time axis")
+    assert dash.pixels(".moe-map") != shown
+    at, bars = dash.data("token"), dash.root.locator(".moe-bars").get_attribute("data-bars")
+    dash.until(lambda: dash.data("token") > at + 3, "the run goes on")
+    assert int(dash.root.locator(".moe-bars").get_attribute("data-bars")) >= int(bars)
+    shot(dash.page, "lab-light-small-budget")
+
+    spans = dash.text.locator("span[data-token]")
+    cost = [float(s) for s in spans.evaluate_all("all => all.map(s => s.dataset.ms)")]
+    assert spans.count() > 20
+    last, first = cost[-3:], cost[5:20]
+    assert sum(last) / 3 > sum(first) / 15, "tokens under the small budget cost more"
+    dash.stop()
+
+
+def test_quality_follows_the_bits_and_is_shaded(dash):
+    dash.choose("device", "disk")
+    dash.drag(1.0)
+    dash.choose("bits", "16")
+    dash.root.locator(".moe-switch").get_by_text("KL").click()
+    dash.run(tokens=900)
+    dash.until(lambda: (dash.data("kl") or 0) < 1e-6 and dash.data("token") > 20, "no KL at 16 bit")
+    dash.choose("bits", "2")
+    dash.until(lambda: (dash.data("kl") or 0) > 1e-3, "KL at 2 bit")
+    at = dash.data("token")
+    dash.until(lambda: dash.data("token") > at + 5, "shaded tokens")
+    shades = dash.text.locator("span[data-token]").evaluate_all(
+        "all => all.map(s => s.style.background)"
+    )
+    assert shades[10] == ""
+    assert any("--moe-kl" in shade for shade in shades[-6:])
+    shot(dash.page, "lab-light-kl")
+    dash.stop()
+
+
+def test_errors_are_drawn_and_go_when_mended(dash):
+    dash.drag(0.0)
+    alert = dash.root.get_by_role("alert")
+    alert.wait_for()
+    assert "raise it to" in alert.inner_text()
+    assert dash.slider.get_attribute("aria-invalid") == "true"
+    dash.until(lambda: float(dash.slider.input_value()) > 0, "the thumb shows what holds")
+    shot(dash.page, "lab-light-error")
+    dash.drag(0.5)
+    alert.wait_for(state="hidden")
+    assert dash.slider.get_attribute("aria-invalid") is None
+
+    prompt = dash.root.get_by_label("Prompt", exact=True)
+    prompt.fill("")
+    dash.root.get_by_role("button", name="Run").click()
+    alert.wait_for()
+    prompt.fill("The")
+    dash.run(tokens=30)
+    alert.wait_for(state="hidden")
+
+
+def test_everything_can_be_done_with_the_keyboard(dash):
+    page, held = dash.page, dash.data("budget")
+    dash.slider.focus()
+    page.keyboard.press("ArrowRight")
+    dash.until(lambda: dash.data("budget") > held, "arrow keys move the budget")
+    page.keyboard.press("End")
+    dash.until(lambda: dash.data("budget") > 2 * held, "End gives everything")
+    reached = set()
+    dash.root.get_by_label("Prompt", exact=True).focus()
+    for _ in range(14):
+        page.keyboard.press("Tab")
+        reached.add(
+            page.evaluate("document.activeElement.name || document.activeElement.textContent")
+        )
+    assert {
+        "Run",
+        "Stop",
+        "budget",
+        "bits",
+        "low_bits",
+        "strategy",
+        "device",
+        "prefetch",
+    } <= reached
+    cells = page.locator(".jp-Cell").count()
+    dash.root.locator("select[name=strategy]").focus()
+    for key in ("x", "d", "d", "a", "b"):  # JupyterLab's own shortcuts for cells
+        page.keyboard.press(key)
+    assert page.locator(".jp-Cell").count() == cells
+
+    dash.root.get_by_label("Prompt", exact=True).focus()
+    page.keyboard.press("Control+Enter")
+    dash.until(lambda: dash.data("running") == "true", "Ctrl+Enter runs")
+    dash.until(lambda: dash.data("token") > 10, "tokens")
+    dash.root.get_by_role("button", name="Stop").focus()
+    page.keyboard.press("Enter")
+    dash.until(lambda: dash.data("running") == "false", "Enter on Stop stops")
+
+    dash.root.locator(".moe-map canvas").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    tip = dash.root.get_by_role("tooltip")
+    assert "layer 1, expert 0" in tip.inner_text()
+    page.keyboard.press("Escape")
+    dash.text.focus()
+    page.keyboard.press("ArrowLeft")
+    assert "compute" in tip.inner_text()
+
+
+def test_hover_says_what_is_under_the_pointer(dash):
+    dash.root.scroll_into_view_if_needed()
+    tip = dash.root.get_by_role("tooltip")
+    dash.root.locator(".moe-map canvas").hover()
+    assert "uses" in tip.inner_text()
+    dash.text.locator("span[data-token]").nth(3).hover()
+    assert "token 3" in tip.inner_text()
+    assert "stall" in tip.inner_text() or "compute" in tip.inner_text()
+    shot(dash.page, "lab-light-hover")
+
+
+def test_dark_theme_and_all_in_one_view(dash):
+    theme(dash.page, "Dark")
+    dash.until(lambda: dash.root.get_attribute("data-theme") == "dark", "dark colours")
+    dash.choose("device", "tx2_ssd")
+    dash.choose("low_bits", "2")
+    dash.choose("prefetch", "1")
+    dash.run(tokens=900)
+    dash.until(lambda: dash.data("token") > 25, "tokens")
+    begun, seq = time.monotonic(), dash.data("seq")
+    dash.page.wait_for_timeout(3000)
+    assert (dash.data("seq") - seq) / (time.monotonic() - begun) > 2, "frames keep coming"
+    assert dash.root.bounding_box()["height"] <= 800
+    assert dash.inked(".moe-map") > 3
+    assert dash.inked(".moe-bars") > 3
+    dash.root.scroll_into_view_if_needed()
+    shot(dash.page, "lab-dark")
+    dash.stop()
+
+
+def test_a_reload_shows_the_current_state(dash):
+    dash.choose("bits", "8")
+    dash.until(lambda: dash.data("token") > 5, "a run")
+    before = dash.text.inner_text()
+    dash.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    dash.page.wait_for_timeout(2000)
+    dash.page.reload()
+    again = Dash(dash.page)
+    again.until(lambda: again.text.inner_text() == before, "the same text")
+    assert again.root.locator("select[name=bits]").input_value() == "8"

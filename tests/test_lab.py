@@ -1,0 +1,215 @@
+"""The public face: what lessons and benchmarks call, and what bad input is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import moelab
+from moelab.events import KINDS
+from moelab.scheduling.strategy import Shape
+from moelab.settings import parse_budget
+
+PROMPT = "The following example shows how to"
+SUMMARY = {
+    "tokens_per_s", "ttft_ms", "tpot_ms_median", "tpot_ms_p99", "hit_ratio", "byte_hit_ratio",
+    "bytes_per_token", "stall_share", "downgrades", "skips", "peak_resident_bytes",
+}  # fmt: skip
+EVENTS = "token layer expert kind bits_asked bits bytes start_ms dur_ms cause".split()
+PER_TOKEN = set("token text compute_ms stall_ms bytes hits loads downgrades skips kl".split())
+
+
+@pytest.fixture(scope="module")
+def lab(demo_store):
+    with moelab.open("demo", budget="25%", measure_kl=False, progress=False) as lab:
+        yield lab
+
+
+def test_a_run_has_text_tokens_summary_events_and_a_trace(lab):
+    run = lab.generate(PROMPT, max_new_tokens=12, ignore_eos=True)
+    assert len(run.tokens) == 12
+    assert run.text == lab._tokenizer.decode(run.tokens, skip_special_tokens=True)
+    assert "".join(r.text for r in run.token_reports) == run.text
+    assert run.summary().keys() >= SUMMARY
+    assert list(run.events.columns) == EVENTS
+    assert set(run.per_token.columns) >= PER_TOKEN
+    assert set(run.events.kind) <= set(KINDS)
+    assert run.trace.tokens == 12
+    assert run.summary()["peak_resident_bytes"] <= lab.settings.budget_bytes
+    assert run.per_token.kl.isna().all()
+
+
+def test_a_run_can_be_watched_stopped_and_joined(lab):
+    run = lab.start(PROMPT, max_new_tokens=400, ignore_eos=True)
+    assert run.running
+    while len(run.tokens) < 3:
+        time.sleep(0.01)
+    assert run.text
+    run.stop()
+    run.join()
+    assert 3 <= len(run.tokens) < 400
+    assert run.error is None
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(lab):
+    texts = [
+        lab.generate(PROMPT, max_new_tokens=16, temperature=1.0, seed=s).text for s in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_change_acts_on_the_next_token_and_is_marked(lab):
+    run = lab.start(PROMPT, max_new_tokens=60, ignore_eos=True)
+    while len(run.tokens) < 3:
+        time.sleep(0.001)
+    seen = len(run.tokens)
+    lab.update(bits=4, budget="12%")
+    run.join()
+    (token, changed), *_ = run.changes
+    assert seen <= token <= seen + 2
+    assert changed["bits"] == "4"
+    loads = run.events.query("kind == 'load'")
+    assert set(loads.bits[loads.token > token]) <= {4}
+    assert set(loads.bits[loads.token < token]) == {16}
+    lab.update(bits=16, budget="25%")
+
+
+def test_a_change_between_runs_acts_at_once(lab):
+    lab.generate(PROMPT, max_new_tokens=4)
+    lab.update(budget="10%")
+    assert lab.info()["resident_bytes"] <= lab.settings.budget_bytes
+    lab.update(budget="25%")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": "1KB"}, r"below one token's need.*raise it to \d+ bytes or choose fewer bits"),
+        ({"budget": "lots"}, r"'8MB', '1.5GiB' or '25%'"),
+        ({"budget": -5}, "must be above 0"),
+        ({"bits": 5}, r"bits=5 is not in this store; choose one of \[16, 8, 4, 3, 2\]"),
+        ({"low_bits": 7}, "or None"),
+        ({"strategy": "belady"}, "unknown strategy 'belady'; choose one of on_demand, lru"),
+        ({"device": "floppy"}, "unknown device 'floppy'; choose one of disk"),
+        ({"prefetch": 9}, "0 to 3"),
+        ({"t1": 0.9, "t2": 0.1}, "need 0 <= t1 <= t2"),
+        ({"bit": 4}, "unknown setting 'bit'; there are budget, bits"),
+    ],
+)
+def test_a_refused_change_says_what_to_do_and_changes_nothing(lab, change, message):
+    before = lab.settings
+    with pytest.raises(ValueError, match=message):
+        lab.update(**change)
+    assert lab.settings is before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"max_new_tokens": 0}, "1 or more"),
+        ({"temperature": -1}, "0 .greedy. or above"),
+        ({"top_p": 0}, "at most 1"),
+    ],
+)
+def test_a_refused_run_leaves_the_lab_free(lab, options, message):
+    options = {"prompt": PROMPT} | options
+    with pytest.raises(ValueError, match=message):
+        lab.start(options.pop("prompt"), **options)
+    assert lab.generate(PROMPT, max_new_tokens=2).tokens
+
+
+def test_sizes_are_read_the_way_people_write_them():
+    shape = Shape((4, 4), 2, {16: 1000, 4: 250})
+    for text, want in [
+        (123, 123), ("8MB", 8_000_000), ("1.5GiB", 3 * 2**29), ("25%", 2000), (" 64 kB ", 64_000),
+        ("2mib", 2**21), (1e3, 1000),
+    ]:  # fmt: skip
+        assert parse_budget(text, shape) == want
+    for text in ("", "%", "12 apples", "1e9999", None, True):
+        with pytest.raises(ValueError, match="budget"):
+            parse_budget(text, shape)
+
+
+def test_info_counts_what_the_budget_holds(lab):
+    info = lab.info()
+    assert (
+        info["all_experts_bytes"]
+        == info["layers"] * info["experts_per_layer"] * info["expert_bytes"][16]
+    )
+    assert info["token_cycle_bytes"] == info["layers"] * info["top_k"] * info["expert_bytes"][16]
+    assert info["minimum_budget_bytes"] == info["top_k"] * info["expert_bytes"][16]
+    assert info["budget_experts"] == info["budget_bytes"] // info["expert_bytes"][16]
+
+
+def test_the_cache_map_shows_what_is_resident(lab):
+    run = lab.generate(PROMPT, max_new_tokens=8, ignore_eos=True)
+    seen, info = lab.cache_map(), lab.info()
+    assert seen["bits"].shape == (info["layers"], info["experts_per_layer"])
+    assert (seen["bits"] > 0).sum() * info["expert_bytes"][16] == info["resident_bytes"]
+    uses = run.events[run.events.kind.isin(["hit", "load"])].groupby(["layer", "expert"]).size()
+    assert np.array_equal(seen["uses"][tuple(zip(*uses.index, strict=True))], uses.to_numpy())
+    assert set(lab.why(*np.argwhere(seen["bits"] > 0)[0])) == {"uses since"}
+
+
+def test_scoring_is_worse_at_fewer_bits_and_refuses_nothing_to_score(lab):
+    full = lab.score("A short text to score.", progress=False)
+    assert full.kl_mean < 1e-6
+    assert full.same_top1 == 1
+    assert full.perplexity_ratio == pytest.approx(1, abs=1e-4)
+    with pytest.raises(ValueError, match="at least two tokens"):
+        lab.score("a")
+    assert lab.generate(PROMPT, max_new_tokens=2).tokens
+
+
+def test_ctrl_c_stops_the_run_and_keeps_it(lab):
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals reach the main thread only")
+    lab.update(device="sd_card", strategy="on_demand")
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        lab.generate(PROMPT, max_new_tokens=500, ignore_eos=True)
+    assert not lab.run.running
+    assert 0 < len(lab.run.tokens) < 500
+    lab.update(device="disk", strategy="lru")
+    assert lab.generate(PROMPT, max_new_tokens=2).tokens
+
+
+def test_opening_a_store_a_checkpoint_or_nothing(demo_store, tmp_path):
+    with moelab.open(demo_store, bits=8, progress=False) as lab:
+        assert lab.settings.bits == 8
+        assert lab.prompts() == {}
+    with moelab.open(moelab.demo.checkpoint(), tiers=(16, 4), progress=False) as lab:
+        assert lab.info()["tiers"] == (16, 4)
+    for nothing in ("no-such-model", tmp_path):
+        with pytest.raises(ValueError, match="is not 'demo', a store"):
+            moelab.open(nothing)
+
+
+def test_the_demo_brings_prompts_and_probes(lab):
+    assert lab.prompts().keys() == lab.probes().keys()
+    assert len(lab.prompts()) >= 5
+
+
+def test_a_closed_lab_says_so(demo_store):
+    lab = moelab.open("demo", progress=False)
+    lab.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        lab.generate(PROMPT)
+
+
+def test_a_loads_trace_opens_in_perfetto(lab, tmp_path):
+    import json
+
+    lab.update(budget="12%")
+    run = lab.generate(PROMPT, max_new_tokens=4, ignore_eos=True)
+    doc = json.loads(run.log.to_perfetto(tmp_path / "trace.json").read_text())
+    spans = [e for e in doc["traceEvents"] if e["ph"] == "X"]
+    assert len(spans) == run.events.kind.isin(["load", "prefetch", "stall"]).sum()
+    lab.update(budget="25%")
