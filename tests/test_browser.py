@@ -248,6 +248,39 @@ def test_dark_theme_and_all_in_one_view(dash):
     dash.stop()
 
 
+def test_running_the_cell_again_leaves_no_thread_behind(dash):
+    assert publishers(dash.page) == 1
+    for _ in range(2):
+        dash.page.evaluate(RUN_AGAIN)
+        dash.until(lambda: publishers(dash.page) == 1, "one publisher")
+    Dash(dash.page).choose("bits", "8")
+    dash.until(lambda: dash.root.locator("select[name=bits]").input_value() == "8", "alive")
+
+
+RUN_AGAIN = """async () => {
+  const { content } = window.jupyterapp.shell.currentWidget;
+  content.activeCellIndex = 1;
+  const code = "dashboard = lab.dashboard(); dashboard";
+  content.activeCell.model.sharedModel.setSource(code);
+  await window.jupyterapp.commands.execute("notebook:run-cell");
+}"""
+
+
+def publishers(page):
+    """Ask the kernel how many dashboards are being published."""
+    count = """async () => {
+      const { kernel } = window.jupyterapp.shell.currentWidget.sessionContext.session;
+      const code = "import threading\\nprint(sum(t.name == 'moelab-dashboard' "
+        + "for t in threading.enumerate()))";
+      let printed = "";
+      const future = kernel.requestExecute({ code, store_history: false });
+      future.onIOPub = (message) => { printed += message.content.text ?? ""; };
+      await future.done;
+      return Number(printed);
+    }"""
+    return page.evaluate(count)
+
+
 def test_a_reload_shows_the_current_state(dash):
     dash.choose("bits", "8")
     dash.until(lambda: dash.data("token") > 5, "a run")

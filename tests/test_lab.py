@@ -20,8 +20,14 @@ SUMMARY = {
     "tokens_per_s", "ttft_ms", "tpot_ms_median", "tpot_ms_p99", "hit_ratio", "byte_hit_ratio",
     "bytes_per_token", "stall_share", "downgrades", "skips", "peak_resident_bytes",
 }  # fmt: skip
-EVENTS = "token layer expert kind bits_asked bits bytes start_ms dur_ms cause".split()
-PER_TOKEN = set("token text compute_ms stall_ms bytes hits loads downgrades skips kl".split())
+EVENTS = [
+    "token", "layer", "expert", "kind", "bits_asked", "bits", "bytes", "start_ms", "dur_ms",
+    "cause",
+]  # fmt: skip
+PER_TOKEN = {
+    "token", "text", "compute_ms", "stall_ms", "bytes", "hits", "loads", "downgrades", "skips",
+    "kl",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

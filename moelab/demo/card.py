@@ -157,8 +157,24 @@ def curve_svg(curve: list[dict[str, Any]]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _run(run: dict[str, Any]) -> str:
+    """One training run in a line."""
+    r = run["recipe"]
+    return (
+        f"{run['tokens'] / 1e6:.2f} M tokens in {run['steps']} steps of {r['batch_tokens']}, "
+        f"{run['seconds'] / 60:.0f} minutes in {run['workers']} single-threaded processes; "
+        f"learning rate {r['lr']:g} after {r['warmup_steps']} warm-up steps, then linear to 0; auxiliary "
+        f"loss {r['balance'][0]:g} → {r['balance'][1]:g}, z-loss {r['z']:g}; context "
+        f"{' → '.join(str(length) for _, length in r['contexts'])}."
+    )
+
+
 def _overview(card: dict[str, Any]) -> str:
-    m, t = card["model"], card["training"]
+    m = card["model"]
+    runs = [card["training"]]
+    while "before" in runs[0]:
+        runs.insert(0, runs[0]["before"])
+    told = "\n".join(f"{i}. {_run(run)}" for i, run in enumerate(runs, 1))
     return f"""# The demo model
 
 A small Mixture-of-Experts language model, trained from nothing for moelab, so that caches,
@@ -171,17 +187,16 @@ for answers.
 {percent(m["expert_parameters"] / m["parameters"])} of them in experts; \
 {m["file_bytes"] / 1e6:.1f} MB of bf16.
 
-`python -m moelab.demo.train` reproduces the model, `python -m moelab.demo.card` this page.
+`python -m moelab.demo.train` trains such a model from Debian and PyPI packages in one run, \
+`python -m moelab.demo.card` measures this page.
 
 ## Training
 
-{t["tokens"] / 1e6:.2f} M tokens in {t["steps"]} steps of {t["recipe"]["batch_tokens"]} tokens, \
-{t["seconds"] / 60:.0f} minutes of wall time in {t["workers"]} single-threaded processes on a \
-{t["workers"]}-core machine{" that other work shared" if t.get("shared_machine") else ""}. AdamW \
-(.9, .95), weight decay .1, learning rate {t["recipe"]["lr"]:g} after \
-{t["recipe"]["warmup_steps"]} warm-up steps, then linear to 0; auxiliary loss \
-{t["recipe"]["balance"][0]:g} → {t["recipe"]["balance"][1]:g}, z-loss {t["recipe"]["z"]:g}; \
-context {" → ".join(str(length) for _, length in t["recipe"]["contexts"])}."""
+{sum(run["tokens"] for run in runs) / 1e6:.2f} M tokens on two CPU cores that other work shared, \
+in {"one run" if len(runs) == 1 else "runs that each began with the weights of the last"}. \
+AdamW (.9, .95), weight decay .1 on matrices, gradients clipped at 1.
+
+{told}"""
 
 
 def _text_tables(card: dict[str, Any]) -> str:
@@ -214,7 +229,7 @@ def _text_tables(card: dict[str, Any]) -> str:
 
 ![training curve](curve.svg)
 
-Cross-entropy (nats per token) on validation text:
+Cross-entropy (nats per token) on validation text, during the last run:
 
 {table(["tokens", "minutes", *DOMAINS], curve_rows)}
 

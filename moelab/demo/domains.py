@@ -79,9 +79,8 @@ def _r_strings(serialized: bytes) -> Iterator[str]:
 
 def novel(root: Path) -> list[str]:
     """Jane Austen's six novels, by chapter."""
-    blob = (
-        root / "r-cran-janeaustenr/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
-    ).read_bytes()
+    library = root / "r-cran-janeaustenr/usr/lib/R/site-library"
+    blob = (library / "janeaustenr/data/Rdata.rdb").read_bytes()
     chapters: list[str] = []
     for serialized in _r_objects(blob):
         lines = list(_r_strings(serialized))
@@ -169,9 +168,8 @@ def dictionary(root: Path) -> list[str]:
     speech = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
     entries: list[str] = []
     for part in ("noun", "verb", "adj", "adv"):
-        for line in (
-            (root / f"wordnet-base/usr/share/wordnet/data.{part}").read_text("utf-8").splitlines()
-        ):
+        path = root / f"wordnet-base/usr/share/wordnet/data.{part}"
+        for line in path.read_text("utf-8").splitlines():
             if line.startswith("  "):  # the licence
                 continue
             head, gloss = line.split("|", 1)

@@ -4,8 +4,9 @@
 Ctrl-C (or `kill`) and start it again: it goes on where it was.  With another `--tokens` the
 learning rate then runs in a straight line from where it is to 0 at the new end.
 
-It knows one recipe, the one that made the bundled model (`Recipe`); state is safetensors and
-json, nothing is pickled.
+`Recipe` holds everything that decides the result.  The bundled model took two runs: one from
+random weights, one that began with the first one's (`--init`, see CARD.md).  State is safetensors
+and json, nothing is pickled.
 """
 
 from __future__ import annotations
@@ -116,12 +117,25 @@ class Progress:
 
 
 class Run:
-    """One training run in a folder: `state.safetensors`, `state.json`, then `model/`."""
+    """One training run in a folder: `state.safetensors`, `state.json`, then `model/`.
+
+    Parameters
+    ----------
+    corpus, recipe
+        What to learn, and how.  A folder that holds a state goes on from there.
+    out
+        The folder.
+    workers
+        Single-threaded processes.
+    init
+        Checkpoint folder whose weights to begin with, in place of random ones.
+    """
 
     def __init__(
         self, corpus: Corpus, recipe: Recipe, out: Path, workers: int, *, init: Path | None = None
     ) -> None:
         self.corpus, self.recipe, self.out, self.workers = corpus, recipe, out, workers
+        self.init = init
         out.mkdir(parents=True, exist_ok=True)
         self.model = build_model(recipe)
         if init is not None:
@@ -311,6 +325,9 @@ class Run:
             "workers": self.workers,
             "curve": self.at.curve,
         }
+        before = self.init and self.init / "training.json"
+        if before and before.is_file():
+            story["before"] = json.loads(before.read_text())
         (partial / "training.json").write_text(json.dumps(story, indent=1) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -337,6 +354,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="folder of the run [user cache]")] = None,
     data: Annotated[Path | None, typer.Option(help="folder of the corpus [user cache]")] = None,
     tokens: Annotated[int, typer.Option(help="tokens to train on")] = Recipe.tokens,
+    init: Annotated[Path | None, typer.Option(help="begin with this checkpoint's weights")] = None,
+    lr: Annotated[float, typer.Option(help="peak learning rate")] = Recipe.lr,
     workers: Annotated[int, typer.Option(help="single-threaded processes")] = 2,
     checkpoint_minutes: Annotated[float, typer.Option(help="save this often")] = 4.0,
 ) -> None:
@@ -345,7 +364,8 @@ def main(
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     corpus = prepare(data or cache / "corpus")
-    run = Run(corpus, Recipe(tokens=tokens), out or cache / "run", workers)
+    recipe = Recipe(tokens=tokens, lr=lr)
+    run = Run(corpus, recipe, out or cache / "run", workers, init=init)
     if run.train(checkpoint_minutes=checkpoint_minutes):
         print(f"trained: {run.export()}")
     else:

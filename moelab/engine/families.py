@@ -52,9 +52,9 @@ class MoELayer:
 
     index: int
     name: str
-    module: nn.Module = field(repr=False)
-    router: nn.Module | None = field(repr=False)
-    block: nn.Module = field(repr=False)
+    module: Any = field(repr=False)
+    router: Any = field(repr=False)
+    block: Any = field(repr=False)
     num_experts: int
     top_k: int
     activation: str
@@ -123,9 +123,7 @@ def expert_parameter(target: str, layers: list[MoELayer]) -> tuple[MoELayer, str
     return None
 
 
-def expert_forward(
-    module: nn.Module, x: torch.Tensor, tensors: dict[str, torch.Tensor]
-) -> torch.Tensor:
+def expert_forward(module: Any, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """Run one expert on its tokens: the slow path that is right for every family.
 
     Parameters
@@ -151,7 +149,7 @@ def expert_forward(
 
 
 def run_experts(
-    module: nn.Module,
+    module: Any,
     x: torch.Tensor,
     idx: torch.Tensor,
     weights: torch.Tensor,
@@ -207,7 +205,7 @@ def _linear(
     return x @ weight if bias is None else x @ weight + bias
 
 
-def _describe(model: nn.Module, name: str, module: nn.Module, *, index: int) -> MoELayer:
+def _describe(model: nn.Module, name: str, module: Any, *, index: int) -> MoELayer:
     block = model.get_submodule(name.rpartition(".")[0])
     router = next(
         (r for a in ("gate", "router") if isinstance(r := getattr(block, a, None), nn.Module)), None
@@ -229,7 +227,7 @@ def _describe(model: nn.Module, name: str, module: nn.Module, *, index: int) -> 
     )
 
 
-def _tensors(module: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _tensors(module: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
     special = UNDECORATED.get(type(module).__name__)
     parameters = dict(module.named_parameters(recurse=False))
     if special is not None and special.per_expert is not None:
@@ -248,7 +246,7 @@ def _per_expert_name(key: str) -> str:
     return name if kind == "weight" else f"{name}_bias"
 
 
-def _top_k(router: nn.Module | None, block: nn.Module, module: nn.Module) -> int:
+def _top_k(router: nn.Module | None, block: nn.Module, module: Any) -> int:
     special = UNDECORATED.get(type(module).__name__)
     if special is not None and special.top_k is not None:
         return special.top_k
@@ -275,7 +273,7 @@ def _activation(function: Any) -> str:
     return "custom"
 
 
-def _gating(module: nn.Module) -> str:
+def _gating(module: Any) -> str:
     if not module.has_gate:
         return "none"
     own = getattr(type(module), "_apply_gate", _default_apply_gate)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moelab.engine.families import (
@@ -51,7 +52,7 @@ class Adapter:
         Its MoE layers in forward order.
     """
 
-    def __init__(self, model: nn.Module, run_layer: RunLayer) -> None:
+    def __init__(self, model: PreTrainedModel, run_layer: RunLayer) -> None:
         self.model = model
         self.layers = find_moe(model)
         self._run_layer = run_layer
@@ -171,7 +172,7 @@ class Adapter:
             self._replaced.append(module)
 
 
-def attach(model: nn.Module, run_layer: RunLayer) -> Adapter:
+def attach(model: PreTrainedModel, run_layer: RunLayer) -> Adapter:
     """Make every MoE layer of a model call `run_layer` instead of using its own experts.
 
     Parameters

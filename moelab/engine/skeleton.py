@@ -17,15 +17,20 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from moelab.engine.families import MoELayer, expert_parameter, find_moe
 from moelab.store.checkpoint import QUANTISED, SCALE, Checkpoint, LazyTensor, split
 
 
-def load_skeleton(path: str | os.PathLike[str], *, dtype: torch.dtype) -> nn.Module:
+def load_skeleton(path: str | os.PathLike[str], *, dtype: torch.dtype) -> PreTrainedModel:
     """Load a stock transformers model from safetensors, all but its experts.
 
     No expert byte is read: the experts' parameters stay on the meta device. Code that comes with a
@@ -56,7 +61,7 @@ def load_skeleton(path: str | os.PathLike[str], *, dtype: torch.dtype) -> nn.Mod
     rest = split(blank, checkpoint).rest
     weights = {key: LazyTensor(checkpoint, key) for key in rest if not key.endswith(SCALE)}
     with _quiet(family.__name__):
-        model, report = _skeleton_class(family).from_pretrained(
+        loaded: Any = _skeleton_class(family).from_pretrained(
             None,
             config=config,
             state_dict=weights,
@@ -64,6 +69,7 @@ def load_skeleton(path: str | os.PathLike[str], *, dtype: torch.dtype) -> nn.Mod
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+    model, report = loaded
     model.__class__ = family
     _refuse_incomplete(report, layers, path)
     model.config.name_or_path = model.name_or_path = str(path)
@@ -72,7 +78,7 @@ def load_skeleton(path: str | os.PathLike[str], *, dtype: torch.dtype) -> nn.Mod
     return model.eval()
 
 
-def blank_model(path: str | os.PathLike[str]) -> nn.Module:
+def blank_model(path: str | os.PathLike[str]) -> PreTrainedModel:
     """Make the model of a checkpoint's `config.json`, all of it on the meta device."""
     config = read_config(Path(path))
     with torch.device("meta"):
@@ -94,35 +100,37 @@ def read_config(path: Path) -> PreTrainedConfig:
             f"{', '.join(QUANTISED)} checkpoints: give the unquantised one"
         )
     if quantisation:  # `Checkpoint` and `ExpertReader` decode these themselves
-        del config.quantization_config
+        delattr(config, "quantization_config")
     return config
 
 
-def model_class(config: PreTrainedConfig) -> type:
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The transformers class that a configuration asks for."""
     for name in config.architectures or ():
         family = getattr(transformers, name, None)
         if family is not None and name.endswith(("ForCausalLM", "ForConditionalGeneration")):
             return family
     try:
-        return AutoModelForCausalLM._model_mapping[type(config)]
+        family: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError as error:
         raise ValueError(
             f"transformers {transformers.__version__} has no generating model for "
             f"{config.model_type!r} ({', '.join(config.architectures or ['no architecture'])})"
         ) from error
+    return family
 
 
-def _skeleton_class(family: type) -> type:
+def _skeleton_class(family: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The family's class, except that missing experts stay on meta instead of being filled."""
 
     class Skeleton(family):
         def _move_missing_keys_from_meta_to_device(
-            self, missing_keys: set[str], *args: Any, **kwargs: Any
+            self, missing_keys: Any, *args: Any, **kwargs: Any
         ) -> None:
             layers = find_moe(self)
             rest = {key for key in missing_keys if expert_parameter(key, layers) is None}
-            super()._move_missing_keys_from_meta_to_device(rest, *args, **kwargs)
+            parent: Any = super()
+            parent._move_missing_keys_from_meta_to_device(rest, *args, **kwargs)
 
     Skeleton.__name__, Skeleton.__qualname__ = family.__name__, family.__qualname__
     Skeleton.__module__ = family.__module__

@@ -25,14 +25,14 @@ Choice = tuple[torch.Tensor, torch.Tensor]
 class Undecorated:
     """What the decorator would have said: the facts, the forward that serves, the choice."""
 
-    describe: Callable[[nn.Module], None]
+    describe: Callable[[Any], None]
     choice: Callable[[MoELayer, Any], Choice]
     forward: Callable[[MoELayer, Run], tuple[nn.Module, Run]]
     top_k: int | None = None  # where no attribute says it
-    per_expert: Callable[[nn.Module], nn.Module] | None = None
+    per_expert: Callable[[Any], nn.Module] | None = None
 
 
-def _describe_single_modules(module: nn.Module) -> None:
+def _describe_single_modules(module: Any) -> None:
     one = module["expert_0"]
     module.is_transposed = module.has_gate = module.has_post_expert_norm = False
     module.has_bias = getattr(one, "fc1", None) is not None
@@ -67,7 +67,7 @@ def _nllb_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
     return layer.module, forward
 
 
-def _describe_llama4(module: nn.Module) -> None:
+def _describe_llama4(module: Any) -> None:
     module.is_transposed = module.has_gate = True
     module.has_bias = module.has_post_expert_norm = False
     module.__dict__["_apply_gate"] = lambda h: _default_apply_gate(module, h)
@@ -81,7 +81,7 @@ def _llama4_choice(layer: MoELayer, output: Any) -> Choice:
 def _llama4_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
     block = layer.block
 
-    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(hidden: torch.Tensor) -> Any:  # (output, logits)
         x = hidden.reshape(-1, block.hidden_dim)
         output = block.router(x)
         routed = run(x, *_llama4_choice(layer, output), True)

@@ -22,7 +22,7 @@ from moelab.store.shards import DTYPES, SCALE, Checkpoint, LazyTensor
 if TYPE_CHECKING:
     import os
 
-    from torch import nn
+    from transformers import PreTrainedModel
 
 __all__ = ["QUANTISED", "SCALE", "Checkpoint", "ExpertReader", "LazyTensor", "Split", "split"]
 
@@ -51,7 +51,7 @@ class Split:
     unused: tuple[str, ...]
 
 
-def split(model: nn.Module, checkpoint: Checkpoint) -> Split:
+def split(model: PreTrainedModel, checkpoint: Checkpoint) -> Split:
     """Tell the experts' tensors from the others by the names transformers gives them.
 
     Parameters
@@ -101,7 +101,7 @@ def _expert_number(key: str) -> int | None:
 class _OneExpert:
     """The model as converters see it that ask for the shape of their target."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
 
     def __getattr__(self, name: str) -> Any:
@@ -132,7 +132,7 @@ class ExpertReader:
         The checkpoint misses an expert that the model has, or holds none at all.
     """
 
-    def __init__(self, model: nn.Module, path: str | os.PathLike[str]) -> None:
+    def __init__(self, model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
         self.checkpoint = Checkpoint(path)
         self.layers = find_moe(model)
         self._model = _OneExpert(model)
@@ -189,7 +189,9 @@ class ExpertReader:
         if source.converter is None:
             piece = next(iter(pieces.values()))
             return piece[0] if fused else piece
-        converter = copy.deepcopy(source.converter)  # transformers' own operations, on one expert
+        converter: Any = copy.deepcopy(
+            source.converter
+        )  # transformers' own operations, on one expert
         for pattern, piece in pieces.items():
             converter.add_tensor(source.target, "", pattern, piece)
         done = converter.convert(source.target, model=self._model, config=self._model.config)

@@ -165,7 +165,8 @@ class Manifest:
         data["checksums"] = {int(b): tuple(s) for b, s in data["checksums"].items()}
         data["files"] = {name: (int(size), str(s)) for name, (size, s) in data["files"].items()}
         lists = ("notes", "tiers", "layer_names", "experts_per_layer")
-        manifest = cls(**{k: tuple(v) if k in lists else v for k, v in data.items()})
+        data.update({k: tuple(data[k]) for k in lists})
+        manifest = cls(**data)
         if len(bytes.fromhex(manifest.id)) != 16:
             raise ValueError(f"id {manifest.id!r} is not 32 hex digits")
         if not manifest.tiers or not set(manifest.tiers) <= set(TIERS):

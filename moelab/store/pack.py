@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from moelab.engine.families import MoELayer, find_moe
 from moelab.engine.skeleton import blank_model
@@ -193,7 +194,7 @@ class _Work:
                 blobs = {b: pool.submit(encode, tensors, layout, b) for b in tiers}
                 for bits, stream in out.items():
                     try:
-                        blob = memoryview(blobs.pop(bits).result())
+                        blob = blobs.pop(bits).result().data
                     except ValueError as error:
                         raise StoreError(f"layer {layer} expert {expert}: {error}") from error
                     stream.write(blob)
@@ -225,7 +226,7 @@ def write_safetensors(path: Path, checkpoint: Checkpoint, keys: Iterable[str]) -
 
 
 def _describe(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     name: str,
     checkpoint: Checkpoint,
     tiers: tuple[int, ...],

@@ -134,7 +134,7 @@ class Checkpoint:
         return torch.from_numpy(buffer).view(DTYPES[info.dtype]).reshape(shape)
 
     def _fill(self, shard: int, buffer: np.ndarray, offset: int) -> None:
-        view, done = memoryview(buffer), 0
+        view, done = buffer.data, 0
         with self.files[shard].open("rb", buffering=0) as stream:
             stream.seek(offset)
             while done < len(view):

@@ -179,7 +179,7 @@ class Store:
         sums = self.manifest.checksums[bits]
         for layer, count in enumerate(self.experts_per_layer):
             for expert in range(count):
-                found = digest(memoryview(self.read(layer, expert, bits)))
+                found = digest(self.read(layer, expert, bits).data)
                 if found != sums[self._first[layer] + expert]:
                     raise StoreError(
                         f"{self.path / experts_file(bits)} is damaged or edited: layer {layer} "

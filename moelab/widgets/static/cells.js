@@ -8,7 +8,7 @@ class CacheMap {
     Object.assign(this, { look, tip, layers: options.layers, experts: options.experts });
     this.tiers = options.tiers;
     this.sheet = new Sheet("Cache map: layers by experts, arrow keys move", () => this.draw());
-    this.sheet.box.style.height = `${Math.min(216, Math.max(148, this.layers * 22)) + 16}px`;
+    this.sheet.box.style.height = `${Math.min(208, Math.max(138, this.layers * 20)) + 16}px`;
     const n = this.layers * this.experts;
     this.flashed = new Float64Array(n).fill(-1e9);
     this.seen = new Int32Array(n).fill(-1);

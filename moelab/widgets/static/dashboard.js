@@ -92,7 +92,7 @@ class View {
     this.watch.observe(document.body, { attributes: true, attributeFilter: ["class", "data-jp-theme-light", "data-jp-theme-name", "data-vscode-theme-kind"] });
     this.scheme = matchMedia("(prefers-color-scheme: dark)");
     this.scheme.addEventListener("change", (this.onScheme = () => this.repaint()));
-    this.placed = new ResizeObserver(() => this.repaint());
+    this.placed = new ResizeObserver(() => { this.repaint(); this.settings.sync(); });
     this.placed.observe(this.root);
     model.send({ do: "hello", view: this.id });
     this.handlers["change:controls"]();

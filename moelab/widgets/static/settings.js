@@ -98,24 +98,23 @@ class Settings {
   budgetField() {
     const total = this.options.all_experts_bytes, sender = this.sender;
     const send = () => {
-      const budget = Math.max(1, Math.round((total * +this.slider.value) / SLIDER));
+      const budget = Math.round((total * +this.slider.value) / SLIDER);
       this.label(budget, null);
       sender.change({ budget });
     };
-    this.slider = h("input", { type: "range", name: "budget", min: 0, max: SLIDER, step: 1, oninput: () => { this.dragging = true; send(); },
+    this.slider = h("input", { type: "range", name: "budget", min: 1, max: SLIDER, step: 1, oninput: () => { this.dragging = true; send(); },
       onchange: () => { this.dragging = false; this.sync(); } });
     this.value = h("output", { class: "moe-value" });
-    this.cycle = h("span", { class: "moe-mark" });
-    this.all = h("span", { class: "moe-mark" });
+    this.marks = [["one token", h("i"), h("span")], ["everything", h("i"), h("span")]];
     this.never = h("span", { class: "moe-never" });
     const track = h("span", { class: "moe-track" }, this.never, this.slider);
-    return h("label", { class: "moe-field moe-budget" }, h("span", {}, "Budget", this.value), track, h("span", { class: "moe-marks", "aria-hidden": true }, this.cycle, this.all));
+    return h("label", { class: "moe-field moe-budget" }, h("span", {}, "Budget", this.value), track, h("span", { class: "moe-marks", "aria-hidden": true }, ...this.marks.flatMap(([, tick, label]) => [tick, label])));
   }
 
   label(budget, experts) {
     const share = budget / this.options.all_experts_bytes, each = this.options.expert_bytes[this.bits.value];
-    const count = experts ?? Math.floor(budget / each);
-    say(this.value, `${bytes(budget)} · ${percent(share)} · ${count} experts`);
+    const count = experts ?? Math.floor(budget / each), every = this.options.layers * this.options.experts;
+    say(this.value, `${bytes(budget)} · ${percent(share)} · ${count < every ? count : `all ${every}`} experts`);
     this.slider.setAttribute("aria-valuetext", this.value.textContent);
     this.slider.style.setProperty("--v", Math.min(1, this.slider.value / SLIDER));
   }
@@ -133,13 +132,23 @@ class Settings {
     }
     const device = this.options.devices.find((d) => d.name === now.device);
     showBadge(this.badge, device, device.emulated ? "emulated" : "measured");
-    const every = this.options.layers * this.options.experts * this.options.expert_bytes[now.bits];
-    const place = (node, size, words) => { node.style.setProperty("--at", Math.min(1, size / total)); say(node, words); };
-    place(this.cycle, now.token_cycle_bytes, "one token");
-    place(this.all, Math.min(every, total), "everything");
-    this.all.classList.toggle("end", every > 0.7 * total);
-    this.all.classList.toggle("near", (every - now.token_cycle_bytes) / total < 0.24);
+    const { layers, experts, expert_bytes } = this.options;
+    this.placeMarks([now.token_cycle_bytes, layers * experts * expert_bytes[now.bits]].map((n) => Math.min(1, n / total)));
     this.never.style.setProperty("--at", Math.min(1, now.minimum_budget_bytes / total));
+  }
+
+  /** Ticks where they belong; labels below them, pushed apart where they would touch. */
+  placeMarks(shares) {
+    const wide = this.slider.clientWidth || 270;
+    let free = 0;
+    this.marks.forEach(([words, tick, label], i) => {
+      tick.style.setProperty("--at", shares[i]);
+      say(label, words);
+      const at = 8 + shares[i] * (wide - 16), size = label.offsetWidth || 60;
+      const left = Math.min(Math.max(free, at - size / 2), wide - size);
+      label.style.left = `${left}px`;
+      free = left + size + 8;
+    });
   }
 
   syncForm() {

@@ -1,0 +1,50 @@
+"""The event log: cheap to write, and true about times it learns later."""
+
+from __future__ import annotations
+
+import time
+
+from moelab.events import DTYPE, EventLog
+
+
+class Ticket:
+    started, finished, cancelled = 10.5, 10.75, False
+
+
+def log_of_two() -> EventLog:
+    log = EventLog(10.0)
+    log.add(3, 1, 7, "load", 16, 4, 4096, 10.1, 0.0, "on demand")
+    log.time_by(Ticket)
+    log.add(3, 1, 7, "stall", 16, 4, 0, 10.2, 0.55, "on demand")
+    return log
+
+
+def test_a_load_takes_its_times_from_its_ticket():
+    load, stall = log_of_two().records()
+    assert (load["start_ms"], load["dur_ms"]) == (500.0, 250.0)
+    assert round(float(stall["start_ms"]), 6) == 200.0
+
+
+def test_a_cancelled_load_read_nothing(monkeypatch):
+    monkeypatch.setattr(Ticket, "cancelled", True)
+    load, _ = log_of_two().records()
+    assert (load["bytes"], load["cause"]) == (0, "cancelled")
+
+
+def test_a_frame_has_words_for_kinds_and_all_columns():
+    frame = log_of_two().frame()
+    assert list(frame.columns) == list(DTYPE.names)
+    assert list(frame.kind) == ["load", "stall"]
+    assert EventLog().frame().empty
+
+
+def test_writing_the_events_of_a_token_costs_far_below_two_percent_of_it():
+    """OLMoE, 16 layers of top-8: some 350 events a token, of 100 ms at the very best on a CPU."""
+    per_token_s = 0.100 * 0.02
+    best = 1.0
+    for _ in range(5):
+        log, begun = EventLog(), time.perf_counter()
+        for i in range(350):
+            log.add(i, 0, 1, "hit", 16, 16, 4096, time.perf_counter(), 0.0, "")
+        best = min(best, time.perf_counter() - begun)
+    assert best < per_token_s
