@@ -222,7 +222,8 @@ def as_record(frame: pd.DataFrame) -> dict[str, Any]:
     return {
         **frame.attrs,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {n: metadata.version(n) for n in ("moelab", "torch", "transformers", "numba")},
+        "versions": {"moelab": moelab.__version__}
+        | {name: metadata.version(name) for name in ("torch", "transformers", "numba", "numpy")},
         "machine": {
             "system": platform.platform(),
             "processor": _processor(),

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +52,9 @@ def _refuse(error: Exception) -> int:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"moelab {metadata.version('moelab')}")
+        import moelab
+
+        print(f"moelab {moelab.__version__}")
         raise typer.Exit
 
 

@@ -218,6 +218,14 @@ def test_everything_can_be_done_with_the_keyboard(dash):
     assert "compute" in tip.inner_text()
 
 
+def test_the_label_follows_after_a_drag_that_ends_where_it_began(dash):
+    dash.drag(0.25)
+    label = dash.root.locator("output")
+    dash.until(lambda: "· 24 experts" in label.inner_text(), "experts at 16 bit")
+    dash.choose("bits", "4")
+    dash.until(lambda: "· 81 experts" in label.inner_text(), "experts at 4 bit")
+
+
 def test_hover_says_what_is_under_the_pointer(dash):
     dash.root.scroll_into_view_if_needed()
     tip = dash.root.get_by_role("tooltip")

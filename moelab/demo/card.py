@@ -163,8 +163,8 @@ def _run(run: dict[str, Any]) -> str:
     return (
         f"{run['tokens'] / 1e6:.2f} M tokens in {run['steps']} steps of {r['batch_tokens']}, "
         f"{run['seconds'] / 60:.0f} minutes in {run['workers']} single-threaded processes; "
-        f"learning rate {r['lr']:g} after {r['warmup_steps']} warm-up steps, then linear to 0; auxiliary "
-        f"loss {r['balance'][0]:g} → {r['balance'][1]:g}, z-loss {r['z']:g}; context "
+        f"learning rate {r['lr']:g} after {r['warmup_steps']} warm-up steps, then linear to 0; "
+        f"auxiliary loss {r['balance'][0]:g} → {r['balance'][1]:g}, z-loss {r['z']:g}; context "
         f"{' → '.join(str(length) for _, length in r['contexts'])}."
     )
 

@@ -23,12 +23,12 @@ PROMPTS: dict[str, tuple[str, ...]] = {
     ),
     "bible": (
         "Yahweh spoke to Moses, saying,",
-        "Again I lifted up my eyes, and saw, and behold,",
-        "Finally, brothers, pray for us,",
+        "The two angels came to Sodom at evening.",
+        "The words of Nehemiah the son of Hacaliah.",
     ),
     "drama": (
         "SCENE II. Another part of the wood.\n\n[Enter TITANIA, with her Train.]\n\nTITANIA\n",
-        "CRESSIDA.\nWho were those went by?\n\nALEXANDER.\n",
+        "FIRST SERVANT.\nWine, wine, wine!",
         "SEBASTIAN.\nI would not by my will have troubled you;",
     ),
     "dictionary": (
@@ -38,13 +38,13 @@ PROMPTS: dict[str, tuple[str, ...]] = {
     ),
     "code": (
         "    def __getitem__(self, key):\n",
-        "class HTMLCalendar(Calendar):\n",
-        "import functools\nimport inspect\nimport reprlib\n",
+        "    def __bool__(self):\n",
+        "import re\nimport sys\nimport copy\n",
     ),
     "docs": (
-        "   .. method:: itermonthdays(year, month)\n\n      Return an iterator for",
-        "If the queue is full,",
-        "The coalesce() function returns",
+        "Normally, an SQL index references columns of",
+        "Generator objects are what Python uses to",
+        "Compound statements contain (groups of) other statements;",
     ),
 }
 PROBES: dict[str, str] = {  # where each probe starts
@@ -52,10 +52,10 @@ PROBES: dict[str, str] = {  # where each probe starts
     "bible": "Yahweh spoke to Moses, saying,",
     "drama": "GRATIANO.\nThis is the pent-house under which",
     "dictionary": "beam (noun): the broad side of a ship;",
-    "code": "    def __getitem__(self, key):\n",
-    "docs": "The core functions shown below are available by default.",
+    "code": '"""Utilities for with-statement contexts.',
+    "docs": "Compound statements contain (groups of) other statements;",
 }
-PROBE_CHARACTERS = {"novel": 1500, "bible": 1300, "drama": 1100}
+PROBE_CHARACTERS = {"novel": 1400, "bible": 1150, "drama": 1050}
 DEFAULT_CHARACTERS = 1150
 
 

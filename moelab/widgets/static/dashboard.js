@@ -155,7 +155,7 @@ class View {
     this.watch.disconnect();
     this.placed.disconnect();
     this.scheme.removeEventListener("change", this.onScheme);
-    for (const view of [this.map, this.bars]) view.close();
+    for (const view of [this.map, this.bars, this.settings]) view.close();
     cancelAnimationFrame(this.queued);
     this.model.send({ do: "gone", view: this.id });
     this.root.remove();

@@ -102,8 +102,10 @@ class Settings {
       this.label(budget, null);
       sender.change({ budget });
     };
-    this.slider = h("input", { type: "range", name: "budget", min: 1, max: SLIDER, step: 1, oninput: () => { this.dragging = true; send(); },
-      onchange: () => { this.dragging = false; this.sync(); } });
+    this.slider = h("input", { type: "range", name: "budget", min: 1, max: SLIDER, step: 1, oninput: send,
+      onpointerdown: () => { this.dragging = true; } });
+    this.release = () => { if (this.dragging) { this.dragging = false; this.sync(); } };
+    for (const event of ["pointerup", "pointercancel"]) document.addEventListener(event, this.release, true);
     this.value = h("output", { class: "moe-value" });
     this.marks = [["one token", h("i"), h("span")], ["everything", h("i"), h("span")]];
     this.never = h("span", { class: "moe-never" });
@@ -162,6 +164,10 @@ class Settings {
     this.running = running;
     this.go.setAttribute("aria-disabled", running);
     this.halt.setAttribute("aria-disabled", !running);
+  }
+
+  close() {
+    for (const event of ["pointerup", "pointercancel"]) document.removeEventListener(event, this.release, true);
   }
 
   /** Draw an error by the control it is about; an empty one clears it. */

@@ -1,0 +1,131 @@
+"""Background loads: the right bytes, on demand before prefetch, errors that name the file."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+
+import numpy as np
+import pytest
+
+from moelab.engine import devices
+from moelab.engine.arena import Arena
+from moelab.engine.devices import Device
+from moelab.engine.loader import Loader, LoadError
+
+PAGE = 4096
+
+
+def slot(pages: int = 1) -> np.ndarray:
+    return np.frombuffer(mmap.mmap(-1, pages * PAGE), np.uint8)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "blobs.bin"
+    path.write_bytes(b"".join(bytes([i]) * PAGE for i in range(64)))
+    return path
+
+
+@pytest.fixture
+def loader():
+    loader = Loader(PAGE)
+    yield loader
+    loader.close()
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """A device that does one load at a time, 20 ms each."""
+    monkeypatch.setitem(devices.DEVICES, "slow", Device("slow", PAGE / 0.02, 0.0, 1))
+    return "slow"
+
+
+def test_a_load_brings_the_bytes_of_its_place(loader, file):
+    views = [slot(2) for _ in range(8)]
+    tickets = [loader.submit(file, 2 * i * PAGE, v, urgent=True) for i, v in enumerate(views)]
+    for i, (ticket, view) in enumerate(zip(tickets, views, strict=True)):
+        loader.wait(ticket)
+        assert view[0] == 2 * i
+        assert view[-1] == 2 * i + 1
+        assert ticket.submitted <= ticket.started <= ticket.finished
+
+
+def test_a_file_system_without_direct_reads_is_read_all_the_same(loader, file, monkeypatch):
+    real = os.open
+
+    def refuse(path, flags, *rest):
+        if flags & getattr(os, "O_DIRECT", 0):
+            raise OSError(22, "Invalid argument")
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    view = slot()
+    loader.wait(loader.submit(file, 5 * PAGE, view, urgent=True))
+    assert (view == 5).all()
+
+
+def test_a_direct_read_that_is_refused_falls_back(loader, file):
+    unaligned = slot(2)[7 : 7 + PAGE]  # memory that O_DIRECT may refuse
+    loader.wait(loader.submit(file, 9 * PAGE, unaligned, urgent=True))
+    assert (unaligned == 9).all()
+
+
+def test_on_demand_goes_before_prefetch(loader, file, slow):
+    loader.use(slow)
+    guesses = [loader.submit(file, i * PAGE, slot(), urgent=False) for i in range(6)]
+    needed = loader.submit(file, 7 * PAGE, slot(), urgent=True)
+    loader.wait(needed)
+    assert sum(g.done for g in guesses) <= 1  # only the one that was under way
+    late = guesses[-1]
+    loader.wait(late)  # now it is needed: it overtakes the others
+    assert sum(g.done for g in guesses[:-1]) <= 2
+
+
+def test_a_load_not_begun_can_be_withdrawn(loader, file, slow):
+    loader.use(slow)
+    first = loader.submit(file, 0, slot(), urgent=True)
+    second = loader.submit(file, PAGE, view := slot(), urgent=False)
+    time.sleep(0.005)
+    assert loader.cancel(second)
+    loader.wait(first)
+    assert not loader.cancel(first)
+    time.sleep(0.03)
+    assert second.cancelled
+    assert not view.any()
+
+
+def test_a_file_that_ends_early_is_named(loader, file):
+    with pytest.raises(LoadError, match=r"cannot read blobs.bin at 262144"):
+        loader.wait(loader.submit(file, 64 * PAGE, slot(), urgent=True))
+
+
+def test_a_closed_loader_takes_nothing(file):
+    loader = Loader(PAGE)
+    loader.close()
+    with pytest.raises(LoadError, match="open the lab again"):
+        loader.submit(file, 0, slot(), urgent=True)
+
+
+def test_a_done_load_lets_go_of_its_memory(loader, file):
+    ticket = loader.submit(file, 0, slot(), urgent=True)
+    loader.wait(ticket)
+    assert ticket.into is None
+
+
+def test_an_arena_never_holds_more_than_its_limit():
+    arena = Arena({16: 4 * PAGE, 4: PAGE}, 9 * PAGE)
+    big = [arena.take(16), arena.take(16)]
+    with pytest.raises(AssertionError, match="exceed the budget"):
+        arena.take(16)
+    arena.give(big.pop())
+    small = [arena.take(4) for _ in range(5)]  # the free big slot had to go for these
+    assert arena.held_bytes == 9 * PAGE
+    assert arena.peak_bytes == 9 * PAGE
+    for s in small:
+        arena.give(s)
+    arena.set_limit(5 * PAGE)
+    assert arena.held_bytes <= 5 * PAGE
+    arena.trim()
+    assert arena.held_bytes == 4 * PAGE  # the one still in use
