@@ -220,7 +220,7 @@ def as_record(frame: pd.DataFrame) -> dict[str, Any]:
     """Everything as plain values for JSON: model, prompt, versions, machine, and the rows."""
     rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
     return {
-        **frame.attrs,
+        **{str(key): value for key, value in frame.attrs.items()},
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"moelab": moelab.__version__}
         | {name: metadata.version(name) for name in ("torch", "transformers", "numba", "numpy")},

@@ -190,15 +190,15 @@ class Lab:
             "top_p": top_p,
             "repetition_penalty": repetition_penalty,
         }
-        own = {k: v for k, v in given.items() if v is not None}
-        chosen = self._settings.seed if seed is None else seed
-        sampling = Sampling(**(self._sampling | own | {"seed": chosen}))
+        own: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        own["seed"] = self._settings.seed if seed is None else seed
+        sampling = Sampling(**(self._sampling | own))
         self._claim()
         try:
             if measure_kl is not None and measure_kl != self._settings.measure_kl:
                 self.update(measure_kl=measure_kl)
             eos = set() if ignore_eos else self._eos()
-            run = Run(prompt, ids, self._tokenizer, eos)
+            run = Run(prompt, ids, self._tokenizer, eos, self._shape)
             self.run = run
             run._start(lambda: self._work(run, max_new_tokens, sampling))
         except BaseException:

@@ -12,14 +12,15 @@ import numpy as np
 
 from moelab.engine.devices import DEVICES
 from moelab.engine.generation import Decoder, Reference, Sampler, Sampling
+from moelab.events import EventLog
 from moelab.quality import kl_divergence
+from moelab.scheduling.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moelab.engine.engine import Engine
-    from moelab.events import EventLog
-    from moelab.scheduling.trace import Trace
+    from moelab.scheduling.strategy import Shape
     from moelab.settings import Settings
 
 
@@ -68,16 +69,18 @@ class Run:
         What ended the run, or None.
     """
 
-    def __init__(self, prompt: str, ids: list[int], tokenizer: Any, eos: set[int]) -> None:
-        self.prompt, self.text, self.error = prompt, "", None
+    def __init__(
+        self, prompt: str, ids: list[int], tokenizer: Any, eos: set[int], shape: Shape
+    ) -> None:
+        self.prompt, self.text = prompt, ""
+        self.error: BaseException | None = None
         self.tokens: list[int] = []
         self.token_reports: list[TokenReport] = []
         self.changes: list[tuple[int, dict[str, str]]] = []
         self._ids, self._tokenizer, self._eos = ids, tokenizer, eos
         self._stop, self._done = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._log: EventLog | None = None
-        self._trace: Trace | None = None
+        self._log, self._trace = EventLog(), Trace(shape)
         self._peak_bytes = 0
 
     # -- for the person ---------------------------------------------------------------------
@@ -202,7 +205,9 @@ class Run:
         sampling: Sampling,
     ) -> None:
         engine.new_sequence()
-        self._log, self._trace = engine.log, engine.trace
+        self._log = engine.log
+        if engine.trace is not None:
+            self._trace = engine.trace
         decoder, sampler = Decoder(engine), Sampler(sampling)
         reference: Reference | None = None
         context, new = list(self._ids), list(self._ids)

@@ -237,7 +237,7 @@ assert run.train(progress=False)
 """
     top = str(demo.HERE.parent.parent)
     env = {**os.environ, "PYTHONPATH": top}
-    subprocess.run([sys.executable, "-c", script], env=env, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], env=env, check=True)
     two = load_file(tmp_path / "state.safetensors")["parameters"]
     moved = (start.shared.parameters - before).abs().mean()
     assert (two - start.shared.parameters).abs().mean() < 0.01 * moved

@@ -87,15 +87,14 @@ class Engine:
     def new_sequence(self, *, record: bool = True) -> None:
         """A new prompt: fresh log, trace and counters; the resident experts stay."""
         self.log = EventLog(time.perf_counter())
-        self.trace = Trace(self.shape) if record else None
+        self.trace: Trace | None = Trace(self.shape) if record else None
         self.usage = Usage(self.shape)
         self.token = 0
         self.prefill = True
         self.arena.peak_bytes = self.arena.held_bytes
         self.scheduler.new_sequence()
         self._begin_token()
-        if self.trace is not None:
-            self._record_settings()
+        self._record_settings()
 
     def end_of_token(self) -> None:
         """One token is produced; what follows belongs to the next one."""
@@ -121,8 +120,7 @@ class Engine:
         self.arena.set_limit(settings.budget_bytes)
         if settings.device != old.device:
             self.loader.use(settings.device)
-        if self.trace is not None:
-            self._record_settings()
+        self._record_settings()
         withdrawn = self.withdrawn
         self._begin_token()  # evictions between tokens are nobody's stall
         self.withdrawn = withdrawn
@@ -166,11 +164,12 @@ class Engine:
         self.withdrawn: list[tuple[int, int]] = []  # (token that issued a load, bytes not read)
 
     def _record_settings(self) -> None:
-        at = len(self.trace.steps)
-        change = (at, self.settings.knobs(), self.settings.strategy.name)
-        if self.trace.changes and self.trace.changes[-1][0] == at:
-            self.trace.changes.pop()
-        self.trace.changes.append(change)
+        if self.trace is None:
+            return
+        changes, at = self.trace.changes, len(self.trace.steps)
+        if changes and changes[-1][0] == at:
+            changes.pop()
+        changes.append((at, self.settings.knobs(), self.settings.strategy.name))
 
     # -- one layer of a forward pass --------------------------------------------------------
 

@@ -104,7 +104,7 @@ class Stream:
         """Append ``ids`` and return the logits of the last ``keep`` positions ``[keep, V]``."""
         with one_thread(self._tiny):
             out = self.engine.model(
-                torch.tensor([list(ids)]),
+                torch.tensor([list(ids)]),  # pyright: ignore[reportArgumentType]
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=keep,

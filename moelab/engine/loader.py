@@ -23,6 +23,9 @@ BIG = 1_500_000
 SMALL_READERS = 3
 
 
+NOTHING = np.empty(0, np.uint8)
+
+
 class LoadError(OSError):
     """An expert could not be read."""
 
@@ -36,6 +39,7 @@ class Ticket:
         "error",
         "finished",
         "into",
+        "nbytes",
         "offset",
         "path",
         "started",
@@ -45,15 +49,19 @@ class Ticket:
 
     def __init__(self, path: Path, offset: int, into: np.ndarray, urgent: bool) -> None:
         self.path, self.offset, self.urgent = path, offset, urgent
-        self.into: np.ndarray | None = into  # let go of when done: the log keeps tickets
+        self.into, self.nbytes = into, len(into)
         self.submitted, self.started, self.finished = time.perf_counter(), 0.0, 0.0
         self.done = self.cancelled = False
         self.error: Exception | None = None
 
     def cancel(self) -> None:
         """It will not be read."""
-        self.cancelled = self.done = True
-        self.into = None
+        self.cancelled = True
+        self.end()
+
+    def end(self) -> None:
+        """Done; let go of the memory, because the event log keeps tickets."""
+        self.into, self.done = NOTHING, True
 
 
 class Loader:
@@ -170,7 +178,7 @@ class Loader:
         while (ticket := self._next()) is not None:
             ticket.started = time.perf_counter()
             profile = self._profile
-            due = self._throttle.due(profile, len(ticket.into), ticket.started)
+            due = self._throttle.due(profile, ticket.nbytes, ticket.started)
             try:
                 self._read(ticket)
                 if profile.emulated:
@@ -179,12 +187,12 @@ class Loader:
                 ticket.error = e
             with self._cond:
                 ticket.finished = time.perf_counter()
-                ticket.into, ticket.done = None, True
+                ticket.end()
                 self._active -= 1
                 self._cond.notify_all()
 
     def _read(self, ticket: Ticket) -> None:
-        into, at, end = memoryview(ticket.into), ticket.offset, ticket.offset + len(ticket.into)
+        into, at, end = memoryview(ticket.into), ticket.offset, ticket.offset + ticket.nbytes
         while at < end:
             fd, direct = self._open(ticket.path)
             try:

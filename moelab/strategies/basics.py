@@ -120,8 +120,8 @@ class GateLookAhead(Prefetch):
                 yield Prediction((coming.layer, r.expert), r.weight, r.rank, r.score)
 
 
-def _basic(name: str, evict: Evict, **parts: object) -> Strategy:
-    return Strategy(name, evict, precision=TierPair(), prefetch=GateLookAhead(), **parts)
+def _basic(name: str, evict: Evict) -> Strategy:
+    return Strategy(name, evict, precision=TierPair(), prefetch=GateLookAhead())
 
 
 def lru() -> Strategy:
@@ -136,7 +136,7 @@ def lfu() -> Strategy:
 
 def layer_lru() -> Strategy:
     """LRU within an equal share of the budget for every layer."""
-    return _basic("layer_lru", LRU(), allocate=EqualShares())
+    return _basic("layer_lru", LRU()).replace(allocate=EqualShares(), name="layer_lru")
 
 
 def on_demand() -> Strategy:

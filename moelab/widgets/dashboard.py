@@ -21,10 +21,11 @@ from moelab.widgets.frame import Framer, controls, in_words, options
 from moelab.widgets.report import Report
 
 STATIC = Path(__file__).parent / "static"
-SCRIPTS = ("look", "cells", "bars", "text", "settings", "dashboard")
+SCRIPTS = ("look", "figures", "cells", "bars", "text", "ask", "budget", "settings", "dashboard")
+STYLES = ("controls", "views", "dashboard")
 FRAMES_PER_S = 12.0
-IN_FLIGHT = 1
-"""Frames that may be under way besides the one to be sent."""
+IN_FLIGHT = 3
+"""Frames that may be under way: the view draws only the newest, so they cost no delay."""
 
 PATIENCE_S = 0.3
 """Without an acknowledgement (a busy kernel, no browser) a frame goes out this often."""
@@ -47,7 +48,7 @@ class Dashboard(anywidget.AnyWidget):
     """
 
     _esm = "\n".join((STATIC / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
-    _css = (STATIC / "dashboard.css").read_text(encoding="utf-8")
+    _css = "\n".join((STATIC / f"{name}.css").read_text(encoding="utf-8") for name in STYLES)
 
     options = traitlets.Dict().tag(sync=True)
     controls = traitlets.Dict().tag(sync=True)
@@ -178,7 +179,7 @@ class Dashboard(anywidget.AnyWidget):
         """Publish what is new if a frame is due; return whether one went out."""
         with self._lock:
             now = time.monotonic()
-            behind = self._seq - self._acked > IN_FLIGHT
+            behind = self._seq - self._acked >= IN_FLIGHT
             wait = PATIENCE_S if behind else 0.5 / FRAMES_PER_S
             if now - self._sent_at < wait:
                 return False

@@ -2,16 +2,24 @@
 // the run are marks on the time axis, and KL, where measured, is a lane below on a log scale.
 
 const STEPS = [12, 8, 6, 5, 4, 3, 2, 1.5];
-const KL_LOW = 1e-4, KL_HIGH = 1;
-const klHeight = (x) => Math.min(1, Math.max(0, Math.log(Math.max(x, 1e-12) / KL_LOW) / Math.log(KL_HIGH / KL_LOW)));
+const KL_LOW = 1e-4,
+  KL_HIGH = 1;
+const klHeight = (x) =>
+  Math.min(1, Math.max(0, Math.log(Math.max(x, 1e-12) / KL_LOW) / Math.log(KL_HIGH / KL_LOW)));
 
 class LatencyBars {
   constructor(look, cursor, options) {
     Object.assign(this, { look, cursor, parts: ["compute", ...options.causes] });
-    this.sheet = new Sheet("Latency of each token; arrow keys move from token to token", () => this.draw());
+    this.sheet = new Sheet("Latency of each token; arrow keys move from token to token", () =>
+      this.draw(),
+    );
     this.legend = h("div", { class: "moe-legend" });
-    this.node = h("section", { class: "moe-panel moe-bars", "aria-label": "Latency per token" },
-      h("header", {}, h("h3", {}, "Latency per token"), this.legend), this.sheet.box);
+    this.node = h(
+      "section",
+      { class: "moe-panel moe-bars", "aria-label": "Latency per token" },
+      h("header", {}, h("h3", {}, "Latency per token"), this.legend),
+      this.sheet.box,
+    );
     this.scale = 0;
     const canvas = this.sheet.node;
     canvas.addEventListener("pointermove", (e) => cursor.set(this.tokenAt(e.offsetX), e));
@@ -28,48 +36,72 @@ class LatencyBars {
   }
 
   layout() {
-    const { count, tokens } = this.frame, box = { left: 38, right: 6, top: 30 };
+    const { count, tokens } = this.frame,
+      box = { left: 38, right: 6, top: 30 };
     const hasKl = count > 0 && tokens.kl.some(Number.isFinite);
-    const lane = hasKl ? 34 : 0, gap = lane ? 14 : 0;
+    const lane = hasKl ? 34 : 0,
+      gap = lane ? 14 : 0;
     const width = this.sheet.width - box.left - box.right;
     const step = STEPS.find((s) => s * count <= width) ?? STEPS.at(-1);
     const shown = Math.min(count, Math.floor(width / step));
     const base = this.sheet.height - 18 - lane - gap;
-    return { ...box, width, step, shown, begin: count - shown, base, lane, gap, tall: base - box.top };
+    return {
+      ...box,
+      width,
+      step,
+      shown,
+      begin: count - shown,
+      base,
+      lane,
+      gap,
+      tall: base - box.top,
+    };
   }
 
   fitScale(total) {
-    const want = total.length ? nice(Math.max(0.5, 1.15 * quantile(total, 0.96)), [1, 1.5, 2, 3, 4, 5, 6, 8, 10]) : 10;
+    const want = total.length
+      ? nice(Math.max(0.5, 1.15 * quantile(total, 0.96)), [1, 1.5, 2, 3, 4, 5, 6, 8, 10])
+      : 10;
     if (want > this.scale || want < 0.6 * this.scale) this.scale = want;
   }
 
   draw() {
     if (!this.frame || !this.sheet.width) return;
-    const g = this.sheet.begin(), ink = this.look.ink, at = this.layout();
+    const g = this.sheet.begin(),
+      ink = this.look.ink,
+      at = this.layout();
     const { tokens, first } = this.frame;
     this.fitScale(tokens.total_ms.subarray(at.begin));
     this.drawAxes(g, at);
     this.drawChanges(g, at);
-    const y = (ms) => at.tall * Math.min(1, ms / this.scale), w = Math.max(1, at.step - (at.step >= 3 ? 1 : 0));
+    const y = (ms) => at.tall * Math.min(1, ms / this.scale),
+      w = Math.max(1, at.step - (at.step >= 3 ? 1 : 0));
     const sums = new Float32Array(at.shown);
     for (const part of this.parts) {
       const values = part === "compute" ? tokens.compute_ms : tokens[part];
       g.fillStyle = ink[part];
       const area = new Path2D();
       for (let i = 0; i < at.shown; i++) {
-        const low = y(sums[i]), high = y((sums[i] += values[at.begin + i]));
+        const low = y(sums[i]),
+          high = y((sums[i] += values[at.begin + i]));
         if (high > low) area.rect(at.left + i * at.step, at.base - high, w, high - low);
       }
       g.fill(area);
-      if (part === "prefetch late") { g.fillStyle = hatch(g, ink.ground, 3); g.fill(area); }
+      if (part === "prefetch late") {
+        g.fillStyle = hatch(g, ink.ground, 3);
+        g.fill(area);
+      }
     }
     g.fillStyle = ink.text;
-    sums.forEach((sum, i) => { if (sum > this.scale) this.drawCut(g, at.left + i * at.step + w / 2, at.top); });
+    sums.forEach((sum, i) => {
+      if (sum > this.scale) this.drawCut(g, at.left + i * at.step + w / 2, at.top);
+    });
     if (at.lane) this.drawKl(g, at, tokens.kl, w);
     this.drawOrigins(g, at);
     if (this.cursor.at !== null) {
       const x = at.left + (this.cursor.at - first - at.begin + 0.5) * at.step - 0.5;
-      g.fillStyle = ink.text; g.globalAlpha = 0.75;
+      g.fillStyle = ink.text;
+      g.globalAlpha = 0.75;
       if (x >= at.left) g.fillRect(x - 0.5, at.top - 4, 1, at.base - at.top + 4 + at.gap + at.lane);
       g.globalAlpha = 1;
     }
@@ -78,22 +110,30 @@ class LatencyBars {
 
   /** A bar that is taller than the axis ends in an arrow head. */
   drawCut(g, x, y) {
-    g.beginPath(); g.moveTo(x - 3, y - 1); g.lineTo(x + 3, y - 1); g.lineTo(x, y - 6); g.fill();
+    g.beginPath();
+    g.moveTo(x - 3, y - 1);
+    g.lineTo(x + 3, y - 1);
+    g.lineTo(x, y - 6);
+    g.fill();
   }
 
   drawAxes(g, at) {
-    const { ink } = this.look, { count, first } = this.frame;
+    const { ink } = this.look,
+      { count, first } = this.frame;
     g.textAlign = "right";
     for (const part of [0, 0.5, 1]) {
       const y = Math.round(at.base - at.tall * part) + 0.5;
-      g.fillStyle = ink.line; g.globalAlpha = part ? 0.7 : 1;
+      g.fillStyle = ink.line;
+      g.globalAlpha = part ? 0.7 : 1;
       g.fillRect(at.left, y - 0.5, at.width, 1);
-      g.globalAlpha = 1; g.fillStyle = ink.soft;
+      g.globalAlpha = 1;
+      g.fillStyle = ink.soft;
       g.fillText(`${+(this.scale * part).toPrecision(3)}`, at.left - 6, y);
     }
     g.fillText("ms", at.left - 6, at.top - 13);
     g.textAlign = "center";
-    const every = nice(Math.max(5, 56 / at.step)), start = first + at.begin;
+    const every = nice(Math.max(5, 56 / at.step)),
+      start = first + at.begin;
     for (let t = Math.ceil(start / every) * every; t < first + count; t += every) {
       const x = at.left + (t - start + 0.5) * at.step;
       if (x < at.left + at.width - 8) g.fillText(t, x, this.sheet.height - 6);
@@ -103,20 +143,28 @@ class LatencyBars {
   }
 
   drawChanges(g, at) {
-    const { ink } = this.look, start = this.frame.first + at.begin, ends = [-1e9, -1e9], labels = [];
+    const { ink } = this.look,
+      start = this.frame.first + at.begin,
+      ends = [-1e9, -1e9],
+      labels = [];
     g.textAlign = "left";
     g.fillStyle = ink.text;
     for (const change of this.frame.changes) {
       const last = at.left + (change.last - start) * at.step;
       if (last < at.left) continue;
       const from = Math.max(at.left, at.left + (change.first - start) * at.step);
-      const wide = g.measureText(change.label).width, left = Math.min(last, at.left + at.width - wide);
+      const wide = g.measureText(change.label).width,
+        left = Math.min(last, at.left + at.width - wide);
       const row = ends.findIndex((end) => end + 10 < left);
-      if (row >= 0) { ends[row] = left + wide; labels.push([change.label, left, 7 + 14 * row, wide]); }
+      if (row >= 0) {
+        ends[row] = left + wide;
+        labels.push([change.label, left, 7 + 14 * row, wide]);
+      }
       g.globalAlpha = 0.07;
       g.fillRect(from, at.top, last - from, at.tall);
       g.globalAlpha = 0.8;
-      for (let y = row < 0 ? at.top : 14 + 14 * row; y < at.base; y += 5) g.fillRect(Math.round(last) - 0.5, y, 1, 3);
+      for (let y = row < 0 ? at.top : 14 + 14 * row; y < at.base; y += 5)
+        g.fillRect(Math.round(last) - 0.5, y, 1, 3);
       g.globalAlpha = 1;
     }
     for (const [words, x, y, wide] of labels) {
@@ -128,15 +176,21 @@ class LatencyBars {
   }
 
   drawKl(g, at, values, w) {
-    const { ink } = this.look, low = at.base + at.gap + at.lane, high = at.base + at.gap;
-    g.fillStyle = ink.line; g.globalAlpha = 0.7;
+    const { ink } = this.look,
+      low = at.base + at.gap + at.lane,
+      high = at.base + at.gap;
+    g.fillStyle = ink.line;
+    g.globalAlpha = 0.7;
     for (const y of [low, (low + high) / 2, high]) g.fillRect(at.left, Math.round(y), at.width, 1);
-    g.globalAlpha = 1; g.fillStyle = ink.soft; g.textAlign = "right";
+    g.globalAlpha = 1;
+    g.fillStyle = ink.soft;
+    g.textAlign = "right";
     g.fillText("1", at.left - 6, high + 1);
     g.fillText("10⁻⁴", at.left - 6, low - 1);
     g.fillStyle = ink.kl;
     g.fillText("KL", at.left - 6, (low + high) / 2 + 1);
-    const r = Math.max(1.5, Math.min(2.5, w / 2)), spots = new Path2D();
+    const r = Math.max(1.5, Math.min(2.5, w / 2)),
+      spots = new Path2D();
     for (let i = 0; i < at.shown; i++) {
       const x = values[at.begin + i];
       if (!Number.isFinite(x)) continue;
@@ -147,9 +201,11 @@ class LatencyBars {
 
   /** A strip on the axis: solid where times are measured, hatched where a device is emulated. */
   drawOrigins(g, at) {
-    const { origins, first, count } = this.frame, start = first + at.begin;
+    const { origins, first, count } = this.frame,
+      start = first + at.begin;
     origins.forEach((o, i) => {
-      const a = Math.max(start, o.token), b = i + 1 < origins.length ? origins[i + 1].token : first + count;
+      const a = Math.max(start, o.token),
+        b = i + 1 < origins.length ? origins[i + 1].token : first + count;
       if (b <= a) return;
       g.fillStyle = o.emulated ? hatch(g, this.look.ink["prefetch late"], 3) : this.look.ink.kl;
       g.fillRect(at.left + (a - start) * at.step, at.base + 2, (b - a) * at.step, 3);
@@ -158,21 +214,38 @@ class LatencyBars {
 
   tokenAt(x) {
     if (!this.frame) return null;
-    const at = this.layout(), i = Math.floor((x - at.left) / at.step);
+    const at = this.layout(),
+      i = Math.floor((x - at.left) / at.step);
     return i >= 0 && i < at.shown ? this.frame.first + at.begin + i : null;
   }
 
   placeOf(token) {
-    const at = this.layout(), canvas = this.sheet.node.getBoundingClientRect();
-    return [canvas.left + at.left + (token - this.frame.first - at.begin + 1) * at.step, canvas.top + at.top];
+    const at = this.layout(),
+      canvas = this.sheet.node.getBoundingClientRect();
+    return [
+      canvas.left + at.left + (token - this.frame.first - at.begin + 1) * at.step,
+      canvas.top + at.top,
+    ];
   }
 
   relabel() {
-    this.legend.replaceChildren(...this.parts.map((part) =>
-      h("span", { class: "moe-key" }, h("i", { class: `moe-cell ${part === "prefetch late" ? "late" : ""}`,
-        style: `--c:${this.look.ink[part]};--f:100%` }), part)));
+    this.legend.replaceChildren(
+      ...this.parts.map((part) =>
+        h(
+          "span",
+          { class: "moe-key" },
+          h("i", {
+            class: `moe-cell ${part === "prefetch late" ? "late" : ""}`,
+            style: `--c:${this.look.ink[part]};--f:100%`,
+          }),
+          part,
+        ),
+      ),
+    );
     this.draw();
   }
 
-  close() { this.sheet.close(); }
+  close() {
+    this.sheet.close();
+  }
 }

@@ -1,7 +1,13 @@
 // The whole: lays the views out, decodes the newest frame once per animation frame, draws it in
 // every view and acknowledges it.
 
-const MAP = { bits: Uint8Array, in_flight: Uint8Array, loaded: Int32Array, used: Int32Array, uses: Int32Array };
+const MAP = {
+  bits: Uint8Array,
+  in_flight: Uint8Array,
+  loaded: Int32Array,
+  used: Int32Array,
+  uses: Int32Array,
+};
 
 /** A typed array from whatever a host makes of bytes (DataView, Uint8Array or ArrayBuffer). */
 function array(Type, raw) {
@@ -10,72 +16,73 @@ function array(Type, raw) {
 }
 
 function decode(frame, options) {
-  const values = array(Float32Array, frame.values), tokens = {};
-  options.columns.forEach((name, c) => { tokens[name] = values.subarray(c * frame.count, (c + 1) * frame.count); });
-  const map = Object.fromEntries(Object.entries(MAP).map(([name, Type]) => [name, array(Type, frame.map[name])]));
+  const values = array(Float32Array, frame.values),
+    tokens = {};
+  options.columns.forEach((name, c) => {
+    tokens[name] = values.subarray(c * frame.count, (c + 1) * frame.count);
+  });
+  const map = Object.fromEntries(
+    Object.entries(MAP).map(([name, Type]) => [name, array(Type, frame.map[name])]),
+  );
   return { ...frame, tokens, map, causes: options.causes, newest: frame.first + frame.count - 1 };
-}
-
-/** The running figures: large for the last tokens, small for the run since the device changed. */
-class Figures {
-  constructor() {
-    const tile = (name, title) => {
-      const value = h("b", {}, "–"), small = h("small", {}, "");
-      return [h("div", { class: "moe-tile", title }, h("span", {}, name), value, small), value, small];
-    };
-    this.tiles = {
-      tokens_per_s: tile("tokens/s", "Tokens per second, the last 16 tokens"),
-      hit_ratio: tile("hit ratio", "Experts found resident, of those hit or loaded on demand"),
-      bytes_per_token: tile("read per token", "Bytes read from the device per token"),
-      stall_share: tile("stall share", "Part of the time spent waiting for experts"),
-      kl_mean: tile("mean KL", "KL divergence of the next-token distribution from full precision"),
-    };
-    this.fill = h("i");
-    this.memory = tile("resident", "Bytes of resident experts, loads in flight included, of the budget");
-    this.memory[0].insertBefore(h("div", { class: "moe-memory", "aria-hidden": true }, this.fill), this.memory[2]);
-    this.memory[0].classList.add("wide");
-    this.node = h("section", { class: "moe-figures", "aria-label": "Running figures" },
-      ...Object.values(this.tiles).map(([node]) => node), this.memory[0]);
-    this.form = { tokens_per_s: rate, hit_ratio: percent, bytes_per_token: bytes, stall_share: percent, kl_mean: kl };
-  }
-  show({ recent, whole, resident, origins }) {
-    const words = (figure) => (origins.length > 1 ? `${figure} since ${origins.at(-1).token}` : `run ${figure}`);
-    for (const [key, [, value, small]] of Object.entries(this.tiles)) {
-      say(value, this.form[key](recent[key]));
-      say(small, whole.tokens ? words(this.form[key](whole[key])) : "");
-    }
-    const { bytes: held, budget_bytes: budget, experts } = resident;
-    say(this.memory[1], bytes(held));
-    say(this.memory[2], `of ${bytes(budget)} · ${experts} experts`);
-    this.fill.style.width = `${Math.min(100, (100 * held) / budget)}%`;
-  }
 }
 
 class View {
   constructor(model, el) {
     const options = model.get("options");
-    Object.assign(this, { model, options, queued: 0, look: {}, id: `${Date.now()}-${Math.random()}` });
+    Object.assign(this, {
+      model,
+      options,
+      queued: 0,
+      look: {},
+      id: `${Date.now()}-${Math.random()}`,
+    });
     // JupyterLab's shortcuts would take the arrow keys (and "x") away from sliders and selects.
-    this.root = h("div", { class: "moe-dash", role: "region", "aria-label": `moelab dashboard of ${options.name}`,
-      "data-lm-suppress-shortcuts": "true", onkeydown: (e) => e.stopPropagation() });
+    this.root = h("div", {
+      class: "moe-dash",
+      role: "region",
+      "aria-label": `moelab dashboard of ${options.name}`,
+      "data-lm-suppress-shortcuts": "true",
+      onkeydown: (e) => e.stopPropagation(),
+    });
     el.append(this.root);
     this.repaint();
     this.tip = new Tip(this.root);
     this.cursor = new Cursor(this.tip);
-    this.settings = new Settings(model, options, this.look);
+    this.settings = new Settings(model, options);
     this.figures = new Figures();
     this.map = new CacheMap(this.look, this.tip, options);
     this.bars = new LatencyBars(this.look, this.cursor, options);
-    this.text = new TokenText(this.look, this.cursor, (shade) => { model.set("form", { ...model.get("form"), shade }); model.save_changes(); });
-    this.cursor.views.push(() => this.bars.draw(), () => this.text.mark(this.cursor.at));
+    this.text = new TokenText(this.look, this.cursor, (shade) => {
+      model.set("form", { ...model.get("form"), shade });
+      model.save_changes();
+    });
+    this.cursor.views.push(
+      () => this.bars.draw(),
+      () => this.text.mark(this.cursor.at),
+    );
     this.state = h("span", { role: "status", "aria-live": "polite" });
     this.count = h("span", { class: "moe-soft", "aria-hidden": true });
     this.origin = h("b", { class: "moe-badge" });
-    const shape = `${options.name} · ${options.architecture} · ${options.layers} layers × ${options.experts} experts, top ${options.top_k}`;
+    const { name, architecture, layers, experts, top_k } = options;
+    const shape = `${name} · ${architecture} · ${layers} layers × ${experts} experts, top ${top_k}`;
     this.root.prepend(
-      h("header", { class: "moe-head" }, h("h2", {}, "moelab"), h("span", { class: "moe-soft" }, shape), h("span", { class: "moe-state" }, this.origin, this.count, this.state)),
-      this.settings.node, this.figures.node,
-      h("div", { class: "moe-main" }, h("div", { class: "moe-left" }, this.map.node, this.bars.node), this.text.node));
+      h(
+        "header",
+        { class: "moe-head" },
+        h("h2", {}, "moelab"),
+        h("span", { class: "moe-soft" }, shape),
+        h("span", { class: "moe-state" }, this.origin, this.count, this.state),
+      ),
+      this.settings.node,
+      this.figures.node,
+      h(
+        "div",
+        { class: "moe-main" },
+        h("div", { class: "moe-left" }, this.map.node, this.bars.node),
+        this.text.node,
+      ),
+    );
     this.connect();
   }
 
@@ -83,16 +90,31 @@ class View {
     const { model } = this;
     this.handlers = {
       "change:frame": () => this.queue(),
-      "change:controls": () => { this.settings.sync(); this.settings.sender.flush(); this.root.dataset.budget = model.get("controls").budget_bytes; },
+      "change:controls": () => {
+        this.settings.sync();
+        this.settings.sender.flush();
+        this.root.dataset.budget = model.get("controls").budget_bytes;
+      },
       "change:form": () => this.formChanged(),
       "change:error": () => this.errorChanged(),
     };
     for (const [event, handler] of Object.entries(this.handlers)) model.on(event, handler);
     this.watch = new MutationObserver(() => this.repaint());
-    this.watch.observe(document.body, { attributes: true, attributeFilter: ["class", "data-jp-theme-light", "data-jp-theme-name", "data-vscode-theme-kind"] });
+    this.watch.observe(document.body, {
+      attributes: true,
+      attributeFilter: [
+        "class",
+        "data-jp-theme-light",
+        "data-jp-theme-name",
+        "data-vscode-theme-kind",
+      ],
+    });
     this.scheme = matchMedia("(prefers-color-scheme: dark)");
     this.scheme.addEventListener("change", (this.onScheme = () => this.repaint()));
-    this.placed = new ResizeObserver(() => { this.repaint(); this.settings.sync(); });
+    this.placed = new ResizeObserver(() => {
+      this.repaint();
+      this.settings.sync();
+    });
     this.placed.observe(this.root);
     model.send({ do: "hello", view: this.id });
     this.handlers["change:controls"]();
@@ -104,7 +126,10 @@ class View {
 
   queue() {
     // A hidden tab runs no animation frames; a timer keeps the newest frame coming there.
-    if (!this.queued) this.queued = document.hidden ? setTimeout(() => this.draw(), 200) : requestAnimationFrame(() => this.draw());
+    if (!this.queued)
+      this.queued = document.hidden
+        ? setTimeout(() => this.draw(), 200)
+        : requestAnimationFrame(() => this.draw());
   }
 
   draw() {
@@ -115,22 +140,35 @@ class View {
     const frame = decode(raw, this.options);
     this.cursor.frame = this.frame = frame;
     for (const view of [this.map, this.bars, this.text, this.figures]) view.show(frame);
-    this.settings.showRunning(frame.running);
-    say(this.state, frame.running ? "running" : frame.error ? "failed" : frame.run ? "finished" : "ready");
+    this.settings.ask.showRunning(frame.running);
+    say(
+      this.state,
+      frame.running ? "running" : frame.error ? "failed" : frame.run ? "finished" : "ready",
+    );
     say(this.count, frame.run ? `${frame.newest + 1} tokens` : "");
     const device = frame.origins.at(-1);
-    showBadge(this.origin, device, device.emulated ? `emulated: ${device.title}` : `measured: ${device.title}`);
+    showBadge(
+      this.origin,
+      device,
+      device.emulated ? `emulated: ${device.title}` : `measured: ${device.title}`,
+    );
     this.errorChanged();
     Object.assign(this.root.dataset, {
-      seq: frame.seq, token: frame.newest, running: frame.running, resident: frame.resident.experts,
-      kl: frame.recent.kl_mean ?? "", stall: frame.recent.stall_share ?? "", rate: frame.recent.tokens_per_s ?? "",
-      emulated: device.emulated, changes: frame.changes.length,
+      seq: frame.seq,
+      token: frame.newest,
+      running: frame.running,
+      resident: frame.resident.experts,
+      kl: frame.recent.kl_mean ?? "",
+      stall: frame.recent.stall_share ?? "",
+      rate: frame.recent.tokens_per_s ?? "",
+      emulated: device.emulated,
+      changes: frame.changes.length,
     });
     this.model.send({ do: "ack", seq: frame.seq });
   }
 
   formChanged() {
-    this.settings.syncForm();
+    this.settings.ask.sync();
     this.text.setMode(this.model.get("form").shade === "kl" ? "kl" : "cost");
   }
 

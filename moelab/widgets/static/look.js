@@ -1,5 +1,5 @@
 // Colours, numbers and the small pieces of page that every view shares.
-// These files are joined into one module in the order look, cells, bars, text, settings, dashboard.
+// The files of this folder are joined into one module, in the order dashboard.py names.
 
 // Viridis, turned so that more bits stand out more from the background in both themes.
 const TIERS = {
@@ -11,14 +11,30 @@ const FILL = { 16: 1, 8: 0.74, 4: 0.5, 3: 0.36, 2: 0.24 };
 // Okabe and Ito's colours; one colour per cause of waiting, the same in every view.
 const INK = {
   light: {
-    compute: "#56a0d3", "on demand": "#d55e00", "prefetch late": "#e69f00", evict: "#a8518a",
-    kl: "#00795a", load: "#d55e00", text: "#1f2328", soft: "#656d76", line: "#d0d7de",
-    cell: "#f0f2f5", ground: "#ffffff",
+    compute: "#56a0d3",
+    "on demand": "#d55e00",
+    "prefetch late": "#e69f00",
+    evict: "#a8518a",
+    kl: "#00795a",
+    load: "#d55e00",
+    text: "#1f2328",
+    soft: "#656d76",
+    line: "#d0d7de",
+    cell: "#f0f2f5",
+    ground: "#ffffff",
   },
   dark: {
-    compute: "#4d8fc4", "on demand": "#f0762b", "prefetch late": "#f0b429", evict: "#d98cc0",
-    kl: "#2fc79a", load: "#ff7f3a", text: "#e6e8eb", soft: "#9aa4af", line: "#3a4048",
-    cell: "#22262b", ground: "#111111",
+    compute: "#4d8fc4",
+    "on demand": "#f0762b",
+    "prefetch late": "#f0b429",
+    evict: "#d98cc0",
+    kl: "#2fc79a",
+    load: "#ff7f3a",
+    text: "#e6e8eb",
+    soft: "#9aa4af",
+    line: "#3a4048",
+    cell: "#22262b",
+    ground: "#111111",
   },
 };
 const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -28,7 +44,8 @@ function h(tag, props = {}, ...children) {
   const node = document.createElement(tag);
   for (const [key, value] of Object.entries(props)) {
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else if (value !== undefined && value !== false) node.setAttribute(key, value === true ? "" : value);
+    else if (value !== undefined && value !== false)
+      node.setAttribute(key, value === true ? "" : value);
   }
   node.append(...children);
   return node;
@@ -45,13 +62,20 @@ const rate = (x) => fixed(x, x < 10 ? 2 : x < 100 ? 1 : 0);
 const millis = (x) => `${fixed(x, x < 10 ? 2 : x < 100 ? 1 : 0)} ms`;
 function bytes(x) {
   if (x === null || !Number.isFinite(x)) return "–";
-  const [size, unit] = x >= 1e9 ? [1e9, "GB"] : x >= 1e6 ? [1e6, "MB"] : x >= 1e3 ? [1e3, "kB"] : [1, "B"];
+  const [size, unit] =
+    x >= 1e9 ? [1e9, "GB"] : x >= 1e6 ? [1e6, "MB"] : x >= 1e3 ? [1e3, "kB"] : [1, "B"];
   const value = x / size;
   return `${value.toFixed(value < 10 && unit !== "B" ? 2 : value < 100 && unit !== "B" ? 1 : 0)} ${unit}`;
 }
 function kl(x) {
   if (x === null || !Number.isFinite(x)) return "–";
-  if (x < 1e-4) return x < 1e-6 ? "0" : x.toExponential(0).replace("e-", "·10⁻").replace(/\d$/, (d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]);
+  if (x < 1e-4)
+    return x < 1e-6
+      ? "0"
+      : x
+          .toExponential(0)
+          .replace("e-", "·10⁻")
+          .replace(/\d$/, (d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]);
   return x < 0.01 ? x.toFixed(4) : x.toFixed(3);
 }
 /** The next round number at or above x: 1, 2, 5, 10, 20 … or finer steps. */
@@ -66,7 +90,9 @@ function quantile(values, q) {
 
 /** Light or dark, from the colour the widget really has; it has none before it is on the page. */
 function themeOf(root) {
-  const [r, g, b] = (getComputedStyle(root).backgroundColor.match(/[\d.]+/g) ?? [255, 255, 255]).map(Number);
+  const [r, g, b] = (
+    getComputedStyle(root).backgroundColor.match(/[\d.]+/g) ?? [255, 255, 255]
+  ).map(Number);
   return 0.299 * r + 0.587 * g + 0.114 * b < 128 ? "dark" : "light";
 }
 
@@ -76,13 +102,16 @@ class Sheet {
     this.node = h("canvas", { class: "moe-canvas", tabindex: 0, role: "img", "aria-label": label });
     this.box = h("div", { class: "moe-sheet" }, this.node);
     this.width = this.height = 0;
-    this.observer = new ResizeObserver(() => { if (this.fit()) redraw(); });
+    this.observer = new ResizeObserver(() => {
+      if (this.fit()) redraw();
+    });
     this.observer.observe(this.box);
   }
   fit() {
     const { clientWidth, clientHeight } = this.box;
     const ratio = globalThis.devicePixelRatio || 1;
-    if (clientWidth === this.width && clientHeight === this.height && ratio === this.ratio) return false;
+    if (clientWidth === this.width && clientHeight === this.height && ratio === this.ratio)
+      return false;
     Object.assign(this, { width: clientWidth, height: clientHeight, ratio });
     this.node.width = Math.round(clientWidth * ratio);
     this.node.height = Math.round(clientHeight * ratio);
@@ -96,7 +125,9 @@ class Sheet {
     g.textBaseline = "middle";
     return g;
   }
-  close() { this.observer.disconnect(); }
+  close() {
+    this.observer.disconnect();
+  }
 }
 
 /** Diagonal lines, for what must be told apart without colour. */
@@ -106,7 +137,10 @@ function hatch(g, colour, gap = 4) {
   const t = tile.getContext("2d");
   t.strokeStyle = colour;
   t.lineWidth = gap * 0.55;
-  for (const x of [-gap, gap, gap * 3]) { t.moveTo(x - gap, gap * 2 + gap); t.lineTo(x + gap * 2, -gap + gap); }
+  for (const x of [-gap, gap, gap * 3]) {
+    t.moveTo(x - gap, gap * 2 + gap);
+    t.lineTo(x + gap * 2, -gap + gap);
+  }
   t.stroke();
   const pattern = g.createPattern(tile, "repeat");
   pattern.setTransform(new DOMMatrix().scale(0.5));
@@ -131,5 +165,7 @@ class Tip {
     const top = Math.min(Math.max(4, y - root.top + 14), root.height - t - 4);
     Object.assign(this.node.style, { left: `${Math.max(4, left)}px`, top: `${top}px` });
   }
-  hide() { this.node.hidden = true; }
+  hide() {
+    this.node.hidden = true;
+  }
 }
