@@ -10,17 +10,23 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from moelab.engine.engine import Engine, shape_of
 from moelab.engine.generation import Sampling
-from moelab.models import CHEAP_BYTES, compute_dtype, find_store, model_sampling
+from moelab.models import (
+    CHEAP_BYTES,
+    compute_dtype,
+    find_store,
+    load_tokenizer,
+    model_sampling,
+)
 from moelab.quality import Score
 from moelab.run import Run
 from moelab.scheduling.scheduler import minimum_budget
@@ -115,9 +121,10 @@ class Lab:
         self._store, self._settings = store, settings
         self.name = name or store.manifest.source
         self._shape = shape_of(store)
-        self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
-        self._tokenizer = AutoTokenizer.from_pretrained(store.checkpoint_dir)
+        self._tokenizer = load_tokenizer(store)
         self._sampling = model_sampling(store.checkpoint_dir)
+        self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
+        weakref.finalize(self, self._engine.loader.close)
         self._busy, self._lock = threading.Lock(), threading.RLock()
         self._closed = False
         self.run: Run | None = None
@@ -138,13 +145,19 @@ class Lab:
             A value is refused; no setting changes.
         """
         with self._lock:
-            self._settings = self._settings.change(self._shape, **changes)
+            if self._closed:
+                raise RuntimeError("this lab is closed; open it again")
+            new = self._settings.change(self._shape, **changes)
             if self._busy.acquire(blocking=False):  # no run: obey at once
                 try:
-                    self._engine.apply(self._settings)
+                    self._engine.apply(new)
+                except BaseException:  # a policy of somebody's own failed
+                    self._engine.recover()
+                    raise
                 finally:
                     self._busy.release()
-            return self._settings
+            self._settings = new
+            return new
 
     # -- generating -------------------------------------------------------------------------
 
@@ -182,8 +195,8 @@ class Lab:
         ValueError
             An empty prompt, or a value out of range.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: 1 or more")
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens!r}: a whole number, 1 or more")
         ids = self._encode(prompt)
         given = {
             "temperature": temperature,
@@ -200,6 +213,8 @@ class Lab:
             eos = set() if ignore_eos else self._eos()
             run = Run(prompt, ids, self._tokenizer, eos, self._shape)
             self.run = run
+            if self._closed:
+                run.stop()
             run._start(lambda: self._work(run, max_new_tokens, sampling))
         except BaseException:
             self._busy.release()
@@ -213,7 +228,7 @@ class Lab:
     def score(
         self, text: str | None = None, *, max_tokens: int = 48, progress: bool = True
     ) -> Score:
-        """Quality under the current settings against full precision, teacher-forced.
+        """Quality under the current settings against the store's best tier, teacher-forced.
 
         Every position is decoded through the engine, so misses are downgraded as they would be in
         a run; an emulated device is not waited for, since it changes no decision.
@@ -232,6 +247,8 @@ class Lab:
         ValueError
             The text has fewer than two tokens, or is not given for a model without probes.
         """
+        if max_tokens < 2:
+            raise ValueError(f"max_tokens={max_tokens}: 2 or more")
         texts = [text] if text is not None else list(self.probes().values())
         if not texts:
             raise ValueError("this model brings no probe texts; give text=")
@@ -267,6 +284,8 @@ class Lab:
             "budget_bytes": s.budget_bytes,
             "budget_experts": s.budget_bytes // shape.nbytes[s.bits],
             "resident_bytes": self._engine.arena.held_bytes,
+            "reference_bits": max(shape.nbytes),
+            "direct_io": self._engine.loader.direct,
             "non_expert_parameters": sum(
                 p.numel() for p in self._engine.model.parameters() if p.device.type != "meta"
             ),
@@ -316,14 +335,14 @@ class Lab:
 
     def close(self) -> None:
         """Stop the run, the loader and let go of the experts' memory."""
-        if self.run is not None and self.run.running:
-            self.run.stop()
-            self.run._done.wait()
         with self._lock:
-            if not self._closed:
-                self._claim()  # for good
-                self._closed = True
-                self._engine.close()
+            if self._closed:
+                return
+            self._closed = True
+        if self.run is not None:
+            self.run.stop()
+        self._busy.acquire()  # for good, when whoever is at work has ended
+        self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -362,6 +381,9 @@ class Lab:
             try:
                 if self._engine.settings is not self._settings:  # changed after the last token
                     self._engine.apply(self._settings)
+            except Exception:  # noqa: BLE001, a policy of somebody's own failed: not in force
+                self._engine.recover()
+                self._settings = self._engine.settings
             finally:
                 self._busy.release()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from moelab.paths import cache_dir
 from moelab.store.codecs import TIERS
-from moelab.store.store import Store
+from moelab.store.store import Store, StoreError
 
 CHEAP_BYTES = 256 * 2**20
 """Below this a model is small: float32, and compared with full precision by default."""
@@ -52,13 +53,25 @@ def _packed(source: str | Path, name: str, tiers: Sequence[int], progress: bool)
 
     slug = re.sub(r"[^\w.-]", "_", name)
     destination = cache_dir() / "stores" / f"{slug}-{_fingerprint(source, tiers)}"
-    if not (destination / "manifest.json").is_file():
-        pack(source, destination, tiers=tuple(tiers), progress=progress)
+    damaged = False
+    if (destination / "manifest.json").is_file():
+        try:
+            Store.open(destination)
+        except StoreError as error:
+            warnings.warn(f"{error}; packing {source} again", stacklevel=2)
+            damaged = True
+        else:
+            return destination
+    pack(source, destination, tiers=tuple(tiers), overwrite=damaged, progress=progress)
     return destination
 
 
 def _fingerprint(source: str | Path, tiers: Sequence[int]) -> str:
-    """Changes with the checkpoint's files, so that a newer one is packed anew."""
+    """Changes with the files of a checkpoint folder, so that a newer one is packed anew.
+
+    A hub id has no fingerprint of files, only its name and the tiers: what is packed of it stays,
+    whatever is uploaded under that name later.
+    """
     digest = hashlib.blake2b(repr((str(source), sorted(tiers))).encode(), digest_size=6)
     if isinstance(source, Path):
         for file in sorted([*source.glob("*.safetensors"), *source.glob("*.json")]):
@@ -86,3 +99,26 @@ def model_sampling(folder: Path) -> dict[str, Any]:
         return {}
     names = ("temperature", "top_p", "top_k", "repetition_penalty")
     return {n: v for n in names if (v := getattr(config, n, None)) is not None}
+
+
+def load_tokenizer(store: Store) -> Any:
+    """The tokenizer of a store, from its own files only.
+
+    Raises
+    ------
+    ValueError
+        The checkpoint brought none that can be used, or is an encoder-decoder.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder, local = store.checkpoint_dir, {"local_files_only": True, "trust_remote_code": False}
+    if getattr(AutoConfig.from_pretrained(folder, **local), "is_encoder_decoder", False):
+        raise ValueError(f"{store.path} is an encoder-decoder; moelab runs decoder-only models")
+    try:
+        return AutoTokenizer.from_pretrained(folder, **local)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(
+            f"{store.path} has no usable tokenizer ({reason}); put tokenizer.json beside the "
+            "checkpoint's config.json and pack it again"
+        ) from error

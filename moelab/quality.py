@@ -8,26 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-RULES_OF_THUMB = (
-    (0.01, "indistinguishable"),
-    (0.05, "good 4-bit"),
-    (0.2, "visible"),
-    (0.5, "poor"),
-    (math.inf, "broken"),
-)
-"""Mean KL below the number earns the word. Rules of thumb, not a result of a paper."""
-
 
 def kl_divergence(full: torch.Tensor, degraded: torch.Tensor) -> torch.Tensor:
     """KL(full || degraded) in nats from logits ``[..., V]``; shape ``[...]``, float64, >= 0."""
     p = torch.log_softmax(full.double(), -1)
     q = torch.log_softmax(degraded.double(), -1)
     return (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
-
-
-def verdict(kl_mean: float) -> str:
-    """The rule of thumb's word for a mean KL."""
-    return next(word for limit, word in RULES_OF_THUMB if kl_mean < limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +32,6 @@ class Score:
     perplexity: float
     perplexity_full: float
     perplexity_ratio: float
-
-    @property
-    def verdict(self) -> str:
-        """The rule of thumb's word for the mean KL."""
-        return verdict(self.kl_mean)
 
 
 class Scorer:

@@ -30,7 +30,8 @@ class TokenReport:
 
     ``total_ms`` is compute plus stalls; measuring KL is not part of it. ``stall_ms`` is by cause:
     ``on demand``, ``prefetch late`` (a guess was right but still on its way), ``evict``.
-    ``bytes`` were read from the device, ``hit_bytes`` served from memory.
+    ``bytes`` were read from the device (prefetches too), ``load_bytes`` of them on demand;
+    ``hit_bytes`` were served from memory.
     """
 
     token: int
@@ -50,6 +51,20 @@ class TokenReport:
     resident_bytes: int
     budget_bytes: int
     device: str
+    load_bytes: int = 0
+
+
+_SUMMED = (
+    "hits", "loads", "skips", "substitutes", "downgrades", "bytes", "hit_bytes", "load_bytes",
+)  # fmt: skip
+
+
+def _since_device(reports: list[TokenReport]) -> list[TokenReport]:
+    """The tokens since the device last changed."""
+    last = len(reports)
+    while last > 0 and reports[last - 1].device == reports[-1].device:
+        last -= 1
+    return reports[last:]
 
 
 class Run:
@@ -81,7 +96,7 @@ class Run:
         self._stop, self._done = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._log, self._trace = EventLog(), Trace(shape)
-        self._peak_bytes = 0
+        self._peak_bytes, self._direct = 0, True
 
     # -- for the person ---------------------------------------------------------------------
 
@@ -138,44 +153,43 @@ class Run:
         return frame
 
     def summary(self) -> dict[str, Any]:
-        """The run in figures; ratios, speeds and bytes are of decoded tokens, without prefill.
+        """The run in figures; works while the run goes on.
 
+        Ratios, speeds and bytes are of decoded tokens, without prefill. Times are of the tokens
+        since the device last changed, so that measured and emulated ones are never averaged;
         ``tokens_per_s`` counts compute and stalls, not the measuring of KL. ``hit_ratio`` is hits
-        over requests, ``byte_hit_ratio`` bytes served from memory over bytes served,
-        ``stall_share`` the part of the time spent waiting. Works while the run goes on.
+        over requests, ``byte_hit_ratio`` the part of the bytes served that was not loaded on
+        demand, ``stall_share`` the part of the time spent waiting.
         """
         reports = list(self.token_reports)
         decoded = [r for r in reports if r.token > 0]
-        total = sum(r.total_ms for r in decoded)
-        stall = sum(sum(r.stall_ms.values()) for r in decoded)
-        times = [r.total_ms for r in decoded] or [0.0]
-        hits, loads, read, kept = (
-            sum(getattr(r, name) for r in decoded)
-            for name in ("hits", "loads", "bytes", "hit_bytes")
-        )
-        skips, substitutes = sum(r.skips for r in decoded), sum(r.substitutes for r in decoded)
-        asked = hits + loads + skips + substitutes
+        timed = _since_device(decoded)
+        times = [r.total_ms for r in timed] or [0.0]
+        stall = sum(sum(r.stall_ms.values()) for r in timed)
+        total = {n: sum(getattr(r, n) for r in decoded) for n in _SUMMED}
+        asked = sum(total[n] for n in ("hits", "loads", "skips", "substitutes"))
+        served = total["hit_bytes"] + total["load_bytes"]
         kls = [r.kl for r in reports if r.kl is not None]
-        devices = sorted({r.device for r in reports})
-        kinds = {"emulated" if DEVICES[d].emulated else "measured" for d in devices}
+        device = reports[-1].device if reports else ""
+        emulated = bool(reports) and DEVICES[device].emulated
         return {
             "tokens": len(reports),
-            "tokens_per_s": 1e3 * len(decoded) / total if total else 0.0,
+            "tokens_per_s": 1e3 * len(timed) / sum(times) if timed else 0.0,
             "ttft_ms": reports[0].total_ms if reports else 0.0,
             "tpot_ms_median": float(np.median(times)),
             "tpot_ms_p99": float(np.quantile(times, 0.99)),
-            "hit_ratio": hits / asked if asked else 0.0,
-            "byte_hit_ratio": kept / (kept + read) if kept + read else 0.0,
-            "bytes_per_token": read / len(decoded) if decoded else 0.0,
-            "stall_share": stall / total if total else 0.0,
-            "downgrades": sum(r.downgrades for r in decoded),
-            "skips": skips,
-            "substitutes": substitutes,
+            "hit_ratio": total["hits"] / asked if asked else 0.0,
+            "byte_hit_ratio": total["hit_bytes"] / served if served else 0.0,
+            "bytes_per_token": total["bytes"] / len(decoded) if decoded else 0.0,
+            "stall_share": stall / sum(times) if timed else 0.0,
+            "downgrades": total["downgrades"],
+            "skips": total["skips"],
+            "substitutes": total["substitutes"],
             "kl_mean": float(np.mean(kls)) if kls else None,
             "peak_resident_bytes": self._peak_bytes,
             "budget_bytes": reports[-1].budget_bytes if reports else 0,
-            "device": ", ".join(devices),
-            "timing": " + ".join(sorted(kinds)),
+            "device": device,
+            "timing": "emulated" if emulated else "measured" if self._direct else "page cache",
         }
 
     def __repr__(self) -> str:
@@ -248,10 +262,10 @@ class Run:
         for issued, nbytes in engine.withdrawn:  # a load that never began was counted when issued
             if issued == index:
                 read -= nbytes
-            elif issued < len(self.token_reports):
+            elif 0 <= issued < len(self.token_reports):
                 old = self.token_reports[issued]
                 self.token_reports[issued] = dataclasses.replace(old, bytes=old.bytes - nbytes)
-        self._peak_bytes = engine.arena.peak_bytes
+        self._peak_bytes, self._direct = engine.arena.peak_bytes, engine.loader.direct
         self.token_reports.append(
             TokenReport(
                 token=index,
@@ -271,5 +285,6 @@ class Run:
                 resident_bytes=engine.arena.held_bytes,
                 budget_bytes=engine.settings.budget_bytes,
                 device=engine.settings.device,
+                load_bytes=counts["load_bytes"],
             )
         )

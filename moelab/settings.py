@@ -33,7 +33,8 @@ class Settings:
     bits
         Tier at which experts are asked for.
     low_bits
-        Second tier for unimportant misses (HOBBIT's rule), None for one precision.
+        Second tier for unimportant misses (HOBBIT's rule), None for one precision; it has no
+        effect unless it is below ``bits``.
     t1, t2
         HOBBIT's thresholds: above ``t1`` low precision, above ``t2`` skip.
     strategy
@@ -96,8 +97,9 @@ class Settings:
                     f"{name}={value!r} is not in this store; choose one of {tiers}"
                     + (" or None" if name == "low_bits" else "")
                 )
-        if not 0 <= self.t1 <= self.t2:
-            raise ValueError(f"t1={self.t1}, t2={self.t2}: need 0 <= t1 <= t2")
+        numbers = all(isinstance(t, (int, float)) for t in (self.t1, self.t2))
+        if not numbers or not 0 <= self.t1 <= self.t2:
+            raise ValueError(f"t1={self.t1!r}, t2={self.t2!r}: need 0 <= t1 <= t2")
         if type(self.prefetch) is not int or not 0 <= self.prefetch <= 3:
             raise ValueError(f"prefetch={self.prefetch!r}: layers to look ahead, 0 to 3")
         find_device(self.device)

@@ -35,11 +35,7 @@ OPEN_AND_RUN_ALL = """async (path) => {
   await notebook.sessionContext.session.kernel.info;
   app.commands.execute("notebook:run-all-cells");
 }"""
-SHUT_DOWN = """async () => {
-  const { commands, serviceManager } = window.jupyterapp;
-  await commands.execute("docmanager:save");
-  await serviceManager.sessions.shutdownAll();
-}"""
+SHUT_DOWN = "() => window.jupyterapp.serviceManager.sessions.shutdownAll()"
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +112,7 @@ def live_page(chromium, jupyter):
     page.wait_for_function("window.jupyterapp")
     page.evaluate(OPEN_AND_RUN_ALL, "01_live_lab.ipynb")
     tables = page.locator(".jp-OutputArea table")  # the last two cells show one
-    tables.nth(1).wait_for()
+    tables.nth(1).wait_for(timeout=400_000)
     yield page
     page.evaluate(SHUT_DOWN)
     context.close()
@@ -126,3 +122,15 @@ def shot(page, name):
     """Keep a picture of the page for people to look at."""
     ARTIFACTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=ARTIFACTS / f"{name}.png")
+
+
+def reload(page, selector):
+    """Load the page anew. A starved JupyterLab may come up blank: that is tried once more."""
+    from playwright.sync_api import TimeoutError as TooLate
+
+    page.reload()
+    try:
+        page.wait_for_selector(selector, timeout=90_000)
+    except TooLate:
+        page.reload()
+        page.wait_for_selector(selector)

@@ -6,7 +6,13 @@ import time
 
 import pytest
 
-from browser import chromium, jupyter, live_page, shot  # noqa: F401 the first three are fixtures
+from browser import (  # noqa: F401 the first three are fixtures
+    chromium,
+    jupyter,
+    live_page,
+    reload,
+    shot,
+)
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(900)]
 SECONDS = 120
@@ -295,7 +301,7 @@ def test_a_reload_shows_the_current_state(dash):
     before = dash.text.inner_text()
     dash.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
     dash.page.wait_for_timeout(2000)
-    dash.page.reload()
+    reload(dash.page, ".moe-dash")
     again = Dash(dash.page)
     again.until(lambda: again.text.inner_text() == before, "the same text")
     assert again.root.locator("select[name=bits]").input_value() == "8"

@@ -221,6 +221,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tiny_corpus, tmp_path):
     assert story["curve"][-1]["validation"]["words"] < np.log(300) - 0.5
 
 
+@pytest.mark.slow
 def test_two_workers_take_the_steps_of_one(tiny_corpus, tmp_path):
     """In a fresh interpreter, because training forks."""
     recipe = replace(TINY, tokens=64 * 5, balance=(0.0, 0.0), z=0.0)

@@ -66,6 +66,40 @@ def test_full_precision_equals_stock_transformers(lab, stock):
     assert worst <= 1e-4
 
 
+@pytest.mark.parametrize("name", ["lru", "lfu", "layer_lru"])
+def test_a_run_in_a_warm_cache_is_replayed_exactly(lab, name):
+    lab.update(strategy=name, budget="30%", prefetch=1)
+    lab.generate("def main():", max_new_tokens=12, ignore_eos=True)
+    run = lab.generate(PROMPT, max_new_tokens=12, ignore_eos=True)
+    assert run.trace.resident
+    live = run.events[run.events.kind != "stall"][["kind", "layer", "expert", "bits"]]
+    again = replay(run.trace, strategies={name: make(name)}).decisions
+    assert [tuple(r) for r in live.itertuples(index=False)] == [
+        (d.kind, d.layer, d.expert, d.bits) for d in again
+    ]
+
+
+def test_a_policy_that_fails_costs_the_change_and_nothing_else(lab):
+    class Broken(moelab.strategies.Evict):
+        def priority(self, key, view):
+            raise ZeroDivisionError("my own mistake")
+
+    lab.update(budget="25%")
+    lab.generate(PROMPT, max_new_tokens=4)
+    before = lab.settings
+    with pytest.raises(ZeroDivisionError):
+        lab.update(
+            strategy=moelab.strategies.lru().replace(evict=Broken(), name="broken"), budget="10%"
+        )
+    assert lab.settings is before
+    lab.update(strategy=moelab.strategies.lru().replace(evict=Broken(), name="broken"))
+    with pytest.raises(ZeroDivisionError, match="my own mistake"):
+        lab.generate(PROMPT, max_new_tokens=8)
+    lab.update(strategy="lru")
+    assert lab.generate(PROMPT, max_new_tokens=4, ignore_eos=True).error is None
+    assert lab.info()["resident_bytes"] <= lab.settings.budget_bytes
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_no_strategy_changes_what_is_computed_at_one_precision(lab, name, prefetch):
@@ -262,7 +296,7 @@ def test_prefetched_experts_are_hits_and_late_ones_are_waited_for(lab):
 
 
 def test_times_add_up(lab):
-    lab.update(budget="25%", device="emmc")
+    lab.update(budget="12%", device="sd_card", prefetch=3)
     run = lab.generate(PROMPT, max_new_tokens=12, ignore_eos=True)
     table = run.per_token
     assert np.allclose(table.total_ms, table.compute_ms + table.stall_ms)

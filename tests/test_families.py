@@ -7,6 +7,7 @@ ever runs experts 0 and 1 of it.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from torch import nn
 
 import tiny_families
 import tiny_models
-from moelab.engine.model import Adapter, attach, find_moe, load_skeleton, run_experts
+from moelab.engine.model import Adapter, MoELayer, attach, find_moe, load_skeleton
 from moelab.store.checkpoint import ExpertReader
+from reference import run_experts
 
 IDS = torch.tensor([[3, 17, 99, 4, 250, 31, 77]])
 NO_LOOK_AHEAD = {"flint", "jamba", "nemotron_h"}  # tiny, they have one MoE layer only
+ASKED_PER_TOKEN = {"deepseek_v4", "nllb_moe", "zaya"}  # routers with more inputs than one
 NOT_TINY = {
     "deepseek_ocr2": "its vision part cannot be built small",
     "diffusion_gemma": "block diffusion: it does not generate token by token",
@@ -51,7 +54,15 @@ class Served:
         self.reader = ExpertReader(self.model, folder)
         self.calls: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.ahead: dict[int, list] = {}
+        self.asked: dict[int, tuple] = {}  # what each layer's router was given
         self.adapter: Adapter = attach(self.model, self.run)
+        for layer in self.adapter.layers:
+            if layer.router is not None:
+                hook = partial(self.ask, layer.index)
+                layer.router.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def ask(self, layer, _, args, kwargs):
+        self.asked[layer] = args[0].clone(), args[1:], kwargs
 
     def run(self, layer, x, idx, weights, scale_input):
         facts = self.adapter.layers[layer]
@@ -90,11 +101,23 @@ def test_family_is_served_exactly(name, tmp_path, monkeypatch):
 def check_look_ahead(served: Served, name: str) -> None:
     """From the second pass on, consecutive MoE layers answer with what they would choose."""
     logits(served.model)
-    answers = [later for ahead in served.ahead.values() for later in ahead]
+    answers = [(layer, later) for layer, ahead in served.ahead.items() for later in ahead]
     assert bool(answers) != (name in NO_LOOK_AHEAD)
-    for layer, idx, weights in answers:
-        assert idx.shape == weights.shape == served.calls[layer][0].shape
+    for layer, (later, idx, weights) in answers:
+        assert idx.shape == weights.shape == served.calls[later][0].shape
         assert torch.isfinite(weights).all()
+        if name not in ASKED_PER_TOKEN:
+            facts = served.adapter.layers[later]
+            x, (_, *more) = served.asked[layer][0], served.asked[later]
+            expected = ask_router(facts, x, *more)
+            assert torch.equal(idx, expected[0])
+            assert torch.equal(weights, expected[1])
+
+
+@torch.no_grad()
+def ask_router(layer: MoELayer, x: torch.Tensor, args: tuple, kwargs: dict):
+    """The answer of the router's own class, without the adapter."""
+    return layer.choice(type(layer.router).forward(layer.router, x, *args, **kwargs))
 
 
 def check_masks(served: Served) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_manifest_says_what_the_engine_needs(qwen, tmp_path):
     assert store.tiers == (16, 4)
     assert (manifest.hidden, manifest.inner, store.top_k) == (192, 128, 2)
     assert (manifest.activation, manifest.gating) == ("silu", "concatenated")
-    assert manifest.is_plain_swiglu
+    assert [manifest.transposed, manifest.has_bias, manifest.has_post_norm] == [False] * 3
     assert manifest.layout.dtype == "bfloat16"
     assert all(size % PAGE == 0 for size in store.slot_bytes.values())
     assert "/" not in manifest.source
@@ -89,7 +90,7 @@ def test_manifest_says_what_the_engine_needs(qwen, tmp_path):
 def test_gpt_oss_is_marked_as_not_plain(tmp_path):
     source = tiny_models.gpt_oss(tmp_path / "g")
     store = Store.open(pack(source, tmp_path / "store", tiers=(8,), progress=False))
-    assert not store.manifest.is_plain_swiglu
+    assert store.manifest.gating == "custom"
     assert store.manifest.transposed
     assert store.manifest.has_bias
 
@@ -314,6 +315,66 @@ def test_two_threads_with_one_destination_make_one_store(qwen, tmp_path):
         thread.join()
     assert errors == []
     Store.open(target, verify=True)
+
+
+@pytest.mark.slow
+def test_two_processes_with_one_destination_make_one_store(qwen, tmp_path):
+    target = tmp_path / "store"
+    run = [sys.executable, "-c", SLOW_PACK, qwen, target]
+    children = [subprocess.Popen(run, cwd=ROOT) for _ in range(2)]
+    assert [child.wait(timeout=120) for child in children] == [0, 0]
+    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+    Store.open(target, verify=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("moment", ["before move", "inside move"])
+def test_the_same_store_that_appears_while_packing_is_kept(
+    qwen, tmp_path, monkeypatch, overwrite, moment
+):
+    other, target = pack(qwen, tmp_path / "other", tiers=(4,), progress=False), tmp_path / "store"
+    if moment == "before move":
+        appear_while_packing(monkeypatch, other, target)
+    else:
+        appear_at_the_last_moment(monkeypatch, other, target)
+    assert pack(qwen, target, tiers=(4,), overwrite=overwrite, progress=False) == target
+    assert (target / "first").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "store"]
+
+
+def test_another_store_that_appears_while_packing_is_kept_and_said(qwen, tmp_path, monkeypatch):
+    other = pack(qwen, tmp_path / "other", tiers=(8,), progress=False)
+    appear_while_packing(monkeypatch, other, tmp_path / "store")
+    with pytest.raises(StoreError, match="appeared while packing"):
+        pack(qwen, tmp_path / "store", tiers=(4,), progress=False)
+    assert Store.open(tmp_path / "store").tiers == (8,)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "store"]
+
+
+def appear(store: Path, target: Path) -> None:
+    shutil.copytree(store, target)
+    (target / "first").touch()
+
+
+def appear_while_packing(monkeypatch: pytest.MonkeyPatch, store: Path, target: Path) -> None:
+    plain = packing.move
+
+    def move(*args, **options):
+        appear(store, target)
+        plain(*args, **options)
+
+    monkeypatch.setattr(packing, "move", move)
+
+
+def appear_at_the_last_moment(monkeypatch: pytest.MonkeyPatch, store: Path, target: Path) -> None:
+    plain = Path.rename
+
+    def rename(self, new):
+        if new == target:
+            appear(store, target)
+        return plain(self, new)
+
+    monkeypatch.setattr(Path, "rename", rename)
 
 
 MEMORY = textwrap.dedent(

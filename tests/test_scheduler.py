@@ -171,7 +171,7 @@ def test_a_stand_in_serves_a_missing_expert():
 
     s = Scheduler(SHAPE, lru().replace(route=Nearest()), knobs())
     s.step(step(0, 1, 2))
-    assert kinds(s.step(step(0, 1, 5))) == [("hit", 1), ("substitute", 1)]
+    assert kinds(s.step(step(0, 1, 5))) == [("hit", 1), ("substitute", 2)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -201,6 +201,30 @@ def test_a_policy_in_under_ten_lines():
         s.step(step(0, expert))
     assert kinds(s.step(step(0, 2))) == [("evict", 5), ("load", 2)]
     assert s.why((0, 1)) == {"priority": -1}
+
+
+def test_a_policy_that_ignores_what_is_allowed_is_named():
+    class Newest(Evict):
+        def victim(self, allowed, view):
+            return list(view.cache)[-1]
+
+    s = Scheduler(
+        Shape((6,), 2, NBYTES), lru().replace(evict=Newest()), knobs(budget_bytes=2 * 1600)
+    )
+    s.step(step(0, 0, 1))
+    with pytest.raises(ValueError, match=r"Newest.victim chose expert \(0, 2\).*allowed"):
+        s.step(step(0, 2, 3))
+
+
+def test_a_guess_that_finds_no_room_drops_nothing():
+    s = Scheduler(SHAPE, lru(), knobs(budget_bytes=2 * 1600 + 400, low_bits=4, prefetch=1))
+    s.step(step(1, 4, 5, weights=(0.25, 0.75)))  # 5 high, 4 low
+    assert s.cache.bits((1, 4)) == 4
+    s.step(step(0, 0, 1, weights=(0.5, 0.5)))
+    held = dict(s.cache)
+    plan = s.step(step(0, 0, 1, weights=(0.5, 0.5), ahead=[LookAhead(1, (4,), (1.0,))]))
+    assert plan.fetches == [] == plan.after
+    assert dict(s.cache) == held
 
 
 def test_a_part_that_is_no_part_is_refused():
@@ -242,14 +266,15 @@ def random_knobs(draw):
 def run_stream(name: str, first: Knobs, stream) -> tuple[list, Trace, int]:
     """Drive a scheduler; check after every decision that decisions and cache agree."""
     s, trace, decided, held = Scheduler(SHAPE, make(name), first), Trace(SHAPE), [], {}
-    trace.changes.append((0, first, name))
+    trace.changes.append((0, first, name, True))
     s.new_sequence()
     for what, *rest in stream:
         if what == "knobs":
-            for drop in s.change(rest[0], make(rest[1]) if rest[1] != name else None):
+            fresh = rest[1] != name
+            for drop in s.change(rest[0], make(rest[1]) if fresh else None):
                 assert held.pop(drop.key) == drop.bits
             name = rest[1]
-            trace.changes.append((len(trace.steps), rest[0], name))
+            trace.changes.append((len(trace.steps), rest[0], name, fresh))
         else:
             for given_layer in layer_inputs(what, rest[0], s):
                 trace.steps.append(given_layer)
@@ -309,7 +334,12 @@ def test_belady_is_at_least_as_good_as_any_policy(name, stream):
 
 
 def test_a_trace_survives_the_disk(tmp_path):
-    trace = Trace(SHAPE, [step(0, 1, 2, ahead=[LookAhead(1, (3,), (0.5,))])], [(0, knobs(), "lru")])
+    trace = Trace(
+        SHAPE,
+        [step(0, 1, 2, ahead=[LookAhead(1, (3,), (0.5,))])],
+        [(0, knobs(), "lru", True)],
+        [((0, 3), 4)],
+    )
     assert Trace.load(trace.save(tmp_path / "t.json")) == trace
     (tmp_path / "bad.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match=r"bad.json is not a moelab trace"):

@@ -84,6 +84,10 @@ def take(folder: Path, corpus: Corpus) -> dict[str, Any]:
             "hit_ratio": {str(s): measure.hit_ratios(routings, shape, s) for s in SHARES},
         },
         "bits": measure.damage(model, rows, lambda text: print(text, flush=True)),
+        "sampling": {
+            name: getattr(model.generation_config, name)
+            for name in ("do_sample", "temperature", "top_p", "repetition_penalty")
+        },
         "samples": {d: measure.sample(model, tokenizer, prompts()[d][0]) for d in DOMAINS},
     }
 
@@ -101,6 +105,11 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 def percent(value: float) -> str:
     """0.1234 as 12 %."""
     return f"{100 * value:.0f} %"
+
+
+def two(value: float) -> str:
+    """Two digits after the point."""
+    return f"{value:.2f}"
 
 
 def mean(values: Iterable[float]) -> float:
@@ -216,8 +225,11 @@ def _text_tables(card: dict[str, Any]) -> str:
          *(f"{p['validation'][d]:.2f}" for d in DOMAINS)]
         for p in picked
     )  # fmt: skip
-    ppl = ([d, card["perplexity"][d], card["probe_perplexity"][d], card["corpus"][d]["leakage"]]
-           for d in DOMAINS)  # fmt: skip
+    ends = (card["perplexity"], card["probe_perplexity"])
+    ppl = (
+        [d, *(two(end[d]) for end in ends), f"{100 * card['corpus'][d]['leakage']:.1f} %"]
+        for d in DOMAINS
+    )
     return f"""## Text
 
 {table(head, rows)}
@@ -247,9 +259,9 @@ def _routing_tables(card: dict[str, Any]) -> str:
     skew_rows = [
         *([f"top quarter, {d}", *map(percent, r["top_quarter_share"][d])] for d in DOMAINS),
         ["top quarter, all domains", *map(percent, r["top_quarter_share_all_domains"])],
-        ["busiest expert / mean", *r["busiest_over_mean"]],
-        ["idlest expert / mean", *r["idlest_over_mean"]],
-        ["domain information (bits)", *r["between_domains_bits"]],
+        ["busiest expert / mean", *map(two, r["busiest_over_mean"])],
+        ["idlest expert / mean", *map(two, r["idlest_over_mean"])],
+        ["domain information (bits)", *map(two, r["between_domains_bits"])],
         ["reuse by the next token", *map(percent, r["reuse"])],
         *(
             [f"look-ahead recall, top-{k}", "", *map(percent, values)]
@@ -298,8 +310,8 @@ precision; the last columns are perplexity by domain.
 
 
 def _samples(card: dict[str, Any]) -> str:
-    settings = ", ".join(f"{k}={v}" for k, v in measure.SAMPLING.items())
-    where = f"`{settings}`, seed {measure.SAMPLE_SEED}"
+    settings = ", ".join(f"{k}={v}" for k, v in card["sampling"].items())
+    where = f"`{settings}` (the model's generation_config.json), seed {measure.SAMPLE_SEED}"
     parts = [f"## Samples\n\nUnselected; {where}. The prompt is held-out text, up to the mark ▸."]
     for d in DOMAINS:
         text = (prompts()[d][0] + "▸" + card["samples"][d]).replace("```", "'''")

@@ -30,8 +30,7 @@ from moelab.store import codecs
 
 LENGTH = 256
 POLICIES = ("lru", "layer_lru", "lfu")
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 70}
-SAMPLE_SEED = 0
+SAMPLE_TOKENS, SAMPLE_SEED = 70, 0
 
 
 def windows(ids: np.ndarray, count: int) -> Tensor:
@@ -265,10 +264,10 @@ def leakage(train: np.ndarray, validation: np.ndarray, length: int = 24) -> floa
 
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, prompt: str) -> str:
-    """A continuation of `prompt`, with the card's sampling settings and seed."""
+    """A continuation of `prompt`, as the model's own generation settings say."""
     torch.manual_seed(SAMPLE_SEED)
     ids = tokenizer(prompt, return_tensors="pt")
-    out = model.generate(**ids, **SAMPLING, pad_token_id=tokenizer.pad_token_id)
+    out = model.generate(**ids, max_new_tokens=SAMPLE_TOKENS)
     return tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
 
 

@@ -37,6 +37,17 @@ from moelab.demo.sampler import Sampler
 from moelab.demo.shared_adamw import SharedAdamW, shared_zeros
 from moelab.paths import cache_dir
 
+SAMPLING: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "repetition_penalty": 1.1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+"""How the bundled model likes to be sampled; greedy text of a small model goes round in circles."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -312,8 +323,11 @@ class Run:
         """Write the bf16 checkpoint, its tokenizer and `training.json` to `model/`."""
         partial, final = self.out / "model.partial", self.out / "model"
         shutil.rmtree(partial, ignore_errors=True)
+        from transformers import GenerationConfig
+
         build = build_model(self.recipe)
         build.load_state_dict(self.model.state_dict())
+        build.generation_config = GenerationConfig(**SAMPLING)
         build.to(torch.bfloat16).save_pretrained(partial)
         for path in (self.corpus.folder / "tokenizer").iterdir():
             shutil.copy(path, partial)

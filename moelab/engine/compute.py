@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from moelab.engine.engine import Routed
 
 FEW_TOKENS = 8
-"""Up to here one kernel call serves all tokens; above, each expert is decoded for its own."""
+"""Up to here one kernel call serves all experts; above, each expert is called on its own tokens.
+
+Those are served by the kernels too up to `kernels.KERNEL_TOKENS`, and by a decoded expert beyond.
+"""
 
 
 class ExpertCompute:
@@ -46,6 +49,10 @@ class ExpertCompute:
             has_gate=facts.gating != "none",
         )
         self._full: dict[int, np.memmap] = {}
+
+    def release(self) -> None:
+        """Let go of the full-precision files' pages."""
+        self._full.clear()
 
     def batch(self, layer: int, x: torch.Tensor, routed: Routed, scale_input: bool) -> Batch:
         """A new layer's output, to be filled expert by expert; ``x`` is ``[T, D]``."""

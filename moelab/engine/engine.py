@@ -92,9 +92,13 @@ class Engine:
         self.token = 0
         self.prefill = True
         self.arena.peak_bytes = self.arena.held_bytes
+        for here in self.resident.values():
+            here.token = -1  # issued before this run: its bytes are nobody's here
         self.scheduler.new_sequence()
+        if self.trace is not None:
+            self.trace.resident = list(self.scheduler.cache.items())
         self._begin_token()
-        self._record_settings()
+        self._record_settings(fresh=True)
 
     def end_of_token(self) -> None:
         """One token is produced; what follows belongs to the next one."""
@@ -120,7 +124,9 @@ class Engine:
         self.arena.set_limit(settings.budget_bytes)
         if settings.device != old.device:
             self.loader.use(settings.device)
-        self._record_settings()
+        if not settings.measure_kl:
+            self.compute.release()
+        self._record_settings(fresh=new_strategy is not None)
         withdrawn = self.withdrawn
         self._begin_token()  # evictions between tokens are nobody's stall
         self.withdrawn = withdrawn
@@ -136,7 +142,7 @@ class Engine:
             yield
         finally:
             self.reference = False
-            self._mask(0)
+            self._mask_all()
 
     def recover(self) -> None:
         """After a failure in the middle of a token: an empty cache, ready for the next run."""
@@ -146,30 +152,33 @@ class Engine:
                     self.loader.wait(here.ticket)
             self.arena.give(here.slot)
         self.resident.clear()
-        self.scheduler.forget()
+        settings = self.settings
+        self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
+        self.arena.set_limit(settings.budget_bytes)
         self.arena.trim()
 
     def close(self) -> None:
         """Stop the loader and let go of all memory; the engine cannot be used after this."""
         self.loader.close()
         self.adapter.detach()
+        self.compute.release()
         self.resident.clear()
         self.arena.trim()
 
     def _begin_token(self) -> None:
-        self._mask(0)
+        self._mask_all()
         self.stall: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self.bytes = 0
         self.withdrawn: list[tuple[int, int]] = []  # (token that issued a load, bytes not read)
 
-    def _record_settings(self) -> None:
+    def _record_settings(self, *, fresh: bool) -> None:
         if self.trace is None:
             return
         changes, at = self.trace.changes, len(self.trace.steps)
         if changes and changes[-1][0] == at:
-            changes.pop()
-        changes.append((at, self.settings.knobs(), self.settings.strategy.name))
+            fresh |= changes.pop()[3]
+        changes.append((at, self.settings.knobs(), self.settings.strategy.name, fresh))
 
     # -- one layer of a forward pass --------------------------------------------------------
 
@@ -197,9 +206,12 @@ class Engine:
             self._mask(layer + 1)
         return batch.result()
 
+    def _mask_all(self) -> None:
+        for layer in range(self.shape.layers):
+            self._mask(layer)
+
     def _mask(self, layer: int) -> None:
         allowed = self.scheduler.mask(layer)
-        self._masked = allowed is not None
         if allowed is not None:
             self.adapter.set_mask(layer, torch.tensor(allowed, dtype=torch.bool))
             self._masks.add(layer)
@@ -208,15 +220,14 @@ class Engine:
             self._masks.discard(layer)
 
     def _given(self, layer: int, routed: Routed) -> LayerInput:
-        ahead = ()
+        ahead: tuple[LookAhead, ...] = ()
         depth = self.scheduler.depth(layer, prefill=self.prefill)
         if depth:
-            ahead = tuple(
-                LookAhead(coming, tuple(i[-1].tolist()), tuple(w[-1].tolist()))
-                for coming, i, w in self.adapter.look_ahead(layer, depth)
-            )
+            for coming, idx, weights in self.adapter.look_ahead(layer, depth):
+                guess = Routed(idx[-1:], weights[-1:], self.shape.experts[coming])
+                ahead += (LookAhead(coming, guess.experts[0], guess.weights[0]),)
         wanted = None
-        if self._masked:
+        if layer in self._masks:
             choice = self.adapter.wanted(layer)
             wanted = tuple(map(tuple, choice[0].tolist())) if choice else None
         return LayerInput(layer, routed.experts, routed.weights, self.prefill, ahead, wanted)
@@ -295,7 +306,11 @@ class Engine:
                     self.loader.wait(here.ticket)
                 except OSError:
                     cause = "failed"  # an unread prefetch leaves: nobody needs its bytes
-                self.stall["evict"] += time.perf_counter() - begun
+                seconds = time.perf_counter() - begun
+                self.stall["evict"] += seconds
+                self.log.add(
+                    self.token, *drop.key, "stall", drop.bits, drop.bits, 0, begun, seconds, "evict"
+                )
         self.arena.give(here.slot)
         nbytes = here.slot.nbytes
         self._note("evict", *drop.key, drop.bits, drop.bits, nbytes, cause)
@@ -306,12 +321,11 @@ class Engine:
         kind = "load" if s.load else "substitute" if s.served != s.expert else "hit"
         nbytes = self.shape.nbytes[s.bits]
         self._note(kind, layer, s.served, s.asked, s.bits, nbytes, s.cause)
+        self.counts["load_bytes" if s.load else "hit_bytes"] += nbytes
         if s.load:
             self._load((layer, s.served), s.bits, urgent=True)
         if s.bits < s.asked:
             self._note("downgrade", layer, s.served, s.asked, s.bits, 0, s.cause)
-        if kind == "hit":
-            self.counts["hit_bytes"] += nbytes
         self.usage.used[layer, s.served] = self.token
         self.usage.uses[layer, s.served] += 1
 
@@ -329,10 +343,9 @@ class Routed:
     ``experts`` and ``weights`` are tuples ``[T][<=K]``; ``idx`` and ``gates`` numpy ``[T, K]``.
     """
 
-    __slots__ = ("experts", "gates", "idx", "tensors", "weights")
+    __slots__ = ("experts", "gates", "idx", "weights")
 
     def __init__(self, idx: torch.Tensor, weights: torch.Tensor, count: int) -> None:
-        self.tensors = (idx, weights)
         self.idx = idx.numpy()
         self.gates = weights.float().numpy()
         rows = list(zip(self.idx.tolist(), self.gates.tolist(), strict=True))

@@ -5,7 +5,6 @@ transformers marks its experts modules with a decorator that leaves facts behind
 new family needs no code here. `undecorated` describes three families that lack the decorator.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,46 +145,6 @@ def expert_forward(module: Any, x: torch.Tensor, tensors: dict[str, torch.Tensor
     h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
     h = _linear(h, weight["down_proj"], weight.get("down_proj_bias"), module.is_transposed)
     return module.post_expert_norm(h) if module.has_post_expert_norm else h
-
-
-def run_experts(
-    module: Any,
-    x: torch.Tensor,
-    idx: torch.Tensor,
-    weights: torch.Tensor,
-    fetch: Callable[[int], dict[str, torch.Tensor]],
-    *,
-    scale_input: bool = False,
-) -> torch.Tensor:
-    """Run one whole layer, summing in the order of transformers' eager implementation.
-
-    Parameters
-    ----------
-    module
-        The layer's experts module.
-    x
-        Input, [T, D].
-    idx, weights
-        The router's choice, [T, K]. Indices outside 0..E-1 and weights of 0 are not fetched.
-    fetch
-        expert -> its tensors by name.
-    scale_input
-        The weight multiplies the expert's input instead of its output (Llama 4).
-
-    Returns
-    -------
-    Tensor
-        [T, D], in the type of `x`.
-    """
-    out = torch.zeros_like(x)
-    active = (idx >= 0) & (idx < module.num_experts) & (weights != 0)  # [T, K]
-    for expert in torch.unique(idx[active]).tolist():
-        position, token = torch.where(((idx == expert) & active).T)
-        share = weights[token, position, None]
-        rows = x[token]
-        y = expert_forward(module, rows * share if scale_input else rows, fetch(expert))
-        out.index_add_(0, token, (y if scale_input else y * share).to(out.dtype))
-    return out
 
 
 def replacement_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run] | None:

@@ -78,15 +78,15 @@ TINY_PARAMETERS = 16_000_000
 
 
 @contextlib.contextmanager
-def one_thread(wanted: bool) -> Iterator[None]:
-    """Inside, torch uses one thread (where ``wanted``)."""
+def threads(count: int) -> Iterator[None]:
+    """Inside, torch uses at most ``count`` threads."""
     before = torch.get_num_threads()
-    if wanted and before > 1:
-        torch.set_num_threads(1)
+    if count < before:
+        torch.set_num_threads(count)
     try:
         yield
     finally:
-        if torch.get_num_threads() != before:
+        if count < before:
             torch.set_num_threads(before)
 
 
@@ -102,7 +102,8 @@ class Stream:
     @torch.inference_mode()
     def forward(self, ids: Sequence[int], *, keep: int = 1) -> torch.Tensor:
         """Append ``ids`` and return the logits of the last ``keep`` positions ``[keep, V]``."""
-        with one_thread(self._tiny):
+        one_is_the_loaders = max(1, torch.get_num_threads() - 1)
+        with threads(1 if self._tiny else one_is_the_loaders):
             out = self.engine.model(
                 torch.tensor([list(ids)]),  # pyright: ignore[reportArgumentType]
                 past_key_values=self._cache,

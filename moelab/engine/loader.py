@@ -97,6 +97,11 @@ class Loader:
         """The device in force."""
         return self._profile
 
+    @property
+    def direct(self) -> bool:
+        """Whether reads bypass the page cache; without that, times are not the disk's."""
+        return all(direct for _, direct in list(self._files.values()))
+
     def use(self, name: str) -> None:
         """Loads begun from now on come from another device."""
         with self._cond:

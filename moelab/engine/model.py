@@ -20,7 +20,6 @@ from moelab.engine.families import (
     expert_forward,
     find_moe,
     replacement_forward,
-    run_experts,
 )
 from moelab.engine.routing import RouterTap
 from moelab.engine.skeleton import load_skeleton
@@ -33,7 +32,6 @@ __all__ = [
     "expert_forward",
     "find_moe",
     "load_skeleton",
-    "run_experts",
 ]
 
 # T tokens, E experts, K active experts per token, D model width.

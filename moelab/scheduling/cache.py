@@ -13,7 +13,7 @@ from moelab.scheduling.strategy import Key, Shape
 
 
 class Cache(Mapping[Key, int]):
-    """A mapping (layer, expert) -> bits of the resident copy, in order of loading.
+    """A mapping (layer, expert) -> bits of the resident copy, least recently used first.
 
     Parameters
     ----------
@@ -66,6 +66,10 @@ class Cache(Mapping[Key, int]):
         self._bits[key] = bits
         self.used_bytes += nbytes
         self.layer_bytes[key[0]] += nbytes
+
+    def touch(self, key: Key) -> None:
+        """``key`` serves a token now: it becomes the last."""
+        self._bits[key] = self._bits.pop(key)
 
     def remove(self, key: Key) -> int:
         """Give the room back; returns the bits the copy had."""

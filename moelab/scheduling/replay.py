@@ -1,7 +1,8 @@
 """The scheduler over a recorded trace: what would have been decided, and what was possible at best.
 
 A replay of a run's own trace under its own settings decides exactly what the run decided (a test
-holds this). `belady_hits` is the offline optimum of eviction for experts of one size.
+holds this), as long as a policy carries nothing from one sequence to the next but the order of
+use. `belady_hits` is the offline optimum of eviction for experts of one size.
 """
 
 from __future__ import annotations
@@ -65,23 +66,23 @@ def replay(
     """
     changes = list(trace.changes)
     if strategy is not None and knobs is not None:
-        changes = [(0, knobs, strategy.name)]
+        changes = [(0, knobs, strategy.name, True)]
         strategies = {strategy.name: strategy}
     if not changes or changes[0][0] != 0:
         raise ValueError("this trace records no settings; give strategy= and knobs=")
     known = strategies or {}
-    missing = {name for _, _, name in changes} - known.keys()
+    missing = {name for _, _, name, _ in changes} - known.keys()
     if missing:
         raise ValueError(
             f"strategies {sorted(missing)} of this trace are unknown; pass strategies="
         )
-    _, first, name = changes.pop(0)
+    _, first, name, _ = changes.pop(0)
     scheduler, out = Scheduler(trace.shape, known[name], first), Replay()
+    scheduler.warm(trace.resident)
     for i, given in enumerate(trace.steps):
         while changes and changes[0][0] == i:
-            _, new, to = changes.pop(0)
-            scheduler.change(new, known[to] if to != name else None)
-            name = to
+            _, new, name, fresh = changes.pop(0)
+            scheduler.change(new, known[name] if fresh else None)
         if given.prefill and given.layer == 0:
             scheduler.new_sequence()
         out.take(scheduler.step(given), trace.shape.nbytes, prefill=given.prefill)

@@ -7,7 +7,7 @@ live and in replay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -199,11 +199,12 @@ class Scheduler:
                 drops.append(self._drop(self._victim(lambda k, at=layer: k[0] == at), "budget"))
         return drops
 
-    def forget(self) -> None:
-        """Everything has left memory (a load failed, a run broke off)."""
-        for key in list(self.cache):
-            self._drop(key, "failed")
-        self._protected.clear()
+    def warm(self, resident: Iterable[tuple[Key, int]]) -> None:
+        """Begin with these copies (key, bits) in the cache, as far as they fit."""
+        for key, bits in resident:
+            if self.shape.nbytes[bits] <= self.cache.free_bytes:
+                self.cache.add(key, bits)
+                self.strategy.evict.loaded(key, bits, self.view)
 
     def why(self, key: Key) -> dict[str, float]:
         """The evict decision's own terms for a resident expert."""
@@ -235,6 +236,7 @@ class Scheduler:
         self._ahead.discard(key)
         needed.add(key)
         plan.serves.append(Serve(expert, key[1], bits, asked, False, cause))
+        self.cache.touch(key)
         self.strategy.evict.used(key, bits, self.view)
 
     def _load(
@@ -274,13 +276,11 @@ class Scheduler:
                 if have:
                     self._protected.setdefault(p.key[0], set()).add(p.key)
                 continue
+            test = lambda k, s=shelter: k not in needed and k not in s  # noqa: E731
+            if not self._has_room(p.key, self.shape.nbytes[want], test):
+                continue  # the rest of the cache is needed sooner than this guess
             drops = [self._drop(p.key, "upgrade")] if have else []
-            test = (lambda k, s=shelter: k not in needed and k not in s,)
-            try:
-                self._make_room(p.key[0], self.shape.nbytes[want], test, drops)
-            except BudgetError:
-                plan.after += drops
-                return  # the rest of the cache is needed sooner than this guess
+            self._make_room(p.key[0], self.shape.nbytes[want], (test,), drops)
             self.cache.add(p.key, want)
             self._ahead.add(p.key)
             self._protected.setdefault(p.key[0], set()).add(p.key)
@@ -288,6 +288,19 @@ class Scheduler:
                 Fetch(p.key, want, asked, f"look-ahead +{p.key[0] - given.layer}", tuple(drops))
             )
             self.strategy.evict.loaded(p.key, want, view)
+
+    def _has_room(self, key: Key, nbytes: int, test: Callable[[Key], bool]) -> bool:
+        """Whether `_make_room` would succeed (``key``'s own copy may go too)."""
+        sizes, cache = self.shape.nbytes, self.cache
+        share = self.strategy.allocate.layer_bytes(key[0], self.view)
+        if share is not None:
+            inside = (b for k, b in cache.items() if k[0] == key[0] and (k == key or test(k)))
+            if share - cache.layer_bytes[key[0]] + sum(sizes[b] for b in inside) < nbytes:
+                return False
+        if cache.free_bytes >= nbytes:
+            return True
+        going = (sizes[b] for k, b in cache.items() if k == key or test(k))
+        return cache.free_bytes + sum(going) >= nbytes
 
     def _make_room(
         self,
@@ -306,15 +319,24 @@ class Scheduler:
 
     def _drop_first(self, tests: Sequence[Callable[[Key], bool]], nbytes: int) -> Drop:
         for test in tests:
-            key = self.strategy.evict.victim(test, self.view)
+            key = self._ask_victim(test)
             if key is not None:
                 return self._drop(key, "room")
         raise BudgetError(f"no room for {nbytes} bytes within {self.cache.budget_bytes}")
 
     def _victim(self, test: Callable[[Key], bool]) -> Key:
-        key = self.strategy.evict.victim(test, self.view)
+        key = self._ask_victim(test)
         if key is None:  # a policy that forgot a copy must not break the promise
             key = next(k for k in self.cache if test(k))
+        return key
+
+    def _ask_victim(self, test: Callable[[Key], bool]) -> Key | None:
+        key = self.strategy.evict.victim(test, self.view)
+        if key is not None and not (key in self.cache and test(key)):
+            raise ValueError(
+                f"{type(self.strategy.evict).__name__}.victim chose expert {key}, which is not "
+                "resident or is needed now; choose a resident key that allowed(key) admits"
+            )
         return key
 
     def _drop(self, key: Key, cause: str) -> Drop:

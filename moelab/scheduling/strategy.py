@@ -74,7 +74,8 @@ class Request(NamedTuple):
 
     ``weight`` is its gate weight normalised over the token's top-k, ``rank`` its place (0 =
     largest), ``score`` HOBBIT's unimportance: the sum of the weights ranked before it. In prefill
-    one request stands for all ``tokens`` that chose the expert, with rank 0 and score 0.
+    one request stands for all ``tokens`` that chose the expert, with the largest of their gate
+    weights as the router gave them, rank 0 and score 0.
     """
 
     expert: int

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moelab.scheduling.strategy import Knobs, LookAhead, Shape
+from moelab.scheduling.strategy import Key, Knobs, LookAhead, Shape
 
 FORMAT = 1
 
@@ -47,12 +47,14 @@ class LayerInput:
 class Trace:
     """A recorded run: its inputs in order, with settings changes before the step they act on.
 
-    ``changes`` holds (index into ``steps``, knobs, strategy name).
+    ``changes`` holds (index into ``steps``, knobs, strategy name, whether the strategy starts
+    afresh there); ``resident`` what was in the cache at the start, least recently used first.
     """
 
     shape: Shape
     steps: list[LayerInput] = field(default_factory=list)
-    changes: list[tuple[int, Knobs, str]] = field(default_factory=list)
+    changes: list[tuple[int, Knobs, str, bool]] = field(default_factory=list)
+    resident: list[tuple[Key, int]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -69,7 +71,8 @@ class Trace:
             "format": FORMAT,
             "shape": dataclasses.asdict(self.shape),
             "steps": [dataclasses.astuple(s) for s in self.steps],
-            "changes": [(i, dataclasses.asdict(k), name) for i, k, name in self.changes],
+            "changes": [(i, dataclasses.asdict(k), *rest) for i, k, *rest in self.changes],
+            "resident": self.resident,
         }
         path.write_text(json.dumps(doc))
         return path
@@ -101,7 +104,8 @@ def _parts(doc: dict) -> tuple:
     return (
         Shape(tuple(shape["experts"]), shape["top_k"], nbytes),
         [_step(*row) for row in doc["steps"]],
-        [(i, Knobs(**k), name) for i, k, name in doc["changes"]],
+        [(i, Knobs(**k), name, fresh) for i, k, name, fresh in doc["changes"]],
+        [((layer, expert), bits) for (layer, expert), bits in doc["resident"]],
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from moelab.store.manifest import StoreError
+from moelab.store.store import Store
 
 
 def remove_stale(destination: Path) -> None:
@@ -45,22 +46,35 @@ def partial_folder(destination: Path) -> Iterator[Path]:
 
 
 def move(partial: Path, destination: Path, *, overwrite: bool) -> None:
-    """Give the finished store its name; an old store steps aside and comes back on failure."""
+    """Give the finished store its name; an old store steps aside and comes back on failure.
+
+    Where another process has put the same store there meanwhile, that one stays: it may be in use.
+    """
     old = None
     if destination.exists() and any(destination.iterdir()):
+        if _is_same_store(partial, destination):
+            return
         if not overwrite:
             raise StoreError(f"{destination} appeared while packing; choose another destination")
         old = destination.with_name(f"{destination.name}.partial-old-{os.getpid()}")
         destination.rename(old)
     try:
         partial.rename(destination)
-    except BaseException:
-        if old is not None:
-            old.rename(destination)
-        raise
+    except BaseException as error:
+        if not isinstance(error, OSError) or not _is_same_store(partial, destination):
+            if old is not None:
+                old.rename(destination)
+            raise
     sync(destination.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_same_store(partial: Path, destination: Path) -> bool:
+    try:
+        return Store.open(partial).manifest.id == Store.open(destination).manifest.id
+    except StoreError:
+        return False
 
 
 def sync(path: Path) -> None:

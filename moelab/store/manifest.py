@@ -111,12 +111,6 @@ class Manifest:
         """Bytes of one expert at each tier: on disk, in memory and in the budget."""
         return {bits: nbytes(self.layout, bits) for bits in self.tiers}
 
-    @property
-    def is_plain_swiglu(self) -> bool:
-        """Whether an expert is down(silu(gate(x)) * up(x)) with plain [out, in] matrices."""
-        odd = self.transposed or self.has_bias or self.has_post_norm
-        return self.activation == "silu" and self.gating == "concatenated" and not odd
-
     def header(self, bits: int) -> bytes:
         """The first page of an expert file."""
         head = _MAGIC + FORMAT.to_bytes(4, "little") + bits.to_bytes(4, "little")

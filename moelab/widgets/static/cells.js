@@ -134,7 +134,7 @@ class CacheMap {
     }
     g.globalAlpha = 1;
     clearTimeout(this.timer);
-    if (more) this.timer = setTimeout(() => this.draw(), 90); // a new frame mostly comes first
+    if (more) this.timer = setTimeout(() => this.draw(), 120); // a new frame mostly comes first
   }
 
   drawUses(g, box, used, newest) {

@@ -136,7 +136,6 @@ class View {
     this.queued = 0;
     const raw = this.model.get("frame");
     if (this.closed || raw?.seq === undefined) return;
-    this.repaint();
     const frame = decode(raw, this.options);
     this.cursor.frame = this.frame = frame;
     for (const view of [this.map, this.bars, this.text, this.figures]) view.show(frame);

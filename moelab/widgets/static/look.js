@@ -115,13 +115,14 @@ class Sheet {
     Object.assign(this, { width: clientWidth, height: clientHeight, ratio });
     this.node.width = Math.round(clientWidth * ratio);
     this.node.height = Math.round(clientHeight * ratio);
+    this.family = getComputedStyle(this.box).fontFamily;
     return true;
   }
   begin() {
     const g = this.node.getContext("2d");
     g.setTransform(this.ratio, 0, 0, this.ratio, 0, 0);
     g.clearRect(0, 0, this.width, this.height);
-    g.font = `11px ${getComputedStyle(this.box).fontFamily}`;
+    g.font = `11px ${this.family}`;
     g.textBaseline = "middle";
     return g;
   }
@@ -130,8 +131,16 @@ class Sheet {
   }
 }
 
+const hatches = new Map();
+
 /** Diagonal lines, for what must be told apart without colour. */
 function hatch(g, colour, gap = 4) {
+  const key = `${colour} ${gap}`;
+  if (!hatches.has(key)) hatches.set(key, drawHatch(g, colour, gap));
+  return hatches.get(key);
+}
+
+function drawHatch(g, colour, gap) {
   const tile = document.createElement("canvas");
   tile.width = tile.height = gap * 2;
   const t = tile.getContext("2d");

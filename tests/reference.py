@@ -1,0 +1,50 @@
+"""One whole layer without the engine: what the adapter's tests hold the adapter against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moelab.engine.model import expert_forward
+
+
+def run_experts(
+    module: Any,
+    x: torch.Tensor,
+    idx: torch.Tensor,
+    weights: torch.Tensor,
+    fetch: Callable[[int], dict[str, torch.Tensor]],
+    *,
+    scale_input: bool = False,
+) -> torch.Tensor:
+    """Run one whole layer, summing in the order of transformers' eager implementation.
+
+    Parameters
+    ----------
+    module
+        The layer's experts module.
+    x
+        Input, [T, D].
+    idx, weights
+        The router's choice, [T, K]. Indices outside 0..E-1 and weights of 0 are not fetched.
+    fetch
+        expert -> its tensors by name.
+    scale_input
+        The weight multiplies the expert's input instead of its output (Llama 4).
+
+    Returns
+    -------
+    Tensor
+        [T, D], in the type of `x`.
+    """
+    out = torch.zeros_like(x)
+    active = (idx >= 0) & (idx < module.num_experts) & (weights != 0)  # [T, K]
+    for expert in torch.unique(idx[active]).tolist():
+        position, token = torch.where(((idx == expert) & active).T)
+        share = weights[token, position, None]
+        rows = x[token]
+        y = expert_forward(module, rows * share if scale_input else rows, fetch(expert))
+        out.index_add_(0, token, (y if scale_input else y * share).to(out.dtype))
+    return out

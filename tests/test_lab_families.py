@@ -1,0 +1,71 @@
+"""From `moelab.open` to the last token: five families through the whole engine at a tight budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import moelab
+import tiny_models
+from moelab.engine.generation import Decoder
+
+PROMPT = "A prompt of more than one hundred tokens, where one byte is one token. " * 2
+NEW = 12
+
+
+@pytest.fixture(scope="module", params=list(tiny_models.FAMILIES))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def lab(folder):
+    options = {"tiers": (16, 4, 2), "measure_kl": False, "progress": False}
+    with moelab.open(folder, budget="100%", **options) as lab:
+        info = lab.info()
+        lab.update(budget=info["minimum_budget_bytes"] + info["expert_bytes"][16])
+        yield lab
+
+
+@torch.inference_mode()
+def stock_logits(folder: Path, ids: list[int]) -> torch.Tensor:
+    """Transformers' own logits `[len(ids), V]` in float32."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    )
+    return model.eval()(torch.tensor([ids])).logits[0]
+
+
+def generate(lab: moelab.Lab) -> moelab.Run:
+    return lab.generate(PROMPT, max_new_tokens=NEW, temperature=0, ignore_eos=True)
+
+
+def test_sixteen_bits_are_stock_transformers(lab, folder):
+    assert lab.settings.budget_bytes < lab.info()["all_experts_bytes"]
+    run, ids = generate(lab), lab._encode(PROMPT)
+    assert len(ids) > 100
+    expected = stock_logits(folder, [*ids, *run.tokens[:-1]])[len(ids) - 1 :]
+    assert run.tokens == expected.argmax(-1).tolist()
+    lab._engine.new_sequence()
+    decoder = Decoder(lab._engine)
+    for new, theirs in zip([ids, *([t] for t in run.tokens[:-1])], expected, strict=True):
+        ours = decoder.step(new)
+        lab._engine.end_of_token()
+        assert (ours - theirs).abs().max() <= 1e-4
+
+
+def test_a_pair_of_tiers_with_prefetch_is_measured_and_scored(lab):
+    lab.update(bits=4, low_bits=2, prefetch=1, measure_kl=True)
+    lab.update(budget=lab.info()["minimum_budget_bytes"] + lab.info()["expert_bytes"][4])
+    run = generate(lab)
+    assert run.error is None
+    assert len(run.tokens) == NEW
+    assert run.summary()["kl_mean"] > 0
+    assert run.summary()["peak_resident_bytes"] <= lab.settings.budget_bytes
+    assert set(run.events.bits[run.events.kind == "load"]) <= {4, 2}
+    score = lab.score("A short text to score here.", progress=False)
+    assert score.tokens > 20
+    assert score.kl_mean > 0
