@@ -41,15 +41,16 @@ class Dash:
     def run(self, *, tokens):
         """Press Run, by mouse, for so many tokens."""
         self.until(lambda: self.data("running") == "false", "the run before has ended")
+        before = self.data("run")
         count = self.root.get_by_role("spinbutton")
         count.fill(str(tokens))
         count.press("Tab")
         self.root.get_by_role("button", name="Run").click()
-        self.until(lambda: self.data("running") == "true", "a run")
-        self.until(lambda: self.data("token") > 4, "tokens")
+        self.until(lambda: self.data("run") > before and self.data("token") >= 0, "a new run")
 
     def stop(self):
-        self.root.get_by_role("button", name="Stop").click()
+        button = self.root.get_by_role("button", name="Stop")
+        button.click(force=True)  # the model may have ended its text at this very moment
         self.until(lambda: self.data("running") == "false", "stopped")
 
     def choose(self, name, value):
@@ -89,6 +90,7 @@ def dash(live_page, request):  # noqa: F811
     if dash.data("running") == "true":
         dash.stop()
     theme(live_page, "Light")
+    dash.root.get_by_label("Prompts by domain").select_option(index=1)
     for name, value in (("device", "disk"), ("low_bits", ""), ("prefetch", "0"), ("bits", "4")):
         dash.choose(name, value)
     dash.drag(0.25)
@@ -171,7 +173,7 @@ def test_errors_are_drawn_and_go_when_mended(dash):
     dash.root.get_by_role("button", name="Run").click()
     alert.wait_for()
     prompt.fill("The")
-    dash.run(tokens=30)
+    dash.run(tokens=3)
     alert.wait_for(state="hidden")
 
 
@@ -205,10 +207,11 @@ def test_everything_can_be_done_with_the_keyboard(dash):
         page.keyboard.press(key)
     assert page.locator(".jp-Cell").count() == cells
 
+    before = dash.data("run")
+    dash.choose("device", "sd_card")
     dash.root.get_by_label("Prompt", exact=True).focus()
     page.keyboard.press("Control+Enter")
-    dash.until(lambda: dash.data("running") == "true", "Ctrl+Enter runs")
-    dash.until(lambda: dash.data("token") > 10, "tokens")
+    dash.until(lambda: dash.data("run") > before and dash.data("token") > 0, "Ctrl+Enter runs")
     dash.root.get_by_role("button", name="Stop").focus()
     page.keyboard.press("Enter")
     dash.until(lambda: dash.data("running") == "false", "Enter on Stop stops")
@@ -250,7 +253,7 @@ def test_dark_theme_and_all_in_one_view(dash):
     dash.choose("low_bits", "2")
     dash.choose("prefetch", "1")
     dash.run(tokens=900)
-    dash.until(lambda: dash.data("token") > 25, "tokens")
+    dash.until(lambda: dash.data("token") > 8, "tokens")
     begun, seq = time.monotonic(), dash.data("seq")
     dash.page.wait_for_timeout(3000)
     assert (dash.data("seq") - seq) / (time.monotonic() - begun) > 2, "frames keep coming"

@@ -66,6 +66,37 @@ def test_full_precision_equals_stock_transformers(lab, stock):
     assert worst <= 1e-4
 
 
+@pytest.mark.slow
+def test_decoding_in_memory_is_as_fast_as_stock_transformers(lab):
+    """The same tokens in turn, so that a busy machine slows both; medians, 10 % for noise."""
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    ids, rivals, times = lab._encode(PROMPT), {}, {"moelab": []}
+    lab.generate(PROMPT, max_new_tokens=40, ignore_eos=True)  # everything is resident now
+    lab._engine.new_sequence()
+    decoder = Decoder(lab._engine)
+    decoder.step(ids)
+    lab._engine.end_of_token()
+    for kind in ("eager", "batched_mm", "grouped_mm"):
+        model = AutoModelForCausalLM.from_pretrained(
+            moelab.demo.checkpoint(), dtype=torch.float32, experts_implementation=kind
+        ).eval()
+        rivals[kind], times[kind] = (model, DynamicCache(config=model.config)), []
+    with torch.inference_mode():
+        for model, cache in rivals.values():
+            model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        for token in range(5, 85):
+            decoder.step([token])
+            lab._engine.end_of_token()
+            times["moelab"].append(decoder.seconds)
+            for kind, (model, cache) in rivals.items():
+                begun = time.perf_counter()
+                model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+                times[kind].append(time.perf_counter() - begun)
+    median = {kind: float(np.median(t[10:])) for kind, t in times.items()}
+    assert median.pop("moelab") <= 1.1 * min(median.values()), median
+
+
 @pytest.mark.parametrize("name", ["lru", "lfu", "layer_lru"])
 def test_a_run_in_a_warm_cache_is_replayed_exactly(lab, name):
     lab.update(strategy=name, budget="30%", prefetch=1)

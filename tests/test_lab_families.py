@@ -1,4 +1,4 @@
-"""From `moelab.open` to the last token: five families through the whole engine at a tight budget."""
+"""From `moelab.open` to the last token: five families, the whole engine, a tight budget."""
 
 from __future__ import annotations
 

@@ -106,6 +106,9 @@ class Batch:
 
     def _gate(self, expert: int) -> np.ndarray:
         """Gate weight of ``expert`` for every token, float32 ``[T]``."""
+        if len(self._routed.experts) == 1:  # decode: the arrays are not worth their overhead
+            pairs = zip(self._routed.experts[0], self._routed.weights[0], strict=True)
+            return np.array([sum(w for e, w in pairs if e == expert)], np.float32)
         return np.where(self._routed.idx == expert, self._routed.gates, np.float32(0)).sum(1)
 
 

@@ -154,6 +154,7 @@ class View {
     this.errorChanged();
     Object.assign(this.root.dataset, {
       seq: frame.seq,
+      run: frame.run,
       token: frame.newest,
       running: frame.running,
       resident: frame.resident.experts,
