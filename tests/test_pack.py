@@ -317,16 +317,6 @@ def test_two_threads_with_one_destination_make_one_store(qwen, tmp_path):
     Store.open(target, verify=True)
 
 
-@pytest.mark.slow
-def test_two_processes_with_one_destination_make_one_store(qwen, tmp_path):
-    target = tmp_path / "store"
-    run = [sys.executable, "-c", SLOW_PACK, qwen, target]
-    children = [subprocess.Popen(run, cwd=ROOT) for _ in range(2)]
-    assert [child.wait(timeout=120) for child in children] == [0, 0]
-    assert [p.name for p in tmp_path.iterdir()] == ["store"]
-    Store.open(target, verify=True)
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("moment", ["before move", "inside move"])
 def test_the_same_store_that_appears_while_packing_is_kept(
