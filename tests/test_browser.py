@@ -236,6 +236,8 @@ def test_the_label_follows_after_a_drag_that_ends_where_it_began(dash):
 
 
 def test_hover_says_what_is_under_the_pointer(dash):
+    dash.run(tokens=24)
+    dash.until(lambda: dash.data("running") == "false", "24 tokens")
     dash.root.scroll_into_view_if_needed()
     tip = dash.root.get_by_role("tooltip")
     dash.root.locator(".moe-map canvas").hover()
