@@ -302,7 +302,8 @@ def publishers(page):
 
 def test_a_reload_shows_the_current_state(dash):
     dash.choose("bits", "8")
-    dash.until(lambda: dash.data("token") > 5, "a run")
+    dash.run(tokens=20)
+    dash.until(lambda: dash.data("running") == "false", "a text")
     before = dash.text.inner_text()
     dash.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
     dash.page.wait_for_timeout(2000)
