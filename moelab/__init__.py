@@ -8,10 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
-    "open": "moelab.lab",
+    "open": "moelab.opening",
     "Lab": "moelab.lab",
     "Run": "moelab.run",
     "Settings": "moelab.settings",

@@ -11,97 +11,29 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 
-from moelab.engine.engine import Engine, shape_of
+from moelab.calibration.profile import Profile, Strategies
+from moelab.engine.engine import Engine
 from moelab.engine.generation import Sampling
+from moelab.engine.routed import shape_of
 from moelab.models import (
-    CHEAP_BYTES,
     compute_dtype,
-    find_store,
     load_tokenizer,
     model_sampling,
 )
 from moelab.quality import Score
 from moelab.run import Run
-from moelab.scheduling.scheduler import minimum_budget
-from moelab.scheduling.strategy import Strategy
+from moelab.scheduling.budget import minimum_budget
 from moelab.scoring import score_ids
-from moelab.settings import Settings, parse_budget
-from moelab.store.codecs import TIERS
+from moelab.settings import Settings
 from moelab.store.store import Store
-from moelab.strategies import make
 
 if TYPE_CHECKING:
     from moelab.widgets.dashboard import Dashboard
-
-
-def open(  # noqa: A001
-    model: str | Path = "demo",
-    *,
-    budget: int | str = "25%",
-    bits: int | None = None,
-    low_bits: int | None = None,
-    strategy: str | Strategy = "lru",
-    device: str = "disk",
-    prefetch: int = 0,
-    measure_kl: bool | None = None,
-    seed: int = 0,
-    tiers: Sequence[int] = TIERS,
-    dtype: torch.dtype | None = None,
-    verify: bool = False,
-    progress: bool = True,
-) -> Lab:
-    """Open a model with its experts on disk.
-
-    Parameters
-    ----------
-    model
-        ``"demo"``, a store, a checkpoint folder, or a hub id; the latter are packed first.
-    budget
-        For resident experts: bytes, ``"64MB"``, ``"1.5GiB"`` or ``"25%"`` of all experts.
-    bits, low_bits
-        Tier asked for (default: the store's best) and the second tier of a pair, or None.
-    strategy
-        A name of ``moelab.strategies.NAMES`` or a `Strategy`.
-    device
-        ``"disk"``, or an emulated one of ``moelab.devices()``.
-    prefetch
-        Layers to look ahead (0: off).
-    measure_kl
-        Compare each token with full precision; default where that is cheap.
-    tiers
-        Tiers to pack where the model has to be packed.
-    dtype
-        Of the non-expert weights; default float32 for small models, else the checkpoint's own.
-    verify
-        Check every blob's checksum before opening.
-
-    Raises
-    ------
-    ValueError
-        A setting is refused, or the model is not to be found.
-    StoreError
-        The store is broken; the message names file, layer and expert.
-    """
-    store = Store.open(find_store(model, tiers=tiers, progress=progress), verify=verify)
-    shape = shape_of(store)
-    settings = Settings(
-        budget_bytes=parse_budget(budget, shape),
-        bits=max(store.tiers) if bits is None else bits,
-        strategy=make(strategy),
-        seed=seed,
-        measure_kl=shape.all_bytes(max(store.tiers)) <= CHEAP_BYTES
-        if measure_kl is None
-        else measure_kl,
-    )
-    settings = settings.change(shape, low_bits=low_bits, device=device, prefetch=prefetch)
-    return Lab(store, settings, name=str(model), dtype=dtype)
 
 
 class Lab:
@@ -117,6 +49,7 @@ class Lab:
         *,
         name: str = "",
         dtype: torch.dtype | None = None,
+        strategies: Strategies | None = None,
     ) -> None:
         self._store, self._settings = store, settings
         self.name = name or store.manifest.source
@@ -126,6 +59,7 @@ class Lab:
         self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
         weakref.finalize(self, self._engine.loader.close)
         self._busy, self._lock = threading.Lock(), threading.RLock()
+        self._strategies = strategies or Strategies(store)
         self._closed = False
         self.run: Run | None = None
 
@@ -139,6 +73,13 @@ class Lab:
     def update(self, **changes: Any) -> Settings:
         """Change settings at any time, from any thread; the next token obeys.
 
+        Parameters
+        ----------
+        changes
+            Any of `Settings`, ``budget``, a decision of the strategy (``evict="hobbit"``, or an
+            object of your own), or a parameter of its parts (``w_lru=0.4``). A strategy brings
+            its own ``low_bits``, ``t1``, ``t2`` and ``prefetch`` unless they are given too.
+
         Raises
         ------
         ValueError
@@ -147,7 +88,7 @@ class Lab:
         with self._lock:
             if self._closed:
                 raise RuntimeError("this lab is closed; open it again")
-            new = self._settings.change(self._shape, **changes)
+            new = self._settings.change(self._shape, make=self._strategies, **changes)
             if self._busy.acquire(blocking=False):  # no run: obey at once
                 try:
                     self._engine.apply(new)
@@ -263,6 +204,39 @@ class Lab:
             self._engine.recover()
             raise
         finally:
+            self._release()
+
+    def calibrate(
+        self, strategy: str, *, again: bool = False, progress: bool = True, **options: Any
+    ) -> Profile:
+        """Measure of this model what a strategy needs to know; saved beside the store.
+
+        An interrupted calibration goes on where it stopped. What was saved is used as long as it
+        was made from the same store, texts and options.
+
+        Parameters
+        ----------
+        strategy
+            One of ``moelab.calibration.NAMES``.
+        again
+            Make it anew whatever there is.
+        options
+            Of that calibration.
+
+        Raises
+        ------
+        RuntimeError
+            A run is going on.
+        ValueError
+            The strategy has no calibration, or an option is refused.
+        """
+        from moelab import calibration
+
+        self._claim()
+        try:
+            return calibration.calibrate(self, strategy, again=again, progress=progress, **options)
+        finally:
+            self._engine.loader.use(self._settings.device)
             self._release()
 
     # -- looking ----------------------------------------------------------------------------

@@ -59,6 +59,17 @@ _SUMMED = (
 )  # fmt: skip
 
 
+def _differences(old: Settings, new: Settings) -> dict[str, str]:
+    """What changed, as words; of a strategy chosen whole only its name, not its parts."""
+    before, after = old.shown(), new.shown()
+    changed = {k: v for k, v in after.items() if before[k] != v}
+    if old.strategy is not new.strategy and ("strategy" not in changed or "*" in after["strategy"]):
+        had = old.shown_strategy()
+        own = {k: v for k, v in new.shown_strategy().items() if had.get(k) != v}
+        changed = {k: v for k, v in changed.items() if k != "strategy" or not own} | own
+    return changed
+
+
 def _since_device(reports: list[TokenReport]) -> list[TokenReport]:
     """The tokens since the device last changed."""
     last = len(reports)
@@ -96,7 +107,7 @@ class Run:
         self._stop, self._done = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._log, self._trace = EventLog(), Trace(shape)
-        self._peak_bytes, self._direct = 0, True
+        self._peak_bytes, self._direct, self._setup_ms = 0, True, 0.0
 
     # -- for the person ---------------------------------------------------------------------
 
@@ -159,7 +170,8 @@ class Run:
         since the device last changed, so that measured and emulated ones are never averaged;
         ``tokens_per_s`` counts compute and stalls, not the measuring of KL. ``hit_ratio`` is hits
         over requests, ``byte_hit_ratio`` the part of the bytes served that was not loaded on
-        demand, ``stall_share`` the part of the time spent waiting.
+        demand, ``stall_share`` the part of the time spent waiting. ``setup_ms`` went into loading
+        what the strategy wants resident before the first token and at changes.
         """
         reports = list(self.token_reports)
         decoded = [r for r in reports if r.token > 0]
@@ -175,6 +187,7 @@ class Run:
         return {
             "tokens": len(reports),
             "tokens_per_s": 1e3 * len(timed) / sum(times) if timed else 0.0,
+            "setup_ms": self._setup_ms,
             "ttft_ms": reports[0].total_ms if reports else 0.0,
             "tpot_ms_median": float(np.median(times)),
             "tpot_ms_p99": float(np.quantile(times, 0.99)),
@@ -222,6 +235,18 @@ class Run:
         self._log = engine.log
         if engine.trace is not None:
             self._trace = engine.trace
+        try:
+            self._decode(engine, latest, max_new_tokens, sampling)
+        finally:
+            engine.end_of_sequence()
+
+    def _decode(
+        self,
+        engine: Engine,
+        latest: Callable[[], Settings],
+        max_new_tokens: int,
+        sampling: Sampling,
+    ) -> None:
         decoder, sampler = Decoder(engine), Sampler(sampling)
         reference: Reference | None = None
         context, new = list(self._ids), list(self._ids)
@@ -243,9 +268,8 @@ class Run:
     def _obey(self, engine: Engine, settings: Settings, index: int) -> None:
         if settings is engine.settings:
             return
-        before, after = engine.settings.shown(), settings.shown()
+        changed = _differences(engine.settings, settings)
         engine.apply(settings)
-        changed = {k: v for k, v in after.items() if before[k] != v}
         if changed:
             self.changes.append((index, changed))
 
@@ -266,6 +290,7 @@ class Run:
                 old = self.token_reports[issued]
                 self.token_reports[issued] = dataclasses.replace(old, bytes=old.bytes - nbytes)
         self._peak_bytes, self._direct = engine.arena.peak_bytes, engine.loader.direct
+        self._setup_ms = engine.setup_ms
         self.token_reports.append(
             TokenReport(
                 token=index,

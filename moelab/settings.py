@@ -9,14 +9,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from moelab.engine.devices import device as find_device
-from moelab.scheduling.scheduler import check_budget
-from moelab.scheduling.strategy import Knobs, Shape, Strategy
-from moelab.strategies import make
+from moelab.scheduling.budget import check_budget
+from moelab.scheduling.strategy import ROLES, Strategy
+from moelab.scheduling.stream import Knobs, Shape
+from moelab.strategies import make as make_strategy
 
+PLAIN = {"low_bits": None, "t1": 0.6, "t2": 0.9, "prefetch": 0}
+"""Settings that belong to a strategy: choosing one sets them, to these where it names no others."""
+
+_OF_ROLE = {
+    "allocate": ("bits",),
+    "precision": ("low_bits", "t1", "t2"),
+    "prefetch": ("prefetch",),
+}
+MakeStrategy = Callable[[str, Strategy | None], Strategy]
 _UNITS = {"": 1, "b": 1}
 for _i, _p in enumerate("kmgt", 1):
     _UNITS |= {_p + "b": 1000**_i, _p + "ib": 1024**_i}
@@ -64,8 +75,23 @@ class Settings:
         """The part that decisions read."""
         return Knobs(self.budget_bytes, self.bits, self.low_bits, self.t1, self.t2, self.prefetch)
 
-    def change(self, shape: Shape, **changes: Any) -> Settings:
+    def change(
+        self,
+        shape: Shape,
+        *,
+        make: MakeStrategy | None = None,
+        **changes: Any,
+    ) -> Settings:
         """The settings after ``changes``; nothing changes where one of them is refused.
+
+        Besides the attributes a change may be ``budget`` (see `parse_budget`), one of the five
+        decisions (``evict="hobbit"`` takes that strategy's, or a part of your own), and any
+        parameter of the strategy's parts.
+
+        Parameters
+        ----------
+        make
+            From a strategy's name, and the strategy in force, to the strategy.
 
         Raises
         ------
@@ -74,19 +100,51 @@ class Settings:
         """
         if "budget" in changes:
             changes["budget_bytes"] = parse_budget(changes.pop("budget"), shape)
+        changes = self._compose(changes, make or (lambda name, _: make_strategy(name)))
         known = {f.name for f in dataclasses.fields(self)}
-        if extra := changes.keys() - known:
-            names = ", ".join(["budget", *sorted(known - {"budget_bytes"})])
-            raise ValueError(f"unknown setting {min(extra)!r}; there are {names}")
-        if changes.get("strategy") == self.strategy.name:
-            del changes["strategy"]  # it goes on with what it has learnt
-        if "strategy" in changes:
-            changes["strategy"] = make(changes["strategy"])
+        tuned = {k: changes.pop(k) for k in changes.keys() - known}
+        strategy = changes.get("strategy", self.strategy)
+        if extra := tuned.keys() - strategy.parameters.keys():
+            names = sorted({"budget", *known, *ROLES} - {"budget_bytes"})
+            own = ", ".join(strategy.parameters) or "none"
+            raise ValueError(
+                f"unknown setting {min(extra)!r}; there are {', '.join(names)}; "
+                f"parameters of {strategy.name!r}: {own}"
+            )
+        if tuned:
+            changes["strategy"] = strategy.tuned(**tuned)
         if changes.get("low_bits") in (0, "off"):
             changes["low_bits"] = None
         new = dataclasses.replace(self, **changes)
         new._check(shape)
         return new
+
+    def _compose(self, changes: dict[str, Any], make: MakeStrategy) -> dict[str, Any]:
+        """Strategy and decisions by name become one strategy and the settings it brings."""
+        changes = dict(changes)
+        strategy = changes.pop("strategy", self.strategy.name)
+        brought: dict[str, Any] = {}
+        if strategy == self.strategy.name:
+            strategy = self.strategy  # it goes on with what it has learnt
+        else:
+            named = isinstance(strategy, str)
+            strategy = make(strategy, None) if named else make_strategy(strategy)
+            brought = PLAIN | dict(strategy.preset)
+        parts = {}
+        for role in ROLES:
+            if role not in changes or (role == "prefetch" and isinstance(changes[role], int)):
+                continue
+            parts[role] = part = changes.pop(role)
+            if isinstance(part, str):
+                source = make(part, strategy)
+                parts[role] = source.parts[role]
+                whole = PLAIN | dict(source.preset)
+                brought |= {k: whole[k] for k in _OF_ROLE.get(role, ()) if k in whole}
+        if parts:
+            strategy = strategy.replace(**parts)
+        if strategy is not self.strategy:
+            changes["strategy"] = strategy
+        return brought | changes
 
     def _check(self, shape: Shape) -> None:
         tiers = sorted(shape.nbytes, reverse=True)
@@ -115,6 +173,22 @@ class Settings:
         words["measure_kl"] = "on" if self.measure_kl else "off"
         del words["budget_bytes"]
         return words
+
+    def shown_strategy(self) -> dict[str, str]:
+        """The strategy's decisions and parameters as words."""
+        parts = {role: part_title(part) for role, part in self.strategy.parts.items()}
+        own = {name: _word(value) for name, (_, _, value) in self.strategy.parameters.items()}
+        return parts | own
+
+
+def part_title(part: Any) -> str:
+    """A part's name for people: its title, or its class where that says more."""
+    own = "title" in vars(type(part))
+    return part.title if own and part.title else type(part).__name__
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def parse_budget(value: float | str, shape: Shape) -> int:

@@ -17,7 +17,7 @@ from moelab.engine.devices import DEVICES, Device, Throttle
 from moelab.engine.generation import Decoder
 from moelab.scheduling.replay import replay
 from moelab.scheduling.scheduler import requests
-from moelab.strategies import NAMES, make
+from moelab.strategies import NAMES
 
 PROMPT = "Elizabeth was not at all surprised to hear that"
 
@@ -104,7 +104,7 @@ def test_a_run_in_a_warm_cache_is_replayed_exactly(lab, name):
     run = lab.generate(PROMPT, max_new_tokens=12, ignore_eos=True)
     assert run.trace.resident
     live = run.events[run.events.kind != "stall"][["kind", "layer", "expert", "bits"]]
-    again = replay(run.trace, strategies={name: make(name)}).decisions
+    again = replay(run.trace).decisions
     assert [tuple(r) for r in live.itertuples(index=False)] == [
         (d.kind, d.layer, d.expert, d.bits) for d in again
     ]
@@ -131,7 +131,7 @@ def test_a_policy_that_fails_costs_the_change_and_nothing_else(lab):
     assert lab.info()["resident_bytes"] <= lab.settings.budget_bytes
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["on_demand", "lru", "lfu", "layer_lru", "in_ram"])
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_no_strategy_changes_what_is_computed_at_one_precision(lab, name, prefetch):
     want = lab.generate(PROMPT, max_new_tokens=24, temperature=0, ignore_eos=True).tokens
@@ -245,7 +245,7 @@ def test_the_budget_is_never_exceeded_whatever_changes_at_whatever_token(lab, sc
     evicting = run.events.kind == "evict"  # between tokens a smaller budget is still being answered
     within = held <= limits.reindex(run.events.token).fillna(np.inf).to_numpy()
     assert (within | evicting).all()
-    again = replay(run.trace, strategies={n: make(n) for n in NAMES})
+    again = replay(run.trace)
     live = run.events[~run.events.kind.isin(["stall"])]
     settings_drops = live.cause.isin(["bits", "budget"])
     mine = live[~settings_drops][["kind", "layer", "expert", "bits_asked", "bits"]]

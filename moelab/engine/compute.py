@@ -9,7 +9,7 @@ T tokens, K active, D model, n experts of one call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,12 +18,12 @@ import torch
 from moelab.engine import kernels
 from moelab.engine.arena import Slot
 from moelab.engine.model import Adapter, expert_forward
-from moelab.scheduling.scheduler import Serve
+from moelab.scheduling.plan import Serve
 from moelab.store.codecs import decode
 from moelab.store.store import Store
 
 if TYPE_CHECKING:
-    from moelab.engine.engine import Routed
+    from moelab.engine.routed import Routed
 
 FEW_TOKENS = 8
 """Up to here one kernel call serves all experts; above, each expert is called on its own tokens.
@@ -61,17 +61,23 @@ class ExpertCompute:
         return TorchBatch(self, layer, x, routed, scale_input)
 
     def full_precision(
-        self, layer: int, x: torch.Tensor, routed: Routed, scale_input: bool
+        self,
+        layer: int,
+        x: torch.Tensor,
+        routed: Routed,
+        scale_input: bool,
+        bits: Callable[[tuple[int, int]], int],
     ) -> torch.Tensor:
-        """The layer at the store's best tier, without cache or budget; ``[T, D]``."""
-        bits = max(self.store.tiers)
+        """The layer without cache or budget, each expert at its ``bits`` (0: none); ``[T, D]``."""
         batch = self.batch(layer, x, routed, scale_input)
         wanted = sorted({e for row in routed.experts for e in row})
-        batch.add([(Serve(e, e, bits, bits, False, ""), self._mapped(layer, e)) for e in wanted])
+        tiers = [(e, bits((layer, e))) for e in wanted]
+        batch.add(
+            [(Serve(e, e, b, b, False, ""), self._mapped(layer, e, b)) for e, b in tiers if b]
+        )
         return batch.result()
 
-    def _mapped(self, layer: int, expert: int) -> Mapped:
-        bits = max(self.store.tiers)
+    def _mapped(self, layer: int, expert: int, bits: int) -> Mapped:
         path, offset, nbytes = self.store.location(layer, expert, bits)
         if bits not in self._full:
             self._full[bits] = np.memmap(path, np.uint8, mode="r")

@@ -12,41 +12,26 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 
 from moelab.engine import kernels
-from moelab.engine.arena import Arena, Slot
+from moelab.engine.arena import Arena
 from moelab.engine.compute import Batch, ExpertCompute
 from moelab.engine.loader import Loader, Ticket
 from moelab.engine.model import attach, load_skeleton
+from moelab.engine.resident import Resident, Usage
+from moelab.engine.routed import Routed, shape_of
+from moelab.engine.steering import Steering
 from moelab.events import EventLog
-from moelab.scheduling.scheduler import Drop, LayerPlan, Scheduler, Serve
-from moelab.scheduling.strategy import Key, LookAhead, Shape
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.plan import Drop, LayerPlan, Serve
+from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.strategy import Strategy
+from moelab.scheduling.stream import Key, LookAhead
+from moelab.scheduling.trace import Change, LayerInput, Trace
 from moelab.settings import Settings
 from moelab.store.store import Store
-
-
-class Resident:
-    """One expert in memory or on its way: its slot and its load's ticket."""
-
-    __slots__ = ("slot", "ticket", "token")
-
-    def __init__(self, slot: Slot, ticket: Ticket, token: int) -> None:
-        self.slot, self.ticket, self.token = slot, ticket, token
-
-
-class Usage:
-    """When and how often each expert was loaded and used in this run; arrays ``[L, E]``."""
-
-    def __init__(self, shape: Shape) -> None:
-        size = (shape.layers, max(shape.experts))
-        self.loaded = np.full(size, -1, np.int32)
-        self.used = np.full(size, -1, np.int32)
-        self.uses = np.zeros(size, np.int32)
 
 
 class Engine:
@@ -78,8 +63,11 @@ class Engine:
         self.arena = Arena(dict(store.slot_bytes), settings.budget_bytes)
         self.loader = Loader(max(store.slot_bytes.values()), settings.device)
         self.resident: dict[Key, Resident] = {}
-        self.reference = False
-        self._masks: set[int] = set()
+        self.reference: Callable[[Key], int] | None = None
+        self._heard: list[LayerInput] | None = None
+        self._listen_depth = 0
+        self._ahead: dict[Key, Ticket] = {}  # prefetches whose bytes may not have landed
+        self.steering = Steering(self.adapter)
         self.new_sequence(record=False)
 
     # -- between tokens ---------------------------------------------------------------------
@@ -91,14 +79,21 @@ class Engine:
         self.usage = Usage(self.shape)
         self.token = 0
         self.prefill = True
+        self.setup_ms = 0.0
         self.arena.peak_bytes = self.arena.held_bytes
         for here in self.resident.values():
             here.token = -1  # issued before this run: its bytes are nobody's here
-        self.scheduler.new_sequence()
         if self.trace is not None:
             self.trace.resident = list(self.scheduler.cache.items())
+        self._record_settings(self.scheduler.strategy.fresh(), fresh=True)
+        self.scheduler.new_sequence()
         self._begin_token()
-        self._record_settings(fresh=True)
+        self._set_up()
+        self._begin_token()
+
+    def end_of_sequence(self) -> None:
+        """The run is over: what happens from now on is not written into its log and trace."""
+        self.log, self.trace = EventLog(time.perf_counter()), None
 
     def end_of_token(self) -> None:
         """One token is produced; what follows belongs to the next one."""
@@ -126,23 +121,42 @@ class Engine:
             self.loader.use(settings.device)
         if not settings.measure_kl:
             self.compute.release()
-        self._record_settings(fresh=new_strategy is not None)
+        self._record_settings(settings.strategy, fresh=new_strategy is not None)
+        self._set_up()
         withdrawn = self.withdrawn
         self._begin_token()  # evictions between tokens are nobody's stall
         self.withdrawn = withdrawn
 
     @contextlib.contextmanager
-    def full_precision(self) -> Iterator[None]:
-        """Inside, forward passes use every expert at the best tier, unmasked and uncounted."""
-        for layer in self._masks:
-            self.adapter.set_mask(layer, None)
-        self._masks.clear()
-        self.reference = True
+    def full_precision(self, bits: Callable[[Key], int] | None = None) -> Iterator[None]:
+        """Inside, forward passes need no cache: unmasked, uncounted, outside the budget.
+
+        Parameters
+        ----------
+        bits
+            (layer, expert) -> tier it is computed at, 0 for no contribution; default the best
+            tier for all.
+        """
+        best = max(self.store.tiers)
+        self.steering.release()
+        self.reference = bits or (lambda _: best)
         try:
             yield
         finally:
-            self.reference = False
-            self._mask_all()
+            self.reference = None
+            self._steer_all()
+
+    @contextlib.contextmanager
+    def listening(self, depth: int = 0) -> Iterator[list[LayerInput]]:
+        """Inside, layers at full precision are written down, with ``depth`` routers asked ahead.
+
+        Here a look-ahead holds the experts and weights of every token, ``[T][K]``.
+        """
+        self._heard, self._listen_depth = [], depth
+        try:
+            yield self._heard
+        finally:
+            self._heard = None
 
     def recover(self) -> None:
         """After a failure in the middle of a token: an empty cache, ready for the next run."""
@@ -152,6 +166,7 @@ class Engine:
                     self.loader.wait(here.ticket)
             self.arena.give(here.slot)
         self.resident.clear()
+        self._ahead.clear()
         settings = self.settings
         self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
         self.arena.set_limit(settings.budget_bytes)
@@ -166,19 +181,30 @@ class Engine:
         self.arena.trim()
 
     def _begin_token(self) -> None:
-        self._mask_all()
+        self._steer_all()
         self.stall: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self.bytes = 0
         self.withdrawn: list[tuple[int, int]] = []  # (token that issued a load, bytes not read)
 
-    def _record_settings(self, *, fresh: bool) -> None:
+    def _set_up(self) -> None:
+        """Load what the strategy wants resident before it goes on, and wait: no token's stall."""
+        plan = self.scheduler.begin()
+        if not plan.fetches:
+            return
+        begun = time.perf_counter()
+        self._issue(plan, None)
+        for fetch in plan.fetches:
+            self.loader.wait(self.resident[fetch.key].ticket)
+        self.setup_ms += 1e3 * (time.perf_counter() - begun)
+
+    def _record_settings(self, strategy: Strategy, *, fresh: bool) -> None:
         if self.trace is None:
             return
         changes, at = self.trace.changes, len(self.trace.steps)
-        if changes and changes[-1][0] == at:
-            fresh |= changes.pop()[3]
-        changes.append((at, self.settings.knobs(), self.settings.strategy.name, fresh))
+        parameters = {name: value for name, (_, _, value) in strategy.parameters.items()}
+        change = Change(at, self.settings.knobs(), strategy.name, fresh, parameters, strategy)
+        changes.append(change)
 
     # -- one layer of a forward pass --------------------------------------------------------
 
@@ -191,9 +217,11 @@ class Engine:
         scale_input: bool,
     ) -> torch.Tensor:
         routed = Routed(idx, weights, self.shape.experts[layer])
-        if self.reference:
-            return self.compute.full_precision(layer, x, routed, scale_input)
-        given = self._given(layer, routed)
+        if self.reference is not None:
+            if self._heard is not None:
+                self._heard.append(self._overheard(layer, x, routed))
+            return self.compute.full_precision(layer, x, routed, scale_input, self.reference)
+        given = self._given(layer, x, routed)
         plan = self.scheduler.step(given)
         if self.trace is not None:
             self.trace.steps.append(given)
@@ -202,24 +230,18 @@ class Engine:
         self._finish(waiting, batch)
         for drop in plan.after:
             self._evict(drop)
-        if layer + 1 < self.shape.layers:
-            self._mask(layer + 1)
+        after = layer + 1
+        if after < self.shape.layers:
+            self.steering.steer(after, self.scheduler.mask(after), self.scheduler.bias(after))
         return batch.result()
 
-    def _mask_all(self) -> None:
+    def _steer_all(self) -> None:
         for layer in range(self.shape.layers):
-            self._mask(layer)
+            self.steering.steer(layer, self.scheduler.mask(layer), self.scheduler.bias(layer))
 
-    def _mask(self, layer: int) -> None:
-        allowed = self.scheduler.mask(layer)
-        if allowed is not None:
-            self.adapter.set_mask(layer, torch.tensor(allowed, dtype=torch.bool))
-            self._masks.add(layer)
-        elif layer in self._masks:
-            self.adapter.set_mask(layer, None)
-            self._masks.discard(layer)
-
-    def _given(self, layer: int, routed: Routed) -> LayerInput:
+    def _given(self, layer: int, x: torch.Tensor, routed: Routed) -> LayerInput:
+        """What the scheduler is told of a layer: the routing, and what its parts observe."""
+        observes = self.scheduler.strategy.observes
         ahead: tuple[LookAhead, ...] = ()
         depth = self.scheduler.depth(layer, prefill=self.prefill)
         if depth:
@@ -227,18 +249,57 @@ class Engine:
                 guess = Routed(idx[-1:], weights[-1:], self.shape.experts[coming])
                 ahead += (LookAhead(coming, guess.experts[0], guess.weights[0]),)
         wanted = None
-        if layer in self._masks:
+        if "wanted" in observes and self.steering.steers(layer):
             choice = self.adapter.wanted(layer)
-            wanted = tuple(map(tuple, choice[0].tolist())) if choice else None
-        return LayerInput(layer, routed.experts, routed.weights, self.prefill, ahead, wanted)
+            wanted = Routed(*choice, self.shape.experts[layer]) if choice else None
+        return LayerInput(
+            layer,
+            routed.experts,
+            routed.weights,
+            self.prefill,
+            ahead,
+            wanted and wanted.experts,
+            wanted and wanted.weights,
+            tuple(x.float().norm(dim=-1).tolist()) if "norms" in observes else None,
+            unread=self._withdraw(layer) if "unread" in observes else (),
+            in_flight=self._in_flight() if "in_flight" in observes else (),
+        )
 
-    def _issue(self, plan: LayerPlan, batch: Batch) -> list[Serve]:
+    def _overheard(self, layer: int, x: torch.Tensor, routed: Routed) -> LayerInput:
+        ahead: tuple[LookAhead, ...] = ()
+        depth = min(self._listen_depth, self.shape.layers - 1 - layer)
+        for coming, idx, weights in self.adapter.look_ahead(layer, depth) if depth else ():
+            guess = Routed(idx, weights, self.shape.experts[coming])
+            ahead += (LookAhead(coming, guess.experts, guess.weights),)  # pyright: ignore[reportArgumentType]
+        norms = tuple(x.float().norm(dim=-1).tolist())
+        return LayerInput(layer, routed.experts, routed.weights, True, ahead, norms=norms)
+
+    def _in_flight(self) -> tuple[Key, ...]:
+        self._ahead = {k: t for k, t in self._ahead.items() if not t.done}
+        return tuple(self._ahead)
+
+    def _withdraw(self, layer: int) -> tuple[Key, ...]:
+        """The layer's router has spoken: prefetches for it that were not begun are not read."""
+        late = [k for k, t in self._ahead.items() if k[0] == layer and self._cancel(k, t)]
+        self._ahead = {k: t for k, t in self._ahead.items() if k[0] != layer}
+        return tuple(late)
+
+    def _cancel(self, key: Key, ticket: Ticket) -> bool:
+        if not self.loader.cancel(ticket):
+            return False
+        here = self.resident[key]
+        self.withdrawn.append((here.token, here.slot.nbytes))
+        return True
+
+    def _issue(self, plan: LayerPlan, batch: Batch | None) -> list[Serve]:
         """Evict, submit the loads, note every event; returns what is to be computed."""
         waiting: list[Serve] = []
         planned: set[Key] = set()
+        for drop in plan.withdrawn:
+            self._evict(drop)
         for serve in plan.serves:
             key = (plan.layer, serve.served)
-            if any(d.key in planned for d in serve.drops):
+            if batch is not None and any(d.key in planned for d in serve.drops):
                 self._finish(waiting, batch)
                 planned.clear()
             for drop in serve.drops:
@@ -290,27 +351,28 @@ class Engine:
         path, offset, _ = self.store.location(*key, bits)
         ticket = self.loader.submit(path, offset, slot.view, urgent=urgent)
         self.resident[key] = Resident(slot, ticket, self.token)
+        if not urgent:
+            self._ahead[key] = ticket
         self.log.time_by(ticket)
         self.bytes += slot.nbytes
         self.usage.loaded[key] = self.token
 
     def _evict(self, drop: Drop) -> None:
-        here = self.resident.pop(drop.key)
+        here = self.resident[drop.key]
         cause = drop.cause
-        if not here.ticket.done:
-            if self.loader.cancel(here.ticket):
-                self.withdrawn.append((here.token, here.slot.nbytes))
-            else:
-                begun = time.perf_counter()
-                try:
-                    self.loader.wait(here.ticket)
-                except OSError:
-                    cause = "failed"  # an unread prefetch leaves: nobody needs its bytes
-                seconds = time.perf_counter() - begun
-                self.stall["evict"] += seconds
-                self.log.add(
-                    self.token, *drop.key, "stall", drop.bits, drop.bits, 0, begun, seconds, "evict"
-                )
+        self._ahead.pop(drop.key, None)
+        if not here.ticket.done and not self._cancel(drop.key, here.ticket):
+            begun = time.perf_counter()
+            try:
+                self.loader.wait(here.ticket)
+            except OSError:
+                cause = "failed"  # an unread prefetch leaves: nobody needs its bytes
+            seconds = time.perf_counter() - begun
+            self.stall["evict"] += seconds
+            self.log.add(
+                self.token, *drop.key, "stall", drop.bits, drop.bits, 0, begun, seconds, "evict"
+            )
+        del self.resident[drop.key]
         self.arena.give(here.slot)
         nbytes = here.slot.nbytes
         self._note("evict", *drop.key, drop.bits, drop.bits, nbytes, cause)
@@ -335,25 +397,3 @@ class Engine:
         self.counts[kind] += 1
         now = time.perf_counter()
         self.log.add(self.token, layer, expert, kind, asked, bits, nbytes, now, 0.0, cause)
-
-
-class Routed:
-    """A layer's routing without what counts for nothing (out of range, weight 0).
-
-    ``experts`` and ``weights`` are tuples ``[T][<=K]``; ``idx`` and ``gates`` numpy ``[T, K]``.
-    """
-
-    __slots__ = ("experts", "gates", "idx", "weights")
-
-    def __init__(self, idx: torch.Tensor, weights: torch.Tensor, count: int) -> None:
-        self.idx = idx.numpy()
-        self.gates = weights.float().numpy()
-        rows = list(zip(self.idx.tolist(), self.gates.tolist(), strict=True))
-        kept = [[(e, w) for e, w in zip(*r, strict=True) if 0 <= e < count and w] for r in rows]
-        self.experts = tuple(tuple(e for e, _ in r) for r in kept)
-        self.weights = tuple(tuple(w for _, w in r) for r in kept)
-
-
-def shape_of(store: Store) -> Shape:
-    """What the scheduler must know of a store."""
-    return Shape(tuple(store.experts_per_layer), store.top_k, dict(store.slot_bytes))

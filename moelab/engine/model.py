@@ -99,6 +99,27 @@ class Adapter:
                 )
         tap.mask = allowed
 
+    def set_bias(self, layer: int, bias: torch.Tensor | None) -> None:
+        """Let a layer's router prefer some experts, from its next call on.
+
+        Parameters
+        ----------
+        layer
+            MoE layer index.
+        bias
+            Float [E], see `moelab.engine.routing.SteeredRouting`; None for no preference.
+
+        Raises
+        ------
+        ValueError
+            A layer without a router.
+        """
+        tap = self._taps.get(layer)
+        if tap is None:
+            facts = self.layers[layer]
+            raise ValueError(f"layer {layer} ({facts.name}) has no router module to bias")
+        tap.bias = bias
+
     def look_ahead(
         self, layer: int, depth: int = 1
     ) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -125,12 +146,12 @@ class Adapter:
         return found
 
     def wanted(self, layer: int) -> Choice | None:
-        """What the router would have chosen without its mask: (idx [T, K], weights [T, K]).
+        """What the router would have chosen by itself: (idx [T, K], weights [T, K]).
 
-        To be called while `layer` is served; None where no mask applies.
+        To be called while `layer` is served; None where no mask or bias applies.
         """
         tap = self._taps.get(layer)
-        if tap is None or tap.mask is None or tap is not self._last:
+        if tap is None or not tap.steered or tap is not self._last:
             return None
         return tap.unmasked()
 

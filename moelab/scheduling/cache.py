@@ -29,6 +29,7 @@ class Cache(Mapping[Key, int]):
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
         self.layer_bytes = [0] * shape.layers
+        self.tier_bytes = dict.fromkeys(shape.nbytes, 0)
 
     def __getitem__(self, key: Key) -> int:
         return self._bits[key]
@@ -66,6 +67,7 @@ class Cache(Mapping[Key, int]):
         self._bits[key] = bits
         self.used_bytes += nbytes
         self.layer_bytes[key[0]] += nbytes
+        self.tier_bytes[bits] += nbytes
 
     def touch(self, key: Key) -> None:
         """``key`` serves a token now: it becomes the last."""
@@ -77,4 +79,5 @@ class Cache(Mapping[Key, int]):
         nbytes = self._shape.nbytes[bits]
         self.used_bytes -= nbytes
         self.layer_bytes[key[0]] -= nbytes
+        self.tier_bytes[bits] -= nbytes
         return bits

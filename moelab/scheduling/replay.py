@@ -1,8 +1,8 @@
 """The scheduler over a recorded trace: what would have been decided, and what was possible at best.
 
-A replay of a run's own trace under its own settings decides exactly what the run decided (a test
-holds this), as long as a policy carries nothing from one sequence to the next but the order of
-use. `belady_hits` is the offline optimum of eviction for experts of one size.
+A replay of a run's own trace decides exactly what the run decided (a test holds this): the trace
+carries the strategy as it was when the run began. `belady_hits` is the offline optimum of eviction
+for experts of one size.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from moelab.scheduling.scheduler import Decision, LayerPlan, Scheduler, requests
-from moelab.scheduling.strategy import Knobs, Strategy
-from moelab.scheduling.trace import Trace
+from moelab.scheduling.plan import Decision, LayerPlan
+from moelab.scheduling.requests import requests
+from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.strategy import Strategy
+from moelab.scheduling.stream import Knobs
+from moelab.scheduling.trace import Change, Trace
 
 
 @dataclass(slots=True)
@@ -57,7 +60,7 @@ def replay(
     strategy, knobs
         Other than the recorded ones, for the whole trace; both or neither.
     strategies
-        Name -> strategy, to find the recorded names where ``strategy`` is not given.
+        Name -> strategy, for a trace from a file, which knows its strategies by name only.
 
     Raises
     ------
@@ -66,29 +69,45 @@ def replay(
     """
     changes = list(trace.changes)
     if strategy is not None and knobs is not None:
-        changes = [(0, knobs, strategy.name, True)]
-        strategies = {strategy.name: strategy}
-    if not changes or changes[0][0] != 0:
+        changes = [Change(0, knobs, strategy.name, strategy=strategy)]
+    if not changes or changes[0].at != 0:
         raise ValueError("this trace records no settings; give strategy= and knobs=")
-    known = strategies or {}
-    missing = {name for _, _, name, _ in changes} - known.keys()
-    if missing:
-        raise ValueError(
-            f"strategies {sorted(missing)} of this trace are unknown; pass strategies="
-        )
-    _, first, name, _ = changes.pop(0)
-    scheduler, out = Scheduler(trace.shape, known[name], first), Replay()
-    scheduler.warm(trace.resident)
+    known = strategy is None and changes[0].strategy is not None
+    changes = _found(changes, strategies or {})
+    first = changes.pop(0)
+    assert first.strategy is not None
+    scheduler, out = Scheduler(trace.shape, first.strategy, first.knobs), Replay()
+    scheduler.warm(trace.resident, known=known)
     for i, given in enumerate(trace.steps):
-        while changes and changes[0][0] == i:
-            _, new, name, fresh = changes.pop(0)
-            scheduler.change(new, known[name] if fresh else None)
-        if given.prefill and given.layer == 0:
+        while changes and changes[0].at == i:
+            change = changes.pop(0)
+            scheduler.change(change.knobs, change.strategy)
+            out.take(scheduler.begin(), trace.shape.nbytes, prefill=True)
+        if i == 0 or (given.prefill and given.layer == 0):
             scheduler.new_sequence()
+            out.take(scheduler.begin(), trace.shape.nbytes, prefill=True)
         out.take(scheduler.step(given), trace.shape.nbytes, prefill=given.prefill)
         if given.layer == trace.shape.layers - 1:
             scheduler.end_of_token()
     return out
+
+
+def _found(changes: list[Change], strategies: Mapping[str, Strategy]) -> list[Change]:
+    """The changes with a strategy each: their own, or the one of that name."""
+    missing = {c.name for c in changes if c.strategy is None} - strategies.keys()
+    if missing:
+        raise ValueError(
+            f"strategies {sorted(missing)} of this trace are unknown; pass strategies="
+        )
+    found, last = [], None
+    for c in changes:
+        use = c.strategy
+        if use is None:
+            use = last if last is not None and not c.fresh else strategies[c.name].renewed()
+            use = use.tuned(**c.parameters) if c.parameters else use
+        found.append(c._replace(strategy=use))
+        last = use
+    return found
 
 
 def belady_hits(trace: Trace, capacity: int) -> tuple[int, int]:

@@ -7,99 +7,30 @@ live and in replay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 
+from moelab.scheduling.budget import BudgetError, check_budget, minimum_budget
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.strategy import Key, Knobs, Request, Shape, Strategy, View
+from moelab.scheduling.plan import Decision, Drop, Fetch, LayerPlan, Serve
+from moelab.scheduling.requests import ranked, requests
+from moelab.scheduling.strategy import Strategy
+from moelab.scheduling.stream import Key, Knobs, Request, Shape, View
 from moelab.scheduling.trace import LayerInput
 
-
-class BudgetError(ValueError):
-    """The budget cannot hold what one token needs at once."""
-
-
-class Drop(NamedTuple):
-    """A copy that leaves, and why (``room``, ``upgrade``, ``budget``, ``bits``, ``not kept``)."""
-
-    key: Key
-    bits: int
-    cause: str
-
-
-class Serve(NamedTuple):
-    """One expert of this layer: compute ``served`` (the router's ``expert`` or its stand-in).
-
-    ``load`` is True where its bytes must be fetched first; ``drops`` free the room for that.
-    """
-
-    expert: int
-    served: int
-    bits: int
-    asked: int
-    load: bool
-    cause: str
-    drops: tuple[Drop, ...] = ()
-
-
-class Fetch(NamedTuple):
-    """A load ahead of need."""
-
-    key: Key
-    bits: int
-    asked: int
-    cause: str
-    drops: tuple[Drop, ...] = ()
-
-
-class Decision(NamedTuple):
-    """One decision as the event log and a replay both write it down."""
-
-    kind: str
-    layer: int
-    expert: int
-    bits_asked: int
-    bits: int
-    nbytes: int
-    cause: str
-
-
-@dataclass(slots=True)
-class LayerPlan:
-    """What the engine does for one layer, in this order.
-
-    ``serves`` holds hits first, then loads by falling weight; ``skips`` are (expert, bits asked).
-    A drop may name an expert served earlier in the same plan (a prefill larger than the budget):
-    the engine computes what is pending before it lets go.
-    """
-
-    layer: int
-    serves: list[Serve] = field(default_factory=list)
-    skips: list[tuple[int, int]] = field(default_factory=list)
-    fetches: list[Fetch] = field(default_factory=list)
-    after: list[Drop] = field(default_factory=list)
-
-    def decisions(self, nbytes: dict[int, int]) -> Iterator[Decision]:
-        """Every decision of this plan, in the order the engine obeys them."""
-        lay = self.layer
-        for s in self.serves:
-            yield from _dropped(s.drops, nbytes)
-            kind = "load" if s.load else "substitute" if s.served != s.expert else "hit"
-            yield Decision(kind, lay, s.served, s.asked, s.bits, nbytes[s.bits], s.cause)
-            if s.bits < s.asked:
-                yield Decision("downgrade", lay, s.served, s.asked, s.bits, 0, s.cause)
-        for expert, asked in self.skips:
-            yield Decision("skip", lay, expert, asked, 0, 0, "score")
-        for f in self.fetches:
-            yield from _dropped(f.drops, nbytes)
-            yield Decision("prefetch", *f.key, f.asked, f.bits, nbytes[f.bits], f.cause)
-        yield from _dropped(self.after, nbytes)
-
-
-def _dropped(drops: Sequence[Drop], nbytes: dict[int, int]) -> Iterator[Decision]:
-    for d in drops:
-        yield Decision("evict", *d.key, d.bits, d.bits, nbytes[d.bits], d.cause)
+__all__ = [
+    "BudgetError",
+    "Decision",
+    "Drop",
+    "Fetch",
+    "LayerPlan",
+    "Scheduler",
+    "Serve",
+    "check_budget",
+    "minimum_budget",
+    "ranked",
+    "requests",
+]
 
 
 class Scheduler:
@@ -120,7 +51,7 @@ class Scheduler:
         self.shape = shape
         self.cache = Cache(shape, knobs.budget_bytes)
         self.view = View(shape, knobs, self.cache)
-        self.strategy = strategy.fresh()
+        self._take(strategy.fresh())
         self._protected: dict[int, set[Key]] = {}
         self._ahead: set[Key] = set()
         check_budget(shape, self.strategy, knobs)
@@ -131,16 +62,31 @@ class Scheduler:
         """Experts the router may choose in ``layer``; None for all."""
         return self.strategy.route.mask(layer, self.view)
 
+    def bias(self, layer: int) -> Sequence[float] | None:
+        """What is added to each expert's place in the ranking, see `Route.bias`."""
+        return self.strategy.route.bias(layer, self.view)
+
     def depth(self, layer: int, *, prefill: bool) -> int:
         """How many of the next layers' routers the engine should ask now."""
         if prefill:
             return 0
         return min(self.strategy.prefetch.depth(self.view), self.shape.layers - 1 - layer)
 
+    def begin(self) -> LayerPlan:
+        """What is to be resident before the next token: fetches the engine waits for."""
+        view, plan = self.view, LayerPlan(-1)
+        wanted = list(self.strategy.prefetch.begin(view))
+        listed = {p.key for p in wanted}
+        for p in wanted:
+            bits = view.asked_bits(p.key)
+            self._fetch(p.key, bits, bits, "set-up", plan, lambda k: k not in listed)
+        view.in_flight.clear()  # the engine waits
+        return plan
+
     def step(self, given: LayerInput) -> LayerPlan:
         """Decide one layer. The cache already shows the outcome when this returns."""
         view, plan = self.view, LayerPlan(given.layer)
-        view.layer, view.prefill = given.layer, given.prefill
+        self._look(given, plan)
         self._protected.pop(given.layer, None)
         loads: list[tuple[Request, int, int]] = []
         needed = set[Key]()
@@ -171,46 +117,74 @@ class Scheduler:
         self.view.token = 0
         self.view.prefill = True
         self._protected.clear()
-        self.strategy.evict.new_sequence()
+        self._ahead.clear()
+        for part in self.strategy.objects:
+            part.new_sequence()
 
     def change(self, knobs: Knobs, strategy: Strategy | None = None) -> list[Drop]:
         """Other settings from here on; returns the copies that must leave.
 
+        Parts that the new strategy shares with the old one go on with what they have learnt.
         Copies above the bits now asked for leave too: a lower bitwidth is meant to be seen.
         """
-        new = self.strategy if strategy is None else strategy.fresh()
-        check_budget(self.shape, new, knobs)
+        old = self.strategy
+        check_budget(self.shape, strategy or old, knobs)
+        new = old if strategy is None else strategy.following(old)
         view, cache = self.view, self.cache
-        view.knobs, self.strategy = knobs, new
+        view.knobs = knobs
+        self._take(new)
         cache.budget_bytes = knobs.budget_bytes
-        if strategy is not None:
+        if new.evict is not old.evict:
             for key, bits in list(cache.items()):
                 new.evict.loaded(key, bits, view)
         drops = [
             self._drop(key, "bits")
             for key, bits in list(cache.items())
-            if bits > new.allocate.bits(key, view)
+            if bits > view.asked_bits(key)
         ]
         while cache.free_bytes < 0:
             drops.append(self._drop(self._victim(lambda _: True), "budget"))
-        for layer in range(self.shape.layers):
-            share = new.allocate.layer_bytes(layer, view)
-            while share is not None and cache.layer_bytes[layer] > share:
-                drops.append(self._drop(self._victim(lambda k, at=layer: k[0] == at), "budget"))
+        for layer, bits in itertools.product(range(self.shape.layers), self.shape.nbytes):
+            for free, inside in self._limits(layer, bits):
+                while free() < 0:
+                    drops.append(self._drop(self._victim(inside), "budget"))
         return drops
 
-    def warm(self, resident: Iterable[tuple[Key, int]]) -> None:
-        """Begin with these copies (key, bits) in the cache, as far as they fit."""
+    def warm(self, resident: Iterable[tuple[Key, int]], *, known: bool = False) -> None:
+        """Begin with these copies (key, bits) in the cache, as far as they fit.
+
+        ``known``: the strategy's state is of a time when they were resident already.
+        """
         for key, bits in resident:
             if self.shape.nbytes[bits] <= self.cache.free_bytes:
                 self.cache.add(key, bits)
-                self.strategy.evict.loaded(key, bits, self.view)
+                if not known:
+                    self.strategy.evict.loaded(key, bits, self.view)
 
     def why(self, key: Key) -> dict[str, float]:
         """The evict decision's own terms for a resident expert."""
         return self.strategy.evict.why(key, self.view)
 
     # -- how it decides ---------------------------------------------------------------------
+
+    def _take(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self.view.allocate = strategy.allocate
+        self._observes = strategy.observes
+        self.view.in_flight.clear()
+
+    def _look(self, given: LayerInput, plan: LayerPlan) -> None:
+        """Take in what happened since the layer before."""
+        view = self.view
+        view.layer, view.prefill = given.layer, given.prefill
+        if "in_flight" in self._observes:
+            view.in_flight = {k for k in given.in_flight if k in self.cache}
+        if "unread" in self._observes:
+            for key in given.unread:
+                if key in self.cache:
+                    plan.withdrawn.append(self._drop(key, "unread"))
+        for part in self.strategy.objects:
+            part.observe(given, view)
 
     def _request(self, request: Request, plan: LayerPlan, loads: list, needed: set[Key]) -> None:
         view, key = self.view, (plan.layer, request.expert)
@@ -250,13 +224,13 @@ class Scheduler:
     ) -> None:
         key = (plan.layer, request.expert)
         served = {(plan.layer, s.served) for s in plan.serves}
-        shelter = set().union(*self._protected.values()) if self._protected else set()
+        shelter = self._shelter()
         tests: tuple[Callable[[Key], bool], ...] = (
             lambda k: k not in needed and k not in shelter,
             lambda k: k not in needed,
             lambda k: k in served,
         )
-        self._make_room(plan.layer, self.shape.nbytes[want], tests, drops)
+        self._make_room(plan.layer, want, tests, drops)
         self.cache.add(key, want)
         plan.serves.append(
             Serve(request.expert, request.expert, want, asked, True, "on demand", tuple(drops))
@@ -265,57 +239,83 @@ class Scheduler:
         self.strategy.evict.used(key, want, self.view)
 
     def _prefetch(self, given: LayerInput, plan: LayerPlan, needed: set[Key]) -> None:
-        view, guess = self.view, self.strategy.prefetch
-        for p in guess.predict(given.layer, given.look_ahead, view):
-            asked = self.strategy.allocate.bits(p.key, view)
-            request = Request(p.key[1], p.weight, p.rank, p.score)
+        view = self.view
+        for p in self.strategy.prefetch.predict(given.layer, given.look_ahead, view):
+            layer, expert = p.key
+            asked = view.asked_bits(p.key)
+            request = Request(expert, p.weight, p.rank, p.score, layer=layer)
             want = self.strategy.precision.tier(request, asked, view)
-            have = self.cache.bits(p.key)
-            shelter = set().union(*self._protected.values()) if self._protected else set()
-            if want == 0 or (have and have >= want):
-                if have:
-                    self._protected.setdefault(p.key[0], set()).add(p.key)
-                continue
-            test = lambda k, s=shelter: k not in needed and k not in s  # noqa: E731
-            if not self._has_room(p.key, self.shape.nbytes[want], test):
-                continue  # the rest of the cache is needed sooner than this guess
-            drops = [self._drop(p.key, "upgrade")] if have else []
-            self._make_room(p.key[0], self.shape.nbytes[want], (test,), drops)
-            self.cache.add(p.key, want)
-            self._ahead.add(p.key)
-            self._protected.setdefault(p.key[0], set()).add(p.key)
-            plan.fetches.append(
-                Fetch(p.key, want, asked, f"look-ahead +{p.key[0] - given.layer}", tuple(drops))
-            )
-            self.strategy.evict.loaded(p.key, want, view)
+            shelter = self._shelter()
+            cause = f"look-ahead +{(layer - given.layer) % self.shape.layers}"
+            if self._fetch(
+                p.key, want, asked, cause, plan, lambda k, s=shelter: k not in needed and k not in s
+            ):
+                self._ahead.add(p.key)
+            if p.key in self.cache:
+                self._protected.setdefault(layer, set()).add(p.key)
 
-    def _has_room(self, key: Key, nbytes: int, test: Callable[[Key], bool]) -> bool:
-        """Whether `_make_room` would succeed (``key``'s own copy may go too)."""
-        sizes, cache = self.shape.nbytes, self.cache
-        share = self.strategy.allocate.layer_bytes(key[0], self.view)
+    def _fetch(
+        self,
+        key: Key,
+        want: int,
+        asked: int,
+        cause: str,
+        plan: LayerPlan,
+        test: Callable[[Key], bool],
+    ) -> bool:
+        """Load ahead of need, if that is needed and only ``test``-ed experts must go for it."""
+        have = self.cache.bits(key)
+        if want == 0 or (have and have >= want) or not self._has_room(key, want, test):
+            return False
+        drops = [self._drop(key, "upgrade")] if have else []
+        self._make_room(key[0], want, (test,), drops)
+        self.cache.add(key, want)
+        plan.fetches.append(Fetch(key, want, asked, cause, tuple(drops)))
+        self.strategy.evict.loaded(key, want, self.view)
+        if "in_flight" in self._observes:
+            self.view.in_flight.add(key)
+        return True
+
+    def _shelter(self) -> set[Key]:
+        """Experts that a prediction protects."""
+        return set().union(*self._protected.values()) if self._protected else set()
+
+    def _limits(
+        self, layer: int, bits: int
+    ) -> list[tuple[Callable[[], int], Callable[[Key], bool]]]:
+        """What bounds a copy: (bytes free, which residents count) of layer, tier and budget."""
+        cache, allocate, view = self.cache, self.strategy.allocate, self.view
+        out: list[tuple[Callable[[], int], Callable[[Key], bool]]] = []
+        share = allocate.layer_bytes(layer, view)
         if share is not None:
-            inside = (b for k, b in cache.items() if k[0] == key[0] and (k == key or test(k)))
-            if share - cache.layer_bytes[key[0]] + sum(sizes[b] for b in inside) < nbytes:
+            out.append((lambda: share - cache.layer_bytes[layer], lambda k: k[0] == layer))
+        pool = allocate.tier_bytes(bits, view)
+        if pool is not None:
+            out.append((lambda: pool - cache.tier_bytes[bits], lambda k: cache.bits(k) == bits))
+        out.append((lambda: cache.free_bytes, lambda _: True))
+        return out
+
+    def _has_room(self, key: Key, bits: int, test: Callable[[Key], bool]) -> bool:
+        """Whether `_make_room` would succeed (``key``'s own copy may go too)."""
+        sizes = self.shape.nbytes
+        for free, inside in self._limits(key[0], bits):
+            lack = sizes[bits] - free()
+            if lack <= 0:
+                continue
+            going = (sizes[b] for k, b in self.cache.items() if inside(k) and (k == key or test(k)))
+            if sum(going) < lack:
                 return False
-        if cache.free_bytes >= nbytes:
-            return True
-        going = (sizes[b] for k, b in cache.items() if k == key or test(k))
-        return cache.free_bytes + sum(going) >= nbytes
+        return True
 
     def _make_room(
-        self,
-        layer: int,
-        nbytes: int,
-        tests: Sequence[Callable[[Key], bool]],
-        drops: list[Drop],
+        self, layer: int, bits: int, tests: Sequence[Callable[[Key], bool]], drops: list[Drop]
     ) -> None:
-        share = self.strategy.allocate.layer_bytes(layer, self.view)
-        if share is not None:
-            inside = [lambda k, t=t: k[0] == layer and t(k) for t in tests]
-            while self.cache.layer_bytes[layer] + nbytes > share:
-                drops.append(self._drop_first(inside, nbytes))
-        while self.cache.free_bytes < nbytes:
-            drops.append(self._drop_first(tests, nbytes))
+        need = self.shape.nbytes[bits]
+        for free, inside in self._limits(layer, bits):
+            while free() < need:
+                drops.append(
+                    self._drop_first([lambda k, t=t: inside(k) and t(k) for t in tests], need)  # noqa: B023
+                )
 
     def _drop_first(self, tests: Sequence[Callable[[Key], bool]], nbytes: int) -> Drop:
         for test in tests:
@@ -342,55 +342,6 @@ class Scheduler:
     def _drop(self, key: Key, cause: str) -> Drop:
         bits = self.cache.remove(key)
         self._ahead.discard(key)
+        self.view.in_flight.discard(key)
         self.strategy.evict.gone(key)
         return Drop(key, bits, cause)
-
-
-def requests(given: LayerInput) -> list[Request]:
-    """The layer's unique experts: a token's by falling weight, a prompt's by falling use."""
-    if not given.prefill and len(given.experts) == 1:
-        return ranked(given.experts[0], given.weights[0])
-    seen: dict[int, list[float]] = {}
-    for row, weights in zip(given.experts, given.weights, strict=True):
-        for expert, weight in zip(row, weights, strict=True):
-            seen.setdefault(expert, []).append(weight)
-    order = sorted(seen.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [Request(e, max(w), tokens=len(w)) for e, w in order]
-
-
-def ranked(experts: Sequence[int], weights: Sequence[float]) -> list[Request]:
-    """One token's requests: weights normalised to sum 1, HOBBIT's score = weights ranked before."""
-    total = sum(abs(w) for w in weights) or 1.0
-    pairs = sorted(zip(experts, weights, strict=True), key=lambda p: (-abs(p[1]), p[0]))
-    out, before = [], 0.0
-    for rank, (expert, weight) in enumerate(pairs):
-        share = abs(weight) / total
-        out.append(Request(expert, share, rank, before))
-        before += share
-    return out
-
-
-def check_budget(shape: Shape, strategy: Strategy, knobs: Knobs) -> None:
-    """Refuse a budget that cannot hold one layer's top-k at the bits asked for."""
-    need = minimum_budget(shape, strategy, knobs)
-    if knobs.budget_bytes < need:
-        raise BudgetError(
-            f"budget {_mb(knobs.budget_bytes)} is below one token's need with strategy "
-            f"{strategy.name!r} (top-{shape.top_k} at {knobs.bits} bit: {_mb(need)}); raise it to "
-            f"{need} bytes or choose fewer bits"
-        )
-
-
-def minimum_budget(shape: Shape, strategy: Strategy, knobs: Knobs) -> int:
-    """Least bytes that hold the top-k experts of every layer in turn, or in its own share."""
-    view = View(shape, knobs, Cache(shape, knobs.budget_bytes))
-    worst = []
-    for layer, count in enumerate(shape.experts):
-        sizes = (shape.nbytes[strategy.allocate.bits((layer, e), view)] for e in range(count))
-        worst.append(sum(sorted(sizes, reverse=True)[: shape.top_k]))
-    shared = strategy.allocate.layer_bytes(0, view) is None
-    return max(worst) if shared else max(worst) * shape.layers
-
-
-def _mb(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.3g} MB"

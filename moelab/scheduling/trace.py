@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from moelab.scheduling.strategy import Key, Knobs, LookAhead, Shape
+from moelab.scheduling.strategy import Strategy
+from moelab.scheduling.stream import Key, Knobs, LookAhead, Shape
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +34,17 @@ class LayerInput:
         A prompt (T >= 1 tokens at once) rather than one decoded token.
     look_ahead
         Coming layers' routers asked with this layer's input, where the strategy wants it.
-    wanted
-        The router's own choice ``[T][K]`` where a mask applied; None otherwise.
+    wanted, wanted_weights
+        The router's own choice and gate weights ``[T][K]`` where a mask or a bias applied; None
+        otherwise. See `router_experts`.
+    norms
+        Euclidean norm of the layer's input, one a token, where a part observes ``"norms"``.
+    in_flight
+        Resident experts whose bytes had not landed when the router had spoken, where a part
+        observes ``"in_flight"``.
+    unread
+        Prefetches of this layer whose reading had not begun when the router had spoken, where a
+        part observes ``"unread"``: they are withdrawn.
     """
 
     layer: int
@@ -41,19 +53,57 @@ class LayerInput:
     prefill: bool = False
     look_ahead: tuple[LookAhead, ...] = ()
     wanted: tuple[tuple[int, ...], ...] | None = None
+    wanted_weights: tuple[tuple[float, ...], ...] | None = None
+    norms: tuple[float, ...] | None = None
+    in_flight: tuple[Key, ...] = ()
+    unread: tuple[Key, ...] = ()
+
+    @property
+    def router_experts(self) -> tuple[tuple[int, ...], ...]:
+        """What the router chose by itself, without mask or bias; ``[T][K]``."""
+        return self.experts if self.wanted is None else self.wanted
+
+    @property
+    def router_weights(self) -> tuple[tuple[float, ...], ...]:
+        """Gate weights of `router_experts`."""
+        return self.weights if self.wanted_weights is None else self.wanted_weights
+
+
+class Change(NamedTuple):
+    """Settings in force from a step on.
+
+    Parameters
+    ----------
+    at
+        Index into the steps.
+    knobs
+        The settings.
+    name, parameters
+        Of the strategy.
+    fresh
+        Whether the strategy begins here, with nothing learnt.
+    strategy
+        The strategy itself, with what it had learnt by then; kept in memory only.
+    """
+
+    at: int
+    knobs: Knobs
+    name: str
+    fresh: bool = True
+    parameters: Mapping[str, Any] | None = None
+    strategy: Strategy | None = None
 
 
 @dataclass(slots=True)
 class Trace:
     """A recorded run: its inputs in order, with settings changes before the step they act on.
 
-    ``changes`` holds (index into ``steps``, knobs, strategy name, whether the strategy starts
-    afresh there); ``resident`` what was in the cache at the start, least recently used first.
+    ``resident`` is what was in the cache at the start, least recently used first.
     """
 
     shape: Shape
     steps: list[LayerInput] = field(default_factory=list)
-    changes: list[tuple[int, Knobs, str, bool]] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
     resident: list[tuple[Key, int]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -71,7 +121,10 @@ class Trace:
             "format": FORMAT,
             "shape": dataclasses.asdict(self.shape),
             "steps": [dataclasses.astuple(s) for s in self.steps],
-            "changes": [(i, dataclasses.asdict(k), *rest) for i, k, *rest in self.changes],
+            "changes": [
+                (c.at, dataclasses.asdict(c.knobs), c.name, c.fresh, dict(c.parameters or {}))
+                for c in self.changes
+            ],
             "resident": self.resident,
         }
         path.write_text(json.dumps(doc))
@@ -103,17 +156,27 @@ def _parts(doc: dict) -> tuple:
     nbytes = {int(b): n for b, n in shape["nbytes"].items()}
     return (
         Shape(tuple(shape["experts"]), shape["top_k"], nbytes),
-        [_step(*row) for row in doc["steps"]],
-        [(i, Knobs(**k), name, fresh) for i, k, name, fresh in doc["changes"]],
+        [_step(row) for row in doc["steps"]],
+        [Change(at, Knobs(**k), name, fresh, p) for at, k, name, fresh, p in doc["changes"]],
         [((layer, expert), bits) for (layer, expert), bits in doc["resident"]],
     )
 
 
-def _nested(rows: list[list[int]]) -> tuple[tuple, ...]:
-    return tuple(tuple(r) for r in rows)
+def _nested(rows: list[list] | None) -> tuple[tuple, ...] | None:
+    return None if rows is None else tuple(tuple(r) for r in rows)
 
 
-def _step(layer, experts, weights, prefill, look_ahead, wanted) -> LayerInput:  # noqa: ANN001
-    ahead = tuple(LookAhead(lay, tuple(e), tuple(w)) for lay, e, w in look_ahead)
-    want = None if wanted is None else _nested(wanted)
-    return LayerInput(layer, _nested(experts), _nested(weights), prefill, ahead, want)
+def _step(row: list) -> LayerInput:
+    layer, experts, weights, prefill, ahead, wanted, wanted_weights, norms, in_flight, unread = row
+    return LayerInput(
+        layer,
+        _nested(experts) or (),
+        _nested(weights) or (),
+        prefill,
+        tuple(LookAhead(lay, tuple(e), tuple(w)) for lay, e, w in ahead),
+        _nested(wanted),
+        _nested(wanted_weights),
+        None if norms is None else tuple(norms),
+        _nested(in_flight) or (),
+        _nested(unread) or (),
+    )

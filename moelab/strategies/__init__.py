@@ -11,46 +11,109 @@ A policy of your own is a subclass of one part, live at once:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from moelab.scheduling.strategy import (
     Allocate,
     Evict,
+    Parameter,
     Precision,
+    Prediction,
     Prefetch,
     Route,
     Strategy,
     View,
 )
+from moelab.strategies.adapmoe import adapmoe
 from moelab.strategies.basics import layer_lru, lfu, lru, on_demand
+from moelab.strategies.cache_prior import cache_prior
+from moelab.strategies.drop_if_cold import drop_if_cold
+from moelab.strategies.edgemoe import edgemoe
+from moelab.strategies.hobbit import hobbit
+from moelab.strategies.in_ram import in_ram
+from moelab.strategies.mixtral_offloading import mixtral_offloading
+from moelab.strategies.moe_apex import moe_apex
+from moelab.strategies.moe_infinity import moe_infinity
+from moelab.strategies.static_pruning import static_pruning
+from moelab.strategies.swapmoe import swapmoe
 
-_MAKERS: dict[str, Callable[[], Strategy]] = {
+_MAKERS: dict[str, Callable[..., Strategy]] = {
     "on_demand": on_demand,
     "lru": lru,
     "lfu": lfu,
     "layer_lru": layer_lru,
+    "in_ram": in_ram,
+    "edgemoe": edgemoe,
+    "hobbit": hobbit,
+    "moe_apex": moe_apex,
+    "swapmoe": swapmoe,
+    "static_pruning": static_pruning,
+    "mixtral_offloading": mixtral_offloading,
+    "moe_infinity": moe_infinity,
+    "adapmoe": adapmoe,
+    "cache_prior": cache_prior,
+    "drop_if_cold": drop_if_cold,
 }
 NAMES = tuple(_MAKERS)
+CALIBRATED = {
+    "edgemoe": True, "hobbit": False, "moe_apex": False, "swapmoe": False,
+    "static_pruning": False, "adapmoe": False,
+}  # fmt: skip
+"""Strategies that take a profile; True where they cannot be used by name without one."""
 
 __all__ = [
+    "CALIBRATED",
     "NAMES",
     "Allocate",
     "Evict",
+    "Parameter",
     "Precision",
+    "Prediction",
     "Prefetch",
     "Route",
     "Strategy",
     "View",
+    "adapmoe",
+    "cache_prior",
+    "drop_if_cold",
+    "edgemoe",
+    "hobbit",
+    "in_ram",
     "layer_lru",
     "lfu",
     "lru",
     "make",
+    "maker",
+    "mixtral_offloading",
+    "moe_apex",
+    "moe_infinity",
     "on_demand",
+    "static_pruning",
+    "swapmoe",
 ]
 
 
-def make(name: str | Strategy) -> Strategy:
+def maker(name: str) -> Callable[..., Strategy]:
+    """The function that makes a strategy; its docstring's first line says what it does.
+
+    Raises
+    ------
+    ValueError
+        The name is not known; the message lists those that are.
+    """
+    if name not in _MAKERS:
+        raise ValueError(f"unknown strategy {name!r}; choose one of {', '.join(NAMES)}")
+    return _MAKERS[name]
+
+
+def make(name: str | Strategy, profile: Mapping[str, Any] | None = None) -> Strategy:
     """A strategy by name; a `Strategy` is returned as it is.
+
+    Parameters
+    ----------
+    profile
+        What a calibration measured (``lab.calibrate(name).data``), for strategies that use one.
 
     Raises
     ------
@@ -59,6 +122,5 @@ def make(name: str | Strategy) -> Strategy:
     """
     if isinstance(name, Strategy):
         return name
-    if name not in _MAKERS:
-        raise ValueError(f"unknown strategy {name!r}; choose one of {', '.join(NAMES)}")
-    return _MAKERS[name]()
+    make_it = maker(name)
+    return make_it(profile) if name in CALIBRATED else make_it()

@@ -29,6 +29,8 @@ from moelab.scheduling.strategy import (
 class LRU(Evict):
     """Least recently used leaves."""
 
+    title = "least recently used"
+
     def __init__(self) -> None:
         self._order: OrderedDict[Key, int] = OrderedDict()
         self._clock = 0
@@ -57,6 +59,8 @@ class LRU(Evict):
 class LFU(LRU):
     """Least frequently used in this sequence leaves; among equals the least recently used."""
 
+    title = "least frequently used"
+
     def __init__(self) -> None:
         super().__init__()
         self._uses: Counter[Key] = Counter()
@@ -78,12 +82,16 @@ class LFU(LRU):
 class KeepNothing(LRU):
     """Every expert leaves as soon as its layer is computed: loading on demand, no cache."""
 
+    title = "keep nothing"
+
     def after_layer(self, layer: int, view: View) -> Iterable[Key]:
         return [k for k in self._order if k[0] == layer]
 
 
 class EqualShares(Allocate):
     """Each layer gets the same share of the budget."""
+
+    title = "an equal share for every layer"
 
     def layer_bytes(self, layer: int, view: View) -> int:
         return view.knobs.budget_bytes // view.shape.layers
@@ -95,6 +103,8 @@ class TierPair(Precision):
     The score s of an expert is the sum of the normalised gate weights ranked before it, so the
     first expert always comes at high precision. Off (always high) while ``low_bits`` is None.
     """
+
+    title = "high, low or skip by score (HOBBIT)"
 
     def tier(self, request: Request, asked: int, view: View) -> int:
         knobs = view.knobs
@@ -108,6 +118,8 @@ class GateLookAhead(Prefetch):
 
     ``prefetch`` in the settings says how many layers ahead; 0 switches it off.
     """
+
+    title = "the next layers' gates, asked early"
 
     def depth(self, view: View) -> int:
         return view.knobs.prefetch

@@ -1,0 +1,296 @@
+"""What EdgeMoE knows of a model before it runs: importance, curves K -> loss, the path table.
+
+``lab.calibrate("edgemoe")`` measures, in this order,
+
+1. the loss with all experts at each level (`levels`),
+2. the importance of each expert: the loss with it at the lowest level and all others at INT4,
+3. the search for K under the tolerated loss P, and a few K more for every pair of levels, so that
+   P can be moved afterwards without measuring again (`curves`),
+4. the path table, counted on one part of the texts, and its accuracy on the other.
+
+The paper's loss is that of a task's metric (Rouge-2, say). Ours is the relative rise of perplexity
+against full precision, exp(NLL - NLL_full) - 1. The paper's codec scales symmetrically per output
+channel; moelab's stores have a scale and a minimum per group of 64, so INT2 costs less here.
+Everything is measured on the first three quarters of each text; `held_out` figures on the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from moelab.calibration.hobbit import gate_accuracy
+from moelab.calibration.measure import Evaluator, digest_of, record, texts_of
+from moelab.scheduling.strategy import Key
+from moelab.scheduling.trace import LayerInput, Trace
+from moelab.strategies.edgemoe import (
+    TOLERATED,
+    Before,
+    Experts,
+    PathTable,
+    Sensitivity,
+    activated,
+    assign,
+    bracket,
+    by_importance,
+    mixed,
+)
+
+if TYPE_CHECKING:
+    from moelab.calibration import Partial
+    from moelab.lab import Lab
+
+LEVELS = (16, 8, 4, 2)
+"""The paper's: full, INT8, INT4, INT2. Other tiers of a store are not used."""
+COUNTED = 0.75
+"""Share of each text that is measured and counted; the rest is held out."""
+PATH_TOKENS = 1024
+"""Tokens of each text that the path table takes at most."""
+CURVE_POINTS = 8
+"""Parts into which a curve K -> loss is divided, besides the points of the search."""
+
+
+class Measured:
+    """The loss of an assignment of bits; each is measured once, and kept on disk.
+
+    Parameters
+    ----------
+    evaluator
+        Gives the mean NLL for key -> bits.
+    best
+        Bits of full precision.
+    kept
+        Has ``get(name)`` and ``put(name, value)``: an interrupted calibration goes on from there.
+    done
+        Called once for each name (a progress bar).
+    on
+        Which texts these are; part of the name on disk.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        best: int,
+        kept: Partial,
+        done: Callable[[], object],
+        on: str = "",
+    ) -> None:
+        self._evaluator, self._kept, self._done, self._on = evaluator, kept, done, on
+        self._known: dict[str, float] = {}
+        self._full = self._nll("full", lambda _: best)
+
+    def __call__(self, name: str, bits: Callable[[Key], int]) -> float:
+        """Relative rise of perplexity; ``name`` says which assignment it is."""
+        return math.exp(self._nll(name, bits) - self._full) - 1
+
+    def curve(self, order: Sequence[Key], low: int, high: int, k: int) -> float:
+        """Loss with the ``k`` first of ``order`` at ``low`` and the others at ``high``."""
+        if k in (0, len(order)):
+            return self.level(low if k else high)
+        return self(f"curve {low}/{high} {k}", mixed(order, k, low, high).__getitem__)
+
+    def level(self, bits: int) -> float:
+        """Loss with every expert at ``bits``."""
+        return self(f"level {bits}", lambda _: bits)
+
+    def _nll(self, name: str, bits: Callable[[Key], int]) -> float:
+        if name not in self._known:
+            value = self._kept.get(self._on + name)
+            if value is None:
+                value = self._evaluator.loss(bits)
+                self._kept.put(self._on + name, value)
+            self._known[name] = value
+            self._done()
+        return self._known[name]
+
+
+def importance(loss: Measured, experts: Sequence[int], low: int, others: int) -> list[list[float]]:
+    """Loss with one expert at ``low`` while all others are at ``others`` bits, ``[S][E]``."""
+    return [
+        [
+            loss(f"importance {layer}.{e}", lambda key, at=(layer, e): low if key == at else others)
+            for e in range(count)
+        ]
+        for layer, count in enumerate(experts)
+    ]
+
+
+def sensitivity(
+    loss: Measured, experts: Sequence[int], levels: Sequence[int], tolerated: float
+) -> dict[str, Any]:
+    """Measurements 1 to 3: levels, importance, the search for K, and the curves K -> loss."""
+    losses = {bits: loss.level(bits) for bits in levels}
+    found = importance(loss, experts, levels[-1], levels[-2])
+    order, curves = by_importance(found), {}
+    for low, high in zip(levels[1:], levels, strict=False):
+        ks = [round(len(order) * part / CURVE_POINTS) for part in range(CURVE_POINTS + 1)]
+        curves[low, high] = {k: loss.curve(order, low, high, k) for k in ks}
+    low, high = bracket(losses, tolerated)
+    at_low = lambda bits: sum(b == low for b in bits.values())  # noqa: E731
+    if low < high:
+        _, points = assign(
+            found, low, high, lambda bits: loss.curve(order, low, high, at_low(bits)), tolerated
+        )
+        curves[low, high] |= dict(points)
+    return {
+        "levels": {str(bits): value for bits, value in losses.items()},
+        "importance": found,
+        "curves": {
+            f"{low}/{high}": [list(point) for point in sorted(points.items())]
+            for (low, high), points in curves.items()
+        },
+        "tolerated": tolerated,
+    }
+
+
+# -- the path table -------------------------------------------------------------------------------
+
+
+def sightings(steps: Iterable[LayerInput]) -> Iterator[tuple[int, Before, Experts]]:
+    """Walk a recorded run: (layer, experts of the two layers before, experts activated).
+
+    The walk goes on over the border of two tokens; a prompt begins a new one.
+    """
+    before: Before = ()
+    for given in steps:
+        if given.prefill and given.layer == 0:
+            before = ()
+        experts = activated(given)
+        if not given.prefill:
+            yield given.layer, before, experts
+        before = (*before, experts)[-2:]
+
+
+def accuracy(table: PathTable, run: Trace) -> dict[str, Any]:
+    """How well a table foretells a recorded run that was not counted.
+
+    Returns
+    -------
+    dict
+        ``recall[n - 1]``: share of the activations that were among the n likeliest; ``by_layer``:
+        the same at n = top-k, layer by layer; ``coverage``: share of the lookups whose longest
+        known key has two, one, no previous layers.
+    """
+    shape, most = run.shape, max(run.shape.experts)
+    found, known = Counter[int](), Counter[int | None]()
+    asked, of_layer = Counter[int](), Counter[int]()
+    for layer, before, chosen in sightings(run.steps):
+        known[table.known(layer, before)] += 1
+        place = {e: n for n, (e, _) in enumerate(table.probabilities(layer, before))}
+        asked[layer] += len(chosen)
+        for n in (place[e] for e in chosen if e in place):
+            found[n] += 1
+            of_layer[layer] += n < shape.top_k
+    total, lookups = asked.total() or 1, known.total() or 1
+    return {
+        "recall": [sum(found[n] for n in range(first)) / total for first in range(1, most + 1)],
+        "by_layer": [of_layer[layer] / asked[layer] for layer in sorted(asked)],
+        "coverage": {str(n): known[n] / lookups for n in (2, 1, 0)},
+    }
+
+
+def paths(lab: Lab, counted: Sequence[str], held_out: Sequence[str]) -> dict[str, Any]:
+    """Measurement 4: the table of the counted texts, and how well it foretells the others."""
+    table, frequencies = PathTable(), PathTable()
+    for layer, before, experts in sightings(record(lab, counted, tokens=PATH_TOKENS).steps):
+        table.count(layer, before, experts)
+        frequencies.count(layer, (), experts)
+    unseen = record(lab, held_out, tokens=PATH_TOKENS, look_ahead=1)
+    figures = accuracy(table, unseen)
+    figures["frequencies"] = accuracy(frequencies, unseen)["recall"]
+    figures["stale_gate"] = gate_accuracy(unseen)["+1"]["top_k"]
+    return {"paths": table.to_json(), "accuracy": figures}
+
+
+def split(text: str) -> tuple[str, str]:
+    """The part that is counted and the part held out, cut between two words."""
+    cut = text.rfind(" ", 0, int(len(text) * COUNTED) + 1)
+    if cut <= 0:
+        raise ValueError(f"a text of {len(text)} characters is too short to split: {text!r}")
+    return text[:cut], text[cut:]
+
+
+# -- the calibration ------------------------------------------------------------------------------
+
+
+def made_from(
+    lab: Lab,
+    *,
+    texts: Sequence[str] | None = None,
+    tolerated: float = TOLERATED,
+    max_tokens: int = 96,
+) -> dict[str, Any]:
+    """Everything the profile depends on.
+
+    Parameters
+    ----------
+    lab
+        Its model is measured, whatever its settings are.
+    texts
+        To measure and count on; default the model's own probes.
+    tolerated
+        P: the loss up to which K is searched closely.
+    max_tokens
+        Tokens of each text that a loss is measured on. The path table takes all of them.
+    """
+    used = texts_of(lab, texts)
+    return {
+        "texts": digest_of(used),
+        "counted": COUNTED,
+        "levels": _levels(lab),
+        "tolerated": tolerated,
+        "max_tokens": max_tokens,
+    }
+
+
+def make(
+    lab: Lab,
+    *,
+    progress: bool,
+    partial: Partial,
+    texts: Sequence[str] | None = None,
+    tolerated: float = TOLERATED,
+    max_tokens: int = 96,
+) -> dict[str, Any]:
+    """The profile's data, see the module's first lines; options as in `made_from`.
+
+    Raises
+    ------
+    ValueError
+        The store has fewer than two of EdgeMoE's levels, or there is no text to measure on.
+    """
+    counted, held_out = zip(*map(split, texts_of(lab, texts)), strict=True)
+    shape, levels = lab._shape, _levels(lab)
+    count, best = sum(shape.experts), max(shape.nbytes)
+    curves = (len(levels) - 1) * (CURVE_POINTS - 1) + math.ceil(math.log2(count))
+    total = 2 * (1 + len(levels)) + count + curves + 2
+    with tqdm(total=total, disable=not progress, desc="edgemoe") as bar:
+        evaluator = Evaluator(lab, counted, max_tokens=max_tokens)
+        loss = Measured(evaluator, best, partial, bar.update)
+        data = sensitivity(loss, shape.experts, levels, tolerated)
+        evaluator = Evaluator(lab, held_out, max_tokens=max_tokens)
+        loss = Measured(evaluator, best, partial, bar.update, "held out: ")
+        bits = Sensitivity.of(data).bits(tolerated)
+        data["held_out"] = {
+            "levels": {str(level): loss.level(level) for level in levels},
+            "assigned": loss(f"assigned for {tolerated}", bits.__getitem__),
+        }
+        walked = partial.get("paths") or paths(lab, counted, held_out)
+        partial.put("paths", walked)
+        bar.total = bar.n + 1
+        bar.update()
+    return data | walked
+
+
+def _levels(lab: Lab) -> list[int]:
+    levels = [bits for bits in LEVELS if bits in lab._shape.nbytes]
+    if len(levels) < 2:
+        raise ValueError(
+            f"EdgeMoE mixes two of {LEVELS} bits and this store has {sorted(lab._shape.nbytes)}; "
+            "pack it again with tiers=(16, 4, 2)"
+        )
+    return levels

@@ -1,0 +1,187 @@
+"""Profiles: what was measured of a model for a strategy, kept beside its store.
+
+A profile says what it was made from: the model, the texts and the options. It is used as long as
+that is the same, and made again otherwise. The bundled demo brings its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moelab.paths import cache_dir
+from moelab.scheduling.strategy import Strategy
+from moelab.store.store import Store
+from moelab.strategies import CALIBRATED, make
+
+FORMAT = 1
+SHIPPED = Path(__file__).parents[1] / "demo" / "profiles"
+SAVE_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a calibration measured.
+
+    Attributes
+    ----------
+    name
+        The strategy it is for.
+    model
+        What tells the model and its tiers from others, see `model_of`.
+    made_from
+        Everything else the result depends on: texts, options.
+    data
+        The result, plain JSON.
+    """
+
+    name: str
+    model: dict[str, Any]
+    made_from: dict[str, Any]
+    data: dict[str, Any]
+
+    def save(self, store: Store) -> Path:
+        """Write it beside the store, or into the user's cache where that is not allowed.
+
+        Raises
+        ------
+        OSError
+            Neither folder can be written.
+        """
+        return _write(store, f"{self.name}.json", {"format": FORMAT} | asdict(self))
+
+
+def model_of(store: Store) -> dict[str, Any]:
+    """What a profile has to fit: the checkpoint's bytes and the stored tiers."""
+    return {"checkpoint": store.manifest.source_digest, "tiers": sorted(store.tiers)}
+
+
+def find_profile(
+    store: Store, name: str, made_from: dict[str, Any] | None = None
+) -> Profile | None:
+    """A strategy's profile that fits the model, the user's own before a shipped one; or None.
+
+    ``made_from``: accept only one that was made from exactly this.
+    """
+    for folder in (*_folders(store), SHIPPED):
+        doc = _read(folder / f"{name}.json")
+        same = doc is not None and doc.get("model") == model_of(store)
+        if doc is not None and same and made_from in (None, doc["made_from"]):
+            return Profile(doc["name"], doc["model"], doc["made_from"], doc["data"])
+    return None
+
+
+class Partial:
+    """What an unfinished calibration has measured so far; survives an interruption.
+
+    Parameters
+    ----------
+    store, name, made_from
+        As of the profile in the making; what was begun from something else is forgotten.
+    """
+
+    def __init__(self, store: Store, name: str, made_from: dict[str, Any]) -> None:
+        self._store, self._name = store, f"{name}.partial.json"
+        self._head = {"format": FORMAT, "model": model_of(store), "made_from": made_from}
+        self._values: dict[str, Any] = {}
+        self._saved = time.monotonic()
+        for folder in _folders(store):
+            doc = _read(folder / self._name)
+            if doc is not None and all(doc.get(k) == v for k, v in self._head.items()):
+                self._values = doc["values"]
+                break
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """What was measured under ``key``, as JSON gives it back."""
+        return self._values.get(key, default)
+
+    def put(self, key: str, value: Any) -> None:
+        """Remember a measurement; on disk within a second or so, and at `save`."""
+        self._values[key] = value
+        if time.monotonic() - self._saved > SAVE_EVERY_S:
+            self.save()
+
+    def save(self) -> None:
+        """Write what there is."""
+        _write(self._store, self._name, self._head | {"values": self._values})
+        self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        """The calibration is finished."""
+        for folder in _folders(self._store):
+            (folder / self._name).unlink(missing_ok=True)
+
+
+class Strategies:
+    """Strategies by name for one store, with the calibrations there are.
+
+    Parameters
+    ----------
+    store
+        The model's.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._made: dict[str, Strategy] = {}
+
+    def __call__(self, name: str, using: Strategy | None = None) -> Strategy:
+        """A strategy of that name.
+
+        Parameters
+        ----------
+        using
+            A strategy in force: where it has parts of an earlier strategy of that name, that one
+            is given again, so that parts which belong together stay together.
+
+        Raises
+        ------
+        ValueError
+            The name is not known, or the strategy cannot be used before a calibration.
+        """
+        made = self._made.get(name)
+        if made is not None and using is not None and made.shares(using):
+            return made
+        profile = find_profile(self._store, name) if name in CALIBRATED else None
+        if profile is None and CALIBRATED.get(name):
+            raise ValueError(
+                f"strategy {name!r} needs a calibration of this model: run "
+                f"lab.calibrate({name!r}) once"
+            )
+        self._made[name] = made = make(name, profile and profile.data)
+        return made
+
+
+def _folders(store: Store) -> Iterator[Path]:
+    """Where profiles of a store lie: beside it, or in the cache where that cannot be written."""
+    yield store.path.with_name(store.path.name + ".profiles")
+    yield cache_dir() / "profiles" / store.manifest.id
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A document of this format; None where there is none, or one that cannot be used."""
+    try:
+        doc = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return doc if isinstance(doc, dict) and doc.get("format") == FORMAT else None
+
+
+def _write(store: Store, name: str, doc: dict[str, Any]) -> Path:
+    text, failed = json.dumps(doc, separators=(",", ":")), None
+    for folder in _folders(store):
+        scratch = folder / f"{name}.{os.getpid()}.tmp"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(folder / name)
+        except OSError as error:
+            failed = error
+            continue
+        return folder / name
+    raise OSError(f"cannot write {name} beside {store.path} nor into the cache: {failed}")

@@ -1,0 +1,306 @@
+"""SwapMoE's profiling: what a layer loses when it is short of experts, and what a swap costs.
+
+``lab.calibrate("swapmoe")`` measures, in this order,
+
+1. ‖E_i‖ of every expert, and on sample texts how often each is used and its importance,
+2. quality and swaps, for every layer, number of experts kept n and update interval f: the layer
+   alone works under the mask that SwapMoE would give it, renewed every f tokens by the importance
+   of the unmasked model, while all other layers are whole; loss is mean KL against the full model,
+3. latency: tokens of the engine with many updates and with none,
+4. with these estimates the planner's configuration for each budget (`swapmoe_planner`).
+
+A swap takes no time in measurement 2: what is late in a run is a little worse than its estimate.
+
+T tokens, L layers, E experts, N numbers kept, F intervals.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from moelab.calibration.measure import digest_of, expert_norms, record, texts_of
+from moelab.engine.generation import Decoder, Stream
+from moelab.quality import kl_divergence
+from moelab.strategies.swapmoe import swapmoe
+from moelab.strategies.swapmoe_planner import Estimates, Plan, plan_within, uniform
+
+if TYPE_CHECKING:
+    from moelab.calibration.profile import Partial
+    from moelab.engine.engine import Engine
+    from moelab.lab import Lab
+
+EVERY = (4, 16, 64)
+PERCENT = tuple(range(10, 101, 5))
+NATS_PER_SLOWDOWN = 0.5
+"""KL that twice the time of a token is worth to the planner."""
+TIMED_TOKENS = 24
+
+
+# -- 1: importance ----------------------------------------------------------------------------
+
+
+def importances(lab: Lab, text: str, tokens: int, norms: Sequence[Sequence[float]]) -> np.ndarray:
+    """‖x‖ · ‖G(x)_i‖ · ‖E_i‖ of every token of a text, ``[L, T, E]``; 0 where not routed to."""
+    trace = record(lab, [text], tokens=tokens)
+    shape = trace.shape
+    out = np.zeros((shape.layers, trace.tokens, max(shape.experts)))
+    for at, given in enumerate(trace.steps):
+        (x,), (experts,), (gates,) = given.norms or (1.0,), given.experts, given.weights
+        for i, g in zip(experts, gates, strict=True):
+            out[given.layer, at // shape.layers, i] += x * abs(g) * norms[given.layer][i]
+    return out
+
+
+def renewed(scores: np.ndarray, start: np.ndarray, f: int, n: int) -> Iterator[list[int]]:
+    """One layer's n virtual experts for each f tokens, as `VirtualExperts` ranks them.
+
+    Parameters
+    ----------
+    scores
+        Importance of each token, ``[T, E]``.
+    start
+        Importance to begin with, ``[E]``.
+    """
+    order = sorted(range(len(start)), key=lambda e: -start[e])
+    for begin in range(0, len(scores), f):
+        chosen = order[:n]
+        yield chosen
+        heard = scores[begin : begin + f].sum(0)
+        order = sorted(order, key=lambda e: (-heard[e], e not in chosen))
+
+
+# -- 2: quality -------------------------------------------------------------------------------
+
+
+class ShortLayer:
+    """Measures a model of which one layer keeps only a few experts.
+
+    Parameters
+    ----------
+    engine
+        At full precision while this works.
+    texts
+        Token ids ``[text][position]``.
+    scores
+        Of each text, see `importances`.
+    """
+
+    def __init__(
+        self, engine: Engine, texts: Sequence[Sequence[int]], scores: Sequence[np.ndarray]
+    ) -> None:
+        self._engine, self._texts, self._scores = engine, texts, scores
+        self._sum = np.sum([s.sum(1) for s in scores], axis=0)  # [L, E]
+        with engine.full_precision():
+            self._full = [Stream(engine).forward(ids, keep=len(ids)) for ids in texts]
+
+    def __call__(self, layer: int, n: int, f: int) -> tuple[float, float]:
+        """(KL in nats a token, swaps a token) with ``layer`` short."""
+        count, tokens = self._engine.shape.experts[layer], sum(map(len, self._texts))
+        kl = swaps = 0.0
+        for ids, scores, full in zip(self._texts, self._scores, self._full, strict=True):
+            start = self._sum[layer, :count] - scores[layer, :, :count].sum(0)  # other texts'
+            chosen = list(renewed(scores[layer, :, :count], start, f, n))
+            kl += float(kl_divergence(full, self._logits(layer, ids, chosen, f)).sum())
+            swaps += sum(len(set(b) - set(a)) for a, b in itertools.pairwise(chosen))
+        return kl / tokens, swaps / tokens
+
+    def _logits(
+        self, layer: int, ids: Sequence[int], chosen: Sequence[Sequence[int]], f: int
+    ) -> torch.Tensor:
+        """Logits ``[T, V]``: a chunk of f tokens for each set of experts."""
+        adapter, out = self._engine.adapter, []
+        with self._engine.full_precision():
+            stream = Stream(self._engine)
+            try:
+                for begin, experts in zip(range(0, len(ids), f), chosen, strict=True):
+                    mask = torch.zeros(self._engine.shape.experts[layer], dtype=torch.bool)
+                    mask[list(experts)] = True
+                    adapter.set_mask(layer, mask)
+                    chunk = ids[begin : begin + f]
+                    out.append(stream.forward(chunk, keep=len(chunk)))
+            finally:
+                adapter.set_mask(layer, None)
+        return torch.cat(out)
+
+
+def numbers_kept(top_k: int, experts: int) -> tuple[int, ...]:
+    """Where quality is measured: denser where few are kept, because it bends there."""
+    parts = (round(experts * part) for part in (1 / 4, 3 / 8, 1 / 2, 3 / 4))
+    return tuple(
+        sorted({top_k, min(top_k + 1, experts), experts, *(n for n in parts if n > top_k)})
+    )
+
+
+# -- 3: latency -------------------------------------------------------------------------------
+
+
+def latency(lab: Lab, data: dict[str, Any], ids: Sequence[int], device: str) -> tuple[float, float]:
+    """(ms of a token without swaps, ms that each swap adds), medians over decoded tokens.
+
+    Half of the experts are resident; every other token's virtual experts are renewed at once.
+    """
+    engine, shape = lab._engine, lab._shape
+    many = lab._settings.change(
+        shape, strategy=swapmoe(data, f=1, swaps=2), device=device, budget="50%", measure_kl=False
+    )
+    none = many.change(shape, f=256)
+    seconds: dict[int, list[float]] = {}
+    for settings in (none, many, none, many):
+        engine.apply(settings)
+        engine.new_sequence(record=False)
+        engine.prefill = False
+        decoder = Decoder(engine)
+        for at, token in enumerate(ids[:TIMED_TOKENS]):
+            decoder.step([token])
+            if at > 1:
+                seconds.setdefault(engine.counts["prefetch"], []).append(decoder.seconds)
+            engine.end_of_token()
+    base = float(np.median(seconds.pop(0)))
+    more = [(s - base) / swaps for swaps, times in seconds.items() for s in times]
+    return 1e3 * base, 1e3 * max(0.0, float(np.median(more or [0.0])))
+
+
+# -- 4: the plans -----------------------------------------------------------------------------
+
+
+def plans(lab: Lab, estimates: Estimates, percent: Sequence[int], nats: float, seed: int) -> dict:
+    """The planner's configuration for each budget, by experts that fit, beside uniform's."""
+    shape, made = lab._shape, dict[int, Plan]()
+    for slots in sorted({part * sum(shape.experts) // 100 for part in percent}):
+        if slots >= shape.layers * shape.top_k:
+            made[slots] = plan_within(
+                estimates,
+                slots,
+                shape,
+                nats_per_slowdown=nats,
+                start=list(made.values()),
+                seed=seed,
+            )
+    return {
+        str(slots): {
+            "f": plan.f,
+            "experts": list(plan.experts),
+            "kl": estimates.kl(plan),
+            "ms": estimates.ms(plan),
+            "uniform_kl": estimates.kl(uniform(slots, shape, plan.f)),
+        }
+        for slots, plan in made.items()
+    }
+
+
+# -- the calibration --------------------------------------------------------------------------
+
+
+def made_from(
+    lab: Lab,
+    *,
+    texts: Sequence[str] | None = None,
+    max_tokens: int = 64,
+    every: Sequence[int] = EVERY,
+    percent: Sequence[int] = PERCENT,
+    nats_per_slowdown: float = NATS_PER_SLOWDOWN,
+    device: str = "disk",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Everything the profile depends on.
+
+    Parameters
+    ----------
+    lab
+        Its model is measured, whatever its settings are.
+    texts
+        To measure on; default the model's own probes.
+    max_tokens
+        Tokens taken of each text.
+    every
+        Update intervals f the planner may choose from, in tokens.
+    percent
+        Budgets to plan for, in percent of all experts.
+    nats_per_slowdown
+        KL that twice the time of a token is worth to the planner.
+    device
+        Where the latency is measured.
+    seed
+        Of the genetic search.
+    """
+    return {
+        "texts": digest_of(texts_of(lab, texts)),
+        "max_tokens": max_tokens,
+        "every": sorted(every),
+        "percent": sorted(percent),
+        "nats_per_slowdown": nats_per_slowdown,
+        "device": device,
+        "seed": seed,
+    }
+
+
+def make(
+    lab: Lab,
+    *,
+    progress: bool,
+    partial: Partial,
+    texts: Sequence[str] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The profile's data, see the module's first lines; options as in `made_from`.
+
+    Raises
+    ------
+    ValueError
+        There is no text to measure on.
+    """
+    asked, shape = made_from(lab, texts=texts, **options), lab._shape
+    given = texts_of(lab, texts)
+    norms = expert_norms(lab)
+    scores = [importances(lab, text, asked["max_tokens"], norms) for text in given]
+    ids = [lab._encode(text)[: asked["max_tokens"]] for text in given]
+    data = {
+        "norms": _short(norms),
+        "counts": [
+            np.sum([(s[la] > 0).sum(0) for s in scores], 0)[:n].tolist()
+            for la, n in enumerate(shape.experts)
+        ],
+        "importance": _short(
+            [
+                np.sum([s[la].sum(0) for s in scores], 0)[:n].tolist()
+                for la, n in enumerate(shape.experts)
+            ]
+        ),
+        "every": asked["every"],
+        "kept": list(numbers_kept(shape.top_k, max(shape.experts))),
+    }
+    measured = _measured(
+        ShortLayer(lab._engine, ids, scores), data, shape.experts, partial, progress
+    )
+    data |= {"loss": _short(measured[0]), "swaps": _short(measured[1])}
+    data["base_ms"], data["swap_ms"] = latency(lab, data, max(ids, key=len), asked["device"])
+    data["plans"] = plans(
+        lab, Estimates.of(data), asked["percent"], asked["nats_per_slowdown"], asked["seed"]
+    )
+    return data
+
+
+def _measured(
+    short: ShortLayer, data: dict, experts: Sequence[int], partial: Partial, progress: bool
+) -> tuple[list, list]:
+    """Loss and swaps, each ``[F][L][N]``."""
+    wanted = list(itertools.product(data["every"], range(len(experts)), data["kept"]))
+    found = []
+    for f, layer, n in tqdm(wanted, disable=not progress, desc="swapmoe"):
+        name = f"layer {layer}, {n} experts, every {f}"
+        got = partial.get(name) or ((0.0, 0.0) if n >= experts[layer] else short(layer, n, f))
+        partial.put(name, got)
+        found.append(got)
+    tables = np.array(found).reshape(len(data["every"]), len(experts), len(data["kept"]), 2)
+    return tables[..., 0].tolist(), tables[..., 1].tolist()
+
+
+def _short(table: Any) -> Any:
+    """Six digits are enough, and a third of the file."""
+    return [_short(row) for row in table] if isinstance(table, list) else float(f"{table:.6g}")

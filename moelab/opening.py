@@ -1,0 +1,92 @@
+"""Open a model with its experts on disk: from a name and settings to a `Lab`.
+
+>>> import moelab
+>>> lab = moelab.open("demo", budget="25%", strategy="lfu")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moelab.calibration.profile import Strategies
+from moelab.engine.routed import shape_of
+from moelab.lab import Lab
+from moelab.models import CHEAP_BYTES, find_store
+from moelab.scheduling.strategy import Strategy
+from moelab.settings import Settings, parse_budget
+from moelab.store.codecs import TIERS
+from moelab.store.store import Store
+from moelab.strategies import make
+
+
+def open(  # noqa: A001
+    model: str | Path = "demo",
+    *,
+    budget: int | str = "25%",
+    bits: int | None = None,
+    low_bits: int | None = None,
+    strategy: str | Strategy = "lru",
+    device: str = "disk",
+    prefetch: int | None = None,
+    measure_kl: bool | None = None,
+    seed: int = 0,
+    tiers: Sequence[int] = TIERS,
+    dtype: torch.dtype | None = None,
+    verify: bool = False,
+    progress: bool = True,
+) -> Lab:
+    """Open a model with its experts on disk.
+
+    Parameters
+    ----------
+    model
+        ``"demo"``, a store, a checkpoint folder, or a hub id; the latter are packed first.
+    budget
+        For resident experts: bytes, ``"64MB"``, ``"1.5GiB"`` or ``"25%"`` of all experts.
+    bits, low_bits
+        Tier asked for (default: the strategy's, else the store's best) and the second tier of a
+        pair (default: the strategy's; 0 for none).
+    strategy
+        A name of ``moelab.strategies.NAMES`` or a `Strategy`.
+    device
+        ``"disk"``, or an emulated one of ``moelab.devices()``.
+    prefetch
+        Layers to look ahead (default: the strategy's; 0: off).
+    measure_kl
+        Compare each token with full precision; default where that is cheap.
+    tiers
+        Tiers to pack where the model has to be packed.
+    dtype
+        Of the non-expert weights; default float32 for small models, else the checkpoint's own.
+    verify
+        Check every blob's checksum before opening.
+
+    Raises
+    ------
+    ValueError
+        A setting is refused, or the model is not to be found.
+    StoreError
+        The store is broken; the message names file, layer and expert.
+    """
+    store = Store.open(find_store(model, tiers=tiers, progress=progress), verify=verify)
+    shape = shape_of(store)
+    settings = Settings(
+        budget_bytes=parse_budget(budget, shape),
+        bits=max(store.tiers),
+        strategy=make("lru"),
+        seed=seed,
+        measure_kl=shape.all_bytes(max(store.tiers)) <= CHEAP_BYTES
+        if measure_kl is None
+        else measure_kl,
+    )
+    asked = {"bits": bits, "low_bits": low_bits, "prefetch": prefetch}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    strategies = Strategies(store)
+    if strategy != "lru":
+        given["strategy"] = strategy
+    settings = settings.change(shape, make=strategies, device=device, **given)
+    return Lab(store, settings, name=str(model), dtype=dtype, strategies=strategies)

@@ -1,0 +1,89 @@
+"""The least a budget must hold, and the refusal of one that is smaller."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moelab.scheduling.cache import Cache
+from moelab.scheduling.strategy import Strategy
+from moelab.scheduling.stream import Knobs, Shape, View
+
+_HUGE = 1 << 60
+
+
+class BudgetError(ValueError):
+    """The budget cannot hold what one token needs at once."""
+
+
+def check_budget(shape: Shape, strategy: Strategy, knobs: Knobs) -> None:
+    """Refuse a budget that cannot hold one layer's top-k at the bits asked for."""
+    need = minimum_budget(shape, strategy, knobs)
+    if knobs.budget_bytes < need:
+        raise BudgetError(
+            f"budget {_mb(knobs.budget_bytes)} is below one token's need with strategy "
+            f"{strategy.name!r} (top-{shape.top_k} at {knobs.bits} bit: {_mb(need)}); raise it to "
+            f"{need} bytes or choose fewer bits"
+        )
+
+
+def minimum_budget(shape: Shape, strategy: Strategy, knobs: Knobs) -> int:
+    """Least bytes that hold the top-k experts of every layer in turn, and in each one's share.
+
+    Shares of layers and tiers may depend on the budget in any growing way, so the least budget
+    under which they suffice is searched.
+    """
+    wanted = _needs(shape, strategy, knobs)
+    low = max(sum(sizes) for sizes in wanted)
+    if _suffices(shape, strategy, knobs, low, wanted):
+        return low
+    high = low
+    while not _suffices(shape, strategy, knobs, high, wanted):
+        low, high = high, 2 * high
+        if high > _HUGE:
+            raise BudgetError(f"no budget is enough for the shares of strategy {strategy.name!r}")
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _suffices(shape, strategy, knobs, middle, wanted):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _view(shape: Shape, strategy: Strategy, knobs: Knobs, budget_bytes: int) -> View:
+    now = dataclasses.replace(knobs, budget_bytes=budget_bytes)
+    return View(shape, now, Cache(shape, budget_bytes), allocate=strategy.allocate)
+
+
+def _needs(shape: Shape, strategy: Strategy, knobs: Knobs) -> list[list[int]]:
+    """Bytes of the top-k largest experts, layer by layer."""
+    view = _view(shape, strategy, knobs, knobs.budget_bytes)
+    return [
+        sorted(
+            (shape.nbytes[view.asked_bits((layer, e))] for e in range(count)),
+            reverse=True,
+        )[: shape.top_k]
+        for layer, count in enumerate(shape.experts)
+    ]
+
+
+def _suffices(
+    shape: Shape, strategy: Strategy, knobs: Knobs, budget_bytes: int, wanted: list[list[int]]
+) -> bool:
+    view = _view(shape, strategy, knobs, budget_bytes)
+    for layer, sizes in enumerate(wanted):
+        share = strategy.allocate.layer_bytes(layer, view)
+        if sum(sizes) > (budget_bytes if share is None else share):
+            return False
+    for bits, nbytes in shape.nbytes.items():
+        pool = strategy.allocate.tier_bytes(bits, view)
+        most = max(sizes.count(nbytes) for sizes in wanted)
+        if bits == knobs.low_bits:
+            most = max(most, shape.top_k - 1)
+        if pool is not None and most * nbytes > pool:
+            return False
+    return True
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.3g} MB"

@@ -1,0 +1,419 @@
+"""EdgeMoE (Yi et al., arXiv 2308.14352): bits per expert, preloading along paths, a buffer.
+
+The paper's symbols: S MoE layers, counted from 0; I the layer computed now; i an expert's layer;
+f an expert's activation frequency; L what decides who leaves; P the tolerated loss; K how many
+experts are stored at the lower of two bitwidths. A token walks the layers as a ring: after layer
+S - 1 comes layer 0 of the next token.
+
+Only the bits change what the model says: preloading and the buffer change nothing but time. The
+numbers a strategy starts from (importance, curves, path table) are measured by
+``lab.calibrate("edgemoe")``. Prefill is left alone, as in the paper: nothing is preloaded there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from moelab.scheduling.strategy import (
+    Allocate,
+    Evict,
+    Key,
+    LookAhead,
+    Parameter,
+    Prediction,
+    Prefetch,
+    Strategy,
+    View,
+)
+from moelab.scheduling.trace import LayerInput
+
+TOLERATED = 0.02
+"""P of the paper: 2 %."""
+Experts = tuple[int, ...]
+"""The experts activated in one layer by one token, sorted."""
+Before = tuple[Experts, ...]
+"""The experts activated in the MoE layers before this one, oldest first, at most two."""
+
+# -- allocate: bits per expert under a tolerated loss ---------------------------------------------
+
+
+def bracket(losses: Mapping[int, float], tolerated: float) -> tuple[int, int]:
+    """The two adjacent levels (low, high) between which the tolerated loss P lies.
+
+    Parameters
+    ----------
+    losses
+        Bits -> loss with every expert at that level.
+    tolerated
+        P.
+
+    Returns
+    -------
+    tuple[int, int]
+        ``high``: the fewest bits whose loss is within P; ``low``: the next level below. Both are
+        the same where even the lowest level is within P, or not even the highest is.
+
+    Examples
+    --------
+    >>> bracket({16: 0.0, 8: 0.001, 4: 0.01, 2: 0.3}, tolerated=0.02)
+    (2, 4)
+    """
+    levels = sorted(losses)
+    within = [bits for bits in levels if losses[bits] <= tolerated]
+    high = within[0] if within else levels[-1]
+    below = [bits for bits in levels if bits < high]
+    return (below[-1] if within and below else high), high
+
+
+def by_importance(importance: Sequence[Sequence[float]]) -> list[Key]:
+    """Every expert, the least important first, from losses ``[S][E]``."""
+    keys = [(layer, e) for layer, row in enumerate(importance) for e in range(len(row))]
+    return sorted(keys, key=lambda key: (importance[key[0]][key[1]], key))
+
+
+def mixed(order: Sequence[Key], k: int, low: int, high: int) -> dict[Key, int]:
+    """Bits of every expert: the first ``k`` of ``order`` at ``low``, the others at ``high``."""
+    return {key: low if place < k else high for place, key in enumerate(order)}
+
+
+def assign(
+    importance: Sequence[Sequence[float]],
+    low: int,
+    high: int,
+    loss_of: Callable[[Mapping[Key, int]], float],
+    tolerated: float = TOLERATED,
+) -> tuple[dict[Key, int], list[tuple[int, float]]]:
+    """Search K, the number of experts at ``low``, until the measured loss reaches P.
+
+    By bisection: about log2(experts) measurements. A measured loss is not strictly monotone in K:
+    the K found was itself measured to be within P and K + 1 not to be, but further crossings may
+    exist. K is 0 where not even K = 0 is within P.
+
+    Parameters
+    ----------
+    importance
+        Loss with one expert at the lowest level, ``[S][E]``.
+    low, high
+        The two bitwidths, from `bracket`; only these are ever mixed.
+    loss_of
+        Measures the loss of an assignment, key -> bits.
+    tolerated
+        P.
+
+    Returns
+    -------
+    tuple
+        The assignment, and the measured points (K, loss) by rising K.
+    """
+    order = by_importance(importance)
+    curve = {k: loss_of(mixed(order, k, low, high)) for k in (0, len(order))}
+    within, beyond = 0, len(order)
+    if curve[beyond] <= tolerated:
+        within = beyond
+    while beyond - within > 1 and curve[0] <= tolerated:
+        k = (within + beyond) // 2
+        curve[k] = loss_of(mixed(order, k, low, high))
+        within, beyond = (k, beyond) if curve[k] <= tolerated else (within, k)
+    return mixed(order, within, low, high), sorted(curve.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What was measured of a model: enough to assign bits for any P without measuring again.
+
+    ``importance`` ``[S][E]``; ``levels`` bits -> loss of all experts at that level; ``curves``
+    (low, high) -> measured points (K, loss).
+    """
+
+    importance: Sequence[Sequence[float]]
+    levels: Mapping[int, float]
+    curves: Mapping[tuple[int, int], Sequence[tuple[int, float]]]
+
+    @classmethod
+    def of(cls, profile: Mapping[str, Any]) -> Self:
+        """Out of a profile's JSON."""
+        curves = {}
+        for pair, points in profile["curves"].items():
+            low, high = map(int, pair.split("/"))
+            curves[low, high] = [(int(k), float(loss)) for k, loss in points]
+        levels = {int(bits): loss for bits, loss in profile["levels"].items()}
+        return cls(profile["importance"], levels, curves)
+
+    def choose(self, tolerated: float) -> tuple[int, int, int]:
+        """(low, high, K) for P: of the *measured* K the largest whose loss is within P."""
+        low, high = bracket(self.levels, tolerated)
+        points = self.curves.get((low, high), ())
+        return low, high, max((k for k, loss in points if loss <= tolerated), default=0)
+
+    def bits(self, tolerated: float) -> dict[Key, int]:
+        """Bits of every expert for P."""
+        low, high, k = self.choose(tolerated)
+        return mixed(by_importance(self.importance), k, low, high)
+
+
+class BitAssignment(Allocate):
+    """Bits per expert, fixed while P is, never above the ``bits`` setting.
+
+    Without measurements every expert is asked for at ``bits``.
+    """
+
+    title = "bits by importance (EdgeMoE)"
+    parameters = (
+        Parameter(
+            "tolerated",
+            "P: loss of quality allowed (relative rise of perplexity); more experts at fewer bits",
+            0.0,
+            0.25,
+            0.005,
+        ),
+    )
+
+    def __init__(
+        self, sensitivity: Sensitivity | None = None, tolerated: float = TOLERATED
+    ) -> None:
+        if tolerated < 0:
+            raise ValueError(f"tolerated={tolerated!r}: a loss, 0 or more (0.02 is the paper's)")
+        self.sensitivity, self.tolerated = sensitivity, tolerated
+        self._bits: dict[Key, int] = {}
+        self._made_for: float | None = None
+
+    def bits(self, key: Key, view: View) -> int:
+        if self._made_for != self.tolerated:
+            self._made_for = self.tolerated
+            self._bits = self.sensitivity.bits(self.tolerated) if self.sensitivity else {}
+        return min(self._bits.get(key, view.knobs.bits), view.knobs.bits)
+
+
+# -- prefetch: the path table ---------------------------------------------------------------------
+
+
+def activated(given: LayerInput) -> Experts:
+    """The experts of the newest token in this layer (batch 1, as in the paper)."""
+    return tuple(sorted(given.experts[-1])) if given.experts else ()
+
+
+@dataclass(slots=True)
+class Row:
+    """Sightings of one key, and how many of them activated each expert."""
+
+    times: int = 0
+    counts: Counter[int] = field(default_factory=Counter)
+
+
+class PathTable:
+    """Key: the experts activated in the two previous MoE layers. Value: P(expert) in the next.
+
+    A probability is counted: of the sightings of this key, the share that activated the expert
+    (so a layer's add up to top-k, not to 1). Where a key was never seen, the one previous layer
+    alone is the key, then the layer's own frequencies: this backing off is ours, the paper does
+    not say what happens then.
+
+    Examples
+    --------
+    >>> table = PathTable()
+    >>> table.count(2, ((0, 1), (3, 4)), (5, 6))
+    >>> table.count(2, ((0, 1), (3, 4)), (5, 7))
+    >>> table.probabilities(2, ((0, 1), (3, 4)))
+    [(5, 1.0), (6, 0.5), (7, 0.5)]
+    """
+
+    def __init__(self) -> None:
+        self._counted: dict[tuple[int, Before], Row] = {}
+        self._rows: dict[tuple[int, Before], Row] = {}  # and under every shorter key
+        self.frozen = False
+
+    def count(self, layer: int, before: Before, experts: Experts) -> None:
+        """One more sighting: ``experts`` of ``layer`` activated after ``before``."""
+        if self.frozen:
+            raise ValueError("this table is part of a profile; count into one of your own")
+        self._add(layer, before, 1, Counter(experts))
+
+    def known(self, layer: int, before: Before) -> int | None:
+        """Previous layers in the longest key that was seen (2, 1, 0); None: nothing is known."""
+        for n in range(len(before), -1, -1):
+            if (layer, before[len(before) - n :]) in self._rows:
+                return n
+        return None
+
+    def probabilities(self, layer: int, before: Before) -> list[tuple[int, float]]:
+        """Experts of ``layer`` by falling probability; those never seen there are left out."""
+        n = self.known(layer, before)
+        if n is None:
+            return []
+        row = self._rows[layer, before[len(before) - n :]]
+        ranked = sorted(row.counts.items(), key=lambda item: (-item[1], item[0]))
+        return [(expert, count / row.times) for expert, count in ranked]
+
+    def to_json(self) -> dict[str, list[int]]:
+        """``{"layer:experts before:experts": [times, expert, count, ...]}``, keys as counted."""
+        out = {}
+        for (layer, before), row in self._counted.items():
+            key = ":".join([str(layer), *(".".join(map(str, e)) for e in before)])
+            out[key] = [row.times, *(n for pair in row.counts.items() for n in pair)]
+        return out
+
+    @classmethod
+    def of(cls, doc: Mapping[str, Sequence[int]]) -> Self:
+        """A table out of `to_json`, frozen: it is shared, never copied, and counts no more."""
+        table = cls()
+        for key, (times, *pairs) in doc.items():
+            layer, *before = key.split(":")
+            seen = tuple(tuple(int(e) for e in word.split(".") if e) for word in before)
+            counts = Counter(dict(zip(pairs[::2], pairs[1::2], strict=True)))
+            table._add(int(layer), seen, times, counts)
+        table.frozen = True
+        return table
+
+    def _add(self, layer: int, before: Before, times: int, counts: Counter[int]) -> None:
+        shorter = [(self._rows, before[n:]) for n in range(len(before) + 1)]
+        for rows, key in [(self._counted, before), *shorter]:
+            row = rows.setdefault((layer, key), Row())
+            row.times += times
+            row.counts.update(counts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PathTable:
+        if self.frozen:
+            return self
+        copied = type(self)()
+        for (layer, before), row in self._counted.items():
+            copied._add(layer, before, row.times, row.counts)
+        return copied
+
+
+class Preload(Prefetch):
+    """Preload the coming layer's likeliest experts until its router has spoken.
+
+    The I/O thread takes them one by one, likeliest first, while this layer computes; after the
+    last layer, those of layer 0 of the next token (ours: the paths are walked as a ring, like the
+    distances of eviction). When the coming layer's router has spoken, the engine withdraws those
+    whose read had not begun (`LayerInput.unread`): a wrong guess costs at most the read it is in.
+
+    Parameters
+    ----------
+    table
+        Counted offline; without one, the strategy counts its own as it decodes.
+    width
+        Experts of the coming layer to guess at most; the paper reports 1 to 3 preloaded. Ours: a
+        preload takes its room in the buffer when it is issued, so too many push others out.
+    """
+
+    title = "path table over two layers (EdgeMoE)"
+    parameters = (
+        Parameter("width", "experts of the coming layer to preload at most", 0.0, 16.0, 1.0),
+    )
+    observes = frozenset({"unread"})
+
+    def __init__(self, table: PathTable | None = None, width: int = 2) -> None:
+        if width < 0:
+            raise ValueError(f"width={width!r}: experts to preload at most, 0 or more")
+        self.table, self.width = PathTable() if table is None else table, width
+        self._before: Before = ()
+
+    def observe(self, given: LayerInput, view: View) -> None:
+        experts = activated(given)
+        if not (self.table.frozen or given.prefill):
+            self.table.count(given.layer, self._before, experts)
+        self._before = (*self._before, experts)[-2:]
+
+    def new_sequence(self) -> None:
+        self._before = ()
+
+    def predict(
+        self, layer: int, look_ahead: Sequence[LookAhead], view: View
+    ) -> Iterable[Prediction]:
+        coming = (layer + 1) % view.shape.layers
+        likeliest = self.table.probabilities(coming, self._before)[: int(self.width)]
+        for rank, (expert, probability) in enumerate(likeliest):
+            yield Prediction((coming, expert), probability, rank)
+
+
+# -- evict: frequency over layer distance ---------------------------------------------------------
+
+RULES = ("described", "printed")
+
+
+def distance(i: int, now: int, layers: int, rule: str = "described") -> int:
+    """Layers on the ring between an expert's layer i and the current layer I, 1 to S.
+
+    ``described``: (i - I) mod S, how far ahead its layer is. ``printed``: (S - i + I) mod S, how
+    far behind. Both are 0 at i = I, where the formula would divide by zero: an expert of the
+    current layer is needed again one whole round later, hence S.
+    """
+    steps = (i - now) if rule == "described" else (layers - i + now)
+    return steps % layers or layers
+
+
+class FrequencyOverDistance(Evict):
+    """The highest L = -f/d leaves: seldom activated, and far from its turn.
+
+    As printed in the paper, d = (S - i + I) mod S sends the *next* layer's experts away first,
+    against the paper's own words ("farther layers go first"); as described, d = (i - I) mod S.
+    f is an expert's activations per token of this sequence, its prompt included (ours: the paper
+    leaves the window open). Among equals the least recently used leaves.
+    """
+
+    title = "frequency over layer distance (EdgeMoE)"
+    parameters = (
+        Parameter("rule", "layer distance as the paper describes it or prints it", choices=RULES),
+    )
+
+    def __init__(self, rule: str = "described") -> None:
+        if rule not in RULES:
+            raise ValueError(f"rule={rule!r}: one of {', '.join(RULES)}")
+        self.rule = rule
+        self._activations: Counter[Key] = Counter()
+        self._tokens: Counter[int] = Counter()
+
+    def observe(self, given: LayerInput, view: View) -> None:
+        self._tokens[given.layer] += len(given.experts)
+        for row in given.experts:
+            self._activations.update((given.layer, expert) for expert in row)
+
+    def new_sequence(self) -> None:
+        self._activations.clear()
+        self._tokens.clear()
+
+    def frequency(self, key: Key) -> float:
+        """f: activations of ``key`` per token of this sequence."""
+        return self._activations[key] / max(self._tokens[key[0]], 1)
+
+    def priority(self, key: Key, view: View) -> float:
+        return -self.why(key, view)["L"]
+
+    def why(self, key: Key, view: View) -> dict[str, float]:
+        f = self.frequency(key)
+        d = distance(key[0], view.layer, view.shape.layers, self.rule)
+        return {"f": f, "d": float(d), "L": -f / d}
+
+
+def edgemoe(
+    profile: Mapping[str, Any] | None = None,
+    *,
+    rule: str = "described",
+    tolerated: float | None = None,
+    width: int = 2,
+) -> Strategy:
+    """Bits by each expert's importance, preloading along paths, frequency over distance.
+
+    Parameters
+    ----------
+    profile
+        Made by ``lab.calibrate("edgemoe")``. Without one every expert is asked for at the ``bits``
+        setting and the path table is counted while decoding.
+    rule
+        Of eviction: ``"described"`` or ``"printed"``, see `FrequencyOverDistance`.
+    tolerated
+        P, the loss allowed for fewer bits; default the profile's, 2 % there unless asked otherwise.
+    width
+        Experts of the coming layer to preload at most.
+    """
+    sensitivity = Sensitivity.of(profile) if profile else None
+    table = PathTable.of(profile["paths"]) if profile else None
+    own = float(profile["tolerated"]) if profile else TOLERATED
+    allocate = BitAssignment(sensitivity, own if tolerated is None else tolerated)
+    return Strategy(
+        "edgemoe", FrequencyOverDistance(rule), allocate, prefetch=Preload(table, width)
+    )

@@ -1,0 +1,227 @@
+"""SwapMoE (arXiv 2308.15030): no token ever waits; a few *virtual experts* stand for all.
+
+    n_l         virtual experts of layer l: the resident ones, and only they compute (masked gating)
+    I(E_i, X)   importance of expert E_i for the inputs X:
+                sum over x in X routed to E_i of ‖x‖ · ‖G(x)_i‖ · ‖E_i‖
+    G(x)_i      gate weight of E_i for x, by the router *without* the mask, or an expert that is
+                absent could never come back
+    f           the virtual experts are renewed every f inputs (tokens or sequences)
+
+X is what came in since the last update. An update ranks a layer's experts by importance; the most
+important n_l are to be resident. They are swapped in a few at a time (amortised) while tokens are
+computed (asynchronous), and the router sees a newcomer only when its bytes have landed. How many
+experts a layer keeps, and f, come from the planner where a profile is given (`swapmoe_planner`).
+
+What it does not do: while a prompt is read nothing is swapped. The prompt runs on the virtual
+experts there are, and counts for the next update.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from moelab.scheduling.strategy import Key, LookAhead, Parameter, Prediction, Strategy, View
+from moelab.scheduling.trace import LayerInput
+from moelab.strategies.static_pruning import FixedExperts, Table, frozen
+from moelab.strategies.swapmoe_planner import Plan, largest
+
+
+class VirtualExperts(FixedExperts):
+    """Each layer's n_l most important experts, renewed every f inputs.
+
+    Parameters
+    ----------
+    norms
+        ‖E_i‖ ``[L][E]``; all the same where not given.
+    start
+        Importance to begin with ``[L][E]``; the norms where not given.
+    plans
+        Slots of memory -> plan.
+    f, unit, swaps, memory
+        See ``parameters``.
+    """
+
+    title = "virtual experts (SwapMoE)"
+    observes = frozenset({"wanted", "norms", "in_flight"})
+    parameters = (
+        Parameter("f", "Renew the virtual experts every f inputs; 0: as planned", 0, 256, 1),
+        Parameter("unit", "What an input is", choices=("tokens", "sequences")),
+        Parameter("swaps", "Experts of a layer that may be on their way at a time", 1, 8, 1),
+        Parameter("carry", "Part of the importance that lives on after an update (paper: 0)"),
+    )
+
+    def __init__(
+        self,
+        norms: Table | None = None,
+        start: Table | None = None,
+        plans: Mapping[int, Plan] | None = None,
+        *,
+        f: int = 0,
+        unit: str = "tokens",
+        swaps: int = 1,
+        carry: float = 0.0,
+    ) -> None:
+        super().__init__(norms)
+        given = (f, unit, swaps, carry)
+        self.f, self.unit, self.swaps, self.carry = (
+            p.checked(value) for p, value in zip(self.parameters, given, strict=True)
+        )
+        self._norms, self._start = frozen(norms), frozen(start) or frozen(norms)
+        self._plans = dict(plans or {})
+        self._importance: dict[int, list[float]] = {}  # of the inputs since the layer's last update
+        self._order: dict[int, list[int]] = {}  # the layer's experts as its last update ranked them
+        self._inputs: Counter[int] = Counter()  # since the layer's last update
+        self._serving: set[Key] = set()  # by this layer, now
+        self._leaver: Key | None = None  # whose place the newcomer takes
+
+    # -- importance, from the unmasked router ---------------------------------------------------
+
+    def observe(self, given: LayerInput, view: View) -> None:
+        layer = given.layer
+        scores = self._scores(layer, view)
+        norms = given.norms or (1.0,) * len(given.experts)
+        rows = zip(norms, given.router_experts, given.router_weights, strict=True)
+        for x, experts, gates in rows:
+            for i, g in zip(experts, gates, strict=True):
+                scores[i] += x * abs(g) * (self._norms[layer][i] if self._norms else 1.0)
+        self._serving = {(layer, e) for row in given.experts for e in row}
+        if self.unit == "tokens":
+            self._inputs[layer] += len(given.experts)
+        if self._inputs[layer] >= self.every(view):
+            self._update(layer, view)
+
+    def new_sequence(self) -> None:
+        if self.unit == "sequences":
+            self._inputs.update(self._importance.keys())
+
+    def every(self, view: View) -> int:
+        """Inputs between two updates."""
+        if self.f:
+            return self.f
+        return self.plan(view).f if self.unit == "tokens" else 1
+
+    def _update(self, layer: int, view: View) -> None:
+        """Rank the layer anew; equals keep their order, those in memory first."""
+        scores = self._scores(layer, view)
+        absent = lambda e: (layer, e) not in view.cache  # noqa: E731
+        self._order[layer] = sorted(self.order(layer, view), key=lambda e: (-scores[e], absent(e)))
+        self._importance[layer] = [self.carry * s for s in scores]
+        self._inputs[layer] = 0
+
+    def _scores(self, layer: int, view: View) -> list[float]:
+        return self._importance.setdefault(layer, [0.0] * view.shape.experts[layer])
+
+    def order(self, layer: int, view: View) -> Sequence[int]:
+        """The layer's experts by importance at the last update."""
+        if layer not in self._order:
+            count, start = view.shape.experts[layer], self._start
+            by_start = (lambda e: -start[layer][e]) if start else (lambda e: e)
+            self._order[layer] = sorted(range(count), key=by_start)
+        return self._order[layer]
+
+    def first(self, layer: int, view: View) -> Sequence[int]:
+        """By importance; once tokens have come, those in memory before others.
+
+        So nobody waits for an update that is under way when a sequence begins or settings change.
+        """
+        if layer not in self._importance:
+            return self.order(layer, view)
+        landed = self.landed(layer, view)
+        return sorted(self.order(layer, view), key=lambda e: not landed[e])
+
+    # -- allocate: experts per layer from the plan ------------------------------------------------
+
+    def plan_for(self, slots: int, view: View) -> Plan:
+        return largest(self._plans, slots, view.shape)
+
+    def layer_bytes(self, layer: int, view: View) -> int:
+        """Room for n_l experts, and for a newcomer where the plan leaves a slot free."""
+        nbytes, plan = view.shape.nbytes[view.knobs.bits], self.plan(view)
+        free = view.knobs.budget_bytes // nbytes > sum(plan.experts)
+        return (plan.experts[layer] + free) * nbytes
+
+    # -- prefetch: the asynchronous, amortised update ---------------------------------------------
+
+    def predict(
+        self, layer: int, look_ahead: Sequence[LookAhead], view: View
+    ) -> Iterable[Prediction]:
+        """Swap-ins of this layer: it has served its token, and the next is a token away."""
+        on_their_way = sum(1 for k in view.in_flight if k[0] == layer)
+        chosen = self.order(layer, view)[: self.plan(view).experts[layer]]
+        absent = [e for e in chosen if (layer, e) not in view.cache]
+        for expert in absent[: max(0, self.swaps - on_their_way)]:
+            self._leaver = self._spared(layer, set(chosen), view)
+            if self._leaver is not None or self._has_free_slot(layer, view):
+                yield Prediction((layer, expert))
+            self._leaver = None
+
+    def _has_free_slot(self, layer: int, view: View) -> bool:
+        share = self.layer_bytes(layer, view) - view.cache.layer_bytes[layer]
+        return min(share, view.cache.free_bytes) >= view.shape.nbytes[view.knobs.bits]
+
+    def _spared(self, layer: int, chosen: set[int], view: View) -> Key | None:
+        """The least important expert that can go now: landed, not serving, top-k others landed."""
+        landed = [(layer, e) for e, there in enumerate(self.landed(layer, view)) if there]
+        if len(landed) <= view.shape.top_k:
+            return None
+        rank = self.order(layer, view).index
+        going = (k for k in landed if k[1] not in chosen and k not in self._serving)
+        return max(going, key=lambda k: rank(k[1]), default=None)
+
+    # -- evict: at an update only -------------------------------------------------------------
+
+    def victim(self, allowed: Callable[[Key], bool], view: View) -> Key | None:
+        if self._leaver is not None and allowed(self._leaver):
+            return self._leaver
+        return super().victim(allowed, view)
+
+    def after_layer(self, layer: int, view: View) -> Iterable[Key]:
+        """A newcomer that came into the free slot has landed: the least important one leaves it.
+
+        So do copies below the bits asked for: they are leftovers of other settings.
+        """
+        landed = self.landed(layer, view)
+        first = [e for e in self.order(layer, view) if landed[e]]
+        stay = set(first[: max(self.plan(view).experts[layer], view.shape.top_k)])
+        keys = ((layer, e) for e in range(len(landed)) if e not in stay)
+        return [k for k in keys if k in view.cache and k not in view.in_flight]
+
+    def why(self, key: Key, view: View) -> dict[str, float]:
+        layer, expert = key
+        since = {"importance since the update": self._scores(layer, view)[expert]}
+        return since | super().why(key, view)
+
+
+def swapmoe(
+    profile: Mapping[str, Any] | None = None,
+    *,
+    f: int = 0,
+    unit: str = "tokens",
+    swaps: int = 1,
+    carry: float = 0.0,
+) -> Strategy:
+    """Only resident experts compute, so no token waits; they follow the input (SwapMoE).
+
+    Parameters
+    ----------
+    profile
+        What ``lab.calibrate("swapmoe")`` measured. Without it ‖E_i‖ counts as 1, every layer keeps
+        equally many experts, and f is 16 tokens.
+    f
+        Inputs between two updates; 0: as planned for the budget.
+    unit
+        What an input is: ``"tokens"`` or ``"sequences"``.
+    swaps
+        Experts of a layer that may be on their way at a time.
+    carry
+        Part of the importance that lives on after an update; 0 is the paper's.
+    """
+    data = profile or {}
+    saved = data.get("plans", {}).items()
+    plans = {int(slots): Plan(p["f"], tuple(p["experts"])) for slots, p in saved}
+    one = VirtualExperts(
+        data.get("norms"), data.get("importance"), plans, f=f, unit=unit, swaps=swaps, carry=carry
+    )
+    return Strategy("swapmoe", one, allocate=one, route=one, prefetch=one)

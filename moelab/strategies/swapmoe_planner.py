@@ -1,0 +1,239 @@
+"""SwapMoE's planner: how often to update, and how many experts each layer keeps.
+
+A configuration is {f, n_1 … n_L}: the virtual experts are renewed every f inputs, layer l keeps
+n_l of them. The best one under a memory limit is searched by a genetic algorithm over estimates
+that were profiled before (`Estimates`). What it does not know: layers are profiled one at a time,
+so a loss that arises only where several layers are short together is not in the estimate.
+
+N numbers of experts profiled, F update intervals profiled, L layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moelab.scheduling.strategy import Shape
+
+DEFAULT_F = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One configuration: update every ``f`` inputs, keep ``experts[l]`` experts of layer l."""
+
+    f: int
+    experts: tuple[int, ...]
+
+
+def usable(slots: int, shape: Shape) -> int:
+    """Experts to plan with, of the ``slots`` that fit the memory.
+
+    A swap needs an expert that can be spared while its successor loads. Where the memory does not
+    hold one more than top-k of every layer, one slot is kept free for that.
+    """
+    least = shape.layers * shape.top_k
+    return slots - 1 if least < slots < least + shape.layers else slots
+
+
+def deal(experts: Sequence[int], more: int, limits: Sequence[int]) -> tuple[int, ...]:
+    """``experts`` of each layer and ``more`` dealt out, always to the layer with the fewest."""
+    out = list(experts)
+    for _ in range(more):
+        short = [layer for layer, limit in enumerate(limits) if out[layer] < limit]
+        if not short:
+            break
+        out[min(short, key=out.__getitem__)] += 1
+    return tuple(out)
+
+
+def uniform(slots: int, shape: Shape, f: int = DEFAULT_F) -> Plan:
+    """The same number of experts for every layer, as far as that divides."""
+    return Plan(f, deal((0,) * shape.layers, usable(slots, shape), shape.experts))
+
+
+def largest(plans: Mapping[int, Plan], slots: int, shape: Shape) -> Plan:
+    """The largest of ``plans`` (by slots) that fits, what it leaves dealt out; else `uniform`."""
+    fitting = [size for size in plans if size <= slots]
+    if not fitting:
+        return uniform(slots, shape)
+    plan = plans[max(fitting)]
+    more = usable(slots, shape) - sum(plan.experts)
+    return Plan(plan.f, deal(plan.experts, more, shape.experts))
+
+
+@dataclass(frozen=True, slots=True)
+class Estimates:
+    """What was profiled: quality and swaps of one short layer at a time, and what a swap costs.
+
+    Parameters
+    ----------
+    every, kept
+        Update intervals f in inputs, and experts kept n, at which was measured; ascending.
+    loss, swaps
+        ``[F][L][N]``: KL in nats a token, and swaps a token, with only layer l short.
+    base_ms, swap_ms
+        Time of a token without a swap, and what each swap adds.
+    """
+
+    every: tuple[int, ...]
+    kept: tuple[int, ...]
+    loss: Sequence[Sequence[Sequence[float]]]
+    swaps: Sequence[Sequence[Sequence[float]]]
+    base_ms: float
+    swap_ms: float
+
+    @classmethod
+    def of(cls, profile: Mapping[str, Any]) -> Estimates:
+        """From a profile's data."""
+        names = ("every", "kept", "loss", "swaps", "base_ms", "swap_ms")
+        every, kept, *rest = (profile[name] for name in names)
+        return cls(tuple(every), tuple(kept), *rest)
+
+    def kl(self, plan: Plan) -> float:
+        """Estimated loss of quality, KL in nats a token: the layers' losses added up."""
+        return self._sum(self.loss, plan)
+
+    def ms(self, plan: Plan) -> float:
+        """Estimated time of a token."""
+        return self.base_ms + self.swap_ms * self._sum(self.swaps, plan)
+
+    def cost(self, plan: Plan, nats_per_slowdown: float) -> float:
+        """KL + ``nats_per_slowdown`` x (relative time - 1): what the planner makes small."""
+        return self.kl(plan) + nats_per_slowdown * (self.ms(plan) / self.base_ms - 1)
+
+    def _sum(self, table: Sequence[Sequence[Sequence[float]]], plan: Plan) -> float:
+        rows = table[self.every.index(plan.f)]
+        return sum(self._at(row, n) for row, n in zip(rows, plan.experts, strict=True))
+
+    def _at(self, row: Sequence[float], n: int) -> float:
+        """Between two measured n the straight line; never worse with more experts."""
+        best = row[0]
+        for i in range(1, len(self.kept)):
+            low, high = self.kept[i - 1 : i + 1]
+            after = min(best, row[i])
+            if n <= high:
+                part = max(0.0, (n - low) / (high - low))
+                return best + part * (after - best)
+            best = after
+        return best
+
+
+def search(
+    cost: Callable[[Plan], float],
+    fits: Callable[[Plan], bool],
+    start: Sequence[Plan],
+    *,
+    every: Sequence[int],
+    low: int,
+    high: Sequence[int],
+    seed: int = 0,
+    population: int = 60,
+    generations: int = 120,
+) -> Plan:
+    """The cheapest configuration that a genetic algorithm finds.
+
+    Parameters
+    ----------
+    cost, fits
+        What is made small, and whether a configuration keeps within the memory.
+    start
+        Configurations to begin with; the result is never dearer than the best of them.
+    every, low, high
+        Values that f may take; least and, layer by layer, largest number of experts.
+    seed, population, generations
+        Of the search. It draws nothing from anywhere else.
+
+    Raises
+    ------
+    ValueError
+        No configuration of ``start`` fits.
+    """
+    rng, cost, fits = random.Random(seed), functools.cache(cost), functools.cache(fits)
+    alive = [plan for plan in start if fits(plan)]
+    if not alive:
+        raise ValueError("none of the starting configurations fits the memory")
+    alive += [_moved(rng.choice(alive), every, low, high, rng) for _ in range(population)]
+    for _ in range(generations):
+        parents = sorted({p for p in alive if fits(p)}, key=lambda p: (cost(p), p.f, p.experts))
+        parents = parents[: population // 2]
+        children = [_mutated(rng.choice(parents), every, low, high, rng) for _ in parents]
+        for cross in (_exchanged, _averaged):
+            children += [cross(rng.choice(parents), rng.choice(parents), rng) for _ in parents]
+        alive = parents + children
+    return min((p for p in alive if fits(p)), key=lambda p: (cost(p), p.f, p.experts))
+
+
+def _mutated(
+    plan: Plan, every: Sequence[int], low: int, high: Sequence[int], rng: random.Random
+) -> Plan:
+    """One entry changed."""
+    at = rng.randrange(len(plan.experts) + 1)
+    if at == len(plan.experts):
+        return Plan(rng.choice(every), plan.experts)
+    changed = list(plan.experts)
+    changed[at] = rng.randint(low, high[at])
+    return Plan(plan.f, tuple(changed))
+
+
+def _exchanged(a: Plan, b: Plan, rng: random.Random) -> Plan:
+    """Each entry from either parent."""
+    picked = tuple(rng.choice(pair) for pair in zip(a.experts, b.experts, strict=True))
+    return Plan(rng.choice((a.f, b.f)), picked)
+
+
+def _averaged(a: Plan, b: Plan, rng: random.Random) -> Plan:
+    """Half way between the parents; halves go up or down by chance."""
+    mean = ((x + y + rng.randint(0, 1)) // 2 for x, y in zip(a.experts, b.experts, strict=True))
+    return Plan(rng.choice((a.f, b.f)), tuple(mean))
+
+
+def _moved(
+    plan: Plan, every: Sequence[int], low: int, high: Sequence[int], rng: random.Random
+) -> Plan:
+    """A first generation: experts moved between layers, so that the sum stays."""
+    out = list(plan.experts)
+    for _ in range(rng.randint(1, 3 * len(out))):
+        giver, taker = rng.randrange(len(out)), rng.randrange(len(out))
+        if out[giver] > low and out[taker] < high[taker]:
+            out[giver] -= 1
+            out[taker] += 1
+    return Plan(rng.choice(every), tuple(out))
+
+
+def plan_within(
+    estimates: Estimates,
+    slots: int,
+    shape: Shape,
+    *,
+    nats_per_slowdown: float,
+    start: Sequence[Plan] = (),
+    seed: int = 0,
+) -> Plan:
+    """The best configuration for a memory of ``slots`` experts.
+
+    ``start`` may hold plans of smaller memories, so that more memory never plans worse.
+
+    Raises
+    ------
+    ValueError
+        The memory does not hold top-k experts of every layer.
+    """
+    room = usable(slots, shape)
+    even = uniform(slots, shape)
+    least = min(shape.top_k + 1, *even.experts)
+    if least < shape.top_k:
+        raise ValueError(f"{slots} experts are fewer than top-{shape.top_k} of every layer")
+    high = [min(count, room) for count in shape.experts]
+    return search(
+        lambda p: estimates.cost(p, nats_per_slowdown),
+        lambda p: sum(p.experts) <= room and min(p.experts) >= least,
+        [Plan(f, even.experts) for f in estimates.every] + list(start),
+        every=estimates.every,
+        low=least,
+        high=high,
+        seed=seed,
+    )

@@ -1,0 +1,182 @@
+"""What a user may rely on of calibrations: kept, found again, gone on with, made anew."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+
+import moelab
+from moelab import calibration
+from moelab.calibration import profile as profiles
+from moelab.calibration.measure import Evaluator, expert_norms, record
+from moelab.scheduling.replay import replay
+from moelab.scheduling.stream import Knobs
+from moelab.strategies import NAMES, lru
+
+
+@pytest.fixture
+def lab(demo_store, tmp_path, monkeypatch):
+    """A lab whose profiles lie in a folder of this test, and no shipped ones."""
+    monkeypatch.setattr(profiles, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(profiles, "_folders", lambda store: iter([tmp_path / "profiles"]))
+    with moelab.open("demo", budget="50%", measure_kl=False, progress=False) as lab:
+        yield lab
+
+
+@pytest.fixture
+def maker(monkeypatch):
+    """A calibration of ten measurements that can be told to fail; counts what it does."""
+    module = types.ModuleType("moelab.calibration.hobbit")
+    module.measured, module.fail_at = [], None
+    module.made_from = lambda lab, *, texts=3: {"texts": texts}
+
+    def make(lab, *, progress, partial, texts=3):
+        for i in range(10):
+            if partial.get(str(i)) is None:
+                if i == module.fail_at:
+                    raise KeyboardInterrupt
+                module.measured.append(i)
+                partial.put(str(i), i * texts)
+        return {"sum": sum(partial.get(str(i)) for i in range(10))}
+
+    module.make = make
+    monkeypatch.setitem(sys.modules, "moelab.calibration.hobbit", module)
+    return module
+
+
+def test_it_is_measured_once_and_found_again(lab, maker):
+    assert lab.calibrate("hobbit").data == {"sum": 135}
+    assert lab.calibrate("hobbit").data == {"sum": 135}
+    assert len(maker.measured) == 10
+
+
+def test_it_is_made_anew_when_asked_or_when_what_it_was_made_from_has_changed(lab, maker):
+    lab.calibrate("hobbit")
+    assert lab.calibrate("hobbit", texts=5).data == {"sum": 225}
+    assert lab.calibrate("hobbit").data == {"sum": 135}
+    lab.calibrate("hobbit", again=True)
+    assert len(maker.measured) == 40
+
+
+def test_an_interrupted_one_goes_on_where_it_stopped(lab, maker):
+    maker.fail_at = 6
+    with pytest.raises(KeyboardInterrupt):
+        lab.calibrate("hobbit")
+    assert profiles.find_profile(lab._store, "hobbit") is None
+    maker.fail_at = None
+    assert lab.calibrate("hobbit").data == {"sum": 135}
+    assert maker.measured == list(range(10))
+    assert lab.generate("The", max_new_tokens=2, ignore_eos=True).error is None
+
+
+def test_what_was_begun_from_something_else_is_forgotten(lab, maker):
+    maker.fail_at = 6
+    with pytest.raises(KeyboardInterrupt):
+        lab.calibrate("hobbit", texts=4)
+    maker.fail_at = None
+    assert lab.calibrate("hobbit").data == {"sum": 135}
+    assert maker.measured == [*range(6), *range(10)]
+
+
+def test_a_profile_of_another_model_or_a_broken_one_is_not_used(lab, maker, tmp_path):
+    lab.calibrate("hobbit")
+    file = tmp_path / "profiles" / "hobbit.json"
+    whole = file.read_text()
+    doc = json.loads(whole)
+    doc["model"]["checkpoint"] = "0" * 32
+    for text in (json.dumps(doc), whole[:50], "[]", '{"format": 99}'):
+        file.write_text(text)
+        assert profiles.find_profile(lab._store, "hobbit") is None
+
+
+def test_a_folder_that_cannot_be_written_is_said(lab, maker, monkeypatch, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setattr(profiles, "_folders", lambda store: iter([tmp_path / "taken" / "x"]))
+    with pytest.raises(OSError, match=r"cannot write hobbit"):
+        lab.calibrate("hobbit")
+
+
+def test_a_strategy_that_cannot_do_without_says_which_call_makes_it(lab):
+    with pytest.raises(ValueError, match=r"lab.calibrate\('edgemoe'\)"):
+        lab.update(strategy="edgemoe")
+    with pytest.raises(ValueError, match="'lru' has no calibration; these have: edgemoe"):
+        lab.calibrate("lru")
+
+
+def test_no_calibration_while_a_run_is_going_on(lab, maker):
+    lab.update(device="hdd", strategy="on_demand")
+    run = lab.start("Once", max_new_tokens=200, ignore_eos=True)
+    try:
+        with pytest.raises(RuntimeError, match="a run is going on"):
+            lab.calibrate("hobbit")
+    finally:
+        run.stop()
+
+
+@pytest.mark.parametrize("name", calibration.NAMES)
+def test_the_demo_brings_its_own_and_they_fit(demo_store, name):
+    with moelab.open("demo", budget="50%", measure_kl=False, progress=False) as lab:
+        found = profiles.find_profile(lab._store, name)
+        assert found is not None, "run python -m moelab.calibration"
+        module = __import__(f"moelab.calibration.{name}", fromlist=[name])
+        assert found.made_from == json.loads(json.dumps(module.made_from(lab)))
+        lab.update(strategy=name)
+    assert (profiles.SHIPPED / f"{name}.json").stat().st_size < 300_000
+
+
+def test_every_strategy_can_be_chosen_by_name_on_the_demo(demo_store):
+    with moelab.open("demo", budget="60%", measure_kl=False, progress=False) as lab:
+        for name in NAMES:
+            lab.update(strategy=name)
+            assert lab.generate("The", max_new_tokens=2, ignore_eos=True).error is None
+
+
+# -- what they measure with ---------------------------------------------------------------------
+
+
+def test_loss_is_that_of_the_full_model_and_bits_move_it_in_order(lab):
+    evaluator = Evaluator(lab, max_tokens=24)
+    loss = {bits: evaluator.loss(lambda _, b=bits: b) for bits in (16, 8, 4, 2)}
+    assert evaluator.loss() == loss[16]
+    assert abs(loss[8] - loss[16]) < 0.01 < loss[2] - loss[16]
+    assert evaluator.kl() == 0
+    assert 0 < evaluator.kl(lambda _: 8) < evaluator.kl(lambda _: 4) < evaluator.kl(lambda _: 2)
+    one_gone = evaluator.kl(lambda key: 0 if key == (0, 0) else 16)
+    assert 0 < one_gone < evaluator.kl(lambda _: 0)
+
+
+def test_the_recorded_routing_is_that_of_decoding(lab):
+    text = "Elizabeth was not at all surprised to hear that"
+    ids = lab._encode(text)
+    trace = record(lab, [text], tokens=len(ids), look_ahead=2)
+    assert trace.tokens == len(ids)
+    assert [s.prefill for s in trace.steps[:12]] == [True] * 6 + [False] * 6
+    later = [s for s in trace.steps if not s.prefill]
+    assert {len(s.look_ahead) for s in later} == {0, 1, 2}
+    run = lab.generate(text, max_new_tokens=1, ignore_eos=True)
+    whole = {s.layer: s.experts for s in run.trace.steps}
+    for i, given in enumerate(trace.steps):
+        assert set(given.experts[0]) == set(whole[given.layer][i // 6])
+    right = [
+        a.experts[0] in trace.steps[i + a.layer - s.layer].experts[0]
+        for i, s in enumerate(trace.steps)
+        for a in s.look_ahead
+    ]
+    assert sum(right) / len(right) > 0.5  # a stale gate is mostly right, and never by chance
+    out = replay(trace, lru(), Knobs(budget_bytes=40 * 147456))
+    assert out.counts["hit"] + out.counts["load"] == 2 * 6 * (len(ids) - 1)
+
+
+def test_norms_are_those_of_the_weights(lab):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(moelab.demo.checkpoint(), dtype=torch.float32)
+    weights = {n: p for n, p in model.named_parameters() if "experts" in n and "layers.2." in n}
+    squares = sum(p[5].square().sum() for p in weights.values() if p.ndim == 3)
+    norms = expert_norms(lab)
+    assert len(norms) == 6
+    assert norms[2][5] == pytest.approx(float(squares.detach()) ** 0.5, rel=1e-4)

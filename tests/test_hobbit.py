@@ -1,0 +1,533 @@
+"""HOBBIT and MoE-APEX against examples worked out by hand; calibrations whose answer is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moelab.calibration import hobbit as calibration
+from moelab.events import EventLog
+from moelab.scheduling.budget import BudgetError, minimum_budget
+from moelab.scheduling.cache import Cache
+from moelab.scheduling.plan import Decision
+from moelab.scheduling.replay import replay
+from moelab.scheduling.requests import ranked
+from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.strategy import Knobs, LookAhead, Request, Shape, View
+from moelab.scheduling.trace import LayerInput, Trace
+from moelab.strategies.basics import LFU, LRU, TierPair
+from moelab.strategies.hobbit import (
+    FourTerms,
+    TwoCaches,
+    hobbit,
+    miss_penalty,
+    miss_shares,
+)
+from moelab.strategies.moe_apex import CostAndDistance, moe_apex
+
+NBYTES = {16: 1600, 8: 800, 4: 400, 2: 200}
+SHAPE = Shape((6, 6, 6, 6), 2, NBYTES)
+ROOMY = 24 * 1600
+
+
+def knobs(**changes) -> Knobs:
+    return Knobs(**({"budget_bytes": ROOMY, "low_bits": 4} | changes))
+
+
+def view_at(token: int, layer: int, **changes) -> View:
+    k = knobs(**changes)
+    return View(SHAPE, k, Cache(SHAPE, k.budget_bytes), token=token, layer=layer)
+
+
+def step(layer: int, experts, weights, *, ahead=(), prefill=False) -> LayerInput:
+    return LayerInput(layer, (tuple(experts),), (tuple(weights),), prefill, tuple(ahead))
+
+
+def decisions(plan) -> list[tuple[str, int, int]]:
+    return [(d.kind, d.expert, d.bits) for d in plan.decisions(NBYTES)]
+
+
+# -- token level: high, low or skip, on a miss ---------------------------------------------------
+
+
+def test_the_score_is_the_sum_of_the_weights_before():
+    got = ranked((9, 4, 2), (0.2, 0.5, 0.3))
+    assert [(r.expert, r.score) for r in got] == [(4, 0), (2, 0.5), (9, 0.8)]
+    unnormalised = ranked((9, 4, 2), (0.4, 1.0, 0.6))
+    assert [r.score for r in unnormalised] == pytest.approx([0, 0.5, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("score", "bits"), [(0.0, 16), (0.6, 16), (0.61, 4), (0.9, 4), (0.91, 0), (0.999, 0)]
+)
+def test_up_to_t1_high_up_to_t2_low_then_skip(score, bits):
+    request = Request(3, 0.1, 1, score)
+    assert TierPair().tier(request, 16, view_at(0, 0)) == bits
+
+
+@pytest.mark.parametrize(("high", "low"), [(16, 4), (8, 2), (16, 8), (4, 2)])
+def test_any_pair_of_tiers(high, low):
+    s = Scheduler(SHAPE, hobbit(), knobs(bits=high, low_bits=low))
+    assert decisions(s.step(step(0, (1, 2), (0.75, 0.25)))) == [
+        ("load", 1, high),
+        ("load", 2, low),
+        ("downgrade", 2, low),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("resident", "score", "outcome"),
+    [
+        (16, 0.5, "hit at 16"),  # a high copy serves any request
+        (16, 0.75, "hit at 16"),
+        (16, 0.95, "hit at 16"),  # a skip is for misses only
+        (4, 0.75, "hit at 4"),  # a low copy serves a low request
+        (4, 0.95, "hit at 4"),
+        (4, 0.5, "load at 16"),  # ... only; the high copy takes its place
+        (0, 0.5, "load at 16"),
+        (0, 0.75, "load at 4"),
+        (0, 0.95, "skip at 0"),
+    ],
+)
+def test_which_copy_satisfies_which_request(resident, score, outcome):
+    s = Scheduler(SHAPE, hobbit(), knobs())
+    s.warm([((0, 1), 16)] + ([((0, 2), resident)] if resident else []))
+    plan = s.step(step(0, (1, 2), (score, 1 - score)))
+    kind, _, bits = next(d for d in decisions(plan) if d[:2] not in {("hit", 1), ("evict", 2)})
+    assert f"{kind} at {bits}" == outcome
+    assert s.cache.bits((0, 2)) == bits
+
+
+def test_a_high_load_replaces_the_low_copy():
+    s = Scheduler(SHAPE, hobbit(), knobs())
+    s.warm([((0, 2), 4)])
+    assert ("evict", 2, 4) in decisions(s.step(step(0, (2, 1), (0.6, 0.4))))
+    assert s.cache.used_bytes == 2 * 1600
+
+
+def test_the_prompt_is_loaded_high_whatever_the_scores():
+    s = Scheduler(SHAPE, hobbit(), knobs())
+    plan = s.step(step(0, (1, 2), (0.99, 0.01), prefill=True))
+    assert decisions(plan) == [("load", 1, 16), ("load", 2, 16)]
+
+
+def test_the_miss_penalty_is_one_for_high_and_the_ratio_of_bytes_for_low():
+    rows = [
+        Decision("load", 0, 1, 16, 16, 1600, "on demand"),
+        Decision("load", 0, 2, 16, 4, 400, "on demand"),
+        Decision("downgrade", 0, 2, 16, 4, 0, "on demand"),
+        Decision("skip", 1, 3, 16, 0, 0, "score"),
+        Decision("hit", 1, 4, 16, 16, 1600, ""),
+        Decision("prefetch", 2, 5, 16, 16, 1600, "look-ahead +1"),
+        Decision("load", 2, 0, 8, 2, 200, "on demand"),
+    ]
+    assert miss_penalty(rows, NBYTES) == 1 + 400 / 1600 + 200 / 800
+    assert miss_shares(rows) == {"high": 1 / 4, "low": 2 / 4, "skip": 1 / 4}
+    assert miss_shares([]) == {"high": 0, "low": 0, "skip": 0}
+
+
+def test_the_miss_penalty_reads_the_events_of_a_run_too():
+    log = EventLog()
+    for kind, bits in (("load", 16), ("load", 4), ("skip", 0), ("stall", 16)):
+        log.add(1, 0, 0, kind, 16, bits, 0, 0.0, 0.0, "")
+    assert miss_penalty(log.frame().itertuples(), NBYTES) == 1.25
+    assert miss_shares(log.frame().itertuples())["skip"] == pytest.approx(1 / 3)
+
+
+# -- layer level: stacked gates with adaptive depth ----------------------------------------------
+
+
+def ahead(layer: int, *experts: int, first: float = 0.6) -> LookAhead:
+    return LookAhead(layer, experts, (first, 1 - first))
+
+
+def fetched(s: Scheduler, *looks: LookAhead) -> list[tuple]:
+    plan = s.step(step(0, (0, 1), (0.5, 0.5), ahead=looks))
+    return [(f.key, f.bits) for f in plan.fetches]
+
+
+def resident(*keys: tuple[int, int], bits: int = 16) -> list:
+    return [(key, bits) for key in keys]
+
+
+def test_it_stops_at_the_first_layer_with_one_missing():
+    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=3))
+    s.warm(resident((1, 2)))
+    assert fetched(s, ahead(1, 2, 3), ahead(2, 4, 5), ahead(3, 0, 1)) == [((1, 3), 16)]
+
+
+def test_it_goes_one_layer_further_while_all_are_resident():
+    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=3))
+    s.warm(resident((1, 2), (1, 3)))
+    assert fetched(s, ahead(1, 2, 3), ahead(2, 4, 5), ahead(3, 0, 1)) == [
+        ((2, 4), 16),
+        ((2, 5), 16),
+    ]
+    again = fetched(s, ahead(1, 2, 3), ahead(2, 4, 5), ahead(3, 0, 1))
+    assert again == [((3, 0), 16), ((3, 1), 16)]  # what was issued counts as resident
+
+
+def test_it_looks_no_further_than_the_depth_set():
+    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=2))
+    assert s.depth(0, prefill=False) == 2
+    assert s.depth(2, prefill=False) == 1
+    assert s.depth(0, prefill=True) == 0
+
+
+def test_a_low_copy_is_missing_where_a_high_one_is_wanted():
+    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=2))
+    s.warm([((1, 2), 16), ((1, 3), 4)])
+    assert fetched(s, ahead(1, 2, 3, first=0.75), ahead(2, 4, 5)) == [((2, 4), 16), ((2, 5), 16)]
+    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=2))
+    s.warm([((1, 2), 16), ((1, 3), 4)])
+    assert fetched(s, ahead(1, 2, 3, first=0.55), ahead(2, 4, 5)) == [((1, 3), 16)]
+
+
+def test_prefetches_come_at_mixed_precision_and_the_unimportant_not_at_all():
+    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=1))
+    assert fetched(s, ahead(1, 2, 3, first=0.75)) == [((1, 2), 16), ((1, 3), 4)]
+    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=2))
+    s.warm(resident((1, 2)))
+    assert fetched(s, ahead(1, 2, 3, first=0.95), ahead(2, 4, 5)) == [((2, 4), 16), ((2, 5), 16)]
+
+
+def test_predicted_experts_are_protected_while_others_can_go():
+    four = knobs(budget_bytes=5 * 1600, low_bits=None, prefetch=1)
+    s = Scheduler(SHAPE, hobbit(weights=(0, 0, 0, 1)), four)
+    s.warm(resident((1, 4), (1, 5), (2, 0), (3, 3)))
+    fetched(s, ahead(1, 4, 5))  # loads (0, 0), (0, 1): (3, 3) is farthest and leaves
+    assert set(s.cache) == {(0, 0), (0, 1), (1, 4), (1, 5), (2, 0)}
+    plan = s.step(step(0, (2, 3), (0.5, 0.5)))
+    assert {d.key for x in plan.serves for d in x.drops} == {(2, 0), (0, 0)}
+
+
+def test_the_gates_protect_what_they_find_resident():
+    s = Scheduler(SHAPE, hobbit(weights=(1, 0, 0, 0)), knobs(budget_bytes=4 * 1600, low_bits=None))
+    s.change(dataclasses.replace(s.view.knobs, prefetch=1))
+    s.warm(resident((1, 4), (1, 5)))
+    fetched(s, ahead(1, 4, 5))
+    assert s._shelter() == {(1, 4), (1, 5)}
+
+
+def test_with_one_precision_every_predicted_expert_is_wanted_high():
+    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=2, low_bits=None))
+    s.warm(resident((1, 2)))
+    assert fetched(s, ahead(1, 2, 3, first=0.95), ahead(2, 0, 1)) == [((1, 3), 16)]
+
+
+def test_a_trace_that_knows_more_gates_than_wanted_changes_nothing():
+    looks = (ahead(1, 2, 3), ahead(2, 4, 5))
+    for depth, layers in ((0, []), (1, []), (2, [(2, 4), (2, 5)])):
+        s = Scheduler(SHAPE, hobbit(), knobs(prefetch=depth))
+        s.warm(resident((1, 2), (1, 3)))
+        assert [key for key, _ in fetched(s, *looks)] == layers
+
+
+# -- sequence level: the four terms --------------------------------------------------------------
+
+
+def with_history(evict, *, low: int = 4):
+    """Expert (2, 5): used high in token 0, low in token 2. Returns the view of token 3, layer 3."""
+    view = view_at(0, 2)
+    evict.used((2, 5), 16, view)
+    view.token = 2
+    evict.used((2, 5), low, view)
+    view.token, view.layer = 3, 3
+    return view
+
+
+def test_each_term_by_hand():
+    evict = FourTerms(0.4, 0.3, 0.2, 0.1)
+    view = with_history(evict)
+    # T = 4 (tokens 0 to 3), R = 3 (the third), F = 2, H = 1; ((2 - 3 + 4) mod 4) / 4 = 3/4
+    assert evict.terms((2, 5), view) == (3 / 4, 2 / 4, 1 / 4, 1 - 3 / 4)
+    assert evict.priority((2, 5), view) == pytest.approx(0.3 + 0.15 + 0.05 + 0.025)
+    why = evict.why((2, 5), view)
+    assert list(why.values()) == pytest.approx([0.3, 0.15, 0.05, 0.025, 0.525])
+    assert list(why)[-1] == "priority"
+
+
+@pytest.mark.parametrize(("layer", "near"), [(1, 1.0), (2, 3 / 4), (3, 2 / 4), (0, 1 / 4)])
+def test_the_sooner_its_layer_comes_the_longer_it_stays(layer, near):
+    """Seen from layer 1 of 4."""
+    assert FourTerms().terms((layer, 0), view_at(5, 1))[3] == near
+
+
+def test_an_expert_never_used_has_only_its_nearness():
+    assert FourTerms().terms((0, 0), view_at(0, 0)) == (0, 0, 0, 1)  # T is never 0
+
+
+def test_the_terms_stay_between_zero_and_one():
+    evict, view = FourTerms(), view_at(0, 0)
+    for view.token in range(5):
+        evict.used((0, 0), 16, view)
+    assert evict.terms((0, 0), view) == (1, 1, 1, 1)
+
+
+def test_weights_count_by_their_ratio():
+    assert FourTerms(2, 1, 1, 0).weights == (0.5, 0.25, 0.25, 0)
+    tuned = hobbit().tuned(w_lru=1.0, w_lfu=0.0, w_lhu=0.0, w_fld=0.0)
+    assert tuned.evict.weights == (1, 0, 0, 0)
+    assert tuned.tuned(w_lru=0.0).evict.weights == (0.25,) * 4
+    for bad in ((0, 0, 0, 0), (-1, 1, 1, 1)):
+        with pytest.raises(ValueError, match="none may be below 0"):
+            FourTerms(*bad)
+
+
+@pytest.mark.parametrize(
+    ("weights", "victim"),
+    [((1, 0, 0, 0), 0), ((0, 1, 0, 0), 1), ((0, 0, 1, 0), 2)],
+)
+def test_a_single_weight_is_the_policy_of_that_name(weights, victim):
+    """0 was used longest ago, 1 least often, 2 least often at high precision."""
+    evict, view = FourTerms(*weights), view_at(0, 0)
+    uses = [(0, 16), (0, 16), (0, 16), (0, 16), (2, 4), (2, 4), (2, 16), (1, 16), (1, 16)]
+    for view.token, (expert, bits) in enumerate(uses):
+        evict.used((0, expert), bits, view)
+    for expert in (0, 1, 2):
+        view.cache.add((0, expert), 16)
+    assert evict.victim(lambda _: True, view) == (0, victim)
+    assert evict.victim(lambda k: k != (0, victim), view) != (0, victim)
+    assert evict.victim(lambda _: False, view) is None
+
+
+def test_the_farthest_layer_leaves():
+    evict, view = FourTerms(0, 0, 0, 1), view_at(0, 2)
+    for layer in range(4):
+        view.cache.add((layer, 0), 16)
+    assert evict.victim(lambda _: True, view) == (1, 0)
+
+
+@pytest.mark.parametrize("evict", [FourTerms(), CostAndDistance()])
+def test_records_outlive_the_copy_and_end_with_the_sequence(evict):
+    view = with_history(evict)
+    evict.gone((2, 5))
+    assert evict.uses[2, 5] == 2
+    before = evict.priority((2, 5), view)
+    evict.new_sequence()
+    assert evict.priority((2, 5), view) < before
+    assert evict.uses[2, 5] == 0
+    assert (2, 5) not in evict.last
+
+
+def test_a_new_prompt_resets_the_records_but_not_the_cache():
+    s = Scheduler(SHAPE, hobbit(), knobs())
+    s.new_sequence()
+    for layer in range(4):
+        s.step(step(layer, (0, 1), (0.5, 0.5)))
+    s.end_of_token()
+    assert s.why((0, 0))["frequency (LFU)"] > 0
+    s.new_sequence()
+    assert s.why((0, 0))["frequency (LFU)"] == s.why((0, 0))["recency (LRU)"] == 0
+    assert (0, 0) in s.cache
+
+
+def test_every_resident_expert_says_why():
+    s = Scheduler(SHAPE, hobbit(), knobs(budget_bytes=8 * 1600, prefetch=1))
+    for layer in range(4):
+        look = () if layer == 3 else (ahead(layer + 1, 2, 3),)
+        s.step(step(layer, (0, 1), (0.75, 0.25), ahead=look))
+    for key in s.cache:
+        *terms, total = s.why(key).values()
+        assert len(terms) == 4
+        assert sum(terms) == pytest.approx(total)
+
+
+# -- MoE-APEX ------------------------------------------------------------------------------------
+
+
+def test_moe_apex_by_hand():
+    evict = CostAndDistance()
+    view = with_history(evict)
+    # C = 1 + 400/1600 * 1; D = 3 + 0.1, for it was used in token 2, the pass before
+    assert evict.terms((2, 5), view) == pytest.approx((1.25 / 4, 1 / 3.1))
+    assert evict.priority((2, 5), view) == pytest.approx(1.25 / 4 + 1 / 3.1)
+    assert list(evict.why((2, 5), view).values())[-1] == evict.priority((2, 5), view)
+    view.token = 4  # two passes ago now
+    assert evict.terms((2, 5), view) == (1.25 / 5, 0)
+    assert evict.terms((0, 0), view) == (0, 0)  # never used
+
+
+@pytest.mark.parametrize(("layer", "distance"), [(3, 0.1), (0, 1.1), (1, 2.1), (2, 3.1)])
+def test_the_distance_of_moe_apex_is_never_zero(layer, distance):
+    evict, view = CostAndDistance(), view_at(0, 3)
+    evict.used((layer, 0), 16, view)
+    assert evict.terms((layer, 0), view)[1] == pytest.approx(1 / distance)
+
+
+def test_moe_apex_with_one_precision_counts_uses():
+    evict = CostAndDistance()
+    view = with_history(evict, low=16)
+    view.knobs = knobs(low_bits=None)
+    assert evict.terms((2, 5), view)[0] == 2 / 4
+
+
+# -- two caches ----------------------------------------------------------------------------------
+
+
+def test_the_high_cache_is_the_larger_and_together_they_are_the_budget():
+    view = view_at(0, 0, budget_bytes=16000)
+    assert (TwoCaches(0.75).tier_bytes(16, view), TwoCaches(0.75).tier_bytes(4, view)) == (
+        12000,
+        4000,
+    )
+    apex = moe_apex().allocate
+    assert (apex.tier_bytes(16, view), apex.tier_bytes(4, view)) == (12800, 3200)
+    view.knobs = knobs(low_bits=None)
+    assert TwoCaches().tier_bytes(16, view) is None  # one precision, one pool
+    with pytest.raises(ValueError, match=r"high_share=0.3: 0.5 to 0.95"):
+        TwoCaches(0.3)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75, 0.95])
+@pytest.mark.parametrize(("high", "low"), [(16, 4), (8, 2), (16, 8), (4, 2)])
+def test_each_cache_holds_what_a_token_needs_at_the_least_budget(share, high, low):
+    strategy, k = hobbit(high_share=share), knobs(bits=high, low_bits=low)
+    need = minimum_budget(SHAPE, strategy, k)
+    assert need == 2 * NBYTES[high] + NBYTES[low]  # top-2 high, and one of them low
+    with pytest.raises(BudgetError):
+        Scheduler(SHAPE, strategy, dataclasses.replace(k, budget_bytes=need - 1))
+    s = Scheduler(SHAPE, strategy, dataclasses.replace(k, budget_bytes=need))
+    s.step(step(0, (0, 1), (0.5, 0.5), prefill=True))
+    for token in range(6):
+        for layer in range(4):
+            s.step(step(layer, (token % 6, (token + 1) % 6), (0.75, 0.25)))
+
+
+pairs = st.tuples(
+    st.lists(st.integers(0, 5), min_size=2, max_size=2, unique=True).map(tuple),
+    st.floats(0.5, 1.0).map(lambda w: (w, 1 - w)),
+    st.lists(st.integers(0, 5), min_size=2, max_size=2, unique=True).map(tuple),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    tokens=st.lists(st.lists(pairs, min_size=4, max_size=4), min_size=1, max_size=10),
+    budget=st.integers(2 * 1600 + 400, 14 * 1600),
+    share=st.sampled_from((0.5, 0.75, 0.95)),
+    maker=st.sampled_from((hobbit, moe_apex)),
+    depth=st.integers(0, 3),
+)
+def test_neither_cache_ever_exceeds_its_share(tokens, budget, share, maker, depth):
+    strategy = maker().replace(allocate=TwoCaches(share))
+    s = Scheduler(SHAPE, strategy, knobs(budget_bytes=budget, prefetch=depth))
+    for t, layers in enumerate(tokens):
+        for layer, (experts, weights, guess) in enumerate(layers):
+            looks = tuple(ahead(layer + i, *guess) for i in range(1, depth + 1) if layer + i < 4)
+            s.step(step(layer, experts, weights, ahead=looks, prefill=t == 0))
+            for bits in (16, 4):
+                held = sum(NBYTES[b] for b in s.cache.values() if b == bits)
+                assert held <= s.strategy.allocate.tier_bytes(bits, s.view)
+            assert s.cache.used_bytes <= budget
+        s.end_of_token()
+
+
+# -- the strategies ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maker", [hobbit, moe_apex])
+def test_a_profile_gives_thresholds_and_what_is_given_wins(maker):
+    assert maker().preset == {"low_bits": 4, "t1": 0.6, "t2": 0.9, "prefetch": 2}
+    profile = {"t1": 0.5, "t2": 0.8, "weights": [0.5, 0.5, 0, 0]}
+    assert maker(profile).preset["t1"] == 0.5
+    got = maker(profile, t1=0.7, depth=1, high=8, low=2).preset
+    assert got == {"bits": 8, "low_bits": 2, "t1": 0.7, "t2": 0.8, "prefetch": 1}
+    assert maker(profile).name == maker.__name__
+
+
+def test_a_profile_gives_the_weights():
+    profile = {"t1": 0.5, "t2": 0.8, "weights": [0.5, 0.5, 0, 0]}
+    assert hobbit(profile).evict.weights == (0.5, 0.5, 0, 0)
+    assert hobbit(profile, weights=(0, 0, 0, 1)).evict.weights == (0, 0, 0, 1)
+    assert hobbit().evict.weights == (0.25,) * 4
+
+
+# -- calibration ---------------------------------------------------------------------------------
+
+
+def random_texts(tokens: int, *, texts: int = 2, hot: float = 0.0) -> Trace:
+    """Texts of uniform routing; with ``hot``, so often two experts of a layer that never change."""
+    rng, trace = random.Random(0), Trace(SHAPE)
+    for token in range(tokens * texts):
+        for layer in range(4):
+            pair = rng.sample(range(2, 6), 2) if rng.random() >= hot else [0, 1]
+            first = rng.uniform(0.5, 1)
+            prompt = token % tokens == 0
+            trace.steps.append(step(layer, pair, (first, 1 - first), prefill=prompt))
+    return trace
+
+
+def test_quantiles_of_a_known_distribution():
+    assert calibration.quantiles(np.linspace(0, 1, 1001)) == pytest.approx((0.67, 0.97))
+
+
+def test_thresholds_put_the_misses_where_the_paper_wants_them():
+    trace, k = random_texts(150), knobs(budget_bytes=8 * 1600)
+    t1, t2 = calibration.thresholds(trace, hobbit(), k)
+    assert 0.5 < t1 < t2 < 1
+    shares = calibration.decide(trace, hobbit(), dataclasses.replace(k, t1=t1, t2=t2)).shares
+    for name, wanted in calibration.SHARES.items():
+        assert shares[name] == pytest.approx(wanted, abs=0.03)
+
+
+def test_thresholds_where_everything_fits_after_its_first_use():
+    t1, t2 = calibration.thresholds(random_texts(20), hobbit(), knobs(budget_bytes=40 * 1600))
+    assert 0 <= t1 <= t2 <= 1
+
+
+def test_deciding_a_trace_counts_what_a_replay_decides_but_not_the_prompts():
+    trace, k = random_texts(12), knobs(budget_bytes=6 * 1600)
+    out, again = calibration.decide(trace, hobbit(), k), replay(trace, hobbit(), k)
+    assert out.tokens == 2 * 11
+    assert len(out.missed) == again.counts["load"] + again.counts["skip"]
+    assert out.shares["skip"] == again.counts["skip"] / len(out.missed)
+    prompts = 2 * 2 * 4  # two texts, one token each: top-2 in four layers, some of them hits
+    everything = miss_penalty(again.decisions, NBYTES)
+    assert 0 < everything - out.penalty * out.tokens <= prompts
+
+
+@pytest.mark.parametrize("planted", [(8, 4, 0, 4), (9, 4, 2, 1), (16, 0, 0, 0), (1, 0, 13, 2)])
+def test_the_search_finds_a_planted_optimum(planted):
+    goal = [p / 16 for p in planted]
+    found, seen = calibration.least_penalty(
+        lambda w: sum((a - b) ** 2 for a, b in zip(w, goal, strict=True))
+    )
+    assert found == tuple(goal)
+    assert seen[found] == min(seen.values()) == 0
+    assert all(sum(w) == 1 and min(w) >= 0 for w in seen)
+
+
+def test_where_all_weights_are_as_good_the_search_keeps_them_equal():
+    assert calibration.least_penalty(lambda _: 1.0)[0] == (0.25, 0.25, 0.25, 0.25)
+
+
+def test_the_search_learns_from_a_trace_that_frequency_pays():
+    """Two experts of each layer are used half the time, the rest once in a while."""
+    trace, k = random_texts(30, hot=0.5), knobs(budget_bytes=10 * 1600, low_bits=None)
+
+    def penalty(weights=calibration.EQUAL, **parts) -> float:
+        return calibration.decide(trace, hobbit(weights=weights).replace(**parts), k).penalty
+
+    found, seen = calibration.least_penalty(penalty)
+    assert found[1] + found[2] > found[0]
+    assert seen[found] <= min(penalty(), penalty(evict=LRU()), penalty(evict=LFU()))
+    assert seen[found] < 0.9 * penalty(evict=LRU())
+
+
+def test_how_right_the_gates_are():
+    trace = Trace(Shape((6, 6, 6), 2, NBYTES))
+    trace.steps = [
+        step(0, (0, 1), (0.6, 0.4), ahead=[ahead(1, 2, 3), ahead(2, 4, 5)]),
+        step(1, (2, 5), (0.6, 0.4), ahead=[ahead(2, 1, 0)]),  # +1: first right, one of two named
+        step(2, (1, 4), (0.6, 0.4)),  # +2: first wrong, one named; +1: first right, one named
+    ]
+    assert calibration.gate_accuracy(trace) == {
+        "+1": {"first": 1.0, "top_k": 0.5, "first_by_layer": [1.0, 1.0]},
+        "+2": {"first": 0.0, "top_k": 0.5, "first_by_layer": [0.0]},
+    }

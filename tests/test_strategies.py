@@ -1,0 +1,476 @@
+"""The contract of every strategy, whoever wrote it: what a user may rely on whatever they choose.
+
+`Toy` stands in for the engine: it routes at random, obeys the scheduler and checks every promise on
+the way. The second half asks the same of the real engine on the bundled model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import moelab
+from moelab.scheduling.budget import minimum_budget
+from moelab.scheduling.replay import replay
+from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.strategy import ROLES, Knobs, LookAhead, Route, Shape, Strategy
+from moelab.scheduling.trace import Change, LayerInput, Trace
+from moelab.strategies import NAMES, Evict, Precision, make, maker
+from moelab.strategies.basics import TierPair
+
+NBYTES = {16: 1600, 8: 800, 4: 400, 2: 200}
+SHAPE = Shape((6, 6, 6, 6), 2, NBYTES)
+PROMPT = "Elizabeth was not at all surprised to hear that"
+
+SETTINGS = ("bits", "budget")  # causes of evictions between two tokens
+
+every_strategy = pytest.mark.parametrize("name", NAMES)
+
+
+class Toy:
+    """An engine without a model: activations with favourites, loads that land some layers later."""
+
+    def __init__(self, strategy: Strategy, knobs: Knobs, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.scheduler = Scheduler(SHAPE, strategy, knobs)
+        self.template = strategy
+        self.held: dict = {}
+        self.flying: set = set()
+        self.decided: list = []
+        self.trace = Trace(SHAPE)
+        self.favour = [[self.rng.random() for _ in range(n)] for n in SHAPE.experts]
+
+    def sequence(self, tokens: int, *, changes=None) -> Trace:
+        s = self.scheduler
+        self.trace = Trace(SHAPE, resident=list(s.cache.items()))
+        self._record(s.strategy.fresh())
+        self.decided = []
+        s.new_sequence()
+        self._obey(s.begin(), waits=True)
+        for token in range(tokens):
+            if changes and token in changes:
+                self.change(**changes[token])
+            for layer in range(SHAPE.layers):
+                given = self._route(layer, 5 if token == 0 else 1, prefill=token == 0)
+                self.trace.steps.append(given)
+                self._obey(s.step(given))
+            s.end_of_token()
+        return self.trace
+
+    def change(self, knobs: Knobs | None = None, strategy: Strategy | None = None, **tune) -> None:
+        """Other settings, another strategy, or other parameters of this one."""
+        s, old = self.scheduler, self.template
+        self.template = (strategy or old).tuned(**tune)
+        for drop in s.change(knobs or s.view.knobs, self.template):
+            assert self.held.pop(drop.key) == drop.bits
+            self.flying.discard(drop.key)
+        self._record(self.template, fresh=not self.template.shares(old))
+        self._obey(s.begin(), waits=True)
+
+    def _record(self, strategy: Strategy, *, fresh: bool = True) -> None:
+        knobs, at = self.scheduler.view.knobs, len(self.trace.steps)
+        values = {name: value for name, (_, _, value) in strategy.parameters.items()}
+        self.trace.changes.append(Change(at, knobs, strategy.name, fresh, values, strategy))
+
+    def _route(self, layer: int, tokens: int, *, prefill: bool) -> LayerInput:
+        s, rng, count = self.scheduler, self.rng, SHAPE.experts[layer]
+        observes, mask, bias = s.strategy.observes, s.mask(layer), s.bias(layer)
+        assert mask is None or (len(mask) == count and sum(mask) >= SHAPE.top_k)
+        assert bias is None or len(bias) == count
+        free, chosen = [], []
+        for _ in range(tokens):
+            scores = [f + rng.random() for f in self.favour[layer]]
+            spread = max(scores) - min(scores)
+            free.append(self._top(scores, scores))
+            place = [x + spread * b for x, b in zip(scores, bias or [0.0] * count, strict=True)]
+            place = [x if mask is None or mask[e] else -1e9 for e, x in enumerate(place)]
+            chosen.append(self._top(place, scores))
+            assert mask is None or all(mask[e] for e, _ in chosen[-1])
+        ahead = ()
+        for coming in range(layer + 1, layer + 1 + s.depth(layer, prefill=prefill)):
+            guess = [f + rng.random() for f in self.favour[coming]]
+            experts, weights = zip(*self._top(guess, guess), strict=True)
+            ahead += (LookAhead(coming, experts, weights),)
+        told = (mask is not None or bias is not None) and "wanted" in observes
+        flying = tuple(k for k in sorted(self.flying) if rng.random() < 0.5)
+        self.flying.intersection_update(flying)  # the others have landed
+        late = tuple(k for k in flying if k[0] == layer and rng.random() < 0.5)
+        return LayerInput(
+            layer,
+            tuple(tuple(e for e, _ in row) for row in chosen),
+            tuple(tuple(w for _, w in row) for row in chosen),
+            prefill,
+            ahead,
+            tuple(tuple(e for e, _ in row) for row in free) if told else None,
+            tuple(tuple(w for _, w in row) for row in free) if told else None,
+            norms=tuple(rng.uniform(1, 2) for _ in chosen) if "norms" in observes else None,
+            in_flight=flying if "in_flight" in observes else (),
+            unread=late if "unread" in observes else (),
+        )
+
+    @staticmethod
+    def _top(place: list[float], scores: list[float]) -> list[tuple[int, float]]:
+        best = sorted(range(len(place)), key=lambda e: -place[e])[: SHAPE.top_k]
+        total = sum(scores[e] for e in best)
+        return [(e, scores[e] / total) for e in best]
+
+    def _obey(self, plan, *, waits: bool = False) -> None:
+        """Do what an engine does; the budget holds after every single decision."""
+        s = self.scheduler
+        for d in plan.decisions(NBYTES):
+            key = (d.layer, d.expert)
+            if d.kind in ("load", "prefetch"):
+                assert key not in self.held
+                self.held[key] = d.bits
+                self.flying |= set() if waits or d.kind == "load" else {key}
+            elif d.kind == "evict":
+                assert self.held.pop(key) == d.bits
+                self.flying.discard(key)
+            elif d.kind in ("hit", "substitute"):
+                assert self.held[key] == d.bits
+                self.flying.discard(key)  # it was waited for
+            assert sum(NBYTES[b] for b in self.held.values()) <= s.cache.budget_bytes
+            self.decided.append(d)
+        assert self.held == dict(s.cache)
+        for layer in range(SHAPE.layers):
+            share = s.strategy.allocate.layer_bytes(layer, s.view)
+            assert share is None or s.cache.layer_bytes[layer] <= share
+        for bits in NBYTES:
+            pool = s.strategy.allocate.tier_bytes(bits, s.view)
+            assert pool is None or s.cache.tier_bytes[bits] <= pool
+
+
+def preset(strategy: Strategy, rng: random.Random) -> Knobs:
+    """The strategy's own settings, now and then others, and a budget from tight to roomy."""
+    knobs = Knobs(**({"budget_bytes": 24 * 1600} | dict(strategy.preset)))
+    if rng.random() < 0.5:
+        bits, low = rng.choice([(16, None), (16, 4), (8, 2), (4, None)])
+        knobs = dataclasses.replace(knobs, bits=bits, low_bits=low, prefetch=rng.randrange(4))
+    need = minimum_budget(SHAPE, strategy, knobs)
+    return dataclasses.replace(knobs, budget_bytes=int(need * rng.uniform(1, 3)))
+
+
+def other_values(strategy: Strategy, rng: random.Random) -> dict:
+    """Every parameter somewhere within its range."""
+    return {
+        name: rng.choice(p.choices) if p.choices else rng.uniform(p.low, p.high)
+        for name, (_, p, _) in strategy.parameters.items()
+    }
+
+
+def mixture(rng: random.Random) -> Strategy:
+    """Five decisions, each of some strategy or other."""
+    names = {role: rng.choice(NAMES) for role in ROLES}
+    parts = {role: make(name).parts[role] for role, name in names.items()}
+    return Strategy("+".join(names.values()), **parts)
+
+
+@every_strategy
+class TestEveryStrategy:
+    @pytest.mark.parametrize("seed", range(3))
+    def test_the_budget_holds_after_every_decision_whatever_is_changed(self, name, seed):
+        rng = random.Random(seed)
+        strategy = make(name)
+        toy = Toy(strategy, preset(strategy, rng), seed)
+        for _ in range(2):
+            other = make(rng.choice(NAMES))
+            toy.sequence(
+                8,
+                changes={
+                    2: {"knobs": preset(strategy, rng), "strategy": strategy},
+                    4: other_values(strategy, rng),
+                    6: {"knobs": preset(other, rng), "strategy": other},
+                },
+            )
+            toy.change(preset(strategy, rng), strategy)
+
+    @pytest.mark.parametrize("seed", range(2))
+    def test_the_recorded_trace_decides_the_same_again_also_after_learning(self, name, seed):
+        rng = random.Random(seed)
+        strategy = make(name)
+        toy = Toy(strategy, preset(strategy, rng), seed)
+        for start in range(3):  # the second and third know the first
+            other = {"knobs": preset(strategy, rng)}
+            trace = toy.sequence(8, changes={start: other, 6: other_values(strategy, rng)})
+            assert replay(trace).decisions == toy.decided
+            assert replay(trace).decisions == toy.decided  # a replay leaves the trace as it was
+
+    def test_a_trace_from_a_file_is_decided_the_same_by_name(self, name, tmp_path):
+        strategy = make(name)
+        toy = Toy(strategy, preset(strategy, random.Random(1)), 1)
+        path = toy.sequence(8, changes={4: other_values(strategy, toy.rng)}).save(tmp_path / "t")
+        again = replay(Trace.load(path), strategies={name: make(name)})
+        assert again.decisions == toy.decided
+
+    def test_two_of_them_decide_the_same_under_one_seed(self, name):
+        decided = []
+        for _ in range(2):
+            strategy = make(name)
+            toy = Toy(strategy, preset(strategy, random.Random(2)), 2)
+            toy.sequence(8)
+            toy.sequence(8)
+            decided.append(toy.decided)
+        assert decided[0] == decided[1]
+
+    def test_the_template_learns_nothing_from_those_who_use_it(self, name):
+        strategy = make(name)
+        knobs = preset(strategy, random.Random(3))
+        first, second = Toy(strategy, knobs, 3), Toy(strategy, knobs, 3)
+        first.sequence(8)
+        first.sequence(8)  # has learnt
+        second.sequence(8)
+        third = Toy(strategy, knobs, 3)
+        third.sequence(8)
+        assert second.decided == third.decided
+
+    def test_every_parameter_has_its_range_and_nothing_else_is_taken(self, name):
+        strategy = make(name)
+        for one, (role, p, value) in strategy.parameters.items():
+            assert p.text
+            assert p.checked(value) == value, f"the default of {one} is out of range"
+            good = p.choices or (p.low, (p.low + p.high) / 2, p.high)
+            for x in good:
+                assert getattr(strategy.tuned(**{one: x}).parts[role], one) == p.checked(x)
+            wrong = ("no such", 3) if p.choices else (p.low - 1, p.high + 1, "much", None, True)
+            for x in wrong:
+                with pytest.raises(ValueError, match=one):
+                    strategy.tuned(**{one: x})
+        with pytest.raises(ValueError, match="no parameter 'nonsense'"):
+            strategy.tuned(nonsense=1)
+
+    def test_it_says_what_it_is_and_what_its_decisions_are(self, name):
+        first = maker(name).__doc__.splitlines()[0]
+        assert first.endswith(".")
+        assert len(first) <= 96
+        strategy = make(name)
+        assert strategy.name == name
+        assert all(part.title for part in strategy.parts.values())
+        assert set(strategy.preset) <= {"bits", "low_bits", "t1", "t2", "prefetch"}
+
+    def test_it_explains_every_resident_expert_in_numbers(self, name):
+        strategy = make(name)
+        toy = Toy(strategy, preset(strategy, random.Random(4)), 4)
+        toy.sequence(6)
+        for key in toy.scheduler.cache:
+            terms = toy.scheduler.why(key)
+            assert terms
+            assert all(np.isfinite(value) for value in terms.values())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_part_of_one_works_with_any_part_of_another(seed):
+    rng = random.Random(seed)
+    strategy = mixture(rng)
+    toy = Toy(strategy, preset(strategy, rng), seed)
+    for _ in range(2):
+        trace = toy.sequence(6, changes={3: other_values(strategy, rng)})
+        assert replay(trace).decisions == toy.decided, strategy.name
+
+
+@pytest.mark.parametrize("role", ROLES)
+@every_strategy
+def test_each_decision_alone_goes_into_plain_lru(name, role):
+    strategy = make("lru").replace(**{role: make(name).parts[role]})
+    toy = Toy(strategy, preset(strategy, random.Random(5)), 5)
+    toy.sequence(6)
+    assert replay(toy.trace).decisions == toy.decided
+
+
+def test_a_name_that_is_unknown_is_refused_with_those_that_are_known():
+    with pytest.raises(ValueError, match="unknown strategy 'nonsense'.*moe_infinity"):
+        make("nonsense")
+
+
+# -- the same on the engine ----------------------------------------------------------------------
+
+
+def opened(demo_store):
+    return moelab.open("demo", budget="25%", measure_kl=False, progress=False)
+
+
+@pytest.fixture(scope="module")
+def lab(demo_store):
+    with opened(demo_store) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def second_lab(demo_store):
+    with opened(demo_store) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def want(lab):
+    """What the model says at full precision with everything in memory."""
+    return start(lab, "lru", budget="100%").tokens
+
+
+def start(lab, strategy, *, tokens=10, **changes):
+    """An empty cache, a strategy that has learnt nothing, and a run."""
+    lab.update(strategy="lfu", budget="100%", bits=16, prefetch=0, device="disk")
+    lab._engine.recover()
+    lab.update(**({"strategy": strategy, "budget": "20%"} | changes))
+    return generate(lab, tokens)
+
+
+def generate(lab, tokens=10):
+    return lab.generate(PROMPT, max_new_tokens=tokens, ignore_eos=True, seed=3, temperature=0.7)
+
+
+def live(run) -> list[tuple]:
+    """The run's decisions as its events tell them."""
+    events = run.events[~run.events.kind.isin(["stall"])]
+    rows = events[["kind", "layer", "expert", "bits_asked", "bits"]].itertuples(index=False)
+    return [tuple(r) for r in rows]
+
+
+def settled(run) -> list[tuple]:
+    """`live` without what leaves because of other settings: no replay decides that."""
+    causes = run.events.cause[~run.events.kind.isin(["stall"])]
+    return [d for d, cause in zip(live(run), causes, strict=True) if cause not in SETTINGS]
+
+
+def decided(outcome) -> list[tuple]:
+    return [(d.kind, d.layer, d.expert, d.bits_asked, d.bits) for d in outcome.decisions]
+
+
+def held_bytes(run) -> np.ndarray:
+    """Resident bytes after each event, from the log and what was resident before it."""
+    sizes = run.trace.shape.nbytes
+    sign = run.events.kind.map({"load": 1, "prefetch": 1, "evict": -1}).astype(float).fillna(0)
+    each = run.events.bits.map(sizes | {0: 0})
+    return sum(sizes[b] for _, b in run.trace.resident) + np.cumsum(sign * each).to_numpy()
+
+
+def check_run(lab, run) -> None:
+    """Budget and counters of a run, recounted from its events alone."""
+    assert held_bytes(run).max() <= lab.settings.budget_bytes
+    assert lab.info()["resident_bytes"] <= lab.settings.budget_bytes
+    sizes = run.trace.shape.nbytes
+    assert held_bytes(run)[-1] == sum(sizes[b] for b in lab.cache_map()["bits"].flat if b)
+    events, table, summary = run.events, run.per_token, run.summary()
+    count = Counter(zip(events.token, events.kind, strict=True))
+    columns = {
+        "hits": "hit", "loads": "load", "prefetches": "prefetch", "downgrades": "downgrade",
+        "skips": "skip", "substitutes": "substitute",
+    }  # fmt: skip
+    for row in table[1:].itertuples():
+        for column, kind in columns.items():
+            assert getattr(row, column) == count[row.token, kind], (row.token, column)
+    later = events[events.token > 0]
+    total = later.kind.value_counts()
+    asked = sum(total.get(k, 0) for k in ("hit", "load", "skip", "substitute"))
+    experts = sum(len(e) for s in run.trace.steps if not s.prefill for e in s.experts)
+    assert asked == experts  # every activation was served, skipped or substituted, once
+    assert summary["hit_ratio"] == pytest.approx(total.get("hit", 0) / asked)
+    read = later.bytes[later.kind.isin(["load", "prefetch"])].sum()
+    assert summary["bytes_per_token"] * (len(table) - 1) == pytest.approx(read)
+    assert replay(run.trace).counts["hit"] == total.get("hit", 0)
+
+
+@every_strategy
+class TestEveryStrategyOnTheEngine:
+    def test_budget_counters_replay_and_seed(self, lab, second_lab, name, tmp_path):
+        run = start(lab, name)
+        check_run(lab, run)
+        assert decided(replay(run.trace)) == live(run)
+        template = lab.settings.strategy
+        loaded = Trace.load(run.trace.save(tmp_path / "trace"))
+        assert decided(replay(loaded, strategies={name: template})) == live(run)
+        learned = generate(lab)
+        check_run(lab, learned)
+        assert decided(replay(learned.trace)) == live(learned)
+        twin = start(second_lab, name)
+        if not template.observes & {"in_flight", "unread"}:  # those hang on the disk's pace
+            assert twin.tokens == run.tokens
+            assert live(twin) == live(run)
+
+    def test_output_is_unchanged_where_it_neither_routes_nor_skips(self, lab, want, name):
+        strategy = make(name)
+        route, precision = type(strategy.route), type(strategy.precision)
+        steers = any(getattr(route, m) is not getattr(Route, m) for m in ("mask", "bias"))
+        skips = precision.tier not in (Precision.tier, TierPair.tier)
+        if steers or skips or route.stand_in is not Route.stand_in:
+            pytest.skip("it changes what is computed, and means to")
+        assert start(lab, name, low_bits=None, allocate="lru").tokens == want
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mixed_parts_run_on_the_engine(lab, seed):
+    strategy = mixture(random.Random(100 + seed))
+    run = start(lab, strategy, tokens=8, low_bits=4, prefetch=1, budget="30%")
+    check_run(lab, run)
+    assert decided(replay(run.trace)) == live(run)
+
+
+def test_a_trace_saved_after_tuning_in_the_middle_of_a_run_is_decided_the_same(lab, tmp_path):
+    class Tuner(list):  # the run appends one report a token: tune right then
+        def append(self, report):
+            super().append(report)
+            if report.token == 5:
+                lab.update(w_lru=0.9, high_share=0.6)
+
+    start(lab, "hobbit", tokens=1, low_bits=4)
+    lab._engine.recover()
+    template = lab.settings.strategy
+    run = lab.start(PROMPT, max_new_tokens=20, ignore_eos=True)
+    run.token_reports = Tuner(run.token_reports)
+    run.join()
+    assert decided(replay(run.trace)) == settled(run)
+    loaded = Trace.load(run.trace.save(tmp_path / "trace"))
+    assert decided(replay(loaded, strategies={"hobbit": template})) == settled(run)
+
+
+def test_parts_and_parameters_are_chosen_by_name_while_a_run_goes_on(lab):
+    lab.update(strategy="lru", device="sd_card", budget="20%")
+    run = lab.start(PROMPT, max_new_tokens=400, ignore_eos=True)
+    try:
+        lab.update(evict="moe_infinity", prefetch="mixtral_offloading")
+        lab.update(guesses=1)
+        settings = lab.update(route="cache_prior", lam=0.3)
+    finally:
+        run.stop()
+        run.join()
+        lab.update(device="disk")
+    values = {n: v for n, (_, _, v) in settings.strategy.parameters.items()}
+    assert values == {"guesses": 1, "lam": 0.3}
+    assert settings.prefetch == 1  # it comes with the part
+    assert settings.strategy.name == "lru*"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"strategy": "nonsense"}, "unknown strategy 'nonsense'"),
+        ({"evict": "nonsense"}, "unknown strategy 'nonsense'"),
+        ({"nonsense": 1}, "unknown setting 'nonsense'"),
+        ({"strategy": "cache_prior", "lam": 2}, "lam=2: from 0 to 1"),
+        ({"strategy": "lru", "lam": 0.2}, "unknown setting 'lam'"),
+    ],
+)
+def test_what_is_unknown_or_out_of_range_changes_nothing(lab, change, told):
+    before = lab.settings
+    with pytest.raises(ValueError, match=told):
+        lab.update(**change)
+    assert lab.settings is before
+
+
+def test_a_policy_of_ones_own_is_a_strategy_like_any_other(lab):
+    class Oldest(Evict):
+        def __init__(self):
+            self.came = {}
+
+        def loaded(self, key, bits, view):
+            self.came[key] = len(self.came)
+
+        def priority(self, key, view):
+            return self.came[key]
+
+    run = start(lab, "lru", evict=Oldest(), tokens=8)
+    check_run(lab, run)
+    assert decided(replay(run.trace)) == live(run)
