@@ -1,8 +1,8 @@
 """A lab with no model: the unit-test double of `moelab.Lab`.
 
 Experts are drawn from a skewed, local random routing, the cache is a plain least-recently-used
-list, and a load costs what the named device would take. Figures it shows mean nothing; it answers
-the calls the dashboard makes, with the same types and the same errors.
+list whatever the strategy says, and a load costs what the named device would take. Figures it shows
+mean nothing; settings are the real ones, so they change and are refused as in a lab.
 """
 
 from __future__ import annotations
@@ -14,30 +14,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 import moelab
-from moelab import strategies
+from moelab.scheduling.stream import Shape
+from moelab.settings import Settings
+from moelab.strategies import make
 
 EXPERT_BYTES = {16: 221_184, 8: 118_784, 4: 65_536, 3: 49_152, 2: 36_864}
 WORDS = "the experts of a layer wait on disk until a router asks , and then one of them is read .\n"
 DEVICES = moelab.devices()
-
-
-@dataclass(frozen=True)
-class FakeStrategy:
-    name: str
-
-
-@dataclass(frozen=True)
-class FakeSettings:
-    budget_bytes: int
-    bits: int = 16
-    low_bits: int | None = None
-    strategy: FakeStrategy = FakeStrategy("lru")
-    device: str = "disk"
-    prefetch: int = 0
-    t1: float = 0.6
-    t2: float = 0.9
-    measure_kl: bool = False
-    seed: int = 0
 
 
 @dataclass
@@ -140,9 +123,10 @@ class FakeLab:
 
     def __init__(self, *, layers=8, experts=32, top_k=4, token_ms=1.0, budget=0.25, seed=0):
         self.layers, self.experts, self.top_k, self.token_ms = layers, experts, top_k, token_ms
-        self.settings = FakeSettings(budget_bytes=int(budget * self._all(16)), seed=seed)
+        self._shape = Shape((experts,) * layers, top_k, EXPERT_BYTES)
+        self.settings = Settings(int(budget * self._all(16)), 16, make("lru"), seed=seed)
         self.run = None
-        self.updates = []
+        self.updates, self.asked_why, self.asked_info = [], 0, 0
         self._rng = np.random.default_rng(seed)
         self._lock = threading.Lock()
         self._popular = self._rng.permuted(
@@ -161,39 +145,29 @@ class FakeLab:
         self._uses = np.zeros(shape, np.int32)
 
     def update(self, **changes):
-        changes = dict(changes)
-        if isinstance(changes.get("strategy"), str):
-            if changes["strategy"] not in strategies.NAMES:
-                raise ValueError(f"unknown strategy {changes['strategy']!r}")
-            changes["strategy"] = FakeStrategy(changes["strategy"])
-        if "budget" in changes:
-            changes["budget_bytes"] = int(changes.pop("budget"))
-        settings = replace(self.settings, **changes)
-        least = self._least(settings.bits)
-        if settings.budget_bytes < least:
-            raise ValueError(
-                f"budget {settings.budget_bytes / 1e6:.1f} MB is below one token's experts "
-                f"({least / 1e6:.1f} MB); raise it to {least / 1e6:.1f} MB or choose fewer bits"
-            )
+        settings = self.settings.change(self._shape, **changes)
         self.updates.append(changes)
+        before, after = self.settings.shown(), settings.shown()
         with self._lock:
             self.settings = settings
             self._evict()
         if self.run is not None and self.run.running:
-            shown = {k.removesuffix("_bytes"): self._shown(k, v) for k, v in changes.items()}
+            shown = {k: v for k, v in after.items() if before[k] != v}
             self.run.changes.append((len(self.run.token_reports), shown))
         return settings
 
-    @staticmethod
-    def _shown(key, value):
-        if key == "budget_bytes":
-            return f"{value / 1e6:.1f} MB"
-        return str(getattr(value, "name", value))
+    def why(self, layer):
+        self.asked_why += 1
+        with self._lock:
+            order = list(self._cache)
+        since = {k: float(len(order) - i) for i, k in enumerate(order) if k[0] == layer}
+        return {k[1]: {"uses since": n, "bits": 16.0} for k, n in since.items()}
 
     def _least(self, bits):
         return self.top_k * EXPERT_BYTES[bits]
 
     def info(self):
+        self.asked_info += 1
         s = self.settings
         return {
             "name": "demo",

@@ -25,7 +25,7 @@ class Dash:
         self.page = page
         self.root = page.locator(".moe-dash").first
         self.root.wait_for()
-        self.slider = self.root.get_by_role("slider")
+        self.slider = self.root.locator("input[name=budget]")
         self.text = self.root.locator(".moe-text")
 
     def data(self, name):
@@ -42,7 +42,7 @@ class Dash:
         """Press Run, by mouse, for so many tokens."""
         self.until(lambda: self.data("running") == "false", "the run before has ended")
         before = self.data("run")
-        count = self.root.get_by_role("spinbutton")
+        count = self.root.get_by_role("spinbutton", name="max tokens")
         count.fill(str(tokens))
         count.press("Tab")
         self.root.get_by_role("button", name="Run").click()
@@ -71,6 +71,14 @@ class Dash:
             self.page.wait_for_timeout(60)
         mouse.up()
 
+    def open(self, wanted=True):
+        """Fold the five decisions out, or away."""
+        button = self.root.get_by_role("button", name="decisions")
+        if (button.get_attribute("aria-expanded") == "true") != wanted:
+            button.click()
+        panel = self.root.locator(".moe-decide")
+        self.until(lambda: panel.is_visible() == wanted, "the five decisions")
+
     def inked(self, part):
         """How many different colours a canvas has: none is drawn with fewer than three."""
         return self.root.locator(f"{part} canvas").evaluate(
@@ -91,6 +99,9 @@ def dash(live_page, request):  # noqa: F811
         dash.stop()
     theme(live_page, "Light")
     dash.root.get_by_label("Prompts by domain").select_option(index=1)
+    dash.open(False)
+    dash.choose("strategy", "lru")
+    dash.until(lambda: dash.root.get_attribute("data-strategy") == "lru", "the plain strategy")
     for name, value in (("device", "disk"), ("low_bits", ""), ("prefetch", "0"), ("bits", "4")):
         dash.choose(name, value)
     dash.drag(0.25)
@@ -198,6 +209,7 @@ def test_everything_can_be_done_with_the_keyboard(dash):
         "bits",
         "low_bits",
         "strategy",
+        "decisions",
         "device",
         "prefetch",
     } <= reached
@@ -285,23 +297,151 @@ RUN_AGAIN = """async () => {
 }"""
 
 
-def publishers(page):
-    """Ask the kernel how many dashboards are being published."""
-    count = """async () => {
+def kernel(page, code):
+    """Run code in the notebook's kernel; return what it prints."""
+    run = """async (code) => {
       const { kernel } = window.jupyterapp.shell.currentWidget.sessionContext.session;
-      const code = "import threading\\nprint(sum(t.name == 'moelab-dashboard' "
-        + "for t in threading.enumerate()))";
       let printed = "";
       const future = kernel.requestExecute({ code, store_history: false });
-      future.onIOPub = (message) => { printed += message.content.text ?? ""; };
+      future.onIOPub = ({ content }) => { printed += content.text ?? content.evalue ?? ""; };
       await future.done;
-      return Number(printed);
+      return printed.trim();
     }"""
-    return page.evaluate(count)
+    return page.evaluate(run, code)
+
+
+def publishers(page):
+    """Ask the kernel how many dashboards are being published."""
+    count = (
+        "import threading\nprint(sum(t.name == 'moelab-dashboard' for t in threading.enumerate()))"
+    )
+    return int(kernel(page, count))
+
+
+def test_a_decision_and_its_parameters_are_changed_in_the_middle_of_a_run(dash):
+    dash.choose("device", "nvme")
+    dash.open()
+    assert dash.root.locator(".moe-parameter").count() == 0, "least recently used has none"
+    dash.run(tokens=2000)
+    marks = dash.data("changes")
+    dash.choose("decide_evict", "hobbit")
+    slider = dash.root.locator("input[name=w_lru]")
+    slider.wait_for()
+    assert dash.root.get_attribute("data-strategy") == "lru*"
+    assert "LRU but for evict" in dash.root.locator(".moe-about").inner_text()
+    dash.until(lambda: dash.data("changes") > marks, "a mark on the time axis")
+    shot(dash.page, "lab-light-decisions")
+
+    box = slider.bounding_box()
+    dash.page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] / 2)
+    dash.page.mouse.down()
+    for i in range(1, 9):
+        x = box["x"] + box["width"] * (0.25 + 0.06 * i)
+        dash.page.mouse.move(x, box["y"] + box["height"] / 2)
+        dash.page.wait_for_timeout(60)
+    dash.page.mouse.up()
+    held = "print(lab.settings.strategy.evict.w_lru)"
+    shown = float(slider.input_value())
+    assert shown > 0.6
+    dash.until(lambda: float(kernel(dash.page, held)) == shown, "the weight in the lab")
+    slider.press("ArrowLeft")
+    dash.until(lambda: float(kernel(dash.page, held)) == round(shown - 0.05, 2), "one step less")
+    number = dash.root.locator("input[name=w_lru_number]")
+    number.fill("0.125")
+    number.press("Enter")
+    dash.until(lambda: float(kernel(dash.page, held)) == 0.125, "the number typed")
+    assert dash.data("running") == "true"
+
+    dash.choose("decide_evict", "lru")
+    slider.wait_for(state="detached")
+    dash.stop()
+
+
+def test_a_policy_of_ones_own_is_shown_and_can_be_tuned(dash):
+    dash.open()
+    own = """from moelab.strategies import Evict, Parameter
+class Homely(Evict):
+    parameters = (Parameter("near", "how much a low index counts", low=0, high=4, step=1),)
+    near = 1
+    def priority(self, key, view):
+        return -self.near * key[1]
+lab.update(evict=Homely())"""
+    assert "Error" not in kernel(dash.page, own)
+    chosen = dash.root.locator("select[name=decide_evict]")
+    shown = "s => s.selectedOptions[0].textContent"
+    dash.until(lambda: chosen.evaluate(shown) == "Homely", "its class name")
+    dash.root.locator("input[name=near]").press("ArrowRight")
+    near = "print(lab.settings.strategy.evict.near)"
+    dash.until(lambda: kernel(dash.page, near) == "2", "its parameter")
+    dash.run(tokens=8)
+    dash.until(lambda: dash.data("running") == "false", "a run with it")
+
+
+def test_an_error_moves_nothing_lies_beside_its_control_and_can_be_put_away(dash):
+    dash.choose("strategy", "hobbit")
+    dash.open()
+    t1, alert = dash.root.locator("input[name=t1]"), dash.root.get_by_role("alert")
+    t1.wait_for()
+    before, held = dash.root.locator(".moe-figures").bounding_box(), t1.input_value()
+    t1.press("End")
+    alert.wait_for()
+    assert "t1" in alert.inner_text()
+    assert t1.get_attribute("aria-invalid") == "true"
+    assert dash.root.locator(".moe-figures").bounding_box() == before
+    at, of = alert.bounding_box(), t1.bounding_box()
+    assert 0 < at["y"] - of["y"] - of["height"] < 20
+    dash.until(lambda: t1.input_value() == held, "the thumb shows what holds")
+    shot(dash.page, "lab-light-error-parameter")
+    dash.root.get_by_role("button", name="Dismiss").press("Enter")
+    alert.wait_for(state="hidden")
+    dash.until(lambda: t1.get_attribute("aria-invalid") is None, "no more marked")
+    t1.press("End")
+    alert.wait_for()
+    t1.press("Home")
+    alert.wait_for(state="hidden")
+
+
+def test_the_tip_says_why_a_resident_expert_would_stay_or_go(dash):
+    dash.choose("strategy", "hobbit")
+    dash.run(tokens=30)
+    dash.until(lambda: dash.data("running") == "false", "30 tokens")
+    canvas, tip = dash.root.locator(".moe-map canvas"), dash.root.get_by_role("tooltip")
+    canvas.focus()
+    for _ in range(16):
+        dash.page.keyboard.press("ArrowRight")
+        if "bit" in tip.inner_text():
+            break
+    why = tip.locator(".moe-why")
+    why.wait_for()
+    assert "HOBBIT" in why.inner_text()
+    assert why.locator("dt").count() >= 4
+    values = why.locator("dd:not(.moe-term)").all_inner_texts()
+    assert all(float(value) >= 0 for value in values)
+    assert "HOBBIT" in canvas.get_attribute("aria-label")
+    shot(dash.page, "lab-light-why")
+    dash.page.keyboard.press("Escape")
+    assert not tip.is_visible()
+
+
+def test_every_strategy_fits_the_page(dash):
+    dash.open()
+    names = dash.root.locator("select[name=strategy] option:not([disabled])")
+    alert = dash.root.get_by_role("alert")
+
+    def told(name):
+        return dash.root.get_attribute("data-strategy") == name or alert.is_visible()
+
+    for name in names.evaluate_all("all => all.map(o => o.value)"):
+        dash.choose("strategy", name)
+        dash.until(lambda n=name: told(n), name)
+        wide, room = dash.root.evaluate("e => [e.scrollWidth, e.clientWidth]")
+        assert wide <= room, name
+        assert dash.root.locator(".moe-about").inner_text(), name
 
 
 def test_a_reload_shows_the_current_state(dash):
     dash.choose("bits", "8")
+    dash.open()
     dash.run(tokens=20)
     dash.until(lambda: dash.data("running") == "false", "a text")
     before = dash.text.inner_text()
@@ -310,4 +450,5 @@ def test_a_reload_shows_the_current_state(dash):
     reload(dash.page, ".moe-dash")
     again = Dash(dash.page)
     again.until(lambda: again.text.inner_text() == before, "the same text")
+    assert again.root.locator(".moe-decide").is_visible(), "the decisions are still open"
     assert again.root.locator("select[name=bits]").input_value() == "8"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 import threading
 import time
@@ -11,10 +12,14 @@ import xml.dom.minidom
 import numpy as np
 import pytest
 
+import moelab
 from fake_lab import FakeLab
-from moelab.widgets import Dashboard, frame
+from moelab import strategies
+from moelab.strategies import Evict, Parameter, Precision
+from moelab.widgets import Dashboard, decisions, frame
 from moelab.widgets.frame import COLUMNS, Framer, figures, in_words, merge_changes
 from moelab.widgets.picture import lay_out
+from moelab.widgets.why import reasons
 
 
 def wait_until(condition, seconds=20.0):
@@ -60,7 +65,7 @@ def column(shown, name):
 
 class TestFrame:
     def test_before_a_run_the_whole_picture_is_there(self, lab):
-        shown = Framer(lab, frame_devices()).build()
+        shown = framer_of(lab).build()
         assert (shown["run"], shown["running"], shown["count"]) == (0, False, 0)
         assert len(shown["map"]["bits"]) == 8 * 32
         assert len(shown["map"]["uses"]) == 8 * 32 * 4
@@ -69,7 +74,7 @@ class TestFrame:
     def test_tokens_arrive_as_one_array_by_column(self, lab):
         run = lab.start("Once", max_new_tokens=12, measure_kl=True)
         run.join()
-        shown = Framer(lab, frame_devices()).build()
+        shown = framer_of(lab).build()
         want = run.token_reports
         assert "".join(shown["texts"]) == run.text
         assert np.allclose(column(shown, "on demand"), [r.stall_ms["on demand"] for r in want])
@@ -80,7 +85,7 @@ class TestFrame:
         lab.update(low_bits=4)
         run = lab.start("Once", max_new_tokens=30, measure_kl=True)
         run.join()
-        whole, summary = Framer(lab, frame_devices()).build()["whole"], run.summary()
+        whole, summary = framer_of(lab).build()["whole"], run.summary()
         for key in ("tokens_per_s", "hit_ratio", "bytes_per_token", "stall_share", "kl_mean"):
             assert whole[key] == pytest.approx(summary[key], rel=1e-5), key
 
@@ -89,7 +94,7 @@ class TestFrame:
 
     def test_resident_bytes_are_those_of_the_map(self, lab):
         lab.start("Once", max_new_tokens=5).join()
-        shown = Framer(lab, frame_devices()).build()
+        shown = framer_of(lab).build()
         bits = np.frombuffer(shown["map"]["bits"], np.uint8)
         assert shown["resident"]["experts"] == (bits > 0).sum()
         assert shown["resident"]["bytes"] == (bits == 16).sum() * 221_184
@@ -97,7 +102,7 @@ class TestFrame:
     def test_a_report_put_right_later_is_read_again(self, lab):
         run = lab.start("Once", max_new_tokens=4)
         run.join()
-        framer = Framer(lab, frame_devices())
+        framer = framer_of(lab)
         framer.build()
         run.token_reports[1] = type(run.token_reports[1])(1, " put right", bytes=7)
         shown = framer.build()
@@ -105,7 +110,7 @@ class TestFrame:
         assert column(shown, "bytes")[1] == 7
 
     def test_a_new_run_starts_over(self, lab):
-        framer = Framer(lab, frame_devices())
+        framer = framer_of(lab)
         lab.start("Once", max_new_tokens=9).join()
         first = framer.build()
         lab.start("Twice", max_new_tokens=3).join()
@@ -116,7 +121,7 @@ class TestFrame:
     def test_long_runs_keep_the_newest_tokens(self, lab, monkeypatch):
         monkeypatch.setattr(frame, "LONGEST", 10)
         lab.start("Once", max_new_tokens=25).join()
-        shown = Framer(lab, frame_devices()).build()
+        shown = framer_of(lab).build()
         assert (shown["first"], shown["count"], len(shown["texts"])) == (15, 10, 10)
         assert shown["whole"]["tokens"] == 10
 
@@ -125,7 +130,7 @@ class TestFrame:
         wait_until(lambda: len(lab.run.token_reports) >= 10)
         lab.update(device="hdd")
         lab.run.join()
-        shown = Framer(lab, frame_devices()).build()
+        shown = framer_of(lab).build()
         assert [o["emulated"] for o in shown["origins"]] == [False, True]
         since = shown["origins"][-1]["token"]
         emulated = [r for r in lab.run.token_reports if r.device == "hdd"]
@@ -143,16 +148,20 @@ class TestFrame:
             (40, 40, "bits 2, device hdd"),
         ]
 
+    def test_a_mark_that_says_too_much_is_cut(self):
+        (mark,) = merge_changes([(5, {"evict": "a policy of many words", "w_lru": "0.25" * 9})])
+        assert mark["label"].startswith("evict a policy of many words, w lru 0.25")
+        assert mark["label"].endswith("…")
+        assert len(mark["label"]) <= 48
+
     def test_errors_are_sentences(self):
         assert in_words(ValueError("raise it to 4 MB")) == "raise it to 4 MB"
         assert in_words(KeyError("x")) == "KeyError: 'x'"
         assert in_words(MemoryError()) == "MemoryError"
 
 
-def frame_devices():
-    import moelab
-
-    return moelab.devices()
+def framer_of(lab):
+    return Framer(lab, lab.info(), moelab.devices())
 
 
 class TestActions:
@@ -228,7 +237,204 @@ class TestActions:
         assert dashboard.controls["answered"] == 99
 
 
+class Nearest(Evict):
+    """Keep what lies close ahead; an eviction policy as a learner writes it in a cell."""
+
+    parameters = (
+        Parameter("pull", "how much nearness counts", low=0.0, high=2.0),
+        Parameter("order", "which way round", choices=("near", "far")),
+    )
+
+    def __init__(self):
+        self.pull, self.order = 0.5, "near"
+
+    def priority(self, key, view):
+        return -self.pull * key[0]
+
+
+class OneTier(Precision):
+    def tier(self, request, asked, view):
+        return asked
+
+
+class TestDecisions:
+    def test_every_named_strategy_is_offered_once_with_a_line_that_explains_it(self, dashboard):
+        offered = [p for group in dashboard.options["presets"] for p in group["entries"]]
+        assert sorted(p["name"] for p in offered) == sorted(strategies.NAMES)
+        assert all(p["text"] and p["title"] for p in offered)
+        assert all(g["entries"] for g in dashboard.options["presets"])
+
+    def test_each_decision_offers_the_distinct_parts_of_all_strategies(self, dashboard):
+        offered = {d["role"]: d["choices"] for d in dashboard.options["decisions"]}
+        assert list(offered) == ["allocate", "route", "precision", "evict", "prefetch"]
+        for role, choices in offered.items():
+            have = {type(strategies.make(name).parts[role]) for name in strategies.NAMES}
+            stand_for = {type(strategies.make(c["value"]).parts[role]) for c in choices}
+            assert stand_for == have, role
+            titles = [c["title"] for c in choices]
+            assert len(titles) == len(set(titles)) == len(have), role
+
+    @pytest.mark.parametrize("name", strategies.NAMES)
+    def test_what_a_strategy_is_made_of_is_shown_and_can_be_chosen(self, lab, name):
+        now = decisions.chosen(strategies.make(name), lab.settings)
+        offered = {d["role"]: {c["value"]: c for c in d["choices"]} for d in decisions.decisions()}
+        for role, part in now["parts"].items():
+            assert offered[role][part["value"]]["title"] == part["title"], role
+        assert now["about"] == next(
+            p["text"] for g in decisions.presets() for p in g["entries"] if p["name"] == name
+        )
+
+    @pytest.mark.parametrize("name", strategies.NAMES)
+    def test_its_parameters_are_explained_and_within_their_range(self, lab, name):
+        for p in decisions.chosen(strategies.make(name), lab.settings)["parameters"]:
+            assert p["text"], p["name"]
+            assert p["value"] in p["choices"] or p["low"] <= p["value"] <= p["high"], p["name"]
+
+    def test_one_decision_is_changed_and_the_others_stay(self, lab, dashboard):
+        says(dashboard, "update", where="decide_evict", changes={"evict": "lfu"}, n=1)
+        assert type(lab.settings.strategy.evict) is type(strategies.lfu().evict)
+        assert lab.settings.strategy.name == "lru*"
+        now = dashboard.controls
+        assert now["parts"]["evict"]["value"] == "lfu"
+        assert now["label"] == "LRU, mixed"
+        assert now["about"] == f"LRU but for evict: {now['parts']['evict']['title']}"
+        says(dashboard, "update", where="strategy", changes={"strategy": "lru"}, n=2)
+        assert dashboard.controls["about"] == "One pool; the least recently used expert leaves."
+
+    def test_a_class_of_ones_own_is_shown_by_its_name(self, lab, dashboard):
+        lab.update(evict=Nearest())
+        dashboard.start()
+        wait_until(lambda: dashboard.controls["parts"]["evict"]["title"] == "Nearest")
+        assert dashboard.controls["parts"]["evict"]["value"] == ""
+        own = strategies.Strategy("mine", Nearest())
+        assert decisions.about(own) == "a strategy of your own"
+
+    def test_its_parameters_come_and_go_with_the_part_and_reach_the_lab(self, lab, dashboard):
+        lab.update(evict=Nearest())
+        says(dashboard, "update", where="pull", changes={"pull": 1.25}, n=1)
+        shown = {p["name"]: p for p in dashboard.controls["parameters"]}
+        assert shown["pull"] | {"value": 0} == {
+            "roles": ["evict"],
+            "name": "pull",
+            "text": "how much nearness counts",
+            "low": 0.0,
+            "high": 2.0,
+            "step": 0.05,
+            "choices": [],
+            "value": 0,
+        }
+        assert shown["pull"]["value"] == lab.settings.strategy.evict.pull == 1.25
+        assert (shown["order"]["value"], shown["order"]["choices"]) == ("near", ["near", "far"])
+        says(dashboard, "update", where="order", changes={"order": "far"}, n=2)
+        assert lab.settings.strategy.evict.order == "far"
+        says(dashboard, "update", where="decide_evict", changes={"evict": "lfu"}, n=3)
+        assert not {"pull", "order"} & {p["name"] for p in dashboard.controls["parameters"]}
+
+    def test_a_refused_parameter_is_drawn_by_its_control(self, lab, dashboard):
+        lab.update(evict=Nearest())
+        says(dashboard, "update", where="pull", changes={"pull": 3}, n=1)
+        assert dashboard.error["where"] == "pull"
+        assert "0 to 2" in dashboard.error["text"]
+        assert lab.settings.strategy.evict.pull == 0.5
+        says(dashboard, "dismiss")
+        assert dashboard.error == {}
+
+    def test_thresholds_are_there_where_the_precision_part_reads_them(self, lab, dashboard):
+        lab.update(precision=OneTier())
+        says(dashboard, "update", where="bits", changes={"bits": 8}, n=1)
+        assert "low_bits" in dashboard.controls["unread"]
+        assert "t1" not in {p["name"] for p in dashboard.controls["parameters"]}
+        says(dashboard, "update", where="strategy", changes={"strategy": "lru"}, n=2)
+        assert "low_bits" not in dashboard.controls["unread"]
+        assert not dashboard.controls["parameters"], "without low bits they have no effect"
+        says(dashboard, "update", where="low_bits", changes={"low_bits": 4}, n=3)
+        says(dashboard, "update", where="t1", changes={"t1": 0.95}, n=4)
+        assert dashboard.error["where"] == "t1"
+        says(dashboard, "update", where="t2", changes={"t2": 0.7}, n=5)
+        shown = {p["name"]: p["value"] for p in dashboard.controls["parameters"]}
+        assert (shown["t1"], shown["t2"]) == (0.6, 0.7) == (lab.settings.t1, lab.settings.t2)
+
+    def test_an_unknown_part_is_drawn_by_its_drop_down(self, dashboard):
+        says(dashboard, "update", where="decide_evict", changes={"evict": "nobody"}, n=1)
+        assert dashboard.error["where"] == "decide_evict"
+        assert "nobody" in dashboard.error["text"]
+
+
+class TestWhy:
+    @pytest.fixture
+    def filled(self, lab):
+        lab.start("Once", max_new_tokens=20).join()
+        return lab
+
+    @staticmethod
+    def resident(lab):
+        return next((int(at), int(e)) for at, e in np.argwhere(lab.cache_map()["bits"] > 0))
+
+    def test_the_terms_of_a_resident_expert_come_beside_its_neighbours(self, filled):
+        layer, expert = self.resident(filled)
+        said = reasons(filled, layer, expert)
+        assert (said["layer"], said["expert"], said["error"]) == (layer, expert, "")
+        term = said["terms"][0]
+        every = {e: terms["uses since"] for e, terms in filled.why(layer).items()}
+        assert term["name"] == "uses since"
+        assert term["value"] == every[expert]
+        assert (term["low"], term["high"]) == (min(every.values()), max(every.values()))
+
+    def test_one_that_is_not_resident_has_no_terms(self, lab):
+        assert reasons(lab, 0, 0)["terms"] == []
+
+    def test_the_view_asks_and_is_answered_once(self, filled, dashboard, monkeypatch):
+        sent = []
+        monkeypatch.setattr(dashboard, "send", sent.append)
+        layer, expert = self.resident(filled)
+        says(dashboard, "why", layer=layer, expert=expert)
+        assert [m["why"]["expert"] for m in sent] == [expert]
+        assert sent[0]["why"]["policy"] == dashboard.controls["parts"]["evict"]["title"]
+
+    def test_a_term_without_bound_is_no_number(self, filled, monkeypatch):
+        layer, expert = self.resident(filled)
+        monkeypatch.setattr(filled, "why", lambda _: {expert: {"priority": math.inf}})
+        (term,) = reasons(filled, layer, expert)["terms"]
+        assert term["value"] is None  # JSON knows no infinity
+
+    def test_a_fault_of_ones_own_policy_is_said(self, filled, monkeypatch):
+        monkeypatch.setattr(filled, "why", lambda *_: 1 / 0)
+        assert "ZeroDivisionError" in reasons(filled, *self.resident(filled))["error"]
+
+    def test_asking_all_the_time_harms_no_run(self, demo_lab):
+        """Each eviction policy is asked by others while a run goes on, and decides all the same."""
+        evict = next(d for d in decisions.decisions() if d["role"] == "evict")
+        for name in [choice["value"] for choice in evict["choices"]]:
+            strategy = strategies.make(name)  # as without a calibration
+            demo_lab.update(strategy=strategy, budget="50%")
+            run, said = demo_lab.start("The", max_new_tokens=12, ignore_eos=True), 0
+            while run.running:
+                for layer, expert in np.argwhere(demo_lab.cache_map()["bits"] > 0).tolist():
+                    answer = reasons(demo_lab, layer, expert)
+                    said += len(answer["terms"])
+                    assert not answer["error"], name
+                    time.sleep(0.001)
+            run.join()
+            assert len(run.tokens) == 12
+            assert said or name == "on_demand"  # which keeps nothing from layer to layer
+            live = run.events[~run.events.kind.isin(["stall"])]
+            again = moelab.replay(run.trace).decisions
+            assert list(zip(live.kind, live.layer, live.expert, strict=True)) == [
+                (d.kind, d.layer, d.expert) for d in again
+            ], name
+
+
 class TestPublishing:
+    def test_what_is_known_of_a_lab_is_asked_when_settings_change(self, lab, dashboard):
+        dashboard.start()
+        before = lab.asked_info
+        lab.start("Once", max_new_tokens=60).join()
+        wait_until(lambda: tokens(dashboard) == 60 and not dashboard.frame["running"])
+        assert lab.asked_info == before
+        lab.update(bits=8)
+        wait_until(lambda: dashboard.controls["bits"] == 8)
+        assert lab.asked_info == before + 1
+
     def test_a_run_started_from_python_shows_up(self, lab, dashboard):
         dashboard.start()
         run = lab.start("From a cell", max_new_tokens=60)
@@ -328,7 +534,7 @@ class TestLife:
 
     def test_state_is_small_enough_for_the_wire(self, dashboard):
         state = dashboard.get_state()
-        assert len(state["_esm"]) + len(state["_css"]) < 80_000
+        assert len(state["_esm"]) + len(state["_css"]) < 100_000
         assert "import " not in re.sub(r"//.*|/\*.*?\*/", "", state["_esm"], flags=re.DOTALL)
         assert "http" not in state["_esm"] + state["_css"]
 
@@ -362,6 +568,11 @@ class TestReport:
         assert "60 tokens" in svg
         assert "if\u00a0a\u00a0&lt;\u00a0b\u00a0&amp;\u00a0c:" in svg
         assert "60 tokens" in report.html()  # for who cannot see the picture
+
+    def test_it_says_what_a_mix_is_made_of(self, lab, dashboard):
+        lab.update(evict="lfu")
+        title = dashboard.report().controls["parts"]["evict"]["title"]
+        assert f"LRU but for evict: {title}" in dashboard.report().svg()
 
     def test_it_is_a_copy_that_later_runs_do_not_change(self, report, lab):
         before = report.html()

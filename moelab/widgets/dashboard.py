@@ -3,8 +3,8 @@
 A publisher thread reads the lab about twelve times a second while a run is going on and replaces
 the trait `frame` whole: the newest wins. A view acknowledges what it has drawn, and until then the
 next frame is held back, so a slow browser lowers the rate instead of falling behind. Callbacks may
-come on any thread; they only call `Lab.update`, `Lab.start` and `Run.stop`. What those refuse is
-drawn beside the control, because print and raise in a callback are invisible.
+come on any thread; they only call `Lab.update`, `Lab.start`, `Lab.why` and `Run.stop`. What those
+refuse is drawn beside the control, because print and raise in a callback are invisible.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ import traitlets
 
 from moelab.widgets.frame import Framer, controls, in_words, options
 from moelab.widgets.report import Report
+from moelab.widgets.why import reasons
 
 STATIC = Path(__file__).parent / "static"
-SCRIPTS = ("look", "figures", "cells", "bars", "text", "ask", "budget", "settings", "dashboard")
-STYLES = ("controls", "views", "dashboard")
+SCRIPTS = (
+    *("look", "figures", "why", "cells", "bars", "text"),
+    *("ask", "budget", "fault", "parameters", "decisions", "settings", "dashboard"),
+)
+STYLES = ("controls", "decisions", "views", "dashboard")
 FRAMES_PER_S = 12.0
 IN_FLIGHT = 3
 """Frames that may be under way: the view draws only the newest, so they cost no delay."""
@@ -58,10 +62,11 @@ class Dashboard(anywidget.AnyWidget):
 
     def __init__(self, lab: Any) -> None:
         import moelab
-        from moelab import strategies
 
+        info = lab.info()
         self._lab = lab
-        self._framer = Framer(lab, moelab.devices())
+        self._framer = Framer(lab, info, moelab.devices())
+        self._told: tuple[Any, dict[str, Any]] = (None, {})
         self._seq = self._acked = -1
         self._sent_at = 0.0
         self._views: set[str] = set()
@@ -69,7 +74,7 @@ class Dashboard(anywidget.AnyWidget):
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._answered = -1
-        offered = options(lab, moelab.devices(), strategies.NAMES)
+        offered = options(lab, info, moelab.devices())
         super().__init__(
             options=offered,
             controls=self._controls(),
@@ -86,6 +91,8 @@ class Dashboard(anywidget.AnyWidget):
             "hello": self._hello,
             "gone": self._gone,
             "update": self._update,
+            "why": self._why,
+            "dismiss": self._dismiss,
             "run": self._start_run,
             "stop": self._stop_run,
         }.get(content.get("do", ""))
@@ -95,7 +102,7 @@ class Dashboard(anywidget.AnyWidget):
             answer(content)
         except Exception as error:  # noqa: BLE001 whatever it is, the user must see it
             self._show_error(content.get("where", "run"), error)
-        if answer not in (self._ack, self._gone):
+        if answer not in (self._ack, self._gone, self._why):
             self._wake.set()
 
     def _ack(self, content: dict[str, Any]) -> None:
@@ -117,10 +124,16 @@ class Dashboard(anywidget.AnyWidget):
             self._lab.update(**content["changes"])
             self._clear_error()
         except Exception as error:  # noqa: BLE001
-            self._show_error(next(iter(content["changes"]), "run"), error)
+            self._show_error(content.get("where", next(iter(content["changes"]), "run")), error)
         with self._lock:
             self._answered = max(self._answered, int(content.get("n", -1)))
             self.controls = self._controls()
+
+    def _dismiss(self, _content: dict[str, Any]) -> None:
+        self._clear_error()
+
+    def _why(self, content: dict[str, Any]) -> None:
+        self.send({"why": reasons(self._lab, int(content["layer"]), int(content["expert"]))})
 
     def _start_run(self, content: dict[str, Any]) -> None:
         asked = content["form"]
@@ -200,7 +213,12 @@ class Dashboard(anywidget.AnyWidget):
             return {"seq": self._seq, **self._framer.build()}
 
     def _controls(self) -> dict[str, Any]:
-        return {**controls(self._lab), "answered": self._answered}
+        """What holds now; worked out anew only where the settings have changed."""
+        with self._lock:
+            settings = self._lab.settings
+            if settings is not self._told[0]:
+                self._told = settings, controls(settings, self._lab.info())
+            return {**self._told[1], "answered": self._answered}
 
     # -- what stays when the kernel is gone -----------------------------------------------------
 
@@ -208,7 +226,7 @@ class Dashboard(anywidget.AnyWidget):
         """Return a picture of the newest run and the settings now, which needs no kernel."""
         with self._lock:
             frame = self._framer.build()
-        return Report(frame=frame, controls=controls(self._lab), options=self.options)
+            return Report(frame=frame, controls=self._controls(), options=self.options)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict, dict] | None:
         bundle = super()._repr_mimebundle_(**kwargs)
@@ -225,4 +243,5 @@ def _first_form(offered: dict[str, Any]) -> dict[str, Any]:
         "prompt": prompts[0] if prompts else "Once upon a time",
         "max_new_tokens": 200,
         "shade": "cost",
+        "decisions": False,
     }

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from moelab.widgets import decisions
+
 CAUSES = ("on demand", "prefetch late", "evict")
 COUNTS = ("bytes", "hits", "loads", "prefetches", "downgrades", "skips", "substitutes")
 COLUMNS = ("total_ms", "compute_ms", *CAUSES, "kl", *COUNTS, "resident_bytes", "budget_bytes")
@@ -25,12 +27,14 @@ RECENT_TOKENS = 16
 LONGEST = 2000
 """Tokens a frame carries at most; older ones leave the picture."""
 
+LABEL = 48
+"""Characters of a mark on the time axis; a strategy changes many settings at once."""
+
 MAP_TYPES = {"bits": "<u1", "in_flight": "<u1", "loaded": "<i4", "used": "<i4", "uses": "<i4"}
 
 
-def options(lab: Any, devices: Mapping[str, Any], strategies: Sequence[str]) -> dict[str, Any]:
+def options(lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> dict[str, Any]:
     """What the controls offer and what never changes for this model."""
-    info = lab.info()
     return {
         "name": info["name"],
         "architecture": info["architecture"].removesuffix("ForCausalLM"),
@@ -40,7 +44,8 @@ def options(lab: Any, devices: Mapping[str, Any], strategies: Sequence[str]) -> 
         "tiers": list(info["tiers"]),
         "expert_bytes": {str(bits): int(n) for bits, n in info["expert_bytes"].items()},
         "all_experts_bytes": int(info["all_experts_bytes"]),
-        "strategies": list(strategies),
+        "presets": decisions.presets(),
+        "decisions": decisions.decisions(),
         "devices": [
             {"name": name, "title": device.title, "emulated": bool(device.emulated)}
             for name, device in devices.items()
@@ -51,14 +56,13 @@ def options(lab: Any, devices: Mapping[str, Any], strategies: Sequence[str]) -> 
     }
 
 
-def controls(lab: Any) -> dict[str, Any]:
-    """What is set now, and what that means in experts and bytes."""
-    settings, info = lab.settings, lab.info()
+def controls(settings: Any, info: Mapping[str, Any]) -> dict[str, Any]:
+    """What is set, and what that means in experts and bytes."""
     return {
         "budget_bytes": int(settings.budget_bytes),
         "bits": settings.bits,
         "low_bits": settings.low_bits,
-        "strategy": settings.strategy.name,
+        **decisions.chosen(settings.strategy, settings),
         "device": settings.device,
         "prefetch": int(settings.prefetch),
         "measure_kl": bool(settings.measure_kl),
@@ -74,13 +78,15 @@ class Framer:
     Parameters
     ----------
     lab
-        Read through `settings`, `info`, `cache_map` and `run` only.
+        Read through `settings`, `cache_map` and `run` only.
+    info
+        The lab's `info`, for what never changes: the bytes of an expert at each tier.
     devices
         By name: a title, and whether it is emulated.
     """
 
-    def __init__(self, lab: Any, devices: Mapping[str, Any]) -> None:
-        self._lab, self._devices = lab, devices
+    def __init__(self, lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> None:
+        self._lab, self._devices, self._each = lab, devices, info["expert_bytes"]
         self._run: Any = None
         self._number = 0
         self._reports: list[Any] = []
@@ -127,11 +133,9 @@ class Framer:
                 self._reports[i], self._rows[i] = report, _row(report)
 
     def _resident(self, bits: np.ndarray) -> dict[str, int]:
-        info = self._lab.info()
         tiers, counts = np.unique(bits[bits > 0], return_counts=True)
-        each = info["expert_bytes"]
-        total = sum(each[int(b)] * int(n) for b, n in zip(tiers, counts, strict=True))
-        budget = int(info["budget_bytes"])
+        total = sum(self._each[int(b)] * int(n) for b, n in zip(tiers, counts, strict=True))
+        budget = int(self._lab.settings.budget_bytes)
         return {"experts": int(counts.sum()), "bytes": total, "budget_bytes": budget}
 
     def _origins(self) -> list[dict[str, Any]]:
@@ -216,7 +220,8 @@ def merge_changes(
 
 def _label(changed: Mapping[str, Any]) -> str:
     words = (f"{k.removesuffix('_bytes').replace('_', ' ')} {v}" for k, v in changed.items())
-    return ", ".join(words)
+    label = ", ".join(words)
+    return label if len(label) <= LABEL else label[: LABEL - 1].rstrip(" ,") + "…"
 
 
 def in_words(error: BaseException) -> str:

@@ -76,9 +76,10 @@ class Report:
         share = c["budget_bytes"] / self.options["all_experts_bytes"]
         low = f", low bits {c['low_bits']}" if c["low_bits"] else ""
         ahead = f", prefetch {c['prefetch']} ahead" if c["prefetch"] else ""
+        strategy = c["about"] if c["strategy"].endswith("*") else c["strategy"]
         return (
             f"budget {size(c['budget_bytes'])} = {share:.0%} = {c['budget_experts']} experts, "
-            f"{c['bits']} bit{low}, {c['strategy']}{ahead}"
+            f"{c['bits']} bit{low}, {strategy}{ahead}"
         )
 
     def figures(self) -> str:

@@ -5,7 +5,7 @@ const SLIDER = 400;
 
 class Budget {
   constructor(options, change, settle) {
-    Object.assign(this, { options, settle, dragging: false });
+    this.options = options;
     this.total = options.all_experts_bytes;
     this.slider = h("input", {
       type: "range",
@@ -18,17 +18,8 @@ class Budget {
         this.label(budget);
         change(budget);
       },
-      onpointerdown: () => (this.dragging = true),
     });
-    // A drag may end anywhere on the page, and where it ends as it began there is no change event.
-    this.release = () => {
-      if (!this.dragging) return;
-      this.dragging = false;
-      this.settle();
-    };
-    for (const end of ["pointerup", "pointercancel"]) {
-      document.addEventListener(end, this.release, true);
-    }
+    this.hold = new Hold(this.slider, settle);
     this.value = h("output", { class: "moe-value" });
     this.marks = ["one token", "everything"].map((words) => [h("i"), h("span", {}, words)]);
     this.never = h("span", { class: "moe-never" });
@@ -55,7 +46,7 @@ class Budget {
     const { layers, experts, expert_bytes } = this.options,
       share = (nbytes) => Math.min(1, nbytes / this.total);
     this.bits = now.bits;
-    if (settled && !this.dragging) {
+    if (settled && !this.hold.held) {
       this.slider.value = Math.round(SLIDER * share(now.budget_bytes));
       this.label(now.budget_bytes);
     }
@@ -79,8 +70,6 @@ class Budget {
   }
 
   close() {
-    for (const end of ["pointerup", "pointercancel"]) {
-      document.removeEventListener(end, this.release, true);
-    }
+    this.hold.close();
   }
 }

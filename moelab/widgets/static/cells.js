@@ -4,8 +4,8 @@
 const FLASH_MS = 450;
 
 class CacheMap {
-  constructor(look, tip, options) {
-    Object.assign(this, { look, tip, layers: options.layers, experts: options.experts });
+  constructor(look, tip, why, options) {
+    Object.assign(this, { look, tip, why, layers: options.layers, experts: options.experts });
     this.tiers = options.tiers;
     this.sheet = new Sheet("Cache map: layers by experts, arrow keys move", () => this.draw());
     this.sheet.box.style.height = `${Math.min(208, Math.max(138, this.layers * 20)) + 16}px`;
@@ -179,6 +179,7 @@ class CacheMap {
     this.at = at;
     if (at === null) {
       this.tip.hide();
+      this.why.forget();
       this.draw();
       return;
     }
@@ -195,7 +196,7 @@ class CacheMap {
   }
 
   describe() {
-    if (!this.frame) return;
+    if (!this.frame || this.at === null) return;
     const { bits, in_flight: flight, used, loaded, uses } = this.frame.map,
       i = this.at;
     const layer = Math.floor(i / this.experts),
@@ -212,11 +213,15 @@ class CacheMap {
       ["last used", token(used[i])],
       ["last load", token(loaded[i])],
     ];
-    const title = `layer ${layer}, expert ${i % this.experts}`;
-    this.tip.show(...this.where, title, rows, this.popularity(row, i % this.experts));
+    const expert = i % this.experts,
+      title = `layer ${layer}, expert ${expert}`,
+      why = bits[i] ? this.why.about(layer, expert, this.frame.seq) : undefined;
+    const extra = [this.popularity(row, expert), ...(why ? [drawWhy(why)] : [])];
+    this.tip.show(...this.where, title, rows, extra);
+    const terms = (why?.terms ?? []).map((t) => [`${why.policy}, ${t.name}`, short(t.value)]);
     this.sheet.node.setAttribute(
       "aria-label",
-      `${title}: ${rows.map((r) => r.join(" ")).join(", ")}`,
+      `${title}: ${[...rows, ...terms].map((r) => r.join(" ")).join(", ")}`,
     );
   }
 
@@ -251,6 +256,7 @@ class CacheMap {
 
   close() {
     clearTimeout(this.timer);
+    this.why.close();
     this.sheet.close();
   }
 }

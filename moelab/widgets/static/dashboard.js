@@ -51,7 +51,8 @@ class View {
     this.cursor = new Cursor(this.tip);
     this.settings = new Settings(model, options);
     this.figures = new Figures();
-    this.map = new CacheMap(this.look, this.tip, options);
+    this.why = new Why(model, () => this.map.describe());
+    this.map = new CacheMap(this.look, this.tip, this.why, options);
     this.bars = new LatencyBars(this.look, this.cursor, options);
     this.text = new TokenText(this.look, this.cursor, (shade) => {
       model.set("form", { ...model.get("form"), shade });
@@ -82,6 +83,7 @@ class View {
         h("div", { class: "moe-left" }, this.map.node, this.bars.node),
         this.text.node,
       ),
+      this.settings.fault.node,
     );
     this.connect();
   }
@@ -93,7 +95,8 @@ class View {
       "change:controls": () => {
         this.settings.sync();
         this.settings.sender.flush();
-        this.root.dataset.budget = model.get("controls").budget_bytes;
+        const { budget_bytes, strategy } = model.get("controls");
+        Object.assign(this.root.dataset, { budget: budget_bytes, strategy });
       },
       "change:form": () => this.formChanged(),
       "change:error": () => this.errorChanged(),
@@ -114,6 +117,7 @@ class View {
     this.placed = new ResizeObserver(() => {
       this.repaint();
       this.settings.sync();
+      this.settings.fault.place();
     });
     this.placed.observe(this.root);
     model.send({ do: "hello", view: this.id });
@@ -168,13 +172,16 @@ class View {
   }
 
   formChanged() {
+    const { shade, decisions } = this.model.get("form");
     this.settings.ask.sync();
-    this.text.setMode(this.model.get("form").shade === "kl" ? "kl" : "cost");
+    this.settings.decisions.setOpen(Boolean(decisions));
+    this.text.setMode(shade === "kl" ? "kl" : "cost");
   }
 
   errorChanged() {
     const error = this.model.get("error") ?? {};
-    this.settings.showError(error.text ? error : { where: "run", text: this.frame?.error ?? "" });
+    const { error: ended = "", run } = this.frame ?? {};
+    this.settings.showError(error.text ? error : { where: "run", text: ended }, run);
   }
 
   repaint() {

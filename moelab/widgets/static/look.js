@@ -131,6 +131,27 @@ class Sheet {
   }
 }
 
+/**
+ * Whether a slider is in a hand. A drag may end anywhere on the page, and where it ends as it began
+ * there is no change event: `settle` is called either way.
+ */
+class Hold {
+  constructor(slider, settle) {
+    this.held = false;
+    slider.addEventListener("pointerdown", () => (this.held = true));
+    this.release = () => {
+      if (!this.held) return;
+      this.held = false;
+      settle();
+    };
+    for (const end of ENDS) document.addEventListener(end, this.release, true);
+  }
+  close() {
+    for (const end of ENDS) document.removeEventListener(end, this.release, true);
+  }
+}
+const ENDS = ["pointerup", "pointercancel"];
+
 const hatches = new Map();
 
 /** Diagonal lines, for what must be told apart without colour. */
@@ -156,6 +177,8 @@ function drawHatch(g, colour, gap) {
   return pattern;
 }
 
+const STATUS_BAR = 30; // below a notebook
+
 /** One tooltip for the whole dashboard; rows are [name, value] or one string. */
 class Tip {
   constructor(root) {
@@ -163,15 +186,16 @@ class Tip {
     this.node = h("div", { class: "moe-tip", role: "tooltip", hidden: true });
     root.append(this.node);
   }
-  show(x, y, title, rows, extra) {
+  show(x, y, title, rows, extra = []) {
     const list = h("dl");
     for (const [name, value] of rows) list.append(h("dt", {}, name), h("dd", {}, value));
-    this.node.replaceChildren(h("strong", {}, title), list, ...(extra ? [extra] : []));
+    this.node.replaceChildren(h("strong", {}, title), list, ...extra);
     this.node.hidden = false;
     const root = this.root.getBoundingClientRect();
     const { offsetWidth: w, offsetHeight: t } = this.node;
     const left = x - root.left + 14 + w > root.width ? x - root.left - w - 14 : x - root.left + 14;
-    const top = Math.min(Math.max(4, y - root.top + 14), root.height - t - 4);
+    const lowest = Math.min(root.bottom, innerHeight - STATUS_BAR) - root.top;
+    const top = Math.min(Math.max(4, y - root.top + 14), lowest - t - 4);
     Object.assign(this.node.style, { left: `${Math.max(4, left)}px`, top: `${top}px` });
   }
   hide() {

@@ -10,8 +10,9 @@ class Sender {
     Object.assign(this, { model, waiting: {}, n: Date.now(), sentAt: 0, timer: 0 });
   }
 
-  change(changes) {
-    Object.assign(this.waiting, changes);
+  /** `where` is the control that asked: an error is drawn there. */
+  change(changes, where = Object.keys(changes)[0]) {
+    this.waiting[where] = changes;
     this.flush();
   }
 
@@ -25,18 +26,18 @@ class Sender {
 
   flush() {
     clearTimeout(this.timer);
-    const [key] = Object.keys(this.waiting);
-    if (key === undefined) return;
+    const [where] = Object.keys(this.waiting);
+    if (where === undefined) return;
     const wait = this.sentAt + (this.answered() ? THROTTLE_MS : UNANSWERED_MS) - Date.now();
     if (wait > 0) {
       this.timer = setTimeout(() => this.flush(), wait);
       return;
     }
-    const changes = { [key]: this.waiting[key] };
-    delete this.waiting[key]; // one setting a message: an error then names the control it is about
+    const changes = this.waiting[where];
+    delete this.waiting[where]; // one setting a message: an error then is about one control
     this.n += 1;
     this.sentAt = Date.now();
-    this.model.send({ do: "update", changes, n: this.n });
+    this.model.send({ do: "update", where, changes, n: this.n });
     this.timer = setTimeout(() => this.flush(), THROTTLE_MS);
   }
 }
@@ -59,28 +60,46 @@ class Settings {
       onchange: () => this.sender.change({ measure_kl: this.measure.checked }),
     });
     this.ask = new Ask(model, options, this.measure);
-    this.budget = new Budget(
-      options,
-      (budget) => this.sender.change({ budget }),
-      () => this.sync(),
-    );
-    this.error = h("p", { class: "moe-error", role: "alert", hidden: true });
-    this.node = h("div", { class: "moe-controls" }, this.ask.node, this.row(), this.error);
+    const change = (changes, where) => this.sender.change(changes, where),
+      settle = () => this.sync();
+    this.budget = new Budget(options, (budget) => change({ budget }), settle);
+    this.decisions = new Decisions(options, {
+      change,
+      settle,
+      toggled: (decisions) => this.ask.write({ decisions }),
+    });
+    this.fault = new Fault(() => model.send({ do: "dismiss" }));
+    this.strategy = this.presets();
+    this.decisions.line.prepend(h("label", { class: "moe-pick" }, "Strategy ", this.strategy));
+    const { ask, decisions } = this;
+    this.node = h("div", { class: "moe-controls" }, ask.node, this.row(), decisions.node);
+  }
+
+  /** One preset per strategy, by group; `own` stands for a mix or one made in a notebook cell. */
+  presets() {
+    const node = this.select("strategy", []);
+    node.setAttribute("aria-describedby", this.decisions.about.id);
+    this.own = h("option", { value: "own", disabled: true, hidden: true });
+    node.append(this.own);
+    for (const { group, entries } of this.options.presets) {
+      const these = entries.map((p) => h("option", { value: p.name, title: p.text }, p.title));
+      node.append(h("optgroup", { label: group }, ...these));
+    }
+    return node;
   }
 
   row() {
-    const { tiers, strategies } = this.options,
+    const { tiers } = this.options,
       bits = tiers.map((b) => [b, `${b} bit`]),
       lower = bits.filter(([b]) => b < Math.max(...tiers)),
       layers = [1, 2, 3].map((n) => [n, `${n} layer${n > 1 ? "s" : ""}`]);
     this.bits = this.select("bits", bits, Number);
     this.low_bits = this.select("low_bits", [["", "off"], ...lower], (x) => (x ? Number(x) : null));
-    this.strategy = this.select(
-      "strategy",
-      strategies.map((s) => [s, s.replaceAll("_", " ")]),
-    );
     this.prefetch = this.select("prefetch", [[0, "off"], ...layers], Number);
     this.device = this.select("device", []);
+    for (const knob of ["low_bits", "prefetch"]) {
+      this[knob].append(h("option", { value: "unread", hidden: true }, "–"));
+    }
     for (const emulated of [false, true]) {
       const these = this.options.devices.filter((d) => d.emulated === emulated),
         label = emulated ? "emulated" : "measured";
@@ -96,7 +115,6 @@ class Settings {
       this.budget.node,
       field("Bits", this.bits),
       field("Low bits", this.low_bits),
-      field("Strategy", this.strategy),
       field("Prefetch ahead", this.prefetch),
       field("Device", this.device, this.badge),
     );
@@ -113,36 +131,45 @@ class Settings {
   sync() {
     const now = this.model.get("controls"),
       settled = this.sender.settled();
-    if (!this.options.strategies.includes(now.strategy) && this.own !== now.strategy) {
-      this.own = now.strategy; // one made in a notebook cell: shown, but not to be chosen by name
-      this.strategy.append(h("option", { value: this.own, disabled: true }, this.own));
-    }
     if (settled) {
       this.measure.checked = now.measure_kl;
-      for (const name of ["bits", "low_bits", "strategy", "device", "prefetch"]) {
-        this[name].value = now[name] ?? "";
+      for (const name of ["bits", "low_bits", "device", "prefetch"]) {
+        const unread = now.unread.includes(name);
+        this[name].disabled = unread;
+        this[name].title = unread ? "No part of this strategy looks at this setting." : "";
+        this[name].value = unread ? "unread" : (now[name] ?? "");
       }
+      const known = this.options.presets.flatMap(({ entries }) => entries.map((p) => p.name)),
+        named = known.includes(now.strategy);
+      this.own.hidden = named;
+      say(this.own, named ? "" : now.label);
+      this.strategy.value = named ? now.strategy : "own";
+      this.strategy.title = named ? `lab.update(strategy="${now.strategy}")` : now.about;
     }
+    this.decisions.sync(now, settled);
     this.budget.sync(now, settled);
     const device = this.options.devices.find((d) => d.name === now.device);
     showBadge(this.badge, device, device.emulated ? "emulated" : "measured");
   }
 
   /** Draw an error by the control it is about; an empty one clears it. */
-  showError({ where = "", text = "" }) {
+  showError({ where = "", text = "" }, run) {
     const about = { budget: this.budget.slider, run: this.ask.prompt };
     for (const name of ["bits", "low_bits", "strategy", "device", "prefetch"]) {
       about[name] = this[name];
     }
+    Object.assign(about, Object.fromEntries(this.decisions.controls()));
     for (const [name, control] of Object.entries(about)) {
       if (text && name === where) control.setAttribute("aria-invalid", "true");
       else control.removeAttribute("aria-invalid");
     }
-    say(this.error, text);
-    this.error.hidden = !text;
+    const control = where === "run" ? this.ask.go : (about[where] ?? this.ask.go);
+    const beside = control.offsetParent ? control : this.strategy; // decisions may be folded away
+    this.fault.show(text, beside, `${run} ${where} ${text}`);
   }
 
   close() {
     this.budget.close();
+    this.decisions.close();
   }
 }

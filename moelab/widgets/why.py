@@ -1,0 +1,43 @@
+"""Why a resident expert would stay or go: the decision's own terms, beside its neighbours'."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from moelab.settings import part_title
+from moelab.widgets.frame import in_words
+
+
+def reasons(lab: Any, layer: int, expert: int) -> dict[str, Any]:
+    """Each term of the decision by name: its value, lowest and highest in this layer.
+
+    Returns
+    -------
+    dict
+        ``terms`` is empty for an expert that is not resident; ``error`` says what a policy of
+        somebody's own raised.
+    """
+    policy = part_title(lab.settings.strategy.parts["evict"])
+    answer = {"layer": layer, "expert": expert, "policy": policy, "terms": [], "error": ""}
+    try:
+        terms = lab.why(layer)
+    except Exception as error:  # noqa: BLE001 whatever it is, the user must see it
+        return answer | {"error": in_words(error)}
+    return answer | {
+        "terms": [
+            {"name": name, "value": _number(value), **_range(name, terms.values())}
+            for name, value in terms.get(expert, {}).items()
+        ]
+    }
+
+
+def _range(name: str, others: Any) -> dict[str, float | None]:
+    values = [_number(terms[name]) for terms in others if name in terms]
+    finite = [value for value in values if value is not None]
+    return {"low": min(finite, default=None), "high": max(finite, default=None)}
+
+
+def _number(value: float) -> float | None:
+    """A number as JSON has it: infinite and undefined ones are not."""
+    return float(value) if math.isfinite(value) else None
