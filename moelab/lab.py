@@ -172,7 +172,8 @@ class Lab:
         """Quality under the current settings against the store's best tier, teacher-forced.
 
         Every position is decoded through the engine, so misses are downgraded as they would be in
-        a run; an emulated device is not waited for, since it changes no decision.
+        a run. An emulated device is not waited for; strategies that watch what has landed (SwapMoE)
+        see the disk's own pace then.
 
         Parameters
         ----------
@@ -285,9 +286,33 @@ class Lab:
             "uses": usage.uses.copy(),
         }
 
-    def why(self, layer: int, expert: int) -> dict[str, float]:
-        """The evict decision's own terms for a resident expert."""
-        return self._engine.scheduler.why((layer, expert))
+    def why(self, layer: int, expert: int | None = None) -> dict[Any, Any]:
+        """The evict decision's own terms for resident experts; also during a run.
+
+        Returns
+        -------
+        dict
+            {name of the term: value} of the expert, or where that is None of each of the layer's,
+            ``{expert: {name: value}}``.
+
+        Raises
+        ------
+        ValueError
+            The expert is not resident.
+        """
+        answer = self._engine.questions.why(layer)
+        while not answer.done():
+            if self._busy.acquire(timeout=0.02):  # nothing runs: it is answered here
+                try:
+                    self._engine.questions.answer(self._engine.scheduler)
+                finally:
+                    self._busy.release()
+        terms = answer.result()
+        if expert is None:
+            return terms
+        if expert not in terms:
+            raise ValueError(f"expert {expert} of layer {layer} is not resident now")
+        return terms[expert]
 
     def prompts(self) -> dict[str, list[str]]:
         """Prompts by domain; empty for models that bring none."""

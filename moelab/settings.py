@@ -27,7 +27,7 @@ _OF_ROLE = {
     "precision": ("low_bits", "t1", "t2"),
     "prefetch": ("prefetch",),
 }
-MakeStrategy = Callable[[str, Strategy | None], Strategy]
+MakeStrategy = Callable[[str, Strategy | None, str], Strategy]
 _UNITS = {"": 1, "b": 1}
 for _i, _p in enumerate("kmgt", 1):
     _UNITS |= {_p + "b": 1000**_i, _p + "ib": 1024**_i}
@@ -91,7 +91,8 @@ class Settings:
         Parameters
         ----------
         make
-            From a strategy's name, and the strategy in force, to the strategy.
+            From a strategy's name, the strategy in force and the decision that is to be taken
+            from it (``""``: all) to the strategy.
 
         Raises
         ------
@@ -100,7 +101,7 @@ class Settings:
         """
         if "budget" in changes:
             changes["budget_bytes"] = parse_budget(changes.pop("budget"), shape)
-        changes = self._compose(changes, make or (lambda name, _: make_strategy(name)))
+        changes = self._compose(changes, make or (lambda name, *_: make_strategy(name)))
         known = {f.name for f in dataclasses.fields(self)}
         tuned = {k: changes.pop(k) for k in changes.keys() - known}
         strategy = changes.get("strategy", self.strategy)
@@ -128,7 +129,7 @@ class Settings:
             strategy = self.strategy  # it goes on with what it has learnt
         else:
             named = isinstance(strategy, str)
-            strategy = make(strategy, None) if named else make_strategy(strategy)
+            strategy = make(strategy, None, "") if named else make_strategy(strategy)
             brought = PLAIN | dict(strategy.preset)
         parts = {}
         for role in ROLES:
@@ -136,7 +137,7 @@ class Settings:
                 continue
             parts[role] = part = changes.pop(role)
             if isinstance(part, str):
-                source = make(part, strategy)
+                source = make(part, strategy, role)
                 parts[role] = source.parts[role]
                 whole = PLAIN | dict(source.preset)
                 brought |= {k: whole[k] for k in _OF_ROLE.get(role, ()) if k in whole}
@@ -167,6 +168,7 @@ class Settings:
         """Every setting as a word for a table or a mark on the time axis."""
         words = {f.name: str(getattr(self, f.name)) for f in dataclasses.fields(self)}
         words["strategy"] = self.strategy.name
+        words |= {"t1": f"{self.t1:.3g}", "t2": f"{self.t2:.3g}"}
         words["budget"] = f"{self.budget_bytes / 1e6:.3g} MB"
         words["low_bits"] = "off" if self.low_bits is None else str(self.low_bits)
         words["prefetch"] = f"+{self.prefetch}" if self.prefetch else "off"
@@ -188,7 +190,7 @@ def part_title(part: Any) -> str:
 
 
 def _word(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def parse_budget(value: float | str, shape: Shape) -> int:

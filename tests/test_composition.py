@@ -136,18 +136,18 @@ def test_a_part_is_told_once_of_each_layer_whatever_its_decisions():
 
 
 class Tiers(Allocate):
-    """At most two copies at 16 bit, one at 4."""
+    """At most two copies at each tier."""
 
     def tier_bytes(self, bits, view):
-        return NBYTES[bits] * (2 if bits == 16 else 1)
+        return 2 * NBYTES[bits]
 
 
 def test_a_tier_keeps_to_its_share():
     s = Scheduler(SHAPE, lru().replace(allocate=Tiers()), knobs(low_bits=4))
     for experts in ((0, 1), (2, 3), (4, 5)):
         s.step(step(0, *experts, weights=(0.75, 0.25)))
-        assert s.cache.tier_bytes[4] == 400
-    assert dict(s.cache) == {(0, 2): 16, (0, 4): 16, (0, 5): 4}
+        assert max(s.cache.tier_bytes[16] / 1600, s.cache.tier_bytes[4] / 400) <= 2
+    assert dict(s.cache) == {(0, 2): 16, (0, 3): 4, (0, 4): 16, (0, 5): 4}
 
 
 def test_shares_that_no_budget_can_satisfy_are_refused():

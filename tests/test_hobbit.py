@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 
 import numpy as np
@@ -389,7 +390,7 @@ def test_the_high_cache_is_the_larger_and_together_they_are_the_budget():
 def test_each_cache_holds_what_a_token_needs_at_the_least_budget(share, high, low):
     strategy, k = hobbit(high_share=share), knobs(bits=high, low_bits=low)
     need = minimum_budget(SHAPE, strategy, k)
-    assert need == 2 * NBYTES[high] + NBYTES[low]  # top-2 high, and one of them low
+    assert need == 2 * NBYTES[high] + 2 * NBYTES[low]  # top-2 in each
     with pytest.raises(BudgetError):
         Scheduler(SHAPE, strategy, dataclasses.replace(k, budget_bytes=need - 1))
     s = Scheduler(SHAPE, strategy, dataclasses.replace(k, budget_bytes=need))
@@ -409,7 +410,7 @@ pairs = st.tuples(
 @settings(max_examples=80, deadline=None)
 @given(
     tokens=st.lists(st.lists(pairs, min_size=4, max_size=4), min_size=1, max_size=10),
-    budget=st.integers(2 * 1600 + 400, 14 * 1600),
+    budget=st.integers(2 * 1600 + 2 * 400, 14 * 1600),
     share=st.sampled_from((0.5, 0.75, 0.95)),
     maker=st.sampled_from((hobbit, moe_apex)),
     depth=st.integers(0, 3),
@@ -531,3 +532,70 @@ def test_how_right_the_gates_are():
         "+1": {"first": 1.0, "top_k": 0.5, "first_by_layer": [1.0, 1.0]},
         "+2": {"first": 0.0, "top_k": 0.5, "first_by_layer": [0.0]},
     }
+
+
+# -- on the bundled model ------------------------------------------------------------------------
+
+
+class Kept(dict):
+    """What an unfinished calibration has measured, in memory."""
+
+    def put(self, key, value):
+        self[key] = value
+
+
+def test_the_calibration_of_the_bundled_model_and_going_on_with_it(demo_lab):
+    texts = [text[:80] for text in demo_lab.probes().values()]
+    few, kept = {"texts": texts, "max_tokens": 8}, Kept()
+    data = calibration.make(demo_lab, progress=False, partial=kept, **few)
+    assert 0 < data["t1"] <= data["t2"] < 1
+    assert sum(data["weights"]) == 1
+    least = min(row[-1] for row in data["search"])
+    assert data["calibration"]["penalty_ahead"]["hobbit"] == least
+    assert {len(data[half]["missed"]) for half in ("calibration", "held_out")} == {101}
+    chance = 1 / 16
+    assert all(gate["first"] > 2 * chance for gate in data["gates"].values())
+    assert json.loads(json.dumps(data)) == data
+    goal = (0.0, 1.0, 0.0, 0.0)  # what was measured before is not measured again
+    kept.update(dict.fromkeys(kept, 1.0) | {f"penalty {goal}": 0.5})
+    assert calibration.make(demo_lab, progress=False, partial=kept, **few)["weights"] == [*goal]
+
+
+def test_a_calibration_refuses_what_cannot_be_a_pair_of_tiers(demo_lab):
+    for options in ({"high": 4, "low": 4}, {"high": 4, "low": 8}, {"low": 5}):
+        with pytest.raises(ValueError, match="choose two of"):
+            calibration.made_from(demo_lab, **options)
+    with pytest.raises(ValueError, match="depth=4: layers to look ahead, 0 to 3"):
+        calibration.made_from(demo_lab, depth=4)
+    a, b = (calibration.made_from(demo_lab, budget=x) for x in ("25%", "50%"))
+    assert a != b == calibration.made_from(demo_lab, budget=b["budget_bytes"])
+
+
+@pytest.mark.parametrize("maker", [hobbit, moe_apex])
+def test_a_run_serves_high_low_and_not_at_all_within_two_caches(demo_lab, maker):
+    demo_lab.update(strategy=maker(t1=0.6, t2=0.8, depth=1))
+    run = demo_lab.start("The two angels came", max_new_tokens=16, temperature=0, ignore_eos=True)
+    while run.running:
+        held = demo_lab.cache_map()["bits"]
+        assert set(np.unique(held)) <= {0, 4, 16}
+        run.join(0.01)
+    run.join()
+    shares = miss_shares(run.events.query("token > 0").itertuples())
+    assert min(shares.values()) > 0
+    assert sum(shares.values()) == pytest.approx(1)
+    nbytes, cache = demo_lab.info()["expert_bytes"], demo_lab._engine.scheduler.cache
+    view, allocate = demo_lab._engine.scheduler.view, demo_lab._engine.scheduler.strategy.allocate
+    for bits in (16, 4):
+        held = sum(nbytes[b] for b in cache.values() if b == bits)
+        assert 0 < held <= allocate.tier_bytes(bits, view)
+    lows = run.events.query("token == 0 and kind == 'load' and bits < bits_asked")
+    assert lows.empty  # the prompt comes high
+
+
+def test_the_cache_of_a_run_says_why_by_four_terms(demo_lab):
+    demo_lab.update(strategy="hobbit", w_lru=1, w_lfu=0, w_lhu=0, w_fld=0)
+    demo_lab.generate("The two angels came", max_new_tokens=4, temperature=0, ignore_eos=True)
+    layers, experts = demo_lab.cache_map()["bits"].nonzero()
+    why = [demo_lab.why(int(at), int(e)) for at, e in zip(layers, experts, strict=True)]
+    assert all(terms["priority"] == terms["recency (LRU)"] for terms in why)
+    assert len({terms["priority"] for terms in why}) > 1

@@ -111,7 +111,10 @@ def test_widgets_never_look_inside_the_engine():
 @pytest.mark.parametrize("part", ["cli", "bench"])
 def test_command_line_and_bench_use_only_public_names(part):
     names = {f"moelab.{name}" for name in moelab.__all__}
-    own = ("moelab.bench", "moelab.cli", "moelab.paths", "moelab.strategies")
+    own = tuple(
+        f"moelab.{name}"
+        for name in ("bench", "calibration", "charts", "cli", "paths", "strategies")
+    )
 
     def allowed(name: str) -> bool:
         return name == "moelab" or not inside(name, "moelab") or inside(name, *own, *names)

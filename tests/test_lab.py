@@ -104,7 +104,7 @@ def test_a_change_between_runs_acts_at_once(lab):
         ({"device": "floppy"}, "unknown device 'floppy'; choose one of disk"),
         ({"prefetch": 9}, "0 to 3"),
         ({"t1": 0.9, "t2": 0.1}, "need 0 <= t1 <= t2"),
-        ({"bit": 4}, "unknown setting 'bit'; there are budget, bits"),
+        ({"bit": 4}, "unknown setting 'bit'; there are allocate, bits, budget"),
     ],
 )
 def test_a_refused_change_says_what_to_do_and_changes_nothing(lab, change, message):

@@ -71,18 +71,29 @@ def test_the_nearest_sequence_is_by_cosine_over_the_layers_seen_so_far():
         seen(part, sequence, at).new_sequence()
     part.observe(prompt(0, (0,), (0,)), at)
     # row (2,0,0,0) with (2,1,0,0): 4 / (2 √5); with (0,0,1,2): 0
-    assert part.similarity() == pytest.approx([2 / 5**0.5, 0])
+    assert part.similarity(part.pass_eam) == pytest.approx([2 / 5**0.5, 0])
     part.observe(prompt(1, (0,)), at)  # row (1,0,0,0) with (0,0,3,0): 0; with (2,1,0,0): 2/√5
-    assert part.similarity() == pytest.approx([1 / 5**0.5, 1 / 5**0.5])
+    assert part.similarity(part.pass_eam) == pytest.approx([1 / 5**0.5, 1 / 5**0.5])
 
 
-def test_prefetch_priority_is_share_times_layer_decay():
+def test_what_is_compared_is_this_token_or_on_request_this_sequence():
+    part, at = NearestSequence(guesses=1), view(prefetch=1)
+    for sequence in (A, B):
+        seen(part, sequence, at).new_sequence()
+    seen(part, A, at)  # the prompt is like A, the token that follows like B
+    part.observe(step(0, 3, 2), at)
+    assert [g.key for g in part.predict(0, (), at)] == [(1, 0)]
+    part.match = "sequence"
+    assert [g.key for g in part.predict(0, (), at)] == [(1, 2)]
+
+
+def test_prefetch_priority_is_share_times_layer_proximity():
     part, at = NearestSequence(), view(prefetch=2)
     seen(part, A, at).new_sequence()
     part.observe(step(0, 0, 1), at)
-    # layer 1: p(2) = 1, decay 1 - 1/4; layer 2: p(3) = 2/3, p(1) = 1/3, decay 1 - 2/4
+    # layer 1: p(2) = 1, proximity 1 - 1/3; layer 2: p(3) = 2/3, p(1) = 1/3, proximity 1 - 2/3
     got = part.predict(0, (), at)
-    assert [g.key for g in got] == [(1, 2), (2, 3), (2, 1)]  # 0.75, 0.333, 0.167
+    assert [g.key for g in got] == [(1, 2), (2, 3), (2, 1)]  # 0.667, 0.222, 0.111
     assert [g.weight for g in got] == pytest.approx([1, 2 / 3, 1 / 3])
     assert [g.rank for g in got] == [0, 0, 1]
     assert part.predict(2, (), at) == []  # the last layer has nobody ahead
@@ -258,6 +269,9 @@ def test_resident_experts_get_a_head_start_of_lambda_while_decoding():
     assert s.bias(0) == [0, 0, 0, 0]
     s.new_sequence()  # a prompt is coming: routed as the router says
     assert s.bias(1) is None
+    s.step(prompt(0, (0, 2)))
+    s.end_of_token()  # the first decoded token is coming, from its first layer on
+    assert s.bias(0) == [0.25, 0, 0.25, 0]
     assert CachePrior(0.0).bias(0, view()) is None
 
 

@@ -146,12 +146,12 @@ def test_links_of_the_readme_lead_somewhere(readme):
 def test_the_code_of_the_readme_runs(readme, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert "tokens_per_s" in capsys.readouterr().out
-    assert names["lab"].settings.strategy.name == "lowest index stays"
+    assert type(names["lab"].settings.strategy.evict).__name__ == "LowestIndexStays"
     names["lab"].close()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from moelab.paths import cache_dir
 from moelab.scheduling.strategy import Strategy
 from moelab.store.store import Store
-from moelab.strategies import CALIBRATED, make
+from moelab.strategies import CALIBRATED, NEEDS_CALIBRATION, make
 
 FORMAT = 1
 SHIPPED = Path(__file__).parents[1] / "demo" / "profiles"
@@ -130,7 +130,7 @@ class Strategies:
         self._store = store
         self._made: dict[str, Strategy] = {}
 
-    def __call__(self, name: str, using: Strategy | None = None) -> Strategy:
+    def __call__(self, name: str, using: Strategy | None = None, role: str = "") -> Strategy:
         """A strategy of that name.
 
         Parameters
@@ -138,6 +138,8 @@ class Strategies:
         using
             A strategy in force: where it has parts of an earlier strategy of that name, that one
             is given again, so that parts which belong together stay together.
+        role
+            The only decision that is wanted of it; ``""`` for all.
 
         Raises
         ------
@@ -147,8 +149,9 @@ class Strategies:
         made = self._made.get(name)
         if made is not None and using is not None and made.shares(using):
             return made
-        profile = find_profile(self._store, name) if name in CALIBRATED else None
-        if profile is None and CALIBRATED.get(name):
+        wanted = CALIBRATED.get(name)
+        profile = find_profile(self._store, wanted) if wanted else None
+        if profile is None and name in NEEDS_CALIBRATION and role in ("", "allocate"):
             raise ValueError(
                 f"strategy {name!r} needs a calibration of this model: run "
                 f"lab.calibrate({name!r}) once"

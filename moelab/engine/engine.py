@@ -21,6 +21,7 @@ from moelab.engine.arena import Arena
 from moelab.engine.compute import Batch, ExpertCompute
 from moelab.engine.loader import Loader, Ticket
 from moelab.engine.model import attach, load_skeleton
+from moelab.engine.questions import Questions
 from moelab.engine.resident import Resident, Usage
 from moelab.engine.routed import Routed, shape_of
 from moelab.engine.steering import Steering
@@ -66,6 +67,7 @@ class Engine:
         self.reference: Callable[[Key], int] | None = None
         self._heard: list[LayerInput] | None = None
         self._listen_depth = 0
+        self.questions = Questions()
         self._ahead: dict[Key, Ticket] = {}  # prefetches whose bytes may not have landed
         self.steering = Steering(self.adapter)
         self.new_sequence(record=False)
@@ -121,7 +123,8 @@ class Engine:
             self.loader.use(settings.device)
         if not settings.measure_kl:
             self.compute.release()
-        self._record_settings(settings.strategy, fresh=new_strategy is not None)
+        fresh = not settings.strategy.shares(old.strategy)
+        self._record_settings(settings.strategy, fresh=fresh)
         self._set_up()
         withdrawn = self.withdrawn
         self._begin_token()  # evictions between tokens are nobody's stall
@@ -189,13 +192,14 @@ class Engine:
 
     def _set_up(self) -> None:
         """Load what the strategy wants resident before it goes on, and wait: no token's stall."""
-        plan = self.scheduler.begin()
-        if not plan.fetches:
+        plan, told = self.scheduler.begin(), "in_flight" in self.scheduler.strategy.observes
+        awaited = {k: t for k, t in self._ahead.items() if told and not t.done}
+        if not plan.fetches and not awaited:
             return
         begun = time.perf_counter()
         self._issue(plan, None)
-        for fetch in plan.fetches:
-            self.loader.wait(self.resident[fetch.key].ticket)
+        for ticket in [*awaited.values(), *(self._ahead[f.key] for f in plan.fetches)]:
+            self.loader.wait(ticket)
         self.setup_ms += 1e3 * (time.perf_counter() - begun)
 
     def _record_settings(self, strategy: Strategy, *, fresh: bool) -> None:
@@ -217,6 +221,7 @@ class Engine:
         scale_input: bool,
     ) -> torch.Tensor:
         routed = Routed(idx, weights, self.shape.experts[layer])
+        self.questions.answer(self.scheduler)
         if self.reference is not None:
             if self._heard is not None:
                 self._heard.append(self._overheard(layer, x, routed))

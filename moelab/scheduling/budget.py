@@ -79,7 +79,7 @@ def _suffices(
         pool = strategy.allocate.tier_bytes(bits, view)
         most = max(sizes.count(nbytes) for sizes in wanted)
         if bits == knobs.low_bits:
-            most = max(most, shape.top_k - 1)
+            most = max(most, shape.top_k)
         if pool is not None and most * nbytes > pool:
             return False
     return True

@@ -79,12 +79,12 @@ def replay(
     scheduler, out = Scheduler(trace.shape, first.strategy, first.knobs), Replay()
     scheduler.warm(trace.resident, known=known)
     for i, given in enumerate(trace.steps):
+        if i == 0 or (given.prefill and given.layer == 0):
+            scheduler.new_sequence()
+            out.take(scheduler.begin(), trace.shape.nbytes, prefill=True)
         while changes and changes[0].at == i:
             change = changes.pop(0)
             scheduler.change(change.knobs, change.strategy)
-            out.take(scheduler.begin(), trace.shape.nbytes, prefill=True)
-        if i == 0 or (given.prefill and given.layer == 0):
-            scheduler.new_sequence()
             out.take(scheduler.begin(), trace.shape.nbytes, prefill=True)
         out.take(scheduler.step(given), trace.shape.nbytes, prefill=given.prefill)
         if given.layer == trace.shape.layers - 1:

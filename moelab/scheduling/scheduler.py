@@ -111,6 +111,7 @@ class Scheduler:
     def end_of_token(self) -> None:
         """The model has produced one token."""
         self.view.token += 1
+        self.view.prefill = False
 
     def new_sequence(self) -> None:
         """A new prompt begins; the cache stays as it is."""
@@ -239,8 +240,10 @@ class Scheduler:
         self.strategy.evict.used(key, want, self.view)
 
     def _prefetch(self, given: LayerInput, plan: LayerPlan, needed: set[Key]) -> None:
-        view = self.view
-        for p in self.strategy.prefetch.predict(given.layer, given.look_ahead, view):
+        view, guess = self.view, self.strategy.prefetch
+        last = given.layer + guess.depth(view)  # a trace may know more than is asked for
+        ahead = [a for a in given.look_ahead if a.layer <= last]
+        for p in guess.predict(given.layer, ahead, view):
             layer, expert = p.key
             asked = view.asked_bits(p.key)
             request = Request(expert, p.weight, p.rank, p.score, layer=layer)

@@ -57,14 +57,22 @@ _MAKERS: dict[str, Callable[..., Strategy]] = {
 }
 NAMES = tuple(_MAKERS)
 CALIBRATED = {
-    "edgemoe": True, "hobbit": False, "moe_apex": False, "swapmoe": False,
-    "static_pruning": False, "adapmoe": False,
-}  # fmt: skip
-"""Strategies that take a profile; True where they cannot be used by name without one."""
+    "edgemoe": "edgemoe",
+    "hobbit": "hobbit",
+    "moe_apex": "hobbit",
+    "swapmoe": "swapmoe",
+    "static_pruning": "swapmoe",
+    "adapmoe": "adapmoe",
+}
+"""Strategies that take a profile, and the calibration that makes it."""
+
+NEEDS_CALIBRATION = ("edgemoe",)
+"""Those that cannot be used by name without one."""
 
 __all__ = [
     "CALIBRATED",
     "NAMES",
+    "NEEDS_CALIBRATION",
     "Allocate",
     "Evict",
     "Parameter",

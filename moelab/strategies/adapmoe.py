@@ -13,12 +13,12 @@ allocation
 
 Prefetching is HOBBIT's: the next layer's gate, one layer further while all guesses are in memory.
 
-Not as there: h_l is measured (KL divergence with every second expert of the layer left out)
-instead of summed from Fisher gradients, and hit_l is measured on a trace under LRU instead of
-computed from uniform routing. An expert left out is the last ones' or any but the first; those
-that stay keep their weights instead of sharing its. An expert in memory is used all the same. The
-dynamic programme does not know what prefetching hides. Without a calibration h_l = 1 for every
-layer and the shares are equal.
+Not as there: h_l is measured (the KL divergence with all but the first experts of the layer left
+out) instead of summed from Fisher gradients, and hit_l is counted on a trace under LRU instead of
+computed from uniform routing; the dynamic programme does not know what prefetching and gating save.
+With top-k above 2 every expert but the first may be left out. Those that stay keep their weights
+instead of sharing its, and an expert in memory is used all the same. Without a calibration h_l = 1
+for every layer and the shares are equal.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ weights of those chosen are the router's own. The hit ratio may pass Belady's bo
 for a fixed routing.
 
 Not as there: Δ is the spread of this token instead of a running mean over tokens, and the router's
-own J best experts are not guaranteed a place, since a bias is given before the router has spoken.
+own J best experts, which the paper gives the same head start so that they always stay, can lose
+their place: a bias is given before the router has spoken.
 Prompts are routed as the router says.
 """
 

@@ -182,6 +182,9 @@ class VirtualExperts(FixedExperts):
 
         So do copies below the bits asked for: they are leftovers of other settings.
         """
+        nbytes = view.shape.nbytes[view.knobs.bits]
+        if view.cache.layer_bytes[layer] <= self.plan(view).experts[layer] * nbytes:
+            return []
         landed = self.landed(layer, view)
         first = [e for e in self.order(layer, view) if landed[e]]
         stay = set(first[: max(self.plan(view).experts[layer], view.shape.top_k)])

@@ -10,7 +10,6 @@ N numbers of experts profiled, F update intervals profiled, L layers.
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,6 +104,14 @@ class Estimates:
         """KL + ``nats_per_slowdown`` x (relative time - 1): what the planner makes small."""
         return self.kl(plan) + nats_per_slowdown * (self.ms(plan) / self.base_ms - 1)
 
+    def prices(self, f: int, shape: Shape, nats_per_slowdown: float) -> list[list[float]]:
+        """What each layer adds to `cost` with each number of experts, ``[L][E + 1]``."""
+        at, nats = self.every.index(f), nats_per_slowdown * self.swap_ms / self.base_ms
+        return [
+            [self._at(loss, n) + nats * self._at(swaps, n) for n in range(count + 1)]
+            for loss, swaps, count in zip(self.loss[at], self.swaps[at], shape.experts, strict=True)
+        ]
+
     def _sum(self, table: Sequence[Sequence[Sequence[float]]], plan: Plan) -> float:
         rows = table[self.every.index(plan.f)]
         return sum(self._at(row, n) for row, n in zip(rows, plan.experts, strict=True))
@@ -136,6 +143,9 @@ def search(
 ) -> Plan:
     """The cheapest configuration that a genetic algorithm finds.
 
+    Children are a parent with an entry changed, two parents' entries exchanged, or the average of
+    two parents; those that do not fit are dropped. Half of the population survives.
+
     Parameters
     ----------
     cost, fits
@@ -152,31 +162,35 @@ def search(
     ValueError
         No configuration of ``start`` fits.
     """
-    rng, cost, fits = random.Random(seed), functools.cache(cost), functools.cache(fits)
-    alive = [plan for plan in start if fits(plan)]
-    if not alive:
+    rng = random.Random(seed)
+    costs = {plan: cost(plan) for plan in start if fits(plan)}
+    if not costs:
         raise ValueError("none of the starting configurations fits the memory")
-    alive += [_moved(rng.choice(alive), every, low, high, rng) for _ in range(population)]
+    parents = list(costs)
+    children = [_moved(rng.choice(parents), every, low, high, rng) for _ in range(population)]
     for _ in range(generations):
-        parents = sorted({p for p in alive if fits(p)}, key=lambda p: (cost(p), p.f, p.experts))
-        parents = parents[: population // 2]
-        children = [_mutated(rng.choice(parents), every, low, high, rng) for _ in parents]
-        for cross in (_exchanged, _averaged):
-            children += [cross(rng.choice(parents), rng.choice(parents), rng) for _ in parents]
-        alive = parents + children
-    return min((p for p in alive if fits(p)), key=lambda p: (cost(p), p.f, p.experts))
+        costs |= {plan: cost(plan) for plan in children if plan not in costs and fits(plan)}
+        parents = sorted(costs, key=lambda p: (costs[p], p.f, p.experts))[: population // 2]
+        costs = {plan: costs[plan] for plan in parents}
+        pairs = [(rng.choice(parents), rng.choice(parents)) for _ in range(population)]
+        children = [_mutated(plan, every, low, high, rng) for plan, _ in pairs]
+        children += [rng.choice((_exchanged, _averaged))(a, b, rng) for a, b in pairs]
+    return parents[0]
 
 
 def _mutated(
     plan: Plan, every: Sequence[int], low: int, high: Sequence[int], rng: random.Random
 ) -> Plan:
-    """One entry changed."""
-    at = rng.randrange(len(plan.experts) + 1)
-    if at == len(plan.experts):
-        return Plan(rng.choice(every), plan.experts)
-    changed = list(plan.experts)
-    changed[at] = rng.randint(low, high[at])
-    return Plan(plan.f, tuple(changed))
+    """One entry changed; or two, since with the memory full one alone can only get smaller."""
+    f, changed = plan.f, list(plan.experts)
+    for _ in range(rng.randint(1, 2)):
+        at = rng.randrange(len(changed) + 1)
+        if at == len(changed):
+            f = rng.choice(every)
+        else:
+            reach = 1 + rng.randrange(1 + (high[at] - low) // 4)
+            changed[at] = min(high[at], max(low, changed[at] + rng.choice((-reach, reach))))
+    return Plan(f, tuple(changed))
 
 
 def _exchanged(a: Plan, b: Plan, rng: random.Random) -> Plan:
@@ -227,13 +241,14 @@ def plan_within(
     least = min(shape.top_k + 1, *even.experts)
     if least < shape.top_k:
         raise ValueError(f"{slots} experts are fewer than top-{shape.top_k} of every layer")
-    high = [min(count, room) for count in shape.experts]
+    price = {f: estimates.prices(f, shape, nats_per_slowdown) for f in estimates.every}
     return search(
-        lambda p: estimates.cost(p, nats_per_slowdown),
+        lambda p: sum(row[n] for row, n in zip(price[p.f], p.experts, strict=True)),
         lambda p: sum(p.experts) <= room and min(p.experts) >= least,
         [Plan(f, even.experts) for f in estimates.every] + list(start),
         every=estimates.every,
         low=least,
-        high=high,
+        high=[min(count, room) for count in shape.experts],
         seed=seed,
+        generations=40 * (1 + shape.layers),
     )

@@ -1,0 +1,401 @@
+"""The suite of the papers: how contenders are written, what is compared with what, what is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+import moelab
+from moelab import bench, cli
+from moelab.bench import edgemoe, everyone, hobbit, picture, suite, swapmoe, tables
+from moelab.bench.contenders import ROLES
+from moelab.bench.grid import Case, opened
+from moelab.bench.measured import QUICK, Facts, Measured, figures
+
+README = Path(__file__).parent.parent / "README.md"
+SVG = "{http://www.w3.org/2000/svg}"
+
+# -- contenders ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", moelab.strategies.NAMES)
+def test_every_strategy_is_a_contender_and_brings_its_own_settings(name):
+    assert bench.contender(name) == {"strategy": name}
+
+
+def test_any_decision_may_be_taken_from_another_strategy():
+    assert set(ROLES) == set(moelab.strategies.lru().parts)
+    told = bench.contender("on_demand + allocate edgemoe + prefetch edgemoe + evict edgemoe")
+    parts = {"allocate": "edgemoe", "prefetch": "edgemoe", "evict": "edgemoe"}
+    assert told == {"strategy": "on_demand"} | parts
+
+
+def test_parameters_are_numbers_or_words():
+    told = bench.contender("edgemoe + rule=printed + width=2 + tolerated=0.05")
+    assert told == {"strategy": "edgemoe", "rule": "printed", "width": 2, "tolerated": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("lru + evict magic", "unknown strategy 'magic' in 'lru [+] evict magic'; choose one of"),
+        ("lru + wings", "unknown addition 'wings'"),
+        ("lru + look-ahead 7", "unknown addition 'look-ahead 7'"),
+        ("lru + prefetch hobbit + look-ahead", "'look-ahead' .*sets prefetch a second time"),
+        ("lru + 4 bit + mixed 16/4", "'mixed 16/4' .*sets bits a second time"),
+    ],
+)
+def test_what_is_not_a_contender_is_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        bench.contender(words)
+
+
+def test_a_mixed_contender_runs_as_written(demo_store):
+    case = Case("on_demand + 4 bit + prefetch hobbit + evict lru", "50%", "nvme")
+    with opened("demo", case) as lab:
+        now, parts = lab.settings, lab.settings.strategy.parts
+    assert (now.bits, now.device, now.prefetch) == (4, "nvme", 2)
+    assert type(parts["prefetch"]).__name__ == "StackedGates"
+    assert type(parts["evict"]).__name__ == "LRU"
+
+
+def test_one_lab_set_to_case_after_case_is_set_like_a_new_one(demo_store):
+    cases = [Case("hobbit", "50%", "sd_card"), Case("lru + look-ahead", "25%", "disk")]
+    cases += [Case("lru", "25%", "disk"), Case("swapmoe", "37.5%", "disk")]
+    with moelab.open("demo", measure_kl=False) as lab:
+        for case in cases:
+            settled = bench.grid.settle(lab, case)
+            with opened("demo", case) as new:
+                fresh = new.settings
+            assert settled.knobs() == fresh.knobs(), case
+            assert settled.strategy.name == fresh.strategy.name
+
+
+# -- what is measured of a run ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed_run(demo_store):
+    with opened("demo", Case("hobbit", "25%", "disk")) as lab:
+        return lab.generate("Once upon a time", max_new_tokens=16, ignore_eos=True)
+
+
+def test_figures_count_the_events_of_decoded_tokens(mixed_run):
+    told, events = figures(mixed_run), mixed_run.events
+    decoded = [e for e in events.itertuples() if e.token > 0]
+    loads = [e for e in decoded if e.kind == "load"]
+    assert told["high"] == sum(e.bits == e.bits_asked for e in loads)
+    assert told["low"] == sum(e.bits < e.bits_asked for e in loads)
+    assert told["high"] + told["low"] == mixed_run.per_token["loads"].iloc[1:].sum()
+    assert told["skipped"] == told["skips"] == sum(e.kind == "skip" for e in decoded)
+    assert told["stalls"] == sum(e.kind == "stall" for e in decoded)
+    assert told["generated"] == mixed_run.tokens
+
+
+def runs(*speeds: float, text: int = 1) -> list[dict]:
+    """Figures of runs that differ in speed."""
+    return [
+        {"tokens_per_s": s, "generated": [text], "stalls": 2, "peak_resident_bytes": int(s)}
+        for s in speeds
+    ]
+
+
+A, B = Case("hobbit", "25%", "nvme"), Case("lru", "25%", "nvme")
+
+
+def test_a_row_is_the_median_and_counts_add_up():
+    measured = Measured("demo", ["a"], QUICK, runs={A: runs(10, 30, 20)})
+    row = measured.row(A)
+    assert (row["tokens_per_s"], row["tokens_per_s_min"], row["tokens_per_s_max"]) == (20, 10, 30)
+    assert (row["stalls"], row["peak_resident_bytes"], row["repeats"]) == (6, 30, 3)
+    assert measured.row(B) is None
+
+
+def test_ratios_are_taken_prompt_by_prompt():
+    measured = Measured("demo", ["a"], QUICK, runs={A: runs(20, 90, 40), B: runs(10, 30, 40)})
+    assert measured.times_as_fast(A, B) == 2  # of 2, 3, 1; medians alone would say 4 / 3
+    assert math.isnan(measured.times_as_fast(A, Case("lfu", "25%", "nvme")))
+
+
+def test_the_same_text_means_every_prompt():
+    other = [*runs(1), *runs(1, text=7)]
+    measured = Measured("demo", ["a"], QUICK, runs={A: runs(1, 1), B: other})
+    assert measured.same_text(A, A) is True
+    assert measured.same_text(A, B) is False
+    assert measured.same_text(A, Case("lfu", "25%", "nvme")) is None
+
+
+# -- the whole suite, in a minute ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick(demo_store) -> suite.Suite:
+    return bench.papers(quick=True, progress=False)
+
+
+def frame(quick: suite.Suite, section: str, table: int = 0):
+    return quick.reports[section].tables[table].frame
+
+
+@pytest.mark.slow
+def test_the_ladder_has_every_rung_and_preloading_never_changes_the_text(quick):
+    ladder = frame(quick, edgemoe.NAME).set_index("rung")
+    assert list(ladder.index) == list(edgemoe.RUNGS)
+    told = ladder["same text"]
+    assert {rung for rung in ladder.index if told[rung] == "yes"} == set(edgemoe.SAME_BITS)
+    assert told.drop(list(edgemoe.SAME_BITS)).isna().all()
+    assert ladder.loc["on demand", "KL"] < everyone.UNCHANGED < ladder.loc["on demand, 4 bit", "KL"]
+    assert ladder.loc["everything in RAM", "peak MB"] == pytest.approx(
+        quick.facts.info["all_experts_bytes"] / 1e6
+    )
+    budget = ladder["budget MB"].astype(float)
+    assert (ladder["peak MB"] <= budget + 0.005).all()
+    assert budget["on demand"] < budget["+ buffer (EdgeMoE)"] < budget["everything in RAM"]
+
+
+@pytest.mark.slow
+def test_hobbit_meets_everyone_and_its_questions_are_answered(quick):
+    speeds = frame(quick, hobbit.NAME)
+    assert set(speeds["strategy"]) == {hobbit.OURS, *hobbit.OTHERS}
+    others = speeds[speeds["strategy"] != hobbit.OURS]
+    assert others["NVMe SSD: tokens/s"].str.fullmatch(r"[\d.]+ \([\d.]+x\)").all()
+    captions = [table.caption for table in quick.reports[hobbit.NAME].tables]
+    assert len(captions) == 5
+    gates = quick.measured.found["gates"]
+    assert list(gates) == ["+1", "+2", "+3"]
+    assert all(0 < right["first"] <= 1 for right in gates.values())
+    penalties = quick.measured.found["penalties"]["25%"]
+    assert set(penalties) == {"HOBBIT", "HOBBIT, equal weights", "LRU", "LFU"}
+    assert min(penalties.values()) > 0
+
+
+@pytest.mark.slow
+def test_shares_of_misses_add_up_to_all(quick):
+    shares = frame(quick, hobbit.NAME, 2)
+    assert shares[list(hobbit.PAPER_SHARES)].sum(axis=1).tolist() == pytest.approx([1, 1])
+
+
+@pytest.mark.slow
+def test_swapmoe_never_waits_and_never_exceeds_its_budget(quick):
+    table = frame(quick, swapmoe.NAME)
+    swaps = table[table["strategy"] == "swapmoe"]
+    assert len(swaps) == 2
+    assert swaps["stalls"].tolist() == [0, 0]
+    assert (swaps["memory"] <= swaps["budget"].str.rstrip("%").astype(float) / 100).all()
+    assert table.set_index("strategy").loc["on_demand", "stalls"] > 0
+    whole = swaps.set_index("budget").loc["100%", "KL"]
+    assert whole < everyone.UNCHANGED < swaps.set_index("budget").loc["25%", "KL"]
+
+
+@pytest.mark.slow
+def test_the_planner_and_the_even_split_fill_the_same_memory(quick):
+    plans = quick.measured.found["plans"]["25%"]
+    counts = {name: plans[name]["experts"] for name in ("planned", "uniform")}
+    assert all(len(experts) == quick.facts.info["layers"] for experts in counts.values())
+    assert max(counts["uniform"]) - min(counts["uniform"]) <= 1
+
+
+@pytest.mark.slow
+def test_everyone_is_a_point(quick):
+    table = frame(quick, everyone.NAME).set_index("strategy")
+    assert set(moelab.strategies.NAMES) - {"in_ram"} <= set(table.index)
+    assert any(name.startswith("in_ram + ") for name in table.index)
+    assert table["NVMe SSD: tokens/s"].is_monotonic_decreasing
+    for exact in ("on_demand", "lru", "lfu", "layer_lru", "mixtral_offloading", "moe_infinity"):
+        assert table.loc[exact, "KL"] < everyone.UNCHANGED, exact
+
+
+@pytest.mark.slow
+def test_the_record_holds_every_case_and_is_plain_json(quick):
+    record = json.loads(json.dumps(quick.record()))
+    assert record["complete"]
+    assert len(record["cases"]) == len(quick.measured.runs)
+    assert set(record["sections"]) == {s.NAME for s in suite.SECTIONS}
+    for section in record["sections"].values():
+        for row in section["theirs_and_ours"]:
+            assert row["theirs"], row
+            assert row["ours"], row
+    assert record["machine"]["cores"] >= 1
+
+
+@pytest.mark.slow
+def test_the_report_has_a_table_for_every_table(quick):
+    text = quick.markdown("here.svg")
+    assert [line for line in text.splitlines() if line.startswith("### ")] == [
+        f"### {report.title}" for report in quick.reports.values()
+    ]
+    for report in quick.reports.values():
+        for table in report.tables:
+            assert f"**{table.caption}**" in text
+    assert "](here.svg)" in text
+    assert "nan" not in text.lower().split()
+
+
+@pytest.mark.slow
+def test_the_files_are_written_and_the_readme_keeps_the_rest(quick, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# before\n{suite.BEGIN}\nwas here before\n{suite.END}\nafter\n")
+    (tmp_path / "pictures").mkdir()
+    files = bench.Files(
+        tmp_path / "p.json", tmp_path / "p.md", readme, tmp_path / "pictures" / "p.svg"
+    )
+    assert files.write(quick) == [files.json, files.markdown, files.picture, files.readme]
+    text = readme.read_text()
+    assert text.startswith(f"# before\n{suite.BEGIN}\n")
+    assert text.endswith(f"{suite.END}\nafter\n")
+    assert "was here before" not in text
+    assert "](pictures/p.svg)" in text
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"README.md", "pictures", "p.json", "p.md"}  # nothing half written is left
+
+
+# -- Ctrl-C, and what cannot be written ---------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_measured_and_leaves_the_readme_alone(
+    demo_store, tmp_path, monkeypatch
+):
+    run = Measured.run
+
+    def stops_after_three(self: Measured, case: Case) -> None:
+        if len(self.runs) == 3:
+            raise KeyboardInterrupt
+        run(self, case)
+
+    monkeypatch.setattr(Measured, "run", stops_after_three)
+    half = bench.papers(quick=True, progress=False)
+    assert not half.complete
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{suite.BEGIN}\nwas here before\n{suite.END}\n")
+    files = bench.Files(tmp_path / "p.json", tmp_path / "p.md", readme, tmp_path / "p.svg")
+    assert files.write(half) == [files.json, files.markdown]
+    record = json.loads(files.json.read_text())
+    assert record["complete"] is False
+    assert len(record["cases"]) == 3
+    assert "Stopped early" in files.markdown.read_text()
+    assert "was here before" in readme.read_text()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    there = tmp_path / "x.md"
+    there.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        tables.write_whole(there, "new \ud800")
+    assert there.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [there]
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """The one line that the command line answers with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.md").write_text("no markers\n")
+
+    def call(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["moelab", "bench", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--suite", "songs"], "unknown suite 'songs'; there is: papers"),
+        (["--suite", "papers", "--budgets", "25%"], "leave them out"),
+        (["--suite", "papers", "--readme", "plain.md"], "needs the lines <!-- measured: papers"),
+        (["--suite", "papers", "--quick", "--readme", "plain.md"], "leave out --readme"),
+        (["--suite", "papers", "--picture", "no/p.svg"], "cannot write no/p.svg"),
+        (["--quick"], "add --suite papers"),
+    ],
+)
+def test_what_a_suite_cannot_do_is_said_before_anything_is_measured(refused, words, message):
+    assert message in refused(*words)
+
+
+def test_the_readme_holds_the_section_that_the_suite_writes():
+    _, begin, rest = README.read_text("utf-8").partition(suite.BEGIN)
+    section, end, _ = rest.partition(suite.END)
+    assert begin
+    assert end
+    assert section.count("### ") == len(suite.SECTIONS)
+    pictures = re.findall(r"\]\(([^)]+\.svg)\)", section)
+    assert len(pictures) == 1
+    assert (README.parent / pictures[0]).is_file()
+
+
+# -- the figure ---------------------------------------------------------------------------------
+
+POINTS = [
+    {"strategy": "lru", "device": "nvme", "tokens/s": 40.0, "KL": 0.0},
+    {"strategy": "lfu", "device": "nvme", "tokens/s": 60.0, "KL": 1e-12},
+    {"strategy": "hobbit", "device": "nvme", "tokens/s": 90.0, "KL": 0.002},
+    {"strategy": "swapmoe", "device": "nvme", "tokens/s": 120.0, "KL": 0.9},
+    {"strategy": "hobbit", "device": "sd_card", "tokens/s": 9.0, "KL": 0.002},
+]
+
+
+@pytest.fixture(scope="module")
+def drawn() -> ET.Element:
+    devices = {"nvme": "NVMe & co", "sd_card": "SD card"}
+    text = picture.scatter(POINTS, title="all <of> them", unchanged=1e-6, devices=devices)
+    return ET.fromstring(text)
+
+
+def diamonds(drawn: ET.Element) -> list[tuple[float, float]]:
+    corners = [p.get("points").split() for p in drawn.iter(f"{SVG}polygon")]
+    return [(float(top.split(",")[0]), float(right.split(",")[1])) for top, right, *_ in corners]
+
+
+def test_faster_is_further_right_and_better_is_lower(drawn):
+    (x_swap, y_swap), (x_hobbit, y_hobbit), (x_card, y_card) = diamonds(drawn)
+    assert x_swap > x_hobbit
+    assert y_swap < y_hobbit  # a larger KL is higher up
+    assert x_card > x_swap  # the second panel
+    assert y_card == y_hobbit  # panels share the scale of KL
+
+
+def test_what_leaves_the_output_as_it_is_lies_below_the_plot(drawn):
+    dots = [(float(c.get("cx")), float(c.get("cy"))) for c in drawn.iter(f"{SVG}circle")]
+    assert len(dots) == 2
+    assert min(y for _, y in dots) > max(y for _, y in diamonds(drawn))
+    assert dots[0][0] > dots[1][0]  # the faster first
+
+
+def test_every_point_is_named_and_the_figure_reads_in_the_dark(drawn):
+    words = [t.text for t in drawn.iter(f"{SVG}text")]
+    assert sorted(w for w in words if w in {p["strategy"] for p in POINTS}) == sorted(
+        p["strategy"] for p in POINTS
+    )
+    assert {"NVMe & co", "SD card", "all <of> them"} <= set(words)
+    assert "prefers-color-scheme: dark" in drawn.find(f"{SVG}style").text
+    assert drawn.get("role") == "img"
+
+
+def test_names_do_not_lie_on_one_another():
+    crowd = [
+        {"strategy": f"strategy_{i}", "device": "nvme", "tokens/s": 50.0 + i, "KL": 0.01 + i / 1e3}
+        for i in range(8)
+    ]
+    devices = {"nvme": "NVMe"}
+    text = picture.scatter(crowd, title="", unchanged=1e-6, devices=devices)
+    places = [
+        (t.get("x"), t.get("y"))
+        for t in ET.fromstring(text).iter(f"{SVG}text")
+        if (t.text or "").startswith("strategy_")
+    ]
+    assert len(set(places)) == len(places) == 8
+
+
+def test_facts_of_a_quick_suite_are_fewer():
+    facts = Facts({"top_k": 2}, lambda _: 0, QUICK)
+    assert facts.quick(("a",), ("a", "b")) == ["a"]

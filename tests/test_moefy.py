@@ -1,0 +1,232 @@
+"""What one may rely on when a dense model is turned into a mixture: on a tiny random Llama."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import moelab
+from moelab.moefy import (
+    Course,
+    Shape,
+    compare,
+    load_delta,
+    materialise,
+    moefy,
+    routing,
+    save_delta,
+)
+from moelab.moefy.calibrate import calibrated, low_rank_map
+from moelab.moefy.export import stock
+from moelab.moefy.grouping import group_neurons
+from moelab.moefy.student import route, set_top_k
+from moelab.moefy.targets import Targets, divergence
+
+SHAPE = Shape(experts=4, shared=64, ranks=(2, 4, 8))
+COURSE = Course(tokens=192, batch=2, accumulate=1, top_ks=(1, 2), learning_rate=2e-3)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=320,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(0, 97, (12, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def student(dense, ids):
+    return calibrated(dense, ids, SHAPE, top_ks=(1, 2), progress=False)
+
+
+def logits(student, ids, top_k):
+    set_top_k(student, top_k)
+    with torch.no_grad():
+        return student.logits(student(ids))
+
+
+def test_every_neuron_has_one_place_and_groups_are_of_one_size(student):
+    for mixture in student.mixtures:
+        assert sorted(mixture.order.tolist()) == list(range(320))
+        assert mixture.width == 64
+
+
+def test_the_shared_neurons_are_those_that_add_most():
+    torch.manual_seed(0)
+    x, gate, up, down = (torch.randn(n, 8) for n in (200, 24, 24, 24))
+    down[:4] *= 50
+    grouping = group_neurons(x, gate, up, down.T, shared=4, experts=5, top_k=2)
+    assert set(grouping.order[:4].tolist()) == {0, 1, 2, 3}
+
+
+def test_neurons_that_open_together_are_grouped_together():
+    torch.manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(4, 16), dim=1)
+    belongs = torch.arange(32) % 4
+    gate = 5 * directions[belongs] + 0.05 * torch.randn(32, 16)
+    x = torch.randn(500, 16)
+    ones = torch.ones(32, 16)
+    grouping = group_neurons(x, gate, ones, ones.T, shared=0, experts=4, top_k=1)
+    groups = belongs[grouping.order].view(4, 8)
+    assert (groups == groups[:, :1]).all()
+
+
+def test_with_all_experts_and_even_gates_the_student_is_the_dense_model(dense, ids):
+    student = calibrated(dense, ids, SHAPE, top_ks=(4,), progress=False)
+    with torch.no_grad():
+        for mixture in student.mixtures:
+            mixture.router.zero_()
+            mixture.down.b.zero_()
+        expected = dense(ids).logits
+    assert torch.allclose(logits(student, ids, 4), expected, atol=1e-4)
+
+
+def test_gate_weights_are_those_of_glm4_moe():
+    scores = torch.tensor([[0.9, 0.1, 0.6, 0.2]])
+    bias = torch.tensor([0.0, 0.7, 0.0, 0.0])  # makes expert 1 the second choice
+    gates = route(scores, bias, 2)
+    assert torch.allclose(gates, torch.tensor([[1.8, 0.2, 0.0, 0.0]]))
+
+
+def test_each_sequence_may_have_its_own_number_of_experts():
+    scores = torch.rand(3, 5, 6)
+    mixed = route(scores, torch.zeros(6), torch.tensor([1, 6, 3]))
+    assert ((mixed > 0).sum(-1) == torch.tensor([[1], [6], [3]])).all()
+    assert torch.allclose(mixed[2], route(scores, torch.zeros(6), 3)[2])
+
+
+def test_experts_that_were_not_chosen_feel_a_gradient():
+    scores = torch.tensor([[0.52, 0.50, 0.1]], requires_grad=True)
+    route(scores, torch.zeros(3), 1)[0, 1].backward()
+    assert scores.grad[0, 1] > 0
+
+
+def test_the_low_rank_map_finds_a_low_rank_truth():
+    torch.manual_seed(0)
+    x = torch.randn(600, 20) * torch.logspace(-2, 2, 20)
+    truth = torch.randn(20, 3) @ torch.randn(3, 10) / torch.logspace(-2, 2, 20)[:, None]
+    a, b = low_rank_map(x, x @ truth, 3)
+    error = (x @ a.T @ b.T - x @ truth).square().sum() / (x @ truth).square().sum()
+    assert error < 0.01
+
+
+def test_the_divergence_is_zero_for_the_teacher_and_positive_for_others():
+    torch.manual_seed(0)
+    theirs = torch.randn(5, 300).log_softmax(-1)
+    top = theirs.topk(64, -1)
+    assert divergence(theirs, top.indices, top.values).abs().max() < 1e-5
+    assert (divergence(torch.randn(5, 300), top.indices, top.values) > 0).all()
+
+
+def test_transformers_own_model_computes_what_the_student_does(dense, student, ids):
+    for top_k in (1, 2):
+        with torch.no_grad():
+            theirs = stock(dense, student, top_k=top_k)(ids).logits
+        assert torch.allclose(theirs, logits(student, ids, top_k), atol=1e-4)
+
+
+def test_a_delta_gives_the_student_back_and_is_smaller_than_the_model(
+    dense, student, ids, tmp_path
+):
+    size = save_delta(student, tmp_path / "delta.safetensors", facts={"made": "here"})
+    again, facts = load_delta(dense, tmp_path / "delta.safetensors")
+    assert facts == {"made": "here"}
+    assert size < 4 * sum(p.numel() for p in dense.parameters())
+    difference = logits(again, ids, 4) - logits(student, ids, 4)
+    assert difference.abs().mean() < 0.05 * logits(student, ids, 4).std()
+
+
+def test_a_delta_of_another_model_is_refused(dense, student, tmp_path):
+    save_delta(student, tmp_path / "delta.safetensors")
+    config = LlamaConfig(**{**dense.config.to_dict(), "num_hidden_layers": 3})
+    with pytest.raises(ValueError, match="another model than this one of 3 layers"):
+        load_delta(LlamaForCausalLM(config), tmp_path / "delta.safetensors")
+
+
+def test_training_goes_on_where_it_was_stopped(dense, ids, tmp_path):
+    whole = moefy(dense, ids, tmp_path / "a", shape=SHAPE, course=COURSE, progress=False)
+    moefy(dense, ids, tmp_path / "b", shape=SHAPE, course=COURSE, seconds=0, progress=False)
+    assert (tmp_path / "b" / "checkpoint.pt").is_file()
+    again = moefy(dense, ids, tmp_path / "b", shape=SHAPE, course=COURSE, progress=False)
+    for (name, one), (_, other) in zip(whole.trained(), again.trained(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5), name
+
+
+def test_distillation_brings_the_student_nearer_to_its_teacher(dense, ids, tmp_path):
+    course = Course(tokens=12 * 16 * 8, batch=4, accumulate=1, top_ks=(2,), learning_rate=2e-3)
+    before = calibrated(dense, ids, SHAPE, top_ks=(2,), progress=False)
+    after = moefy(dense, ids, tmp_path, shape=SHAPE, course=course, progress=False)
+    kl = [compare(dense, s, {"text": ids}, top_ks=(2,)).kl[0] for s in (before, after)]
+    assert kl[1] < 0.9 * kl[0]
+    assert after.model.lm_head.weight.equal(dense.lm_head.weight), "what is frozen stays"
+
+
+def test_a_second_epoch_asks_the_teacher_nothing(dense, ids, tmp_path):
+    rows = np.array([1, 4])
+    first = Targets(dense, ids, tmp_path)[rows]
+    second = Targets(None, ids, tmp_path)[rows]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_comparison_counts_active_neurons_and_the_routing_adds_up(dense, student, ids):
+    table = compare(dense, student, {"one": ids[:6], "two": ids[6:]}, top_ks=(1, 2))
+    assert list(table.domain) == ["one", "one", "two", "two"]
+    assert table.active.tolist() == pytest.approx([0.4, 0.6, 0.4, 0.6])
+    assert (table.kl > 0).all()
+    assert routing(student, ids, top_k=2).sum(1).tolist() == pytest.approx([2.0, 2.0])
+
+
+def test_moelab_opens_what_was_made(dense, student, ids, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_CACHE", str(tmp_path / "cache"))
+    folder = materialise(dense, student, tmp_path / "moe", top_k=2, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(loaded).__name__ == "Glm4MoeForCausalLM"
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, logits(student, ids, 2), atol=1e-4)
+    store = moelab.pack(folder, tmp_path / "store", tiers=(16, 4), progress=False)
+    manifest = moelab.Store.open(store).manifest if hasattr(moelab, "Store") else None
+    assert manifest is None or manifest.experts_per_layer == (4, 4)
+
+
+def test_what_cannot_be_a_mixture_is_refused(dense, student, ids, tmp_path):
+    with pytest.raises(ValueError, match="do not split into 60 shared"):
+        moefy(dense, ids, tmp_path, shape=Shape(experts=4, shared=60))
+    with pytest.raises(ValueError, match="must be 1 to 4 experts"):
+        moefy(dense, ids, tmp_path, shape=SHAPE, course=Course(top_ks=(5,)))
+    with pytest.raises(ValueError, match=r"pass token ids \[windows, length\]"):
+        moefy(dense, ids[0], tmp_path, shape=SHAPE, course=COURSE)
+    biased = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=97,
+            hidden_size=64,
+            intermediate_size=320,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+    with pytest.raises(ValueError, match="has biases"):
+        moefy(biased, ids, tmp_path, shape=SHAPE, course=COURSE)
+    with pytest.raises(ValueError, match="choose 1 to 4"):
+        materialise(dense, student, tmp_path, top_k=9)
