@@ -19,6 +19,7 @@ import typer
 
 if TYPE_CHECKING:
     from moelab import Run
+    from moelab.bench import Files
 
 NOTEBOOK = "01_live_lab.ipynb"
 _POLL_SECONDS = 0.03
@@ -122,9 +123,9 @@ def run(
     budget: Budget = "25%",
     bits: Annotated[int | None, typer.Option(help="Tier; default the store's best.")] = None,
     low_bits: Annotated[int | None, typer.Option(help="Tier of unimportant misses.")] = None,
-    strategy: Annotated[str, typer.Option(help="on_demand, lru, lfu or layer_lru.")] = "lru",
+    strategy: Annotated[str, typer.Option(help="Like lru, edgemoe, hobbit or swapmoe.")] = "lru",
     device: Annotated[str, typer.Option(help="disk, or an emulated one such as hdd.")] = "disk",
-    prefetch: Annotated[int, typer.Option(help="Layers to look ahead, 0 to 3.")] = 0,
+    prefetch: Annotated[int | None, typer.Option(help="Layers to look ahead, 0 to 3.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Upper limit.")] = 64,
     temperature: Annotated[float | None, typer.Option(help="0: greedy.")] = None,
     seed: Seed = 0,
@@ -160,7 +161,7 @@ def run(
 def bench(
     model: Annotated[str, typer.Option(help="As for the other commands.")] = "demo",
     strategies: Annotated[
-        str, typer.Option(help='Like "lru, lru + look-ahead, lfu + 4 bit, lru + mixed 16/4".')
+        str, typer.Option(help='Like "lru, hobbit + evict lru, lfu + 4 bit, lru + mixed 16/4".')
     ] = "",
     budgets: Annotated[str, typer.Option(help="Like 25%,50%,8MB.")] = "",
     devices: Annotated[str, typer.Option(help="Like disk,hdd.")] = "",
@@ -169,15 +170,33 @@ def bench(
     prompt: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table.")] = None,
+    suite: Annotated[str, typer.Option(help='Instead: all questions of "papers".')] = "",
+    readme: Annotated[
+        Path | None, typer.Option(help="Renew the suite's section of this file.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write the suite's figure (SVG).")] = None,
     *,
     quality: Annotated[bool, typer.Option(help="Score the KL of each strategy.")] = True,
+    quick: Annotated[
+        bool, typer.Option(help="The suite in a minute; figures mean little.")
+    ] = False,
 ) -> None:
-    """Measure strategy x budget x device in one go and print a table."""
+    """Measure strategy x budget x device in one go, or a suite of questions, and print tables."""
     from moelab import bench as measure
 
-    for file in (json_file, markdown):
+    for file in (json_file, markdown, readme, picture):
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"cannot write {file}: the folder {file.absolute().parent} is missing")
+    if suite:
+        if suite != "papers":
+            raise ValueError(f"unknown suite {suite!r}; there is: papers")
+        if strategies or budgets or devices or prompt or (tokens, repeats) != (64, 3):
+            raise ValueError("a suite brings its own contenders, runs and prompts; leave them out")
+        files = measure.Files(json_file, markdown, readme, picture)
+        _bench_suite(model, files, quick=quick)
+        return
+    if quick or readme or picture:
+        raise ValueError("--quick, --readme and --picture belong to a suite: add --suite papers")
     frame = measure.bench(
         model,
         strategies=_split(strategies) or measure.STRATEGIES,
@@ -194,6 +213,20 @@ def bench(
         json_file.write_text(json.dumps(measure.as_record(frame), indent=2) + "\n", "utf-8")
     if markdown is not None:
         markdown.write_text(table + "\n", "utf-8")
+
+
+def _bench_suite(model: str, files: Files, *, quick: bool) -> None:
+    """Measure, write, print; what Ctrl-C left out is missing, and the exit code says so."""
+    from moelab import bench as measure
+
+    files.check(quick=quick)
+    done = measure.papers(model, quick=quick)
+    for written in files.write(done):
+        print(f"moelab: wrote {written}", file=sys.stderr)
+    print(done.markdown(), end="")
+    if not done.complete:
+        print("moelab: stopped early; README and figure are as they were", file=sys.stderr)
+        raise typer.Exit(130)
 
 
 def _stream(going: Run) -> bool:

@@ -172,8 +172,7 @@ class Lab:
         """Quality under the current settings against the store's best tier, teacher-forced.
 
         Every position is decoded through the engine, so misses are downgraded as they would be in
-        a run. An emulated device is not waited for; strategies that watch what has landed (SwapMoE)
-        see the disk's own pace then.
+        a run. An emulated device is not waited for, unless the strategy goes by what has landed.
 
         Parameters
         ----------

@@ -15,9 +15,13 @@ CHUNK = 64
 
 
 def score_ids(engine: Engine, texts: Sequence[Sequence[int]], *, progress: bool = True) -> Score:
-    """Score token ids ``[text][position]`` teacher-forced; an emulated device is not waited for."""
+    """Score token ids ``[text][position]`` teacher-forced.
+
+    An emulated device is not waited for, unless the strategy goes by what has landed.
+    """
     scorer = Scorer()
-    engine.loader.use("disk")
+    if "in_flight" not in engine.scheduler.strategy.observes:
+        engine.loader.use("disk")
     try:
         with tqdm(total=sum(map(len, texts)), disable=not progress, desc="score") as bar:
             for ids in texts:

@@ -174,13 +174,13 @@ def test_ctrl_c_stops_a_run_and_still_prints_what_it_cost(store):
 
 
 def test_a_contender_is_written_in_words():
-    assert bench.contender("lru") == {"strategy": "lru", "prefetch": 0}
+    assert bench.contender("lru") == {"strategy": "lru"}
     assert bench.contender("lfu + look-ahead 3 + 4 bit") == {
         "strategy": "lfu",
         "prefetch": 3,
         "bits": 4,
     }
-    mixed = {"strategy": "lru", "prefetch": 0, "bits": 16, "low_bits": 4}
+    mixed = {"strategy": "lru", "bits": 16, "low_bits": 4}
     assert bench.contender("lru+mixed 16/4") == mixed
 
 

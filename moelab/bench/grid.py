@@ -1,30 +1,25 @@
-"""The bench: strategy x budget x device, each row measured here and now, through the public API.
+"""Strategy x budget x device, each row measured through the public API.
 
-A contender is written as people say it: ``"lru"``, ``"lru + look-ahead"``, ``"lru + mixed 16/4"``,
-``"lfu + 4 bit + look-ahead 2"``. Every run opens the model anew, so that it starts with an empty
-cache and no run helps the next; repeats go through all settings in rotated order, so that a machine
-that slows down slows all of them; a row is the median of its repeats. Quality is scored apart from
-the timed runs and once per strategy and budget: decisions do not depend on the device.
+Every run opens the model anew, so that it starts with an empty cache and no run helps the next;
+repeats go through all settings in rotated order, so that a machine that slows down slows all of
+them; a row is the median of its repeats. Quality is scored apart from the timed runs and once per
+strategy and budget: decisions do not depend on the device.
 """
 
 from __future__ import annotations
 
 import itertools
-import platform
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
 from tqdm.auto import tqdm
 
 import moelab
+from moelab.bench.contenders import contender
 
 STRATEGIES = ("on_demand", "lru", "lru + look-ahead", "lru + mixed 16/4")
 BUDGETS = ("25%", "50%")
@@ -63,50 +58,31 @@ class Case:
         return f"{self.strategy}, {self.budget}, {self.device}"
 
 
-def contender(text: str) -> dict[str, Any]:
-    """Settings for a contender written in words.
+def opened(model: str | Path, case: Case, *, seed: int = 0) -> moelab.Lab:
+    """Open a model with an empty cache, set as the case says."""
+    lab = moelab.open(model, budget="100%", measure_kl=False, seed=seed, progress=False)
+    try:
+        lab.update(**case.changes)
+    except BaseException:
+        lab.close()
+        raise
+    return lab
 
-    Parameters
-    ----------
-    text
-        A name of ``moelab.strategies.NAMES``, then any of ``look-ahead [layers]``,
-        ``mixed HIGH/LOW`` and ``N bit``, joined by ``+``.
 
-    Returns
-    -------
-    dict
-        For ``lab.update``: strategy and prefetch, bits and low_bits where they are named.
+def settle(lab: moelab.Lab, case: Case) -> moelab.Settings:
+    """Set an open lab as the case says, whatever it was set to before.
 
     Raises
     ------
     ValueError
-        The strategy or an addition is not known.
-
-    Examples
-    --------
-    >>> contender("lru + mixed 16/4")
-    {'strategy': 'lru', 'prefetch': 0, 'bits': 16, 'low_bits': 4}
-    >>> contender("lfu + look-ahead 2")
-    {'strategy': 'lfu', 'prefetch': 2}
+        The case is refused; the message begins with it.
     """
-    name, *additions = (part.strip() for part in text.split("+"))
-    if name not in moelab.strategies.NAMES:
-        names = ", ".join(moelab.strategies.NAMES)
-        raise ValueError(f"unknown strategy {name!r} in {text!r}; choose one of {names}")
-    settings: dict[str, Any] = {"strategy": name, "prefetch": 0}
-    for addition in additions:
-        if found := re.fullmatch(r"look-ahead(?: ([1-3]))?", addition):
-            settings["prefetch"] = int(found[1] or 1)
-        elif found := re.fullmatch(r"mixed (\d+)/(\d+)", addition):
-            settings |= {"bits": int(found[1]), "low_bits": int(found[2])}
-        elif found := re.fullmatch(r"(\d+) bit", addition):
-            settings["bits"] = int(found[1])
-        else:
-            raise ValueError(
-                f"unknown addition {addition!r} in {text!r}; "
-                "write 'look-ahead', 'look-ahead 2', 'mixed 16/4' or '4 bit'"
-            )
-    return settings
+    plain = {"bits": max(lab.info()["tiers"]), "budget": "100%", "device": "disk"}
+    try:
+        lab.update(strategy=moelab.strategies.lru(), **plain)
+        return lab.update(**case.changes)
+    except ValueError as error:
+        raise ValueError(f"{case}: {error}") from error
 
 
 def bench(
@@ -171,9 +147,9 @@ def bench(
     runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
     scores: dict[tuple[str, str], dict[str, float]] = {}
     with tqdm(total=len(cases) * repeats + len(scored), disable=not progress, desc="bench") as bar:
-        for case in _rotated(cases, repeats):
+        for case in rotated(cases, repeats):
             bar.set_postfix_str(str(case))
-            with moelab.open(model, seed=seed, progress=False, **_opened(case)) as lab:
+            with opened(model, case, seed=seed) as lab:
                 run = lab.generate(
                     prompt, max_new_tokens=tokens, temperature=0, ignore_eos=True, measure_kl=False
                 )
@@ -182,7 +158,7 @@ def bench(
         for strategy, budget in sorted(scored):
             bar.set_postfix_str(f"quality of {strategy}, {budget}")
             case = Case(strategy, budget, "disk")
-            with moelab.open(model, seed=seed, progress=False, **_opened(case)) as lab:
+            with opened(model, case, seed=seed) as lab:
                 score = lab.score(None if lab.probes() else prompt, progress=False)
             scores[strategy, budget] = {"kl_mean": score.kl_mean, "same_top1": score.same_top1}
             bar.update()
@@ -208,61 +184,25 @@ def report(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(words)
 
 
-def as_markdown(frame: pd.DataFrame) -> str:
-    """A table in Markdown, padded so that it also reads as plain text."""
-    rows = [list(frame.columns), *(list(map(str, row)) for row in frame.itertuples(index=False))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(frame.columns))]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
-
-
-def as_record(frame: pd.DataFrame) -> dict[str, Any]:
-    """Everything as plain values for JSON: model, prompt, versions, machine, and the rows."""
-    rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
-    return {
-        **{str(key): value for key, value in frame.attrs.items()},
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"moelab": moelab.__version__}
-        | {name: metadata.version(name) for name in ("torch", "transformers", "numba", "numpy")},
-        "machine": {
-            "system": platform.platform(),
-            "processor": _processor(),
-            "cores": psutil.cpu_count(logical=True),
-            "memory_bytes": psutil.virtual_memory().total,
-            "python": platform.python_version(),
-        },
-        "rows": rows,
-    }
-
-
 def _check(
     model: str | Path, cases: Sequence[Case], prompt: str | None
 ) -> tuple[str, dict[Case, dict[str, Any]]]:
     """Refuse what would fail later; return the prompt and each case's settings in full."""
     fixed = {}
+    names = ("budget_bytes", "bits", "low_bits", "prefetch")
     with moelab.open(model, budget="100%", measure_kl=False) as lab:
-        top = max(lab.info()["tiers"])
         for case in cases:
-            try:
-                now = lab.update(**{"bits": top, "low_bits": None} | case.changes)
-            except ValueError as error:
-                raise ValueError(f"{case}: {error}") from error
-            names = ("budget_bytes", "bits", "low_bits", "prefetch")
+            now = settle(lab, case)
             fixed[case] = {name: getattr(now, name) for name in names}
         own = [text for texts in lab.prompts().values() for text in texts]
     return prompt if prompt is not None else next(iter(own), PROMPT), fixed
 
 
-def _opened(case: Case) -> dict[str, Any]:
-    """Arguments of `moelab.open`."""
-    return case.changes | {"measure_kl": False}
-
-
-def _rotated(cases: list[Case], repeats: int) -> Iterator[Case]:
+def rotated(cases: Sequence[Case], repeats: int) -> Iterator[Case]:
     """All cases ``repeats`` times, each time beginning elsewhere."""
     for repeat in range(repeats):
         start = repeat * len(cases) // repeats
-        yield from cases[start:] + cases[:start]
+        yield from (*cases[start:], *cases[:start])
 
 
 def _row(
@@ -285,13 +225,3 @@ def _row(
         "tokens_per_s_max": max(speeds),
         **scores.get((case.strategy, case.budget), {}),
     }
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.machine()
