@@ -10,7 +10,9 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
+from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -20,6 +22,7 @@ from moelab.calibration.profile import Profile, Strategies
 from moelab.engine.engine import Engine
 from moelab.engine.generation import Sampling
 from moelab.engine.routed import shape_of
+from moelab.facts import facts
 from moelab.models import (
     compute_dtype,
     load_tokenizer,
@@ -27,13 +30,15 @@ from moelab.models import (
 )
 from moelab.quality import Score
 from moelab.run import Run
-from moelab.scheduling.budget import minimum_budget
 from moelab.scoring import score_ids
 from moelab.settings import Settings
 from moelab.store.store import Store
 
 if TYPE_CHECKING:
     from moelab.widgets.dashboard import Dashboard
+
+
+WHY_PATIENCE_S = 10.0
 
 
 class Lab:
@@ -212,7 +217,8 @@ class Lab:
         """Measure of this model what a strategy needs to know; saved beside the store.
 
         An interrupted calibration goes on where it stopped. What was saved is used as long as it
-        was made from the same store, texts and options.
+        was made from the same store, texts and options. What this returns is what the strategy is
+        made with when it is next chosen by name.
 
         Parameters
         ----------
@@ -234,37 +240,21 @@ class Lab:
 
         self._claim()
         try:
-            return calibration.calibrate(self, strategy, again=again, progress=progress, **options)
+            made = calibration.calibrate(self, strategy, again=again, progress=progress, **options)
+            self._strategies.renew(strategy)
+        except BaseException:
+            self._engine.recover()
+            raise
         finally:
             self._engine.loader.use(self._settings.device)
             self._release()
+        return made
 
     # -- looking ----------------------------------------------------------------------------
 
     def info(self) -> dict[str, Any]:
         """The model and what fits: sizes in bytes, counts of experts."""
-        s, shape = self._settings, self._shape
-        return {
-            "name": self.name,
-            "architecture": self._store.manifest.architecture,
-            "layers": shape.layers,
-            "experts_per_layer": max(shape.experts),
-            "top_k": shape.top_k,
-            "tiers": tuple(sorted(shape.nbytes, reverse=True)),
-            "expert_bytes": dict(shape.nbytes),
-            "all_experts_bytes": shape.all_bytes(max(shape.nbytes)),
-            "token_cycle_bytes": shape.token_cycle_bytes(s.bits),
-            "minimum_budget_bytes": minimum_budget(shape, s.strategy, s.knobs()),
-            "budget_bytes": s.budget_bytes,
-            "budget_experts": s.budget_bytes // shape.nbytes[s.bits],
-            "resident_bytes": self._engine.arena.held_bytes,
-            "reference_bits": max(shape.nbytes),
-            "direct_io": self._engine.loader.direct,
-            "non_expert_parameters": sum(
-                p.numel() for p in self._engine.model.parameters() if p.device.type != "meta"
-            ),
-            "store": str(self._store.path),
-        }
+        return facts(self.name, self._store, self._settings, self._engine)
 
     def cache_map(self) -> dict[str, np.ndarray]:
         """What is resident now, arrays ``[L, E]``.
@@ -298,14 +288,23 @@ class Lab:
         ------
         ValueError
             The expert is not resident.
+        RuntimeError
+            The lab is closed, or busy with a calibration.
         """
         answer = self._engine.questions.why(layer)
+        give_up = time.monotonic() + WHY_PATIENCE_S
         while not answer.done():
-            if self._busy.acquire(timeout=0.02):  # nothing runs: it is answered here
-                try:
-                    self._engine.questions.answer(self._engine.scheduler)
-                finally:
-                    self._busy.release()
+            with self._lock:  # a run that starts now waits for us, a change too
+                if self._closed:
+                    raise RuntimeError("this lab is closed; open it again")
+                if self._busy.acquire(blocking=False):  # nothing runs: it is answered here
+                    try:
+                        self._engine.questions.answer(self._engine.scheduler)
+                    finally:
+                        self._busy.release()
+            if not answer.done() and time.monotonic() > give_up:
+                raise RuntimeError("the lab is busy and did not answer; ask again later")
+            wait([answer], timeout=0.02)
         terms = answer.result()
         if expert is None:
             return terms

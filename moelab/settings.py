@@ -15,7 +15,7 @@ from typing import Any
 
 from moelab.engine.devices import device as find_device
 from moelab.scheduling.budget import check_budget
-from moelab.scheduling.strategy import ROLES, Strategy
+from moelab.scheduling.strategy import ROLES, Strategy, begun_anew
 from moelab.scheduling.stream import Knobs, Shape
 from moelab.strategies import make as make_strategy
 
@@ -101,7 +101,7 @@ class Settings:
         """
         if "budget" in changes:
             changes["budget_bytes"] = parse_budget(changes.pop("budget"), shape)
-        changes = self._compose(changes, make or (lambda name, *_: make_strategy(name)))
+        changes = self._compose(changes, shape, make or _by_name)
         known = {f.name for f in dataclasses.fields(self)}
         tuned = {k: changes.pop(k) for k in changes.keys() - known}
         strategy = changes.get("strategy", self.strategy)
@@ -120,30 +120,34 @@ class Settings:
         new._check(shape)
         return new
 
-    def _compose(self, changes: dict[str, Any], make: MakeStrategy) -> dict[str, Any]:
+    def _compose(self, changes: dict[str, Any], shape: Shape, make: MakeStrategy) -> dict[str, Any]:
         """Strategy and decisions by name become one strategy and the settings it brings."""
-        changes = dict(changes)
-        strategy = changes.pop("strategy", self.strategy.name)
+        changes, now = dict(changes), self.strategy
+        strategy = changes.pop("strategy", now)
+        if isinstance(strategy, str):
+            strategy = make(strategy, now, "")
+        strategy = make_strategy(strategy)
         brought: dict[str, Any] = {}
-        if strategy == self.strategy.name:
-            strategy = self.strategy  # it goes on with what it has learnt
-        else:
-            named = isinstance(strategy, str)
-            strategy = make(strategy, None, "") if named else make_strategy(strategy)
+        if strategy is not now:
             brought = PLAIN | dict(strategy.preset)
-        parts = {}
+            if "bits" in now.preset:  # what the old one brought goes with it
+                brought.setdefault("bits", max(shape.nbytes))
+        parts, own = {}, {}
         for role in ROLES:
             if role not in changes or (role == "prefetch" and isinstance(changes[role], int)):
                 continue
-            parts[role] = part = changes.pop(role)
+            part = changes.pop(role)
             if isinstance(part, str):
                 source = make(part, strategy, role)
                 parts[role] = source.parts[role]
                 whole = PLAIN | dict(source.preset)
                 brought |= {k: whole[k] for k in _OF_ROLE.get(role, ()) if k in whole}
+            else:  # one object may be given for several decisions, or again after a change
+                known = any(part is old for old in now.objects)
+                parts[role] = own.setdefault(id(part), begun_anew(part) if known else part)
         if parts:
             strategy = strategy.replace(**parts)
-        if strategy is not self.strategy:
+        if strategy is not now:
             changes["strategy"] = strategy
         return brought | changes
 
@@ -181,6 +185,12 @@ class Settings:
         parts = {role: part_title(part) for role, part in self.strategy.parts.items()}
         own = {name: _word(value) for name, (_, _, value) in self.strategy.parameters.items()}
         return parts | own
+
+
+def _by_name(name: str, using: Strategy | None, role: str) -> Strategy:
+    """A strategy without calibration; the one in force goes on with what it has learnt."""
+    same = using is not None and using.name == name and not role
+    return using if same else make_strategy(name)  # pyright: ignore[reportReturnType]
 
 
 def part_title(part: Any) -> str:

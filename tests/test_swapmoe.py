@@ -377,7 +377,7 @@ def test_a_run_replayed_swaps_the_same_experts_at_the_same_time(demo_lab):
     again = [(d.kind, d.layer, d.expert) for d in replay(run.trace).decisions]
     events = run.events[run.events.kind != "stall"]
     assert again == list(zip(events.kind, events.layer, events.expert, strict=True))
-    assert (events.cause.str.startswith("look-ahead")).any()
+    assert (events.cause.str.startswith("ahead")).any()
 
 
 @pytest.mark.slow

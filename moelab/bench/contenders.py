@@ -7,7 +7,7 @@ from typing import Any
 
 import moelab
 
-ROLES = ("allocate", "route", "precision", "evict", "prefetch")
+ROLES = tuple(moelab.strategies.lru().parts)
 """The five decisions; each may be taken from another strategy."""
 
 

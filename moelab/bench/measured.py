@@ -1,8 +1,8 @@
 """What a suite measured: runs of cases, quality of contenders, and the questions put to them.
 
-The n-th run of every case is given the same n-th prompt, each of another domain, and samples as the
-model's own settings say under one seed; so runs are compared in pairs, and contenders that compute
-the same write the same text. (Greedy text of a small model falls into loops, which flatter every
+The n-th run of every case is given the same prompt, each of another domain (a case that is run more
+often gets the same prompts again), and samples as the model's own settings say under one seed; so
+runs are compared in pairs, and contenders that compute the same write the same text. (Greedy text of a small model falls into loops, which flatter every
 cache.)
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -34,6 +34,11 @@ class Extent:
     texts: int
     scored: int
     quick: bool = False
+
+    @property
+    def compared(self) -> int:
+        """Repeats of the cases that a section compares closely: each prompt twice."""
+        return 2 * self.repeats
 
 
 FULL = Extent(tokens=32, repeats=3, texts=100, scored=40)
@@ -77,6 +82,23 @@ def look(lab: moelab.Lab, extent: Extent) -> Facts:
     return Facts(lab.info(), least, extent)
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """Median of the ratios of paired runs, with the lowest and the highest."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether all pairs lie on one side of 1."""
+        return self.low > 1 or self.high < 1
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
+
+
 @dataclass
 class Measured:
     """Everything measured so far; a case that was not is None, so that half a suite still reports.
@@ -84,7 +106,7 @@ class Measured:
     Attributes
     ----------
     runs
-        Figures of each run of a case, the n-th on the n-th prompt.
+        Figures of each run of a case, in the order of `prompt_of`.
     scores
         Case -> quality; most strategies decide alike on every device, and are scored on the disk.
     timed
@@ -105,12 +127,16 @@ class Measured:
     def run(self, case: Case) -> None:
         """Measure a case once more."""
         runs = self.runs.setdefault(case, [])
-        prompt = self.prompts[len(runs) % len(self.prompts)]
+        prompt = self.prompt_of(len(runs))
         with opened(self.model, case, seed=self.seed) as lab:
             run = lab.generate(
                 prompt, max_new_tokens=self.extent.tokens, ignore_eos=True, measure_kl=False
             )
             runs.append(figures(run))
+
+    def prompt_of(self, run: int) -> str:
+        """The prompt of the n-th run of any case."""
+        return self.prompts[run % min(self.extent.repeats, len(self.prompts))]
 
     def scored_as(self, case: Case) -> Case:
         """The case whose quality is this one's."""
@@ -144,11 +170,11 @@ class Measured:
             if (row := self.row(case)) is not None:
                 yield case, row
 
-    def times_as_fast(self, case: Case, other: Case) -> float:
-        """Median of the ratios of tokens per second, prompt by prompt; NaN where one is missing."""
+    def times_as_fast(self, case: Case, other: Case) -> Ratio | None:
+        """Tokens per second over the other's, run by run; None where one is missing."""
         pairs = zip(self.runs.get(case, ()), self.runs.get(other, ()), strict=False)
         ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs]
-        return float(np.median(ratios)) if ratios else float("nan")
+        return Ratio(float(np.median(ratios)), min(ratios), max(ratios)) if ratios else None
 
     def same_text(self, case: Case, other: Case) -> bool | None:
         """Whether both wrote the same tokens on every prompt; None where one is missing."""
@@ -159,7 +185,7 @@ class Measured:
 
 _SUMMED = (
     *("stalls", "stalls_in_prompt", "high", "low", "skipped", "prefetches", "prefetches_used"),
-    *("downgrades", "skips", "substitutes"),
+    *("downgrades", "skips", "substitutes", "tokens_above_budget"),
 )
 _LARGEST = ("peak_resident_bytes",)
 
@@ -168,7 +194,7 @@ def figures(run: moelab.Run) -> dict[str, Any]:
     """A run's summary, and what its events say of the decoded tokens: stalls, misses, prefetches.
 
     A miss came ``high`` (at the bits asked for), ``low``, or was ``skipped``. ``stalls_in_prompt``
-    are those before the first decoded token.
+    are those before the first decoded token; ``tokens_above_budget`` see `above_budget`.
     """
     events, tokens = run.events, run.per_token.iloc[1:]
     decoded = events[events["token"] > 0]
@@ -179,6 +205,12 @@ def figures(run: moelab.Run) -> dict[str, Any]:
         "generated": list(run.tokens),
         "compute_ms": float(tokens["compute_ms"].median()),
         "stall_ms": float(tokens["stall_ms"].mean()),
+        "tokens_above_budget": above_budget(
+            events,
+            sum(run.trace.shape.nbytes[bits] for _, bits in run.trace.resident),
+            run.trace.shape.nbytes,
+            [token.budget_bytes for token in run.token_reports],
+        ),
         "stalls": int((stalled & (events["token"] > 0)).sum()),
         "stalls_in_prompt": int((stalled & (events["token"] == 0)).sum()),
         "high": int(high.sum()),
@@ -187,6 +219,30 @@ def figures(run: moelab.Run) -> dict[str, Any]:
         "prefetches": int((kinds == "prefetch").sum()),
         "prefetches_used": int(((kinds == "hit") & (decoded["cause"] == "prefetched")).sum()),
     }
+
+
+def above_budget(
+    events: pd.DataFrame, resident: int, nbytes: Mapping[int, int], budgets: Sequence[int]
+) -> int:
+    """Tokens in which the experts took more than the budget, counted from the log alone.
+
+    Parameters
+    ----------
+    events
+        Of a run, in order.
+    resident
+        Bytes of the experts in memory when the run began.
+    nbytes
+        Of an expert by its bits.
+    budgets
+        Of each token.
+    """
+    size = events["bits"].map(nbytes).fillna(0)
+    came, went = events["kind"].isin(["load", "prefetch"]), events["kind"] == "evict"
+    there = resident + (size * came - size * went).cumsum()
+    most = there.groupby(events["token"]).max()
+    first = int(resident > budgets[0] and not most.get(0, 0) > budgets[0])
+    return first + sum(int(most[token] > budgets[token]) for token in most.index)
 
 
 def unseen(lab: moelab.Lab) -> list[str]:
@@ -231,12 +287,16 @@ def _together(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a section; ``formats`` for people by column, ``hidden`` ones are in JSON only."""
+    """A table of a section, and a note to be read under it.
+
+    ``formats`` are for people, by column; ``hidden`` columns are in JSON only.
+    """
 
     caption: str
     frame: pd.DataFrame
     formats: dict[str, str] = field(default_factory=dict)
     hidden: tuple[str, ...] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The suite ``papers``: EdgeMoE, HOBBIT, SwapMoE and everyone together, on the bundled model.
 
 Each section says which cases it needs; a case that several need is measured once. Runs go round all
-cases in rotated order, then quality is scored, then the sections' own questions are answered. What
+cases in rotated order, once more round those of HOBBIT's speeds, then quality is scored, then the sections' own questions are answered. What
 was measured when Ctrl-C came is reported as far as it goes.
 """
 
@@ -131,7 +131,12 @@ def _all_cases(facts: Facts) -> list[Case]:
 
 
 def _work(facts: Facts, measured: Measured, cases: Sequence[Case]) -> Iterator[Task]:
-    for case in rotated(cases, measured.extent.repeats):
+    extent = measured.extent
+    again = list(dict.fromkeys(hobbit.cases(facts)))
+    for case in (
+        *rotated(cases, extent.repeats),
+        *rotated(again, extent.compared - extent.repeats),
+    ):
         yield str(case), lambda case=case: measured.run(case)
     for case in dict.fromkeys(map(measured.scored_as, cases)):
         yield f"quality of {case}", lambda case=case: measured.score(case)
@@ -147,7 +152,8 @@ def _markdown(suite: Suite, picture: str | None) -> Iterator[str]:
     yield (
         f"Measured {suite.circumstances['made'][:10]} on {machine['cores']} cores of "
         f"{machine['processor']} by `moelab bench --suite papers`: the bundled model, "
-        f"{extent.tokens} tokens a run, medians of {extent.repeats} runs on "
+        f"{extent.tokens} tokens a run, medians of {extent.repeats} runs "
+        f"({extent.compared} of what HOBBIT is compared with) on "
         f"{min(extent.repeats, len(suite.measured.prompts))} prompts in rotated order; named "
         "devices are emulated over real loads. Quality is scored apart, on text that neither "
         "training nor calibration saw."
@@ -166,6 +172,8 @@ def _markdown(suite: Suite, picture: str | None) -> Iterator[str]:
                 yield f"**{table.caption}**"
                 shown = table.frame.drop(columns=list(table.hidden))
                 yield as_markdown(worded(shown, table.formats))
+                if table.note:
+                    yield table.note
         if report.versus:
             yield "**Theirs and ours**"
             yield as_markdown(pd.DataFrame([_beside(row) for row in report.versus]))

@@ -34,6 +34,8 @@ def calibrate(
     made_from = json.loads(json.dumps(maker.made_from(lab, **options)))
     found = None if again else find_profile(lab._store, name, made_from)
     if found is not None:
+        if find_profile(lab._store, name) != found:  # another one was current
+            found.save(lab._store)
         return found
     partial = Partial(lab._store, name, made_from)
     try:

@@ -18,7 +18,7 @@ from moelab.calibration.profile import FORMAT, SHIPPED
 def main() -> None:
     """Calibrate the demo for every strategy."""
     SHIPPED.mkdir(exist_ok=True)
-    with moelab.open("demo", budget="25%", measure_kl=False) as lab:
+    with moelab.open("demo", budget="50%", measure_kl=False) as lab:
         for name in sys.argv[1:] or calibration.NAMES:
             made = asdict(lab.calibrate(name, again=True))
             text = json.dumps({"format": FORMAT} | made, separators=(",", ":"))

@@ -129,6 +129,7 @@ class Strategies:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._made: dict[str, Strategy] = {}
+        self._outdated: set[str] = set()
 
     def __call__(self, name: str, using: Strategy | None = None, role: str = "") -> Strategy:
         """A strategy of that name.
@@ -137,7 +138,8 @@ class Strategies:
         ----------
         using
             A strategy in force: where it has parts of an earlier strategy of that name, that one
-            is given again, so that parts which belong together stay together.
+            is given again, so that parts which belong together stay together; and it itself where
+            it is what was asked for, so that it goes on with what it has learnt.
         role
             The only decision that is wanted of it; ``""`` for all.
 
@@ -146,6 +148,8 @@ class Strategies:
         ValueError
             The name is not known, or the strategy cannot be used before a calibration.
         """
+        if using is not None and using.name == name and not role and name not in self._outdated:
+            return using
         made = self._made.get(name)
         if made is not None and using is not None and made.shares(using):
             return made
@@ -157,7 +161,15 @@ class Strategies:
                 f"lab.calibrate({name!r}) once"
             )
         self._made[name] = made = make(name, profile and profile.data)
+        self._outdated.discard(name)
         return made
+
+    def renew(self, calibration: str) -> None:
+        """A calibration was made: strategies that use it are made anew when next asked for."""
+        for name, used in CALIBRATED.items():
+            if used == calibration:
+                self._made.pop(name, None)
+                self._outdated.add(name)
 
 
 def _folders(store: Store) -> Iterator[Path]:

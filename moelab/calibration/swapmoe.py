@@ -140,14 +140,39 @@ def numbers_kept(top_k: int, experts: int) -> tuple[int, ...]:
 # -- 3: latency -------------------------------------------------------------------------------
 
 
+def room_to_swap(lab: Lab) -> int:
+    """Bytes in which swaps can be timed: one expert above top-k in each layer, at the best tier.
+
+    Raises
+    ------
+    ValueError
+        The lab's budget is smaller: it is kept here, too.
+    """
+    shape = lab._shape
+    least = (shape.top_k + 1) * shape.layers * shape.nbytes[max(shape.nbytes)]
+    if lab._settings.budget_bytes < least:
+        raise ValueError(
+            f"budget {lab._settings.budget_bytes} bytes leaves no room to swap at "
+            f"{max(shape.nbytes)} bit, so that its time could be measured; raise it to {least} "
+            "bytes for this calibration"
+        )
+    return least
+
+
 def latency(lab: Lab, data: dict[str, Any], ids: Sequence[int], device: str) -> tuple[float, float]:
     """(ms of a token without swaps, ms that each swap adds), medians over decoded tokens.
 
     Half of the experts are resident; every other token's virtual experts are renewed at once.
     """
     engine, shape = lab._engine, lab._shape
+    best, least = max(shape.nbytes), room_to_swap(lab)
     many = lab._settings.change(
-        shape, strategy=swapmoe(data, f=1, swaps=2), device=device, budget="50%", measure_kl=False
+        shape,
+        strategy=swapmoe(data, f=1, swaps=2),
+        device=device,
+        bits=best,
+        budget=min(lab._settings.budget_bytes, max(least, shape.all_bytes(best) // 2)),
+        measure_kl=False,
     )
     none = many.change(shape, f=256)
     seconds: dict[int, list[float]] = {}
@@ -258,8 +283,11 @@ def make(
     asked, shape = made_from(lab, texts=texts, **options), lab._shape
     given = texts_of(lab, texts)
     norms = expert_norms(lab)
-    scores = [importances(lab, text, asked["max_tokens"], norms) for text in given]
+    room_to_swap(lab)
     ids = [lab._encode(text)[: asked["max_tokens"]] for text in given]
+    if max(map(len, ids)) < 3:
+        raise ValueError("nothing to time: at least one text needs 3 tokens or more")
+    scores = [importances(lab, text, asked["max_tokens"], norms) for text in given]
     data = {
         "norms": _short(norms),
         "counts": [

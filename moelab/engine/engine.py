@@ -111,24 +111,30 @@ class Engine:
         ------
         BudgetError
             The budget is below one token's need; nothing changes.
+        Exception
+            Whatever a part of the strategy raised; `recover` then goes back to the old settings.
         """
         old = self.settings
         new_strategy = settings.strategy if settings.strategy is not old.strategy else None
         drops = self.scheduler.change(settings.knobs(), new_strategy)
         self.settings = settings
-        for drop in drops:
-            self._evict(drop)
-        self.arena.set_limit(settings.budget_bytes)
+        try:
+            for drop in drops:
+                self._evict(drop)
+            self.arena.set_limit(settings.budget_bytes)
+            fresh = not settings.strategy.shares(old.strategy)
+            self._record_settings(settings.strategy, fresh=fresh)
+            self._set_up()
+            withdrawn = self.withdrawn
+            self._begin_token()  # evictions between tokens are nobody's stall
+            self.withdrawn = withdrawn
+        except BaseException:  # a policy of somebody's own: what was in force is what recovers
+            self.settings = old
+            raise
         if settings.device != old.device:
             self.loader.use(settings.device)
         if not settings.measure_kl:
             self.compute.release()
-        fresh = not settings.strategy.shares(old.strategy)
-        self._record_settings(settings.strategy, fresh=fresh)
-        self._set_up()
-        withdrawn = self.withdrawn
-        self._begin_token()  # evictions between tokens are nobody's stall
-        self.withdrawn = withdrawn
 
     @contextlib.contextmanager
     def full_precision(self, bits: Callable[[Key], int] | None = None) -> Iterator[None]:
@@ -170,6 +176,7 @@ class Engine:
             self.arena.give(here.slot)
         self.resident.clear()
         self._ahead.clear()
+        self.steering.release()
         settings = self.settings
         self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
         self.arena.set_limit(settings.budget_bytes)

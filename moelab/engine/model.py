@@ -112,12 +112,17 @@ class Adapter:
         Raises
         ------
         ValueError
-            A layer without a router.
+            A wrong length, or a layer without a router.
         """
         tap = self._taps.get(layer)
         if tap is None:
             facts = self.layers[layer]
             raise ValueError(f"layer {layer} ({facts.name}) has no router module to bias")
+        if bias is not None and bias.shape != (self.layers[layer].num_experts,):
+            raise ValueError(
+                f"bias of layer {layer} has shape {tuple(bias.shape)}; it needs one number for "
+                f"each of {self.layers[layer].num_experts} experts"
+            )
         tap.bias = bias
 
     def look_ahead(

@@ -34,15 +34,17 @@ class Steering:
             None if allowed is None else tuple(allowed),
             None if bias is None else tuple(bias),
         )
-        before = self._told.pop(layer, (None, None))
-        if now[0] != before[0]:
-            mask = None if now[0] is None else torch.tensor(now[0], dtype=torch.bool)
-            self._adapter.set_mask(layer, mask)
-        if now[1] != before[1]:
-            wish = None if now[1] is None else torch.tensor(now[1], dtype=torch.float32)
-            self._adapter.set_bias(layer, wish)
-        if now != (None, None):
+        mask, wish = self._told.get(layer, (None, None))
+        if now[0] != mask:
+            allow = None if now[0] is None else torch.tensor(now[0], dtype=torch.bool)
+            self._adapter.set_mask(layer, allow)
+            self._told[layer] = (now[0], wish)
+        if now[1] != wish:
+            prefer = None if now[1] is None else torch.tensor(now[1], dtype=torch.float32)
+            self._adapter.set_bias(layer, prefer)
             self._told[layer] = now
+        if now == (None, None):
+            self._told.pop(layer, None)
 
     def release(self) -> None:
         """Every router as it is."""

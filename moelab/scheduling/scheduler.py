@@ -170,7 +170,7 @@ class Scheduler:
 
     def _take(self, strategy: Strategy) -> None:
         self.strategy = strategy
-        self.view.allocate = strategy.allocate
+        self.view.allocate, self.view.precision = strategy.allocate, strategy.precision
         self._observes = strategy.observes
         self.view.in_flight.clear()
 
@@ -249,7 +249,7 @@ class Scheduler:
             request = Request(expert, p.weight, p.rank, p.score, layer=layer)
             want = self.strategy.precision.tier(request, asked, view)
             shelter = self._shelter()
-            cause = f"look-ahead +{(layer - given.layer) % self.shape.layers}"
+            cause = f"ahead +{(layer - given.layer) % self.shape.layers}"
             if self._fetch(
                 p.key, want, asked, cause, plan, lambda k, s=shelter: k not in needed and k not in s
             ):

@@ -88,6 +88,8 @@ class Strategy:
                     f"{role}={have!r} is not usable as {role}: it must be an object with "
                     f"{', '.join(want)}; subclass moelab.strategies.{role.capitalize()}"
                 )
+            if not hasattr(have, "__dict__"):
+                raise TypeError(f"{role}={have!r} is not usable as {role}: it has __slots__")
             vars(have).setdefault("_lineage", next(_lineages))
 
     @property
@@ -169,3 +171,10 @@ class Strategy:
             for p in getattr(part, "parameters", ()) if old is not part else ():
                 setattr(old, p.name, getattr(part, p.name))
         return dataclasses.replace(mine, **parts)
+
+
+def begun_anew(part: Any) -> Any:
+    """A copy of a part that goes on with nothing of what its original has learnt in a run."""
+    new = copy.copy(part)
+    vars(new)["_lineage"] = next(_lineages)
+    return new

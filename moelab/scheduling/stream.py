@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from moelab.scheduling.cache import Cache
-    from moelab.scheduling.parts import Allocates
+    from moelab.scheduling.parts import Allocates, SetsPrecision
 
 Key = tuple[int, int]
 """(layer, expert), both counted from 0 over the MoE layers."""
@@ -112,7 +112,13 @@ class View:
     prefill: bool = False
     in_flight: set[Key] = field(default_factory=set)
     allocate: Allocates | None = None
+    precision: SetsPrecision | None = None
 
     def asked_bits(self, key: Key) -> int:
         """Bits at which ``key`` is asked for."""
         return self.knobs.bits if self.allocate is None else self.allocate.bits(key, self)
+
+    def wanted_bits(self, request: Request) -> int:
+        """Bits at which a missing expert would be loaded for this request, 0: skipped."""
+        asked = self.asked_bits((request.layer, request.expert))
+        return asked if self.precision is None else self.precision.tier(request, asked, self)

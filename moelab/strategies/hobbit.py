@@ -35,7 +35,6 @@ from moelab.scheduling.strategy import (
 )
 from moelab.strategies.basics import TierPair
 
-WEIGHTS = ("w_lru", "w_lfu", "w_lhu", "w_fld")
 EQUAL = (0.25, 0.25, 0.25, 0.25)
 
 
@@ -98,9 +97,6 @@ class StackedGates(Prefetch):
 
     title = "stacked gates, adaptive depth (HOBBIT)"
 
-    def __init__(self) -> None:
-        self._precision = TierPair()
-
     def depth(self, view: View) -> int:
         return view.knobs.prefetch
 
@@ -118,8 +114,7 @@ class StackedGates(Prefetch):
                 return
 
     def _missing(self, guess: Request, view: View) -> bool:
-        key = guess.layer, guess.expert
-        return view.cache.bits(key) < self._precision.tier(guess, view.asked_bits(key), view)
+        return view.cache.bits((guess.layer, guess.expert)) < view.wanted_bits(guess)
 
 
 # -- sequence level: who leaves ------------------------------------------------------------------

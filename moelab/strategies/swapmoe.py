@@ -193,7 +193,8 @@ class VirtualExperts(FixedExperts):
 
     def why(self, key: Key, view: View) -> dict[str, float]:
         layer, expert = key
-        since = {"importance since the update": self._scores(layer, view)[expert]}
+        scores = self._importance.get(layer)  # not begun by asking
+        since = {"importance since the update": scores[expert] if scores else 0.0}
         return since | super().why(key, view)
 
 

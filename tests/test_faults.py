@@ -1,0 +1,185 @@
+"""What a user may rely on when a part of their own fails, and when others ask meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+import moelab
+from moelab.strategies import Evict, Precision, Prefetch, Route, lru
+
+PROMPT = "Elizabeth was not at all surprised to hear that"
+
+
+@pytest.fixture
+def lab(demo_store):
+    with moelab.open("demo", budget="40%", measure_kl=False, progress=False) as lab:
+        yield lab
+
+
+def text(lab, **options):
+    return lab.generate(PROMPT, max_new_tokens=8, temperature=0, ignore_eos=True, **options).tokens
+
+
+class Narrow(Route):
+    def mask(self, layer, view):
+        return [e == 0 for e in range(view.shape.experts[layer])]
+
+
+class Short(Route):
+    def bias(self, layer, view):
+        return [1.0]
+
+
+class BadBegin(Prefetch):
+    def begin(self, view):
+        raise ZeroDivisionError("bad begin")
+
+
+class BadObserve(Evict):
+    def observe(self, given, view):
+        raise ZeroDivisionError("bad observe")
+
+    def priority(self, key, view):
+        return 0.0
+
+
+class BadPredict(Prefetch):
+    def predict(self, layer, look_ahead, view):
+        raise ZeroDivisionError("bad predict")
+
+
+class BadTier(Precision):
+    def tier(self, request, asked, view):
+        raise ZeroDivisionError("bad tier")
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"route": Narrow()}, ValueError),
+        ({"route": Short()}, ValueError),
+        ({"prefetch": BadBegin()}, ZeroDivisionError),
+        ({"evict": BadObserve()}, ZeroDivisionError),
+        ({"prefetch": BadPredict()}, ZeroDivisionError),
+        ({"precision": BadTier()}, ZeroDivisionError),
+    ],
+    ids=lambda x: str(x)[:20] if isinstance(x, dict) else "",
+)
+@pytest.mark.parametrize("before", ["lru", "swapmoe", "cache_prior"])
+def test_a_part_that_fails_leaves_nothing_behind(lab, change, error, before):
+    """Refused at once or ending the run: afterwards the lab is as if it had never been."""
+    want = text(lab)
+    lab.update(strategy=before)
+    with pytest.raises(error):  # noqa: PT012, at once where it is asked at once
+        lab.update(**change)
+        text(lab)
+    lab.update(strategy="lru")
+    assert text(lab) == want
+    assert lab.score(max_tokens=8, progress=False).kl_mean < 1e-6
+    assert lab.info()["resident_bytes"] <= lab.settings.budget_bytes
+
+
+def test_a_change_refused_in_the_middle_of_a_run_ends_the_run_not_the_lab(lab):
+    want = text(lab)
+    run = lab.start(PROMPT, max_new_tokens=400, ignore_eos=True)
+    lab.update(prefetch=BadBegin())
+    with pytest.raises(ZeroDivisionError, match="bad begin"):
+        run.join()
+    assert type(lab.settings.strategy.prefetch) is not BadBegin
+    assert text(lab) == want
+
+
+def test_a_change_while_somebody_asks_why_is_obeyed_at_once(lab):
+    class Slow(Evict):
+        def priority(self, key, view):
+            return 0.0
+
+        def why(self, key, view):
+            time.sleep(0.02)
+            return {"slow": 1.0}
+
+    lab.update(strategy=lru().replace(evict=Slow(), name="slow"))
+    text(lab)
+    asker = threading.Thread(target=lambda: [lab.why(layer) for layer in range(6)])
+    asker.start()
+    time.sleep(0.05)
+    lab.update(budget="10%")
+    assert lab.info()["resident_bytes"] <= lab.settings.budget_bytes
+    text(lab)  # and a run can begin
+    asker.join()
+
+
+def test_nobody_waits_for_an_answer_of_a_closed_or_a_busy_lab(lab, monkeypatch):
+    monkeypatch.setattr("moelab.lab.WHY_PATIENCE_S", 0.1)
+    text(lab)
+    lab._claim()  # as a calibration does
+    with pytest.raises(RuntimeError, match="busy"):
+        lab.why(0)
+    lab._release()
+    lab.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        lab.why(0)
+
+
+def test_asking_why_changes_nothing(lab):
+    lab.update(strategy="swapmoe", unit="sequences", budget="35%")
+    text(lab)
+    want = text(lab)
+    lab._engine.recover()
+    lab.update(strategy="lru")
+    lab.update(strategy="swapmoe", unit="sequences")
+    for layer in range(6):
+        lab.why(layer)
+    text(lab)
+    assert text(lab) == want
+
+
+def test_an_expert_that_is_not_there_has_no_reasons(lab):
+    lab.update(strategy="on_demand")
+    with pytest.raises(ValueError, match="expert 3 of layer 2 is not resident"):
+        lab.why(2, 3)
+
+
+def test_an_object_given_again_after_a_change_begins_anew(lab):
+    class Mine(Evict):
+        k = 1
+
+        def priority(self, key, view):
+            return self.k * key[1]
+
+    mine = Mine()
+    lab.update(evict=mine)
+    mine.k = -1
+    lab.update(evict=mine)
+    assert lab._engine.scheduler.strategy.evict.k == -1
+
+
+def test_what_a_strategy_brought_goes_with_it(lab):
+    lab.update(strategy=moelab.strategies.hobbit(high=8, low=2))
+    assert (lab.settings.bits, lab.settings.low_bits) == (8, 2)
+    lab.update(strategy="lru")
+    assert (lab.settings.bits, lab.settings.low_bits) == (16, None)
+    lab.update(bits=4)
+    lab.update(strategy="lfu")
+    assert lab.settings.bits == 4  # what a person set stays
+
+
+def test_a_part_without_attributes_of_its_own_is_refused():
+    class Slotted:
+        __slots__ = ()
+        bias = mask = stand_in = new_sequence = observe = lambda *_: None
+
+    with pytest.raises(TypeError, match="slots"):
+        lru().replace(route=Slotted())
+
+
+def test_calibrating_swapmoe_keeps_within_the_budget(lab):
+    lab.update(budget="10%")
+    with pytest.raises(ValueError, match="no room to swap.*raise it to"):
+        lab.calibrate("swapmoe", again=True, progress=False)
+    lab.update(budget="60%")
+    with pytest.raises(ValueError, match="3 tokens"):
+        lab.calibrate("swapmoe", again=True, progress=False, texts=["a"])
