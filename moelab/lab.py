@@ -287,10 +287,12 @@ class Lab:
         Raises
         ------
         ValueError
-            The expert is not resident.
+            There is no such layer, or the expert is not resident.
         RuntimeError
             The lab is closed, or busy with a calibration.
         """
+        if not 0 <= layer < self._shape.layers:
+            raise ValueError(f"there is no layer {layer}; there are 0 to {self._shape.layers - 1}")
         answer = self._engine.questions.why(layer)
         give_up = time.monotonic() + WHY_PATIENCE_S
         while not answer.done():

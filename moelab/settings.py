@@ -162,7 +162,7 @@ class Settings:
                 )
         numbers = all(isinstance(t, (int, float)) for t in (self.t1, self.t2))
         if not numbers or not 0 <= self.t1 <= self.t2:
-            raise ValueError(f"t1={self.t1!r}, t2={self.t2!r}: need 0 <= t1 <= t2")
+            raise ValueError(f"t1={self.t1!r}, t2={self.t2!r}: need 0 <= t1 <= t2, both numbers")
         if type(self.prefetch) is not int or not 0 <= self.prefetch <= 3:
             raise ValueError(f"prefetch={self.prefetch!r}: layers to look ahead, 0 to 3")
         find_device(self.device)

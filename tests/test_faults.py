@@ -137,7 +137,23 @@ def test_asking_why_changes_nothing(lab):
     assert text(lab) == want
 
 
+def test_a_class_is_no_part_and_the_message_says_what_is():
+    with pytest.raises(
+        TypeError, match=r"evict=BadObserve is a class; make one of it: BadObserve\(\)"
+    ):
+        lru().replace(evict=BadObserve)
+
+
+def test_a_strategy_and_a_profile_say_themselves_in_a_line(lab):
+    lab.update(strategy="edgemoe")
+    assert "tolerated=0.02" in repr(lab.settings.strategy)
+    assert len(repr(lab.settings)) < 400
+    assert len(repr(lab.calibrate("edgemoe"))) < 200
+
+
 def test_an_expert_that_is_not_there_has_no_reasons(lab):
+    with pytest.raises(ValueError, match="no layer 9; there are 0 to 5"):
+        lab.why(9)
     lab.update(strategy="on_demand")
     with pytest.raises(ValueError, match="expert 3 of layer 2 is not resident"):
         lab.why(2, 3)

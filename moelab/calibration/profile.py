@@ -17,14 +17,14 @@ from typing import Any
 from moelab.paths import cache_dir
 from moelab.scheduling.strategy import Strategy
 from moelab.store.store import Store
-from moelab.strategies import CALIBRATED, NEEDS_CALIBRATION, make
+from moelab.strategies import CALIBRATED, NEEDS_CALIBRATION, make, maker
 
 FORMAT = 1
 SHIPPED = Path(__file__).parents[1] / "demo" / "profiles"
 SAVE_EVERY_S = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Profile:
     """What a calibration measured.
 
@@ -44,6 +44,9 @@ class Profile:
     model: dict[str, Any]
     made_from: dict[str, Any]
     data: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"<Profile of {self.name}: {', '.join(self.data)}>"
 
     def save(self, store: Store) -> Path:
         """Write it beside the store, or into the user's cache where that is not allowed.
@@ -148,6 +151,7 @@ class Strategies:
         ValueError
             The name is not known, or the strategy cannot be used before a calibration.
         """
+        name = maker(name).__name__
         if using is not None and using.name == name and not role and name not in self._outdated:
             return using
         made = self._made.get(name)

@@ -57,7 +57,7 @@ ROLES = tuple(_PROTOCOLS)
 _lineages = itertools.count(1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Strategy:
     """Five decisions with a name. ``strategy.replace(evict=MyPolicy())`` mixes strategies.
 
@@ -79,10 +79,18 @@ class Strategy:
     prefetch: Prefetches = field(default_factory=Prefetch)
     preset: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        own = ", ".join(f"{name}={value}" for name, (_, _, value) in self.parameters.items())
+        return f"<Strategy {self.name}{': ' if own else ''}{own}>"
+
     def __post_init__(self) -> None:
         for role, protocol in _PROTOCOLS.items():
             have = getattr(self, role)
-            if isinstance(have, type) or not isinstance(have, protocol):
+            if isinstance(have, type):
+                raise TypeError(
+                    f"{role}={have.__name__} is a class; make one of it: {have.__name__}()"
+                )
+            if not isinstance(have, protocol):
                 want = sorted(m for m in vars(protocol) if not m.startswith("_"))
                 raise TypeError(
                     f"{role}={have!r} is not usable as {role}: it must be an object with "

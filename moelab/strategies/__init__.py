@@ -110,6 +110,7 @@ def maker(name: str) -> Callable[..., Strategy]:
     ValueError
         The name is not known; the message lists those that are.
     """
+    name = name.replace("-", "_").lower()
     if name not in _MAKERS:
         raise ValueError(f"unknown strategy {name!r}; choose one of {', '.join(NAMES)}")
     return _MAKERS[name]
@@ -131,4 +132,4 @@ def make(name: str | Strategy, profile: Mapping[str, Any] | None = None) -> Stra
     if isinstance(name, Strategy):
         return name
     make_it = maker(name)
-    return make_it(profile) if name in CALIBRATED else make_it()
+    return make_it(profile) if make_it.__name__ in CALIBRATED else make_it()
