@@ -2,15 +2,15 @@
 
 Each function takes plain values or a DataFrame and returns a `plotly.graph_objects.Figure`; nothing
 is drawn live. Colours are Okabe-Ito's (cividis for heat maps) and never the only cue: lines differ
-by dash and marker, bars by hatch, points by shape. A figure brings its own light background, so it
-reads the same in a light and in a dark notebook.
+by dash and marker, bars by hatch, points by shape. A figure has no background of its own and its
+words are a middle grey, so that it reads on a light and on a dark page.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -18,8 +18,8 @@ import pandas as pd
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
-"""Okabe-Ito without its yellow, which no light page shows; grey for black."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808890")
+"""Okabe-Ito without yellow, which no light page shows, and black, which no dark one does."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = (
     *("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star"),
@@ -27,7 +27,11 @@ SYMBOLS = (
 )
 HATCHES = ("", "/", ".", "x", "\\", "-", "|", "+")
 HEIGHT, TALLEST = 400, 620
-INK, GRID, PAPER = "#1f2328", "#d8dee4", "#ffffff"
+INK, GRID, PAPER = "#757d86", "rgba(128,136,144,0.3)", "rgba(0,0,0,0)"
+STROKE = "#ffffff"
+FEW = 12
+"""As many different whole numbers still get a tick each."""
+Mark: TypeAlias = "float | tuple[float, str]"
 
 
 def heat_map(
@@ -61,7 +65,7 @@ def heat_map(
             x=list(range(columns)),
             y=list(range(rows)),
             colorscale="Cividis",
-            colorbar={"title": {"text": unit}},
+            colorbar={"title": {"text": unit}, **_ticks(table)},
             hovertemplate=told,
             xgap=1,
             ygap=1,
@@ -80,7 +84,7 @@ def curve(
     *,
     color: str | None = None,
     title: str,
-    mark: float | tuple[float, str] | None = None,
+    mark: Mark | list[Mark] | None = None,
     log_x: bool = False,
 ) -> go.Figure:
     """Lines through points, one for each value of ``color``.
@@ -92,7 +96,7 @@ def curve(
     x, y, color
         Names of columns.
     mark
-        Where to draw an upright line: x, or (x, words beside it).
+        Where to draw an upright line: x, or (x, words beside it), or a list of these.
     log_x
         Logarithmic x axis.
 
@@ -115,15 +119,14 @@ def curve(
             marker={"symbol": _pick(SYMBOLS, i), "size": 8},
             showlegend=color is not None,
         )
-    if mark is not None:
-        at, words = mark if isinstance(mark, tuple) else (mark, f"{mark:.4g}")
+    for one in mark if isinstance(mark, list) else [] if mark is None else [mark]:
+        at, words = one if isinstance(one, tuple) else (one, f"{one:.4g}")
         figure.add_vline(x=at, line={"color": INK, "dash": "dash", "width": 1.5})
         place = math.log10(at) if log_x else at  # a note, unlike a line, wants the power of ten
         beside = {"y": 1, "yref": "paper", "xanchor": "left", "showarrow": False}
         figure.add_annotation(x=place, text=words, **beside)
-    _dress(figure, title, x, y)
-    if log_x:
-        figure.update_xaxes(type="log")
+    _dress(figure, title, x, y, legend=color)
+    figure.update_xaxes(**({"type": "log"} if log_x else _ticks(frame[x])))
     return figure
 
 
@@ -167,7 +170,7 @@ def bars(
             marker={"color": _pick(COLOURS, i), "pattern": _hatched(i)},
             showlegend=color is not None,
         )
-    _dress(figure, title, x, y)
+    _dress(figure, title, x, y, legend=color)
     figure.update_layout(barmode="group")
     figure.update_xaxes(type="category", showgrid=False)
     return figure
@@ -222,7 +225,7 @@ def scatter(
             marker={"color": _pick(COLOURS, i), "symbol": markers, "size": 11},
             showlegend=label != color,
         )
-    _dress(figure, title, x, y, height=480)
+    _dress(figure, title, x, y, height=480, legend=color)
     figure.update_xaxes(type="log" if log_x else "linear")
     figure.update_yaxes(type="log" if log_y else "linear")
     return figure
@@ -258,16 +261,24 @@ def _plotly() -> Any:
     return graph
 
 
-def _dress(figure: go.Figure, title: str, x: str, y: str, *, height: int = HEIGHT) -> None:
+def _dress(
+    figure: go.Figure,
+    title: str,
+    x: str,
+    y: str,
+    *,
+    height: int = HEIGHT,
+    legend: str | None = None,
+) -> None:
     figure.update_layout(
         template="none",
         title={"text": title, "x": 0.01, "xanchor": "left", "font": {"size": 16}},
         height=height,
-        margin={"l": 70, "r": 20, "t": 56, "b": 56},
+        margin={"l": 70, "r": 20, "t": 56, "b": 68},
         paper_bgcolor=PAPER,
         plot_bgcolor=PAPER,
         font={"color": INK, "size": 13, "family": "system-ui, sans-serif"},
-        legend={"bgcolor": "rgba(255,255,255,0.8)"},
+        legend={"bgcolor": PAPER, "title": {"text": legend}},
         hoverlabel={"font": {"size": 13}},
     )
     axis: dict[str, Any] = {
@@ -278,6 +289,17 @@ def _dress(figure: go.Figure, title: str, x: str, y: str, *, height: int = HEIGH
     }
     figure.update_xaxes(title={"text": x}, automargin=True, zeroline=False, **axis)
     figure.update_yaxes(title={"text": y}, automargin=True, zeroline=False, **axis)
+
+
+def _ticks(values: Any) -> dict[str, Any]:
+    """A tick for each of a few whole numbers, unless they would touch; else plotly's own."""
+    found = np.unique(np.asarray(values))
+    if found.dtype.kind not in "iuf":
+        return {}
+    found = found[np.isfinite(found)]
+    if not 1 < len(found) <= FEW or (found % 1).any() or np.diff(found).min() < np.ptp(found) / 25:
+        return {}
+    return {"tickmode": "array", "tickvals": found.tolist()}
 
 
 def _groups(
@@ -300,9 +322,9 @@ def _listed(frame: pd.DataFrame, column: str) -> Iterator[tuple[int, str]]:
 
 
 def _hatched(index: int) -> dict[str, Any]:
-    """A bar's hatch: paper-coloured strokes on the bar's own colour."""
+    """A bar's hatch: white strokes on the bar's own colour."""
     shape = _pick(HATCHES, index)
-    return {"shape": shape, "fgcolor": PAPER, "bgcolor": _pick(COLOURS, index), "size": 6}
+    return {"shape": shape, "fgcolor": STROKE, "bgcolor": _pick(COLOURS, index), "size": 6}
 
 
 def _pick(values: Sequence[str], index: int) -> str:

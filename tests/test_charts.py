@@ -30,7 +30,7 @@ def figures() -> dict:
     }
 
 
-def test_every_figure_has_its_title_its_own_paper_and_fits_a_laptop(figures):
+def test_every_figure_has_its_title_lets_the_page_through_and_fits_a_laptop(figures):
     for name, figure in figures.items():
         layout = figure.layout
         assert layout.title.text == name.split("_", maxsplit=1)[0]
@@ -43,6 +43,28 @@ def test_axes_are_named_after_the_columns(figures):
     for name in ("curve", "bars", "scatter"):
         layout = figures[name].layout
         assert (layout.xaxis.title.text, layout.yaxis.title.text) == ("budget", "speed")
+
+
+def test_a_legend_is_titled_with_its_column(figures):
+    for name in ("curve", "bars", "scatter"):
+        assert figures[name].layout.legend.title.text == "who"
+
+
+def test_a_few_whole_numbers_get_a_tick_each_and_no_fractions():
+    frame = pd.DataFrame({"layer": [0, 1, 2], "share": [0.5, 0.6, 0.7]})
+    whole, broken = (
+        charts.curve(frame, x, y, title="").layout.xaxis.tickvals
+        for x, y in (("layer", "share"), ("share", "layer"))
+    )
+    assert (whole, broken) == ((0, 1, 2), None)
+    bits = charts.heat_map([[2, 4, 4], [4, 2, np.nan]], title="", unit="bits")
+    assert bits.data[0].colorbar.tickvals == (2, 4)
+
+
+def test_several_marks_stand_at_one_height():
+    marks = [(30, "T1"), (40, "T2")]
+    layout = charts.curve(FRAME, "budget", "speed", title="", mark=marks).layout
+    assert [(a.x, a.y, a.text) for a in layout.annotations] == [(30, 1, "T1"), (40, 1, "T2")]
 
 
 def test_colour_is_never_the_only_cue(figures):

@@ -2,8 +2,8 @@
 
 The n-th run of every case is given the same prompt, each of another domain (a case that is run more
 often gets the same prompts again), and samples as the model's own settings say under one seed; so
-runs are compared in pairs, and contenders that compute the same write the same text. (Greedy text of a small model falls into loops, which flatter every
-cache.)
+runs are compared in pairs, and contenders that compute the same write the same text. (Greedy text
+of a small model falls into loops, which flatter every cache.)
 """
 
 from __future__ import annotations
@@ -237,12 +237,15 @@ def above_budget(
     budgets
         Of each token.
     """
-    size = events["bits"].map(nbytes).fillna(0)
-    came, went = events["kind"].isin(["load", "prefetch"]), events["kind"] == "evict"
-    there = resident + (size * came - size * went).cumsum()
-    most = there.groupby(events["token"]).max()
-    first = int(resident > budgets[0] and not most.get(0, 0) > budgets[0])
-    return first + sum(int(most[token] > budgets[token]) for token in most.index)
+    above = set[int]()
+    for token, kind, bits in zip(events["token"], events["kind"], events["bits"], strict=True):
+        if kind in ("load", "prefetch"):
+            resident += nbytes[bits]
+        elif kind == "evict":
+            resident -= nbytes[bits]
+        if resident > budgets[token]:
+            above.add(token)
+    return len(above)
 
 
 def unseen(lab: moelab.Lab) -> list[str]:

@@ -1,8 +1,9 @@
 """The suite ``papers``: EdgeMoE, HOBBIT, SwapMoE and everyone together, on the bundled model.
 
 Each section says which cases it needs; a case that several need is measured once. Runs go round all
-cases in rotated order, once more round those of HOBBIT's speeds, then quality is scored, then the sections' own questions are answered. What
-was measured when Ctrl-C came is reported as far as it goes.
+cases in rotated order, then once more round those whose speeds HOBBIT's is compared with; then
+quality is scored, then the sections' own questions are answered. What was measured when Ctrl-C came
+is reported as far as it goes.
 """
 
 from __future__ import annotations

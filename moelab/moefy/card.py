@@ -1,0 +1,109 @@
+"""The card of a mixture: what it was made from and how good it is, in Markdown.
+
+Only what was measured is written down; `compare`, `routing` and `continuations` do the measuring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+
+from moelab.moefy.student import Shape
+
+__all__ = ["card"]
+
+
+def card(
+    name: str,
+    shape: Shape,
+    table: pd.DataFrame,
+    *,
+    shares: Mapping[int, torch.Tensor] | None = None,
+    samples: pd.DataFrame | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> str:
+    """Write a card.
+
+    Parameters
+    ----------
+    name
+        Its heading.
+    shape
+        The mixture's.
+    table
+        From `compare`.
+    shares
+        From `routing`, by number of active experts.
+    samples
+        From `continuations`.
+    facts
+        Lines such as what it was made from, its licence, and the tokens it was distilled on.
+
+    Returns
+    -------
+    str
+        Markdown.
+    """
+    lines = [f"# {name}", ""]
+    lines += [f"- **{key}**: {value}" for key, value in (facts or {}).items()]
+    lines += [
+        f"- **experts**: {shape.experts} per layer, and a shared expert of {shape.shared} neurons",
+        "",
+        "## Beside the dense model",
+        "",
+        "Held-out text. Ratio is perplexity over the dense model's, same top-1 how often both have",
+        "the same likeliest next token, KL the divergence in nats per token.",
+        "",
+        *_quality(table),
+    ]
+    if shares:
+        lines += ["", "## Routing", "", *_routing(shares)]
+    if samples is not None:
+        lines += ["", "## Text, greedy", ""]
+        for row in samples.to_dict("records"):
+            lines.append(f"**{row.pop('prompt')}**")
+            lines += ["", *(f"- *{model}*: {_line(text)}" for model, text in row.items()), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _quality(table: pd.DataFrame) -> list[str]:
+    lines = [
+        "| text | experts | active | dense | mixture | ratio | same top-1 | KL |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ordered = table.sort_values(["top_k", "domain"], ascending=[False, True])
+    lines += [
+        f"| {row['domain']} | {row['top_k']} | {row['active']:.0%} | {row['dense']:.1f} "
+        f"| {row['perplexity']:.1f} | {row['ratio']:.2f} | {row['same_top1']:.0%} "
+        f"| {row['kl']:.3f} |"
+        for row in ordered.to_dict("records")
+    ]
+    lines += [
+        f"| **mean** | {top_k} | {part.active.iloc[0]:.0%} | | | **{part.ratio.mean():.2f}** "
+        f"| {part.same_top1.mean():.0%} | {part.kl.mean():.3f} |"
+        for top_k, part in sorted(table.groupby("top_k"), reverse=True)
+    ]
+    return lines
+
+
+def _routing(shares: Mapping[int, torch.Tensor]) -> list[str]:
+    lines = [
+        "| active experts | even share | busiest expert | idlest expert | entropy of the shares |",
+        "|---|---|---|---|---|",
+    ]
+    for top_k, share in sorted(shares.items(), reverse=True):
+        p = share / share.sum(1, keepdim=True)
+        entropy = -(p * p.clamp(min=1e-9).log2()).sum(1).mean()
+        lines.append(
+            f"| {top_k} | {top_k / share.shape[1]:.0%} | {float(share.max()):.0%} "
+            f"| {float(share.min()):.1%} | {float(entropy):.2f} bits, "
+            f"of {torch.tensor(float(share.shape[1])).log2():.2f} |"
+        )
+    return lines
+
+
+def _line(text: str) -> str:
+    return " ".join(str(text).split())

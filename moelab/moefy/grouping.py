@@ -1,0 +1,188 @@
+"""Which neurons of a dense SwiGLU layer belong together: a shared expert, and groups of one size.
+
+A neuron's importance for a token is ``|h| * ||down||``, the length of what it adds. Those with the
+largest mean importance are always on: the shared expert. The others are clustered by *when their
+gates open*, because a router is linear and a gate's input is linear too: neurons that open together
+can be found together. Then neurons change places for as long as that lets the best linear router
+keep more energy. What this does not know: later layers, and the language model's loss.
+
+Letters: T tokens, D model width, F neurons, E groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+__all__ = ["Grouping", "activations", "group_neurons", "ridge"]
+
+_PROFILE_TOKENS = 3000  # enough for stable clusters; more only costs time
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """One layer's neurons by their new place.
+
+    Parameters
+    ----------
+    order
+        Neuron numbers: the shared expert's, then expert 0's, expert 1's and so on.
+    shared
+        How many belong to the shared expert.
+    experts
+        How many groups follow; all have the same size.
+    """
+
+    order: torch.Tensor  # int64 [F]
+    shared: int
+    experts: int
+
+    @property
+    def width(self) -> int:
+        """Neurons of one expert."""
+        return (len(self.order) - self.shared) // self.experts
+
+
+def activations(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The hidden activations ``silu(gate x) * up x`` of a SwiGLU layer, ``[T, F]``."""
+    return F.silu(x @ gate.T) * (x @ up.T)
+
+
+def ridge(x: torch.Tensor, y: torch.Tensor, strength: float) -> torch.Tensor:
+    """The linear map from ``x`` to ``y`` by least squares with a penalty, ``[D, outputs]``.
+
+    Parameters
+    ----------
+    x, y
+        ``[T, D]`` and ``[T, outputs]``.
+    strength
+        The penalty, in units of the mean diagonal of ``x``'s second moments.
+    """
+    moments = x.T @ x / len(x)
+    penalty = strength * moments.diagonal().mean() * torch.eye(len(moments))
+    return torch.linalg.solve(moments + penalty, x.T @ y / len(x))
+
+
+def group_neurons(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    shared: int,
+    experts: int,
+    top_k: int,
+    weight: torch.Tensor | None = None,
+    rounds: int = 2,
+    seed: int = 0,
+) -> Grouping:
+    """Choose the shared neurons of one layer and group the others.
+
+    Parameters
+    ----------
+    x
+        float32 ``[T, D]``, what enters the layer for some thousands of tokens.
+    gate, up, down
+        The layer's weights, ``[F, D]``, ``[F, D]`` and ``[D, F]``.
+    shared, experts
+        Neurons always on, and groups of the others.
+    top_k
+        Groups that will be active per token.
+    weight
+        ``[T]``, how much each token's energy counts; by default all count the same.
+    rounds
+        How often router and groups are fitted to each other in turn.
+    seed
+        Of the clusters' first centres.
+
+    Raises
+    ------
+    ValueError
+        The neurons that are not shared do not divide into the groups.
+    """
+    neurons = len(gate)
+    if not 0 <= shared < neurons or experts < 1 or (neurons - shared) % experts:
+        raise ValueError(
+            f"{neurons} neurons less {shared} shared do not make {experts} equal experts; choose "
+            f"shared so that experts={experts} divides the rest"
+        )
+    importance = activations(x, gate, up).abs() * down.norm(dim=0)  # [T, F]
+    ranking = importance.mean(0).argsort(descending=True)
+    rest = ranking[shared:]
+    size = len(rest) // experts
+    profile = torch.sigmoid(x[:_PROFILE_TOKENS] @ gate[rest].T).T  # [F, T]
+    profile = F.normalize(profile - profile.mean(1, keepdim=True), dim=1)
+    groups = _cluster(profile, experts, size, torch.Generator().manual_seed(seed))
+    energy = importance[:, rest].square()
+    if weight is not None:
+        energy *= weight[:, None]
+    energy /= energy.mean()
+    for _ in range(rounds):
+        groups = _regroup(x, energy, groups, experts, top_k)
+    inside = torch.from_numpy(np.argsort(groups, kind="stable"))
+    return Grouping(torch.cat([ranking[:shared], rest[inside]]), shared, experts)
+
+
+def _regroup(
+    x: torch.Tensor, energy: torch.Tensor, groups: np.ndarray, experts: int, top_k: int
+) -> np.ndarray:
+    """One round: fit a linear router to the groups, then let neurons swap groups under it."""
+    member = torch.from_numpy(groups)
+    norms = torch.zeros(experts, len(x)).index_add_(0, member, energy.T).T.sqrt()  # [T, E]
+    scores = x @ ridge(x, norms, 3e-3)
+    threshold = scores.topk(top_k, -1).values[:, -1:]
+    chosen = torch.sigmoid((scores - threshold) / (0.15 * scores.std()))
+    gain = (energy.T @ chosen / len(x)).numpy()  # [F, E]
+    return _swap(gain - gain.mean(1, keepdims=True), groups.copy())
+
+
+def _cluster(
+    profile: torch.Tensor, experts: int, size: int, generator: torch.Generator, rounds: int = 8
+) -> np.ndarray:
+    """Balanced k-means over unit rows; the group of each row."""
+    centres = profile[torch.randperm(len(profile), generator=generator)[:experts]].clone()
+    groups = np.zeros(len(profile), np.int64)
+    for _ in range(rounds):
+        groups = _fill((profile @ centres.T).numpy(), size)
+        sums = torch.zeros_like(centres).index_add_(0, torch.from_numpy(groups), profile)
+        centres = F.normalize(sums, dim=1)
+    return groups
+
+
+def _fill(likeness: np.ndarray, size: int) -> np.ndarray:
+    """Give each row its best group that still has room; rows with most to lose go first."""
+    ranked = np.sort(likeness, axis=1)
+    second = ranked[:, -2] if ranked.shape[1] > 1 else 0
+    preferred = np.argsort(-likeness, axis=1)
+    room = np.full(likeness.shape[1], size)
+    groups = np.empty(len(likeness), np.int64)
+    for row in np.argsort(second - ranked[:, -1], kind="stable"):
+        best = next(group for group in preferred[row] if room[group])
+        groups[row] = best
+        room[best] -= 1
+    return groups
+
+
+def _swap(gain: np.ndarray, groups: np.ndarray, rounds: int = 20) -> np.ndarray:
+    """Swap pairs of rows between groups while the total gain grows; sizes stay."""
+    rows = np.arange(len(groups))
+    for _ in range(rounds):
+        own, other = gain[rows, groups], gain[:, groups]  # other[i, j]: i in j's group
+        better = other + other.T - own[:, None] - own
+        better[groups[:, None] == groups] = -1
+        partner = better.argmax(1)
+        best = better[rows, partner]
+        busy = np.zeros(len(rows), bool)
+        for i in np.argsort(-best, kind="stable"):
+            j = partner[i]
+            if best[i] <= 1e-9:
+                break
+            if not busy[i] and not busy[j]:
+                groups[i], groups[j] = groups[j], groups[i]
+                busy[i] = busy[j] = True
+        if not busy.any():
+            break
+    return groups
