@@ -46,14 +46,16 @@ def tasks(facts: Facts, measured: Measured) -> list[Task]:
 
 def _plan(facts: Facts, measured: Measured, budget: str) -> None:
     found: dict[str, Any] = {}
+    case = measured.scored_as(Case("swapmoe", budget, DEVICE))
     for name, keep in (("planned", True), ("uniform", False)):
-        with opened(measured.model, Case("swapmoe", budget, DEVICE)) as lab:
+        with opened(measured.model, case) as lab:
             profile = lab.calibrate("swapmoe", progress=False).data
             if not keep:
                 even = moelab.strategies.swapmoe(profile | {"plans": {}})
                 lab.update(strategy=even.replace(name="swapmoe, uniform"))
             resident = (lab.cache_map()["bits"] > 0).sum(axis=1).tolist()
-            found[name] = {"experts": resident, **score(lab, facts.extent)}
+            scored = measured.scores.get(case) if keep else None  # the same case: measured before
+            found[name] = {"experts": resident, **(scored or score(lab, facts.extent))}
     measured.found.setdefault("plans", {})[budget] = found
 
 
