@@ -1,7 +1,7 @@
 """From what a person calls a model to a packed store on this machine.
 
-``"demo"``, a store, a checkpoint folder or a hub id; checkpoints are packed once into the user's
-cache and found there the next time.
+``"demo"``, ``"smollm2-moe"``, a store, a checkpoint folder or a hub id; checkpoints are packed once
+into the user's cache and found there the next time.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moelab.offered import SMOLLM2
 from moelab.paths import cache_dir
 from moelab.store.codecs import TIERS
 from moelab.store.store import Store, StoreError
@@ -23,18 +24,29 @@ CHEAP_BYTES = 256 * 2**20
 """Below this a model is small: float32, and compared with full precision by default."""
 
 
-def find_store(model: str | Path, *, tiers: Sequence[int] = TIERS, progress: bool = True) -> Path:
-    """The store of ``model``, packed now if it has to be.
+def find_store(
+    model: str | Path,
+    *,
+    tiers: Sequence[int] = TIERS,
+    progress: bool | Callable[[str], None] = True,
+) -> Path:
+    """The store of ``model``, packed now if it has to be; `progress` shows bars, or is told words.
 
     Raises
     ------
     ValueError
         The name is no store, no checkpoint and no hub id; the message says what would be.
+    ImportError
+        The model comes in a package that is not installed; the message holds the command.
     """
     if str(model) == "demo":
         from moelab import demo
 
         return _packed(demo.checkpoint(), "demo", tiers, progress)
+    if str(model) == SMOLLM2:
+        from moelab.moefication import smollm2
+
+        return _packed(smollm2.build(progress=progress), SMOLLM2, tiers, progress)
     path = Path(model).expanduser()
     if (path / "manifest.json").is_file():
         return path
@@ -48,22 +60,33 @@ def find_store(model: str | Path, *, tiers: Sequence[int] = TIERS, progress: boo
     )
 
 
-def _packed(source: str | Path, name: str, tiers: Sequence[int], progress: bool) -> Path:
+def destination(source: str | Path, name: str, tiers: Sequence[int]) -> Path:
+    """Where a checkpoint's store lies in the user's cache, or will lie."""
+    slug = re.sub(r"[^\w.-]", "_", name)
+    return cache_dir() / "stores" / f"{slug}-{_fingerprint(source, tiers)}"
+
+
+def _packed(
+    source: str | Path,
+    name: str,
+    tiers: Sequence[int],
+    progress: bool | Callable[[str], None],
+) -> Path:
     from moelab.store.pack import pack
 
-    slug = re.sub(r"[^\w.-]", "_", name)
-    destination = cache_dir() / "stores" / f"{slug}-{_fingerprint(source, tiers)}"
-    damaged = False
-    if (destination / "manifest.json").is_file():
+    made, damaged = destination(source, name, tiers), False
+    if (made / "manifest.json").is_file():
         try:
-            Store.open(destination)
+            Store.open(made)
         except StoreError as error:
             warnings.warn(f"{error}; packing {source} again", stacklevel=2)
             damaged = True
         else:
-            return destination
-    pack(source, destination, tiers=tuple(tiers), overwrite=damaged, progress=progress)
-    return destination
+            return made
+    if callable(progress):
+        progress(f"packing the experts of {name}")
+    pack(source, made, tiers=tuple(tiers), overwrite=damaged, progress=progress is True)
+    return made
 
 
 def _fingerprint(source: str | Path, tiers: Sequence[int]) -> str:
@@ -122,3 +145,16 @@ def load_tokenizer(store: Store) -> Any:
             f"{store.path} has no usable tokenizer ({reason}); put tokenizer.json beside the "
             "checkpoint's config.json and pack it again"
         ) from error
+
+
+def bundled(name: str, what: str) -> dict[str, Any]:
+    """The ``"prompts"`` or held-out ``"probes"`` by domain that a model is offered with."""
+    from moelab import demo
+
+    if name == "demo" or (name == SMOLLM2 and what == "probes"):
+        return getattr(demo, what)()
+    if name == SMOLLM2:
+        from moelab.moefication.smollm2 import PROMPTS
+
+        return {domain: list(prompts) for domain, prompts in PROMPTS.items()}
+    return {}

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def open(  # noqa: A001
     tiers: Sequence[int] = TIERS,
     dtype: torch.dtype | None = None,
     verify: bool = False,
-    progress: bool = True,
+    progress: bool | Callable[[str], None] = True,
 ) -> Lab:
     """Open a model with its experts on disk.
 
@@ -64,6 +64,8 @@ def open(  # noqa: A001
         Of the non-expert weights; default float32 for small models, else the checkpoint's own.
     verify
         Check every blob's checksum before opening.
+    progress
+        Show bars while a model is built and packed, or call this with what is being done.
 
     Raises
     ------
@@ -71,6 +73,8 @@ def open(  # noqa: A001
         A setting is refused, or the model is not to be found.
     StoreError
         The store is broken; the message names file, layer and expert.
+    ImportError
+        The model comes in a package that is not installed; the message holds the command.
     """
     store = Store.open(find_store(model, tiers=tiers, progress=progress), verify=verify)
     shape = shape_of(store)
@@ -89,4 +93,11 @@ def open(  # noqa: A001
     if strategy != "lru":
         given["strategy"] = strategy
     settings = settings.change(shape, make=strategies, device=device, **given)
-    return Lab(store, settings, name=str(model), dtype=dtype, strategies=strategies)
+    return Lab(
+        store,
+        settings,
+        name=str(model),
+        dtype=dtype,
+        strategies=strategies,
+        progress=progress is True,
+    )

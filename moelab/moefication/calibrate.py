@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from moelab.moefy.grouping import Grouping, group_neurons, ridge
-from moelab.moefy.student import MaskedMoE, Shape, Student, route
+from moelab.moefication.grouping import Grouping, group_neurons, ridge
+from moelab.moefication.student import MaskedMoE, Shape, Student, route
 
 __all__ = ["calibrated", "fit_router", "low_rank_map"]
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from moelab.moefy.calibrate import calibrated
-from moelab.moefy.distillation import Course, distil
-from moelab.moefy.export import load_delta, materialise, save_delta
-from moelab.moefy.measure import compare, continuations, routing
-from moelab.moefy.student import Shape, Student
+from moelab.moefication.calibrate import calibrated
+from moelab.moefication.distillation import Course, distil
+from moelab.moefication.export import load_delta, materialise, save_delta
+from moelab.moefication.measure import compare, continuations, routing
+from moelab.moefication.student import Shape, Student
 
 __all__ = [
     "Course",

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from moelab.moefy.student import Shape
+from moelab.moefication.student import Shape
 
 __all__ = ["card"]
 
@@ -23,6 +23,8 @@ def card(
     *,
     shares: Mapping[int, torch.Tensor] | None = None,
     samples: pd.DataFrame | None = None,
+    offloading: pd.DataFrame | None = None,
+    notes: str = "",
     facts: Mapping[str, Any] | None = None,
 ) -> str:
     """Write a card.
@@ -39,6 +41,10 @@ def card(
         From `routing`, by number of active experts.
     samples
         From `continuations`.
+    offloading
+        One row per setting, from `degraded`, and its name as ``setting``.
+    notes
+        Markdown for the end.
     facts
         Lines such as what it was made from, its licence, and the tokens it was distilled on.
 
@@ -61,11 +67,15 @@ def card(
     ]
     if shares:
         lines += ["", "## Routing", "", *_routing(shares)]
+    if offloading is not None:
+        lines += ["", "## In the lab", "", *_offloading(offloading)]
     if samples is not None:
-        lines += ["", "## Text, greedy", ""]
+        lines += ["", "## Answers, greedy, at full precision", ""]
         for row in samples.to_dict("records"):
             lines.append(f"**{row.pop('prompt')}**")
             lines += ["", *(f"- *{model}*: {_line(text)}" for model, text in row.items()), ""]
+    if notes:
+        lines += ["", notes]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -103,6 +113,36 @@ def _routing(shares: Mapping[int, torch.Tensor]) -> list[str]:
             f"of {torch.tensor(float(share.shape[1])).log2():.2f} |"
         )
     return lines
+
+
+def _offloading(table: pd.DataFrame) -> list[str]:
+    lines = [
+        "Against the same mixture at 16 bit with all experts in memory; held-out text, teacher-",
+        "forced. What the strategies need to know they take from their defaults, not from a",
+        "calibration.",
+        "",
+        "| setting | KL | same top-1 | perplexity ratio |",
+        "|---|---|---|---|",
+    ]
+    figures = ("setting", "kl", "same_top1", "ratio")
+    rows = table.to_dict("records")
+    lines += [
+        f"| {row['setting']} | {row['kl']:.4f} | {row['same_top1']:.0%} | {row['ratio']:.3f} |"
+        for row in rows
+    ]
+    for family in dict.fromkeys(_family(row["setting"]) for row in rows):
+        kls = [row["kl"] for row in rows if _family(row["setting"]) == family]
+        rising = "rises" if kls == sorted(kls) else "does not rise"
+        lines.append(f"\n{family}: the divergence {rising} from row to row.")
+    for prompt in (name for name in table.columns if name not in figures):
+        lines += ["", f"**{prompt}**", ""]
+        lines += [f"- *{row['setting']}*: {_line(row[prompt])}" for row in rows]
+    return lines
+
+
+def _family(setting: str) -> str:
+    """The strategy in a row's name, or what all rows without one have in common."""
+    return setting.partition(",")[0] if "," in setting else "Fewer bits"
 
 
 def _line(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from moelab.moefy.student import Student, set_top_k
+from moelab.moefication.student import Student, set_top_k
 
 __all__ = ["compare", "continuations", "routing"]
 

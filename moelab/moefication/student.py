@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moelab.moefy.grouping import Grouping
+from moelab.moefication.grouping import Grouping
 
 __all__ = ["Adapted", "MaskedMoE", "Shape", "Student", "set_top_k"]
 

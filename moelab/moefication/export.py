@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from moelab.moefy.grouping import Grouping
-from moelab.moefy.student import MaskedMoE, Shape, Student, set_top_k
+from moelab.moefication.grouping import Grouping
+from moelab.moefication.student import MaskedMoE, Shape, Student
+from moelab.store.destination import partial_folder, remove_stale
 
 __all__ = ["load_delta", "materialise", "save_delta"]
 
@@ -137,8 +139,8 @@ def config(dense: Any, shape: Shape, top_k: int) -> Any:
 
 
 @torch.no_grad()
-def stock(dense: Any, student: Student, *, top_k: int) -> Any:
-    """The student as transformers' own model, in float32.
+def stock(dense: Any, student: Student, *, top_k: int, dtype: torch.dtype = torch.float32) -> Any:
+    """The student as transformers' own model.
 
     Parameters
     ----------
@@ -148,23 +150,32 @@ def stock(dense: Any, student: Student, *, top_k: int) -> Any:
         A trained student.
     top_k
         Active experts.
+    dtype
+        Of its weights.
     """
     from transformers import Glm4MoeForCausalLM
 
-    model = Glm4MoeForCausalLM(config(dense, student.shape, top_k)).eval()
-    state = {
-        name: value
-        for name, value in student.model.state_dict().items()
-        if "self_attn" not in name and ".mlp." not in name
-    }
+    with torch.device("meta"):
+        model = Glm4MoeForCausalLM(config(dense, student.shape, top_k)).eval()
+    state = {name: value.to(dtype, copy=True).contiguous() for name, value in _merged(student)}
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    rotary = type(model.model.rotary_emb)
+    model.model.rotary_emb = rotary(model.config)  # its frequencies are in no state dict
+    return model
+
+
+def _merged(student: Student) -> Iterator[tuple[str, torch.Tensor]]:
+    """Glm4Moe's tensors one by one, so that only one is held in float32."""
+    for name, value in student.model.state_dict().items():
+        if "self_attn" not in name and ".mlp." not in name:
+            yield name, value
     for i, layer in enumerate(student.model.model.layers):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             key = f"model.layers.{i}.self_attn.{name}.weight"
-            state[key] = getattr(layer.self_attn, name).merged()
+            yield key, getattr(layer.self_attn, name).merged()
         for name, value in _experts(layer.mlp).items():
-            state[f"model.layers.{i}.mlp.{name}"] = value
-    model.load_state_dict(state)
-    return model
+            yield f"model.layers.{i}.mlp.{name}", value
 
 
 def _experts(mixture: MaskedMoE) -> dict[str, torch.Tensor]:
@@ -219,15 +230,14 @@ def materialise(
             f"{student.shape.experts}"
         )
     folder = Path(folder)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model = stock(dense, student, top_k=top_k).to(dtype)
+    model = stock(dense, student, top_k=top_k, dtype=dtype)
     model.generation_config = dense.generation_config
-    model.save_pretrained(partial)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    set_top_k(student, top_k)
+    remove_stale(folder)
+    with partial_folder(folder) as partial:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
     return folder

