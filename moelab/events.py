@@ -7,7 +7,9 @@ A load's times come from its ticket, which the loader fills in later.
 
 from __future__ import annotations
 
+import bisect
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,6 +24,7 @@ CODES = {kind: i for i, kind in enumerate(KINDS)}
 DTYPE = np.dtype(
     [
         ("token", "i4"),
+        ("at", "i2"),
         ("layer", "i2"),
         ("expert", "i2"),
         ("kind", "u1"),
@@ -33,8 +36,13 @@ DTYPE = np.dtype(
         ("cause", "U16"),
     ]
 )
-"""One event. ``token`` is the generated token it was spent on (0: the prefill); ``bits`` is what
-was served, 0 for a skip; times are milliseconds since the run began."""
+"""One event. ``token`` is the generated token it was spent on (0: the prefill), ``at`` the layer
+whose step decided it, -1 between tokens (a set-up, a change of settings); ``bits`` is what was
+served, 0 for a skip; times are milliseconds since the run began.
+
+Rows are in the order decided: resident at a token and layer is what was so at the start, changed by
+all rows up to there.
+"""
 
 
 class Timed(Protocol):
@@ -58,6 +66,7 @@ class EventLog:
         self.origin = origin
         self._rows: list[tuple] = []
         self._tickets: list[tuple[int, Timed]] = []
+        self._known = 0  # tickets whose times are known
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -65,6 +74,7 @@ class EventLog:
     def add(
         self,
         token: int,
+        at: int,
         layer: int,
         expert: int,
         kind: str,
@@ -79,6 +89,7 @@ class EventLog:
         self._rows.append(
             (
                 token,
+                at,
                 layer,
                 expert,
                 CODES[kind],
@@ -95,13 +106,29 @@ class EventLog:
         """The event added last takes its times from ``ticket`` when it is done."""
         self._tickets.append((len(self._rows) - 1, ticket))
 
-    def records(self) -> np.ndarray:
-        """All events so far as a structured array of `DTYPE`; a cancelled load has 0 bytes."""
-        rows, tickets = list(self._rows), list(self._tickets)
+    @property
+    def settled(self) -> int:
+        """Rows that will not change any more: those before the first load still on its way."""
+        tickets = self._tickets
+        while self._known < len(tickets):
+            row, ticket = tickets[self._known]
+            if not (ticket.cancelled or ticket.finished):
+                return row
+            self._known += 1
+        return len(self._rows)
+
+    def records(self, start: int = 0) -> np.ndarray:
+        """The events from row ``start`` on as a structured array of `DTYPE`.
+
+        A load's times are those known by now; a cancelled load has 0 bytes.
+        """
+        rows = self._rows[start:]
         out = np.array(rows, dtype=DTYPE)
-        for i, t in tickets:
+        begin = bisect.bisect_left(self._tickets, start, key=itemgetter(0))
+        for at, t in self._tickets[begin:]:
+            i = at - start
             if i >= len(out):
-                continue
+                break
             if t.cancelled:
                 out["bytes"][i], out["cause"][i] = 0, "cancelled"
             elif t.finished:

@@ -6,13 +6,15 @@ import dataclasses
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moelab.engine.devices import DEVICES
-from moelab.engine.generation import Decoder, Reference, Sampler, Sampling
+from moelab.engine.generation import Decoder, Reference, Sampler, Sampling, likeliest
 from moelab.events import EventLog
+from moelab.figures import COLUMNS, figures, row, since_device
 from moelab.quality import kl_divergence
 from moelab.scheduling.trace import Trace
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from moelab.engine.engine import Engine
+    from moelab.recording import Recording
     from moelab.scheduling.strategy import Shape
     from moelab.settings import Settings
 
@@ -54,9 +57,33 @@ class TokenReport:
     load_bytes: int = 0
 
 
-_SUMMED = (
-    "hits", "loads", "skips", "substitutes", "downgrades", "bytes", "hit_bytes", "load_bytes",
-)  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a run was asked for: the arguments of ``lab.start`` that made it.
+
+    ``messages`` is the conversation where the chat template was used, else empty; the prompt is
+    then what was said last.
+    """
+
+    prompt: str
+    max_new_tokens: int
+    sampling: Sampling
+    ignore_eos: bool = False
+    messages: tuple[dict[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Likeliest:
+    """The five likeliest next tokens (id, probability), before sampling; ``full`` where measured.
+
+    ``served`` is what the cache made of it, ``full`` the model at full precision.
+    """
+
+    served: tuple[tuple[int, float], ...]
+    full: tuple[tuple[int, float], ...] | None = None
+
+
+_COUNTED = ("downgrades", "skips", "substitutes")
 
 
 def _differences(old: Settings, new: Settings) -> dict[str, str]:
@@ -70,19 +97,13 @@ def _differences(old: Settings, new: Settings) -> dict[str, str]:
     return changed
 
 
-def _since_device(reports: list[TokenReport]) -> list[TokenReport]:
-    """The tokens since the device last changed."""
-    last = len(reports)
-    while last > 0 and reports[last - 1].device == reports[-1].device:
-        last -= 1
-    return reports[last:]
-
-
 class Run:
     """One generation. Made by ``lab.start`` and ``lab.generate``, not by hand.
 
     Attributes
     ----------
+    request
+        What was asked for: prompt, tokens at most, sampling.
     prompt, text
         What was given and what has been generated so far.
     tokens
@@ -91,18 +112,33 @@ class Run:
         One `TokenReport` for each token so far; grows while the run goes on.
     changes
         (token, {setting: new value}) for each change of settings that acted during the run.
+    history
+        (token, `Settings`): in force from that token on; the first are those it began with.
+    likeliest
+        One `Likeliest` for each token so far.
     error
         What ended the run, or None.
     """
 
     def __init__(
-        self, prompt: str, ids: list[int], tokenizer: Any, eos: set[int], shape: Shape
+        self,
+        request: Asked,
+        ids: list[int],
+        tokenizer: Any,
+        eos: set[int],
+        shape: Shape,
+        *,
+        model: str = "",
+        architecture: str = "",
     ) -> None:
-        self.prompt, self.text = prompt, ""
+        self.request, self.prompt, self.text = request, request.prompt, ""
+        self.model, self.architecture = model, architecture
         self.error: BaseException | None = None
         self.tokens: list[int] = []
         self.token_reports: list[TokenReport] = []
         self.changes: list[tuple[int, dict[str, str]]] = []
+        self.history: list[tuple[int, Settings]] = []
+        self.likeliest: list[Likeliest] = []
         self._ids, self._tokenizer, self._eos = ids, tokenizer, eos
         self._stop, self._done = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -174,36 +210,51 @@ class Run:
         what the strategy wants resident before the first token and at changes.
         """
         reports = list(self.token_reports)
-        decoded = [r for r in reports if r.token > 0]
-        timed = _since_device(decoded)
-        times = [r.total_ms for r in timed] or [0.0]
-        stall = sum(sum(r.stall_ms.values()) for r in timed)
-        total = {n: sum(getattr(r, n) for r in decoded) for n in _SUMMED}
-        asked = sum(total[n] for n in ("hits", "loads", "skips", "substitutes"))
-        served = total["hit_bytes"] + total["load_bytes"]
-        kls = [r.kl for r in reports if r.kl is not None]
+        values = np.array([row(r) for r in reports], np.float64).reshape(-1, len(COLUMNS))
+        decoded, since = reports[1:], since_device(reports)
+        whole, timed = figures(values), figures(values[since:], first=since)
+        times = [r.total_ms for r in reports[max(1, since) :]] or [0.0]
+        hit, load = (sum(getattr(r, n) for r in decoded) for n in ("hit_bytes", "load_bytes"))
         device = reports[-1].device if reports else ""
         emulated = bool(reports) and DEVICES[device].emulated
         return {
             "tokens": len(reports),
-            "tokens_per_s": 1e3 * len(timed) / sum(times) if timed else 0.0,
+            "tokens_per_s": timed["tokens_per_s"] or 0.0,
             "setup_ms": self._setup_ms,
             "ttft_ms": reports[0].total_ms if reports else 0.0,
             "tpot_ms_median": float(np.median(times)),
             "tpot_ms_p99": float(np.quantile(times, 0.99)),
-            "hit_ratio": total["hits"] / asked if asked else 0.0,
-            "byte_hit_ratio": total["hit_bytes"] / served if served else 0.0,
-            "bytes_per_token": total["bytes"] / len(decoded) if decoded else 0.0,
-            "stall_share": stall / sum(times) if timed else 0.0,
-            "downgrades": total["downgrades"],
-            "skips": total["skips"],
-            "substitutes": total["substitutes"],
-            "kl_mean": float(np.mean(kls)) if kls else None,
+            "hit_ratio": whole["hit_ratio"] or 0.0,
+            "byte_hit_ratio": hit / (hit + load) if hit + load else 0.0,
+            "bytes_per_token": whole["bytes_per_token"] or 0.0,
+            "stall_share": timed["stall_share"] or 0.0,
+            **{n: sum(getattr(r, n) for r in decoded) for n in _COUNTED},
+            "kl_mean": whole["kl_mean"],
             "peak_resident_bytes": self._peak_bytes,
             "budget_bytes": reports[-1].budget_bytes if reports else 0,
             "device": device,
             "timing": "emulated" if emulated else "measured" if self._direct else "page cache",
         }
+
+    # -- what stays -------------------------------------------------------------------------
+
+    def recording(self) -> Recording:
+        """The run so far as a thing by itself, see `moelab.Recording`; it does not grow."""
+        from moelab.recording import Recording
+
+        return Recording.of(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``*.moelab.json.gz`` for ``moelab.Recording.load``; see `Recording.save`."""
+        return self.recording().save(path)
+
+    def report(self, path: str | Path, **kinds: Any) -> list[Path]:
+        """Write one HTML page without network, tables and a picture; see `Recording.report`."""
+        return self.recording().report(path, **kinds)
+
+    def blame(self, token: int) -> pd.DataFrame:
+        """What one token used and what it cost; see `Recording.blame`."""
+        return self.recording().blame(token)
 
     def __repr__(self) -> str:
         state = "running" if self.running else "failed" if self.error else "done"
@@ -224,39 +275,30 @@ class Run:
         finally:
             self._done.set()
 
-    def _generate(
-        self,
-        engine: Engine,
-        latest: Callable[[], Settings],
-        max_new_tokens: int,
-        sampling: Sampling,
-    ) -> None:
+    def _generate(self, engine: Engine, latest: Callable[[], Settings]) -> None:
+        self.history[:1] = [(0, engine.settings)]
         engine.new_sequence()
         self._log = engine.log
         if engine.trace is not None:
             self._trace = engine.trace
         try:
-            self._decode(engine, latest, max_new_tokens, sampling)
+            self._decode(engine, latest)
         finally:
             engine.end_of_sequence()
 
-    def _decode(
-        self,
-        engine: Engine,
-        latest: Callable[[], Settings],
-        max_new_tokens: int,
-        sampling: Sampling,
-    ) -> None:
-        decoder, sampler = Decoder(engine), Sampler(sampling)
+    def _decode(self, engine: Engine, latest: Callable[[], Settings]) -> None:
+        decoder, sampler = Decoder(engine), Sampler(self.request.sampling)
         reference: Reference | None = None
         context, new = list(self._ids), list(self._ids)
-        for index in range(max_new_tokens):
+        for index in range(self.request.max_new_tokens):
             self._obey(engine, latest(), index)
             logits = decoder.step(new)
-            kl = None
+            kl = best = None
             if engine.settings.measure_kl:
                 reference = reference or Reference(engine)
-                kl = float(kl_divergence(reference.logits(context)[-1], logits))
+                full = reference.logits(context)[-1]
+                kl, best = float(kl_divergence(full, logits)), likeliest(full)
+            self.likeliest.append(Likeliest(likeliest(logits), best))
             token = sampler.draw(context, logits)
             self._report(engine, index, token, decoder.seconds, kl)
             engine.end_of_token()
@@ -270,6 +312,7 @@ class Run:
             return
         changed = _differences(engine.settings, settings)
         engine.apply(settings)
+        self.history.append((index, settings))
         if changed:
             self.changes.append((index, changed))
 

@@ -66,6 +66,7 @@ def test_full_precision_equals_stock_transformers(lab, stock):
     assert worst <= 1e-4
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_decoding_in_memory_is_as_fast_as_stock_transformers(lab):
     """The same tokens in turn, so that a busy machine slows both; medians, 10 % for noise."""

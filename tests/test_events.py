@@ -13,9 +13,9 @@ class Ticket:
 
 def log_of_two() -> EventLog:
     log = EventLog(10.0)
-    log.add(3, 1, 7, "load", 16, 4, 4096, 10.1, 0.0, "on demand")
+    log.add(3, 0, 1, 7, "load", 16, 4, 4096, 10.1, 0.0, "on demand")
     log.time_by(Ticket)
-    log.add(3, 1, 7, "stall", 16, 4, 0, 10.2, 0.55, "on demand")
+    log.add(3, 1, 1, 7, "stall", 16, 4, 0, 10.2, 0.55, "on demand")
     return log
 
 
@@ -45,6 +45,6 @@ def test_writing_the_events_of_a_token_costs_far_below_two_percent_of_it():
     for _ in range(5):
         log, begun = EventLog(), time.perf_counter()
         for i in range(350):
-            log.add(i, 0, 1, "hit", 16, 16, 4096, time.perf_counter(), 0.0, "")
+            log.add(i, 0, 0, 1, "hit", 16, 16, 4096, time.perf_counter(), 0.0, "")
         best = min(best, time.perf_counter() - begun)
     assert best < per_token_s

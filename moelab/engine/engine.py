@@ -74,6 +74,17 @@ class Engine:
 
     # -- between tokens ---------------------------------------------------------------------
 
+    def begin_with(self, scheduler: Scheduler) -> None:
+        """Go on from a scheduler's cache and what it has learnt; its residents are loaded now."""
+        self.recover()  # empty
+        self.scheduler = scheduler
+        for key, bits in scheduler.cache.items():
+            self._note("prefetch", *key, bits, bits, self.shape.nbytes[bits], "set-up")
+            self._load(key, bits, urgent=False)
+        for here in self.resident.values():
+            self.loader.wait(here.ticket)
+        self._ahead.clear()
+
     def new_sequence(self, *, record: bool = True) -> None:
         """A new prompt: fresh log, trace and counters; the resident experts stay."""
         self.log = EventLog(time.perf_counter())
@@ -82,6 +93,7 @@ class Engine:
         self.token = 0
         self.prefill = True
         self.setup_ms = 0.0
+        self.arena.trim()  # slots of earlier settings are no memory of this run
         self.arena.peak_bytes = self.arena.held_bytes
         for here in self.resident.values():
             here.token = -1  # issued before this run: its bytes are nobody's here
@@ -122,6 +134,7 @@ class Engine:
             for drop in drops:
                 self._evict(drop)
             self.arena.set_limit(settings.budget_bytes)
+            self.arena.trim()  # of other bits they may never be asked for again
             fresh = not settings.strategy.shares(old.strategy)
             self._record_settings(settings.strategy, fresh=fresh)
             self._set_up()
@@ -194,6 +207,7 @@ class Engine:
         self._steer_all()
         self.stall: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
+        self.at = -1  # the layer that decides; -1 between tokens
         self.bytes = 0
         self.withdrawn: list[tuple[int, int]] = []  # (token that issued a load, bytes not read)
 
@@ -234,6 +248,7 @@ class Engine:
                 self._heard.append(self._overheard(layer, x, routed))
             return self.compute.full_precision(layer, x, routed, scale_input, self.reference)
         given = self._given(layer, x, routed)
+        self.at = layer
         plan = self.scheduler.step(given)
         if self.trace is not None:
             self.trace.steps.append(given)
@@ -352,7 +367,7 @@ class Engine:
         self.stall[cause] += seconds
         asked, bits = serve.asked, serve.bits
         self.log.add(
-            self.token, layer, serve.served, "stall", asked, bits, 0, begun, seconds, cause
+            self.token, layer, layer, serve.served, "stall", asked, bits, 0, begun, seconds, cause
         )
 
     # -- memory -----------------------------------------------------------------------------
@@ -381,8 +396,9 @@ class Engine:
                 cause = "failed"  # an unread prefetch leaves: nobody needs its bytes
             seconds = time.perf_counter() - begun
             self.stall["evict"] += seconds
+            bits = drop.bits
             self.log.add(
-                self.token, *drop.key, "stall", drop.bits, drop.bits, 0, begun, seconds, "evict"
+                self.token, self.at, *drop.key, "stall", bits, bits, 0, begun, seconds, "evict"
             )
         del self.resident[drop.key]
         self.arena.give(here.slot)
@@ -408,4 +424,4 @@ class Engine:
     ) -> None:
         self.counts[kind] += 1
         now = time.perf_counter()
-        self.log.add(self.token, layer, expert, kind, asked, bits, nbytes, now, 0.0, cause)
+        self.log.add(self.token, self.at, layer, expert, kind, asked, bits, nbytes, now, 0.0, cause)

@@ -73,6 +73,17 @@ class Sampler:
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
 
+TOP = 5
+
+
+def likeliest(logits: torch.Tensor) -> tuple[tuple[int, float], ...]:
+    """The `TOP` likeliest tokens and their softmax probability, from logits ``[V]``."""
+    logits = logits.float()
+    best = logits.topk(min(TOP, len(logits)))
+    shares = (best.values - logits.logsumexp(-1)).exp()
+    return tuple(zip(best.indices.tolist(), shares.tolist(), strict=True))
+
+
 TINY_PARAMETERS = 16_000_000
 """Below this many non-expert weights, waking a second thread costs more than it computes."""
 

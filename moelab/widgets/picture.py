@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from moelab.widgets.frame import CAUSES, COLUMNS, MAP_TYPES
+from moelab.figures import CAUSES, COLUMNS
+from moelab.widgets.frame import MAP_TYPES
 
 WIDTH, MARGIN, AXIS = 960, 20, 34
 TIERS = {16: "#482475", 8: "#355f8d", 4: "#21918c", 3: "#44bf70", 2: "#9bd93c"}

@@ -1,4 +1,6 @@
-"""A picture of a run that outlives the kernel: one SVG with the last frame and its figures.
+"""A picture of a run that outlives the kernel: one SVG with its map, bars, text and figures.
+
+It shows the run's own settings and what was resident when it ended, whatever came later.
 
 It needs no script, no style sheet and no network, so a saved notebook still shows it. As HTML it
 is an image with the picture inside its address: notebooks that are not trusted drop inline SVG. It
@@ -8,11 +10,15 @@ brings its own light ground and reads the same on a dark page.
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from moelab.figures import figures
+from moelab.widgets.decisions import about, spelled
+from moelab.widgets.frame import LONGEST
 from moelab.widgets.picture import (
     HATCH,
     KL,
@@ -25,33 +31,66 @@ from moelab.widgets.picture import (
     shaded_text,
     words,
 )
+from moelab.widgets.png import png
+
+if TYPE_CHECKING:
+    from moelab.recording import Recording
 
 EMULATED = "#a35200"
 
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """The last frame as a static picture.
+    """A frame as a static picture.
 
     Parameters
     ----------
-    frame, controls, options
-        As `moelab.widgets.frame` builds them.
+    frame
+        As `moelab.widgets.frame` builds it.
+    model
+        Name, architecture, layers, experts, top_k and tiers of the model.
+    settings
+        What was set, in words.
     """
 
     frame: Mapping[str, Any]
-    controls: Mapping[str, Any]
-    options: Mapping[str, Any]
+    model: Mapping[str, Any]
+    settings: str
+
+    @classmethod
+    def of(cls, recording: Recording) -> Report:
+        """The end of a recorded run."""
+        d = recording.document
+        count, since = len(d["pieces"]), d["origins"][-1]["token"]
+        first = max(0, count - LONGEST)
+        values = recording.figures
+        frame = {
+            "prompt": d["prompt"] + "\n" * bool(d["messages"]),
+            "first": first,
+            "count": count - first,
+            "texts": d["pieces"][first:],
+            "values": values[:, first:].tobytes(),
+            "changes": d["marks"],
+            "origins": d["origins"],
+            "map": {"bits": recording.cache_map()["bits"].tobytes()},
+            "whole": figures(values.T[since:], first=since),
+        }
+        changed = "at the end: " if len(d["settings"]) > 1 else ""
+        return cls(frame, d["model"], changed + d["settings"][-1]["about"])
 
     def __repr__(self) -> str:
-        return f"<Report of {self.options['name']}: {self.figures()}>"
+        return f"<Report of {self.model['name']}: {self.figures()}>"
 
     def _repr_mimebundle_(self, **_kwargs: Any) -> dict[str, str]:
-        return {"text/html": self.html(), "image/svg+xml": self.svg(), "text/plain": repr(self)}
+        svg = self.svg()
+        drawn = {"text/html": self.html(), "image/svg+xml": svg, "text/plain": repr(self)}
+        with contextlib.suppress(ImportError):  # for hosts that show neither of the others
+            drawn["image/png"] = base64.b64encode(png(svg)).decode()
+        return drawn
 
     def html(self) -> str:
         """The picture as an image that says its content to a screen reader."""
-        label = escape(f"moelab report. {self.settings()}. {self.figures()}.", quote=True)
+        label = escape(f"moelab report. {self.settings}. {self.figures()}.", quote=True)
         data = base64.b64encode(self.svg().encode()).decode()
         return f'<img alt="{label}" width="{WIDTH}" src="data:image/svg+xml;base64,{data}"/>'
 
@@ -70,18 +109,6 @@ class Report:
             f'fill="#fff" stroke="{LINE}"/>{"".join(parts)}</svg>'
         )
 
-    def settings(self) -> str:
-        """The settings at the end, in words."""
-        c = self.controls
-        share = c["budget_bytes"] / self.options["all_experts_bytes"]
-        low = f", low bits {c['low_bits']}" if c["low_bits"] else ""
-        ahead = f", prefetch {c['prefetch']} ahead" if c["prefetch"] else ""
-        strategy = c["about"] if c["strategy"].endswith("*") else c["strategy"]
-        return (
-            f"budget {size(c['budget_bytes'])} = {share:.0%} = {c['budget_experts']} experts, "
-            f"{c['bits']} bit{low}, {strategy}{ahead}"
-        )
-
     def figures(self) -> str:
         """The running figures, in words; never over two devices."""
         w, origins = self.frame["whole"], self.frame["origins"]
@@ -94,7 +121,7 @@ class Report:
         )
 
     def _head(self) -> Iterator[str]:
-        o, origin = self.options, self.frame["origins"][-1]
+        o, origin = self.model, self.frame["origins"][-1]
         shape = f"{o['layers']} layers x {o['experts']} experts, top {o['top_k']}"
         yield words(MARGIN, 27, f"{o['name']} · {o['architecture']} · {shape}", size=14, weight=650)
         kind, colour, dash = ("measured", KL, "none")
@@ -109,16 +136,29 @@ class Report:
         middle = WIDTH - MARGIN - wide / 2
         yield words(middle, 26.5, label, anchor="middle", fill=colour, weight=600)
         yield words(MARGIN, 48, self.figures())
-        yield words(MARGIN, 65, self.settings(), fill=SOFT)
+        yield words(MARGIN, 65, self.settings, fill=SOFT)
 
     def _map(self, top: float) -> tuple[str, float]:
-        return cache_map(self.frame, self.options, top)
+        return cache_map(self.frame, self.model, top)
 
     def _bars(self, top: float) -> tuple[str, float]:
         return latency_bars(self.frame, top)
 
     def _text(self, top: float) -> tuple[str, float]:
         return shaded_text(self.frame, top)
+
+
+def sentence(settings: Any, expert_bytes: Mapping[int, int], all_experts_bytes: int) -> str:
+    """Settings in one line: ``budget 5.31 MB = 25% = 24 experts, 16 bit, LRU``."""
+    budget, name = settings.budget_bytes, settings.strategy.name
+    experts = budget // expert_bytes[settings.bits]
+    low = f", low bits {settings.low_bits}" if settings.low_bits else ""
+    ahead = f", prefetch {settings.prefetch} ahead" if settings.prefetch else ""
+    strategy = about(settings.strategy) if name.endswith("*") else spelled(name)
+    return (
+        f"budget {size(budget)} = {budget / all_experts_bytes:.0%} = {experts} experts, "
+        f"{settings.bits} bit{low}, {strategy}{ahead}"
+    )
 
 
 def size(nbytes: float | None) -> str:
