@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections.abc import Mapping
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,22 +20,27 @@ import numpy as np
 import torch
 
 from moelab.calibration.profile import Profile, Strategies
+from moelab.chat import Messages, encode, has_template, messages
 from moelab.engine.engine import Engine
 from moelab.engine.generation import Sampling
 from moelab.engine.routed import shape_of
 from moelab.facts import facts
 from moelab.models import (
+    bundled,
     compute_dtype,
     load_tokenizer,
     model_sampling,
 )
 from moelab.quality import Score
-from moelab.run import Run
+from moelab.run import Asked, Run
 from moelab.scoring import score_ids
 from moelab.settings import Settings
 from moelab.store.store import Store
 
 if TYPE_CHECKING:
+    from moelab.comparison import Comparison
+    from moelab.pins import Pins
+    from moelab.recording import Recording
     from moelab.widgets.dashboard import Dashboard
 
 
@@ -55,7 +61,9 @@ class Lab:
         name: str = "",
         dtype: torch.dtype | None = None,
         strategies: Strategies | None = None,
+        progress: bool = True,
     ) -> None:
+        self._progress = progress
         self._store, self._settings = store, settings
         self.name = name or store.manifest.source
         self._shape = shape_of(store)
@@ -65,7 +73,7 @@ class Lab:
         weakref.finalize(self, self._engine.loader.close)
         self._busy, self._lock = threading.Lock(), threading.RLock()
         self._strategies = strategies or Strategies(store)
-        self._closed = False
+        self._closed, self._pins = False, None
         self.run: Run | None = None
 
     # -- settings ---------------------------------------------------------------------------
@@ -89,6 +97,11 @@ class Lab:
         ------
         ValueError
             A value is refused; no setting changes.
+
+        Examples
+        --------
+        >>> lab.update(budget="50%", bits=4).bits
+        4
         """
         with self._lock:
             if self._closed:
@@ -109,7 +122,7 @@ class Lab:
 
     def start(
         self,
-        prompt: str,
+        prompt: str | Messages,
         *,
         max_new_tokens: int = 64,
         temperature: float | None = None,
@@ -118,13 +131,16 @@ class Lab:
         seed: int | None = None,
         measure_kl: bool | None = None,
         ignore_eos: bool = False,
+        chat: bool | None = None,
+        changes: Mapping[int, Settings | Mapping[str, Any]] | None = None,
     ) -> Run:
         """Generate in the background and return at once.
 
         Parameters
         ----------
         prompt
-            Text; at least one token.
+            Text of at least one token, or a conversation:
+            ``[{"role": "user", "content": "Why is the sky blue?"}]``.
         max_new_tokens
             Upper limit; the model's end-of-text token ends earlier unless ``ignore_eos``.
         temperature, top_p, repetition_penalty
@@ -133,6 +149,12 @@ class Lab:
             Of sampling; default the ``seed`` setting.
         measure_kl
             Changes the setting of that name.
+        chat
+            Put the prompt into the tokenizer's chat template, so that an instruct model answers it
+            instead of continuing it; default: wherever there is a template.
+        changes
+            Settings to change on the way, just before a token: ``{12: {"bits": 4}}`` as in
+            `update`, or a `Settings` as a whole. One that is refused ends the run.
 
         Raises
         ------
@@ -140,10 +162,18 @@ class Lab:
             Another run is going on in this lab.
         ValueError
             An empty prompt, or a value out of range.
+
+        Examples
+        --------
+        >>> run = lab.start("Once upon a time", max_new_tokens=8, changes={4: {"bits": 4}})
+        >>> run.join().changes
+        [(4, {'bits': '4'})]
         """
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens!r}: a whole number, 1 or more")
-        ids = self._encode(prompt)
+        said = messages(self._tokenizer, prompt, chat)
+        text = said[-1]["content"] if said else str(prompt)
+        ids = encode(self._tokenizer, said) if said else self._encode(text)
         given = {
             "temperature": temperature,
             "top_p": top_p,
@@ -156,23 +186,32 @@ class Lab:
         try:
             if measure_kl is not None and measure_kl != self._settings.measure_kl:
                 self.update(measure_kl=measure_kl)
-            eos = set() if ignore_eos else self._eos()
-            run = Run(prompt, ids, self._tokenizer, eos, self._shape)
+            eos = set() if ignore_eos else self._eos(chat=bool(said))
+            run = Run(
+                Asked(text, max_new_tokens, sampling, ignore_eos, said),
+                ids,
+                self._tokenizer,
+                eos,
+                self._shape,
+                model=self.name,
+                architecture=self._store.manifest.architecture,
+            )
+            run.history.append((0, self._settings))
             self.run = run
             if self._closed:
                 run.stop()
-            run._start(lambda: self._work(run, max_new_tokens, sampling))
+            run._start(lambda: self._work(run, dict(changes or {})))
         except BaseException:
             self._busy.release()
             raise
         return run
 
-    def generate(self, prompt: str, **options: Any) -> Run:
+    def generate(self, prompt: str | Messages, **options: Any) -> Run:
         """Generate and wait; options as in `start`. Ctrl-C stops the run."""
         return self.start(prompt, **options).join()
 
     def score(
-        self, text: str | None = None, *, max_tokens: int = 48, progress: bool = True
+        self, text: str | None = None, *, max_tokens: int = 48, progress: bool | None = None
     ) -> Score:
         """Quality under the current settings against the store's best tier, teacher-forced.
 
@@ -185,6 +224,8 @@ class Lab:
             Default: held-out text of each of the demo's domains.
         max_tokens
             Tokens taken of each text.
+        progress
+            Show a bar; default as the lab was opened.
 
         Raises
         ------
@@ -192,6 +233,11 @@ class Lab:
             A run is going on.
         ValueError
             The text has fewer than two tokens, or is not given for a model without probes.
+
+        Examples
+        --------
+        >>> lab.score("Once upon a time there was a man who", progress=False).tokens
+        9
         """
         if max_tokens < 2:
             raise ValueError(f"max_tokens={max_tokens}: 2 or more")
@@ -202,9 +248,9 @@ class Lab:
             raise ValueError("nothing to score: the text needs at least two tokens")
         self._claim()
         try:
-            return score_ids(
-                self._engine, [self._encode(t)[:max_tokens] for t in texts], progress=progress
-            )
+            bar = self._progress if progress is None else progress
+            ids = [self._encode(t)[:max_tokens] for t in texts]
+            return score_ids(self._engine, ids, progress=bar)
         except BaseException:
             self._engine.recover()
             raise
@@ -212,7 +258,7 @@ class Lab:
             self._release()
 
     def calibrate(
-        self, strategy: str, *, again: bool = False, progress: bool = True, **options: Any
+        self, strategy: str, *, again: bool = False, progress: bool | None = None, **options: Any
     ) -> Profile:
         """Measure of this model what a strategy needs to know; saved beside the store.
 
@@ -226,6 +272,8 @@ class Lab:
             One of ``moelab.calibration.NAMES``.
         again
             Make it anew whatever there is.
+        progress
+            Show a bar; default as the lab was opened.
         options
             Of that calibration.
 
@@ -240,7 +288,8 @@ class Lab:
 
         self._claim()
         try:
-            made = calibration.calibrate(self, strategy, again=again, progress=progress, **options)
+            bar = self._progress if progress is None else progress
+            made = calibration.calibrate(self, strategy, again=again, progress=bar, **options)
             self._strategies.renew(strategy)
         except BaseException:
             self._engine.recover()
@@ -253,14 +302,20 @@ class Lab:
     # -- looking ----------------------------------------------------------------------------
 
     def info(self) -> dict[str, Any]:
-        """The model and what fits: sizes in bytes, counts of experts."""
-        return facts(self.name, self._store, self._settings, self._engine)
+        """The model and what fits: sizes in bytes, counts of experts, whether it can chat."""
+        found = facts(self.name, self._store, self._settings, self._engine)
+        return {**found, "chat": has_template(self._tokenizer)}
 
     def cache_map(self) -> dict[str, np.ndarray]:
         """What is resident now, arrays ``[L, E]``.
 
         ``bits`` uint8 (0: not resident), ``in_flight`` bool, ``loaded`` and ``used`` int32 (last
         token of this run that did so, -1: none), ``uses`` int32 (in this run).
+
+        Examples
+        --------
+        >>> lab.cache_map()["bits"].shape
+        (6, 16)
         """
         size = (self._shape.layers, max(self._shape.experts))
         bits, in_flight = np.zeros(size, np.uint8), np.zeros(size, bool)
@@ -290,6 +345,11 @@ class Lab:
             There is no such layer, or the expert is not resident.
         RuntimeError
             The lab is closed, or busy with a calibration.
+
+        Examples
+        --------
+        >>> lab.why(0)  # doctest: +SKIP
+        {3: {'uses since': 12.0}, 7: {'uses since': 1.0}}
         """
         if not 0 <= layer < self._shape.layers:
             raise ValueError(f"there is no layer {layer}; there are 0 to {self._shape.layers - 1}")
@@ -314,17 +374,82 @@ class Lab:
             raise ValueError(f"expert {expert} of layer {layer} is not resident now")
         return terms[expert]
 
+    # -- comparing --------------------------------------------------------------------------
+
+    def what_if(self, run: Run, **changes: Any) -> Comparison:
+        """The same run once more with other settings, in a second lab, beside what it was.
+
+        The second lab is over the same store, with an arena and weights of its own: for as long as
+        this takes, both budgets and the non-expert weights twice are in memory. It begins with the
+        residents and all that the strategy had learnt when ``run`` began (as far as they fit), and
+        goes through the same changes at the same tokens with ``changes`` on top. Prompt, sampling,
+        seed and the number of tokens are the run's. With no change the decisions and the text are
+        the same, unless the strategy goes by what has landed (`Part.observes` "in_flight" or
+        "unread"), which is a matter of time. Ctrl-C stops it.
+
+        Parameters
+        ----------
+        run
+            A run of this lab that has ended.
+        changes
+            As in `update`; ``keep={(5, 3): 8}`` keeps expert 3 of layer 5 resident at 8 bit.
+
+        Returns
+        -------
+        Comparison
+            Of ``"as it was"`` and the second one.
+
+        Raises
+        ------
+        ValueError
+            A change is refused, for instance as the budget cannot hold what is to be kept.
+        RuntimeError
+            A run is going on.
+
+        Examples
+        --------
+        >>> lab.what_if(run, strategy="hobbit").diverges_at  # doctest: +SKIP
+        17
+        """
+        from moelab.counterfactual import WhatIf
+
+        return WhatIf(self, run, changes).compare()
+
+    @property
+    def pins(self) -> Pins:
+        """The runs pinned by `pin`, by name; saved and loaded with ``lab.pins.save(folder)``."""
+        from moelab.pins import Pins
+
+        with self._lock:
+            self._pins = self._pins or Pins()
+            return self._pins
+
+    def pin(self, run: Run | Recording | None = None, name: str = "") -> str:
+        """Put a run beside others, to compare: the newest by default; returns its name.
+
+        Raises
+        ------
+        ValueError
+            There is no run yet.
+
+        Examples
+        --------
+        >>> run = lab.generate("The", max_new_tokens=4)
+        >>> lab.pin(name="first")
+        'first'
+        """
+        run = run or self.run
+        if run is None:
+            raise ValueError("there is no run to pin yet; lab.generate(prompt) makes one")
+        return self.pins.add(run, name)
+
     def prompts(self) -> dict[str, list[str]]:
         """Prompts by domain; empty for models that bring none."""
-        from moelab import demo
-
-        return demo.prompts() if self._is_demo() else {}
+        return bundled(self.name, "prompts")
 
     def probes(self) -> dict[str, str]:
         """Held-out text by domain; empty for models that bring none."""
-        from moelab import demo
-
-        return demo.probes() if self._is_demo() else {}
+        return bundled(self.name, "probes")
 
     def dashboard(self) -> Dashboard:
         """The live view: show it as the last line of a notebook cell."""
@@ -355,9 +480,18 @@ class Lab:
 
     # -- inside -----------------------------------------------------------------------------
 
-    def _work(self, run: Run, max_new_tokens: int, sampling: Sampling) -> None:
+    def _work(self, run: Run, changes: dict[int, Settings | Mapping[str, Any]]) -> None:
+        def latest() -> Settings:
+            for token in sorted(t for t in changes if t <= len(run.tokens)):
+                change = changes.pop(token)
+                if isinstance(change, Settings):
+                    self._settings = change
+                else:
+                    self.update(**change)
+            return self._settings
+
         try:
-            run._generate(self._engine, lambda: self._settings, max_new_tokens, sampling)
+            run._generate(self._engine, latest)
         except BaseException:
             self._engine.recover()
             raise
@@ -392,10 +526,9 @@ class Lab:
             raise ValueError("the prompt is empty; give at least one word")
         return list(ids)
 
-    def _eos(self) -> set[int]:
+    def _eos(self, *, chat: bool) -> set[int]:
+        """What ends a text; an answer ends with the tokenizer's own end of a turn as well."""
         eos = self._engine.model.generation_config.eos_token_id
-        eos = self._tokenizer.eos_token_id if eos is None else eos
-        return set(eos if isinstance(eos, list) else [eos]) - {None}
-
-    def _is_demo(self) -> bool:
-        return self.name == "demo"
+        own = self._tokenizer.eos_token_id
+        eos = own if eos is None else eos
+        return (set(eos if isinstance(eos, list) else [eos]) | ({own} if chat else set())) - {None}

@@ -22,7 +22,7 @@ from moelab.strategies import make as make_strategy
 PLAIN = {"low_bits": None, "t1": 0.6, "t2": 0.9, "prefetch": 0}
 """Settings that belong to a strategy: choosing one sets them, to these where it names no others."""
 
-_OF_ROLE = {
+OF_ROLE = {
     "allocate": ("bits",),
     "precision": ("low_bits", "t1", "t2"),
     "prefetch": ("prefetch",),
@@ -31,6 +31,10 @@ MakeStrategy = Callable[[str, Strategy | None, str], Strategy]
 _UNITS = {"": 1, "b": 1}
 for _i, _p in enumerate("kmgt", 1):
     _UNITS |= {_p + "b": 1000**_i, _p + "ib": 1024**_i}
+
+
+_KNOWN_AS = {"depth": "prefetch", "look_ahead": "prefetch", "memory": "budget"}
+"""What papers call a setting, and what it is here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +89,9 @@ class Settings:
         """The settings after ``changes``; nothing changes where one of them is refused.
 
         Besides the attributes a change may be ``budget`` (see `parse_budget`), one of the five
-        decisions (``evict="hobbit"`` takes that strategy's, or a part of your own), and any
-        parameter of the strategy's parts.
+        decisions (``evict="hobbit"`` takes that strategy's, or a part of your own), any parameter
+        of the strategy's parts, and ``keep``: experts over which no part decides, as
+        ``{(layer, expert): bits}``, until it is changed again (``{}``: none).
 
         Parameters
         ----------
@@ -101,19 +106,27 @@ class Settings:
         """
         if "budget" in changes:
             changes["budget_bytes"] = parse_budget(changes.pop("budget"), shape)
+        keep = changes.pop("keep", None)
         changes = self._compose(changes, shape, make or _by_name)
         known = {f.name for f in dataclasses.fields(self)}
         tuned = {k: changes.pop(k) for k in changes.keys() - known}
         strategy = changes.get("strategy", self.strategy)
         if extra := tuned.keys() - strategy.parameters.keys():
-            names = sorted({"budget", *known, *ROLES} - {"budget_bytes"})
+            names = sorted({"budget", "keep", *known, *ROLES} - {"budget_bytes"})
             own = ", ".join(strategy.parameters) or "none"
+            here = _KNOWN_AS.get(min(extra))
             raise ValueError(
-                f"unknown setting {min(extra)!r}; there are {', '.join(names)}; "
+                f"unknown setting {min(extra)!r}; "
+                + (f"here it is called {here!r}; " if here else "")
+                + f"there are {', '.join(names)}; "
                 f"parameters of {strategy.name!r}: {own}"
             )
         if tuned:
-            changes["strategy"] = strategy.tuned(**tuned)
+            changes["strategy"] = strategy = strategy.tuned(**tuned)
+        if keep is None:
+            keep = strategy.keep or self.strategy.keep
+        if keep != strategy.keep:
+            changes["strategy"] = dataclasses.replace(strategy, keep=dict(keep))
         if changes.get("low_bits") in (0, "off"):
             changes["low_bits"] = None
         new = dataclasses.replace(self, **changes)
@@ -141,7 +154,7 @@ class Settings:
                 source = make(part, strategy, role)
                 parts[role] = source.parts[role]
                 whole = PLAIN | dict(source.preset)
-                brought |= {k: whole[k] for k in _OF_ROLE.get(role, ()) if k in whole}
+                brought |= {k: whole[k] for k in OF_ROLE.get(role, ()) if k in whole}
             else:  # one object may be given for several decisions, or again after a change
                 known = any(part is old for old in now.objects)
                 parts[role] = own.setdefault(id(part), begun_anew(part) if known else part)
@@ -166,6 +179,8 @@ class Settings:
         if type(self.prefetch) is not int or not 0 <= self.prefetch <= 3:
             raise ValueError(f"prefetch={self.prefetch!r}: layers to look ahead, 0 to 3")
         find_device(self.device)
+        for key, bits in self.strategy.keep.items():
+            _check_kept(key, bits, shape)
         check_budget(shape, self.strategy, self.knobs())
 
     def shown(self) -> dict[str, str]:
@@ -181,10 +196,23 @@ class Settings:
         return words
 
     def shown_strategy(self) -> dict[str, str]:
-        """The strategy's decisions and parameters as words."""
+        """The strategy's decisions, parameters and the experts kept for good, as words."""
         parts = {role: part_title(part) for role, part in self.strategy.parts.items()}
         own = {name: _word(value) for name, (_, _, value) in self.strategy.parameters.items()}
-        return parts | own
+        kept = [f"{at}.{e} at {bits} bit" for (at, e), bits in self.strategy.keep.items()]
+        return parts | own | {"keep": ", ".join(kept) or "none"}
+
+
+def _check_kept(key: Any, bits: Any, shape: Shape) -> None:
+    pair = isinstance(key, tuple) and len(key) == 2 and all(type(i) is int for i in key)
+    if not pair:
+        raise ValueError(f"keep={{{key!r}: {bits!r}}}: write {{(layer, expert): bits}}")
+    layer, expert = key
+    if not 0 <= layer < shape.layers or not 0 <= expert < shape.experts[layer]:
+        raise ValueError(f"keep: there is no expert {expert} in layer {layer}")
+    if bits not in shape.nbytes:
+        tiers = sorted(shape.nbytes, reverse=True)
+        raise ValueError(f"keep: {bits!r} bit is not in this store; choose one of {tiers}")
 
 
 def _by_name(name: str, using: Strategy | None, role: str) -> Strategy:

@@ -21,7 +21,7 @@ SUMMARY = {
     "bytes_per_token", "stall_share", "downgrades", "skips", "peak_resident_bytes",
 }  # fmt: skip
 EVENTS = [
-    "token", "layer", "expert", "kind", "bits_asked", "bits", "bytes", "start_ms", "dur_ms",
+    "token", "at", "layer", "expert", "kind", "bits_asked", "bits", "bytes", "start_ms", "dur_ms",
     "cause",
 ]  # fmt: skip
 PER_TOKEN = {
@@ -105,6 +105,7 @@ def test_a_change_between_runs_acts_at_once(lab):
         ({"prefetch": 9}, "0 to 3"),
         ({"t1": 0.9, "t2": 0.1}, "need 0 <= t1 <= t2"),
         ({"bit": 4}, "unknown setting 'bit'; there are allocate, bits, budget"),
+        ({"depth": 3}, "unknown setting 'depth'; here it is called 'prefetch'; there are"),
     ],
 )
 def test_a_refused_change_says_what_to_do_and_changes_nothing(lab, change, message):

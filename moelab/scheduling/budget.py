@@ -19,21 +19,24 @@ def check_budget(shape: Shape, strategy: Strategy, knobs: Knobs) -> None:
     """Refuse a budget that cannot hold one layer's top-k at the bits asked for."""
     need = minimum_budget(shape, strategy, knobs)
     if knobs.budget_bytes < need:
+        kept = len(strategy.keep)
+        beside = f" beside {kept} kept expert{'s'[: kept > 1]}" if kept else ""
         raise BudgetError(
             f"budget {_mb(knobs.budget_bytes)} is below one token's need with strategy "
-            f"{strategy.name!r} (top-{shape.top_k} at {knobs.bits} bit: {_mb(need)}); raise it to "
-            f"{need} bytes or choose fewer bits"
+            f"{strategy.name!r} (top-{shape.top_k} at {knobs.bits} bit{beside}: {_mb(need)}); "
+            f"raise it to {need} bytes or choose fewer bits"
         )
 
 
 def minimum_budget(shape: Shape, strategy: Strategy, knobs: Knobs) -> int:
     """Least bytes that hold the top-k experts of every layer in turn, and in each one's share.
 
-    Shares of layers and tiers may depend on the budget in any growing way, so the least budget
-    under which they suffice is searched.
+    Experts kept for good are held besides: the top-k may all be others. Shares of layers and tiers
+    may depend on the budget in any growing way, so the least budget under which they suffice is
+    searched.
     """
     wanted = _needs(shape, strategy, knobs)
-    low = max(sum(sizes) for sizes in wanted)
+    low = max(sum(sizes) for sizes in wanted) + sum(shape.nbytes[b] for b in strategy.keep.values())
     if _suffices(shape, strategy, knobs, low, wanted):
         return low
     high = low
@@ -52,18 +55,20 @@ def minimum_budget(shape: Shape, strategy: Strategy, knobs: Knobs) -> int:
 
 def _view(shape: Shape, strategy: Strategy, knobs: Knobs, budget_bytes: int) -> View:
     now = dataclasses.replace(knobs, budget_bytes=budget_bytes)
-    return View(shape, now, Cache(shape, budget_bytes), allocate=strategy.allocate)
+    cache = Cache(shape, budget_bytes)
+    return View(shape, now, cache, allocate=strategy.allocate, keep=strategy.keep)
 
 
 def _needs(shape: Shape, strategy: Strategy, knobs: Knobs) -> list[list[int]]:
-    """Bytes of the top-k largest experts, layer by layer."""
+    """Bytes of the top-k largest experts that come and go, layer by layer."""
     view = _view(shape, strategy, knobs, knobs.budget_bytes)
-    return [
-        sorted(
-            (shape.nbytes[view.asked_bits((layer, e))] for e in range(count)),
-            reverse=True,
-        )[: shape.top_k]
+    coming = [
+        [(layer, e) for e in range(count) if (layer, e) not in strategy.keep]
         for layer, count in enumerate(shape.experts)
+    ]
+    return [
+        sorted((shape.nbytes[view.asked_bits(key)] for key in keys), reverse=True)[: shape.top_k]
+        for keys in coming
     ]
 
 
@@ -71,16 +76,21 @@ def _suffices(
     shape: Shape, strategy: Strategy, knobs: Knobs, budget_bytes: int, wanted: list[list[int]]
 ) -> bool:
     view = _view(shape, strategy, knobs, budget_bytes)
+    kept = Cache(shape, _HUGE)
+    for key, bits in strategy.keep.items():
+        kept.add(key, bits)
     for layer, sizes in enumerate(wanted):
         share = strategy.allocate.layer_bytes(layer, view)
-        if sum(sizes) > (budget_bytes if share is None else share):
+        if sum(sizes) + kept.used_bytes > budget_bytes:
+            return False
+        if share is not None and sum(sizes) + kept.layer_bytes[layer] > share:
             return False
     for bits, nbytes in shape.nbytes.items():
         pool = strategy.allocate.tier_bytes(bits, view)
         most = max(sizes.count(nbytes) for sizes in wanted)
         if bits == knobs.low_bits:
             most = max(most, shape.top_k)
-        if pool is not None and most * nbytes > pool:
+        if pool is not None and most * nbytes + kept.tier_bytes[bits] > pool:
             return False
     return True
 

@@ -8,7 +8,7 @@ the method it is about.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -186,7 +186,12 @@ class Precision(Part):
 
 
 class Evict(Part):
-    """Lowest `priority` leaves. A policy of your own is a subclass with that one method."""
+    """Lowest `priority` leaves. A policy of your own is a subclass with that one method.
+
+    ``explained`` says of each term of `why` what it is, in a few words.
+    """
+
+    explained: ClassVar[Mapping[str, str]] = {"priority": "the lowest leaves"}
 
     def priority(self, key: Key, view: View) -> float:
         """How much ``key`` deserves to stay."""

@@ -7,16 +7,17 @@ for experts of one size.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from moelab.scheduling.plan import Decision, LayerPlan
 from moelab.scheduling.requests import requests
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Strategy
-from moelab.scheduling.stream import Knobs
+from moelab.scheduling.stream import Knobs, Shape
 from moelab.scheduling.trace import Change, Trace
 
 
@@ -50,6 +51,7 @@ def replay(
     knobs: Knobs | None = None,
     *,
     strategies: Mapping[str, Strategy] | None = None,
+    make: Callable[[Shape, Strategy, Knobs], Scheduler] = Scheduler,
 ) -> Replay:
     """Decide a trace again.
 
@@ -61,6 +63,8 @@ def replay(
         Other than the recorded ones, for the whole trace; both or neither.
     strategies
         Name -> strategy, for a trace from a file, which knows its strategies by name only.
+    make
+        Makes the scheduler; one that watches itself decides the same.
 
     Raises
     ------
@@ -76,7 +80,7 @@ def replay(
     changes = _found(changes, strategies or {})
     first = changes.pop(0)
     assert first.strategy is not None
-    scheduler, out = Scheduler(trace.shape, first.strategy, first.knobs), Replay()
+    scheduler, out = make(trace.shape, first.strategy, first.knobs), Replay()
     scheduler.warm(trace.resident, known=known)
     for i, given in enumerate(trace.steps):
         if i == 0 or (given.prefill and given.layer == 0):
@@ -105,6 +109,7 @@ def _found(changes: list[Change], strategies: Mapping[str, Strategy]) -> list[Ch
         if use is None:
             use = last if last is not None and not c.fresh else strategies[c.name].renewed()
             use = use.tuned(**c.parameters) if c.parameters else use
+            use = dataclasses.replace(use, keep=c.keep or {})
         found.append(c._replace(strategy=use))
         last = use
     return found

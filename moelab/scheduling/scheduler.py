@@ -15,7 +15,7 @@ from moelab.scheduling.cache import Cache
 from moelab.scheduling.plan import Decision, Drop, Fetch, LayerPlan, Serve
 from moelab.scheduling.requests import ranked, requests
 from moelab.scheduling.strategy import Strategy
-from moelab.scheduling.stream import Key, Knobs, Request, Shape, View
+from moelab.scheduling.stream import Key, Knobs, Prediction, Request, Shape, View
 from moelab.scheduling.trace import LayerInput
 
 __all__ = [
@@ -75,11 +75,12 @@ class Scheduler:
     def begin(self) -> LayerPlan:
         """What is to be resident before the next token: fetches the engine waits for."""
         view, plan = self.view, LayerPlan(-1)
-        wanted = list(self.strategy.prefetch.begin(view))
+        wanted = [*map(Prediction, view.keep), *self.strategy.prefetch.begin(view)]
         listed = {p.key for p in wanted}
         for p in wanted:
             bits = view.asked_bits(p.key)
-            self._fetch(p.key, bits, bits, "set-up", plan, lambda k: k not in listed)
+            stay = view.keep if p.key in view.keep else listed
+            self._fetch(p.key, bits, bits, "set-up", plan, lambda k, s=stay: k not in s)
         view.in_flight.clear()  # the engine waits
         return plan
 
@@ -104,7 +105,7 @@ class Scheduler:
         if not given.prefill:
             self._prefetch(given, plan, needed)
         for key in self.strategy.evict.after_layer(given.layer, view):
-            if key in self.cache:
+            if key in self.cache and key not in view.keep:
                 plan.after.append(self._drop(key, "not kept"))
         return plan
 
@@ -171,6 +172,7 @@ class Scheduler:
     def _take(self, strategy: Strategy) -> None:
         self.strategy = strategy
         self.view.allocate, self.view.precision = strategy.allocate, strategy.precision
+        self.view.keep = strategy.keep
         self._observes = strategy.observes
         self.view.in_flight.clear()
 
@@ -189,8 +191,9 @@ class Scheduler:
 
     def _request(self, request: Request, plan: LayerPlan, loads: list, needed: set[Key]) -> None:
         view, key = self.view, (plan.layer, request.expert)
-        asked = self.strategy.allocate.bits(key, view)
-        want = asked if view.prefill else self.strategy.precision.tier(request, asked, view)
+        asked = view.asked_bits(key)
+        given = view.prefill or key in view.keep
+        want = asked if given else self.strategy.precision.tier(request, asked, view)
         have = self.cache.bits(key)
         if have and have >= want:
             self._serve_resident(key, request.expert, have, asked, plan, needed)
@@ -247,7 +250,8 @@ class Scheduler:
             layer, expert = p.key
             asked = view.asked_bits(p.key)
             request = Request(expert, p.weight, p.rank, p.score, layer=layer)
-            want = self.strategy.precision.tier(request, asked, view)
+            kept = p.key in view.keep
+            want = asked if kept else self.strategy.precision.tier(request, asked, view)
             shelter = self._shelter()
             cause = f"ahead +{(layer - given.layer) % self.shape.layers}"
             if self._fetch(
@@ -280,8 +284,8 @@ class Scheduler:
         return True
 
     def _shelter(self) -> set[Key]:
-        """Experts that a prediction protects."""
-        return set().union(*self._protected.values()) if self._protected else set()
+        """Experts that a prediction protects, and those kept for good."""
+        return set(self.view.keep).union(*self._protected.values())
 
     def _limits(
         self, layer: int, bits: int
@@ -330,12 +334,14 @@ class Scheduler:
     def _victim(self, test: Callable[[Key], bool]) -> Key:
         key = self._ask_victim(test)
         if key is None:  # a policy that forgot a copy must not break the promise
-            key = next(k for k in self.cache if test(k))
+            key = next(k for k in self.cache if test(k) and k not in self.view.keep)
         return key
 
     def _ask_victim(self, test: Callable[[Key], bool]) -> Key | None:
-        key = self.strategy.evict.victim(test, self.view)
-        if key is not None and not (key in self.cache and test(key)):
+        keep = self.view.keep
+        allowed = (lambda k: k not in keep and test(k)) if keep else test
+        key = self.strategy.evict.victim(allowed, self.view)
+        if key is not None and not (key in self.cache and allowed(key)):
             raise ValueError(
                 f"{type(self.strategy.evict).__name__}.victim chose expert {key}, which is not "
                 "resident or is needed now; choose a resident key that allowed(key) admits"

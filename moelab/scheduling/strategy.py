@@ -63,7 +63,9 @@ class Strategy:
 
     The objects are templates: each scheduler works on its own copy (`fresh`), so one strategy can
     serve many labs. One object may take several of the decisions. ``preset`` holds the settings
-    (bits, low_bits, t1, t2, prefetch) that are chosen along with the strategy.
+    (bits, low_bits, t1, t2, prefetch) that are chosen along with the strategy. ``keep`` holds
+    experts over which no part decides: resident from the start at the bits given, always served
+    at them, never evicted.
 
     Raises
     ------
@@ -78,6 +80,7 @@ class Strategy:
     precision: SetsPrecision = field(default_factory=Precision)
     prefetch: Prefetches = field(default_factory=Prefetch)
     preset: Mapping[str, Any] = field(default_factory=dict)
+    keep: Mapping[Key, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         own = ", ".join(f"{name}={value}" for name, (_, _, value) in self.parameters.items())

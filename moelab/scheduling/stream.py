@@ -113,9 +113,12 @@ class View:
     in_flight: set[Key] = field(default_factory=set)
     allocate: Allocates | None = None
     precision: SetsPrecision | None = None
+    keep: Mapping[Key, int] = field(default_factory=dict)
 
     def asked_bits(self, key: Key) -> int:
         """Bits at which ``key`` is asked for."""
+        if key in self.keep:
+            return self.keep[key]
         return self.knobs.bits if self.allocate is None else self.allocate.bits(key, self)
 
     def wanted_bits(self, request: Request) -> int:

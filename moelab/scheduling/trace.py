@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Key, Knobs, LookAhead, Shape
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,8 @@ class Change(NamedTuple):
         Whether the strategy begins here, with nothing learnt.
     strategy
         The strategy itself, with what it had learnt by then; kept in memory only.
+    keep
+        Experts kept for good, of a trace from a file; else the strategy has them.
     """
 
     at: int
@@ -92,6 +94,7 @@ class Change(NamedTuple):
     fresh: bool = True
     parameters: Mapping[str, Any] | None = None
     strategy: Strategy | None = None
+    keep: Mapping[Key, int] | None = None
 
 
 @dataclass(slots=True)
@@ -122,7 +125,10 @@ class Trace:
             "shape": dataclasses.asdict(self.shape),
             "steps": [dataclasses.astuple(s) for s in self.steps],
             "changes": [
-                (c.at, dataclasses.asdict(c.knobs), c.name, c.fresh, dict(c.parameters or {}))
+                (
+                    *(c.at, dataclasses.asdict(c.knobs), c.name, c.fresh, dict(c.parameters or {})),
+                    list((c.strategy.keep if c.strategy else c.keep or {}).items()),
+                )
                 for c in self.changes
             ],
             "resident": self.resident,
@@ -157,9 +163,14 @@ def _parts(doc: dict) -> tuple:
     return (
         Shape(tuple(shape["experts"]), shape["top_k"], nbytes),
         [_step(row) for row in doc["steps"]],
-        [Change(at, Knobs(**k), name, fresh, p) for at, k, name, fresh, p in doc["changes"]],
+        [_change(*row) for row in doc["changes"]],
         [((layer, expert), bits) for (layer, expert), bits in doc["resident"]],
     )
+
+
+def _change(at: int, knobs: dict, name: str, fresh: bool, parameters: dict, keep: list) -> Change:
+    kept = {(layer, expert): bits for (layer, expert), bits in keep}
+    return Change(at, Knobs(**knobs), name, fresh, parameters, keep=kept or None)
 
 
 def _nested(rows: list[list] | None) -> tuple[tuple, ...] | None:

@@ -1,0 +1,228 @@
+"""The dashboard's drawer of runs: what is pinned, two of them beside each other, and what if.
+
+The trait ``runs`` holds what the drawer shows: a row for each pinned run, and the what-if that is
+under way or was last. The view's questions come to `hear` on any thread; a what-if works in a
+thread of its own, and how far it is goes out with the dashboard's frames. What is refused is shown
+in the drawer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from moelab.comparison import Comparison, code_of
+from moelab.counterfactual import WhatIf, since
+from moelab.spelling import changed
+from moelab.widgets.frame import in_words
+
+if TYPE_CHECKING:
+    from moelab.settings import Settings
+
+FIGURES = ("tokens_per_s", "hit_ratio", "bytes_per_token", "stall_share", "kl_mean", "timing")
+IDLE: dict[str, Any] = {"state": "", "words": "", "done": 0, "total": 0, "error": ""}
+
+
+class Runs:
+    """Answers the drawer of one dashboard.
+
+    Parameters
+    ----------
+    lab
+        Gives the lab, whose pins these are.
+    publish
+        Takes what the drawer is to show.
+    send
+        Sends an answer to the views.
+    """
+
+    def __init__(
+        self,
+        lab: Callable[[], Any],
+        publish: Callable[[dict[str, Any]], None],
+        send: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._lab, self._publish, self._send = lab, publish, send
+        self._lock = threading.RLock()
+        self._what: WhatIf | None = None
+        self._again, self._error = dict(IDLE), ""
+        self._shown: tuple[int, list[dict[str, Any]]] = (-1, [])
+        self._of_pins: Any = None
+        self._told: dict[str, Any] = {}
+
+    def hear(self, content: Mapping[str, Any]) -> None:
+        """Do what the view asks."""
+        answer = {
+            "pin": self._pin,
+            "unpin": lambda c: self._lab().pins.remove(c["name"]),
+            "rename": lambda c: self._lab().pins.rename(c["name"], c["new"]),
+            "beside": self._beside,
+            "since": self._since,
+            "whatif": self._begin,
+            "stop": lambda _: self.stop(),
+            "dismiss": lambda _: None,
+        }[content["ask"]]
+        try:
+            with self._lock:
+                self._error = ""
+                answer(content)
+        except Exception as error:  # noqa: BLE001 whatever it is, the user must see it
+            self._error = _words(error)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Publish what is new; the dashboard calls this as often as it looks for a new frame."""
+        pins = getattr(self._lab(), "pins", None)
+        if pins is None:
+            return
+        with self._lock:
+            if pins is not self._of_pins:  # another model is shown
+                self._of_pins, self._shown, self._again = pins, (-1, []), dict(IDLE)
+            if pins.version != self._shown[0]:
+                self._shown = pins.version, rows(pins)
+            what = self._what
+            if what is not None and what.run is not None:
+                self._again["done"] = len(what.run.tokens)
+            told = {"pinned": self._shown[1], "again": dict(self._again), "error": self._error}
+            if told != self._told:
+                self._told = told
+                self._publish(told)
+
+    def stop(self) -> None:
+        """End the what-if that is under way."""
+        if self._what is not None:
+            self._what.stop()
+
+    # -- what the view asks ---------------------------------------------------------------------
+
+    def _pin(self, _content: Mapping[str, Any]) -> None:
+        self._lab().pin()
+
+    def _beside(self, content: Mapping[str, Any]) -> None:
+        pins = self._lab().pins
+        beside = Comparison({name: pins[name] for name in content["names"]})
+        table = beside.table()
+        figures = [key for key in table.index if key != "settings"]
+        names = beside.names
+        self._send(
+            {
+                "beside": {
+                    "names": names,
+                    "at": beside.diverges_at,
+                    "same_device": beside.same_device,
+                    "prompts": [pins[n].document["prompt"] for n in names],
+                    "pieces": [pins[n].document["pieces"] for n in names],
+                    "settings": [pins[n].document["settings"][0]["short"] for n in names],
+                    "changes": [len(pins[n].document["settings"]) - 1 for n in names],
+                    "figures": [
+                        [key, *(_plain(table.loc[key, c]) for c in table.columns)]
+                        for key in figures
+                    ],
+                }
+            }
+        )
+
+    def _since(self, content: Mapping[str, Any]) -> None:
+        """What a what-if would change now, in words."""
+        words = error = ""
+        try:
+            run, settings = self._of(content), self._lab().settings
+            changes = since(run, settings)
+            words = spoken(run.history[-1][1], settings) if changes else ""
+        except (ValueError, RuntimeError) as e:
+            error = in_words(e)
+        self._send({"since": {"of": content.get("of", ""), "words": words, "error": error}})
+
+    def _begin(self, content: Mapping[str, Any]) -> None:
+        if self._again["state"] == "running":
+            raise RuntimeError("a what-if is under way; stop it first")
+        lab, run = self._lab(), self._of(content)
+        changes = since(run, lab.settings)
+        if content.get("keep"):  # the expert chosen on the cache map
+            layer, expert, bits = map(int, content["keep"])
+            changes["keep"] = {**lab.settings.strategy.keep, (layer, expert): bits}
+        if not changes:
+            raise ValueError(
+                "nothing differs from that run yet: change a setting above, or choose an expert in "
+                "the cache map to keep"
+            )
+        what = WhatIf(lab, run, changes)
+        words = spoken(run.history[-1][1], what.settings)
+        self._what = what
+        self._again = IDLE | {"state": "running", "words": words, "total": len(run.tokens)}
+        thread = threading.Thread(target=self._work, args=(what, words), daemon=True)
+        thread.name = "moelab-what-if"
+        thread.start()
+
+    def _of(self, content: Mapping[str, Any]) -> Any:
+        """The run it is about: a pinned one by name, else the newest."""
+        lab, name = self._lab(), content.get("of", "")
+        run = lab.pins.run(name) if name else lab.run
+        if run is None and name:
+            raise ValueError(f"{name!r} was loaded from a file: run its code here to ask what if")
+        if run is None:
+            raise ValueError("no run yet: press Run first")
+        return run
+
+    def _work(self, what: WhatIf, words: str) -> None:
+        """Make the second run and pin both; in a thread of its own."""
+        try:
+            second = what.go()
+            pins = what.lab.pins
+            mine = (n for n in pins if pins.run(n) is what.was)
+            names = [next(mine, None) or pins.add(what.was), pins.add(second, f"what if {words}")]
+            done = len(second.tokens)
+            ended = {"state": "done", "words": words, "done": done, "total": done, "names": names}
+        except BaseException as error:  # noqa: BLE001 a thread has nobody else to tell
+            ended = {"state": "failed", "words": words, "error": _words(error)}
+        with self._lock:
+            self._what, self._again = None, IDLE | ended
+        self.refresh()
+
+
+def spoken(old: Settings, new: Settings) -> str:
+    """What differs, as in ``lab.update``, but for bytes, which nobody reads."""
+    nbytes = r"\bbudget=([\d_]+)"
+    return re.sub(nbytes, lambda m: f"budget={int(m[1]) / 1e6:.3g} MB", changed(old, new))
+
+
+def rows(pins: Any) -> list[dict[str, Any]]:
+    """A row for each pinned run."""
+    if not len(pins):
+        return []
+    front = pins.compare().front()
+    return [_row(name, pins, name in front) for name in pins]
+
+
+def _row(name: str, pins: Any, best: bool) -> dict[str, Any]:
+    import moelab
+
+    doc = pins[name].document
+    summary = doc["summary"]
+    device = moelab.devices().get(summary["device"])
+    return {
+        "name": name,
+        "settings": doc["settings"][0]["short"],
+        "changes": len(doc["settings"]) - 1,
+        "prompt": doc["prompt"],
+        "tokens": len(doc["ids"]),
+        **{key: _plain(summary[key]) for key in FIGURES},
+        "peak": summary["peak_resident_bytes"],
+        "device": device.title if device else summary["device"],
+        "emulated": summary["timing"] == "emulated",
+        "best": best,
+        "code": code_of(doc),
+        "again": pins.run(name) is not None,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A cell of a table as JSON has it."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _words(error: BaseException) -> str:
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else in_words(error)  # pyright: ignore[reportArgumentType]

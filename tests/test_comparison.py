@@ -1,0 +1,326 @@
+"""What a user may rely on of comparisons and pinned runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import pytest
+
+import moelab
+from moelab.comparison import Comparison
+from moelab.pins import Pins
+from moelab.scheduling.stream import Shape
+from moelab.settings import Settings
+from moelab.spelling import changed, opened, short
+from moelab.strategies import Evict, make
+from moelab.widgets.pins import Runs
+
+SHAPE = Shape((12,) * 8, 2, {16: 221184, 8: 118784, 4: 65536, 3: 49152, 2: 36864})
+START = Settings(5_308_416, 16, make("lru"))
+
+
+class Recorded:
+    """As much of a recording as a comparison reads."""
+
+    def __init__(self, ids, *, device="disk", updates=(), **figures):
+        timing = "measured" if device == "disk" else "emulated"
+        self.document = {
+            "prompt": "Once",
+            "ids": list(ids),
+            "pieces": [f" <{i}>" for i in ids],
+            "max_new_tokens": 64,
+            "ignore_eos": False,
+            "messages": [],
+            "sampling": {
+                "temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seed": 3,
+            },
+            "start": {"layer": [], "expert": [], "bits": []},
+            "settings": [
+                {"token": 0, "short": f"lru, 25 %, {device}", "code": "lab = ...", "update": ""},
+                *({"token": t, "short": "", "code": "", "update": u} for t, u in updates),
+            ],
+            "summary": {
+                "tokens_per_s": 50.0,
+                "hit_ratio": 0.5,
+                "kl_mean": None,
+                "peak_resident_bytes": 5_000_000,
+                "timing": timing,
+                "device": device,
+            }
+            | figures,
+        }  # fmt: skip
+
+
+def test_the_first_different_token_is_found_in_ids_not_in_words():
+    a = Recorded([1, 2, 3, 4])
+    assert Comparison({"a": a, "b": Recorded([1, 2, 3, 4])}).diverges_at is None
+    assert Comparison({"a": a, "b": Recorded([1, 2, 9, 4])}).diverges_at == 2
+    assert Comparison({"a": a, "b": Recorded([1, 2])}).diverges_at == 2
+    assert Comparison({"a": a, "b": Recorded([1, 2, 3, 5]), "c": Recorded([1, 7])}).diverges_at == 1
+    assert Comparison({"a": a}).diverges_at is None
+
+
+def test_two_runs_have_the_difference_of_every_figure():
+    b = Recorded([1], tokens_per_s=60.0, hit_ratio=0.75, kl_mean=0.1)
+    table = Comparison({"a": Recorded([1]), "b": b}).table()
+    assert table.loc["tokens_per_s", "difference"] == 10
+    assert table.loc["hit_ratio", "difference"] == 0.25
+    assert math.isnan(table.loc["kl_mean", "difference"]), "a KL that was not measured has none"
+    assert table.loc["timing", "a"] == "measured"
+    three = Comparison({n: Recorded([1]) for n in "abc"}).table()
+    assert list(three.columns) == ["a", "b", "c"]
+
+
+def test_measured_and_emulated_times_have_no_difference():
+    both = Comparison({"a": Recorded([1]), "b": Recorded([1], device="hdd", tokens_per_s=9.0)})
+    table = both.table()
+    assert math.isnan(table.loc["tokens_per_s", "difference"])
+    assert table.loc["hit_ratio", "difference"] == 0
+    assert list(table.loc["timing"])[:2] == ["measured", "emulated"]
+    assert not both.same_device
+    assert "different devices" in both._repr_html_()
+
+
+def test_a_run_is_beaten_only_by_one_that_is_nowhere_worse_on_the_same_device():
+    runs = {
+        "good": Recorded([1], tokens_per_s=60.0, kl_mean=0.01),
+        "slower": Recorded([1], tokens_per_s=50.0, kl_mean=0.01),
+        "slower, finer": Recorded([1], tokens_per_s=50.0, kl_mean=0.001),
+        "smaller": Recorded([1], tokens_per_s=10.0, kl_mean=0.5, peak_resident_bytes=1),
+        "other device": Recorded([1], device="hdd", tokens_per_s=1.0, kl_mean=0.9),
+        "no KL, slower": Recorded([1], tokens_per_s=49.0),
+    }
+    assert Comparison(runs).front() == ["good", "slower, finer", "smaller", "other device"]
+    assert Comparison({"a": Recorded([1]), "b": Recorded([1])}).front() == ["a", "b"], "a tie"
+
+
+def test_the_scatter_shows_kl_by_colour_and_size_and_how_it_was_timed_by_shape():
+    runs = {
+        "fine": Recorded([1], kl_mean=0.0001),
+        "rough": Recorded([1], kl_mean=0.5, tokens_per_s=70.0, peak_resident_bytes=6e6),
+        "unknown": Recorded([1], tokens_per_s=1.0),
+        "emulated": Recorded([1], device="hdd", kl_mean=0.01),
+    }
+    measured, emulated, front, _ = Comparison(runs).figure().data
+    fine, rough, _ = measured.marker.size
+    assert rough > fine
+    assert measured.marker.color[1] > measured.marker.color[0]
+    assert [s.endswith("-open") for s in measured.marker.symbol] == [False, False, True]
+    assert measured.marker.symbol[0] != emulated.marker.symbol[0]
+    assert list(measured.text) == ["fine", "rough", "unknown"]
+    assert list(front.x) == [5, 6]
+
+
+def test_text_is_shown_as_text_with_the_first_different_token_marked():
+    page = Comparison({"a & b": Recorded([1, 2]), "b": Recorded([1, 3])})._repr_html_()
+    assert "a &amp; b" in page
+    assert "&lt;1&gt;<mark title='token 1: the first that differs'> &lt;2&gt;</mark>" in page
+    assert "<1>" not in page
+    same = Comparison({"a": Recorded([1]), "b": Recorded([1])})
+    assert "<mark" not in same._repr_html_()
+    assert "the same tokens" in repr(same)
+
+
+def test_code_has_the_settings_and_what_changed_at_which_token():
+    run = Recorded([1], updates=[(4, "bits=4"), (6, ""), (9, 'strategy="hobbit", t1=0.4')])
+    run.document["start"]["expert"] = [3, 4]
+    code = Comparison({"a": run}).code("a")
+    assert "began with 2 experts resident" in code
+    given = {}
+
+    class Lab:
+        def generate(self, prompt, **options):
+            given.update(options, prompt=prompt)
+
+    exec(code.replace("lab = ...", "lab = Lab()"), {"Lab": Lab})
+    assert given["prompt"] == "Once"
+    assert given["seed"] == 3
+    assert given["changes"] == {4: {"bits": 4}, 9: {"strategy": "hobbit", "t1": 0.4}}
+    with pytest.raises(ValueError, match="no run 'b'; there are 'a'"):
+        Comparison({"a": run}).code("b")
+
+
+# -- settings as code ------------------------------------------------------------------------------
+
+
+class Own(Evict):
+    def priority(self, key, view):
+        return 0
+
+
+def words(settings):
+    shown = settings.shown() | settings.shown_strategy()
+    return {k: v for k, v in shown.items() if k != "strategy"}  # a mix of a mix is named otherwise
+
+
+def test_settings_spelled_as_code_lead_to_the_same_settings():
+    steps = [
+        {"budget": "50%"},
+        {"strategy": "hobbit"},
+        {"t1": 0.4, "w_lru": 0.5},
+        {"w_lru": 0.25},
+        {"evict": "edgemoe"},
+        {"prefetch": 1},
+        {"prefetch": "moe_infinity"},
+        {"strategy": "lru"},
+        {"bits": 4, "device": "sd_card", "seed": 5, "measure_kl": True},
+        {"keep": {(5, 3): 8}},
+        {"strategy": "swapmoe"},
+        {"evict": Own()},
+        {"strategy": "edgemoe"},
+        {"keep": {}, "low_bits": 2},
+    ]
+    now = START
+    for step in steps:
+        new = now.change(SHAPE, **step)
+        update = eval(f"dict({changed(now, new)})", {"Own": Own})
+        assert words(now.change(SHAPE, **update)) == words(new), step
+        assert words(again(opened("demo", new))) == words(new), step
+        now = new
+
+
+def again(code):
+    """What the code of `opened` makes, without opening a model."""
+
+    class Lab:
+        def __init__(self, model, *, budget, bits, strategy, **more):
+            start = Settings(10**9, 16, make("lru"))
+            more = {k: v for k, v in more.items() if k not in ("low_bits", "prefetch")} | {
+                k: more[k] for k in ("low_bits", "prefetch") if k in more
+            }
+            given = {} if strategy == "lru" else {"strategy": strategy}
+            self.settings = start.change(SHAPE, budget=budget, bits=bits, **given, **more)
+
+        def update(self, **changes):
+            self.settings = self.settings.change(SHAPE, **changes)
+
+    names = {"Own": Own, "moelab": type("moelab", (), {"open": Lab})}
+    exec(code, names)
+    return names["lab"].settings
+
+
+def test_settings_are_told_in_a_few_words():
+    settings = START.change(SHAPE, strategy="hobbit", device="sd_card", keep={(5, 3): 8})
+    assert short(settings, SHAPE) == "hobbit, 25 %, 16/4 bit, SD card, expert 5.3 kept at 8 bit"
+    assert short(START, SHAPE) == "lru, 25 %, 16 bit, disk"
+
+
+# -- the real thing --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pinned(demo_store):
+    with moelab.open("demo", budget="25%", measure_kl=False, progress=False) as lab:
+        run = lab.generate(
+            "Once upon a time", max_new_tokens=10, seed=2, changes={5: {"bits": 4, "evict": "lfu"}}
+        )
+        lab.pin(run, "a quarter")
+        lab.update(budget="50%")
+        lab.generate("Once upon a time", max_new_tokens=6)
+        lab.pin()
+        yield lab, run
+
+
+def test_copied_code_makes_the_same_run_again(pinned):
+    lab, run = pinned
+    names = {}
+    exec(lab.pins.compare().code("a quarter"), names)
+    with names["lab"]:
+        assert names["run"].tokens == run.tokens
+        mine, theirs = (
+            r.log.records()[["at", "layer", "expert", "kind"]] for r in (run, names["run"])
+        )
+        assert mine[mine["kind"] != 7].tolist() == theirs[theirs["kind"] != 7].tolist()
+
+
+def test_pinned_runs_are_named_renamed_saved_and_loaded(pinned, tmp_path):
+    lab, run = pinned
+    assert list(lab.pins) == ["a quarter", "lru*, 50 %, 4 bit, disk"]
+    files = lab.pins.save(tmp_path / "pins")
+    assert files[0].name == "a quarter.moelab.json.gz"
+    other = Pins()
+    assert other.load(tmp_path / "pins") == ["a quarter", "lru , 50 %, 4 bit, disk"]
+    assert other["a quarter"].document["ids"] == run.tokens
+    assert other.run("a quarter") is None
+    assert lab.pins.run("a quarter") is run
+    assert other.add(run, "a quarter") == "a quarter (2)"
+    assert other.rename("a quarter (2)", "another") == "another"
+    assert list(other)[-1] == "another"
+    other.remove("another")
+    with pytest.raises(KeyError, match="no run is pinned as 'another'; there are 'a quarter'"):
+        other.remove("another")
+    with pytest.raises(ValueError, match="a pinned run needs a name"):
+        other.rename("a quarter", " ")
+    with pytest.raises(ValueError, match="no recording"):
+        other.load(tmp_path)
+    table = other.compare().table()
+    assert table.loc["tokens", "a quarter"] == len(run.tokens)
+
+
+def test_a_runs_memory_is_its_own_whatever_was_resident_before(pinned):
+    lab, _ = pinned
+    before = lab.settings
+    lab.update(budget="100%", bits=16)
+    lab.generate("Once upon a time", max_new_tokens=6)
+    lab.update(bits=2)
+    run = lab.generate("Once upon a time", max_new_tokens=3)
+    assert 0 < run.summary()["peak_resident_bytes"] <= 96 * 36_864
+    on_the_way = lab.generate("Once upon a time", max_new_tokens=4, changes={1: {"bits": 16}})
+    assert on_the_way.summary()["peak_resident_bytes"] > run.summary()["peak_resident_bytes"]
+    lab.update(budget=before.budget_bytes, bits=before.bits)
+
+
+def test_what_if_and_compare_show_two_texts(pinned):
+    lab, run = pinned
+    beside = lab.what_if(run, bits=2)
+    assert beside.names == ["as it was", "bits=2"]
+    assert beside.texts()["as it was"] == run.text
+    assert beside.diverges_at is not None
+    assert "bits=2" in beside._repr_html_()
+    same = moelab.compare(run, run)
+    assert same.diverges_at is None
+    assert len(same.names) == 2
+
+
+def test_the_drawer_tells_of_pins_does_a_what_if_and_says_what_is_refused(pinned):
+    lab, run = pinned
+    told, sent = [], []
+    runs = Runs(lambda: lab, told.append, sent.append)
+    runs.refresh()
+    runs.refresh()
+    assert len(told) == 1, "nothing new is not told again"
+    first = told[0]["pinned"][0]
+    assert first["name"] == "a quarter"
+    assert first["tokens_per_s"] == run.summary()["tokens_per_s"]
+    assert first["code"] == lab.pins.compare().code("a quarter")
+    json.dumps(told)
+
+    lab.update(budget="60%")
+    runs.hear({"ask": "since", "of": "a quarter"})
+    assert sent[-1]["since"]["words"] == "budget=12.7 MB"
+    runs.hear({"ask": "whatif", "of": "a quarter", "keep": [2, 5, 8]})
+    end = time.monotonic() + 60
+    while told[-1]["again"]["state"] == "running" and time.monotonic() < end:
+        time.sleep(0.05)
+        runs.refresh()
+    assert told[-1]["again"]["state"] == "done", told[-1]
+    assert told[-1]["again"]["names"][0] == "a quarter"
+    name = told[-1]["again"]["names"][1]
+    assert name == "what if budget=12.7 MB, keep={(2, 5): 8}"
+    runs.hear({"ask": "beside", "names": ["a quarter", name]})
+    assert sent[-1]["beside"]["names"] == ["a quarter", name]
+    json.dumps(sent)
+
+    lab.update(keep={(2, 5): 8})
+    for ask, words in (
+        ({"ask": "whatif", "of": "a quarter", "keep": [99, 0, 8]}, "no expert 0 in layer 99"),
+        ({"ask": "unpin", "name": "nobody"}, "no run is pinned as 'nobody'"),
+        ({"ask": "whatif", "of": name}, "nothing differs from that run yet"),
+    ):
+        runs.hear(ask)
+        assert words in told[-1]["error"]
+    runs.hear({"ask": "unpin", "name": name})
+    assert told[-1]["error"] == ""
+    assert name not in [row["name"] for row in told[-1]["pinned"]]
