@@ -14,7 +14,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 import moelab
+from moelab.engine.generation import Sampling
+from moelab.events import EventLog
+from moelab.run import Asked, Likeliest, Run
 from moelab.scheduling.stream import Shape
+from moelab.scheduling.trace import LayerInput, Trace
 from moelab.settings import Settings
 from moelab.strategies import make
 
@@ -47,9 +51,14 @@ class FakeReport:
 
 
 class FakeRun:
-    """A thread that makes up tokens until it is stopped."""
+    """A thread that makes up tokens until it is stopped; it can be recorded like a real one."""
+
+    model, architecture, recording = "demo", "Qwen3MoeForCausalLM", Run.recording
 
     def __init__(self, lab, prompt, max_new_tokens, token_ms):
+        self.request = Asked(prompt, max_new_tokens, Sampling())
+        self.log, self.trace = EventLog(), Trace(lab._shape, resident=list(lab._cache.items()))
+        self.history, self.tokens, self.likeliest = [(0, lab.settings)], [], []
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
         self.token_reports, self.changes = [], []
         self.error = None
@@ -86,9 +95,12 @@ class FakeRun:
             if token == self.fail_at:
                 self.error = RuntimeError("store is truncated: experts-4.bin, layer 2, expert 7")
                 return
-            report = self._lab.step(token, (" " if token else "") + words[token % len(words)])
-            report.kl = self._lab.kl() if self._lab.settings.measure_kl else None
-            self.token_reports.append(report)
+            with self._lab._lock:
+                report = self._lab.step(token, (" " if token else "") + words[token % len(words)])
+                report.kl = self._lab.kl() if self._lab.settings.measure_kl else None
+                self.tokens.append(token)
+                self.likeliest.append(Likeliest(served=()))
+                self.token_reports.append(report)
             self._stop.wait(report.total_ms * self._token_ms / 1e3)
 
     def summary(self):
@@ -128,10 +140,9 @@ class FakeLab:
         self.run = None
         self.updates, self.asked_why, self.asked_info = [], 0, 0
         self._rng = np.random.default_rng(seed)
-        self._lock = threading.Lock()
-        self._popular = self._rng.permuted(
-            np.tile(1.0 / np.arange(1, experts + 1) ** 0.7, (layers, 1)), axis=1
-        )
+        self._lock = threading.RLock()
+        ranks = np.tile(np.arange(1, experts + 1), (layers, 1))
+        self._popular = -0.7 * np.log(self._rng.permuted(ranks, axis=1))  # [L, E], log odds
         self._clear()
         self._cache, self._held = OrderedDict(), 0
 
@@ -150,10 +161,12 @@ class FakeLab:
         before, after = self.settings.shown(), settings.shown()
         with self._lock:
             self.settings = settings
-            self._evict()
-        if self.run is not None and self.run.running:
-            shown = {k: v for k, v in after.items() if before[k] != v}
-            self.run.changes.append((len(self.run.token_reports), shown))
+            if self.run is not None and self.run.running:
+                shown = {k: v for k, v in after.items() if before[k] != v}
+                token = len(self.run.token_reports)
+                self.run.changes.append((token, shown))
+                self.run.history.append((token, settings))
+            self._evict(-1)
         return settings
 
     def why(self, layer):
@@ -217,19 +230,28 @@ class FakeLab:
         self.run = FakeRun(self, prompt, max_new_tokens, self.token_ms)
         return self.run.start()
 
-    def _evict(self, need=0):
+    def _evict(self, at, need=0):
         while self._cache and self._held + need > self.settings.budget_bytes:
-            self._held -= EXPERT_BYTES[self._cache.popitem(last=False)[1]]
+            key, bits = self._cache.popitem(last=False)
+            self._held -= EXPERT_BYTES[bits]
+            self._note("evict", at, key, bits, "room")
+
+    def _note(self, kind, at, key, bits, cause=""):
+        if self.run is not None:
+            token, asked = len(self.run.token_reports), self.settings.bits
+            self.run.log.add(token, at, *key, kind, asked, bits, EXPERT_BYTES[bits], 0, 0, cause)
 
     def step(self, token, text):
         """One token: route, hit or load, and what it would have cost."""
         report, s = FakeReport(token, text), self.settings
         device = DEVICES[s.device]
         with self._lock:
-            for layer in range(self.layers):
-                p = self._popular[layer] / self._popular[layer].sum()
-                for rank, e in enumerate(self._rng.choice(self.experts, self.top_k, False, p)):
-                    self._ask(report, layer, int(e), rank, token)
+            scores = self._popular + self._rng.gumbel(size=self._popular.shape)  # [L, E]
+            for layer, chosen in enumerate(np.argsort(-scores)[:, : self.top_k].tolist()):
+                for rank, e in enumerate(chosen):
+                    self._ask(report, layer, e, rank, token)
+                even = (1 / self.top_k,) * self.top_k
+                self.run.trace.steps.append(LayerInput(layer, (tuple(chosen),), (even,), not token))
             report.resident_bytes = self._held
         report.budget_bytes, report.device = s.budget_bytes, s.device
         report.compute_ms = float(self._rng.gamma(40, 0.25))
@@ -249,13 +271,18 @@ class FakeLab:
         if self._cache.get(key, 0) >= bits:
             report.hits += 1
             self._cache.move_to_end(key)
+            self._note("hit", layer, key, self._cache[key])
             return
         if key in self._cache:
+            self._note("evict", layer, key, self._cache[key], "upgrade")
             self._held -= EXPERT_BYTES[self._cache.pop(key)]
-        self._evict(EXPERT_BYTES[bits])
+        self._evict(layer, EXPERT_BYTES[bits])
+        self._note("load", layer, key, bits, "on demand")
         if s.strategy.name != "on_demand":
             self._cache[key] = bits
             self._held += EXPERT_BYTES[bits]
+        else:
+            self._note("evict", layer, key, bits, "not kept")
         self._loaded[key] = token
         report.loads += 1
         report.bytes += EXPERT_BYTES[bits]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import gc
 import math
 import re
 import threading
 import time
+import weakref
 import xml.dom.minidom
 
 import numpy as np
@@ -15,9 +17,10 @@ import pytest
 import moelab
 from fake_lab import FakeLab
 from moelab import strategies
+from moelab.figures import COLUMNS, figures
 from moelab.strategies import Evict, Parameter, Precision
-from moelab.widgets import Dashboard, decisions, frame
-from moelab.widgets.frame import COLUMNS, Framer, figures, in_words, merge_changes
+from moelab.widgets import Dashboard, decisions, frame, places
+from moelab.widgets.frame import Framer, in_words, merge_changes
 from moelab.widgets.picture import lay_out
 from moelab.widgets.why import reasons
 
@@ -120,10 +123,13 @@ class TestFrame:
 
     def test_long_runs_keep_the_newest_tokens(self, lab, monkeypatch):
         monkeypatch.setattr(frame, "LONGEST", 10)
-        lab.start("Once", max_new_tokens=25).join()
-        shown = framer_of(lab).build()
-        assert (shown["first"], shown["count"], len(shown["texts"])) == (15, 10, 10)
-        assert shown["whole"]["tokens"] == 10
+        monkeypatch.setattr(frame, "STRIDE", 4)
+        framer = framer_of(lab)
+        for tokens, first in ((10, 0), (11, 4), (14, 4), (25, 16)):
+            lab.start("Once", max_new_tokens=tokens).join()
+            shown = framer.build()
+            assert (shown["first"], shown["count"]) == (first, tokens - first)
+            assert len(shown["texts"]) == shown["whole"]["tokens"] == tokens - first
 
     def test_measured_and_emulated_tokens_are_never_averaged_together(self, lab):
         lab.start("Once", max_new_tokens=40)
@@ -448,7 +454,7 @@ class TestPublishing:
         wait_until(lambda: dashboard.controls["bits"] == 4)
 
     def test_frames_are_paced_while_they_are_acknowledged(self, lab, dashboard):
-        dashboard.observe(lambda c: says(dashboard, "ack", seq=c["new"]["seq"]), "frame")
+        dashboard.observe(lambda c: says(dashboard, "ack", seq=c["new"].get("seq", -1)), "frame")
         dashboard.start()
         lab.start("Once", max_new_tokens=100_000)
         wait_until(lambda: dashboard.frame["running"])
@@ -520,6 +526,69 @@ class TestLife:
         dashboard.start()
         assert len(publishers()) == 1
 
+    def test_one_that_is_gone_for_good_lets_its_lab_go(self):
+        lab = FakeLab(token_ms=0.05)
+        old, gone = Dashboard(lab), weakref.ref(lab)
+        says(old, "hello", view="a")
+        says(old, "run", form={"prompt": "Once", "max_new_tokens": 100_000})
+        wait_until(lambda: old.frame["count"])
+        new = Dashboard(FakeLab())  # the cell is run again
+        try:
+            del lab
+            says(old, "gone", view="a")
+            wait_until(lambda: gc.collect() >= 0 and gone() is None)  # its run has ended too
+            assert old.frame == {}
+            says(old, "hello", view="b")
+            assert "run its cell again" in old.error["text"]
+            assert not publishers()
+        finally:
+            old.close()
+            new.close()
+
+    def test_one_whose_lab_somebody_keeps_comes_back(self, lab, dashboard):
+        says(dashboard, "hello", view="a")
+        run = lab.start("From a cell", max_new_tokens=100_000)
+        other = Dashboard(lab)
+        other.close()
+        says(dashboard, "gone", view="a")
+        assert run.running, "only what was started here is stopped"
+        says(dashboard, "hello", view="b")
+        wait_until(lambda: dashboard.frame.get("prompt") == "From a cell")
+        assert len(publishers()) == 1
+
+    def test_the_newest_keeps_its_lab_while_nobody_looks(self):
+        dashboard = Dashboard(FakeLab())
+        says(dashboard, "hello", view="a")
+        says(dashboard, "gone", view="a")  # the notebook's tab is closed, its kernel goes on
+        gc.collect()
+        says(dashboard, "hello", view="b")
+        assert not dashboard.error
+        dashboard.close()
+
+    def test_what_a_cell_showed_is_closed_when_it_is_run_again(self, lab, monkeypatch):
+        where = {}
+        monkeypatch.setattr(places, "_here", lambda: (where["cell"], where["execution"]))
+        monkeypatch.setattr(places, "_cells", {})
+        shown = [Dashboard(lab) for _ in range(4)]
+
+        def run(cell, execution, *dashboards):
+            where.update(cell=cell, execution=execution)
+            for one in dashboards:
+                one._repr_mimebundle_()
+
+        run("first", "1", shown[0], shown[1])  # two in one cell
+        run("second", "2", shown[1])
+        assert all(one.comm for one in shown)
+        run("first", "3", shown[2])
+        assert [one.comm is None for one in shown] == [True, False, False, False]
+        run("", "4", shown[3])  # who knows where
+        assert [one.comm is None for one in shown] == [True, False, False, False]
+        run("second", "5", shown[3])
+        assert shown[1].comm is None
+        for one in shown:
+            one.close()
+        wait_until(lambda: not publishers())
+
     def test_two_dashboards_of_one_lab(self, lab, dashboard):
         other = Dashboard(lab)
         try:
@@ -534,9 +603,9 @@ class TestLife:
 
     def test_state_is_small_enough_for_the_wire(self, dashboard):
         state = dashboard.get_state()
-        assert len(state["_esm"]) + len(state["_css"]) < 100_000
+        assert len(state["_esm"]) + len(state["_css"]) < 200_000
         assert "import " not in re.sub(r"//.*|/\*.*?\*/", "", state["_esm"], flags=re.DOTALL)
-        assert "http" not in state["_esm"] + state["_css"]
+        assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", state["_esm"] + state["_css"])
 
 
 class TestReport:
@@ -571,7 +640,7 @@ class TestReport:
 
     def test_it_says_what_a_mix_is_made_of(self, lab, dashboard):
         lab.update(evict="lfu")
-        title = dashboard.report().controls["parts"]["evict"]["title"]
+        title = strategies.make("lfu").evict.title
         assert f"LRU but for evict: {title}" in dashboard.report().svg()
 
     def test_it_is_a_copy_that_later_runs_do_not_change(self, report, lab):

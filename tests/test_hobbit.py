@@ -135,7 +135,7 @@ def test_the_miss_penalty_is_one_for_high_and_the_ratio_of_bytes_for_low():
 def test_the_miss_penalty_reads_the_events_of_a_run_too():
     log = EventLog()
     for kind, bits in (("load", 16), ("load", 4), ("skip", 0), ("stall", 16)):
-        log.add(1, 0, 0, kind, 16, bits, 0, 0.0, 0.0, "")
+        log.add(1, 0, 0, 0, kind, 16, bits, 0, 0.0, 0.0, "")
     assert miss_penalty(log.frame().itertuples(), NBYTES) == 1.25
     assert miss_shares(log.frame().itertuples())["skip"] == pytest.approx(1 / 3)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar
 
 from moelab.scheduling.scheduler import ranked
 from moelab.scheduling.strategy import (
@@ -30,6 +31,7 @@ class LRU(Evict):
     """Least recently used leaves."""
 
     title = "least recently used"
+    explained: ClassVar = {"uses since": "uses of any expert since its last; the highest leaves"}
 
     def __init__(self) -> None:
         self._order: OrderedDict[Key, int] = OrderedDict()
@@ -60,6 +62,10 @@ class LFU(LRU):
     """Least frequently used in this sequence leaves; among equals the least recently used."""
 
     title = "least frequently used"
+    explained: ClassVar = {
+        "uses": "in this sequence; the lowest leaves",
+        "uses since": "uses of any expert since its last; the highest leaves among equals",
+    }
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from moelab.scheduling.strategy import (
     Allocate,
@@ -356,6 +356,11 @@ class FrequencyOverDistance(Evict):
     """
 
     title = "frequency over layer distance (EdgeMoE)"
+    explained: ClassVar = {
+        "f": "activations per token of this sequence",
+        "d": "distance of its layer from the one computed now",
+        "L": "-f/d; the highest leaves",
+    }
     parameters = (
         Parameter("rule", "layer distance as the paper describes it or prints it", choices=RULES),
     )

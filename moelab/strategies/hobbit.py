@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from moelab.scheduling.requests import ranked
 from moelab.scheduling.strategy import (
@@ -158,6 +158,13 @@ class FourTerms(SequenceRecords):
     """
 
     title = "LRU + LFU + LHU + FLD, weighted (HOBBIT)"
+    explained: ClassVar = {
+        "recency (LRU)": "last use / tokens so far",
+        "frequency (LFU)": "uses / tokens so far",
+        "high uses (LHU)": "high-precision uses / tokens so far",
+        "nearness (FLD)": "1 where its layer comes next",
+        "priority": "the sum of the four, weighted; the lowest leaves",
+    }
     parameters = (
         Parameter("w_lru", "weight of recency: last use / tokens so far"),
         Parameter("w_lfu", "weight of frequency: uses / tokens so far"),

@@ -8,7 +8,7 @@ low precision.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from moelab.scheduling.strategy import Key, Strategy, View
 from moelab.strategies.hobbit import SequenceRecords, TwoCaches, hobbit
@@ -24,6 +24,11 @@ class CostAndDistance(SequenceRecords):
     """
 
     title = "uses by cost + 1/distance (MoE-APEX)"
+    explained: ClassVar = {
+        "uses by cost (C/T)": "uses per token, a low-precision one counting less",
+        "nearness (1/D)": "of its layer, where the last pass used it",
+        "priority": "their sum; the lowest leaves",
+    }
 
     def terms(self, key: Key, view: View) -> tuple[float, float]:
         """C/T, and 1/D or 0."""

@@ -57,6 +57,11 @@ class LeastActivated(Evict):
     """LFU of this sequence with a layer decay: the lowest (p + ε)·(1 - i/L) leaves."""
 
     title = "frequency by layer (MoE-Infinity)"
+    explained: ClassVar = {
+        "activation ratio": "its part of its layer's activations in this sequence",
+        "layer decay": "1 at the first layer, less further up",
+        "priority": "their product; the lowest leaves",
+    }
 
     def __init__(self) -> None:
         self._uses: Counter[Key] = Counter()

@@ -11,30 +11,32 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
-from typing import Any
+import weakref
+from typing import Any, ClassVar
 
 import anywidget
 import traitlets
 
 from moelab.widgets.frame import Framer, controls, in_words, options
-from moelab.widgets.report import Report
+from moelab.widgets.models import Models
+from moelab.widgets.past import Past
+from moelab.widgets.pins import Runs
+from moelab.widgets.places import take_place
+from moelab.widgets.report import Report, sentence
+from moelab.widgets.scripts import DASHBOARD, STYLES, joined
 from moelab.widgets.why import reasons
 
-STATIC = Path(__file__).parent / "static"
-SCRIPTS = (
-    *("look", "figures", "why", "cells", "bars", "text"),
-    *("ask", "budget", "fault", "parameters", "decisions", "settings", "dashboard"),
-)
-STYLES = ("controls", "decisions", "views", "dashboard")
 FRAMES_PER_S = 12.0
-IN_FLIGHT = 3
-"""Frames that may be under way: the view draws only the newest, so they cost no delay."""
+IN_FLIGHT = 8
+"""Frames that may be under way: the view draws only the newest, so they cost no delay. It says
+four times a second what it has drawn."""
 
 PATIENCE_S = 0.3
 """Without an acknowledgement (a busy kernel, no browser) a frame goes out this often."""
 
 IDLE_S = 0.25
+LOOK_S = 0.004
+"""How often it is looked for the first token under new settings, which is shown at once."""
 
 
 class Dashboard(anywidget.AnyWidget):
@@ -51,25 +53,34 @@ class Dashboard(anywidget.AnyWidget):
     >>> dashboard.report()  # a picture of the last frame that needs no kernel  # doctest: +SKIP
     """
 
-    _esm = "\n".join((STATIC / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
-    _css = "\n".join((STATIC / f"{name}.css").read_text(encoding="utf-8") for name in STYLES)
+    _esm = joined(DASHBOARD, "js")
+    _css = joined(STYLES, "css")
 
     options = traitlets.Dict().tag(sync=True)
     controls = traitlets.Dict().tag(sync=True)
     form = traitlets.Dict().tag(sync=True)
     frame = traitlets.Dict().tag(sync=True)
     error = traitlets.Dict().tag(sync=True)
+    runs = traitlets.Dict().tag(sync=True)
+    models = traitlets.Dict().tag(sync=True)
+
+    _newest: ClassVar[Any] = None
 
     def __init__(self, lab: Any) -> None:
         import moelab
 
         info = lab.info()
-        self._lab = lab
-        self._framer = Framer(lab, info, moelab.devices())
+        self._lab_ref, self._held = weakref.ref(lab), lab
+        self._framer: Framer | None = None
+        self._mine: Any = None  # the run that was started here, weakly
+        Dashboard._newest = weakref.ref(self)
         self._told: tuple[Any, dict[str, Any]] = (None, {})
         self._seq = self._acked = -1
         self._sent_at = 0.0
+        self._awaited = False  # the first token under new settings
         self._views: set[str] = set()
+        self._past = Past(self._newest_run, self.send)
+        self._runs = Runs(lambda: self._lab, lambda told: self.set_trait("runs", told), self.send)
         self._lock = threading.RLock()  # over traits, frames and the thread: callbacks come anyhow
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -81,6 +92,7 @@ class Dashboard(anywidget.AnyWidget):
             form=_first_form(offered),
             frame=self._next_frame(),
         )
+        self._models = Models(lab, self._show, lambda told: self.set_trait("models", told))
         self.on_msg(self._on_message)
 
     # -- what the view says ---------------------------------------------------------------------
@@ -92,6 +104,10 @@ class Dashboard(anywidget.AnyWidget):
             "gone": self._gone,
             "update": self._update,
             "why": self._why,
+            "recording": self._past.recording,
+            "eviction": self._past.eviction,
+            "runs": self._runs.hear,
+            "model": self._models.choose,
             "dismiss": self._dismiss,
             "run": self._start_run,
             "stop": self._stop_run,
@@ -102,7 +118,7 @@ class Dashboard(anywidget.AnyWidget):
             answer(content)
         except Exception as error:  # noqa: BLE001 whatever it is, the user must see it
             self._show_error(content.get("where", "run"), error)
-        if answer not in (self._ack, self._gone, self._why):
+        if content["do"] not in ("ack", "gone", "why", "recording", "eviction"):
             self._wake.set()
 
     def _ack(self, content: dict[str, Any]) -> None:
@@ -110,18 +126,21 @@ class Dashboard(anywidget.AnyWidget):
 
     def _hello(self, content: dict[str, Any]) -> None:
         with self._lock:
-            self._views.add(content["view"])
             self.start()
+            self._views.add(content["view"])
 
     def _gone(self, content: dict[str, Any]) -> None:
         with self._lock:
             self._views.discard(content["view"])
             if not self._views:
                 self.stop()
+                if Dashboard._newest() is not self:
+                    self._let_go()
 
     def _update(self, content: dict[str, Any]) -> None:
         try:
             self._lab.update(**content["changes"])
+            self._awaited = True
             self._clear_error()
         except Exception as error:  # noqa: BLE001
             self._show_error(content.get("where", next(iter(content["changes"]), "run")), error)
@@ -137,7 +156,10 @@ class Dashboard(anywidget.AnyWidget):
 
     def _start_run(self, content: dict[str, Any]) -> None:
         asked = content["form"]
-        self._lab.start(asked["prompt"], max_new_tokens=int(asked["max_new_tokens"]))
+        chat = {"chat": bool(asked.get("chat"))} if self.options["chat"] else {}
+        length = int(asked["max_new_tokens"])
+        run = self._lab.start(asked["prompt"], max_new_tokens=length, **chat)
+        self._mine = weakref.ref(run)
         self._clear_error()
 
     def _stop_run(self, _content: dict[str, Any]) -> None:
@@ -156,6 +178,7 @@ class Dashboard(anywidget.AnyWidget):
     def start(self) -> None:
         """Begin to publish; the first view does this by itself."""
         with self._lock:
+            self._held = self._lab
             if self._thread is None or not self._thread.is_alive():
                 self._wake = threading.Event()
                 self._thread = threading.Thread(
@@ -172,34 +195,122 @@ class Dashboard(anywidget.AnyWidget):
     def close(self) -> None:
         """End the publisher thread and leave the page."""
         self.stop()
+        self._let_go()
+        self._past.close()
+        self._models.close()
         super().close()
 
+    @property
+    def lab(self) -> Any:
+        """The lab that is shown: the one this was made for, or another that was chosen since."""
+        return self._lab
+
+    def _show(self, lab: Any) -> None:
+        """Show another lab from now on; a run that was started here ends."""
+        import moelab
+
+        with self._lock:
+            run = self._mine and self._mine()
+            if run is not None:
+                run.stop()
+            self._runs.stop()
+            self._past.forget()
+            self._lab_ref, self._held = weakref.ref(lab), lab
+            self._framer, self._told = None, (None, {})
+            offered = options(lab, lab.info(), moelab.devices())
+            with self.hold_sync():
+                self.options, self.controls = offered, self._controls()
+                self.form, self.error = {**self.form, **_first_form(offered)}, {}
+                self.frame = self._next_frame()
+
+    @property
+    def _lab(self) -> Any:
+        lab = self._lab_ref()
+        if lab is None:
+            raise RuntimeError("the lab of this dashboard is gone; run its cell again")
+        return lab
+
+    def _let_go(self) -> None:
+        """Nobody looks and a newer dashboard is there: the lab may go, and what it held with it.
+
+        Jupyter keeps every widget that was ever made; as long as somebody else keeps the lab, a
+        view that comes back finds all as it was. A run nobody can see or stop any more ends.
+        """
+        with self._lock:
+            run = self._mine and self._mine()
+            if run is not None:
+                run.stop()
+            self._runs.stop()
+            self._held = self._framer = None
+            self._past.forget()
+            self._models.close()
+            self._told = None, {}
+            self.frame = {}
+
+    def _frames(self) -> Framer:
+        """What builds the frames; kept for as long as the lab is."""
+        import moelab
+
+        framer = self._framer or Framer(self._lab, self._lab.info(), moelab.devices())
+        self._framer = framer if self._held is not None else None
+        return framer
+
+    def _newest_run(self) -> tuple[int, Any]:
+        with self._lock:
+            return self._frames().newest()
+
     def _publish(self, wake: threading.Event) -> None:
-        me = threading.current_thread()
+        me, at_once = threading.current_thread(), False
         while self._thread is me:
             begun = time.monotonic()
             try:
-                self._offer()
+                self._offer(at_once=at_once)
+                self._runs.refresh()
                 if self.error.get("where") == "dashboard":
                     self._clear_error()
             except Exception as error:  # noqa: BLE001 a view that stands still must say why
+                self._awaited = False
                 self._show_error("dashboard", error)
             period = 1.0 / FRAMES_PER_S if self.frame.get("running") else IDLE_S
-            wake.wait(max(0.0, period - (time.monotonic() - begun)))
+            at_once = self._rest(wake, begun + period)
             wake.clear()
 
-    def _offer(self) -> bool:
+    def _rest(self, wake: threading.Event, until: float) -> bool:
+        """Wait for the next frame's time; return whether a token is to be shown at once.
+
+        That is the first one under new settings. A frame on its way to the screen would delay it,
+        so that none is sent while it is awaited, unless its own time has come.
+        """
+        while (left := until - time.monotonic()) > 0:
+            if wake.wait(min(left, LOOK_S) if self._awaited else left):
+                wake.clear()
+                if not self._awaited:
+                    return False
+            elif self._awaited and self._obeyed():
+                self._awaited = False
+                return True
+        return False
+
+    def _obeyed(self) -> bool:
+        """Whether a token under the settings now in force is there."""
+        run = self._lab.run
+        if run is None or not run.running:
+            return True
+        token, settings = run.history[-1]
+        return settings is self._lab.settings and len(run.token_reports) > token
+
+    def _offer(self, *, at_once: bool = False) -> bool:
         """Publish what is new if a frame is due; return whether one went out."""
         with self._lock:
             now = time.monotonic()
             behind = self._seq - self._acked >= IN_FLIGHT
             wait = PATIENCE_S if behind else 0.5 / FRAMES_PER_S
-            if now - self._sent_at < wait:
+            if now - self._sent_at < wait and not at_once:
                 return False
             told = self._controls()
             if told != self.controls:
                 self.controls = told
-            frame = self._framer.build()
+            frame = self._frames().build()
             if frame == {k: v for k, v in self.frame.items() if k != "seq"}:
                 return False
             self._seq += 1
@@ -210,7 +321,7 @@ class Dashboard(anywidget.AnyWidget):
     def _next_frame(self) -> dict[str, Any]:
         with self._lock:
             self._seq += 1
-            return {"seq": self._seq, **self._framer.build()}
+            return {"seq": self._seq, **self._frames().build()}
 
     def _controls(self) -> dict[str, Any]:
         """What holds now; worked out anew only where the settings have changed."""
@@ -223,18 +334,24 @@ class Dashboard(anywidget.AnyWidget):
     # -- what stays when the kernel is gone -----------------------------------------------------
 
     def report(self) -> Report:
-        """Return a picture of the newest run and the settings now, which needs no kernel."""
+        """Return a picture of the newest run, or of what holds now, which needs no kernel."""
+        _, run = self._newest_run()
+        if run is not None:
+            return Report.of(run.recording())
+        info = self._lab.info()
+        words = sentence(self._lab.settings, info["expert_bytes"], info["all_experts_bytes"])
         with self._lock:
-            frame = self._framer.build()
-            return Report(frame=frame, controls=self._controls(), options=self.options)
+            return Report(self._frames().build(), self.options, words)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict, dict] | None:
         bundle = super()._repr_mimebundle_(**kwargs)
         if bundle is None:
             return None
         self.start()
+        for old in take_place(self):
+            old.close()
         data, metadata = bundle
-        return {**data, "text/html": self.report().html()}, metadata
+        return {**self.report()._repr_mimebundle_(), **data}, metadata
 
 
 def _first_form(offered: dict[str, Any]) -> dict[str, Any]:
@@ -242,6 +359,7 @@ def _first_form(offered: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": prompts[0] if prompts else "Once upon a time",
         "max_new_tokens": 200,
+        "chat": offered["chat"],
         "shade": "cost",
         "decisions": False,
     }

@@ -10,22 +10,22 @@ together: every figure covers the tokens since the device last changed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from moelab.figures import CAUSES, COLUMNS, figures, row
 from moelab.widgets import decisions
 
-CAUSES = ("on demand", "prefetch late", "evict")
-COUNTS = ("bytes", "hits", "loads", "prefetches", "downgrades", "skips", "substitutes")
-COLUMNS = ("total_ms", "compute_ms", *CAUSES, "kl", *COUNTS, "resident_bytes", "budget_bytes")
 RECENT_TOKENS = 16
 """The large figures cover this many tokens, so that they follow a slider."""
 
-LONGEST = 2000
+LONGEST = 1500
 """Tokens a frame carries at most; older ones leave the picture."""
+
+STRIDE = 250
+"""So many leave at a time: where the first one changes, the text has to be laid out anew."""
 
 LABEL = 48
 """Characters of a mark on the time axis; a strategy changes many settings at once."""
@@ -51,6 +51,7 @@ def options(lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> di
             for name, device in devices.items()
         ],
         "prompts": lab.prompts(),
+        "chat": bool(info.get("chat")),
         "causes": list(CAUSES),
         "columns": list(COLUMNS),
     }
@@ -90,19 +91,24 @@ class Framer:
         self._run: Any = None
         self._number = 0
         self._reports: list[Any] = []
-        self._rows: list[tuple[float, ...]] = []
+        self._rows = np.empty((64, len(COLUMNS)), np.float32)  # [T and room for more, C]
 
-    def build(self) -> dict[str, Any]:
-        """One frame of what is true now; JSON but for the arrays, which are bytes."""
+    def newest(self) -> tuple[int, Any]:
+        """The lab's newest run and its number here, from 1; (0, None) where there is none yet."""
         run = self._lab.run
         if run is not self._run:
             self._run, self._number = run, self._number + (run is not None)
-            self._reports, self._rows = [], []
+            self._reports = []
+        return self._number, run
+
+    def build(self) -> dict[str, Any]:
+        """One frame of what is true now; JSON but for the arrays, which are bytes."""
+        _, run = self.newest()
         running = run is not None and bool(run.running)  # asked first: then no token is missed
         self._read(list(run.token_reports) if run is not None else [])
         origins = self._origins()
-        first = max(0, len(self._rows) - LONGEST)
-        values = np.asarray(self._rows[first:], np.float32).reshape(-1, len(COLUMNS))
+        first = -(-max(0, len(self._reports) - LONGEST) // STRIDE) * STRIDE
+        values = self._rows[first : len(self._reports)]  # [T, C]
         since = max(0, origins[-1]["token"] - first)
         recent = max(since, len(values) - RECENT_TOKENS)
         cells = self._lab.cache_map()
@@ -110,7 +116,7 @@ class Framer:
             "run": self._number,
             "running": running,
             "error": "" if run is None or run.error is None else in_words(run.error),
-            "prompt": run.prompt if run is not None else "",
+            "prompt": "" if run is None else run.prompt + "\n" * bool(run.request.messages),
             "first": first,
             "count": len(values),
             "texts": [report.text for report in self._reports[first:]],
@@ -125,12 +131,15 @@ class Framer:
 
     def _read(self, reports: list[Any]) -> None:
         """Take new reports, and those the run has put right since."""
+        if len(reports) > len(self._rows):
+            more = np.empty((len(reports), len(COLUMNS)), np.float32)
+            self._rows = np.concatenate((self._rows, more))
         for i, report in enumerate(reports):
-            if i == len(self._rows):
+            if i == len(self._reports):
                 self._reports.append(report)
-                self._rows.append(_row(report))
-            elif self._reports[i] is not report:
-                self._reports[i], self._rows[i] = report, _row(report)
+            elif self._reports[i] is report:
+                continue
+            self._reports[i], self._rows[i] = report, row(report)
 
     def _resident(self, bits: np.ndarray) -> dict[str, int]:
         tiers, counts = np.unique(bits[bits > 0], return_counts=True)
@@ -149,50 +158,6 @@ class Framer:
     def _origin(self, name: str) -> dict[str, Any]:
         device = self._devices[name]
         return {"device": name, "title": device.title, "emulated": bool(device.emulated)}
-
-
-def _row(report: Any) -> tuple[float, ...]:
-    stalls = [float(report.stall_ms.get(cause, 0.0)) for cause in CAUSES]
-    counts = [float(getattr(report, name)) for name in COUNTS]
-    kl = math.nan if report.kl is None else float(report.kl)
-    memory = float(report.resident_bytes), float(report.budget_bytes)
-    return (float(report.total_ms), float(report.compute_ms), *stalls, kl, *counts, *memory)
-
-
-def figures(values: np.ndarray, *, first: int = 0) -> dict[str, float | int | None]:
-    """Running figures of some tokens, defined as in ``Run.summary``.
-
-    Parameters
-    ----------
-    values
-        [T, C], columns as in `COLUMNS`.
-    first
-        Index of the first of them. Token 0 carries the prefill: only its KL counts.
-
-    Returns
-    -------
-    dict
-        ``tokens``, ``tokens_per_s``, ``hit_ratio``, ``bytes_per_token``, ``stall_share``,
-        ``kl_mean``; None where there is nothing to divide.
-    """
-    kls = values[:, COLUMNS.index("kl")]
-    kls = kls[np.isfinite(kls)]
-    decoded = np.delete(values, COLUMNS.index("kl"), axis=1)[int(first == 0) :]
-    names = [name for name in COLUMNS if name != "kl"]
-    sums = dict(zip(names, decoded.sum(axis=0, dtype=np.float64).tolist(), strict=True))
-
-    def ratio(over: float, under: float) -> float | None:
-        return over / under if under else None
-
-    asked = sum(sums[name] for name in ("hits", "loads", "skips", "substitutes"))
-    return {
-        "tokens": len(values),
-        "tokens_per_s": ratio(1e3 * len(decoded), sums["total_ms"]),
-        "hit_ratio": ratio(sums["hits"], asked),
-        "bytes_per_token": ratio(sums["bytes"], len(decoded)),
-        "stall_share": ratio(sum(sums[cause] for cause in CAUSES), sums["total_ms"]),
-        "kl_mean": float(kls.mean(dtype=np.float64)) if len(kls) else None,
-    }
 
 
 def merge_changes(

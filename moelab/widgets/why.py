@@ -18,7 +18,8 @@ def reasons(lab: Any, layer: int, expert: int) -> dict[str, Any]:
         ``terms`` is empty for an expert that is not resident; ``error`` says what a policy of
         somebody's own raised.
     """
-    policy = part_title(lab.settings.strategy.parts["evict"])
+    evict = lab.settings.strategy.parts["evict"]
+    policy, texts = part_title(evict), getattr(evict, "explained", {})
     answer = {"layer": layer, "expert": expert, "policy": policy, "terms": [], "error": ""}
     try:
         terms = lab.why(layer)
@@ -26,7 +27,12 @@ def reasons(lab: Any, layer: int, expert: int) -> dict[str, Any]:
         return answer | {"error": in_words(error)}
     return answer | {
         "terms": [
-            {"name": name, "value": _number(value), **_range(name, terms.values())}
+            {
+                "name": name,
+                "text": texts.get(name, ""),
+                "value": _number(value),
+                **_range(name, terms.values()),
+            }
             for name, value in terms.get(expert, {}).items()
         ]
     }

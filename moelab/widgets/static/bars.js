@@ -8,9 +8,11 @@ const klHeight = (x) =>
   Math.min(1, Math.max(0, Math.log(Math.max(x, 1e-12) / KL_LOW) / Math.log(KL_HIGH / KL_LOW)));
 
 class LatencyBars {
-  constructor(look, cursor, options) {
-    Object.assign(this, { look, cursor, parts: ["compute", ...options.causes] });
-    this.sheet = new Sheet("Latency of each token; arrow keys move from token to token", () =>
+  /** `onPick(token)` is called for a token that is clicked, and while the pointer drags. */
+  constructor(look, cursor, options, onPick) {
+    Object.assign(this, { look, cursor, layers: options.layers });
+    this.parts = ["compute", ...options.causes];
+    this.sheet = new Sheet("Latency of each token; arrow keys move from token to token, Enter shows why", () =>
       this.draw(),
     );
     this.legend = h("div", { class: "moe-legend" });
@@ -22,7 +24,18 @@ class LatencyBars {
     );
     this.scale = 0;
     const canvas = this.sheet.node;
-    canvas.addEventListener("pointermove", (e) => cursor.set(this.tokenAt(e.offsetX), e));
+    canvas.addEventListener("pointermove", (e) => {
+      const token = this.tokenAt(e.offsetX);
+      if (!(e.buttons & 1)) cursor.set(token, e);
+      else if (token !== null) onPick(token);
+    });
+    canvas.addEventListener("pointerdown", (e) => {
+      const token = this.tokenAt(e.offsetX);
+      if (e.button !== 0 || token === null) return;
+      canvas.setPointerCapture(e.pointerId); // the drag may leave the chart
+      cursor.set(null);
+      onPick(token);
+    });
     canvas.addEventListener("pointerleave", () => cursor.set(null));
     canvas.addEventListener("blur", () => cursor.set(null));
     canvas.addEventListener("keydown", (e) => cursor.key(e, () => this.placeOf(cursor.at)));
@@ -45,12 +58,14 @@ class LatencyBars {
     const step = STEPS.find((s) => s * count <= width) ?? STEPS.at(-1);
     const shown = Math.min(count, Math.floor(width / step));
     const base = this.sheet.height - 18 - lane - gap;
+    const { past, first } = this.frame,
+      middle = past ? past.token - first - Math.floor(shown / 2) : count - shown;
     return {
       ...box,
       width,
       step,
       shown,
-      begin: count - shown,
+      begin: Math.max(0, Math.min(count - shown, middle)),
       base,
       lane,
       gap,
@@ -80,16 +95,17 @@ class LatencyBars {
     for (const part of this.parts) {
       const values = part === "compute" ? tokens.compute_ms : tokens[part];
       g.fillStyle = ink[part];
-      const area = new Path2D();
+      const late = part === "prefetch late" ? hatch(g, ink.ground, 3) : null;
       for (let i = 0; i < at.shown; i++) {
         const low = y(sums[i]),
           high = y((sums[i] += values[at.begin + i]));
-        if (high > low) area.rect(at.left + i * at.step, at.base - high, w, high - low);
-      }
-      g.fill(area);
-      if (part === "prefetch late") {
-        g.fillStyle = hatch(g, ink.ground, 3);
-        g.fill(area);
+        if (!(high > low)) continue;
+        const bar = [at.left + i * at.step, at.base - high, w, high - low];
+        g.fillRect(...bar); // one by one: a path of hundreds of boxes is far slower to fill
+        if (!late) continue;
+        g.fillStyle = late;
+        g.fillRect(...bar);
+        g.fillStyle = ink[part];
       }
     }
     g.fillStyle = ink.text;
@@ -98,6 +114,7 @@ class LatencyBars {
     });
     if (at.lane) this.drawKl(g, at, tokens.kl, w);
     this.drawOrigins(g, at);
+    if (this.frame.past) this.drawNow(g, at);
     if (this.cursor.at !== null) {
       const x = at.left + (this.cursor.at - first - at.begin + 0.5) * at.step - 0.5;
       g.fillStyle = ink.text;
@@ -106,6 +123,26 @@ class LatencyBars {
       g.globalAlpha = 1;
     }
     this.node.dataset.bars = at.shown;
+  }
+
+  /** The moment shown: what came after it is faint. */
+  drawNow(g, at) {
+    const { past, first } = this.frame,
+      { ink } = this.look,
+      part = (past.layer + 1) / (this.layers + 1),
+      x = Math.round(at.left + (past.token - first - at.begin + part) * at.step);
+    g.globalAlpha = 0.62;
+    g.fillStyle = ink.ground;
+    const right = at.left + at.shown * at.step;
+    g.fillRect(x + 1, at.top - 4, Math.max(0, right - x), at.base - at.top + 4 + at.gap + at.lane);
+    g.globalAlpha = 1;
+    g.fillStyle = ink.text;
+    g.fillRect(x - 0.5, at.top - 4, 1.5, at.base - at.top + 4 + at.gap + at.lane);
+    g.beginPath();
+    g.moveTo(x - 5, at.top - 9);
+    g.lineTo(x + 5.5, at.top - 9);
+    g.lineTo(x + 0.25, at.top - 2);
+    g.fill();
   }
 
   /** A bar that is taller than the axis ends in an arrow head. */
@@ -216,7 +253,7 @@ class LatencyBars {
     if (!this.frame) return null;
     const at = this.layout(),
       i = Math.floor((x - at.left) / at.step);
-    return i >= 0 && i < at.shown ? this.frame.first + at.begin + i : null;
+    return at.shown > 0 && i >= 0 && i < at.shown ? this.frame.first + at.begin + i : null;
   }
 
   placeOf(token) {

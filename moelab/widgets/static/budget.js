@@ -10,6 +10,7 @@ class Budget {
     this.slider = h("input", {
       type: "range",
       name: "budget",
+      "aria-label": "Budget",
       min: 1,
       max: SLIDER,
       step: 1,
@@ -20,7 +21,7 @@ class Budget {
       },
     });
     this.hold = new Hold(this.slider, settle);
-    this.value = h("output", { class: "moe-value" });
+    this.value = h("output", { class: "moe-value", "aria-live": "off" }); // the slider says it
     this.marks = ["one token", "everything"].map((words) => [h("i"), h("span", {}, words)]);
     this.never = h("span", { class: "moe-never" });
     this.node = h(
@@ -36,7 +37,7 @@ class Budget {
     const { layers, experts, expert_bytes } = this.options,
       fit = Math.floor(budget / expert_bytes[this.bits]),
       count = fit < layers * experts ? fit : `all ${layers * experts}`;
-    say(this.value, `${bytes(budget)} · ${percent(budget / this.total)} · ${count} experts`);
+    say(this.value, `${bytes(budget)} · ${percent(budget / this.total)} · ${count} experts at ${this.bits} bit`);
     this.slider.setAttribute("aria-valuetext", this.value.textContent);
     this.slider.style.setProperty("--v", Math.min(1, this.slider.value / SLIDER));
   }

@@ -1,17 +1,21 @@
 // The cache map: layers down, experts across. Colour and fill are the resident bits; an orange
 // frame flashes where an expert was loaded, a dot marks what the newest token used.
 
-const FLASH_MS = 450;
+/** Twenty pixels a layer where there are few; never fewer than six. */
+const tall = (layers) => Math.max(Math.min(208, Math.max(138, layers * 20)), layers * 6);
 
 class CacheMap {
-  constructor(look, tip, why, options) {
+  /** `onPick(layer, expert)` is called for an expert that is clicked. */
+  constructor(look, tip, why, options, onPick) {
     Object.assign(this, { look, tip, why, layers: options.layers, experts: options.experts });
+    Object.assign(this, { onPick, chosen: null });
     this.tiers = options.tiers;
-    this.sheet = new Sheet("Cache map: layers by experts, arrow keys move", () => this.draw());
-    this.sheet.box.style.height = `${Math.min(208, Math.max(138, this.layers * 20)) + 16}px`;
-    const n = this.layers * this.experts;
-    this.flashed = new Float64Array(n).fill(-1e9);
-    this.seen = new Int32Array(n).fill(-1);
+    this.sheet = new Sheet("Cache map: layers by experts, arrow keys move, Enter shows a life", () =>
+      this.draw(),
+    );
+    this.sheet.box.style.height = `${tall(this.layers) + 16}px`;
+    this.tiles = new Tiles(look, this.sheet, options);
+    this.seen = new Int32Array(this.layers * this.experts).fill(-1);
     this.at = null;
     this.legend = h("div", { class: "moe-legend" });
     this.node = h(
@@ -21,7 +25,7 @@ class CacheMap {
         "header",
         {},
         h("h3", {}, "Cache map"),
-        h("span", { class: "moe-soft" }, "layers × experts"),
+        h("span", { class: "moe-soft" }, "layers × experts; click one to see its life"),
       ),
       this.sheet.box,
       this.legend,
@@ -34,6 +38,7 @@ class CacheMap {
     canvas.addEventListener("pointermove", (e) => this.point(this.cellAt(e.offsetX, e.offsetY), e));
     canvas.addEventListener("pointerleave", () => this.point(null));
     canvas.addEventListener("blur", () => this.point(null));
+    canvas.addEventListener("click", (e) => this.pick(this.cellAt(e.offsetX, e.offsetY)));
     canvas.addEventListener("keydown", (e) => {
       const step = {
         ArrowLeft: -1,
@@ -42,6 +47,7 @@ class CacheMap {
         ArrowDown: this.experts,
       }[e.key];
       if (e.key === "Escape") this.point(null);
+      if (e.key === "Enter") this.pick(this.at);
       if (step === undefined) return;
       e.preventDefault();
       const next = this.at === null ? 0 : this.at + step;
@@ -49,113 +55,98 @@ class CacheMap {
     });
   }
 
+  pick(cell) {
+    if (cell !== null) this.onPick(Math.floor(cell / this.experts), cell % this.experts);
+  }
+
+  /** The expert whose life is shown; null: none. */
+  choose(cell) {
+    this.chosen = cell;
+    this.draw();
+  }
+
   show(frame) {
-    const fresh = frame.run !== this.run;
+    const past = frame.past || this.frame?.past,
+      fresh = frame.run !== this.run || past,
+      now = performance.now(),
+      { loaded } = frame.map,
+      { flashed } = this.tiles;
     this.run = frame.run;
-    const now = performance.now();
-    const { loaded } = frame.map;
     for (let i = 0; i < loaded.length; i++) {
-      if (loaded[i] !== this.seen[i] && loaded[i] >= 0 && !fresh) this.flashed[i] = now;
+      if (loaded[i] !== this.seen[i] && loaded[i] >= 0 && !fresh) flashed[i] = now;
+      else if (frame.past) flashed[i] = -1e9;
       this.seen[i] = loaded[i];
     }
     this.frame = frame;
-    this.draw();
+    if (past) this.draw();
+    else this.update();
     if (this.at !== null) this.describe();
   }
 
-  grid() {
-    const left = 22,
-      bottom = 16;
-    const w = (this.sheet.width - left - 2) / this.experts;
-    const t = (this.sheet.height - bottom) / this.layers;
-    return { left, w, t, gap: Math.min(w, t) > 9 ? 2 : Math.min(w, t) > 4 ? 1 : 0.5 };
-  }
-
+  /** Draw all of it: what lies on the cells or beside them has changed. */
   draw() {
     if (!this.frame || !this.sheet.width) return;
-    const g = this.sheet.begin(),
-      ink = this.look.ink,
-      grid = this.grid();
-    const { bits, in_flight: flight, used } = this.frame.map;
-    const newest = this.frame.newest;
-    const rects = (pick) => {
-      g.beginPath();
-      for (let i = 0; i < bits.length; i++) {
-        const r = pick(i);
-        if (r) g.rect(...r);
-      }
-      g.fill();
-    };
-    const box = (i) => {
-      const x = grid.left + (i % this.experts) * grid.w,
-        y = Math.floor(i / this.experts) * grid.t;
-      return [x, y, grid.w - grid.gap, grid.t - grid.gap];
-    };
-    g.fillStyle = ink.cell;
-    rects(box);
-    for (const tier of this.tiers) {
-      g.fillStyle = this.look.tiers[tier];
-      rects((i) => {
-        if (bits[i] !== tier) return null;
-        const [x, y, w, t] = box(i),
-          fill = Math.max(1, Math.round(t * FILL[tier]));
-        return [x, y + t - fill, w, fill];
-      });
-    }
-    if (flight.some(Boolean)) {
-      g.fillStyle = hatch(g, ink["prefetch late"]);
-      rects((i) => flight[i] && box(i));
-    }
-    this.drawFlashes(g, box, grid);
-    this.drawUses(g, box, used, newest);
-    this.drawAxes(g, grid);
-    if (this.at !== null) {
-      g.strokeStyle = ink.text;
-      g.lineWidth = 2;
-      const [x, y, w, t] = box(this.at);
+    this.g = this.sheet.begin();
+    this.tiles.cleared();
+    this.update();
+    this.drawAxes(this.g, this.tiles.grid());
+  }
+
+  /** Draw the cells that have changed. */
+  update() {
+    const { g, tiles } = this;
+    if (!g || !this.frame) return;
+    tiles.paint(g, this.frame);
+    if (this.frame.past) this.drawPast(g, (i) => tiles.box(i), tiles.grid());
+    for (const [cell, line] of [
+      [this.chosen, 2.5],
+      [this.at, 2],
+    ]) {
+      if (cell === null) continue;
+      g.strokeStyle = this.look.ink.text;
+      g.lineWidth = line;
+      const [x, y, w, t] = tiles.box(cell);
       g.strokeRect(x - 1, y - 1, w + 2, t + 2);
     }
+    clearTimeout(this.timer);
+    if (tiles.fading) this.timer = setTimeout(() => this.update(), FADE_MS); // mostly a frame is first
   }
 
-  drawFlashes(g, box, grid) {
-    const now = performance.now(),
-      most = Math.min(3, grid.w / 3, grid.t / 3);
-    let more = false;
-    g.strokeStyle = this.look.ink.load;
-    for (let i = 0; i < this.flashed.length; i++) {
-      const age = (now - this.flashed[i]) / FLASH_MS;
-      if (age >= 1) continue;
-      more = true;
-      const [x, y, w, t] = box(i),
-        line = still() ? most * 0.6 : most * (1 - 0.6 * age);
-      g.globalAlpha = still() ? 1 : Math.min(1, 1.5 * (1 - age));
-      g.lineWidth = line;
+  /** What the token shown did by then: loaded and prefetched experts, those that left, the layer. */
+  drawPast(g, box, grid) {
+    const { marks } = this.frame.map,
+      { ink } = this.look,
+      line = Math.max(1, Math.min(2.5, grid.w / 5, grid.t / 5)),
+      size = Math.max(4, Math.min(9, grid.w * 0.8, grid.t * 0.8));
+    g.lineWidth = line;
+    for (let i = 0; i < marks.length; i++) {
+      if (!marks[i]) continue;
+      const [x, y, w, t] = box(i);
+      if (marks[i] === LEFT) {
+        g.fillStyle = ink.soft;
+        const aside = w > 16 ? w - size * 0.6 : w / 2; // the middle says what was used
+        stamp(g, "evict", x + aside, y + t / 2, size);
+        continue;
+      }
+      g.strokeStyle = marks[i] === LOADED ? ink.load : ink.prefetch;
+      g.setLineDash(marks[i] === LOADED ? [] : [3, 2]);
       g.strokeRect(x + line / 2, y + line / 2, w - line, t - line);
     }
-    g.globalAlpha = 1;
-    clearTimeout(this.timer);
-    if (more) this.timer = setTimeout(() => this.draw(), 120); // a new frame mostly comes first
-  }
-
-  drawUses(g, box, used, newest) {
-    if (newest < 0) return;
-    for (let i = 0; i < used.length; i++) {
-      if (used[i] !== newest) continue;
-      const [x, y, w, t] = box(i),
-        r = Math.min(3.2, w / 3, t / 3);
-      g.beginPath();
-      g.arc(x + w / 2, y + t / 2, r, 0, 2 * Math.PI);
-      g.fillStyle = this.look.ink.ground;
-      g.strokeStyle = this.look.ink.text;
-      g.lineWidth = Math.max(0.75, r / 2.2);
-      g.fill();
-      g.stroke();
-    }
+    g.setLineDash([]);
+    const { layer } = this.frame.past,
+      y = (layer + 1) * grid.t - grid.gap / 2;
+    g.fillStyle = ink.text;
+    g.fillRect(2, Math.max(0.5, y - 0.75), grid.left + this.experts * grid.w - 2, 1.5);
+    g.beginPath();
+    g.moveTo(0, y - 5);
+    g.lineTo(6, y);
+    g.lineTo(0, y + 5);
+    g.fill();
   }
 
   drawAxes(g, grid) {
     g.fillStyle = this.look.ink.soft;
-    g.font = g.font.replace("11px", "10px");
+    g.font = this.sheet.font(2);
     g.textAlign = "right";
     const down = Math.ceil(13 / grid.t),
       across = [1, 2, 4, 8, 16, 32].find((n) => n * grid.w >= 22) ?? 64;
@@ -168,7 +159,7 @@ class CacheMap {
   }
 
   cellAt(x, y) {
-    const { left, w, t } = this.grid();
+    const { left, w, t } = this.tiles.grid();
     const e = Math.floor((x - left) / w),
       l = Math.floor(y / t);
     return e >= 0 && e < this.experts && l >= 0 && l < this.layers ? l * this.experts + e : null;
@@ -179,12 +170,12 @@ class CacheMap {
     this.at = at;
     if (at === null) {
       this.tip.hide();
-      this.why.forget();
+      this.why?.forget();
       this.draw();
       return;
     }
     const canvas = this.sheet.node.getBoundingClientRect(),
-      { left, w, t } = this.grid();
+      { left, w, t } = this.tiles.grid();
     this.where = event
       ? [event.clientX, event.clientY]
       : [
@@ -203,19 +194,20 @@ class CacheMap {
       row = uses.subarray(layer * this.experts, (layer + 1) * this.experts);
     const total = row.reduce((a, b) => a + b, 0),
       rank = row.filter((n) => n > uses[i]).length + 1;
-    const token = (n) => (n < 0 ? "never" : `token ${n}`);
+    const token = (n, never = "never") => (n < 0 ? never : `token ${n}`);
     const rows = [
       ["resident", bits[i] ? `${bits[i]} bit${flight[i] ? ", in flight" : ""}` : "no"],
       [
         "uses",
         `${uses[i]}${total ? ` (${percent(uses[i] / total)}, rank ${rank} of ${this.experts})` : ""}`,
       ],
-      ["last used", token(used[i])],
-      ["last load", token(loaded[i])],
+      ["last used", token(used[i], "not in this run")],
+      ["last load", token(loaded[i], bits[i] ? "before this run" : "not in this run")],
     ];
     const expert = i % this.experts,
       title = `layer ${layer}, expert ${expert}`,
-      why = bits[i] ? this.why.about(layer, expert, this.frame.seq) : undefined;
+      ask = bits[i] && this.why && !this.frame.past,
+      why = ask ? this.why.about(layer, expert, this.frame.seq) : undefined;
     const extra = [this.popularity(row, expert), ...(why ? [drawWhy(why)] : [])];
     this.tip.show(...this.where, title, rows, extra);
     const terms = (why?.terms ?? []).map((t) => [`${why.policy}, ${t.name}`, short(t.value)]);
@@ -250,13 +242,14 @@ class CacheMap {
       swatch("", "loaded", "loaded"),
       swatch("", "in flight", "flight"),
       swatch("", "used now", "used"),
+      h("span", { class: "moe-key moe-only-past" }, icon("evict"), "left"),
     );
     this.draw();
   }
 
   close() {
     clearTimeout(this.timer);
-    this.why.close();
+    this.why?.close();
     this.sheet.close();
   }
 }

@@ -1,5 +1,5 @@
-// The whole: lays the views out, decodes the newest frame once per animation frame, draws it in
-// every view and acknowledges it.
+// The dashboard: the controls above the stage; decodes the newest frame once per animation frame,
+// hands it to the stage and acknowledges it.
 
 const MAP = {
   bits: Uint8Array,
@@ -8,12 +8,6 @@ const MAP = {
   used: Int32Array,
   uses: Int32Array,
 };
-
-/** A typed array from whatever a host makes of bytes (DataView, Uint8Array or ArrayBuffer). */
-function array(Type, raw) {
-  const view = ArrayBuffer.isView(raw) ? raw : new Uint8Array(raw ?? 0);
-  return new Type(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
-}
 
 function decode(frame, options) {
   const values = array(Float32Array, frame.values),
@@ -27,6 +21,8 @@ function decode(frame, options) {
   return { ...frame, tokens, map, causes: options.causes, newest: frame.first + frame.count - 1 };
 }
 
+const ACKNOWLEDGE_MS = 250;
+
 class View {
   constructor(model, el) {
     const options = model.get("options");
@@ -34,7 +30,6 @@ class View {
       model,
       options,
       queued: 0,
-      look: {},
       id: `${Date.now()}-${Math.random()}`,
     });
     // JupyterLab's shortcuts would take the arrow keys (and "x") away from sliders and selects.
@@ -46,43 +41,35 @@ class View {
       onkeydown: (e) => e.stopPropagation(),
     });
     el.append(this.root);
-    this.repaint();
-    this.tip = new Tip(this.root);
-    this.cursor = new Cursor(this.tip);
     this.settings = new Settings(model, options);
-    this.figures = new Figures();
-    this.why = new Why(model, () => this.map.describe());
-    this.map = new CacheMap(this.look, this.tip, this.why, options);
-    this.bars = new LatencyBars(this.look, this.cursor, options);
-    this.text = new TokenText(this.look, this.cursor, (shade) => {
-      model.set("form", { ...model.get("form"), shade });
-      model.save_changes();
+    this.stage = new Stage(this.root, options, {
+      source: new KernelSource(model, () => this.stage.queue()),
+      why: new Why(model, () => this.stage.map.describe()),
+      shade: (shade) => {
+        model.set("form", { ...model.get("form"), shade });
+        model.save_changes();
+      },
+      canLive: true,
     });
-    this.cursor.views.push(
-      () => this.bars.draw(),
-      () => this.text.mark(this.cursor.at),
-    );
-    this.state = h("span", { role: "status", "aria-live": "polite" });
-    this.count = h("span", { class: "moe-soft", "aria-hidden": true });
-    this.origin = h("b", { class: "moe-badge" });
-    const { name, architecture, layers, experts, top_k } = options;
-    const shape = `${name} · ${architecture} · ${layers} layers × ${experts} experts, top ${top_k}`;
+    this.runs = new Runs(model, options, this.stage);
+    this.pick = new ModelPick(model);
+    const { architecture, layers, experts, top_k } = options;
+    const shape = `${architecture} · ${layers} layers × ${experts} experts, top ${top_k}`;
     this.root.prepend(
       h(
         "header",
         { class: "moe-head" },
         h("h2", {}, "moelab"),
+        this.pick.node,
         h("span", { class: "moe-soft" }, shape),
-        h("span", { class: "moe-state" }, this.origin, this.count, this.state),
+        this.stage.status,
+        this.runs.bar,
       ),
       this.settings.node,
-      this.figures.node,
-      h(
-        "div",
-        { class: "moe-main" },
-        h("div", { class: "moe-left" }, this.map.node, this.bars.node),
-        this.text.node,
-      ),
+      this.stage.figures.node,
+      this.stage.timeline.node,
+      this.stage.main,
+      this.runs.node,
       this.settings.fault.node,
     );
     this.connect();
@@ -95,13 +82,21 @@ class View {
       "change:controls": () => {
         this.settings.sync();
         this.settings.sender.flush();
-        const { budget_bytes, strategy } = model.get("controls");
-        Object.assign(this.root.dataset, { budget: budget_bytes, strategy });
+        const { budget_bytes, strategy, bits, device } = model.get("controls");
+        const asked = `${bits} bit, ${device}`;
+        Object.assign(this.root.dataset, { budget: budget_bytes, strategy, asked });
       },
       "change:form": () => this.formChanged(),
       "change:error": () => this.errorChanged(),
+      "change:runs": () => this.runs.sync(),
+      "change:models": () => this.pick.sync(),
     };
-    for (const [event, handler] of Object.entries(this.handlers)) model.on(event, handler);
+    for (const [event, handler] of Object.entries(this.handlers)) {
+      // What belongs to another model is for the view that takes this one's place.
+      const mine = () => this.options.name === model.get("options").name && handler();
+      this.handlers[event] = mine;
+      model.on(event, mine);
+    }
     this.watch = new MutationObserver(() => this.repaint());
     this.watch.observe(document.body, {
       attributes: true,
@@ -112,8 +107,9 @@ class View {
         "data-vscode-theme-kind",
       ],
     });
-    this.scheme = matchMedia("(prefers-color-scheme: dark)");
-    this.scheme.addEventListener("change", (this.onScheme = () => this.repaint()));
+    this.schemes = [matchMedia("(prefers-color-scheme: dark)"), STRONG];
+    this.onScheme = () => this.repaint();
+    for (const scheme of this.schemes) scheme.addEventListener("change", this.onScheme);
     this.placed = new ResizeObserver(() => {
       this.repaint();
       this.settings.sync();
@@ -123,8 +119,8 @@ class View {
     model.send({ do: "hello", view: this.id });
     this.handlers["change:controls"]();
     this.formChanged();
-    this.map.relabel();
-    this.bars.relabel();
+    this.stage.map.relabel();
+    this.stage.bars.relabel();
     this.draw();
   }
 
@@ -141,41 +137,42 @@ class View {
     const raw = this.model.get("frame");
     if (this.closed || raw?.seq === undefined) return;
     const frame = decode(raw, this.options);
-    this.cursor.frame = this.frame = frame;
-    for (const view of [this.map, this.bars, this.text, this.figures]) view.show(frame);
+    this.frame = frame;
+    this.stage.follow(frame);
     this.settings.ask.showRunning(frame.running);
-    say(
-      this.state,
-      frame.running ? "running" : frame.error ? "failed" : frame.run ? "finished" : "ready",
-    );
-    say(this.count, frame.run ? `${frame.newest + 1} tokens` : "");
-    const device = frame.origins.at(-1);
-    showBadge(
-      this.origin,
-      device,
-      device.emulated ? `emulated: ${device.title}` : `measured: ${device.title}`,
-    );
     this.errorChanged();
     Object.assign(this.root.dataset, {
       seq: frame.seq,
       run: frame.run,
       token: frame.newest,
+      under: frame.tokens.budget_bytes.at(-1) ?? "",
       running: frame.running,
-      resident: frame.resident.experts,
       kl: frame.recent.kl_mean ?? "",
       stall: frame.recent.stall_share ?? "",
       rate: frame.recent.tokens_per_s ?? "",
-      emulated: device.emulated,
+      emulated: frame.origins.at(-1).emulated,
       changes: frame.changes.length,
     });
-    this.model.send({ do: "ack", seq: frame.seq });
+    this.acknowledge(frame.seq);
+  }
+
+  /** Say what is drawn, a few times a second: each time the notebook shows a busy kernel. */
+  acknowledge(seq) {
+    this.drawn = seq;
+    if (this.acking) return;
+    this.model.send({ do: "ack", seq });
+    this.acking = setTimeout(() => {
+      this.acking = 0;
+      if (!this.closed && this.drawn !== seq) this.acknowledge(this.drawn);
+    }, ACKNOWLEDGE_MS);
   }
 
   formChanged() {
-    const { shade, decisions } = this.model.get("form");
+    const { shade, decisions, runs } = this.model.get("form");
+    this.runs.setOpen(Boolean(runs));
     this.settings.ask.sync();
     this.settings.decisions.setOpen(Boolean(decisions));
-    this.text.setMode(shade === "kl" ? "kl" : "cost");
+    this.stage.setMode(shade === "kl" ? "kl" : "cost");
   }
 
   errorChanged() {
@@ -185,13 +182,7 @@ class View {
   }
 
   repaint() {
-    const theme = themeOf(this.root);
-    if (theme === this.look.theme) return;
-    this.root.dataset.theme = theme;
-    Object.assign(this.look, { theme, ink: INK[theme], tiers: TIERS[theme] });
-    this.map?.relabel();
-    this.bars?.relabel();
-    this.text?.shade();
+    this.stage.repaint();
   }
 
   close() {
@@ -199,8 +190,8 @@ class View {
     for (const [event, handler] of Object.entries(this.handlers)) this.model.off(event, handler);
     this.watch.disconnect();
     this.placed.disconnect();
-    this.scheme.removeEventListener("change", this.onScheme);
-    for (const view of [this.map, this.bars, this.settings]) view.close();
+    for (const scheme of this.schemes) scheme.removeEventListener("change", this.onScheme);
+    for (const part of [this.stage, this.settings, this.runs]) part.close();
     cancelAnimationFrame(this.queued);
     this.model.send({ do: "gone", view: this.id });
     this.root.remove();
@@ -209,7 +200,16 @@ class View {
 
 export default {
   render({ model, el }) {
-    const view = new View(model, el);
-    return () => view.close();
+    let view = new View(model, el);
+    const renew = () => {
+      const old = view;
+      view = new View(model, el); // it says hello before the old one says it is gone
+      old.close();
+    };
+    model.on("change:options", renew);
+    return () => {
+      model.off("change:options", renew);
+      view.close();
+    };
   },
 };

@@ -16,7 +16,11 @@ const INK = {
     "prefetch late": "#e69f00",
     evict: "#a8518a",
     kl: "#00795a",
+    hit: "#00795a",
     load: "#d55e00",
+    prefetch: "#b87a00",
+    downgrade: "#0072b2",
+    substitute: "#a8518a",
     text: "#1f2328",
     soft: "#656d76",
     line: "#d0d7de",
@@ -29,7 +33,11 @@ const INK = {
     "prefetch late": "#f0b429",
     evict: "#d98cc0",
     kl: "#2fc79a",
+    hit: "#2fc79a",
     load: "#ff7f3a",
+    prefetch: "#f0b429",
+    downgrade: "#6cb6ee",
+    substitute: "#d98cc0",
     text: "#e6e8eb",
     soft: "#9aa4af",
     line: "#3a4048",
@@ -37,7 +45,8 @@ const INK = {
     ground: "#111111",
   },
 };
-const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+const MOTION = matchMedia("(prefers-reduced-motion: reduce)");
+const still = () => MOTION.matches;
 
 /** Build an element: h("div", { class: "x", onclick }, "text", child). */
 function h(tag, props = {}, ...children) {
@@ -49,6 +58,43 @@ function h(tag, props = {}, ...children) {
   }
   node.append(...children);
   return node;
+}
+
+// What happened to an expert, as a shape in a box of 12 by 12: the same in the page and on a canvas.
+const SHAPES = {
+  hit: "M6 2a4 4 0 1 0 0 8a4 4 0 1 0 0-8z",
+  load: "M1 2h10L6 10.5z",
+  prefetch: "M1 1.5L6 6 1 10.5zM6 1.5L11 6 6 10.5z",
+  downgrade: "M4.4 1h3.2v5H11L6 11.4 1 6h3.4z",
+  skip: "M1 4.8h10v2.4H1z",
+  substitute: "M6 .8L11.2 6 6 11.2.8 6z",
+  evict:
+    "M2.6 1.2L6 4.6l3.4-3.4 1.4 1.4L7.4 6l3.4 3.4-1.4 1.4L6 7.4l-3.4 3.4-1.4-1.4L4.6 6 1.2 2.6z",
+};
+const paths = new Map();
+
+/** Draw the shape of a kind around (x, y). */
+function stamp(g, kind, x, y, size = 10) {
+  if (!paths.has(kind)) paths.set(kind, new Path2D(SHAPES[kind]));
+  g.save();
+  g.translate(x - size / 2, y - size / 2);
+  g.scale(size / 12, size / 12);
+  g.fill(paths.get(kind));
+  g.restore();
+}
+
+/** The shape of a kind as an element. */
+function icon(kind) {
+  const node = h("i", { class: "moe-icon", "aria-hidden": true });
+  shape(node, kind);
+  return node;
+}
+
+/** Make an icon one of this kind. */
+function shape(node, kind) {
+  if (node.dataset.kind === kind) return;
+  node.dataset.kind = kind;
+  node.style.clipPath = `path("${SHAPES[kind]}")`;
 }
 
 /** Write text only where it differs, so that nothing is laid out twice. */
@@ -67,6 +113,8 @@ function bytes(x) {
   const value = x / size;
   return `${value.toFixed(value < 10 && unit !== "B" ? 2 : value < 100 && unit !== "B" ? 1 : 0)} ${unit}`;
 }
+/** A number with three digits, however large or small. */
+const short = (x) => (x === null || x === undefined ? "–" : `${+x.toPrecision(3)}`);
 function kl(x) {
   if (x === null || !Number.isFinite(x)) return "–";
   if (x < 1e-4)
@@ -96,10 +144,18 @@ function themeOf(root) {
   return 0.299 * r + 0.587 * g + 0.114 * b < 128 ? "dark" : "light";
 }
 
+/** Whether stronger lines are asked for: by the reader's settings or a high-contrast theme. */
+const STRONG = matchMedia("(prefers-contrast: more), (forced-colors: active)");
+const inkOf = (theme) =>
+  STRONG.matches ? { ...INK[theme], soft: INK[theme].text, line: INK[theme].soft } : INK[theme];
+
 /** A canvas at the screen's own resolution that is drawn again when its box changes. */
 class Sheet {
   constructor(label, redraw) {
-    this.node = h("canvas", { class: "moe-canvas", tabindex: 0, role: "img", "aria-label": label });
+    // Arrow keys move in it: as an "application" a screen reader lets them through.
+    this.node = h("canvas", { class: "moe-canvas", tabindex: 0, role: "application" });
+    this.node.setAttribute("aria-roledescription", "chart");
+    this.node.setAttribute("aria-label", label);
     this.box = h("div", { class: "moe-sheet" }, this.node);
     this.width = this.height = 0;
     this.observer = new ResizeObserver(() => {
@@ -115,14 +171,19 @@ class Sheet {
     Object.assign(this, { width: clientWidth, height: clientHeight, ratio });
     this.node.width = Math.round(clientWidth * ratio);
     this.node.height = Math.round(clientHeight * ratio);
-    this.family = getComputedStyle(this.box).fontFamily;
+    const { fontFamily, fontSize } = getComputedStyle(this.box);
+    Object.assign(this, { family: fontFamily, size: parseFloat(fontSize) });
     return true;
+  }
+  /** A font that many pixels smaller than the text around. */
+  font(smaller) {
+    return `${this.size - smaller}px ${this.family}`;
   }
   begin() {
     const g = this.node.getContext("2d");
     g.setTransform(this.ratio, 0, 0, this.ratio, 0, 0);
     g.clearRect(0, 0, this.width, this.height);
-    g.font = `11px ${this.family}`;
+    g.font = this.font(1);
     g.textBaseline = "middle";
     return g;
   }
@@ -175,6 +236,15 @@ function drawHatch(g, colour, gap) {
   const pattern = g.createPattern(tile, "repeat");
   pattern.setTransform(new DOMMatrix().scale(0.5));
   return pattern;
+}
+
+/** Say where times come from; measured and emulated never look alike. */
+function showBadge(node, device, words) {
+  node.classList.toggle("emulated", device.emulated);
+  node.title = device.emulated
+    ? "Loads take as long as the named device would, in real time: not this machine's speed."
+    : "Loads take what this machine's disk takes.";
+  say(node, words);
 }
 
 const STATUS_BAR = 30; // below a notebook

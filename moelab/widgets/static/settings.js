@@ -42,15 +42,6 @@ class Sender {
   }
 }
 
-/** Say where times come from; measured and emulated never look alike. */
-function showBadge(node, device, words) {
-  node.classList.toggle("emulated", device.emulated);
-  node.title = device.emulated
-    ? "Loads take as long as the named device would, in real time: not this machine's speed."
-    : "Loads take what this machine's disk takes.";
-  say(node, words);
-}
-
 class Settings {
   constructor(model, options) {
     Object.assign(this, { model, options, sender: new Sender(model) });

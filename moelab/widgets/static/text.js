@@ -1,8 +1,16 @@
 // The text as it comes, each token shaded by what it cost or by its KL against full precision.
 
+const REVEAL_MS = 120;
+// What is faint costs nothing per token where the browser knows highlights; elsewhere nothing is.
+const faint = globalThis.Highlight && CSS.highlights ? new Highlight() : null;
+if (faint) CSS.highlights.set("moe-later", faint);
+
+const PARAGRAPH = 40; // tokens at least
+
 class TokenText {
-  constructor(look, cursor, onShade) {
-    Object.assign(this, { look, cursor, spans: [], run: null, follow: true, mode: "cost" });
+  /** `onShade(mode)` and `onPick(token)` are called where somebody chooses. */
+  constructor(look, cursor, onShade, onPick) {
+    Object.assign(this, { look, cursor, onPick, spans: [], run: null, follow: true, mode: "cost" });
     this.prompt = h("span", { class: "moe-prompt" });
     this.body = h(
       "div",
@@ -10,10 +18,12 @@ class TokenText {
         class: "moe-text",
         tabindex: 0,
         role: "group",
-        "aria-label": "Generated text; left and right arrow keys move from token to token",
+        "aria-label":
+          "Generated text; arrow keys move from token to token, Enter shows what a token cost and why",
       },
-      this.prompt,
+      h("div", {}, this.prompt),
     );
+    this.later = new Range();
     this.scale = h("span", { class: "moe-scale" });
     const pick = (mode, words) => {
       const input = h("input", {
@@ -57,20 +67,25 @@ class TokenText {
       cursor.set(e.target.dataset?.token === undefined ? null : +e.target.dataset.token, e),
     );
     body.addEventListener("pointerleave", () => cursor.set(null));
+    body.addEventListener("click", (e) => {
+      const marking = !getSelection().isCollapsed; // text is being marked, to be copied
+      if (e.target.dataset?.token === undefined || marking) return;
+      cursor.set(null);
+      this.onPick(+e.target.dataset.token);
+    });
     body.addEventListener("blur", () => cursor.set(null));
     body.addEventListener("keydown", (e) => cursor.key(e, () => this.placeOf(cursor.at)));
   }
 
   show(frame) {
     if (frame.run !== this.run || frame.first !== this.first || frame.count < this.spans.length) {
-      this.spans.forEach((span) => span.remove());
+      this.body.replaceChildren(h("div", {}, this.prompt));
       this.spans = [];
       this.follow = true;
     }
     Object.assign(this, { run: frame.run, first: frame.first, frame });
     say(this.prompt, frame.prompt);
-    const fresh = document.createDocumentFragment(),
-      begin = this.spans.length;
+    const begin = this.spans.length;
     for (let i = begin; i < frame.count; i++) {
       const span = h(
         "span",
@@ -79,11 +94,44 @@ class TokenText {
       );
       if (Number.isFinite(frame.tokens.kl[i])) span.dataset.kl = frame.tokens.kl[i];
       this.spans.push(span);
-      fresh.append(span);
+      this.paragraph().append(span);
     }
-    this.body.append(fresh);
-    this.shade(begin);
-    if (this.follow) this.body.scrollTop = this.body.scrollHeight;
+    if (!frame.past || begin < frame.count) this.shade(begin);
+    this.setNow(frame.past?.token ?? null);
+    if (this.follow && !frame.past) this.body.scrollTop = this.body.scrollHeight;
+  }
+
+  /** Where the next token goes; after a line's end a new block, so that older ones are not laid out again. */
+  paragraph() {
+    const last = this.body.lastChild;
+    if (last.childElementCount < PARAGRAPH || !last.lastChild.textContent.endsWith("\n"))
+      return last;
+    return this.body.appendChild(h("div"));
+  }
+
+  /** What came after the moment shown is faint; null: the newest is shown. */
+  setNow(token) {
+    this.here?.classList.remove("now");
+    this.here?.removeAttribute("aria-current");
+    this.here = token === null ? null : this.spans[token - this.first];
+    faint?.delete(this.later);
+    if (!this.here) return;
+    this.here.classList.add("now");
+    this.here.setAttribute("aria-current", "step");
+    this.later.setStartAfter(this.here);
+    this.later.setEndAfter(this.body.lastChild);
+    faint?.add(this.later);
+    this.revealing ??= setTimeout(() => this.reveal(), REVEAL_MS);
+  }
+
+  /** Bring the moment shown into sight; not at each step, because that asks for a layout. */
+  reveal() {
+    this.revealing = undefined;
+    if (!this.here) return;
+    const { top, bottom } = this.here.getBoundingClientRect(),
+      box = this.body.getBoundingClientRect();
+    if (top < box.top + 4 || bottom > box.bottom - 4)
+      this.body.scrollTop += top - box.top - box.height / 2;
   }
 
   /** Shade tokens from `begin` on, or all of them where the scale has changed. */
@@ -140,6 +188,11 @@ class TokenText {
     this.marked?.classList.add("on");
   }
 
+  close() {
+    clearTimeout(this.revealing);
+    faint?.delete(this.later);
+  }
+
   placeOf(token) {
     const span = this.spans[token - this.first];
     span?.scrollIntoView({ block: "nearest" });
@@ -148,7 +201,10 @@ class TokenText {
   }
 }
 
-/** The token that text and bars point at together, with its figures in the tooltip. */
+/**
+ * The token that text and bars point at together, with its figures in the tooltip. `enter(token)`
+ * goes there and `scrub(tokens)` moves on from there, in the past.
+ */
 class Cursor {
   constructor(tip) {
     Object.assign(this, { tip, at: null, views: [] });
@@ -171,9 +227,22 @@ class Cursor {
       this.set(null);
       return;
     }
-    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (step === undefined || !this.frame?.count) return;
+    const step = { ArrowLeft: -1, ArrowRight: 1, Home: -1e9, End: 1e9 }[event.key];
+    if (!this.frame?.count) return;
+    if (event.key === "Enter" && this.at !== null) {
+      event.preventDefault();
+      const token = this.at;
+      this.set(null);
+      this.enter(token);
+      return;
+    }
+    if (step === undefined) return;
     event.preventDefault();
+    if (this.frame.past) {
+      this.set(null);
+      this.scrub(step);
+      return;
+    }
     const { first, count } = this.frame;
     const next = Math.min(
       first + count - 1,

@@ -50,17 +50,16 @@ class Why {
   }
 }
 
-const short = (x) => (x === null ? "–" : `${+x.toPrecision(3)}`);
-
 /** Terms as rows of name, bar and number; a bar spans this layer's residents, lowest to highest. */
 function drawWhy({ policy, terms, error }) {
-  const rows = terms.flatMap(({ name, value, low, high }) => {
+  const rows = terms.flatMap(({ name, value, low, high, text }) => {
     const share = value === null || !(high > low) ? 1 : (value - low) / (high - low);
     const fill = h("i", { style: `width:${(100 * share).toFixed(1)}%` });
     return [
       h("dt", {}, name),
       h("dd", { class: "moe-term", "aria-hidden": true }, fill),
       h("dd", {}, short(value)),
+      h("dd", { class: "moe-term-text", hidden: !text }, text),
     ];
   });
   return h(
