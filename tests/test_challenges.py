@@ -1,0 +1,439 @@
+"""Challenges: what an entry is scored by, and that nothing but better settings wins."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import moelab
+from moelab import cli
+from moelab.challenges import Entry, leaderboard, own_code, scoring, verify
+from moelab.challenges.board import as_board, differences, ranked
+from moelab.challenges.entries import append, read
+from moelab.challenges.tasks import TASKS
+from moelab.strategies import Evict
+
+SIX, CARD = TASKS["six megabytes"], TASKS["spare the card"]
+FACTOR = 2
+
+
+def doubled(number: int) -> int:
+    return FACTOR * number
+
+
+class Hoarder(Evict):
+    """Evicts the expert with the highest index."""
+
+    def priority(self, key, view):
+        return -doubled(key[1])
+
+
+def figures(**changes) -> dict:
+    fixed = {
+        "tokens_per_s": 50.0,
+        "tokens_per_s_min": 49.0,
+        "tokens_per_s_max": 51.0,
+        "bytes_per_token": 100_000.0,
+        "peak_resident_bytes": 3_500_000,
+        "hit_ratio": 0.8,
+        "kl": 0.01,
+        "kl_held_out": 0.01,
+        "kl_written": 0.004,
+    }
+    return fixed | changes
+
+
+def entry(name: str, challenge: str = SIX.name, **changes) -> Entry:
+    settings = {"strategy": "lru", "budget": "3.9MB", "bits": 4}
+    own = {k: changes.pop(k) for k in ("made", "quick", "own", "machine") if k in changes}
+    return Entry(challenge, name, settings, figures(**changes), **own)
+
+
+# -- the rules ----------------------------------------------------------------------------------
+
+
+def test_limits_are_judged_by_measured_figures_and_the_answer_has_the_numbers():
+    assert SIX.failures(figures()) == []
+    over = SIX.failures(figures(peak_resident_bytes=6_100_000, kl=0.0625))
+    assert over == [
+        "peak memory 6.10 MB is 0.10 MB above the limit of 6.00 MB",
+        "KL 0.0625 is 0.0125 above the limit of 0.05",
+    ]
+    assert len(SIX.failures(figures(kl=float("nan")))) == 1
+
+
+def test_the_goal_ranks_equal_ones_by_kl_and_each_name_once():
+    fast, same, worse = entry("A", tokens_per_s=92.4), entry("B", tokens_per_s=91.9), entry("B")
+    kinder = replace(same, figures=same.figures | {"kl": 0.002})
+    places = ranked([worse, fast, kinder, entry("C", tokens_per_s=500.0, kl=0.2)])
+    assert [(e.name, rank) for e, rank in places] == [("B", 1), ("A", 2), ("B", None), ("C", None)]
+    thrifty = ranked([entry("A", CARD.name), entry("B", CARD.name, bytes_per_token=78_000.0)])
+    assert [e.name for e, _ in thrifty] == ["B", "A"]
+
+
+def test_a_quick_trial_never_ranks():
+    assert ranked([entry("A", quick=True)])[0][1] is None
+
+
+# -- scoring ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def too_much(demo_store) -> Entry:
+    """Experts left out, and a budget above the limit; scored here to save starting a process."""
+    settings = {"strategy": "static_pruning", "budget": "9MB"}
+    request = {"challenge": SIX.name, "settings": settings, "quick": True}
+    return Entry(name="greedy", figures=scoring.measure(request), **request)
+
+
+def test_an_entry_beyond_its_limits_is_refused_with_the_numbers(too_much):
+    peak, kl = too_much.figures["peak_resident_bytes"], too_much.figures["kl"]
+    assert not too_much.accepted
+    assert SIX.peak_bytes < peak <= 9_000_000
+    assert kl > SIX.kl
+    shown = repr(too_much)
+    assert "disqualified" in shown
+    assert f"{(peak - 6e6) / 1e6:.2f} MB above the limit of 6.00 MB" in shown
+    assert f"KL {kl:.4f} is {kl - 0.05:.4f} above the limit of 0.05" in shown
+
+
+def test_peak_memory_is_recounted_from_the_event_log(demo_lab):
+    run = demo_lab.generate("Once upon a time", max_new_tokens=4)
+    assert scoring.peak_of_log(run) == run.summary()["peak_resident_bytes"] > 0
+
+
+SLY = """
+from moelab.strategies import Precision
+seen = []
+class Sly(Precision):
+    def new_sequence(self):
+        seen.append(1)
+    def tier(self, request, asked, view):
+        return 0 if len(seen) > HONEST else asked
+"""
+
+
+def test_a_policy_that_behaves_only_while_it_is_examined_gains_nothing(demo_store, monkeypatch):
+    def scored(honest: int) -> dict:
+        own = {"precision": {"class": "Sly", "source": SLY.replace("HONEST", str(honest))}}
+        settings = {"strategy": "lru", "budget": "5.9MB"}
+        request = {"challenge": SIX.name, "settings": settings, "own": own, "quick": True}
+        return scoring.measure(request)
+
+    parts, make = [], own_code.make
+
+    def kept(name, source):
+        parts.append(make(name, source))
+        return parts[-1]
+
+    monkeypatch.setattr(own_code, "make", kept)
+    plain, counts = scored(10**6), len(parts)
+    assert counts == 2  # one for the held-out texts, one for the run
+    for honest in range(1, 3):  # what it counted in one lab is not there in the next
+        assert scored(honest)["bytes_per_token"] == plain["bytes_per_token"]
+    skipping = scored(0)
+    assert skipping["bytes_per_token"] == 0
+    assert skipping["kl_written"] > SIX.kl
+    one = make("Sly", SLY.replace("HONEST", "2"))  # one object for all labs, as if over the fence
+    monkeypatch.setattr(own_code, "make", lambda *_: one)
+    caught = scored(2)
+    assert caught["kl_held_out"] == plain["kl_held_out"] < SIX.kl
+    assert caught["bytes_per_token"] == 0
+    assert caught["kl"] == caught["kl_written"] > SIX.kl
+
+
+def test_the_kl_of_a_timed_run_is_the_one_a_run_measures_token_by_token(demo_store):
+    settings = {"strategy": "static_pruning", "budget": "5MB"}
+    request = {"challenge": SIX.name, "settings": settings, "quick": True}
+    task = SIX.quick()
+    prompt = scoring._prompts(task)[0]
+    with scoring._opened(task, request) as lab:
+        run = lab.generate(prompt, max_new_tokens=task.tokens, ignore_eos=True, measure_kl=True)
+    timed = scoring._run(task, request, prompt)
+    assert timed["written"] == list(run.tokens)
+    assert timed["kl"] == pytest.approx(run.summary()["kl_mean"], rel=1e-3)
+    assert timed["kl"] > 0.001
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory, demo_store):
+    """A board with one entry that was really scored, by a process of its own."""
+    path = tmp_path_factory.mktemp("challenge") / "board.jsonl"
+    patch = pytest.MonkeyPatch()
+    lie = {"kl_mean": 0.0, "bytes_per_token": 0.0, "peak_resident_bytes": 1, "tokens_per_s": 1e9}
+    patch.setattr(moelab.Run, "summary", lambda self: lie)
+    patch.setattr("moelab.bench.measured.score", lambda *_: {"kl_mean": 0.0, "same_top1": 1.0})
+    patch.setattr("moelab.quality.kl_divergence", lambda *_: 0.0)
+    patch.setattr("moelab.challenges.scoring.measure", lambda *_: figures(bytes_per_token=0.0))
+    patch.setitem(TASKS, CARD.name, replace(CARD, device="disk", seed=5))
+    patch.setenv("PYTHONPATH", str(path.parent))
+    (path.parent / "sitecustomize.py").write_text("raise SystemExit('patched')")
+    try:
+        challenge = moelab.challenge(CARD.name, board=path)
+        made = challenge.enter("Ada", strategy="lru + 4 bit", budget="3.9MB", evict=Hoarder,
+                               quick=True, progress=False)  # fmt: skip
+    finally:
+        patch.undo()
+    return path, made
+
+
+def test_what_is_patched_in_the_notebook_has_no_effect_on_the_score(board):
+    _, made = board
+    request = made.request
+    here = scoring.measure(request)  # unpatched, in this process
+    for name in ("bytes_per_token", "peak_resident_bytes", "hit_ratio", "text"):
+        assert made.figures[name] == here[name], name
+    assert made.figures["kl"] == pytest.approx(here["kl"], rel=1e-3)
+    assert 0 < made.figures["tokens_per_s"] < 1e4
+
+
+def test_a_class_of_ones_own_is_sent_as_text_with_what_it_uses(board):
+    _, made = board
+    assert made.own["evict"]["class"] == "Hoarder"
+    source = made.own["evict"]["source"]
+    assert "FACTOR = 2" in source
+    assert "def doubled" in source
+    assert "evict=Hoarder" in made.code
+    policy = own_code.make("Hoarder", source)
+    assert policy.priority((0, 3), None) == -6
+
+
+def test_a_forged_entry_is_exposed_by_measuring_it_again(board):
+    path, made = board
+    forged = path.with_name("forged.jsonl")
+    append(forged, made)
+    lie = made.figures | {"bytes_per_token": 10.0, "kl": 1e-6}
+    append(forged, replace(made, name="Mallory", figures=lie))
+    claimed = leaderboard(forged)
+    assert claimed["KL"].min() == 1e-6  # the file says so
+    assert claimed["rank"].isna().all()  # quick ones
+    found = verify(forged, own_code=True, progress=False).set_index("name")
+    assert found.loc["Ada", "verified"] == "yes"
+    told = found.loc["Mallory", "verified"]
+    assert "0.01 kB/token claimed" in told
+    assert f"{made.figures['bytes_per_token'] / 1000:.4g} measured" in told
+    assert "KL claimed" in told
+    assert found.loc["Mallory", "kB/token"] == pytest.approx(found.loc["Ada", "kB/token"])
+    assert pd.isna(found.loc["Mallory", "rank"])
+
+
+def test_own_code_of_a_file_runs_only_when_asked_to(board, monkeypatch):
+    path, _ = board
+    monkeypatch.setattr("moelab.challenges.process.scored", None)  # nothing may be started
+    found = verify(path, progress=False)
+    assert list(found["verified"]) == ["not run: own code"]
+    assert found["rank"].isna().all()
+
+
+def test_only_what_was_claimed_better_than_it_is_counts_as_wrong():
+    assert differences(figures(), figures(tokens_per_s=40.0), speeds=True) == []
+    assert differences(figures(kl=0.02), figures(), speeds=True) == []
+    fast = figures(tokens_per_s=500.0)
+    assert differences(fast, figures(), speeds=True) == ["500 tokens/s claimed, 50 measured"]
+    assert differences(fast, figures(), speeds=False) == []  # of another machine: only replaced
+    assert len(differences(figures(), figures(bytes_per_token=np.nan), speeds=False)) == 1
+
+
+# -- a policy is a policy -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import moelab\nmoelab.Run.summary = None", "import moelab"),
+        ("import os", "import os"),
+        ("from moelab.run import Run", "import from moelab.run"),
+        ("from moelab.strategies.basics import __builtins__", "import __builtins__"),
+        ("class A:\n    def f(self, view):\n        view.cache.used_bytes = 0", "but self"),
+        ("class A:\n    def f(self, view):\n        view.cache.tier_bytes[16] = 0", "writing into"),
+        ("class A:\n    def f(self, view):\n        return view.cache._bits", "_bits of anything"),
+        ("class A:\n    def f(self):\n        return self.__class__.__mro__", "attribute __"),
+        ("class A:\n    def f(self):\n        return getattr(self, 'x')", "the name getattr"),
+        ("class A:\n    def f(self):\n        open('x', 'w')", "the name open"),
+        ("import random", "import random"),
+        ("import math as self", "self and cls as anything but"),
+        ("def put(self, v):\n    self.used_bytes = v", "self and cls as anything but"),
+        ("class A:\n    def f(view, self):\n        self.x = 1", "self and cls as anything but"),
+        ("class A:\n  @staticmethod\n  def f(self):\n    self.x = 1", "self and cls as anything"),
+        ("class A:\n    def f(self, view):\n        self = view.cache", "self and cls as anything"),
+        ("class A:\n def f(self):\n  self.x = 1\n def g(self, v):\n  A.f(v)", "A.f: call it on"),
+        ("class A:\n def f(self):\n  self.x = 1\n g = f", "a method as a value"),
+        ("def d(f):\n return f\nclass A:\n @d\n def f(self):\n  pass", "the decorator d"),
+        ("class A:\n    def f(self, g):\n        return g.gi_frame", "attribute gi_frame"),
+        ("from typing import get_type_hints", "import get_type_hints from typing"),
+        ("from functools import update_wrapper", "import update_wrapper from functools"),
+        ("print('hello')", "only imports, classes"),
+        ("class A:\n  def (", "not Python"),
+    ],
+)
+def test_text_that_is_more_than_a_policy_is_refused_by_line(code, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        own_code.make("A", code)
+
+
+def test_the_policies_of_the_package_pass_as_text():
+    for part in (moelab.strategies.lru().evict, moelab.strategies.lfu().evict):
+        kind = type(part)
+        text = own_code._text(kind)
+        names = "from moelab.scheduling.strategy import Evict, Key, View\n"
+        names += "from moelab.strategies.basics import LRU\n"
+        names += "from collections import Counter, OrderedDict\n"
+        names += "from collections.abc import Callable\n"
+        assert own_code.make(kind.__name__, f"from __future__ import annotations\n{names}{text}")
+
+
+def test_a_policy_may_come_from_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from moelab.strategies import Evict\nclass Mine(Evict):\n"
+        "    def priority(self, key, view):\n        return key[1]\n"
+    )
+    from moelab.challenges.entering import _as_text
+
+    plain, own = _as_text({"strategy": "lru", "evict": f"{file}:Mine"})
+    assert plain == {"strategy": "lru"}
+    assert own_code.make("Mine", own["evict"]["source"]).priority((0, 4), None) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"device": "disk"}, "device is fixed"),
+        ({"strategy": "magic"}, "unknown strategy 'magic'"),
+        ({"evict": Hoarder()}, r"evict=Hoarder, not an object"),
+        ({"evict": "no/such.py:Mine"}, "cannot read the policy"),
+    ],
+)
+def test_what_a_challenge_cannot_take_is_refused_before_anything_is_started(words, message):
+    with pytest.raises(ValueError, match=message):
+        moelab.challenge(SIX.name).enter("Ada", **({"budget": "5MB"} | words))
+    with pytest.raises(ValueError, match="name ''"):
+        moelab.challenge(SIX.name).enter("", budget="5MB")
+    with pytest.raises(ValueError, match="choose one of six megabytes"):
+        moelab.challenge("seven megabytes")
+
+
+# -- the board ----------------------------------------------------------------------------------
+
+
+def _append_many(path, name) -> None:
+    for i in range(25):
+        append(path, entry(f"{name} {i}", made=str(i)))
+
+
+def test_several_people_append_to_one_board_at_once(tmp_path):
+    path = tmp_path / "board.jsonl"
+    context = multiprocessing.get_context("fork")
+    people = [context.Process(target=_append_many, args=(path, name)) for name in "ABCD"]
+    for person in people:
+        person.start()
+    for person in people:
+        person.join(60)
+    entries, faults = read(path)
+    assert faults == []
+    assert len({e.name for e in entries}) == len(entries) == 100
+
+
+def test_a_torn_or_foreign_line_is_named_and_costs_nobody_else_their_entry(tmp_path):
+    path = tmp_path / "board.jsonl"
+    append(path, entry("A"))
+    with path.open("a") as file:
+        file.write('{"format": 1, "challenge": "nine lives"}\n{"format": 1, "na')
+    append(path, entry("B", tokens_per_s=60.0))
+    board = leaderboard(path)
+    assert list(board["name"]) == ["B", "A"]
+    assert [fault.split(":")[0] for fault in board.faults] == ["line 2", "line 3"]
+    assert "line 3" in board._repr_html_()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"name": 5},
+        {"machine": [1]},
+        {"machine": {"processor": {}}},
+        {"versions": None},
+        {"made": 7},
+        {"quick": "no"},
+        {"settings": {"strategy": [1]}},
+        {"own": {"evict": "x"}},
+        {"own": {"evict": {"class": "A"}}},
+        {"own": {"nothing": {"class": "A", "source": ""}}},
+        {"figures": figures(tokens_per_s=1e999)},
+        {"figures": figures(kl="0.01")},
+        {"figures": {}},
+        {"challenge": [1]},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_wrong_field_costs_only_its_own_line(tmp_path, wrong):
+    path = tmp_path / "board.jsonl"
+    append(path, entry("A"))
+    with path.open("a") as file:
+        file.write(json.dumps(json.loads(entry("B").line()) | wrong) + "\n" + "[" * 100_000 + "\n")
+    append(path, entry("C", tokens_per_s=60.0))
+    board = leaderboard(path)
+    assert list(board["name"]) == ["C", "A"]
+    assert [fault.split(":")[0] for fault in board.faults] == ["line 2", "line 3"]
+
+
+def test_a_board_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("moelab.challenges.entering.scored", None)  # nothing may be started
+    with pytest.raises(FileNotFoundError):
+        moelab.challenge(SIX.name, board=tmp_path / "no" / "board.jsonl").enter("A", budget="5MB")
+    with pytest.raises(IsADirectoryError):
+        moelab.challenge(SIX.name, board=tmp_path).enter("A", budget="5MB")
+
+
+def test_the_file_cannot_declare_a_verdict_or_a_rank(tmp_path):
+    path = tmp_path / "board.jsonl"
+    facts = json.loads(entry("A", kl=0.9).line()) | {"rank": 1, "board": 1}
+    path.write_text(json.dumps(facts) + "\n")
+    board = leaderboard(path)
+    assert board["rank"].isna().all()
+    assert "KL 0.9000 is 0.8500 above" in board.loc[0, "limits"]
+
+
+def test_a_board_shows_itself_as_table_and_picture_without_script(tmp_path):
+    path = tmp_path / "board.jsonl"
+    append(path, entry("<b>Ada</b>"))
+    append(path, entry("Bob", kl=0.9))
+    board = leaderboard(path)
+    html = board._repr_html_()
+    assert "<script" not in html
+    assert "<b>Ada" not in html
+    assert "data:image/svg+xml;base64," in html
+    assert "1. &lt;b&gt;Ada" in board.svg()
+    assert 'fill="url(#h)"' in board.svg()  # hatched: a second cue for what does not rank
+    assert type(board.head(1)) is pd.DataFrame
+    assert "1" in board.to_csv()
+
+
+def test_boards_of_several_challenges_are_asked_for_by_name(tmp_path):
+    path = tmp_path / "board.jsonl"
+    append(path, entry("A"))
+    append(path, entry("B", CARD.name))
+    with pytest.raises(ValueError, match="several challenges"):
+        leaderboard(path)
+    assert list(leaderboard(path, CARD.name)["name"]) == ["B"]
+    assert list(moelab.challenge(SIX.name, board=path).leaderboard()["name"]) == ["A"]
+
+
+def test_a_terminal_prints_the_challenges_and_a_board(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "board.jsonl"
+    append(path, entry("Ada"))
+    for words, seen in (["list"], "spare the card"), (["board", str(path)], "Ada"):
+        monkeypatch.setattr(sys, "argv", ["moelab", "challenge", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code
+        assert seen in capsys.readouterr().out
+    assert len(as_board([entry("A")], SIX)) == 1
