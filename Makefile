@@ -1,7 +1,7 @@
 # moelab: `make lab` opens the lab, `make test` runs every test. Both set up .venv first, once.
 #
 #   make lab  [LAB_ARGS="--no-browser --port 8899"]    JupyterLab on the live dashboard, on 127.0.0.1 only
-#   make test [TEST_ARGS="-k store -m 'not browser'"]  the whole suite; browser tests need Chromium
+#   make test [TEST_ARGS="-k store -m 'not browser'"]  the whole suite, on all cores; -n 0: in one process
 #   make lint                                          ruff and pyright
 #   make pins                                          write binder/pins.txt from what is in .venv
 #   make clean                                         remove .venv and caches
@@ -26,7 +26,7 @@ lab: environment
 
 test: environment
 	@echo "moelab: running the tests"
-	@$(BIN)/python -m pytest $(TEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 $(TEST_ARGS)
 
 lint: environment
 	$(BIN)/ruff check .

@@ -8,14 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOMES = {
     "open": "moelab.opening",
+    "doctor": "moelab.health",
     "Lab": "moelab.lab",
     "Run": "moelab.run",
+    "Recording": "moelab.recording",
     "Settings": "moelab.settings",
-    "Score": "moelab.quality",
     "Store": "moelab.store.store",
     "StoreError": "moelab.store.store",
     "BudgetError": "moelab.scheduling.scheduler",
@@ -23,7 +24,9 @@ _HOMES = {
     "Trace": "moelab.scheduling.trace",
     "pack": "moelab.store.pack",
     "replay": "moelab.scheduling.replay",
-    "belady_hits": "moelab.scheduling.replay",
+    "moefy": "moelab.moefication",
+    "compare": "moelab.comparison",
+    "challenge": "moelab.challenges",
     "devices": "moelab.engine.devices",
     "strategies": "moelab.strategies",
     "demo": "moelab.demo",

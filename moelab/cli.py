@@ -1,4 +1,4 @@
-"""The command line: `moelab` opens the lab; info, pack, run and bench do the same work as text.
+"""The command line: `moelab` opens the lab, `moelab serve` shows it to a class, the rest is text.
 
 Torch and transformers are imported by the commands that need them, so `moelab --help` is instant.
 What a person can put right (a bad value, a missing file) is one line and exit code 2.
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moelab.challenges.command import app as challenges
+
 if TYPE_CHECKING:
     from moelab import Run
     from moelab.bench import Files
 
-NOTEBOOK = "01_live_lab.ipynb"
+NOTEBOOK = "00_start_here.ipynb"
 _POLL_SECONDS = 0.03
 
 app = typer.Typer(
@@ -30,6 +32,7 @@ app = typer.Typer(
     help="Put a Mixture-of-Experts model's experts on disk, and watch what a memory budget does.",
     epilog="Without a command: the same as `moelab lab`.",
 )
+app.add_typer(challenges, name="challenge")
 
 Model = Annotated[
     str, typer.Argument(help='"demo", a store, a checkpoint folder or a Hugging Face hub id.')
@@ -72,12 +75,42 @@ def _start(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def lab(context: typer.Context) -> None:
-    """Open JupyterLab on the live dashboard; options go to JupyterLab (--no-browser, --port 8899).
+    """Open JupyterLab on the course; options go to JupyterLab (--no-browser, --port 8899).
 
     From an installed package, the notebooks are copied to ./moelab-notebooks first; a notebook that
     is there already is left as it is. JupyterLab listens on 127.0.0.1 only.
     """
     _open_jupyter(context.args)
+
+
+@app.command()
+def serve(
+    notebook: Annotated[
+        Path | None, typer.Option(help="To show instead of the demo's dashboard.")
+    ] = None,
+    ip: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8866,
+    max_visitors: Annotated[
+        int | None, typer.Option(help="Kernels at a time [default: as fit the memory].")
+    ] = None,
+    *,
+    browser: Annotated[bool, typer.Option(help="Open the page here too.")] = True,
+) -> None:
+    """Show the live lab to a class as a web page (Voila): no cells, a kernel for each visitor."""
+    from moelab import serving
+
+    serving.serve(notebook, ip=ip, port=port, max_visitors=max_visitors, open_browser=browser)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is missing here and how to mend it; exit code 1 where something does not work."""
+    import moelab
+
+    found = moelab.doctor()
+    print(found)
+    if not found.healthy:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -280,8 +313,9 @@ def _open_jupyter(options: list[str]) -> None:
     command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *options]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
-    print(f"moelab: opening {folder / NOTEBOOK} in JupyterLab (Ctrl-C twice ends it)", flush=True)
-    os.execv(sys.executable, [*command, str(folder / NOTEBOOK)])  # noqa: S606
+    opened = folder / NOTEBOOK
+    print(f"moelab: opening {opened} in JupyterLab (Ctrl-C twice ends it)", flush=True)
+    os.execv(sys.executable, [*command, str(opened)])  # noqa: S606
 
 
 def _split(text: str) -> list[str]:

@@ -1,20 +1,26 @@
-"""What every test stands on: a private cache, one thread, and the bundled model packed once."""
+"""What every test stands on: a private cache, one thread, and the bundled model packed once.
+
+`make test` shares the files of tests among workers (pytest-xdist); all of them use one cache.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 # Before torch and moelab are first imported: nothing of a test lands in the user's own cache, no
 # model is fetched, and figures do not depend on how many cores the machine has.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 _KEPT = os.environ.get("MOELAB_TEST_CACHE")
 CACHE = Path(_KEPT or tempfile.mkdtemp(prefix="moelab-tests-"))
-os.environ["MOELAB_CACHE"] = str(CACHE)
+os.environ["MOELAB_CACHE"] = os.environ["MOELAB_TEST_CACHE"] = str(CACHE)  # workers use the same
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -29,6 +35,49 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_unconfigure() -> None:
     if not _KEPT:
         shutil.rmtree(CACHE, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With workers, the longest piece of work begins first: all that needs a browser."""
+    if WORKER:
+        items.sort(key=lambda item: item.get_closest_marker("browser") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """A worker takes a file at a time; notebooks one by one, and all of the browser as one piece.
+
+    Files have fixtures of their own; the browser's files share one Chromium and one JupyterLab.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", maxsplit=1)[0]
+            if file.endswith("test_notebooks.py"):
+                return nodeid
+            return "browser" if drives_a_browser(config.rootpath / file) else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+@cache
+def drives_a_browser(file: Path) -> bool:
+    return "from browser import" in file.read_text("utf-8")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """Beside a test marked `alone`, no other worker runs one."""
+    if not WORKER:
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    with (CACHE / "queue").open("w") as queue, (CACHE / "floor").open("w") as floor:
+        fcntl.flock(queue, fcntl.LOCK_EX)  # first come, first served: `alone` need not starve
+        fcntl.flock(floor, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(queue, fcntl.LOCK_UN)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

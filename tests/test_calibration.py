@@ -35,6 +35,7 @@ def maker(monkeypatch):
     module.made_from = lambda lab, *, texts=3: {"texts": texts}
 
     def make(lab, *, progress, partial, texts=3):
+        module.progress = progress
         for i in range(10):
             if partial.get(str(i)) is None:
                 if i == module.fail_at:
@@ -52,6 +53,13 @@ def test_it_is_measured_once_and_found_again(lab, maker):
     assert lab.calibrate("hobbit").data == {"sum": 135}
     assert lab.calibrate("hobbit").data == {"sum": 135}
     assert len(maker.measured) == 10
+
+
+def test_a_lab_opened_without_progress_calibrates_without_unless_asked(lab, maker):
+    lab.calibrate("hobbit")
+    assert maker.progress is False
+    lab.calibrate("hobbit", again=True, progress=True)
+    assert maker.progress is True
 
 
 def test_it_is_made_anew_when_asked_or_when_what_it_was_made_from_has_changed(lab, maker):

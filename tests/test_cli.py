@@ -18,7 +18,7 @@ import pytest
 
 import moelab
 import tiny_models
-from moelab import bench, cli
+from moelab import bench, cli, health, serving
 
 PROMPT = "Once upon a time"
 
@@ -65,7 +65,8 @@ def test_help_names_every_command_without_importing_torch():
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     ).stdout
-    assert all(word in out for word in ("lab", "info", "pack", "run", "bench"))
+    commands = ("lab", "serve", "doctor", "info", "pack", "run", "bench")
+    assert all(word in out for word in commands)
     assert out.splitlines()[-1] == "False"
 
 
@@ -139,6 +140,25 @@ def test_what_the_user_can_put_right_is_one_line_and_exit_code_2(
     assert re.search(message, lines[0])
     assert "Traceback" not in out + err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_doctor_prints_every_line_and_a_problem_is_exit_code_1(call, monkeypatch):
+    lines = [health.Check("Python", "ok", "3.11"), health.Check("disk", "note", "slow", "buy one")]
+    monkeypatch.setattr(moelab, "doctor", lambda: health.Diagnosis(tuple(lines)), raising=False)
+    code, out, err = call("doctor")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == "no problem, 1 note"
+    lines.append(health.Check("demo", "problem", "gone", "rm it"))
+    code, out, err = call("doctor")
+    assert (code, err) == (1, "")
+    assert "mend: rm it" in out
+    assert out.splitlines()[-1] == "1 problem, 1 note"
+
+
+def test_serving_without_voila_is_one_line_with_the_command_to_install_it(call, monkeypatch):
+    monkeypatch.setattr(serving.util, "find_spec", lambda name: None)
+    told = "moelab: Voila is not installed here; run: pip install 'moelab[serve]'\n"
+    assert call("serve") == (2, "", told)
 
 
 def test_an_unknown_command_is_exit_code_2(call):

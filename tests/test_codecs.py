@@ -227,3 +227,22 @@ def test_errors_name_the_value_and_the_limit():
         encode({"down_proj": expert["down_proj"]}, SWIGLU, 4)
     with pytest.raises(ValueError, match=r"shape \(128, 192\), the layout says \(192, 128\)"):
         encode({**expert, "down_proj": expert["down_proj"].T}, SWIGLU, 4)
+
+
+def test_a_rule_of_ones_own_chooses_the_ranges_below_8_bit():
+    def whole_range(groups, top):
+        low, high = groups.min(axis=1), groups.max(axis=1)
+        return np.stack([(high - low) / top, low], axis=1)
+
+    expert = random_expert(SWIGLU)
+    for bits in (4, 2):
+        own = encode(expert, SWIGLU, bits, fit=whole_range)
+        assert (own != encode(expert, SWIGLU, bits)).any()
+        decoded = decode(own, SWIGLU, bits)
+        for name, weights in expert.items():
+            rows = weights.float().reshape(-1, weights.shape[-1])
+            step = (rows.amax() - rows.amin()) / (2**bits - 1)
+            assert (decoded[name] - weights.float()).abs().max() <= 0.51 * step
+    assert (encode(expert, SWIGLU, 8, fit=whole_range) == encode(expert, SWIGLU, 8)).all()
+    with pytest.raises(ValueError, match=r"lambda.*finite \(scale, offset\)"):
+        encode(expert, SWIGLU, 4, fit=lambda groups, top: whole_range(groups, top)[:1] * np.nan)

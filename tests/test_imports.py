@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,10 @@ def test_command_line_and_bench_use_only_public_names(part):
     names = {f"moelab.{name}" for name in moelab.__all__}
     own = tuple(
         f"moelab.{name}"
-        for name in ("bench", "calibration", "charts", "cli", "paths", "strategies")
+        for name in (
+            *("bench", "calibration", "challenges", "charts"),
+            *("cli", "paths", "serving", "strategies"),
+        )
     )
 
     def allowed(name: str) -> bool:
@@ -125,9 +129,10 @@ def test_command_line_and_bench_use_only_public_names(part):
 def test_every_import_of_the_package_is_asked_for_in_pyproject():
     """A wheel installed without the test extra must find all it imports."""
     project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
+    extras = [e for n, e in project["optional-dependencies"].items() if n not in ("dev", "test")]
     asked = {
         r.split(">")[0].split("[")[0].strip().lower().replace("-", "_")
-        for r in [*project["dependencies"], *project["optional-dependencies"]["lab"]]
+        for r in [*project["dependencies"], *chain(*extras)]
     }
     unknown = {
         f"{path} imports {name}"

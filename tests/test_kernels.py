@@ -314,9 +314,15 @@ def probe(**environment: str) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def numba_cache(tmp_path_factory) -> dict[str, str]:
+    """A cache of compiled kernels that begins empty: the portable ones are compiled once here."""
+    return {"NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("numba"))}
+
+
 @pytest.mark.slow
-def test_kernels_are_cached_between_processes_and_portable_ones_apart(tmp_path):
-    cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
+def test_kernels_are_cached_between_processes_and_portable_ones_apart(numba_cache):
+    cache = numba_cache
     first, portable = probe(**cache), probe(**cache, MOELAB_PORTABLE="1")
     again, portable_again = probe(**cache), probe(**cache, MOELAB_PORTABLE="1")
     assert again["rows"] == first["rows"]
@@ -333,7 +339,7 @@ def test_kernels_are_cached_between_processes_and_portable_ones_apart(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not kernels.AVX2, reason="these already run the portable kernels")
-def test_portable_kernels_pass_all_of_these_tests():
+def test_portable_kernels_pass_all_of_these_tests(numba_cache):
     done = subprocess.run(
         [
             sys.executable,
@@ -347,7 +353,7 @@ def test_portable_kernels_pass_all_of_these_tests():
             "-k",
             "not between_processes",
         ],
-        env={**os.environ, "MOELAB_PORTABLE": "1"},
+        env={**os.environ, **numba_cache, "MOELAB_PORTABLE": "1"},
         cwd=Path(__file__).parent.parent,
         check=False,
         capture_output=True,

@@ -205,7 +205,7 @@ def full_after(experts: int, monkeypatch: pytest.MonkeyPatch, error: BaseExcepti
     """Let the encoder fail as if something happened after some experts."""
     count = iter(range(experts))
 
-    def failing(tensors, layout, bits):
+    def failing(tensors, layout, bits, **_):
         if next(count, None) is None:
             raise error
         return encode(tensors, layout, bits)

@@ -12,9 +12,9 @@ activations: no calibration data is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "GROUP",
     "PAGE",
     "TIERS",
+    "Fit",
     "Layout",
     "decode",
     "encode",
@@ -36,6 +37,10 @@ TIERS = (16, 8, 4, 3, 2)
 PAGE = 4096
 FLOAT16_MAX = 65504.0
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Fit: TypeAlias = Callable[[np.ndarray, int], np.ndarray]
+"""A rule of your own: from groups of weights float32 ``[G, 64]`` and the highest code (15 at 4 bit)
+to float32 ``[G, 2]``, so that ``weight = scale * code + offset`` with codes 0 to the highest."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,9 @@ def nbytes(layout: Layout, bits: int) -> int:
     return -(-payload_bytes(layout, bits) // PAGE) * PAGE
 
 
-def encode(tensors: Mapping[str, torch.Tensor], layout: Layout, bits: int) -> np.ndarray:
+def encode(
+    tensors: Mapping[str, torch.Tensor], layout: Layout, bits: int, *, fit: Fit | None = None
+) -> np.ndarray:
     """Turn one expert into a blob.
 
     Parameters
@@ -124,6 +131,8 @@ def encode(tensors: Mapping[str, torch.Tensor], layout: Layout, bits: int) -> np
         The expected shapes, and the dtype of the 16-bit tier.
     bits : {16, 8, 4, 3, 2}
         The tier.
+    fit : callable
+        Chooses the range of each group at 4, 3 and 2 bits, see `Fit`; default the searched one.
 
     Returns
     -------
@@ -133,8 +142,8 @@ def encode(tensors: Mapping[str, torch.Tensor], layout: Layout, bits: int) -> np
     Raises
     ------
     ValueError
-        On an unknown tier, missing or misshapen tensors, NaN or infinite weights, and weights
-        that float16 scales cannot hold (beyond 65504).
+        On an unknown tier, missing or misshapen tensors, NaN or infinite weights, weights that
+        float16 scales cannot hold (beyond 65504), and a ``fit`` that returns something else.
     """
     blob = np.zeros(nbytes(layout, bits), np.uint8)
     if set(tensors) != {name for name, _ in layout.tensors}:
@@ -153,7 +162,7 @@ def encode(tensors: Mapping[str, torch.Tensor], layout: Layout, bits: int) -> np
         if _stays_half(shape, bits):
             parts = [_to_half(name, tensor, _DTYPES[layout.dtype])]
         else:
-            parts = _quantise(name, tensor, bits)
+            parts = _quantise(name, tensor, bits, fit)
         for part in parts:
             raw = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
             blob[start : start + raw.size] = raw
@@ -246,7 +255,9 @@ def _refuse(name: str, tensor: torch.Tensor, limit: float) -> NoReturn:
     raise ValueError(f"{name} has NaN or infinite weights; repair the checkpoint first")
 
 
-def _quantise(name: str, tensor: torch.Tensor, bits: int) -> list[np.ndarray]:
+def _quantise(
+    name: str, tensor: torch.Tensor, bits: int, fit: Fit | None = None
+) -> list[np.ndarray]:
     """Packed codes uint8 [groups, 8 * bits] and pairs float16 [groups, 2] of one matrix."""
     w = tensor.to(device="cpu", dtype=torch.float32)
     if not float(w.abs().max()) <= FLOAT16_MAX:  # NaN too
@@ -266,13 +277,27 @@ def _quantise(name: str, tensor: torch.Tensor, bits: int) -> list[np.ndarray]:
         pairs[:, 0] = scale  # rounded up, so that no weight is clipped
     else:
         levels = 2**bits - 1
-        fit_ranges(groups, levels, pairs)
+        if fit is None:
+            fit_ranges(groups, levels, pairs)
+        else:
+            pairs[:] = _fitted(fit, groups, levels)
         lost = pairs[:, 0] - pairs[:, 0].astype(np.float16)  # much of it when the scale is tiny
         pairs[:, 1] += lost * (levels / 2)  # keeps the middle of the range where it was
     stored = np.clip(pairs, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
     codes = np.empty((len(groups), 8 * bits), np.uint8)
     pack_codes(groups, stored.astype(np.float32), bits, codes)
     return [codes, stored]
+
+
+def _fitted(fit: Fit, groups: np.ndarray, levels: int) -> np.ndarray:
+    """The answer of somebody's own `Fit`, looked at before it is stored."""
+    pairs = np.asarray(fit(groups, levels), np.float32)
+    if pairs.shape != (len(groups), 2) or not np.isfinite(pairs).all():
+        raise ValueError(
+            f"fit={getattr(fit, '__name__', fit)!r} returned shape {pairs.shape}; "
+            f"({len(groups)}, 2) of finite (scale, offset) is needed"
+        )
+    return pairs
 
 
 def _dequantise(

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from moelab.engine.families import MoELayer, find_moe
 from moelab.engine.skeleton import blank_model
 from moelab.store.checkpoint import Checkpoint, ExpertReader, split
-from moelab.store.codecs import TIERS, Layout, encode, nbytes
+from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
 from moelab.store.destination import move, partial_folder, remove_stale, sync
 from moelab.store.manifest import (
     FORMAT,
@@ -67,6 +67,7 @@ def pack(
     destination: str | os.PathLike[str],
     *,
     tiers: Sequence[int] = TIERS,
+    fit: Fit | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -81,6 +82,9 @@ def pack(
     tiers
         Bits to store every expert at, from 16, 8, 4, 3, 2. 16 is the checkpoint's own bytes
         (bfloat16 where the checkpoint is float32).
+    fit
+        A codec's rule of your own: how the range of 64 weights is chosen at 4, 3 and 2 bits, see
+        `moelab.store.codecs.Fit`. Size and kernels stay as they are.
     overwrite
         Replace another store at the destination. Folders that are not stores are never replaced.
     progress
@@ -106,7 +110,7 @@ def pack(
     destination = Path(destination).absolute()
     folder, name = _fetch(source)
     with _PACKING:
-        work = _Work(folder, name, tiers, progress)
+        work = _Work(folder, name, tiers, progress, fit)
         if _is_done(destination, work, overwrite=overwrite):
             return destination
         _check_room(destination, work)
@@ -120,8 +124,15 @@ def pack(
 class _Work:
     """One checkpoint on its way into a store."""
 
-    def __init__(self, folder: Path, name: str, tiers: tuple[int, ...], progress: bool) -> None:
-        self.folder, self.progress = folder, progress
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        tiers: tuple[int, ...],
+        progress: bool,
+        fit: Fit | None = None,
+    ) -> None:
+        self.folder, self.progress, self.fit = folder, progress, fit
         model = blank_model(folder)
         self.checkpoint = Checkpoint(folder)
         self.layers = find_moe(model)
@@ -137,6 +148,9 @@ class _Work:
         if stored in (torch.float32, torch.float64):
             note = f"experts are {str(stored).removeprefix('torch.')} in the source, stored as"
             self.manifest = replace(self.manifest, notes=(f"{note} bfloat16",))
+        if fit is not None:
+            notes = (*self.manifest.notes, f"ranges by {getattr(fit, '__name__', fit)}")
+            self.manifest = replace(self.manifest, notes=notes)
 
     @property
     def experts(self) -> int:
@@ -157,6 +171,8 @@ class _Work:
             sums = [f"{file.name} {digest_file(file)}" for file in bar]
             self._digest = digest("\n".join(sums).encode())
         text = f"{FORMAT} {self.manifest.tiers} {self._digest}"
+        if self.fit is not None:
+            text += f" {_fingerprint(self.fit)}"
         return digest(text.encode()), self._digest
 
     def write(self, partial: Path) -> None:
@@ -191,7 +207,7 @@ class _Work:
                 stream.write(self.manifest.header(bits))
             for layer, expert in self._all_experts():
                 tensors = {k: t.to(self.half) for k, t in self.reader(layer, expert).items()}
-                blobs = {b: pool.submit(encode, tensors, layout, b) for b in tiers}
+                blobs = {b: pool.submit(encode, tensors, layout, b, fit=self.fit) for b in tiers}
                 for bits, stream in out.items():
                     try:
                         blob = blobs.pop(bits).result().data
@@ -282,6 +298,13 @@ def _check_tiers(tiers: Sequence[int]) -> tuple[int, ...]:
     if wrong or not tiers:
         raise StoreError(f"tiers={tuple(tiers)} must be one or more of {TIERS}")
     return tuple(sorted(set(tiers), reverse=True))
+
+
+def _fingerprint(fit: Fit) -> str:
+    """What tells one rule from another: its name and compiled code."""
+    code = getattr(fit, "__code__", None)
+    told = (getattr(fit, "__name__", str(fit)), code and (code.co_code, code.co_consts))
+    return digest(repr(told).encode())
 
 
 def _is_kept(name: str) -> bool:

@@ -1,0 +1,221 @@
+"""`moelab serve`: the live lab as a web page for a class, each visitor with a kernel of their own.
+
+Voila runs one small notebook per visitor and shows what it shows, without cells and without a way
+to run code. A kernel costs memory, so there are as many places as fit; who comes later is told so.
+A kernel ends with its page, and two minutes after a page that went away without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import uuid
+from importlib import util
+from pathlib import Path
+from typing import Any, ClassVar
+
+VISITOR_BYTES = 450_000_000
+"""Memory of one visitor's kernel with the demo at its peak (proportional set size, measured)."""
+RESERVED_BYTES = 500_000_000
+"""Left to Voila and the system."""
+CULL_AFTER_S, CULL_EVERY_S = 120, 30
+EXTENSIONS = (
+    "anywidget",
+    "@jupyter-widgets/jupyterlab-manager",  # for the modules it shares
+    "@voila-dashboards/widgets-manager8",
+)
+TEMPLATE = {
+    "conf.json": '{"base_template": "lab"}',
+    # Voila's own template without the style sheets that it fetches from the internet
+    "index.html.j2": """\
+{%- extends 'lab/index.html.j2' -%}
+{%- block notebook_css -%}
+{{ resources.include_js("static/voila-style.js") }}
+{{ spinner.css() }}
+{{ super.super() }}
+<style>
+  #rendered_cells > div { max-width: 1800px; margin: 0 auto; padding: 0 12px }
+  #rendered_cells h1 { font-size: 1.4em; margin: 0 } #rendered_cells p { margin: 4px 0 0 }
+</style>
+{%- endblock notebook_css -%}
+""",
+    "error.html": """\
+<!DOCTYPE html><html lang="en"><meta charset="utf-8">
+<meta name="color-scheme" content="light dark"><title>moelab</title>
+<body style="font: 1.2em system-ui; max-width: 40em; margin: 4em auto; padding: 0 1em">
+<h1>moelab</h1><p role="alert">{{ status_message }}</p></body></html>
+""",
+}
+"""A template of ours: a class without internet sees the page as soon as one with it."""
+WELCOME = """\
+# moelab: a model with its experts on disk
+
+Press **Run**. While the text is written, drag the **budget** to the left: fewer experts stay in
+memory, and tokens begin to wait. Then choose a slower **device**, fewer **bits**, another
+**strategy**. Every change holds from the next token on.
+"""
+LAB = """\
+import moelab
+
+lab = moelab.open("demo", progress=False)
+lab.dashboard()
+"""
+
+
+def places(max_visitors: int | None, free_bytes: int) -> int:
+    """How many visitors at a time: as asked, otherwise as many as fit the memory, at least one.
+
+    Raises
+    ------
+    ValueError
+        Fewer than one is asked for.
+
+    Examples
+    --------
+    >>> places(None, 4_000_000_000)
+    7
+    >>> places(3, 4_000_000_000)
+    3
+    """
+    if max_visitors is None:
+        return max(1, (free_bytes - RESERVED_BYTES) // VISITOR_BYTES)
+    if max_visitors < 1:
+        raise ValueError(f"--max-visitors {max_visitors}: at least 1 is needed to show anything")
+    return max_visitors
+
+
+def announcement(visitors: int, free_bytes: int) -> str:
+    """What a teacher should know before the class comes."""
+    need, each = visitors * VISITOR_BYTES + RESERVED_BYTES, VISITOR_BYTES / 1e9
+    told = (
+        f"up to {visitors} visitor{'s' if visitors > 1 else ''} at a time; each is a kernel of "
+        f"about {each:.2g} GB with the demo, and {free_bytes / 1e9:.1f} GB are free"
+    )
+    if need > free_bytes:
+        told += f". All of them would need {need / 1e9:.1f} GB: lower --max-visitors"
+    return told
+
+
+def write_notebook(folder: Path) -> Path:
+    """The small notebook that a visitor sees."""
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    code = {"cell_type": "code", "execution_count": None, "outputs": []}
+    cells = [
+        {"cell_type": "markdown", "id": "welcome", "metadata": {}, "source": WELCOME},
+        {**code, "id": "lab", "metadata": {}, "source": LAB},
+    ]
+    made = folder / "moelab.ipynb"
+    whole = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    made.write_text(json.dumps(whole), "utf-8")
+    return made
+
+
+def serve(
+    notebook: Path | None = None,
+    *,
+    ip: str = "127.0.0.1",
+    port: int = 8866,
+    max_visitors: int | None = None,
+    open_browser: bool = True,
+) -> None:
+    """Serve the live lab until Ctrl-C.
+
+    Parameters
+    ----------
+    notebook
+        Another notebook to show; default a small one with the dashboard of the demo.
+    ip, port
+        Where to listen. On another address than loopback whoever reaches this machine may look,
+        move the controls and use its processors; they cannot run code.
+    max_visitors
+        Kernels at a time; default as many as fit the memory that is free now.
+    open_browser
+        Open the page here too.
+
+    Raises
+    ------
+    ImportError
+        Voila is not installed; the message says how to.
+    ValueError
+        The notebook does not exist, or there would be no visitor.
+
+    Examples
+    --------
+    >>> serve(port=8866, max_visitors=12)  # doctest: +SKIP
+    """
+    if util.find_spec("voila") is None:
+        raise ImportError("Voila is not installed here; run: pip install 'moelab[serve]'")
+    import psutil
+
+    from moelab.checks import memory_limit_bytes
+
+    if notebook is not None and not notebook.is_file():
+        raise ValueError(f"there is no notebook {notebook}")
+    free = min(psutil.virtual_memory().available, memory_limit_bytes() or sys.maxsize)
+    visitors = places(max_visitors, free)
+    print(f"moelab: {announcement(visitors, free)}", flush=True)
+    if ip not in {"127.0.0.1", "localhost", "::1"}:
+        print(f"moelab: listening on {ip}: whoever reaches this machine may use it", flush=True)
+    with tempfile.TemporaryDirectory(prefix="moelab-serve-") as folder:
+        _write_template(Path(folder))
+        if notebook is None:
+            notebook = write_notebook(Path(folder))
+            _warm_up()
+        _run_voila(notebook, visitors, ip, port, open_browser=open_browser)
+
+
+def _write_template(folder: Path) -> None:
+    """Put the template where Voila looks for templates."""
+    home = folder / "voila" / "templates" / "moelab"
+    home.mkdir(parents=True)
+    for name, text in TEMPLATE.items():
+        (home / name).write_text(text, "utf-8")
+    more = os.environ.get("JUPYTER_PATH")
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(folder), more)))
+
+
+def _warm_up() -> None:
+    """Pack the demo and compile its kernels before anybody waits; in a process that then ends."""
+    words = "import moelab; moelab.open('demo', progress=False).generate('Once', max_new_tokens=2)"
+    subprocess.run([sys.executable, "-c", words], check=True)  # noqa: S603
+
+
+def _run_voila(notebook: Path, visitors: int, ip: str, port: int, *, open_browser: bool) -> None:
+    from traitlets.config import Config
+    from voila.app import Voila
+
+    config = Config()
+    config.Voila.ip, config.Voila.port, config.Voila.port_retries = ip, port, 0
+    config.Voila.open_browser = open_browser
+    config.Voila.root_dir = str(notebook.parent.absolute())
+    config.VoilaConfiguration.multi_kernel_manager_class = _with_places(visitors)
+    config.VoilaConfiguration.template = "moelab"
+    config.VoilaConfiguration.extension_allowlist = list(EXTENSIONS)
+    config.MappingKernelManager.cull_idle_timeout = CULL_AFTER_S
+    config.MappingKernelManager.cull_interval = CULL_EVERY_S
+    Voila.launch_instance(argv=[str(notebook.absolute())], config=config)
+
+
+def _with_places(visitors: int) -> type:
+    """A kernel manager that refuses a kernel more than there are places."""
+    from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+    from tornado.web import HTTPError
+
+    class WithPlaces(AsyncMappingKernelManager):
+        starting: ClassVar[set[str]] = set()
+
+        async def start_kernel(self, **options: Any) -> str:  # type: ignore[override]
+            if len(self.starting | set(self.list_kernel_ids())) >= visitors:
+                words = f"All places are taken ({visitors}); reload this page in a while"
+                raise HTTPError(503, words, reason=words)
+            name = options.setdefault("kernel_id", str(uuid.uuid4()))
+            self.starting.add(name)
+            try:
+                return await super().start_kernel(**options)
+            finally:
+                self.starting.discard(name)
+
+    return WithPlaces
