@@ -162,6 +162,13 @@ def test_the_kl_of_a_timed_run_is_the_one_a_run_measures_token_by_token(demo_sto
     assert timed["kl"] > 0.001
 
 
+@pytest.mark.parametrize("name", ["seed", "measure_kl", "device"])
+def test_a_line_of_a_file_cannot_set_what_is_fixed(name):
+    request = {"challenge": SIX.name, "settings": {"budget": "5MB", name: 1}}
+    with pytest.raises(ValueError, match=f"{name} is fixed"):
+        scoring.measure(request)
+
+
 @pytest.fixture(scope="module")
 def board(tmp_path_factory, demo_store):
     """A board with one entry that was really scored, by a process of its own."""

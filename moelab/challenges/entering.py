@@ -14,10 +14,9 @@ from moelab.challenges import own_code
 from moelab.challenges.board import Leaderboard, as_board, leaderboard, ranked, verify
 from moelab.challenges.entries import Entry, append, read, touch
 from moelab.challenges.process import scored
-from moelab.challenges.tasks import MB, Task, find
+from moelab.challenges.tasks import FIXED, MB, Task, find
 
 LONGEST_NAME = 40
-FIXED = ("device", "seed", "measure_kl", "budget_bytes")
 
 
 def challenge(name: str, *, board: str | Path | None = None) -> Challenge:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -185,10 +184,13 @@ def _entry(line: bytes) -> Entry:
         fit = isinstance(part, dict) and part.keys() == {"class", "source"}
         _must(fit and all(isinstance(v, str) for v in part.values()), f"own.{role} is no class")
     for name in _NUMBERS:
-        value = entry.figures.get(name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        _must(number and abs(value) < _MOST and math.isfinite(value), f"figures.{name}: no number")
+        _must(_is_number(entry.figures.get(name)), f"figures.{name} must be a finite number")
     return entry
+
+
+def _is_number(value: Any) -> bool:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return plain and abs(value) < _MOST
 
 
 def _must(holds: bool, words: str) -> None:

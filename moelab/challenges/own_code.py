@@ -223,8 +223,8 @@ def _check_self(tree: ast.Module) -> None:
     for node in ast.walk(tree):
         if any(word in OWN for word in _bound(node)) and id(node) not in first:
             raise _refusal(node, "self and cls as anything but a method's first argument")
-        called = isinstance(node, ast.Attribute) and node.attr in names
-        if called and isinstance(node.value, ast.Name) and node.value.id in known:
+        of = node.value if isinstance(node, ast.Attribute) and node.attr in names else None
+        if isinstance(of, ast.Name) and of.id in known:
             raise _refusal(node, f"{ast.unparse(node)}: call it on self or super()")
     for part in classes:
         if part.keywords:

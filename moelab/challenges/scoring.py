@@ -24,7 +24,7 @@ import moelab
 from moelab.bench.measured import Extent, score
 from moelab.bench.tables import circumstances
 from moelab.challenges import own_code
-from moelab.challenges.tasks import Task, find
+from moelab.challenges.tasks import FIXED, Task, find
 from moelab.engine.generation import Reference
 from moelab.events import CODES
 from moelab.quality import kl_divergence
@@ -58,6 +58,8 @@ def measure(request: dict[str, Any], tell: Tell = lambda _: None) -> dict[str, A
     """
     task = find(request["challenge"])
     task = task.quick() if request.get("quick") else task
+    if fixed := [name for name in FIXED if name in request["settings"]]:  # of a file's line
+        raise ValueError(f"{fixed[0]} is fixed in a challenge")
     prompts, runs = _prompts(task), []
     tell("quality on held-out texts")
     with _opened(task, request, verify=True) as lab:

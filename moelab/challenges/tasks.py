@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 MB = 10**6
+FIXED = ("device", "seed", "measure_kl", "budget_bytes")
+"""Settings that are not the entry's to choose."""
 
 
 @dataclass(frozen=True, slots=True)
