@@ -138,7 +138,7 @@ def test_binder_ends_with_the_demo_packed_and_the_doctor_satisfied():
     text = script.read_text()
     assert "set -e" in text
     assert "moelab.open('demo'" in text
-    assert text.rstrip().endswith("python -m moelab doctor")
+    assert text.count("python -m moelab doctor") == 1
 
 
 # -- the README ---------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class Life {
       h("span", { class: "moe-soft" }, " asking the strategy …"),
     );
     this.reason(one.row).then((answer) => {
-      if (this.lane.chosen === one) this.why.replaceChildren(...drawLeft(title, answer));
+      if (this.lane.chosen?.row === one.row) this.why.replaceChildren(...drawLeft(title, answer));
     });
   }
 
