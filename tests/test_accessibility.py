@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from browser import chromium, shot  # noqa: F401 a fixture
+from browser import shot
 from fake_lab import FakeLab
 from moelab.widgets import Dashboard
 
@@ -105,7 +105,7 @@ class Bare:
 
 
 @pytest.fixture
-def page(chromium):  # noqa: F811
+def page(chromium):
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     page.faults = []

@@ -8,17 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from browser import (  # noqa: F401 the first three are fixtures
-    chromium,
-    jupyter,
-    kernel,
-    live_page,
-    record,
-    reload,
-    run_cell,
-    share,
-    shot,
-)
+from browser import kernel, record, reload, run_cell, share, shot
 from soak import Soak, growth
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -98,7 +88,7 @@ class Dash:
 
 
 @pytest.fixture
-def dash(live_page, request):  # noqa: F811
+def dash(live_page, request):
     """The dashboard at rest: nothing runs, a quarter of the experts at 16 bit on the real disk."""
     live_page.faults.clear()
     dash = Dash(live_page)

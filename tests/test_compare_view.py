@@ -6,12 +6,7 @@ import re
 
 import pytest
 
-from browser import (  # noqa: F401 the first three are fixtures
-    chromium,
-    jupyter,
-    live_page,
-    shot,
-)
+from browser import shot
 from test_browser import dash, theme  # noqa: F401 the first is a fixture
 
 SLIDE = """(slider, share) => {

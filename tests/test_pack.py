@@ -272,9 +272,9 @@ SLOW_PACK = textwrap.dedent(
     import sys, time
     from moelab.store import pack as packing
     plain = packing.encode
-    def slow(*args):
+    def slow(*args, **fit):
         time.sleep(0.05)
-        return plain(*args)
+        return plain(*args, **fit)
     packing.encode = slow
     packing.pack(sys.argv[1], sys.argv[2], tiers=(4,), progress=False)
     """

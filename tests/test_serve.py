@@ -14,7 +14,7 @@ import nbformat
 import psutil
 import pytest
 
-from browser import TOKEN, chromium, jupyter, shot  # noqa: F401 fixtures
+from browser import TOKEN, shot
 from moelab import serving
 from test_browser import Dash
 
@@ -73,7 +73,7 @@ def test_a_notebook_that_is_not_there_is_refused(tmp_path):
 
 
 @pytest.fixture
-def page(chromium):  # noqa: F811
+def page(chromium):
     """A page whose `faults` are its errors and whose `asked` are addresses of other machines."""
     context = chromium.new_context(viewport={"width": 1280, "height": 800})
     page = context.new_page()
@@ -159,7 +159,7 @@ def test_a_class_has_the_live_lab_without_notebooks(page, voila):
 @pytest.mark.browser
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_one_cell_to_the_live_lab_in_notebook_7(page, jupyter):  # noqa: F811
+def test_one_cell_to_the_live_lab_in_notebook_7(page, jupyter):
     page.goto(f"{jupyter}/notebooks/00_start_here.ipynb?token={TOKEN}")
     page.wait_for_function("window.jupyterapp?.shell.currentWidget")
     page.evaluate(KERNEL_IS_THERE)

@@ -11,13 +11,7 @@ import numpy as np
 import pytest
 
 import moelab
-from browser import (  # noqa: F401 the first three are fixtures
-    chromium,
-    jupyter,
-    kernel,
-    live_page,
-    shot,
-)
+from browser import kernel, shot
 from moelab.document import EVENTS, encoded, pack
 from moelab.events import CODES
 from moelab.figures import CAUSES, COLUMNS
@@ -129,7 +123,7 @@ def run(demo_store):
 
 
 @pytest.fixture(scope="module")
-def exported(run, chromium, tmp_path_factory):  # noqa: F811
+def exported(run, chromium, tmp_path_factory):
     """A page opened from disk with the network off; `faults` are errors and requests."""
     path = tmp_path_factory.mktemp("exported") / "run.html"
     run.report(str(path), png=False, csv=False, parquet=False)
@@ -378,7 +372,7 @@ def script_ms(trace):
     return [e["tdur"] / 1e3 for e in frames if e.get("tdur", 0) > 500]
 
 
-def test_scrubbing_a_large_model_keeps_up_and_keeps_no_memory(chromium, tmp_path):  # noqa: F811
+def test_scrubbing_a_large_model_keeps_up_and_keeps_no_memory(chromium, tmp_path):
     path = tmp_path / "large.html"
     path.write_text(html(pack(large()), title="large"), encoding="utf-8")
     context = chromium.new_context(viewport={"width": 1280, "height": 900}, offline=True)
