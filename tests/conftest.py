@@ -15,9 +15,7 @@ from pathlib import Path
 
 import pytest
 
-if (
-    Path(__file__).parent / "browser.py"
-).is_file():  # one Chromium for all files
+if (Path(__file__).parent / "browser.py").is_file():  # one Chromium for all files
     from browser import chromium, jupyter, live_page  # noqa: F401 fixtures
 
 # Before torch and moelab are first imported: nothing of a test lands in the user's own cache, no
