@@ -421,7 +421,8 @@ class Lab:
         from moelab.pins import Pins
 
         with self._lock:
-            self._pins = self._pins or Pins()
+            if self._pins is None:  # an empty one counts as false
+                self._pins = Pins()
             return self._pins
 
     def pin(self, run: Run | Recording | None = None, name: str = "") -> str:

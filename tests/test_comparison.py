@@ -324,3 +324,7 @@ def test_the_drawer_tells_of_pins_does_a_what_if_and_says_what_is_refused(pinned
     runs.hear({"ask": "unpin", "name": name})
     assert told[-1]["error"] == ""
     assert name not in [row["name"] for row in told[-1]["pinned"]]
+
+
+def test_a_lab_has_one_set_of_pins_also_while_it_is_empty(demo_lab):
+    assert demo_lab.pins is demo_lab.pins
