@@ -33,14 +33,11 @@ def report(
     """See `moelab.Recording.report`."""
     png, parquet = _wanted("png", png), _wanted("parquet", parquet)
     path = path if path.suffix in (".html", ".htm") else path.with_name(path.name + ".html")
-    picture, name = Report.of(recording), recording.document["model"]["name"]
-    title = f"moelab: {len(recording.document['pieces'])} tokens of {Path(name).name}"
-    text = page.html(recording.packed(), title=title, picture=picture.html())
-    replaced(path, text.encode())
+    replaced(path, as_page(recording).encode())
     written = [path]
     if png:
         written.append(path.with_suffix(".png"))
-        written[-1].write_bytes(drawn(picture.svg()))
+        written[-1].write_bytes(drawn(Report.of(recording).svg()))
     tables = {"events": recording.events, "tokens": recording.per_token}
     for name, table in tables.items() if csv else ():
         written.append(path.with_suffix(f".{name}.csv"))
@@ -49,6 +46,13 @@ def report(
         written.append(path.with_suffix(f".{name}.parquet"))
         table.to_parquet(written[-1], index=False)
     return written
+
+
+def as_page(recording: Recording) -> str:
+    """The HTML page alone."""
+    tokens, name = len(recording.document["pieces"]), recording.document["model"]["name"]
+    title = f"moelab: {tokens} tokens of {Path(name).name}"
+    return page.html(recording.packed(), title=title, picture=Report.of(recording).html())
 
 
 def _wanted(kind: str, asked: bool | None) -> bool:

@@ -171,6 +171,9 @@ class Lab:
         """
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens!r}: a whole number, 1 or more")
+        for token in changes or {}:
+            if not isinstance(token, int) or token < 0:
+                raise ValueError(f"changes={{{token!r}: ...}}: a key is a token's number from 0")
         said = messages(self._tokenizer, prompt, chat)
         text = said[-1]["content"] if said else str(prompt)
         ids = encode(self._tokenizer, said) if said else self._encode(text)

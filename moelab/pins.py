@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ class Pins(Mapping[str, Recording]):
 
     def __init__(self) -> None:
         self._pinned: dict[str, tuple[Recording, Run | None]] = {}
+        self._lock = threading.RLock()  # a view, a what-if and a cell may all pin at once
         self.version = 0
 
     def __getitem__(self, name: str) -> Recording:
@@ -52,9 +54,11 @@ class Pins(Mapping[str, Recording]):
     def add(self, run: Run | Recording, name: str = "") -> str:
         """Pin a run as it stands now; returns its name, numbered where it was taken."""
         recording = recorded(run)
-        name = unused(name or recording.document["settings"][0]["short"], self._pinned)
-        self._pinned[name] = recording, None if recording is run else run  # pyright: ignore[reportArgumentType]
-        self.version += 1
+        name = name or recording.document["settings"][0]["short"]
+        with self._lock:
+            name = unused(name, self._pinned)
+            self._pinned[name] = recording, None if recording is run else run  # pyright: ignore[reportArgumentType]
+            self.version += 1
         return name
 
     def run(self, name: str) -> Run | None:
@@ -64,20 +68,22 @@ class Pins(Mapping[str, Recording]):
 
     def remove(self, name: str) -> None:
         """Unpin a run."""
-        _ = self[name]
-        del self._pinned[name]
-        self.version += 1
+        with self._lock:
+            _ = self[name]
+            del self._pinned[name]
+            self.version += 1
 
     def rename(self, name: str, new: str) -> str:
         """Give a pinned run another name, in its place; returns it, numbered where it was taken."""
-        _ = self[name]
         new = new.strip()
-        if not new:
-            raise ValueError("a pinned run needs a name")
-        others = {n: p for n, p in self._pinned.items() if n != name}
-        new = unused(new, others)
-        self._pinned = {(new if n == name else n): p for n, p in self._pinned.items()}
-        self.version += 1
+        with self._lock:
+            _ = self[name]
+            if not new:
+                raise ValueError("a pinned run needs a name")
+            others = {n: p for n, p in self._pinned.items() if n != name}
+            new = unused(new, others)
+            self._pinned = {(new if n == name else n): p for n, p in self._pinned.items()}
+            self.version += 1
         return new
 
     def compare(self) -> Comparison:

@@ -163,6 +163,7 @@ class Recording:
         """
         if "evictions" not in self.document:
             self.document["evictions"] = self._explain() if self._explain else {}
+            self._explain = None  # it held the run's whole trace
         return self.document["evictions"]
 
     @functools.cached_property

@@ -170,4 +170,6 @@ def _word(value: Any) -> str:
         return str(value)
     if type(value) is int:
         return f"{value:_}"
-    return f'"{value}"' if isinstance(value, str) and '"' not in value else repr(value)
+    if isinstance(value, str) and value.isprintable() and not {'"', "\\"} & set(value):
+        return f'"{value}"'
+    return repr(value)

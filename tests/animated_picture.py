@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from browser import CHROMIUM, FLAGS, OPEN_AND_RUN_ALL, SHUT_DOWN, TOKEN, kernel, serving
+from browser import CHROMIUM, FLAGS, SHUT_DOWN, kernel, open_and_run_all, serving, shipped
 
 WIDTH, COLOURS, MOST_BYTES = 1040, 96, 2_000_000
 HAND = """() => {
@@ -148,9 +148,7 @@ def main(path: Path) -> None:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_context(viewport={"width": 1480, "height": 1180}).new_page()
         page.set_default_timeout(300_000)
-        page.goto(f"{address}/lab?token={TOKEN}")
-        page.wait_for_function("window.jupyterapp")
-        page.evaluate(OPEN_AND_RUN_ALL, "00_start_here.ipynb")
+        open_and_run_all(page, address, "start_here", shipped("00_start_here"))
         film = Film(page)
         film.root.wait_for()
         page.locator(".jp-OutputArea img").last.wait_for()  # the notebook has run through

@@ -27,17 +27,24 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
 # JupyterLab's own commands, not its menus: those race the start of the kernel on a slow machine.
-OPEN_AND_RUN_ALL = """async (path) => {
+OPEN_AND_RUN_ALL = """async ({ path, content }) => {
   const app = window.jupyterapp;
   await app.restored;
+  await app.serviceManager.contents.save(path, { type: "notebook", format: "json", content });
   const notebook = await app.commands.execute("docmanager:open", { path, factory: "Notebook" });
   await notebook.context.ready;
   await notebook.sessionContext.ready;
   await notebook.sessionContext.session.kernel.info;
   app.commands.execute("notebook:run-all-cells");
 }"""
-ALL_HAVE_RUN = """() => window.jupyterapp.shell.currentWidget.content.widgets.every(
-  (cell) => cell.model.type !== "code" || cell.model.executionCount)"""
+ALL_HAVE_RUN = """() => {
+  const code = window.jupyterapp.shell.currentWidget.content.widgets
+    .map(({ model }) => model).filter(({ type }) => type === "code");
+  const error = code.flatMap(({ outputs }) => outputs.toJSON())
+    .find((output) => output.output_type === "error");
+  if (error) throw new Error(`a cell failed: ${error.ename}: ${error.evalue}`);
+  return code.every(({ executionCount }) => executionCount);
+}"""
 SHUT_DOWN = "() => window.jupyterapp.serviceManager.sessions.shutdownAll()"
 
 
@@ -110,20 +117,45 @@ def chromium():
 
 
 @pytest.fixture(scope="module")
-def live_page(chromium, jupyter):
-    """The live lab with all its cells run, on a laptop's screen; `page.faults` are its errors."""
+def live_page(chromium, jupyter, request):
+    """The live lab with all its cells run, on a laptop's screen; `page.faults` are its errors.
+
+    Each file of tests has its own copy of the notebook, and a workspace in which nothing is open.
+    """
     context = chromium.new_context(viewport={"width": 1280, "height": 800})
     page = context.new_page()
     page.set_default_timeout(120_000)
     page.faults = []
     page.on("pageerror", lambda error: page.faults.append(str(error)))
-    page.goto(f"{jupyter}/lab?token={TOKEN}")
-    page.wait_for_function("window.jupyterapp")
-    page.evaluate(OPEN_AND_RUN_ALL, "01_live_lab.ipynb")
+    open_and_run_all(page, jupyter, request.module.__name__, shipped("01_live_lab"))
     page.wait_for_function(ALL_HAVE_RUN, timeout=400_000)
     yield page
     page.evaluate(SHUT_DOWN)
     context.close()
+
+
+@pytest.fixture
+def page(chromium):
+    """An empty page; an error in it fails the test."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.faults = []
+    page.on("pageerror", lambda error: page.faults.append(str(error)))
+    yield page
+    assert not page.faults
+    context.close()
+
+
+def shipped(stem):
+    """A notebook of ours, as JSON."""
+    return json.loads((ROOT / "notebooks" / f"{stem}.ipynb").read_text("utf-8"))
+
+
+def open_and_run_all(page, address, name, notebook):
+    """Open a copy of a notebook in a workspace of its own and begin to run its cells."""
+    page.goto(f"{address}/lab/workspaces/{name}?token={TOKEN}")
+    page.wait_for_function("window.jupyterapp")
+    page.evaluate(OPEN_AND_RUN_ALL, {"path": f"{name}.ipynb", "content": notebook})
 
 
 def kernel(page, code):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 if (Path(__file__).parent / "browser.py").is_file():  # one Chromium for all files
-    from browser import chromium, jupyter, live_page  # noqa: F401 fixtures
+    from browser import chromium, jupyter, live_page, page  # noqa: F401 fixtures
 
 # Before torch and moelab are first imported: nothing of a test lands in the user's own cache, no
 # model is fetched, and figures do not depend on how many cores the machine has.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import random
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from browser import CHROMIUM, FLAGS, OPEN_AND_RUN_ALL, SHUT_DOWN, TOKEN, kernel, serving
+from browser import CHROMIUM, FLAGS, SHUT_DOWN, kernel, open_and_run_all, serving
 
 CELL = "import moelab\nlab = moelab.open('demo', device='sd_card', progress=False)\nlab.dashboard()"
 FIGURES = ("kernel_mb", "threads", "files", "heap_mb", "nodes", "listeners")
@@ -124,6 +123,14 @@ def growth(rows):
     return grown
 
 
+def notebook():
+    """The one cell that opens the lab, as a notebook."""
+    cell = {"cell_type": "code", "id": "soak", "metadata": {}, "outputs": []}
+    cell |= {"execution_count": None, "source": CELL}
+    about = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    return {"cells": [cell], "metadata": about, "nbformat": 4, "nbformat_minor": 5}
+
+
 def soak(address, path, *, minutes, every):
     """Soak for so many minutes and write the rows to ``path``; returns them."""
     from playwright.sync_api import sync_playwright
@@ -133,9 +140,7 @@ def soak(address, path, *, minutes, every):
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.set_default_timeout(120_000)
         page.on("pageerror", lambda error: print("fault:", error, flush=True))
-        page.goto(f"{address}/lab?token={TOKEN}")
-        page.wait_for_function("window.jupyterapp")
-        page.evaluate(OPEN_AND_RUN_ALL, "soak.ipynb")
+        open_and_run_all(page, address, "soak", notebook())
         page.locator(".moe-dash").wait_for(timeout=600_000)  # the model may have to be packed
         one = Soak(page)
         writer = None
@@ -163,15 +168,9 @@ def main():
     parser.add_argument("--every", type=float, default=30.0, help="seconds between two rows")
     parser.add_argument("--csv", type=Path, default=Path("soak.csv"))
     asked = parser.parse_args()
-    cell = {"cell_type": "code", "id": "soak", "metadata": {}, "outputs": []}
-    cell |= {"execution_count": None, "source": CELL}
-    with tempfile.TemporaryDirectory(prefix="moelab-soak-") as folder:
-        home = Path(folder)
-        with serving(home) as address:
-            about = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
-            notebook = {"cells": [cell], "metadata": about, "nbformat": 4, "nbformat_minor": 5}
-            (home / "notebooks" / "soak.ipynb").write_text(json.dumps(notebook))
-            rows = soak(address, asked.csv, minutes=asked.minutes, every=asked.every)
+    home = tempfile.TemporaryDirectory(prefix="moelab-soak-")
+    with home as folder, serving(Path(folder)) as address:
+        rows = soak(address, asked.csv, minutes=asked.minutes, every=asked.every)
     print(f"{len(rows)} rows, {rows[-1]['runs']} runs, {rows[-1]['changes']} changes")
     for name, (slope, median) in growth(rows).items():
         print(f"{name:10} median {median:9.2f}, growth {slope:+9.3f} an hour")

@@ -104,17 +104,6 @@ class Bare:
         return [m for m in self.page.evaluate("model.sent") if m["do"] == do]
 
 
-@pytest.fixture
-def page(chromium):
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
-    page = context.new_page()
-    page.faults = []
-    page.on("pageerror", lambda error: page.faults.append(str(error)))
-    yield page
-    assert not page.faults
-    context.close()
-
-
 def tree(page):
     """What a screen reader is told: every node that is not passed over."""
     nodes = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import time
@@ -13,7 +14,7 @@ from moelab.comparison import Comparison
 from moelab.pins import Pins
 from moelab.scheduling.stream import Shape
 from moelab.settings import Settings
-from moelab.spelling import changed, opened, short
+from moelab.spelling import _word, changed, opened, short
 from moelab.strategies import Evict, make
 from moelab.widgets.pins import Runs
 
@@ -205,6 +206,11 @@ def test_settings_are_told_in_a_few_words():
     settings = START.change(SHAPE, strategy="hobbit", device="sd_card", keep={(5, 3): 8})
     assert short(settings, SHAPE) == "hobbit, 25 %, 16/4 bit, SD card, expert 5.3 kept at 8 bit"
     assert short(START, SHAPE) == "lru, 25 %, 16 bit, disk"
+
+
+@pytest.mark.parametrize("value", ["sd_card", "C:\\new\\table", 'a "b"', "two\nlines", 1_000, None])
+def test_a_value_is_spelled_so_that_python_reads_it_back(value):
+    assert ast.literal_eval(_word(value)) == value
 
 
 # -- the real thing --------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import moelab
 from fake_lab import FakeLab
 from moelab import offered
+from moelab.pins import Pins
 from moelab.widgets import Dashboard
 
 
@@ -112,6 +113,30 @@ def test_a_model_that_cannot_be_opened_leaves_the_old_one_and_says_why(dashboard
     chosen(dashboard, "smollm2-moe")
     assert dashboard.models["error"] == "the disk is full; make room"
     assert dashboard.models["now"] == dashboard.options["name"] == "demo"
+
+
+def test_the_same_refusal_reaches_the_drop_down_each_time(dashboard, monkeypatch):
+    monkeypatch.setattr(moelab, "open", lambda *_, **__: pytest.fail("not tried"))
+    told = []
+    dashboard.observe(lambda change: told.append(change["new"]["error"]), "models")
+    says(dashboard, "model", name="/etc")
+    says(dashboard, "model", name="/etc")
+    assert told == ["no model '/etc' is offered here; open it with moelab.open"] * 2
+
+
+def test_pinned_runs_are_those_of_the_model_shown(dashboard, monkeypatch):
+    other = Chatty()
+    monkeypatch.setattr(moelab, "open", lambda name, **_: other)
+    for lab, name in (dashboard.first, "mine"), (other, "its own"):
+        lab.pins = Pins()
+        run = FakeLab.start(lab, "Hi", max_new_tokens=2)
+        run.join()
+        lab.pins.add(run, name)
+    dashboard._runs.refresh()
+    before = [row["name"] for row in dashboard.runs["pinned"]]
+    chosen(dashboard, "smollm2-moe")
+    dashboard._runs.refresh()
+    assert (before, [row["name"] for row in dashboard.runs["pinned"]]) == (["mine"], ["its own"])
 
 
 def test_a_model_this_copy_of_moelab_came_without_is_not_offered(dashboard, monkeypatch):

@@ -122,6 +122,8 @@ def test_a_refused_change_says_what_to_do_and_changes_nothing(lab, change, messa
         ({"max_new_tokens": 0}, "1 or more"),
         ({"temperature": -1}, "0 .greedy. or above"),
         ({"top_p": 0}, "at most 1"),
+        ({"changes": {"2": {"bits": 4}}}, "'2': ...}: a key is a token's number from 0"),
+        ({"changes": {-1: {"bits": 4}}}, "a key is a token's number from 0"),
     ],
 )
 def test_a_refused_run_leaves_the_lab_free(lab, options, message):

@@ -207,6 +207,8 @@ def test_a_conversation_is_taken_as_a_list_of_messages(lab):
 def test_a_chat_that_cannot_be_is_refused(lab):
     with pytest.raises(ValueError, match="messages are a list like"):
         lab.start([{"content": "Hi"}])
+    with pytest.raises(ValueError, match="messages are a list like"):
+        lab.start([{"role": "user", "content": [{"type": "image"}]}])
     with pytest.raises(ValueError, match="give a text instead of messages"):
         lab.start([{"role": "user", "content": "Hi"}], chat=False)
     with pytest.raises(ValueError, match="the prompt is empty"):

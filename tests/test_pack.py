@@ -389,6 +389,20 @@ MEMORY = textwrap.dedent(
 )
 
 
+def test_a_rule_is_known_again_in_another_process_and_told_from_others():
+    rule = "def fit(g, top): return min({uses}(g), key=lambda x: x in {{'a', 'b', 'c'}})"
+    code = (
+        "import sys; from moelab.store.pack import _fingerprint; exec(sys.argv[1]);"
+        "print(_fingerprint(fit))"
+    )
+
+    def told(uses):
+        command = [sys.executable, "-c", code, rule.format(uses=uses)]
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout
+
+    assert told("list") == told("list") != told("set")
+
+
 @pytest.mark.slow
 def test_memory_grows_by_a_few_experts_however_many_there_are(qwen, tmp_path):
     sizes = {"hidden_size": 1024, "moe_intermediate_size": 1024, "num_experts": 20}

@@ -23,6 +23,7 @@ from moelab.scheduling.replay import replay
 from moelab.scheduling.strategy import Knobs
 from moelab.strategies import NAMES, Evict, lru, make
 from moelab.widgets import png
+from moelab.widgets.page import embedded
 from moelab.widgets.past import Past, with_buffers
 from moelab.widgets.report import Report
 from toy_engine import Toy
@@ -450,10 +451,26 @@ def test_an_eviction_is_explained_on_request_and_what_is_none_says_so(runs):
     run, recording, _ = runs["hobbit"]
     told = Told(run)
     row = int(next(iter(recording.evictions)))
-    answer, _, thread = told.ask("eviction", row=row)
-    assert answer["eviction"] == recording.evictions[str(row)]
+    answer, _, thread = told.ask("eviction", run=1, row=row)
+    assert answer["eviction"] == recording.evictions[str(row)] | {"run": 1, "row": row}
     assert thread.startswith("moelab-past")
-    assert "no eviction" in told.ask("eviction", row=10**6)[0]["eviction"]["error"]
+    assert "no eviction" in told.ask("eviction", run=1, row=10**6)[0]["eviction"]["error"]
+    assert "another run" in told.ask("eviction", run=2, row=row)[0]["eviction"]["error"]
+    told.past.close()
+
+
+def test_the_newest_run_is_exported_as_a_page_or_the_view_hears_why_not(runs, monkeypatch):
+    run, recording, _ = runs["hobbit"]
+    told = Told(run)
+    answer, [page], thread = told.ask("page")
+    assert answer == {"page": {"tokens": len(run.token_reports)}}
+    assert thread.startswith("moelab-past")
+    assert embedded(page.decode()) == recording.packed()
+    monkeypatch.setattr("moelab.widgets.past.LARGEST_PAGE", 1000)
+    assert 'lab.run.report("run.html")' in told.ask("page")[0]["page"]["error"]
+    told.past.close()
+    told = Told(None)
+    assert told.ask("page")[0]["page"]["error"] == "nothing has run yet"
     told.past.close()
 
 

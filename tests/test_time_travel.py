@@ -5,6 +5,7 @@ What the views show is compared with a replay of the run's events made here.
 
 from __future__ import annotations
 
+import base64
 import json
 
 import numpy as np
@@ -15,7 +16,10 @@ from browser import kernel, shot
 from moelab.document import EVENTS, encoded, pack
 from moelab.events import CODES
 from moelab.figures import CAUSES, COLUMNS
+from moelab.recorder import Recorder
 from moelab.widgets.page import html
+from moelab.widgets.past import with_buffers
+from test_accessibility import Bare
 from test_browser import Dash, dash, theme  # noqa: F401 the second is a fixture
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -37,13 +41,8 @@ def as_it_was(events, trace, token, layer):
     bits = np.zeros((trace.shape.layers, max(trace.shape.experts)), np.uint8)
     for key, b in trace.resident:
         bits[key] = b
-    for e in events[
-        : int(
-            np.sum(
-                (events["token"] < token) | ((events["token"] == token) & (events["at"] <= layer))
-            )
-        )
-    ]:
+    before = (events["token"] < token) | ((events["token"] == token) & (events["at"] <= layer))
+    for e in events[: int(before.sum())]:
         if e["kind"] in (CODES["load"], CODES["prefetch"]):
             bits[e["layer"], e["expert"]] = e["bits"]
         elif e["kind"] == CODES["evict"]:
@@ -424,7 +423,8 @@ def test_the_live_lab_goes_back_in_time_and_returns(dash):  # noqa: F811
     dash.until(lambda: time.shown() and time.shown()[0] == 9, "token 9, while the run goes on")
     assert dash.data("running") == "true"
     assert time.resident() == in_kernel(page, *time.shown())
-    assert float(time.blame.get_attribute("data-kl")) >= 0
+    in_run = float(kernel(page, "print(lab.run.token_reports[9].kl)"))
+    assert float(time.blame.get_attribute("data-kl")) == pytest.approx(in_run, rel=1e-3, abs=1e-6)
     shot(page, "past-light")
     dash.text.press("ArrowLeft")
     dash.until(lambda: time.shown()[0] == 8, "one token back, by keyboard")
@@ -475,3 +475,25 @@ def test_the_live_lab_goes_back_in_time_and_returns(dash):  # noqa: F811
     assert not time.blame.get_attribute("data-kl")
     measure.check()
     page.keyboard.press("Escape")
+
+
+def test_an_answer_to_another_view_leaves_no_hole_in_this_ones_past(page):
+    """Views of one widget hear the same answers; one that came later has asked for nothing yet."""
+    bare = Bare(page, layers=4, experts=8)
+    heard = """([content, raw]) => model.hear(content, raw)"""
+    later, whole = answer(bare, rows=200), answer(bare, rows=0)
+    bare.root.get_by_label("Token shown").press("ArrowLeft")
+    page.evaluate(heard, later)
+    assert not bare.root.get_attribute("data-past"), "the first 200 events are not held here"
+    page.evaluate(heard, whole)
+    page.wait_for_function("document.querySelector('.moe-dash').dataset.past")
+    run = bare.lab.run
+    token, layer = (int(bare.root.get_attribute(f"data-{name}")) for name in ("past", "layer"))
+    assert Time(bare).resident() == as_it_was(run.log.records(), run.trace, token, layer)
+
+
+def answer(bare, *, rows):
+    """What the kernel sends to a view that holds so many events."""
+    content, raw = with_buffers(Recorder(bare.lab.run).read(rows))
+    content["recording"] |= {"run": bare.dashboard.frame["run"], "from": rows, "running": False}
+    return [content, [base64.b64encode(bytes(b)).decode() for b in raw]]

@@ -64,7 +64,7 @@ def bear_the_sd_card(answer: Any) -> Said:
 
 @exercise("08.3")
 def a_device_for_guesses(answer: Any) -> Said:
-    """A device of one's own on which looking one layer ahead spares a third of the waiting."""
+    """A device of one's own on which looking one layer ahead spares some of the waiting."""
     if not isinstance(answer, Device) or not answer.emulated:
         raise RefusedError(f'give a device, Device("mine", 1e9, 0.1, 8); this is {answer!r}')
     if answer.latency_ms > 50 or answer.bandwidth_bytes_s < 5e6:  # pyright: ignore[reportOptionalOperand]

@@ -20,6 +20,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
+from types import CodeType
+from typing import Any
 
 import torch
 import transformers
@@ -302,9 +304,15 @@ def _check_tiers(tiers: Sequence[int]) -> tuple[int, ...]:
 
 def _fingerprint(fit: Fit) -> str:
     """What tells one rule from another: its name and compiled code."""
-    code = getattr(fit, "__code__", None)
-    told = (getattr(fit, "__name__", str(fit)), code and (code.co_code, code.co_consts))
+    told = getattr(fit, "__name__", str(fit)), _told(getattr(fit, "__code__", None))
     return digest(repr(told).encode())
+
+
+def _told(constant: Any) -> Any:
+    """A constant of compiled code without what differs from one process to the next."""
+    if isinstance(constant, CodeType):
+        return constant.co_code, constant.co_names, [_told(c) for c in constant.co_consts]
+    return sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
 
 
 def _is_kept(name: str) -> bool:

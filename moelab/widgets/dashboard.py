@@ -106,6 +106,7 @@ class Dashboard(anywidget.AnyWidget):
             "why": self._why,
             "recording": self._past.recording,
             "eviction": self._past.eviction,
+            "page": self._past.page,
             "runs": self._runs.hear,
             "model": self._models.choose,
             "dismiss": self._dismiss,
@@ -118,7 +119,7 @@ class Dashboard(anywidget.AnyWidget):
             answer(content)
         except Exception as error:  # noqa: BLE001 whatever it is, the user must see it
             self._show_error(content.get("where", "run"), error)
-        if content["do"] not in ("ack", "gone", "why", "recording", "eviction"):
+        if content["do"] not in ("ack", "gone", "why", "recording", "eviction", "page"):
             self._wake.set()
 
     def _ack(self, content: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ together: every figure covers the tokens since the device last changed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ LONGEST = 1500
 
 STRIDE = 250
 """So many leave at a time: where the first one changes, the text has to be laid out anew."""
+
+_NUMBERS = itertools.count(1)  # of runs, over all labs: a dashboard may change from one to another
 
 LABEL = 48
 """Characters of a mark on the time axis; a strategy changes many settings at once."""
@@ -94,10 +97,11 @@ class Framer:
         self._rows = np.empty((64, len(COLUMNS)), np.float32)  # [T and room for more, C]
 
     def newest(self) -> tuple[int, Any]:
-        """The lab's newest run and its number here, from 1; (0, None) where there is none yet."""
+        """The lab's newest run and its number, which no other has; (0, None) where none is yet."""
         run = self._lab.run
         if run is not self._run:
-            self._run, self._number = run, self._number + (run is not None)
+            self._run = run
+            self._number = 0 if run is None else next(_NUMBERS)
             self._reports = []
         return self._number, run
 

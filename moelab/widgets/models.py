@@ -24,7 +24,7 @@ class Models:
     bind
         Called on a thread with a lab that is to be shown from now on.
     tell
-        Called with what the view needs: now, offered, opening (words) and error.
+        Called with what the view needs: now, offered, opening (words), error and said (a count).
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Models:
     ) -> None:
         self._first, self._own = weakref.ref(lab), None
         self._now, self._bind, self._tell = lab.info()["name"], bind, tell
-        self._working, self._closed = threading.Lock(), False
+        self._working, self._closed, self._said = threading.Lock(), False, 0
         self.thread: threading.Thread | None = None
         self._say()
 
@@ -100,7 +100,9 @@ class Models:
     def _say(self, opening: str = "", *, error: str = "") -> None:
         known = offered()
         rows = [{"name": name, "missing": known.get(name, "")} for name in self._names()]
-        self._tell({"now": self._now, "offered": rows, "opening": opening, "error": error})
+        self._said += 1  # the same refusal again must reach the drop-down, which went ahead
+        told = {"now": self._now, "offered": rows, "opening": opening, "error": error}
+        self._tell(told | {"said": self._said})
 
     def _names(self) -> list[str]:
         """The offered ones, then the one shown and the first where they are others."""

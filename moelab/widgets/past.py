@@ -20,6 +20,9 @@ from moelab.recorder import Recorder
 from moelab.widgets.frame import in_words
 
 Send = Callable[[dict[str, Any], list[bytes]], None]
+LARGEST_PAGE = 2_500_000
+"""Bytes of an exported page that are sent to a browser: Jupyter drops more than 3 MB in 3 s."""
+
 AT_ONCE = 64
 """Evictions of one expert that are explained when one of them is asked about, at most."""
 
@@ -50,9 +53,13 @@ class Past:
         self._ask(lambda: self._tell(have.get("run"), int(have.get("events") or 0)))
 
     def eviction(self, content: dict[str, Any]) -> None:
-        """Answer ``{do: "eviction", row}``; returns at once."""
-        row = int(content["row"])
-        self._ask(lambda: self._send({"eviction": self._why(row)}, []))
+        """Answer ``{do: "eviction", run, row}``; returns at once."""
+        number, row = int(content["run"]), int(content["row"])
+        self._ask(lambda: self._send({"eviction": self._why(number, row)}, []))
+
+    def page(self, _content: dict[str, Any]) -> None:
+        """Answer ``{do: "page"}`` with the newest run as an HTML page; returns at once."""
+        self._ask(self._export)
 
     def forget(self) -> None:
         """Let go of the run."""
@@ -93,19 +100,43 @@ class Past:
         except Exception as error:  # noqa: BLE001, a thread has nobody else to tell
             self._send({"recording": {"error": in_words(error)}}, [])
 
-    def _why(self, row: int) -> dict[str, Any]:
+    def _why(self, number: int, row: int) -> dict[str, Any]:
+        asked = {"run": number, "row": row}
         try:
-            if row not in self._known:
+            if row not in self._known_of(number):
                 self._explain(row)
-            return self._known[row]
+            return asked | self._known[row]
         except Exception as error:  # noqa: BLE001, whatever it is, the user must see it
-            return {"row": row, "error": in_words(error)}
+            return asked | {"error": in_words(error)}
+
+    def _export(self) -> None:
+        from moelab.export import as_page
+
+        try:
+            _, run = self._newest()
+            if run is None:
+                raise ValueError("nothing has run yet")  # noqa: TRY301 told below
+            page = as_page(run.recording()).encode()
+            if len(page) > LARGEST_PAGE:
+                raise ValueError(  # noqa: TRY301
+                    f"this run's page has {len(page) / 1e6:.1f} MB, more than the "
+                    f"{LARGEST_PAGE / 1e6:.1f} MB that Jupyter passes on: "
+                    'lab.run.report("run.html") writes it beside the notebook'
+                )
+            self._send({"page": {"tokens": len(run.token_reports)}}, [page])
+        except Exception as error:  # noqa: BLE001, whatever it is, the user must see it
+            self._send({"page": {"error": in_words(error)}}, [])
+
+    def _known_of(self, number: int) -> dict[int, dict[str, Any]]:
+        if self._read() is None or number != self._number:
+            raise ValueError("another run has begun since; that one is let go")
+        return self._known
 
     def _explain(self, row: int) -> None:
         """Why the expert of this row went, then and at other times: one replay tells all."""
-        recorder = self._read()
+        recorder = self._recorder
         if recorder is None:
-            raise ValueError("nothing has run yet")
+            raise ValueError("the dashboard is closed")
         run = recorder.run
         trace = until(run.trace, len(run.token_reports))
         events = run.log.records()
@@ -117,7 +148,7 @@ class Past:
         near = same[np.argsort(np.abs(evicted[same] - row), kind="stable")[:AT_ONCE]]
         for number, entry in reasons(trace, near.tolist()).items():
             at = int(evicted[number])
-            self._known[at] = {"row": at, **entry}
+            self._known[at] = entry
         if row not in self._known:
             raise ValueError("this token is not complete yet; ask again")
 

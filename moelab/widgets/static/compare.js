@@ -59,6 +59,7 @@ class Runs {
       ask("pin");
       this.open(true);
     };
+    this.export = new Export(model);
     this.bar = h(
       "span",
       { class: "moe-keep" },
@@ -67,6 +68,7 @@ class Runs {
         onclick: () => this.open(true, true),
         title: "Make a run again with the settings as they are now",
       }),
+      this.export.node,
       this.toggle,
     );
     this.fault = h("p", { class: "moe-refused", role: "alert", hidden: true });
@@ -240,7 +242,39 @@ class Runs {
 
   close() {
     this.model.off("msg:custom", this.heard);
-    for (const part of [this.scatter, this.whatIf]) part.close();
+    for (const part of [this.scatter, this.whatIf, this.export]) part.close();
+  }
+}
+
+/** Save the newest run as a page that needs neither kernel nor network. */
+class Export {
+  constructor(model) {
+    Object.assign(this, { model, said: h("span", { role: "status" }) });
+    const title = "Save the newest run as one HTML file that works without a kernel or a network";
+    this.go = button("Export", { title, onclick: () => this.ask() });
+    this.node = h("span", {}, this.go, this.said);
+    this.heard = ({ page }, buffers) => page && this.asked && this.save(page, buffers);
+    model.on("msg:custom", this.heard);
+  }
+
+  ask() {
+    this.asked = this.go.disabled = true;
+    say(this.said, "exporting …");
+    this.model.send({ do: "page" });
+  }
+
+  save({ error, tokens }, [page]) {
+    this.asked = this.go.disabled = false;
+    say(this.said, error ?? "");
+    this.said.className = error ? "moe-refused" : "";
+    if (error) return;
+    const url = URL.createObjectURL(new Blob([page], { type: "text/html" }));
+    h("a", { href: url, download: `moelab-${tokens}-tokens.html` }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 60_000);
+  }
+
+  close() {
+    this.model.off("msg:custom", this.heard);
   }
 }
 

@@ -2,7 +2,8 @@
 // every so many rows makes the way back short. It makes frames of the same shape as live ones.
 
 const EVERY_ROWS = 16384;
-const WINDOW = 2000; // tokens a frame carries at most, as in a live one
+const WINDOW = 1500; // tokens a frame carries at most, in whole strides: as a live one
+const STRIDE = 250;
 const RECENT = 16;
 const LOADED = 1,
   FETCHED = 2,
@@ -118,7 +119,7 @@ class Past {
   windowAt(token) {
     const half = WINDOW / 2;
     return Math.min(
-      this.recording.count - WINDOW,
+      STRIDE * Math.ceil((this.recording.count - WINDOW) / STRIDE),
       Math.max(0, half * Math.floor((token - half / 2) / half)),
     );
   }

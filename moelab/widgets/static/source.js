@@ -62,16 +62,18 @@ class KernelSource {
       this.changed();
     }
     if (answer.eviction !== undefined) {
-      this.waiting.get(answer.eviction.row)?.(answer.eviction);
-      this.waiting.delete(answer.eviction.row);
+      const { run, row } = answer.eviction;
+      this.waiting.get(`${run},${row}`)?.(answer.eviction);
+      this.waiting.delete(`${run},${row}`);
     }
   }
 
   /** Why the eviction of this row was decided so. */
   reason(row) {
+    const run = this.held?.recording.run ?? 0;
     return new Promise((resolve) => {
-      this.waiting.set(row, resolve);
-      this.model.send({ do: "eviction", row });
+      this.waiting.set(`${run},${row}`, resolve);
+      this.model.send({ do: "eviction", run, row });
     });
   }
 
