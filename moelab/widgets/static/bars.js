@@ -86,7 +86,8 @@ class LatencyBars {
       ink = this.look.ink,
       at = this.layout();
     const { tokens, first } = this.frame;
-    this.fitScale(tokens.total_ms.subarray(at.begin));
+    const prompt = first + at.begin === 0 && at.shown > 4 ? 1 : 0; // token 0 waits for all of it
+    this.fitScale(tokens.total_ms.subarray(at.begin + prompt));
     this.drawAxes(g, at);
     this.drawChanges(g, at);
     const y = (ms) => at.tall * Math.min(1, ms / this.scale),
