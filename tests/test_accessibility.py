@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from browser import shot
+from browser import ARTIFACTS, shot
 from fake_lab import FakeLab
+from moelab.pins import Pins
 from moelab.widgets import Dashboard
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -99,6 +100,26 @@ class Bare:
         self.root.get_by_label("Token shown").press("Home")
         self.page.wait_for_timeout(300)
         assert self.root.get_attribute("data-past") == "0"
+
+    def compare(self):
+        """Open the drawer of runs, with two pinned and beside each other."""
+        self.lab.pins, told = Pins(), []
+        for device in "disk", "hdd":
+            self.lab.update(device=device)
+            run = self.lab.start("Once upon a time", max_new_tokens=20, measure_kl=True)
+            run.join()
+            self.lab.pins.add(run)
+        runs = self.dashboard._runs
+        runs._send = told.append
+        runs.refresh()
+        set_to = "([name, value]) => model.set(name, value)"
+        self.page.evaluate(set_to, ["runs", self.dashboard.runs])
+        self.page.evaluate("model.set('form', { ...model.get('form'), runs: true })")
+        for box in self.root.locator(".moe-pins input[type=checkbox]").all():
+            box.check()
+        runs.hear({"ask": "beside", "names": list(self.lab.pins)})
+        self.page.evaluate("content => model.hear(content, [])", told[-1])
+        self.root.locator(".moe-beside").wait_for()
 
     def sent(self, do):
         return [m for m in self.page.evaluate("model.sent") if m["do"] == do]
@@ -200,6 +221,9 @@ def test_text_stands_out_from_its_ground(page, dark, contrast, least):
     bare.go_back()
     assert not page.evaluate(check)
     shot(page, f"bare-{'dark' if dark else 'light'}-{contrast}")
+    bare.compare()
+    assert not page.evaluate(check)
+    bare.root.screenshot(path=ARTIFACTS / f"runs-{'dark' if dark else 'light'}-{contrast}.png")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -217,6 +241,10 @@ def test_with_forced_colours_nothing_is_lost(page, scheme):
     assert bare.root.evaluate(drawn, ".moe-memory i") == 1
     assert not page.evaluate(CONTRAST.replace("LEAST", "4.5"))
     shot(page, f"bare-forced-{scheme}")
+    bare.compare()
+    assert not page.evaluate(CONTRAST.replace("LEAST", "4.5"))
+    bare.root.locator(".moe-runs").scroll_into_view_if_needed()
+    bare.root.screenshot(path=ARTIFACTS / f"runs-forced-{scheme}.png")
 
 
 @pytest.mark.parametrize("motion", ["reduce", "no-preference"])
@@ -283,6 +311,7 @@ def test_a_number_of_tokens_out_of_reach_is_brought_back_and_said(page):
 def test_it_fits_a_laptop_and_is_read_from_the_back_of_the_room(page, width, layers, experts):
     page.set_viewport_size({"width": width, "height": 1080})
     bare = Bare(page, layers=layers, experts=experts)
+    bare.compare()
     page.wait_for_timeout(200)
     wide, room = bare.root.evaluate("e => [e.scrollWidth, e.clientWidth]")
     assert wide <= room
@@ -293,3 +322,4 @@ def test_it_fits_a_laptop_and_is_read_from_the_back_of_the_room(page, width, lay
     }""")
     assert least >= (12 if width == 1920 else 10)
     shot(page, f"bare-{width}-{layers}x{experts}")
+    bare.root.screenshot(path=ARTIFACTS / f"runs-{width}-{layers}x{experts}.png")
