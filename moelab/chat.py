@@ -36,6 +36,8 @@ def messages(tokenizer: Any, prompt: str | Messages, chat: bool | None) -> tuple
         A chat without a template, a conversation that is none, or one that is to be plain text.
     """
     plain = isinstance(prompt, str)
+    if not plain and not isinstance(prompt, Sequence):
+        raise ValueError(f"prompt={prompt!r}: a text, or a list of messages")
     if chat is None:
         chat = not plain or has_template(tokenizer)
     if not chat:

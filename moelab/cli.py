@@ -310,12 +310,13 @@ def _open_jupyter(options: list[str]) -> None:
     if util.find_spec("jupyterlab") is None:
         raise ImportError("JupyterLab is not installed here; run: pip install 'moelab[lab]'")
     folder = notebooks(Path(__file__).parent, Path.cwd() / "moelab-notebooks")
-    command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", *options]
+    command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1"]
+    command += [f"--ServerApp.root_dir={folder}", f"--LabApp.default_url=/lab/tree/{NOTEBOOK}"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
     opened = folder / NOTEBOOK
     print(f"moelab: opening {opened} in JupyterLab (Ctrl-C twice ends it)", flush=True)
-    os.execv(sys.executable, [*command, str(opened)])  # noqa: S606
+    os.execv(sys.executable, [*command, *options])  # noqa: S606
 
 
 def _split(text: str) -> list[str]:

@@ -158,7 +158,8 @@ class Comparison:
     def __repr__(self) -> str:
         at = self.diverges_at
         parting = "the same tokens" if at is None else f"first different token: {at}"
-        return f"<Comparison of {', '.join(self.names)}; {parting}>\n{self.table().to_string()}"
+        table = self.table().map(_cell).to_string()
+        return f"<Comparison of {', '.join(self.names)}; {parting}>\n{table}"
 
     def _repr_html_(self) -> str:
         at = self.diverges_at
@@ -301,4 +302,6 @@ def _figure(name: str, doc: Mapping[str, Any], at: int | None) -> str:
 def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return ""
+    if isinstance(value, (int, float)) and abs(value) >= 10_000:
+        return f"{value:,.0f}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

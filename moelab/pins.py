@@ -52,8 +52,15 @@ class Pins(Mapping[str, Recording]):
         return len(self._pinned)
 
     def add(self, run: Run | Recording, name: str = "") -> str:
-        """Pin a run as it stands now; returns its name, numbered where it was taken."""
+        """Pin a run as it stands now; returns its name, numbered where it was taken.
+
+        A run that is pinned already keeps its name where no other is given.
+        """
         recording = recorded(run)
+        ids = recording.document["ids"]
+        same = (n for n, (r, of) in self._pinned.items() if of is run and r.document["ids"] == ids)
+        if not name and (known := next(same, None)):
+            return known
         name = name or recording.document["settings"][0]["short"]
         with self._lock:
             name = unused(name, self._pinned)

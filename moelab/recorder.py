@@ -18,7 +18,7 @@ import numpy as np
 
 import moelab
 from moelab.document import EVENTS, FORMAT
-from moelab.engine.devices import DEVICES
+from moelab.engine.devices import DEVICES, called
 from moelab.figures import CAUSES, COLUMNS, row
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.spelling import changed, opened, short
@@ -75,7 +75,7 @@ class Recorder:
                 "values": np.ascontiguousarray(values.T),  # [C, T]
                 "changes": [list(change) for change in changes],
                 "marks": merge_changes(changes),
-                "origins": _origins(reports, history),
+                "origins": _origins(reports, history, run.outpaced),
                 "settings": self._settings_of(history),
                 "start": _start(run.trace),
                 "events": self._events(start, tokens),
@@ -191,7 +191,7 @@ def _last(
 
 
 def _origins(
-    reports: Sequence[Any], history: Sequence[tuple[int, Settings]]
+    reports: Sequence[Any], history: Sequence[tuple[int, Settings]], outpaced: set[str]
 ) -> list[dict[str, Any]]:
     """From which token on the times come from which device."""
     names = [r.device for r in reports] or [history[-1][1].device if history else "disk"]
@@ -200,7 +200,7 @@ def _origins(
         {
             "token": i,
             "device": names[i],
-            "title": DEVICES[names[i]].title,
+            "title": called(names[i], outpaced),
             "emulated": DEVICES[names[i]].emulated,
         }
         for i in starts

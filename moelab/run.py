@@ -116,6 +116,8 @@ class Run:
         (token, `Settings`): in force from that token on; the first are those it began with.
     likeliest
         One `Likeliest` for each token so far.
+    outpaced
+        Emulated devices that were faster than this machine's disk: their times are the disk's.
     error
         What ended the run, or None.
     """
@@ -139,6 +141,7 @@ class Run:
         self.changes: list[tuple[int, dict[str, str]]] = []
         self.history: list[tuple[int, Settings]] = []
         self.likeliest: list[Likeliest] = []
+        self.outpaced: set[str] = set()
         self._ids, self._tokenizer, self._eos = ids, tokenizer, eos
         self._stop, self._done = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -151,6 +154,11 @@ class Run:
     def running(self) -> bool:
         """Whether tokens are still coming."""
         return not self._done.is_set()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was told to end before its last token."""
+        return self._stop.is_set()
 
     def stop(self) -> None:
         """End the run after the token it is at. Returns at once; `join` waits."""
@@ -334,6 +342,8 @@ class Run:
                 self.token_reports[issued] = dataclasses.replace(old, bytes=old.bytes - nbytes)
         self._peak_bytes, self._direct = engine.arena.peak_bytes, engine.loader.direct
         self._setup_ms = engine.setup_ms
+        if engine.loader.outpaced:
+            self.outpaced = self.outpaced | {engine.settings.device}
         self.token_reports.append(
             TokenReport(
                 token=index,

@@ -102,7 +102,7 @@ class Settings:
         Raises
         ------
         ValueError
-            A value is out of range, unknown, or the budget is below one token's need.
+            A value is out of range, unknown, or the budget is below one layer's need.
         """
         if "budget" in changes:
             changes["budget_bytes"] = parse_budget(changes.pop("budget"), shape)
@@ -162,6 +162,11 @@ class Settings:
             strategy = strategy.replace(**parts)
         if strategy is not now:
             changes["strategy"] = strategy
+        bits = changes.get("bits", brought.get("bits", self.bits))
+        lower = [b for b in shape.nbytes if bits in shape.nbytes and b < bits]
+        if brought.get("low_bits") and lower:  # what it brings, or what there is below the bits set
+            fits = (b for b in lower if b <= brought["low_bits"])
+            brought["low_bits"] = max(fits, default=min(lower))
         return brought | changes
 
     def _check(self, shape: Shape) -> None:

@@ -20,6 +20,9 @@ from moelab.strategies import CALIBRATED, NAMES, make
 if TYPE_CHECKING:
     from moelab.scheduling.parts import Part
 
+_ALWAYS = ("device", "measure_kl", "seed")
+"""Settings that no strategy brings."""
+
 _PLAIN_FIELDS = ("bits", "low_bits", "device", "prefetch", "measure_kl", "seed")
 
 
@@ -75,8 +78,7 @@ def changed(old: Settings, new: Settings) -> str:
     (base0, parts0, values0), (base, parts, values) = map(_spelled, (old.strategy, new.strategy))
     words: dict[str, Any] = {}
     if base != base0:
-        words = {"strategy": base} | {n: getattr(new, n) for n in ("bits", *PLAIN)}
-        words |= _parts_and(new, parts) | values
+        words = {"strategy": base} | _besides(base, old, new) | _parts_and(new, parts) | values
     else:
         back = dict.fromkeys(parts0.keys() - parts.keys(), base)
         moved = {role: part for role, part in parts.items() if parts0.get(role) != part}
@@ -87,7 +89,7 @@ def changed(old: Settings, new: Settings) -> str:
     if new.budget_bytes != old.budget_bytes:
         words["budget"] = new.budget_bytes
     for name in (*_PLAIN_FIELDS, "t1", "t2"):
-        if getattr(new, name) != getattr(old, name):
+        if getattr(new, name) != getattr(old, name) and (base == base0 or name in _ALWAYS):
             words.setdefault(name, getattr(new, name))
     if new.strategy.keep != old.strategy.keep:
         words["keep"] = dict(new.strategy.keep)
@@ -152,6 +154,16 @@ def _alike(strategy: Strategy, kinds: Iterable[type]) -> int:
 def _whose(role: str, part: Part) -> str:
     same = (name for name, s in _named().items() if type(s.parts[role]) is type(part))
     return next(same, _Own(f"{type(part).__name__}()"))
+
+
+def _besides(base: str, old: Settings, new: Settings) -> dict[str, Any]:
+    """What choosing the strategy ``base`` by its name would not bring by itself."""
+    brought = PLAIN | dict(_named()[base].preset)
+    if "bits" not in old.strategy.preset:  # else those of the store's best tier come back
+        brought.setdefault("bits", old.bits)
+    every = base in CALIBRATED  # what was measured of the model brings its own
+    names = [n for n in ("bits", *PLAIN) if every or getattr(new, n) != brought.get(n)]
+    return {n: getattr(new, n) for n in names}
 
 
 def _parts_and(settings: Settings, parts: dict[str, str]) -> dict[str, Any]:

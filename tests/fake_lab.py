@@ -60,7 +60,7 @@ class FakeRun:
         self.log, self.trace = EventLog(), Trace(lab._shape, resident=list(lab._cache.items()))
         self.history, self.tokens, self.likeliest = [(0, lab.settings)], [], []
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
-        self.token_reports, self.changes = [], []
+        self.token_reports, self.changes, self.outpaced = [], [], set()
         self.error = None
         self.fail_at = None
         self._lab, self._token_ms = lab, token_ms
@@ -74,6 +74,10 @@ class FakeRun:
     @property
     def running(self):
         return self._thread.is_alive()
+
+    @property
+    def stopped(self):
+        return self._stop.is_set()
 
     def start(self):
         self._thread.start()

@@ -26,7 +26,9 @@ class Drawer:
         if not self.node.is_visible():
             dash.root.get_by_role("button", name="Runs", exact=False).first.click()
         self.node.wait_for()
-        self.what = self.node.get_by_role("group", name="What if")
+        self.what = dash.root.get_by_role("group", name="What if", exact=True)
+        if not self.what.is_visible():
+            dash.root.get_by_role("button", name="What if", exact=True).click()
         self.beside = self.node.locator(".moe-beside")
 
     def pin(self):

@@ -95,7 +95,10 @@ def test_a_change_between_runs_acts_at_once(lab):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"budget": "1KB"}, r"below one token's need.*raise it to \d+ bytes or choose fewer bits"),
+        (
+            {"budget": "1KB"},
+            r"below one layer's need.*raise it to \d+ bytes or more, or choose fewer bits",
+        ),
         ({"budget": "lots"}, r"'8MB', '1.5GiB' or '25%'"),
         ({"budget": -5}, "must be above 0"),
         ({"bits": 5}, r"bits=5 is not in this store; choose one of \[16, 8, 4, 3, 2\]"),

@@ -1,8 +1,8 @@
 """Devices: the real disk, and emulated ones that slow real loads down in real time.
 
 An emulated device still reads every byte from the store; a load is then held back until the
-profile's bus would have delivered it. A profile faster than the machine's disk cannot be honoured
-and the event log shows it (a load's duration is what it took).
+profile's bus would have delivered it. A profile faster than the machine's disk cannot be honoured:
+a load's duration is what it took, and the throttle says that it is outpaced.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -74,6 +75,17 @@ class Throttle:
         self._lock = threading.Lock()
         self._bus_free = 0.0
         self._recent: deque[float] = deque()
+        self._late: deque[bool] = deque(maxlen=32)
+
+    @property
+    def outpaced(self) -> bool:
+        """Whether most of the last loads came later than the emulated device delivers them."""
+        late = list(self._late)
+        return len(late) >= 8 and 2 * sum(late) > len(late)
+
+    def came(self, begun: float, due: float, now: float) -> None:
+        """A load begun and due at these times has been read from the real disk."""
+        self._late.append(now - due > 1e-4 + 0.1 * (due - begun))
 
     def due(self, profile: Device, nbytes: int, now: float) -> float:
         """Clock time (seconds) at which a load begun at ``now`` is complete."""
@@ -94,12 +106,18 @@ class Throttle:
         with self._lock:
             self._bus_free = 0.0
             self._recent.clear()
+            self._late.clear()
 
 
 def sleep_until(when: float) -> None:
     """Sleep to a `time.perf_counter` reading, to about 0.05 ms."""
     while (left := when - time.perf_counter()) > 0:
         time.sleep(left - 1e-4 if left > 3e-4 else 0)
+
+
+def called(name: str, outpaced: Collection[str] = ()) -> str:
+    """The title of a device, and whether it is among those that this disk cannot stand for."""
+    return DEVICES[name].title + (", faster than this disk" if name in outpaced else "")
 
 
 def devices() -> dict[str, Device]:

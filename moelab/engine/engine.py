@@ -50,7 +50,7 @@ class Engine:
     Raises
     ------
     BudgetError
-        The budget is below one token's need.
+        The budget is below one layer's need.
     """
 
     def __init__(self, store: Store, settings: Settings, *, dtype: torch.dtype) -> None:
@@ -122,7 +122,7 @@ class Engine:
         Raises
         ------
         BudgetError
-            The budget is below one token's need; nothing changes.
+            The budget is below one layer's need; nothing changes.
         Exception
             Whatever a part of the strategy raised; `recover` then goes back to the old settings.
         """

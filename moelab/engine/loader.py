@@ -98,6 +98,11 @@ class Loader:
         return self._profile
 
     @property
+    def outpaced(self) -> bool:
+        """Whether this disk is too slow for the emulated device, by the last loads."""
+        return self._throttle.outpaced
+
+    @property
     def direct(self) -> bool:
         """Whether reads bypass the page cache; without that, times are not the disk's."""
         return all(direct for _, direct in list(self._files.values()))
@@ -187,6 +192,7 @@ class Loader:
             try:
                 self._read(ticket)
                 if profile.emulated:
+                    self._throttle.came(ticket.started, due, time.perf_counter())
                     sleep_until(due)
             except Exception as e:  # noqa: BLE001, handed to whoever waits for the ticket
                 ticket.error = e

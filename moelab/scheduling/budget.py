@@ -12,7 +12,7 @@ _HUGE = 1 << 60
 
 
 class BudgetError(ValueError):
-    """The budget cannot hold what one token needs at once."""
+    """The budget cannot hold what a layer needs at once for a token."""
 
 
 def check_budget(shape: Shape, strategy: Strategy, knobs: Knobs) -> None:
@@ -22,9 +22,9 @@ def check_budget(shape: Shape, strategy: Strategy, knobs: Knobs) -> None:
         kept = len(strategy.keep)
         beside = f" beside {kept} kept expert{'s'[: kept > 1]}" if kept else ""
         raise BudgetError(
-            f"budget {_mb(knobs.budget_bytes)} is below one token's need with strategy "
+            f"budget {_mb(knobs.budget_bytes)} is below one layer's need with strategy "
             f"{strategy.name!r} (top-{shape.top_k} at {knobs.bits} bit{beside}: {_mb(need)}); "
-            f"raise it to {need} bytes or choose fewer bits"
+            f"raise it to {need} bytes or more, or choose fewer bits"
         )
 
 

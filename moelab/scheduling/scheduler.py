@@ -44,7 +44,7 @@ class Scheduler:
     Raises
     ------
     BudgetError
-        The budget is below one token's need; the message gives the number that would do.
+        The budget is below one layer's need; the message gives the number that would do.
     """
 
     def __init__(self, shape: Shape, strategy: Strategy, knobs: Knobs) -> None:

@@ -250,9 +250,7 @@ class Dashboard(anywidget.AnyWidget):
 
     def _frames(self) -> Framer:
         """What builds the frames; kept for as long as the lab is."""
-        import moelab
-
-        framer = self._framer or Framer(self._lab, self._lab.info(), moelab.devices())
+        framer = self._framer or Framer(self._lab, self._lab.info())
         self._framer = framer if self._held is not None else None
         return framer
 

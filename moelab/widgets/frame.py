@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from moelab.engine.devices import DEVICES, called
 from moelab.figures import CAUSES, COLUMNS, figures, row
 from moelab.widgets import decisions
 
@@ -85,12 +86,10 @@ class Framer:
         Read through `settings`, `cache_map` and `run` only.
     info
         The lab's `info`, for what never changes: the bytes of an expert at each tier.
-    devices
-        By name: a title, and whether it is emulated.
     """
 
-    def __init__(self, lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> None:
-        self._lab, self._devices, self._each = lab, devices, info["expert_bytes"]
+    def __init__(self, lab: Any, info: Mapping[str, Any]) -> None:
+        self._lab, self._each = lab, info["expert_bytes"]
         self._run: Any = None
         self._number = 0
         self._reports: list[Any] = []
@@ -119,6 +118,7 @@ class Framer:
         return {
             "run": self._number,
             "running": running,
+            "stopped": run is not None and bool(run.stopped),
             "error": "" if run is None or run.error is None else in_words(run.error),
             "prompt": "" if run is None else run.prompt + "\n" * bool(run.request.messages),
             "first": first,
@@ -160,8 +160,8 @@ class Framer:
         return origins or [{"token": 0, **self._origin(self._lab.settings.device)}]
 
     def _origin(self, name: str) -> dict[str, Any]:
-        device = self._devices[name]
-        return {"device": name, "title": device.title, "emulated": bool(device.emulated)}
+        title = called(name, () if self._run is None else self._run.outpaced)
+        return {"device": name, "title": title, "emulated": DEVICES[name].emulated}
 
 
 def merge_changes(

@@ -54,7 +54,11 @@ class Runs {
     Object.assign(this, { model, stage, ticked: [], sort: ["", 1], drawn: "", told: {} });
     const ask = (what, more = {}) => model.send({ do: "runs", ask: what, ...more });
     this.ask = ask;
-    this.toggle = button("Runs", { onclick: () => this.open(this.node.hidden, true) });
+    this.toggle = button("Runs", { onclick: () => this.open(this.node.hidden || !this.inSight(), true) });
+    this.ask_ = button("What if", {
+      onclick: () => this.wonder(this.whatIf.node.hidden),
+      title: "Make a run again with the settings as they are now",
+    });
     const pin = () => {
       ask("pin");
       this.open(true);
@@ -64,10 +68,7 @@ class Runs {
       "span",
       { class: "moe-keep" },
       button("Pin", { onclick: pin, title: "Keep the newest run to compare it with others" }),
-      button("What if", {
-        onclick: () => this.open(true, true),
-        title: "Make a run again with the settings as they are now",
-      }),
+      this.ask_,
       this.export.node,
       this.toggle,
     );
@@ -98,7 +99,6 @@ class Runs {
         this.voice,
         button("×", { class: "moe-close", "aria-label": "Close runs", onclick: () => this.open(false) }),
       ),
-      this.whatIf.node,
       this.none,
       this.both,
       this.code.node,
@@ -115,16 +115,32 @@ class Runs {
   open(wanted, scroll) {
     this.model.set("form", { ...this.model.get("form"), runs: wanted });
     this.model.save_changes();
-    this.setOpen(wanted);
+    this.setOpen(wanted, !this.whatIf.node.hidden);
     const smooth = still() ? "auto" : "smooth";
     if (wanted && scroll) this.node.scrollIntoView({ block: "nearest", behavior: smooth });
     if (!wanted && this.node.contains(document.activeElement)) this.toggle.focus();
   }
 
-  setOpen(wanted) {
+  setOpen(wanted, wonders) {
     this.node.hidden = !wanted;
+    this.whatIf.node.hidden = !wonders;
     this.toggle.setAttribute("aria-expanded", wanted);
+    this.ask_.setAttribute("aria-expanded", wonders);
     this.sync();
+  }
+
+  /** Open or close what stands below the settings: what if they had been these? */
+  wonder(wanted) {
+    this.model.set("form", { ...this.model.get("form"), whatif: wanted });
+    this.model.save_changes();
+    this.setOpen(!this.node.hidden, wanted);
+    if (!wanted && document.activeElement === document.body) this.ask_.focus();
+  }
+
+  /** Whether enough of the drawer is on the screen to be seen. */
+  inSight() {
+    const { top, bottom } = this.node.getBoundingClientRect();
+    return bottom > 80 && top < innerHeight - 80;
   }
 
   sync() {
@@ -132,14 +148,16 @@ class Runs {
     say(this.toggle, pinned.length ? `Runs (${pinned.length})` : "Runs");
     if (again.state === "done" && this.told.state === "running") {
       this.ticked = again.names;
+      this.told = again;
+      this.open(true, true);
       say(this.voice, `what if ${again.words}: done`);
     }
     this.told = again;
     say(this.fault, error);
     this.fault.hidden = !error;
     this.node.dataset.pinned = pinned.length;
+    if (!this.whatIf.node.hidden) this.whatIf.sync(pinned, again);
     if (this.node.hidden) return;
-    this.whatIf.sync(pinned, again);
     const known = pinned.map(({ name }) => name);
     this.ticked = this.ticked.filter((name) => known.includes(name));
     const key = JSON.stringify([pinned, this.ticked, this.sort]);

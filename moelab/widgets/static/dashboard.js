@@ -66,6 +66,7 @@ class View {
         this.runs.bar,
       ),
       this.settings.node,
+      this.runs.whatIf.node,
       this.stage.figures.node,
       this.stage.timeline.node,
       this.stage.main,
@@ -168,8 +169,8 @@ class View {
   }
 
   formChanged() {
-    const { shade, decisions, runs } = this.model.get("form");
-    this.runs.setOpen(Boolean(runs));
+    const { shade, decisions, runs, whatif } = this.model.get("form");
+    this.runs.setOpen(Boolean(runs), Boolean(whatif));
     this.settings.ask.sync();
     this.settings.decisions.setOpen(Boolean(decisions));
     this.stage.setMode(shade === "kl" ? "kl" : "cost");

@@ -242,7 +242,7 @@ function drawHatch(g, colour, gap) {
 function showBadge(node, device, words) {
   node.classList.toggle("emulated", device.emulated);
   node.title = device.emulated
-    ? "Loads take as long as the named device would, in real time: not this machine's speed."
+    ? "Loads are held back to the named device's speed, in real time. Where this machine's disk is the slower one, times are the disk's."
     : "Loads take what this machine's disk takes.";
   say(node, words);
 }

@@ -122,7 +122,7 @@ class Stage {
     if (!at) {
       this.timeline.tell(null, null);
       say(this.state, stateOf(frame));
-      say(this.count, frame.run ? `${frame.newest + 1} tokens` : "");
+      say(this.count, frame.run ? plural(frame.newest + 1, "token") : "");
     }
     const kind = device.emulated ? "emulated" : "measured";
     showBadge(this.origin, device, `${kind}: ${device.title}`);
@@ -201,8 +201,8 @@ class Stage {
   }
 }
 
-function stateOf({ running, error, run }) {
-  return running ? "running" : error ? "failed" : run ? "finished" : "ready";
+function stateOf({ running, error, stopped, run }) {
+  return running ? "running" : error ? "failed" : stopped ? "stopped" : run ? "finished" : "ready";
 }
 
 /** The decoded token of a live frame that waited longest. */

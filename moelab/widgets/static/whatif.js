@@ -16,7 +16,7 @@ class WhatIf {
     this.state = h("span", { role: "status", "aria-live": "polite", class: "moe-soft" });
     this.node = h(
       "div",
-      { class: "moe-what", role: "group", "aria-label": "What if" },
+      { class: "moe-what", role: "group", "aria-label": "What if", hidden: true },
       h("b", {}, "What if"),
       this.of,
       h("span", {}, "were made again with ", this.words),
@@ -27,7 +27,7 @@ class WhatIf {
       this.progress,
       this.state,
     );
-    this.moved = () => this.model.get("form").runs && this.wonder();
+    this.moved = () => this.node.hidden || this.wonder();
     for (const what of ["change:controls", "change:frame"]) model.on(what, this.moved);
     this.chosen = new MutationObserver(() => this.tell()); // another expert on the cache map
     this.chosen.observe(stage.life.node, { attributeFilter: ["data-expert"] });
@@ -93,7 +93,7 @@ class WhatIf {
     this.progress.value = total ? done / total : 0;
     const said = {
       running: `${words}: token ${done} of ${total}`,
-      done: `${words}: shown below, both pinned`,
+      done: `${words}: beside each other below, both pinned`,
       failed: error,
       "": idle ?? "",
     };
