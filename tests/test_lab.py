@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import moelab
+from moelab.engine.loader import Loader
 from moelab.events import KINDS
 from moelab.scheduling.strategy import Shape
 from moelab.settings import parse_budget
@@ -225,3 +226,39 @@ def test_a_loads_trace_opens_in_perfetto(lab, tmp_path):
     spans = [e for e in doc["traceEvents"] if e["ph"] == "X"]
     assert len(spans) == run.events.kind.isin(["load", "prefetch", "stall"]).sum()
     lab.update(budget="25%")
+
+
+def test_an_emulated_device_this_disk_cannot_follow_is_named_so(lab, monkeypatch):
+    read = Loader._read
+
+    def slow(self, ticket):
+        read(self, ticket)
+        time.sleep(0.002)
+
+    lab.update(device="nvme", budget="25%")
+    monkeypatch.setattr(Loader, "_read", slow)
+    run = lab.generate(PROMPT, max_new_tokens=4)
+    assert run.outpaced == {"nvme"}
+    titles = [origin["title"] for origin in run.recording().document["origins"]]
+    assert titles == ["NVMe SSD, 3 GB/s, faster than this disk"]
+    monkeypatch.undo()
+    lab.update(device="sd_card")
+    run = lab.generate(PROMPT, max_new_tokens=4)
+    assert run.outpaced == set()
+    assert "faster" not in run.recording().document["origins"][0]["title"]
+
+
+def test_a_strategy_brings_low_bits_that_are_below_the_bits_in_force(lab):
+    lab.update(strategy="lru", bits=4)
+    assert lab.update(strategy="hobbit").low_bits == 3
+    lab.update(strategy="lru", bits=2)
+    assert lab.update(strategy="hobbit").low_bits == 4, "there is nothing below: as it brings it"
+    lab.update(strategy="lru", bits=16)
+    assert lab.update(strategy="hobbit").low_bits == 4
+
+
+def test_a_run_says_whether_it_was_stopped(lab):
+    run = lab.start(PROMPT, max_new_tokens=500, ignore_eos=True)
+    run.stop()
+    assert run.join().stopped
+    assert not lab.generate(PROMPT, max_new_tokens=1).stopped
