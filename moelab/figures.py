@@ -71,3 +71,14 @@ def figures(values: np.ndarray, *, first: int = 0) -> dict[str, float | int | No
         "stall_share": ratio(sum(sums[cause] for cause in CAUSES), sums["total_ms"]),
         "kl_mean": float(kls.mean(dtype=np.float64)) if len(kls) else None,
     }
+
+
+def titled(title: str, *, outpaced: bool) -> str:
+    """A device's title, with a word where this machine's disk is too slow to stand for it.
+
+    Examples
+    --------
+    >>> titled("NVMe SSD, 3 GB/s", outpaced=True)
+    'NVMe SSD, 3 GB/s, faster than this disk'
+    """
+    return f"{title}, faster than this disk" if outpaced else title

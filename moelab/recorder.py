@@ -18,8 +18,8 @@ import numpy as np
 
 import moelab
 from moelab.document import EVENTS, FORMAT
-from moelab.engine.devices import DEVICES, called
-from moelab.figures import CAUSES, COLUMNS, row
+from moelab.engine.devices import DEVICES
+from moelab.figures import CAUSES, COLUMNS, row, titled
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.spelling import changed, opened, short
 from moelab.widgets.frame import in_words, merge_changes
@@ -200,7 +200,7 @@ def _origins(
         {
             "token": i,
             "device": names[i],
-            "title": called(names[i], outpaced),
+            "title": titled(DEVICES[names[i]].title, outpaced=names[i] in outpaced),
             "emulated": DEVICES[names[i]].emulated,
         }
         for i in starts

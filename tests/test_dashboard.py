@@ -167,7 +167,7 @@ class TestFrame:
 
 
 def framer_of(lab):
-    return Framer(lab, lab.info())
+    return Framer(lab, lab.info(), moelab.devices())
 
 
 class TestActions:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -113,11 +112,6 @@ def sleep_until(when: float) -> None:
     """Sleep to a `time.perf_counter` reading, to about 0.05 ms."""
     while (left := when - time.perf_counter()) > 0:
         time.sleep(left - 1e-4 if left > 3e-4 else 0)
-
-
-def called(name: str, outpaced: Collection[str] = ()) -> str:
-    """The title of a device, and whether it is among those that this disk cannot stand for."""
-    return DEVICES[name].title + (", faster than this disk" if name in outpaced else "")
 
 
 def devices() -> dict[str, Device]:

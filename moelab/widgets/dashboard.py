@@ -250,7 +250,9 @@ class Dashboard(anywidget.AnyWidget):
 
     def _frames(self) -> Framer:
         """What builds the frames; kept for as long as the lab is."""
-        framer = self._framer or Framer(self._lab, self._lab.info())
+        import moelab
+
+        framer = self._framer or Framer(self._lab, self._lab.info(), moelab.devices())
         self._framer = framer if self._held is not None else None
         return framer
 

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moelab.engine.devices import DEVICES, called
-from moelab.figures import CAUSES, COLUMNS, figures, row
+from moelab.figures import CAUSES, COLUMNS, figures, row, titled
 from moelab.widgets import decisions
 
 RECENT_TOKENS = 16
@@ -86,10 +85,12 @@ class Framer:
         Read through `settings`, `cache_map` and `run` only.
     info
         The lab's `info`, for what never changes: the bytes of an expert at each tier.
+    devices
+        By name: a title, and whether it is emulated.
     """
 
-    def __init__(self, lab: Any, info: Mapping[str, Any]) -> None:
-        self._lab, self._each = lab, info["expert_bytes"]
+    def __init__(self, lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> None:
+        self._lab, self._devices, self._each = lab, devices, info["expert_bytes"]
         self._run: Any = None
         self._number = 0
         self._reports: list[Any] = []
@@ -160,8 +161,9 @@ class Framer:
         return origins or [{"token": 0, **self._origin(self._lab.settings.device)}]
 
     def _origin(self, name: str) -> dict[str, Any]:
-        title = called(name, () if self._run is None else self._run.outpaced)
-        return {"device": name, "title": title, "emulated": DEVICES[name].emulated}
+        device, run = self._devices[name], self._run
+        title = titled(device.title, outpaced=run is not None and name in run.outpaced)
+        return {"device": name, "title": title, "emulated": bool(device.emulated)}
 
 
 def merge_changes(
