@@ -266,11 +266,12 @@ class Recording:
         """
         m, start, e = self.document["model"], self.document["start"], self.records
         count = len(self.document["pieces"])
-        layer = m["layers"] - 1 if layer is None else layer
+        last = int(m["layers"]) - 1
+        layer = last if layer is None else layer
         if not -count <= token < count and (count or token != -1):
             raise ValueError(f"there is no token {token}; there are 0 to {count - 1}")
-        if not -1 <= layer < m["layers"]:
-            raise ValueError(f"there is no layer {layer}; there are 0 to {m['layers'] - 1}")
+        if not -1 <= layer <= last:
+            raise ValueError(f"there is no layer {layer}; there are 0 to {last}")
         token %= max(1, count)
         order = e["token"].astype(np.int64) * (m["layers"] + 2) + e["at"] + 1
         e = e[: np.searchsorted(order, token * (m["layers"] + 2) + layer + 1, side="right")]

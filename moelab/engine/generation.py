@@ -67,7 +67,7 @@ class Sampler:
 
     def draw(self, ids: Sequence[int], logits: torch.Tensor) -> int:
         """The next token after ``ids`` from logits ``[V]``."""
-        scores = self._steps(torch.tensor([ids]), logits.float()[None])[0]
+        scores = self._steps(torch.tensor([ids]), logits.float()[None])[0]  # pyright: ignore[reportArgumentType]
         if self._greedy:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))

@@ -203,7 +203,7 @@ class Loader:
                 self._cond.notify_all()
 
     def _read(self, ticket: Ticket) -> None:
-        into, at, end = memoryview(ticket.into), ticket.offset, ticket.offset + ticket.nbytes
+        into, at, end = memoryview(ticket.into), ticket.offset, ticket.offset + ticket.nbytes  # pyright: ignore[reportArgumentType]
         while at < end:
             fd, direct = self._open(ticket.path)
             try:

@@ -169,7 +169,7 @@ def averaged(
     groupings = [Grouping(order.long(), shape.shared, shape.experts) for order in orders]
     student = Student(dense, groupings, shape).eval()
     student.load_delta(
-        {name: sum(d[name] for d in deltas) / len(deltas) for name, _ in student.trained()}
+        {name: torch.stack([d[name] for d in deltas]).mean(0) for name, _ in student.trained()}
     )
     return student, max(one["state"]["seen"] for one in saved)
 
