@@ -57,13 +57,14 @@ class Pins(Mapping[str, Recording]):
         A run that is pinned already keeps its name where no other is given.
         """
         recording = recorded(run)
-        ids = recording.document["ids"]
-        same = (n for n, (r, of) in self._pinned.items() if of is run and r.document["ids"] == ids)
-        if not name and (known := next(same, None)):
-            return known
-        name = name or recording.document["settings"][0]["short"]
+        ids, short = recording.document["ids"], recording.document["settings"][0]["short"]
         with self._lock:
-            name = unused(name, self._pinned)
+            mine = [
+                n for n, (r, of) in self._pinned.items() if of is run and r.document["ids"] == ids
+            ]
+            if mine and not name:
+                return mine[0]
+            name = unused(name or short, self._pinned)
             self._pinned[name] = recording, None if recording is run else run  # pyright: ignore[reportArgumentType]
             self.version += 1
         return name

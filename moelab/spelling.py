@@ -40,7 +40,7 @@ def opened(model: str, settings: Settings) -> str:
     brought = PLAIN | dict(_named()[base].preset)
     first = {"budget": settings.budget_bytes, "bits": settings.bits, "strategy": base}
     for name in ("low_bits", "prefetch"):
-        if getattr(settings, name) != brought[name]:
+        if getattr(settings, name) != brought[name] or (name == "low_bits" and _raised(settings)):
             first[name] = getattr(settings, name) or 0
     first |= {"device": settings.device, "measure_kl": settings.measure_kl}
     if settings.seed:
@@ -163,7 +163,14 @@ def _besides(base: str, old: Settings, new: Settings) -> dict[str, Any]:
         brought.setdefault("bits", old.bits)
     every = base in CALIBRATED  # what was measured of the model brings its own
     names = [n for n in ("bits", *PLAIN) if every or getattr(new, n) != brought.get(n)]
+    if _raised(new) and "low_bits" not in names:
+        names.append("low_bits")
     return {n: getattr(new, n) for n in names}
+
+
+def _raised(settings: Settings) -> bool:
+    """Whether low bits are not below the bits, which no strategy brings."""
+    return settings.low_bits is not None and settings.low_bits >= settings.bits
 
 
 def _parts_and(settings: Settings, parts: dict[str, str]) -> dict[str, Any]:

@@ -168,6 +168,8 @@ def test_settings_spelled_as_code_lead_to_the_same_settings():
         {"strategy": "lru"},
         {"bits": 4, "device": "sd_card", "seed": 5, "measure_kl": True},
         {"keep": {(5, 3): 8}},
+        {"strategy": "hobbit"},
+        {"bits": 4},
         {"strategy": "swapmoe"},
         {"evict": Own()},
         {"strategy": "edgemoe"},
@@ -334,3 +336,20 @@ def test_the_drawer_tells_of_pins_does_a_what_if_and_says_what_is_refused(pinned
 
 def test_a_lab_has_one_set_of_pins_also_while_it_is_empty(demo_lab):
     assert demo_lab.pins is demo_lab.pins
+
+
+def test_a_run_is_pinned_once_unless_it_is_given_another_name(pinned):
+    _, run = pinned
+    pins = Pins()
+    first = pins.add(run)
+    assert pins.add(run) == first
+    assert pins.add(run, "again") == "again"
+    assert list(pins) == [first, "again"]
+
+
+def test_low_bits_that_are_not_below_the_bits_are_spelled_out():
+    hobbit = START.change(SHAPE, strategy="hobbit").change(SHAPE, bits=4)
+    assert (hobbit.bits, hobbit.low_bits) == (4, 4)
+    assert "low_bits=4" in opened("demo", hobbit)
+    assert "low_bits=4" in changed(START, hobbit)
+    assert "low_bits" not in opened("demo", START.change(SHAPE, strategy="hobbit"))
