@@ -135,12 +135,35 @@ def test_the_low_rank_map_finds_a_low_rank_truth():
     assert error < 0.01
 
 
+def _plain_divergence(logits, tokens, logs):
+    """The definition, for autograd."""
+    ours = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
+    p, q = logs.exp(), ours.exp()
+    rest_p, rest_q = ((1 - x.sum(-1)).clamp(min=1e-5) for x in (p, q))
+    return ((p * (logs - ours)).sum(-1) + rest_p * (rest_p / rest_q).log()).mean()
+
+
 def test_the_divergence_is_zero_for_the_teacher_and_positive_for_others():
     torch.manual_seed(0)
-    theirs = torch.randn(5, 300).log_softmax(-1)
+    theirs, head = torch.randn(5, 300).log_softmax(-1), torch.eye(300)
     top = theirs.topk(64, -1)
-    assert divergence(theirs, top.indices, top.values).abs().max() < 1e-5
-    assert (divergence(torch.randn(5, 300), top.indices, top.values) > 0).all()
+    assert divergence(theirs, head, top.indices, top.values).abs() < 1e-5
+    assert divergence(torch.randn(5, 300), head, top.indices, top.values) > 0
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 3.0])  # 3: some rows leave nothing for other tokens
+def test_the_divergence_and_its_gradient_are_those_of_the_definition(sharpness):
+    torch.manual_seed(0)
+    head = torch.randn(300, 32) * sharpness
+    hidden = torch.randn(2, 100, 32, requires_grad=True)  # two rows of pieces, the last not whole
+    teacher = ((hidden.detach() + 0.3 * torch.randn(2, 100, 32)) @ head.T).log_softmax(-1)
+    top = teacher.topk(64, -1)
+    expected = _plain_divergence(hidden @ head.T, top.indices, top.values)
+    (gradient,) = torch.autograd.grad(2 * expected, hidden)
+    loss = divergence(hidden, head, top.indices, top.values)
+    (2 * loss).backward()
+    assert torch.allclose(loss, expected, rtol=1e-4)
+    assert torch.allclose(hidden.grad, gradient, atol=1e-4 * float(gradient.abs().max()))
 
 
 def test_transformers_own_model_computes_what_the_student_does(dense, student, ids):

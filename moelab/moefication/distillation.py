@@ -182,8 +182,7 @@ def _backward(
     active = torch.tensor([course.top_ks[i % kinds] for i in range(len(rows))])
     set_top_k(student, active)
     tokens, logs = targets[rows]
-    logits = student.logits(student(ids[rows]))
-    loss = divergence(logits, tokens, logs).mean()
+    loss = divergence(student(ids[rows]), student.head, tokens, logs)
     (loss / course.accumulate).backward()
     return float(loss.detach())
 

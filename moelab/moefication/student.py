@@ -217,6 +217,11 @@ class Student(nn.Module):
         """Token ids ``[batch, T]`` to the last hidden states ``[batch, T, D]``."""
         return self.model.model(ids, use_cache=False).last_hidden_state
 
+    @property
+    def head(self) -> torch.Tensor:
+        """The matrix from hidden states to logits, ``[V, D]``."""
+        return self.model.lm_head.weight
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states to logits."""
         return self.model.lm_head(hidden)

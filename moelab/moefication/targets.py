@@ -19,6 +19,8 @@ import torch
 __all__ = ["LIKELIEST", "Targets", "divergence"]
 
 LIKELIEST = 64
+_LEAST = 1e-5  # probability of all other tokens together, for the logarithm
+_ROWS = 128  # tokens whose logits are held at once
 
 
 class Targets:
@@ -65,18 +67,56 @@ def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
     return np.memmap(path, dtype, mode="r+", shape=shape)
 
 
-def divergence(logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
-    """KL divergence from the teacher per token, all but its likeliest tokens counted as one.
+def divergence(
+    hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor
+) -> torch.Tensor:
+    """Mean KL divergence from the teacher per token, all but its likeliest tokens counted as one.
 
     Parameters
     ----------
-    logits
-        The student's, ``[..., V]``.
+    hidden
+        The student's last hidden states, ``[..., D]``.
+    head
+        The head's matrix ``[V, D]``; no gradient reaches it.
     tokens, logs
         The teacher's likeliest tokens and their log-probabilities, ``[..., 64]``.
     """
-    ours = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
-    p, q = logs.exp(), ours.exp()
-    rest_p = (1 - p.sum(-1)).clamp(min=1e-5)
-    rest_q = (1 - q.sum(-1)).clamp(min=1e-5)
-    return (p * (logs - ours)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())
+    return _Divergence.apply(hidden, head, tokens, logs)
+
+
+class _Divergence(torch.autograd.Function):
+    """Head, divergence and their gradient for a few rows at a time.
+
+    The logits of a whole batch are never held at once: a few rows stay in the processor's cache
+    and become their own gradient in place, which takes two thirds of the time. With p the
+    teacher's probabilities of its likeliest tokens, q the student's, P and Q what is left of
+    each, the gradient of the logits is ``q (sum p - sum q P/Q)``, and at the likeliest tokens
+    ``q P/Q - p`` besides.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor
+    ) -> torch.Tensor:
+        rows = hidden.detach().flatten(0, -2)
+        total, gradient = rows.new_zeros(()), torch.empty_like(rows)
+        parts = (x.split(_ROWS) for x in (rows, tokens.flatten(0, -2), logs.flatten(0, -2)))
+        for i, (states, likeliest, theirs) in enumerate(zip(*parts, strict=True)):
+            logits = states @ head.T
+            ours, highest = logits.gather(-1, likeliest), logits.amax(-1, keepdim=True)
+            total_odds = logits.sub_(highest).exp_().sum(-1, keepdim=True)
+            ours = ours - highest - total_odds.log()
+            p, q = theirs.exp(), ours.exp()
+            sum_p, sum_q = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
+            rest_p, rest_q = (1 - sum_p).clamp(min=_LEAST), (1 - sum_q).clamp(min=_LEAST)
+            total += (p * (theirs - ours)).sum() + (rest_p * (rest_p / rest_q).log()).sum()
+            odds = torch.where(1 - sum_q >= _LEAST, rest_p / rest_q, 0.0)
+            logits.mul_((sum_p - odds * sum_q) / total_odds)
+            logits.scatter_add_(-1, likeliest, odds * q - p)
+            gradient[i * _ROWS : (i + 1) * _ROWS] = logits @ head
+        ctx.save_for_backward(gradient.div_(len(rows)).view_as(hidden))
+        return total / len(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        return ctx.saved_tensors[0] * grad, None, None, None
