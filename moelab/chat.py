@@ -46,16 +46,21 @@ def messages(tokenizer: Any, prompt: str | Messages, chat: bool | None) -> tuple
         return ()
     if not has_template(tokenizer):
         raise ValueError("this model's tokenizer has no chat template; give a text and chat=False")
-    found = ({"role": "user", "content": prompt},) if plain else tuple(map(dict, prompt))
+    found = ({"role": "user", "content": prompt},) if plain else tuple(prompt)
     if not found or not all(map(_is_message, found)):
         raise ValueError("messages are a list like [{'role': 'user', 'content': 'Hello'}, ...]")
+    found = tuple(map(dict, found))
     if not found[-1]["content"].strip():
         raise ValueError("the prompt is empty; give at least one word")
     return found
 
 
-def _is_message(one: dict[str, Any]) -> bool:
-    return {"role", "content"} <= set(one) and all(isinstance(s, str) for s in one.values())
+def _is_message(one: Any) -> bool:
+    return (
+        isinstance(one, Mapping)
+        and {"role", "content"} <= set(one)
+        and all(isinstance(s, str) for s in one.values())
+    )
 
 
 def encode(tokenizer: Any, conversation: Messages) -> list[int]:

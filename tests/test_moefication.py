@@ -1,15 +1,16 @@
 """What one may rely on when a dense model is turned into a mixture: on a tiny random Llama."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 import moelab
@@ -25,7 +26,7 @@ from moelab.moefication import (
 )
 from moelab.moefication.calibrate import calibrated, low_rank_map
 from moelab.moefication.card import card
-from moelab.moefication.distillation import averaged
+from moelab.moefication.checkpoints import averaged
 from moelab.moefication.export import stock
 from moelab.moefication.grouping import group_neurons
 from moelab.moefication.student import route, set_top_k
@@ -189,12 +190,14 @@ def test_a_delta_of_another_model_is_refused(dense, student, tmp_path):
     config = LlamaConfig(**{**dense.config.to_dict(), "num_hidden_layers": 3})
     with pytest.raises(ValueError, match="another model than this one of 3 layers"):
         load_delta(LlamaForCausalLM(config), tmp_path / "delta.safetensors")
+    with pytest.raises(ValueError, match="another model"):  # of the same size
+        load_delta(LlamaForCausalLM(dense.config).eval(), tmp_path / "delta.safetensors")
 
 
 def test_training_goes_on_where_it_was_stopped(dense, ids, tmp_path):
     whole = moefy(dense, ids, tmp_path / "a", shape=SHAPE, course=COURSE, progress=False)
     moefy(dense, ids, tmp_path / "b", shape=SHAPE, course=COURSE, seconds=0, progress=False)
-    assert (tmp_path / "b" / "checkpoint.pt").is_file()
+    assert (tmp_path / "b" / "checkpoint.safetensors").is_file()
     again = moefy(dense, ids, tmp_path / "b", shape=SHAPE, course=COURSE, progress=False)
     for (name, one), (_, other) in zip(whole.trained(), again.trained(), strict=True):
         assert torch.allclose(one, other, atol=1e-5), name
@@ -204,7 +207,7 @@ def test_the_mean_of_checkpoints_is_the_mean_of_their_parameters(dense, ids, tmp
     for name, tokens in (("a", 32), ("b", 192)):
         course = Course(tokens=tokens, batch=2, accumulate=1, top_ks=(1, 2), learning_rate=2e-3)
         moefy(dense, ids, tmp_path / name, shape=SHAPE, course=course, progress=False)
-    files = [tmp_path / name / "checkpoint.pt" for name in "ab"]
+    files = [tmp_path / name / "checkpoint.safetensors" for name in "ab"]
     middle, seen = averaged(dense, files, SHAPE)
     one, other = (averaged(dense, [file], SHAPE)[0].mixtures[1].router for file in files)
     assert seen == 192
@@ -305,24 +308,163 @@ def test_moelab_opens_what_was_made(dense, student, ids, tmp_path, monkeypatch):
     assert moelab.Store.open(store).manifest.experts_per_layer == (4, 4)
 
 
+def another(kind, **settings):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=320,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.2,
+        **settings,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_biases_and_norms_of_other_kinds_go_along(kind, ids, tmp_path):
+    dense = another(kind, **({"sliding_window": None} if kind == "mistral" else {}))
+    student = moefy(dense, ids, tmp_path, shape=SHAPE, course=COURSE, seconds=0, progress=False)
+    folder = materialise(dense, student, tmp_path / "moe", top_k=2, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, logits(student, ids, 2), atol=1e-4)
+        for mixture in student.mixtures:  # all experts, evenly: nothing but the dense model is left
+            mixture.router.zero_()
+            mixture.down.b.zero_()
+        assert torch.allclose(logits(student, ids, 4), dense(ids).logits, atol=1e-4)
+
+
+def test_a_model_the_mixture_cannot_compute_exactly_is_refused_by_name(dense, ids, tmp_path):
+    def refused(model, match):
+        with pytest.raises(ValueError, match=match):
+            moefy(model, ids, tmp_path, shape=SHAPE, course=COURSE)
+
+    refused(another("granite"), "kinds llama, mistral, qwen2, qwen3, not 'granite'")
+    refused(another("mistral", sliding_window=8), "sliding window")
+    refused(another("llama", mlp_bias=True), "llama with model.layers.0.mlp.gate_proj.bias")
+    refused(another("llama", hidden_act="gelu"), "llama with gelu")
+    refused(another("llama").bfloat16(), "dtype=torch.float32")
+    refused(another("llama", attn_implementation="eager"), "with eager attention")
+
+
+def test_a_shape_is_found_for_any_width():
+    assert Shape.of(1536) == Shape()
+    for neurons in (320, 3072, 4864, 5632, 8192, 11008, 14336):
+        shape = Shape.of(neurons)
+        assert shape.width(neurons) % 64 == 0
+        assert 0.2 < shape.shared / neurons < 0.5
+    assert Shape.of(100).width(100)
+    with pytest.raises(ValueError, match=r"Shape\(experts=21, shared=2816, .* fits"):
+        Shape().width(8192 + 1 - 1)
+
+
+def test_all_numbers_of_active_experts_take_their_turn(dense, ids, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "moelab.moefication.distillation.set_top_k",
+        lambda student, active: (seen.append(active.tolist()), set_top_k(student, active)),
+    )
+    course = Course(tokens=64, batch=2, accumulate=1, top_ks=(1, 2, 3))
+    moefy(dense, ids, tmp_path, shape=SHAPE, course=course, progress=False)
+    assert seen == [[1, 2], [3, 1]]
+
+
+def test_a_resumed_course_may_have_another_rate(dense, ids, tmp_path):
+    moefy(dense, ids, tmp_path, shape=SHAPE, course=COURSE, seconds=0, progress=False)
+    still = replace(COURSE, learning_rate=0.0, router_rate=0.0)
+    begun = load_delta(dense, tmp_path / "calibrated.safetensors")[0]
+    again = moefy(dense, ids, tmp_path, shape=SHAPE, course=still, progress=False)
+    for (name, one), (_, other) in zip(begun.trained(), again.trained(), strict=True):
+        assert torch.allclose(one, other, atol=2e-3), name
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_checkpoint(dense, ids, tmp_path):
+    moefy(dense, ids, tmp_path, shape=SHAPE, course=COURSE, seconds=0, progress=False)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    logs = tmp_path / "targets" / "logs.bin"
+    logs.write_bytes(b"\xff" * logs.stat().st_size)  # NaN in half precision
+    (tmp_path / "targets" / "known.bin").write_bytes(b"\x01" * len(ids))
+    with pytest.raises(FloatingPointError, match="not finite after 0 tokens"):
+        moefy(dense, ids, tmp_path, shape=SHAPE, course=COURSE, progress=False)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_targets_hold_ids_of_any_vocabulary_and_are_remade_together(tmp_path):
+    class Wide:
+        def __call__(self, ids, **_):
+            logits = torch.zeros(*ids.shape, 70_000)
+            logits[..., 69_999] = 5.0
+            return type("Output", (), {"logits": logits})
+
+    rows = np.array([0])
+    tokens, _ = Targets(Wide(), torch.zeros(1, 4, dtype=torch.int64), tmp_path)[rows]
+    assert (tokens[..., 0] == 69_999).all()
+    (tmp_path / "logs.bin").unlink()
+    _, logs = Targets(Wide(), torch.zeros(1, 4, dtype=torch.int64), tmp_path)[rows]
+    assert (logs[..., 0] < 0).all()
+
+
+def test_a_damaged_file_is_refused_with_its_name(dense, student, ids, tmp_path):
+    save_delta(student, tmp_path / "delta.safetensors")
+    whole = (tmp_path / "delta.safetensors").read_bytes()
+    (tmp_path / "delta.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="delta.safetensors is damaged"):
+        load_delta(dense, tmp_path / "delta.safetensors")
+    moefy(dense, ids, tmp_path, shape=SHAPE, course=COURSE, seconds=0, progress=False)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="checkpoint.safetensors is no checkpoint, or damaged"):
+        moefy(dense, ids, tmp_path, shape=SHAPE, course=COURSE, progress=False)
+    with torch.no_grad():
+        broken = load_delta_of(dense, student, tmp_path)
+        broken.mixtures[0].router[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"mlp\.router holds values that are not finite"):
+        save_delta(broken, tmp_path / "delta.safetensors")
+
+
+def load_delta_of(dense, student, folder):
+    save_delta(student, folder / "copy.safetensors")
+    return load_delta(dense, folder / "copy.safetensors")[0]
+
+
+def test_what_is_rounded_is_what_the_checkpoint_holds(dense, student, ids, tmp_path):
+    rounded = load_delta_of(dense, student, tmp_path)
+    folder = materialise(dense, rounded, tmp_path / "moe", top_k=2)
+    rounded.rounded(torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    set_top_k(rounded, 2)
+    router = loaded.state_dict()["model.layers.0.mlp.gate.weight"]
+    with torch.no_grad():
+        ours = rounded.logits(rounded(ids))
+        assert not torch.allclose(router, router.bfloat16().float()), "routers keep float32"
+        assert torch.allclose(loaded(ids).logits, ours, atol=1e-4)
+
+
 def test_what_cannot_be_a_mixture_is_refused(dense, student, ids, tmp_path):
     with pytest.raises(ValueError, match="do not split into 60 shared"):
         moefy(dense, ids, tmp_path, shape=Shape(experts=4, shared=60))
+    moefy(dense, ids, tmp_path / "a", shape=SHAPE, course=COURSE, seconds=0, progress=False)
+    with pytest.raises(ValueError, match=r"other text, \[12, 16\] and not \[11, 16\] windows"):
+        moefy(dense, ids[1:], tmp_path / "a", shape=SHAPE, course=COURSE)
+    with pytest.raises(ValueError, match="batch=2 and calibration_windows=0"):
+        moefy(dense, ids, tmp_path, shape=SHAPE, course=COURSE, calibration_windows=0)
+    with pytest.raises(ValueError, match="the model has tokens 0 to 96"):
+        moefy(dense, ids + 90, tmp_path, shape=SHAPE, course=COURSE)
+    with pytest.raises(ValueError, match="ranks=\\(2, 4, 65\\) must not exceed the width, 64"):
+        moefy(dense, ids, tmp_path, shape=Shape(4, 64, (2, 4, 65)), course=COURSE)
     with pytest.raises(ValueError, match="must be 1 to 4 experts"):
         moefy(dense, ids, tmp_path, shape=SHAPE, course=Course(top_ks=(5,)))
     with pytest.raises(ValueError, match=r"pass token ids \[windows, length\]"):
         moefy(dense, ids[0], tmp_path, shape=SHAPE, course=COURSE)
-    biased = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=97,
-            hidden_size=64,
-            intermediate_size=320,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    )
-    with pytest.raises(ValueError, match="has biases"):
-        moefy(biased, ids, tmp_path, shape=SHAPE, course=COURSE)
     with pytest.raises(ValueError, match="choose 1 to 4"):
         materialise(dense, student, tmp_path, top_k=9)

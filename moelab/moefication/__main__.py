@@ -20,7 +20,7 @@ import moelab
 from moelab import demo
 from moelab.moefication import Student, load_delta, save_delta, smollm2
 from moelab.moefication.card import card
-from moelab.moefication.distillation import averaged
+from moelab.moefication.checkpoints import averaged
 from moelab.moefication.export import stock
 from moelab.moefication.measure import compare, continuations, routing
 from moelab.moefication.offloading import BITS, BUDGETS, degraded
@@ -55,7 +55,9 @@ class Measured:
         if name not in self.parts:
             typer.echo(f"measuring {name}")
             self.parts[name] = measure()
-            self.path.write_text(json.dumps(self.parts, indent=1) + "\n", encoding="utf-8")
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.parts, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self.path)
         return self.parts[name]
 
 
@@ -77,7 +79,8 @@ def main(
         student, seen = averaged(dense, checkpoint, Shape())
         size = save_delta(student, delta, facts={**FACTS, "distilled on": f"{seen:,} tokens"})
         typer.echo(f"{delta}: {size / 1e6:.1f} MB, {seen:,} tokens")
-    student, facts = load_delta(dense, delta)  # what is measured is what ships: half precision
+    student, facts = load_delta(dense, delta)
+    student.rounded(torch.bfloat16)  # what is measured is what is built of the delta
     found = Measured(card_file.with_suffix(".json"), delta)
     texts = {
         path.stem: windows([path.read_text(encoding="utf-8")], tokenizer, most=most)
@@ -113,7 +116,8 @@ def _quality(
         def measured(domain: str = domain, ids: torch.Tensor = ids) -> list[dict[str, Any]]:
             return compare(dense, student, {domain: ids}, top_ks=TOP_KS).to_dict("records")
 
-        rows += found.part(f"quality: {domain}, {len(ids)} windows", measured)
+        text = hashlib.blake2b(ids.numpy().tobytes(), digest_size=4).hexdigest()
+        rows += found.part(f"quality: {domain} {text} at {TOP_KS}", measured)
     return pd.DataFrame(rows)
 
 

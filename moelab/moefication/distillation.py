@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ import torch
 from torch import distributed
 from tqdm.auto import tqdm
 
-from moelab.moefication.grouping import Grouping
-from moelab.moefication.student import Shape, Student, set_top_k
+from moelab.moefication.checkpoints import resume, save
+from moelab.moefication.student import ROUTER, Student, set_top_k
 from moelab.moefication.targets import Targets, divergence
 
-__all__ = ["Course", "averaged", "distil"]
+__all__ = ["Course", "distil"]
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,20 @@ class Course:
     every_s: float = 240.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        least = {"tokens": self.tokens, "batch": self.batch, "accumulate": self.accumulate}
+        for name, value in least.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if not self.top_ks or min(self.top_ks) < 1:
+            raise ValueError(f"top_ks={self.top_ks} must name numbers of active experts, from 1")
+
     def rate(self, seen: int) -> float:
         """The factor on the learning rates after so many tokens."""
         part = seen / self.tokens
         rise = min(1.0, (part + 1e-3) / max(self.warm_up, 1e-3))
         fall = max(0.0, (part - (1 - self.decay)) / max(self.decay, 1e-9))
         return rise * (1 - 0.9 * min(1.0, fall))
-
-
-@dataclass
-class _State:
-    """What a checkpoint holds besides the parameters."""
-
-    seen: int = 0
-    steps: int = 0
-    losses: list[tuple[int, float]] = field(default_factory=list)  # (tokens seen, KL)
 
 
 def distil(
@@ -117,11 +116,11 @@ def distil(
     course, folder = course or Course(), Path(folder)
     names, parameters = zip(*student.trained(), strict=True)
     optimizer = _optimizer(names, parameters, course)
-    state = _resume(folder / "checkpoint.pt", student, optimizer)
-    targets = Targets(teacher, ids, folder / "targets")
+    state = resume(folder / "checkpoint.safetensors", student, optimizer)
     rank, ranks = _ranks()
+    targets = _targets(teacher, ids, folder / "targets", rank, ranks)
     started = saved = time.monotonic()
-    order = _order(len(ids), course.batch, course.seed, state.steps * course.accumulate * ranks)
+    order = _order(len(ids), course.batch, course.seed, state.batches)
     bar = tqdm(
         total=course.tokens, initial=state.seen, unit="token", desc="distilling",
         disable=not progress or rank > 0,
@@ -131,11 +130,12 @@ def distil(
     while state.seen < course.tokens and not _out_of_time(started + seconds, ranks):
         optimizer.zero_grad(set_to_none=True)
         for turn in range(course.accumulate * ranks):
-            rows = next(order)
+            rows, first = next(order), state.batches * course.batch
             if turn % ranks == rank:
-                recent.append(_backward(student, ids, targets, rows, course))
+                recent.append(_backward(student, ids, targets, rows, course, first))
+            state.batches += 1
         _average(parameters, ranks)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        _clip(parameters, state.seen, course)
         for group in optimizer.param_groups:
             group["lr"] = group["full"] * course.rate(state.seen)
         optimizer.step()
@@ -147,39 +147,44 @@ def distil(
             bar.set_postfix(kl=f"{state.losses[-1][1]:.3f}")
             recent = []
         if time.monotonic() - saved > course.every_s and rank == 0:
-            _save(folder / "checkpoint.pt", student, optimizer, state)
+            save(folder / "checkpoint.safetensors", student, optimizer, state)
             saved = time.monotonic()
     bar.close()
     student.eval()
     if rank == 0:
-        _save(folder / "checkpoint.pt", student, optimizer, state)
+        save(folder / "checkpoint.safetensors", student, optimizer, state)
     return state.losses
 
 
-def averaged(
-    dense: Any, checkpoints: Sequence[str | os.PathLike[str]], shape: Shape
-) -> tuple[Student, int]:
-    """A student with the mean of some checkpoints' parameters, and the tokens the last has seen.
+def _targets(teacher: Any, ids: torch.Tensor, folder: Path, rank: int, ranks: int) -> Targets:
+    """The teacher's; the first process makes their files, the others find them."""
+    if rank > 0:
+        distributed.barrier()
+    targets = Targets(teacher, ids, folder)
+    if rank == 0 and ranks > 1:
+        distributed.barrier()
+    return targets
 
-    Steps that are still long end up around a minimum; the mean of the last few is nearer to it.
-    """
-    saved = [torch.load(path, weights_only=True) for path in checkpoints]
-    deltas = [one["delta"] for one in saved]
-    orders = [deltas[-1][f"model.layers.{i}.mlp.order"] for i in range(len(dense.model.layers))]
-    groupings = [Grouping(order.long(), shape.shared, shape.experts) for order in orders]
-    student = Student(dense, groupings, shape).eval()
-    student.load_delta(
-        {name: torch.stack([d[name] for d in deltas]).mean(0) for name, _ in student.trained()}
-    )
-    return student, max(one["state"]["seen"] for one in saved)
+
+def _clip(parameters: Sequence[torch.nn.Parameter], seen: int, course: Course) -> None:
+    if not torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
+        raise FloatingPointError(
+            f"the gradient is not finite after {seen} tokens; the checkpoint of before is whole: "
+            f"go on from it at a lower rate than {course.learning_rate}"
+        )
 
 
 def _backward(
-    student: Student, ids: torch.Tensor, targets: Targets, rows: np.ndarray, course: Course
+    student: Student,
+    ids: torch.Tensor,
+    targets: Targets,
+    rows: np.ndarray,
+    course: Course,
+    first: int,
 ) -> float:
-    """One batch's gradient, added; its mean divergence."""
+    """One batch's gradient, added; its mean divergence. ``first`` sequences came before it."""
     kinds = len(course.top_ks)
-    active = torch.tensor([course.top_ks[i % kinds] for i in range(len(rows))])
+    active = torch.tensor([course.top_ks[(first + i) % kinds] for i in range(len(rows))])
     set_top_k(student, active)
     tokens, logs = targets[rows]
     loss = divergence(student(ids[rows]), student.head, tokens, logs)
@@ -191,7 +196,7 @@ def _optimizer(
     names: Sequence[str], parameters: Sequence[torch.nn.Parameter], course: Course
 ) -> torch.optim.Optimizer:
     def is_router(name: str) -> bool:
-        return name.endswith(("mlp.router", "mlp.bias"))
+        return name.endswith(ROUTER)
 
     pairs = list(zip(names, parameters, strict=True))
     routers = [p for n, p in pairs if is_router(n)]
@@ -241,22 +246,3 @@ def _average(parameters: Sequence[torch.nn.Parameter], ranks: int) -> None:
         if p.grad is not None:
             p.grad.copy_(flat[at : at + p.numel()].view_as(p) / ranks)
             at += p.numel()
-
-
-def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, state: _State) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(
-        {"delta": student.delta(), "optimizer": optimizer.state_dict(), "state": vars(state)},
-        partial,
-    )
-    partial.replace(path)
-
-
-def _resume(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> _State:
-    if not path.is_file():
-        return _State()
-    saved = torch.load(path, weights_only=True)
-    student.load_delta(saved["delta"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return _State(**saved["state"])

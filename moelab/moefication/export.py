@@ -20,16 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moelab.moefication.grouping import Grouping
-from moelab.moefication.student import MaskedMoE, Shape, Student
+from moelab.moefication.student import Adapted, MaskedMoE, Shape, Student
 from moelab.store.destination import partial_folder, remove_stale
 
 __all__ = ["load_delta", "materialise", "save_delta"]
 
-_FORMAT = "moelab-delta-1"
+_FORMAT = "moelab-delta-2"
+_SAMPLE = "dense.sample"
 
 
 def save_delta(
@@ -45,12 +46,21 @@ def save_delta(
         The file, replaced as a whole.
     facts
         Anything JSON holds: what it was made from, and how.
+
+    Raises
+    ------
+    ValueError
+        A value is not finite in half precision.
     """
     path = Path(path)
     tensors = {
         name: value.half().contiguous() if value.is_floating_point() else value.contiguous()
         for name, value in student.delta().items()
     }
+    bad = [n for n, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise ValueError(f"{bad[0]} holds values that are not finite; train at a lower rate")
+    tensors[_SAMPLE] = student.sample()
     metadata = {
         "format": _FORMAT,
         "shape": json.dumps(student.facts()),
@@ -68,25 +78,36 @@ def load_delta(dense: Any, path: str | os.PathLike[str]) -> tuple[Student, dict[
     Raises
     ------
     ValueError
-        The file is no delta, or not one of this model.
+        The file is no delta, is damaged, or belongs to another model.
+    FileNotFoundError
+        There is no such file.
     """
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path} is not a {_FORMAT} file; make one with save_delta")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); get it or make it again") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path} is not a {_FORMAT} file; make one with save_delta")
     entries = json.loads(metadata["shape"])
     shape = Shape(**{**entries, "ranks": tuple(entries["ranks"])})
     layers, neurons = dense.config.num_hidden_layers, dense.config.intermediate_size
     orders = [value.long() for name, value in _by_layer(tensors) if name.endswith(".mlp.order")]
+    other = (
+        f"{path} was made from another model than this one of {layers} layers with {neurons} "
+        f"neurons; load the model named in its facts: {metadata['facts']}"
+    )
     if [len(order) for order in orders] != [neurons] * layers:
-        raise ValueError(
-            f"{path} was made from another model than this one of {layers} layers with "
-            f"{neurons} neurons; load the model named in its facts: {metadata['facts']}"
-        )
+        raise ValueError(other)
     groupings = [Grouping(order, shape.shared, shape.experts) for order in orders]
     student = Student(dense, groupings, shape).eval()
-    student.load_delta(tensors)
+    if not torch.allclose(student.sample(), tensors[_SAMPLE], rtol=1e-3, atol=1e-6):
+        raise ValueError(other)
+    try:
+        student.load_delta(tensors)
+    except ValueError as error:
+        raise ValueError(f"{other} ({error})") from error
     return student, json.loads(metadata["facts"])
 
 
@@ -101,7 +122,7 @@ def config(dense: Any, shape: Shape, top_k: int) -> Any:
 
     theirs = dense.config
     width = shape.width(theirs.intermediate_size)
-    heads = theirs.num_attention_heads
+    heads, attention = theirs.num_attention_heads, dense.model.layers[0].self_attn
     kept = (
         "vocab_size",
         "hidden_size",
@@ -123,7 +144,7 @@ def config(dense: Any, shape: Shape, top_k: int) -> Any:
     result = Glm4MoeConfig(
         **settings,
         rope_parameters={**theirs.rope_parameters, "partial_rotary_factor": 1.0},
-        attention_bias=False,
+        attention_bias=attention.q_proj.bias is not None,
         moe_intermediate_size=width,
         num_experts_per_tok=top_k,
         n_shared_experts=shape.shared // width,
@@ -131,7 +152,7 @@ def config(dense: Any, shape: Shape, top_k: int) -> Any:
         routed_scaling_factor=float(top_k),
         first_k_dense_replace=0,
         norm_topk_prob=True,
-        use_qk_norm=False,
+        use_qk_norm=hasattr(attention, "q_norm"),
         num_mtp_layers=0,
     )
     result.architectures = ["Glm4MoeForCausalLM"]
@@ -145,19 +166,22 @@ def stock(dense: Any, student: Student, *, top_k: int, dtype: torch.dtype = torc
     Parameters
     ----------
     dense
-        The model it was made from; only its configuration is read.
+        The model it was made from; its weights are not read.
     student
         A trained student.
     top_k
         Active experts.
     dtype
-        Of its weights.
+        Of its weights, but for the routers, which stay in float32.
     """
     from transformers import Glm4MoeForCausalLM
 
     with torch.device("meta"):
         model = Glm4MoeForCausalLM(config(dense, student.shape, top_k)).eval()
-    state = {name: value.to(dtype, copy=True).contiguous() for name, value in _merged(student)}
+    state = {
+        name: value.to(torch.float32 if ".mlp.gate." in name else dtype, copy=True).contiguous()
+        for name, value in _merged(student)
+    }
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     rotary = type(model.model.rotary_emb)
@@ -171,9 +195,11 @@ def _merged(student: Student) -> Iterator[tuple[str, torch.Tensor]]:
         if "self_attn" not in name and ".mlp." not in name:
             yield name, value
     for i, layer in enumerate(student.model.model.layers):
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            key = f"model.layers.{i}.self_attn.{name}.weight"
-            yield key, getattr(layer.self_attn, name).merged()
+        for name, part in layer.self_attn.named_children():
+            key = f"model.layers.{i}.self_attn.{name}"
+            yield f"{key}.weight", part.merged() if isinstance(part, Adapted) else part.weight
+            if isinstance(bias := getattr(part, "bias", None), torch.Tensor):
+                yield f"{key}.bias", bias
         for name, value in _experts(layer.mlp).items():
             yield f"model.layers.{i}.mlp.{name}", value
 
@@ -222,7 +248,12 @@ def materialise(
     tokenizer
         Saved beside the model, with its chat template.
     dtype
-        Of the weights.
+        Of the weights, but for the routers, which stay in float32.
+
+    Raises
+    ------
+    ValueError
+        The number of active experts is impossible.
     """
     if not 1 <= top_k <= student.shape.experts:
         raise ValueError(
@@ -237,7 +268,9 @@ def materialise(
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        old = folder.with_name(f"{folder.name}.partial-old-{os.getpid()}")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     return folder

@@ -8,25 +8,21 @@ from a hub.
 
 from __future__ import annotations
 
-import hashlib
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from moelab import offered
 from moelab.moefication.export import load_delta, materialise
-from moelab.offered import SMOLLM2, wheel_file
-from moelab.paths import cache_dir
+from moelab.offered import wheel_file
 
-__all__ = ["PROMPTS", "TOP_K", "build", "load_dense", "read_gguf"]
+__all__ = ["PROMPTS", "build", "load_dense", "read_gguf"]
 
-TOP_K = 8
 PROMPTS = {
     "question": [
         "What is the capital of France?",
@@ -42,7 +38,6 @@ PROMPTS = {
         "How can I learn a new language?",
     ],
 }
-_BUILDING = threading.Lock()  # two threads ask for it: the second finds it done
 
 
 def load_dense() -> tuple[Any, Any]:
@@ -59,11 +54,23 @@ def load_dense() -> tuple[Any, Any]:
 def read_gguf(file: Path) -> tuple[Any, Any]:
     """A Llama-like model and its tokenizer from one GGUF file, dequantised to float32."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GgufConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
     local = {"gguf_file": file.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **local)
-    read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **local)
+    read = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        dtype=torch.float32,
+        device_map="cpu",
+        quantization_config=GgufConfig(dequantize=True),
+        **local,
+    )
     settings = read.config.to_dict()
     settings.pop("quantization_config", None)  # the weights are plain float32 now
     with torch.device("meta"):
@@ -83,12 +90,13 @@ def build(
 ) -> Path:
     """The checkpoint folder of the mixture in the user's cache, made now if it is not there.
 
-    Stopped half-way it leaves nothing behind.
+    Stopped half-way it leaves nothing behind; whoever else asks for it meanwhile waits and finds
+    it done.
 
     Parameters
     ----------
     top_k
-        Active experts per token, by default `TOP_K`.
+        Active experts per token, by default 8 of the 16.
     delta
         What moefy learnt, by default the file that comes with moelab; another file makes another
         folder.
@@ -99,26 +107,34 @@ def build(
     ------
     ImportError
         The wheel is not installed; the message holds the command.
+    FileNotFoundError
+        There is no such delta.
+    ValueError
+        The number of active experts is not positive, or the delta belongs to another model.
 
     Examples
     --------
     >>> moelab.open(smollm2.build(top_k=4))  # half the neurons active  # doctest: +SKIP
     """
-    delta, top_k = delta or offered.DELTA, top_k or TOP_K
+    delta, top_k = delta or offered.DELTA, offered.TOP_K if top_k is None else top_k
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1, and at most the number of experts")
     if not delta.is_file():
-        raise FileNotFoundError(f"{delta} is not there; this copy of moelab came without it")
-    digest = hashlib.blake2b(delta.read_bytes(), digest_size=6).hexdigest()
-    folder = cache_dir() / "models" / f"{SMOLLM2}-top{top_k}-{digest}"
-    with _BUILDING:
-        if (folder / "config.json").is_file():
-            return folder
-        with _steps(progress) as step:
+        raise FileNotFoundError(
+            f"{delta} is not there: this copy of moelab came without it; install moelab again, or "
+            "give the delta of a model of your own"
+        )
+    folder = offered.folder(delta, top_k)
+    if offered.is_built(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")), _steps(progress) as step:
+        if not offered.is_built(folder):
             step("reading SmolLM2-135M (half a minute)")
             model, tokenizer = load_dense()
             step("making experts of it")
             student, _ = load_delta(model, delta)
             step("writing the mixture")
-            folder.parent.mkdir(parents=True, exist_ok=True)
             materialise(model, student, folder, top_k=top_k, tokenizer=tokenizer)
     return folder
 
@@ -128,10 +144,11 @@ def _steps(progress: bool | Callable[[str], None]) -> Iterator[Callable[[str], N
     """What to call at each of three steps; no bars of transformers' own."""
     from transformers.utils import logging
 
-    reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
-    theirs, their_bar = logging.is_progress_bar_enabled(), reader.tqdm
+    reader: Any = _gguf_reader()
+    theirs, their_bar = logging.is_progress_bar_enabled(), getattr(reader, "tqdm", None)
     logging.disable_progress_bar()
-    reader.tqdm = partial(tqdm, disable=True)
+    if their_bar is not None:
+        reader.tqdm = partial(tqdm, disable=True)
     try:
         with tqdm(total=3, unit="step", disable=progress is not True) as bar:
 
@@ -143,6 +160,16 @@ def _steps(progress: bool | Callable[[str], None]) -> Iterator[Callable[[str], N
 
             yield step
     finally:
-        reader.tqdm = their_bar
+        if their_bar is not None:
+            reader.tqdm = their_bar
         if theirs:
             logging.enable_progress_bar()
+
+
+def _gguf_reader() -> Any:
+    """What reads such files in this version of transformers, if it is where it was."""
+    try:
+        from transformers import modeling_gguf_pytorch_utils
+    except ImportError:
+        return None
+    return modeling_gguf_pytorch_utils

@@ -25,6 +25,9 @@ from moelab.moefication.grouping import Grouping
 
 __all__ = ["Adapted", "MaskedMoE", "Shape", "Student", "set_top_k"]
 
+ROUTER = ("mlp.router", "mlp.bias")
+"""How the names of a router's parameters end."""
+
 _SOFTNESS = 0.05  # of the straight-through threshold, in units of sigmoid scores
 
 
@@ -47,13 +50,32 @@ class Shape:
     shared: int = 512
     ranks: tuple[int, int, int] = (16, 32, 64)
 
+    def __post_init__(self) -> None:
+        if self.experts < 2 or len(self.ranks) != 3 or min(self.ranks) < 1:
+            raise ValueError(f"{self} needs at least 2 experts and three ranks of at least 1")
+
+    @classmethod
+    def of(cls, neurons: int) -> Shape:
+        """One that fits a layer of so many neurons: a third shared, about 16 experts.
+
+        An expert's width is a multiple of 64 where that is possible, as the kernels like it.
+        """
+        whole = [w for w in range(1, neurons // 3 + 1) if neurons % w == 0]
+        widths = [w for w in whole if w % 64 == 0] or whole
+        if not widths:
+            raise ValueError(f"{neurons} neurons are too few to be split into experts")
+        pieces = min((neurons // w for w in widths), key=lambda count: abs(count - 24))
+        shared = max(1, round(pieces / 3))
+        return cls(experts=pieces - shared, shared=shared * (neurons // pieces))
+
     def width(self, neurons: int) -> int:
         """Neurons of one expert of a layer that has so many; a ValueError if it cannot be."""
         width, left = divmod(neurons - self.shared, self.experts)
         if left or width < 1 or self.shared % width or not self.shared:
             raise ValueError(
                 f"{neurons} neurons do not split into {self.shared} shared and {self.experts} "
-                "experts; the rest must divide equally, and shared be a multiple of their width"
+                "experts; the rest must divide equally, and shared be a multiple of their width. "
+                f"{Shape.of(neurons)} fits"
             )
         return width
 
@@ -63,18 +85,19 @@ class Shape:
 
 
 class Adapted(nn.Module):
-    """A frozen matrix with a trainable low-rank correction: ``x (W + B A)^T``."""
+    """A frozen matrix, and bias, with a trainable low-rank correction: ``x (W + B A)^T + bias``."""
 
-    def __init__(self, weight: torch.Tensor, rank: int) -> None:
+    def __init__(self, weight: torch.Tensor, rank: int, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         outputs, inputs = weight.shape
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.bias = bias  # the copy's own, frozen with it
         self.a = nn.Parameter(torch.randn(rank, inputs) * inputs**-0.5)
         self.b = nn.Parameter(torch.zeros(outputs, rank))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, inputs]`` to ``[T, outputs]``."""
-        return F.linear(x, self.weight) + F.linear(F.linear(x, self.a), self.b)
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.a), self.b)
 
     def merged(self) -> torch.Tensor:
         """The corrected matrix."""
@@ -180,8 +203,9 @@ class Student(nn.Module):
         for layer, grouping in zip(self.model.model.layers, groupings, strict=True):
             layer.mlp = MaskedMoE(layer.mlp, grouping, shape)
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                projection = getattr(layer.self_attn, name)
-                setattr(layer.self_attn, name, Adapted(projection.weight, shape.ranks[0]))
+                dense_one = getattr(layer.self_attn, name)
+                adapted = Adapted(dense_one.weight, shape.ranks[0], dense_one.bias)
+                setattr(layer.self_attn, name, adapted)
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.weight.requires_grad_()
         self.model.model.norm.weight.requires_grad_()
@@ -199,15 +223,45 @@ class Student(nn.Module):
         """Everything that is not in the dense model: what trained, and the neurons' order."""
         tensors = {name: p.detach() for name, p in self.trained()}
         for i, mixture in enumerate(self.mixtures):
-            tensors[f"model.layers.{i}.mlp.order"] = mixture.order.to(torch.int16)
+            tensors[f"model.layers.{i}.mlp.order"] = mixture.order.to(torch.int32)
         return tensors
 
     def load_delta(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Put a delta's values in place; the groupings must be those it was made with."""
-        own = dict(self.trained())
+        """Put a delta's values in place; the groupings must be those it was made with.
+
+        Raises
+        ------
+        ValueError
+            A tensor is missing or has another shape.
+        """
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in self.trained():
+                if name not in tensors or tensors[name].shape != parameter.shape:
+                    found = list(tensors[name].shape) if name in tensors else "missing"
+                    raise ValueError(f"{name} is {found}, not {list(parameter.shape)}")
                 parameter.copy_(tensors[name])
+
+    def sample(self) -> torch.Tensor:
+        """A few frozen weights, float32 ``[64]``, by which the dense model is known again."""
+        first, *_, last = self.model.model.layers
+        parts = [layer.self_attn.q_proj.weight.flatten()[:32] for layer in (first, last)]
+        return torch.cat(parts).float()
+
+    @torch.no_grad()
+    def rounded(self, dtype: torch.dtype) -> Student:
+        """Round in place what a checkpoint of this type would round; itself.
+
+        Routers stay as they are: where two experts are nearly equal, a rounded one chooses
+        another.
+        """
+        for module in self.model.modules():
+            if isinstance(module, Adapted):
+                module.weight.copy_(module.merged())
+                module.b.zero_()
+        for name, parameter in self.model.named_parameters():
+            if not name.endswith(ROUTER):
+                parameter.copy_(parameter.to(dtype))
+        return self
 
     def facts(self) -> dict[str, object]:
         """The shape, for a delta's metadata."""

@@ -10,6 +10,7 @@ Letters: N windows, T tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,23 @@ class Targets:
     ids
         int64 ``[N, T]``.
     folder
-        Where to keep them, 256 bytes a token; it must belong to these very windows.
+        Where to keep them, 384 bytes a token; it must belong to these very windows.
     """
 
     def __init__(self, teacher: Any, ids: torch.Tensor, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._teacher, self._ids = teacher, ids
         shape = (*ids.shape, LIKELIEST)
-        self._tokens = _mapped(folder / "tokens.bin", np.uint16, shape)
-        self._logs = _mapped(folder / "logs.bin", np.float16, shape)
-        self._known = _mapped(folder / "known.bin", np.uint8, (len(ids),))
+        parts = {"tokens": (np.int32, shape), "logs": (np.float16, shape)}
+        parts["known"] = (np.uint8, (len(ids),))
+        files = [(folder / f"{name}.bin", *part) for name, part in parts.items()]
+        if not all(_fits(*file) for file in files):  # one without the others says nothing
+            for path, dtype, size in files:
+                path.write_bytes(b"")
+                os.truncate(path, _bytes(dtype, size))
+        self._tokens, self._logs, self._known = (
+            np.memmap(path, dtype, mode="r+", shape=size) for path, dtype, size in files
+        )
 
     @torch.no_grad()
     def __getitem__(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,19 +60,19 @@ class Targets:
             logits = self._teacher(self._ids[new], use_cache=False).logits
             for row, values in zip(new, logits, strict=True):
                 top = (values - values.logsumexp(-1, keepdim=True)).topk(LIKELIEST, -1)
-                self._tokens[row] = top.indices.to(torch.uint16).numpy()
+                self._tokens[row] = top.indices.to(torch.int32).numpy()
                 self._logs[row] = top.values.half().numpy()
                 self._known[row] = 1
         tokens = torch.from_numpy(self._tokens[rows].astype(np.int64))
         return tokens, torch.from_numpy(self._logs[rows].astype(np.float32))
 
 
-def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    if not path.exists() or path.stat().st_size != size:
-        with path.open("wb") as stream:
-            stream.truncate(size)
-    return np.memmap(path, dtype, mode="r+", shape=shape)
+def _bytes(dtype: type, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def _fits(path: Path, dtype: type, shape: tuple[int, ...]) -> bool:
+    return path.is_file() and path.stat().st_size == _bytes(dtype, shape)
 
 
 def divergence(

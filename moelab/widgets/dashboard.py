@@ -238,13 +238,13 @@ class Dashboard(anywidget.AnyWidget):
         view that comes back finds all as it was. A run nobody can see or stop any more ends.
         """
         with self._lock:
+            self._models.leave()
             run = self._mine and self._mine()
             if run is not None:
                 run.stop()
             self._runs.stop()
             self._held = self._framer = None
             self._past.forget()
-            self._models.close()
             self._told = None, {}
             self.frame = {}
 

@@ -55,8 +55,19 @@ class Models:
         )
         self.thread.start()
 
+    def leave(self) -> None:
+        """Go back to the lab shown first, and close the one that was opened here, if any."""
+        own, self._own = self._own, None
+        if own is None:
+            return
+        if (first := self._first()) is not None:
+            self._bind(first)
+            self._now = first.info()["name"]
+        own.close()
+        self._say()
+
     def close(self) -> None:
-        """Close the lab that was opened here, if there is one."""
+        """Close the lab that was opened here, and none is opened any more."""
         self._closed = True
         own, self._own = self._own, None
         if own is not None:
