@@ -55,8 +55,8 @@ def find_store(
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         return _packed(str(model), str(model).replace("/", "--"), tiers, progress)
     raise ValueError(
-        f"model {str(model)!r} is not 'demo', a store (a folder with manifest.json), a checkpoint "
-        "(a folder with config.json and safetensors) or a hub id like 'org/name'"
+        f"model {str(model)!r} is not 'demo', {SMOLLM2!r}, a store (a folder with manifest.json), "
+        "a checkpoint (a folder with config.json and safetensors) or a hub id like 'org/name'"
     )
 
 

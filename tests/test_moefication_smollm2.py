@@ -264,10 +264,16 @@ REAL = pytest.mark.skipif(
 @REAL
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_real_one_answers_a_question():
-    with moelab.open("smollm2-moe", budget="100%", progress=False) as opened:
-        answer = opened.generate("What is the capital of France?", max_new_tokens=24).text
-    assert "Paris" in answer
+def test_the_real_one_answers_in_english_and_fewer_bits_take_it_further_from_that():
+    with moelab.open("smollm2-moe", budget="100%", measure_kl=True, progress=False) as opened:
+        runs = []
+        for bits in (16, 4, 2):
+            opened.update(bits=bits)
+            runs.append(opened.generate("What is the capital of France?", max_new_tokens=24))
+    assert "The capital of France" in runs[0].text
+    assert len({run.text for run in runs}) == 3
+    kl = [run.summary()["kl_mean"] for run in runs]
+    assert kl[0] < 1e-4 < kl[1] < kl[2]
 
 
 @REAL

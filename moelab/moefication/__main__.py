@@ -80,7 +80,7 @@ def main(
         size = save_delta(student, delta, facts={**FACTS, "distilled on": f"{seen:,} tokens"})
         typer.echo(f"{delta}: {size / 1e6:.1f} MB, {seen:,} tokens")
     student, facts = load_delta(dense, delta)
-    student.rounded(torch.bfloat16)  # what is measured is what is built of the delta
+    student.rounded(smollm2.DTYPE)  # what is measured is what is built of the delta
     found = Measured(card_file.with_suffix(".json"), delta)
     texts = {
         path.stem: windows([path.read_text(encoding="utf-8")], tokenizer, most=most)

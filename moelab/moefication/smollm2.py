@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
 
@@ -21,7 +22,10 @@ from moelab import offered
 from moelab.moefication.export import load_delta, materialise
 from moelab.offered import wheel_file
 
-__all__ = ["PROMPTS", "build", "load_dense", "read_gguf"]
+__all__ = ["DTYPE", "PROMPTS", "build", "load_dense", "read_gguf"]
+
+DTYPE = torch.float16
+"""Of the weights that are built; bfloat16 rounds enough to be seen in the perplexity."""
 
 PROMPTS = {
     "question": [
@@ -53,7 +57,6 @@ def load_dense() -> tuple[Any, Any]:
 
 def read_gguf(file: Path) -> tuple[Any, Any]:
     """A Llama-like model and its tokenizer from one GGUF file, dequantised to float32."""
-    import torch
     from transformers import (
         AutoModelForCausalLM,
         AutoTokenizer,
@@ -135,7 +138,7 @@ def build(
             step("making experts of it")
             student, _ = load_delta(model, delta)
             step("writing the mixture")
-            materialise(model, student, folder, top_k=top_k, tokenizer=tokenizer)
+            materialise(model, student, folder, top_k=top_k, tokenizer=tokenizer, dtype=DTYPE)
     return folder
 
 
