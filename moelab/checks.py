@@ -149,10 +149,10 @@ def _kernel_errors() -> dict[int, float]:
         plain = {n: w.double().numpy() for n, w in decode(blob, layout, bits).items()}
         gate, up = np.split(x @ plain["gate_up_proj"].T, 2, axis=1)  # [T, F] each
         want = (gate / (1 + np.exp(-gate)) * up) @ plain["down_proj"].T
-        got, one = np.zeros_like(x), np.ones((1, 2), np.float32)
+        got, one = np.empty((1, *x.shape), np.float32), np.ones((1, 2), np.float32)
         address, tier = np.array([blob.ctypes.data], np.uintp), np.array([bits])
         swiglu_experts(address, tier, x, one, got, inner=inner, half=layout.dtype)
-        errors[bits] = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+        errors[bits] = float(np.linalg.norm(got[0] - want) / np.linalg.norm(want))
     return errors
 
 

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 import moelab
 from moelab.engine.devices import DEVICES, Device, Throttle
 from moelab.engine.generation import Decoder
+from moelab.engine.routed import Routed
+from moelab.scheduling.plan import Serve
 from moelab.scheduling.replay import replay
 from moelab.scheduling.scheduler import requests
 from moelab.strategies import NAMES
@@ -64,6 +66,53 @@ def test_full_precision_equals_stock_transformers(lab, stock):
         lab._engine.end_of_token()
         new = [token]
     assert worst <= 1e-4
+
+
+def test_whatever_is_resident_the_logits_are_the_same_to_the_last_bit(lab):
+    """Experts arrive in another order then; what they sum up to must not hang on it."""
+    story = lab._encode(PROMPT)
+    answer = lab.generate(PROMPT, max_new_tokens=20, ignore_eos=True).tokens
+
+    def logits() -> torch.Tensor:
+        lab._engine.new_sequence()
+        decoder, steps = Decoder(lab._engine), []
+        for new in (story, *([token] for token in answer)):
+            steps.append(decoder.step(new).clone())
+            lab._engine.end_of_token()
+        return torch.stack(steps)
+
+    warm = logits()
+    for budget in ("25%", "50%", "100%"):  # each begins with what the one before it left
+        lab.update(budget=budget)
+        assert torch.equal(logits(), warm), budget
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 40, 150])
+@pytest.mark.parametrize("kind", ["kernels", "torch", "scaled input"])
+def test_experts_add_up_to_the_same_bits_in_whatever_groups_they_arrive(
+    lab, monkeypatch, tokens, kind
+):
+    compute, random = lab._engine.compute, np.random.default_rng(tokens)
+    width = compute.layout.tensors[1][1][0]
+    monkeypatch.setattr(compute, "fast", kind == "kernels")
+    x = torch.from_numpy(random.standard_normal((tokens, width), np.float32))
+    idx = np.stack([random.permutation(16)[:6] for _ in range(tokens)])
+    gates = random.random((tokens, 6), np.float32)
+    routed = Routed(torch.from_numpy(idx), torch.from_numpy(gates), 16)
+    left_out = idx[0, 3]  # a strategy may skip one: the rest must not wait for it
+    there = [e for e in np.unique(idx).tolist() if e != left_out]
+
+    def output(order: list[int], group: int) -> torch.Tensor:
+        batch = compute.batch(2, x, routed, scale_input=kind == "scaled input")
+        for at in range(0, len(order), group):
+            some = [(e, 16 if e % 2 else 4) for e in order[at : at + group]]
+            batch.add([(Serve(e, e, b, b, False, ""), compute._mapped(2, e, b)) for e, b in some])
+        return batch.result()
+
+    whole = output(there, len(there))
+    assert whole.abs().max() > 0
+    for group in (1, 2, 3):
+        assert torch.equal(output(random.permutation(there).tolist(), group), whole)
 
 
 @pytest.mark.alone

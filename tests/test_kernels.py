@@ -35,8 +35,8 @@ def make_blobs(layout: Layout, tiers: list[int], *, seed: int = 0) -> list[np.nd
 
 
 def run(layout, blobs, tiers, x, gate, out=None):
-    """Call the kernel on blobs; returns `out`."""
-    out = np.zeros_like(x) if out is None else out
+    """Call the kernel on blobs; returns the sum of its outputs, ``[T, H]``."""
+    out = np.zeros((len(blobs), *x.shape), np.float32) if out is None else out
     addresses = np.array([blob.ctypes.data for blob in blobs], np.uintp)
     kernels.swiglu_experts(
         addresses,
@@ -47,7 +47,7 @@ def run(layout, blobs, tiers, x, gate, out=None):
         inner=layout.tensors[1][1][1],
         half=layout.dtype,
     )
-    return out
+    return out.sum(0)
 
 
 def reference(layout, blobs, tiers, x, gate):
@@ -103,12 +103,15 @@ def test_tiers_mix_in_one_call_for_any_number_of_tokens(count):
     np.testing.assert_allclose(mixed, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_outputs_are_added_to_what_is_there():
+def test_each_expert_writes_its_own_place_and_only_where_it_is_chosen():
     layout, x = swiglu_layout(64, 64), tokens(2, 64)
-    blobs, gate = make_blobs(layout, [16]), np.full((1, 2), 0.5, np.float32)
-    fresh = run(layout, blobs, [16], x, gate)
-    added = run(layout, blobs, [16], x, gate, out=np.ones((2, 64), np.float32))
-    np.testing.assert_allclose(added, fresh + 1, rtol=1e-6)
+    blobs, gate = make_blobs(layout, [16, 4]), np.array([[0.5, 0], [0, 2]], np.float32)
+    out = np.full((2, 2, 64), 7, np.float32)
+    run(layout, blobs, [16, 4], x, gate, out)
+    assert (out[[0, 1], [1, 0]] == 7).all()
+    alone = run(layout, blobs[1:], [4], x, gate[1:])
+    assert np.array_equal(out[1, 1], alone[1])
+    assert error(out[0, :1], reference(layout, blobs[:1], [16], x[:1], gate[:1, :1])) < 1e-5
 
 
 def test_no_experts_and_no_tokens_do_nothing():
@@ -259,11 +262,11 @@ def test_wrong_arrays_are_refused_before_memory_is_read():
         "bits": np.array([4]),
         "x": x,
         "gate": np.ones((1, 2), np.float32),
-        "out": np.zeros_like(x),
+        "out": np.zeros((1, *x.shape), np.float32),
         "inner": 64,
         "half": "bfloat16",
     }
-    frozen = np.zeros_like(x)
+    frozen = np.zeros((1, *x.shape), np.float32)
     frozen.flags.writeable = False
     bad = [
         ("bits", np.array([5]), "expert 0 of the call has 5 bit"),

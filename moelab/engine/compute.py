@@ -1,8 +1,10 @@
 """What experts compute: the kernels for SwiGLU experts, any family's own code for the rest.
 
-A `Batch` collects the output of one layer while its experts arrive. `full_precision` is the
-measuring instrument: the same layer with every expert at the store's best tier, read through the
-page cache and outside the budget, for comparing logits.
+A `Batch` collects the output of one layer while its experts arrive, and adds them up in the order
+of their numbers: a floating-point sum depends on the order, and where two experts are nearly equal
+to a router its last bit chooses. So the same experts at the same bits write the same text, whoever
+was in the cache. `full_precision` is the measuring instrument: the same layer with every expert at
+the store's best tier, read through the page cache and outside the budget, for comparing logits.
 
 T tokens, K active, D model, n experts of one call.
 """
@@ -56,9 +58,10 @@ class ExpertCompute:
 
     def batch(self, layer: int, x: torch.Tensor, routed: Routed, scale_input: bool) -> Batch:
         """A new layer's output, to be filled expert by expert; ``x`` is ``[T, D]``."""
-        if self.fast and not scale_input:
-            return KernelBatch(self, layer, x, routed)
-        return TorchBatch(self, layer, x, routed, scale_input)
+        if not self.fast or scale_input:
+            return TorchBatch(self, layer, x, routed, scale_input)
+        few = len(x) <= FEW_TOKENS
+        return (KernelBatch if few else PrefillBatch)(self, layer, x, routed)
 
     def full_precision(
         self,
@@ -103,7 +106,7 @@ class Batch:
         self.layer, self._compute, self._x, self._routed = layer, compute, x, routed
 
     def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
-        """Add the outputs of experts whose bytes are in memory."""
+        """Compute experts whose bytes are in memory; these are free to go afterwards."""
         raise NotImplementedError
 
     def result(self) -> torch.Tensor:
@@ -119,42 +122,81 @@ class Batch:
 
 
 class KernelBatch(Batch):
-    """SwiGLU experts through the kernels, each at its own bits."""
+    """SwiGLU experts of few tokens, each at its own bits: one kernel call for all that are here."""
 
     def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
         super().__init__(compute, layer, x, routed)
         self._in = x.float().contiguous()
-        self._out = torch.zeros_like(self._in)
+        self._calls: list[np.ndarray] = []  # [n, T, D]
+        self._experts: list[int] = []  # of all calls
 
     def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
-        """One kernel call for all of them, or one expert after another for many tokens."""
+        """Keep the output of each expert."""
         if not served:
             return
-        gates = [self._gate(s.expert) for s, _ in served]
-        if len(self._in) <= FEW_TOKENS:
-            kernels.swiglu_experts(
-                np.array([m.addr for _, m in served], np.uintp),
-                np.array([s.bits for s, _ in served], np.int64),
-                self._in.numpy(),
-                np.stack(gates).astype(np.float32, copy=False),
-                self._out.numpy(),
-                inner=self._compute.inner,
-                half=self._compute.layout.dtype,
-            )
-            return
-        for (serve, memory), gate in zip(served, gates, strict=True):
-            rows = torch.from_numpy(np.flatnonzero(gate))
-            y = kernels.swiglu_prefill(
-                memory.view, serve.bits, self._compute.layout, self._in[rows]
-            )
-            self._out.index_add_(0, rows, y * torch.from_numpy(gate[rows.numpy()])[:, None])
+        served = sorted(served, key=lambda one: one[0].expert)
+        outputs = np.zeros((len(served), *self._in.shape), np.float32)
+        kernels.swiglu_experts(
+            np.array([m.addr for _, m in served], np.uintp),
+            np.array([s.bits for s, _ in served], np.int64),
+            self._in.numpy(),
+            np.stack([self._gate(s.expert) for s, _ in served]).astype(np.float32, copy=False),
+            outputs,
+            inner=self._compute.inner,
+            half=self._compute.layout.dtype,
+        )
+        self._calls.append(outputs)
+        self._experts += [s.expert for s, _ in served]
 
     def result(self) -> torch.Tensor:
-        """The layer's output ``[T, D]`` in the model's dtype."""
+        """Add up, one expert after another."""
+        if not self._calls:
+            return torch.zeros_like(self._x)
+        outputs = self._calls[0]
+        if len(self._calls) > 1:
+            outputs = np.concatenate(self._calls)[np.argsort(self._experts)]
+        return torch.from_numpy(np.add.reduce(outputs, 0)).to(self._x.dtype)
+
+
+class PrefillBatch(Batch):
+    """Experts of many tokens, one after another, each on the tokens that chose it.
+
+    An output waits until those of all experts before it are added: none where all of them are in
+    the cache; at worst, where the first expert comes last, K times the layer's output.
+    """
+
+    def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
+        super().__init__(compute, layer, x, routed)
+        self._out = torch.zeros_like(x, dtype=self._dtype)
+        self._order = sorted({e for row in routed.experts for e in row})
+        self._early: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
+        """Compute one expert after another."""
+        for serve, memory in sorted(served, key=lambda one: one[0].expert):
+            gate = torch.from_numpy(self._gate(serve.expert))
+            rows = gate.nonzero()[:, 0]
+            y = self._expert(serve.bits, memory, rows, gate[rows, None].to(self._dtype))
+            self._early[serve.expert] = rows, y
+            while self._order and self._order[0] in self._early:
+                self._out.index_add_(0, *self._early.pop(self._order.pop(0)))
+
+    def result(self) -> torch.Tensor:
+        """Add what waits behind an expert that was left out."""
+        for expert in sorted(self._early):
+            self._out.index_add_(0, *self._early[expert])
         return self._out.to(self._x.dtype)
 
+    _dtype = torch.float32
 
-class TorchBatch(Batch):
+    def _expert(
+        self, bits: int, memory: Memory, rows: torch.Tensor, gate: torch.Tensor
+    ) -> torch.Tensor:
+        x = self._x[rows].float()
+        return kernels.swiglu_prefill(memory.view, bits, self._compute.layout, x) * gate
+
+
+class TorchBatch(PrefillBatch):
     """Experts of any kind: decoded to tensors and run by the family's own forward."""
 
     def __init__(
@@ -165,22 +207,14 @@ class TorchBatch(Batch):
         routed: Routed,
         scale_input: bool,
     ) -> None:
-        super().__init__(compute, layer, x, routed)
-        self._scale_input = scale_input
-        self._out = torch.zeros_like(x)
+        self._dtype, self._scale_input = x.dtype, scale_input
         self._module = compute.adapter.layers[layer].module
+        super().__init__(compute, layer, x, routed)
 
-    def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
-        """One expert after another, on the tokens that chose it."""
-        for serve, memory in served:
-            gate = self._gate(serve.expert)
-            rows = torch.from_numpy(np.flatnonzero(gate))
-            share = torch.from_numpy(gate)[rows, None].to(self._x.dtype)
-            tensors = decode(memory.view, self._compute.layout, serve.bits, dtype=self._x.dtype)
-            x = self._x[rows]
-            y = expert_forward(self._module, x * share if self._scale_input else x, tensors)
-            self._out.index_add_(0, rows, y if self._scale_input else y * share)
-
-    def result(self) -> torch.Tensor:
-        """The layer's output ``[T, D]`` in the model's dtype."""
-        return self._out
+    def _expert(
+        self, bits: int, memory: Memory, rows: torch.Tensor, gate: torch.Tensor
+    ) -> torch.Tensor:
+        tensors = decode(memory.view, self._compute.layout, bits, dtype=self._dtype)
+        x = self._x[rows]
+        y = expert_forward(self._module, x * gate if self._scale_input else x, tensors)
+        return y if self._scale_input else y * gate

@@ -141,7 +141,7 @@ def _experts(
     inner: int,
     bfloat: bool,
 ) -> int:
-    """Serve every expert to the tokens whose gate weight for it is not zero.
+    """Serve every expert to the tokens whose gate weight for it is not zero; `out` [n, T, H].
 
     Returns -1, or the index of an expert that cannot be, in which case nothing was done.
     """
@@ -170,7 +170,7 @@ def _experts(
         _linear(down, tier, bfloat, width, tokens, act, a8, a16, a_pairs, result)
         for t in tokens:
             for j in range(width):
-                out[t, j] += gate[e, t] * result[t, j]
+                out[e, t, j] = gate[e, t] * result[t, j]
     return -1
 
 
@@ -232,10 +232,12 @@ def swiglu_experts(
     inner: int,
     half: str,
 ) -> None:
-    """Add the weighted outputs of a layer's experts to `out`, for few tokens (T up to about 8).
+    """Compute the weighted outputs of a layer's experts, for few tokens (T up to about 8).
 
-    ``out[t] += gate[e, t] * swiglu_e(x[t])``. The GIL is released; the memory at `addrs` must
-    stay valid until the call returns. A token whose gate weight is zero costs nothing.
+    ``out[e, t] = gate[e, t] * swiglu_e(x[t])``; adding them up is the caller's, in an order that
+    does not hang on which of them came first. The GIL is released; the memory at `addrs` must
+    stay valid until the call returns. A token whose gate weight is zero costs nothing, and its
+    place in `out` is left as it was.
 
     Parameters
     ----------
@@ -248,7 +250,7 @@ def swiglu_experts(
     gate : numpy.ndarray
         float32 ``[n, T]``.
     out : numpy.ndarray
-        float32 ``[T, H]``, added to.
+        float32 ``[n, T, H]``, written.
     inner : int
         I, the experts' inner width.
     half : {"bfloat16", "float16"}
@@ -264,7 +266,7 @@ def swiglu_experts(
     _check("bits", bits, _INT64, (n,))
     _check("x", x, _FLOAT32, (tokens, width))
     _check("gate", gate, _FLOAT32, (n, tokens))
-    _check("out", out, _FLOAT32, (tokens, width))
+    _check("out", out, _FLOAT32, (n, tokens, width))
     if half not in ("bfloat16", "float16"):
         raise ValueError(f"half={half!r} is not a 16-bit dtype; use 'bfloat16' or 'float16'")
     if width % GROUP or inner % GROUP or inner < GROUP or width < GROUP:
@@ -306,7 +308,7 @@ def swiglu_prefill(blob: np.ndarray, bits: int, layout: Layout, x: torch.Tensor)
     times slower than float32 ones.
     """
     if len(x) <= KERNEL_TOKENS:
-        x, out = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format)
+        x, out = x.contiguous(), x.new_empty((1, *x.shape))
         swiglu_experts(
             np.array([_address(blob, bits, layout)], np.uintp),
             np.array([bits], np.int64),
@@ -316,7 +318,7 @@ def swiglu_prefill(blob: np.ndarray, bits: int, layout: Layout, x: torch.Tensor)
             inner=layout.tensors[1][1][1],
             half=layout.dtype,
         )
-        return out
+        return out[0]
     weights = decode(blob, layout, bits)
     gate, up = F.linear(x, weights["gate_up_proj"]).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, weights["down_proj"])
@@ -339,7 +341,7 @@ def warm_up() -> None:
         np.array(TIERS, np.int64),
         np.ones((1, 64), np.float32),
         np.ones((len(TIERS), 1), np.float32),
-        np.zeros((1, 64), np.float32),
+        np.empty((len(TIERS), 1, 64), np.float32),
         inner=64,
         half=layout.dtype,
     )
