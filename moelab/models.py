@@ -83,9 +83,7 @@ def _packed(
             damaged = True
         else:
             return made
-    if callable(progress):
-        progress(f"packing the experts of {name}")
-    pack(source, made, tiers=tuple(tiers), overwrite=damaged, progress=progress is True)
+    pack(source, made, tiers=tuple(tiers), overwrite=damaged, progress=progress)
     return made
 
 

@@ -81,6 +81,79 @@ def test_the_view_is_told_what_is_being_done_and_then_shows_the_other_model(dash
     assert len(dashboard.frame["map"]["bits"]) == 12 * 16
 
 
+def test_opening_is_stopped_between_two_steps_and_the_old_model_stays(dashboard, monkeypatch):
+    go, here, steps, other = threading.Event(), threading.Event(), [], Chatty()
+
+    def opened(name, *, progress, budget):
+        for words in ("reading", "packing the experts: 3 %"):
+            progress(words)
+            steps.append(words)
+            here.set()
+            go.wait(20)
+        return other
+
+    monkeypatch.setattr(moelab, "open", opened)
+    says(dashboard, "model", name="smollm2-moe")
+    here.wait(20)
+    says(dashboard, "model", stop=True)
+    go.set()
+    dashboard._models.thread.join(20)
+    assert steps == ["reading"]
+    assert dashboard.models["now"] == "demo"
+    assert dashboard.models["opening"] == ""
+    assert dashboard.models["stopped"] == "smollm2-moe was not opened: stopped"
+    assert dashboard.models["error"] == ""
+    chosen(dashboard, "smollm2-moe")
+    assert dashboard.lab is other, "the next time it opens"
+
+
+def test_what_was_opened_while_somebody_said_stop_is_closed_again(dashboard, monkeypatch):
+    other = Chatty()
+
+    def opened(name, **_):
+        says(dashboard, "model", stop=True)
+        return other
+
+    monkeypatch.setattr(moelab, "open", opened)
+    chosen(dashboard, "smollm2-moe")
+    assert dashboard.lab is dashboard.first
+    assert other.shut
+
+
+def test_a_view_that_is_let_go_while_a_model_opens_is_not_given_it(dashboard, monkeypatch):
+    here, go, other = threading.Event(), threading.Event(), Chatty()
+
+    def opened(name, **_):
+        here.set()
+        go.wait(20)
+        return other
+
+    monkeypatch.setattr(moelab, "open", opened)
+    says(dashboard, "hello", view="a")
+    says(dashboard, "model", name="smollm2-moe")
+    here.wait(20)
+    Dashboard(dashboard.first)
+    says(dashboard, "gone", view="a")
+    go.set()
+    dashboard._models.thread.join(20)
+    assert other.shut
+    assert dashboard.lab is dashboard.first
+
+
+def test_the_same_words_are_said_once(dashboard, monkeypatch):
+    before, heard = dashboard.models["said"], []
+
+    def opened(name, *, progress, budget):
+        for _ in range(50):
+            progress("packing the experts: 3 %")
+        heard.append(dashboard.models["said"] - before)
+        return Chatty()
+
+    monkeypatch.setattr(moelab, "open", opened)
+    chosen(dashboard, "smollm2-moe")
+    assert heard == [2]
+
+
 def test_controls_and_runs_are_those_of_the_model_shown(dashboard, monkeypatch):
     other = Chatty()
     monkeypatch.setattr(moelab, "open", lambda name, **_: other)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_models
 from moelab.engine.model import find_moe, load_skeleton
+from moelab.store import destination
 from moelab.store import pack as packing
 from moelab.store.checkpoint import ExpertReader
 from moelab.store.codecs import PAGE, decode, encode
@@ -228,6 +229,24 @@ def test_an_interrupted_pack_leaves_nothing(qwen, tmp_path, monkeypatch, error, 
     assert tree(tmp_path) == []
 
 
+def test_who_is_told_how_far_it_is_may_also_stop_it(qwen, tmp_path):
+    told = []
+    pack(qwen, tmp_path / "store", tiers=(4,), progress=told.append)
+    assert (told[0], told[-1]) == ("reading the source", "writing what is not an expert")
+    done = [int(words.split()[-2]) for words in told[1:-1]]
+    assert done == sorted(done)
+    assert done[0] == 0
+    assert 80 < done[-1] < 100
+
+    def enough(words: str) -> None:
+        if " 50 %" in words:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(qwen, tmp_path / "other", tiers=(4,), progress=enough)
+    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+
+
 def test_an_interrupted_overwrite_keeps_the_old_store(qwen, tmp_path, monkeypatch):
     store = pack(qwen, tmp_path / "store", tiers=(4,), progress=False)
     before = tree(tmp_path)
@@ -242,7 +261,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     qwen, tmp_path, monkeypatch
 ):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(packing.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(destination.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(StoreError, match="the store needs"):
         pack(qwen, tmp_path / "store", progress=False)
     assert tree(tmp_path) == []

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from moelab.moefication.grouping import Grouping
 from moelab.moefication.student import Adapted, MaskedMoE, Shape, Student
-from moelab.store.destination import partial_folder, remove_stale
+from moelab.store.destination import check_room, partial_folder, remove_stale
 
 __all__ = ["load_delta", "materialise", "save_delta"]
 
@@ -254,6 +254,8 @@ def materialise(
     ------
     ValueError
         The number of active experts is impossible.
+    StoreError
+        The disk is too small.
     """
     if not 1 <= top_k <= student.shape.experts:
         raise ValueError(
@@ -264,6 +266,8 @@ def materialise(
     model = stock(dense, student, top_k=top_k, dtype=dtype)
     model.generation_config = dense.generation_config
     remove_stale(folder)
+    tensors = {v.data_ptr(): v.nbytes for v in model.state_dict().values()}  # a tied one once
+    check_room(folder, sum(tensors.values()), "the checkpoint")
     with partial_folder(folder) as partial:
         model.save_pretrained(partial)
         if tokenizer is not None:

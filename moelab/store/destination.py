@@ -27,6 +27,24 @@ def remove_stale(destination: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_room(folder: Path, nbytes: int, what: str, otherwise: str = "") -> None:
+    """Refuse to begin what does not fit beside this folder.
+
+    Raises
+    ------
+    StoreError
+        Fewer than ``nbytes`` bytes are free; it says so of ``what``, and what to do ``otherwise``.
+    """
+    parent = folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise StoreError(
+            f"{what} needs {nbytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free; make "
+            f"room{otherwise}"
+        )
+
+
 @contextmanager
 def partial_folder(destination: Path) -> Iterator[Path]:
     """A folder to write into, gone at the end whatever happens."""

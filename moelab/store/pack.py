@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -32,7 +32,7 @@ from moelab.engine.families import MoELayer, find_moe
 from moelab.engine.skeleton import blank_model
 from moelab.store.checkpoint import Checkpoint, ExpertReader, split
 from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
-from moelab.store.destination import move, partial_folder, remove_stale, sync
+from moelab.store.destination import check_room, move, partial_folder, remove_stale, sync
 from moelab.store.manifest import (
     FORMAT,
     MODEL,
@@ -71,7 +71,7 @@ def pack(
     tiers: Sequence[int] = TIERS,
     fit: Fit | None = None,
     overwrite: bool = False,
-    progress: bool = True,
+    progress: bool | Callable[[str], None] = True,
 ) -> Path:
     """Pack a Mixture-of-Experts checkpoint into a store.
 
@@ -90,7 +90,7 @@ def pack(
     overwrite
         Replace another store at the destination. Folders that are not stores are never replaced.
     progress
-        Show a progress bar.
+        Show a progress bar, or call this with what is being done; if it raises, nothing is left.
 
     Returns
     -------
@@ -131,10 +131,11 @@ class _Work:
         folder: Path,
         name: str,
         tiers: tuple[int, ...],
-        progress: bool,
+        progress: bool | Callable[[str], None],
         fit: Fit | None = None,
     ) -> None:
-        self.folder, self.progress, self.fit = folder, progress, fit
+        self.folder, self.fit = folder, fit
+        self.bars, self.tell = progress is True, progress if callable(progress) else None
         model = blank_model(folder)
         self.checkpoint = Checkpoint(folder)
         self.layers = find_moe(model)
@@ -169,7 +170,9 @@ class _Work:
         """(id of the store, digest of the source): reads every byte of the source once."""
         if self._digest is None:
             files = [*self.checkpoint.files, *self.kept]
-            bar = tqdm(files, desc="reading the source", unit="file", disable=not self.progress)
+            bar = tqdm(files, desc="reading the source", unit="file", disable=not self.bars)
+            if self.tell is not None:
+                self.tell("reading the source")
             sums = [f"{file.name} {digest_file(file)}" for file in bar]
             self._digest = digest("\n".join(sums).encode())
         text = f"{FORMAT} {self.manifest.tiers} {self._digest}"
@@ -181,10 +184,12 @@ class _Work:
         """Write the whole store into an empty folder."""
         store_id, source_digest = self.identity()
         self.manifest = replace(self.manifest, id=store_id, source_digest=source_digest)
-        if self.progress:
+        if self.bars:
             for note in self.manifest.notes:
                 tqdm.write(f"{self.manifest.source}: {note}")
         checksums = self._write_experts(partial)
+        if self.tell is not None:
+            self.tell("writing what is not an expert")
         (partial / MODEL).mkdir()
         write_safetensors(partial / MODEL / "model.safetensors", self.checkpoint, self.rest)
         for file in self.kept:
@@ -221,9 +226,12 @@ class _Work:
 
     def _all_experts(self) -> Iterator[tuple[int, int]]:
         counts = self.manifest.experts_per_layer
-        every = ((layer, e) for layer, count in enumerate(counts) for e in range(count))
-        size = self.experts
-        yield from tqdm(every, total=size, desc="packing", unit="expert", disable=not self.progress)
+        every = [(layer, e) for layer, count in enumerate(counts) for e in range(count)]
+        bar = tqdm(every, desc="packing", unit="expert", disable=not self.bars)
+        for done, key in enumerate(bar):
+            if self.tell is not None:
+                self.tell(f"packing the experts: {100 * done // len(every)} %")
+            yield key
 
 
 def write_safetensors(path: Path, checkpoint: Checkpoint, keys: Iterable[str]) -> None:
@@ -366,12 +374,6 @@ def _is_done(destination: Path, work: _Work, *, overwrite: bool) -> bool:
 
 
 def _check_room(destination: Path, work: _Work) -> None:
-    parent = destination.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
-    if free < work.store_bytes:
-        sizes = {b: nbytes(work.manifest.layout, b) for b in work.manifest.tiers}
-        raise StoreError(
-            f"the store needs {work.store_bytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB "
-            f"free; make room or store fewer tiers (bytes per expert: {sizes})"
-        )
+    sizes = {b: nbytes(work.manifest.layout, b) for b in work.manifest.tiers}
+    fewer = f" or store fewer tiers (bytes per expert: {sizes})"
+    check_room(destination, work.store_bytes, "the store", fewer)
