@@ -1,5 +1,6 @@
 """What one may rely on when a dense model is turned into a mixture: on a tiny random Llama."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -236,6 +237,12 @@ def test_the_comparison_counts_active_neurons_and_the_routing_adds_up(dense, stu
     assert list(table.domain) == ["one", "one", "two", "two"]
     assert table.active.tolist() == pytest.approx([0.4, 0.6, 0.4, 0.6])
     assert (table.kl > 0).all()
+    each = {str(i): ids[i : i + 1] for i in range(6)}  # a window alone has a ratio and no error
+    alone = compare(dense, student, each, top_ks=(1,))
+    logs = np.log(alone.ratio)
+    assert table.ratio[0] == pytest.approx(np.exp(logs.mean()), rel=1e-4)
+    assert table.error[0] == pytest.approx(table.ratio[0] * logs.std() / 6**0.5, rel=1e-3)
+    assert alone.error.isna().all()
     assert routing(student, ids, top_k=2).sum(1).tolist() == pytest.approx([2.0, 2.0])
 
 
@@ -287,7 +294,7 @@ def test_the_card_holds_what_was_measured(dense, student, ids):
     )
     assert text.startswith("# tiny\n")
     assert "- **licence**: none" in text
-    assert f"{table.perplexity[1]:.1f} | {table.ratio[1]:.2f}" in text
+    assert f"{table.perplexity[1]:.1f} | {table.ratio[1]:.3f} ± {table.error[1]:.3f}" in text
     assert "| 2 | 50% |" in text
     assert "- *2 of 4*: Yes, yes." in text
     assert "| 2 bit | 0.3000 | 50% | 1.900 |" in text
@@ -468,3 +475,13 @@ def test_what_cannot_be_a_mixture_is_refused(dense, student, ids, tmp_path):
         moefy(dense, ids[0], tmp_path, shape=SHAPE, course=COURSE)
     with pytest.raises(ValueError, match="choose 1 to 4"):
         materialise(dense, student, tmp_path, top_k=9)
+
+
+def test_a_disk_too_small_for_the_checkpoint_is_refused_before_anything_is_written(
+    dense, student, tmp_path, monkeypatch
+):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match="the checkpoint needs 0.00 GB and .* make room"):
+        materialise(dense, student, tmp_path / "moe", top_k=2)
+    assert list(tmp_path.iterdir()) == []

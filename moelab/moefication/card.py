@@ -60,8 +60,9 @@ def card(
         "",
         "## Beside the dense model",
         "",
-        "Held-out text. Ratio is perplexity over the dense model's, same top-1 how often both have",
-        "the same likeliest next token, KL the divergence in nats per token.",
+        "Held-out text. Ratio is perplexity over the dense model's, with its standard error over",
+        "the windows of text; same top-1 is how often both have the same likeliest next token, KL",
+        "the divergence in nats per token.",
         "",
         *_quality(table),
     ]
@@ -81,18 +82,19 @@ def card(
 
 def _quality(table: pd.DataFrame) -> list[str]:
     lines = [
-        "| text | experts | active | dense | mixture | ratio | same top-1 | KL |",
-        "|---|---|---|---|---|---|---|---|",
+        "| text | windows | experts | active | dense | mixture | ratio | same top-1 | KL |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     ordered = table.sort_values(["top_k", "domain"], ascending=[False, True])
     lines += [
-        f"| {row['domain']} | {row['top_k']} | {row['active']:.0%} | {row['dense']:.1f} "
-        f"| {row['perplexity']:.1f} | {row['ratio']:.2f} | {row['same_top1']:.0%} "
+        f"| {row['domain']} | {row['windows']} | {row['top_k']} | {row['active']:.0%} "
+        f"| {row['dense']:.1f} | {row['perplexity']:.1f} "
+        f"| {row['ratio']:.3f} ± {row['error']:.3f} | {row['same_top1']:.0%} "
         f"| {row['kl']:.3f} |"
         for row in ordered.to_dict("records")
     ]
     lines += [
-        f"| **mean** | {top_k} | {part.active.iloc[0]:.0%} | | | **{part.ratio.mean():.2f}** "
+        f"| **mean** | | {top_k} | {part.active.iloc[0]:.0%} | | | **{part.ratio.mean():.3f}** "
         f"| {part.same_top1.mean():.0%} | {part.kl.mean():.3f} |"
         for top_k, part in sorted(table.groupby("top_k"), reverse=True)
     ]

@@ -47,37 +47,40 @@ def compare(
     -------
     pandas.DataFrame
         Columns domain, top_k, active (share of the feed-forward neurons), dense and perplexity,
-        ratio, kl and same_top1.
+        ratio, its standard error over the windows, kl, same_top1 and windows (how many).
     """
     neurons = dense.config.intermediate_size
     rows = []
     for domain, windows in texts.items():
-        sums = {k: torch.zeros(3) for k in top_ks}
-        reference, count = 0.0, 0
+        base, found = [], {k: [] for k in top_ks}  # of each window, means per token
         for ids in windows.split(batch):
             theirs = dense(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
             following = ids[:, 1:, None]
-            reference -= float(theirs.gather(-1, following).sum())
-            count += following.numel()
+            base.append(-theirs.gather(-1, following)[..., 0].mean(1))
             for k in top_ks:
                 set_top_k(student, k)
                 ours = student.logits(student(ids))[:, :-1].log_softmax(-1)
-                kl = (theirs.exp() * (theirs - ours)).sum()
-                same = (theirs.argmax(-1) == ours.argmax(-1)).sum()
-                sums[k] += torch.stack([-ours.gather(-1, following).sum(), kl, same])
+                loss = -ours.gather(-1, following)[..., 0].mean(1)
+                kl = (theirs.exp() * (theirs - ours)).sum(-1).mean(1)
+                same = (theirs.argmax(-1) == ours.argmax(-1)).float().mean(1)
+                found[k].append(torch.stack([loss, kl, same]))
+        reference = torch.cat(base)
         for k in top_ks:
-            loss, kl, same = (float(value) / count for value in sums[k])
-            perplexity, base = math.exp(loss), math.exp(reference / count)
+            loss, kl, same = torch.cat(found[k], 1)
+            ratio = math.exp((loss - reference).mean())
+            spread = float((loss - reference).std()) if len(loss) > 1 else math.nan
             rows.append(
                 {
                     "domain": domain,
                     "top_k": k,
                     "active": student.shape.active(neurons, k),
-                    "dense": base,
-                    "perplexity": perplexity,
-                    "ratio": perplexity / base,
-                    "kl": kl,
-                    "same_top1": same,
+                    "dense": math.exp(reference.mean()),
+                    "perplexity": math.exp(loss.mean()),
+                    "ratio": ratio,
+                    "error": ratio * spread / len(loss) ** 0.5,
+                    "kl": float(kl.mean()),
+                    "same_top1": float(same.mean()),
+                    "windows": len(loss),
                 }
             )
     return pd.DataFrame(rows)
