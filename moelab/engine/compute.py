@@ -165,6 +165,8 @@ class PrefillBatch(Batch):
     the cache; at worst, where the first expert comes last, K times the layer's output.
     """
 
+    _dtype = torch.float32
+
     def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
         super().__init__(compute, layer, x, routed)
         self._out = torch.zeros_like(x, dtype=self._dtype)
@@ -186,8 +188,6 @@ class PrefillBatch(Batch):
         for expert in sorted(self._early):
             self._out.index_add_(0, *self._early[expert])
         return self._out.to(self._x.dtype)
-
-    _dtype = torch.float32
 
     def _expert(
         self, bits: int, memory: Memory, rows: torch.Tensor, gate: torch.Tensor
