@@ -18,7 +18,7 @@ from importlib import import_module, metadata, util
 from pathlib import Path
 
 from moelab.health import Check
-from moelab.paths import cache_dir
+from moelab.store.paths import cache_dir
 
 OLDEST_PYTHON = (3, 11)
 LAB_BYTES = 700e6
@@ -306,7 +306,8 @@ def demo_store() -> Iterator[Check]:
 
 def destination() -> Path:
     """Where the demo's store lies, or will lie."""
-    from moelab import demo, models
+    from moelab import catalogue as models
+    from moelab import demo
     from moelab.store.codecs import TIERS
 
     return models.destination(demo.checkpoint(), "demo", TIERS)
@@ -321,7 +322,7 @@ def disk() -> Iterator[Check]:
         mend = "export MOELAB_CACHE=/path/on/a/local/disk  # or emulate one: device='sd_card'"
         yield Check("disk", "note", words, mend)
         return
-    from moelab.engine.devices import DEVICES
+    from moelab.store.devices import DEVICES
 
     faster = [n for n, d in DEVICES.items() if (d.bandwidth_bytes_s or 0) > speed]
     beyond = f"; too slow to stand for {', '.join(faster)}" if faster else ""
@@ -330,8 +331,8 @@ def disk() -> Iterator[Check]:
 
 def disk_speed(folder: Path) -> tuple[float, bool]:
     """Bytes a second through the loader from a scratch file in ``folder``, and whether direct."""
-    from moelab.engine.arena import Slot
     from moelab.engine.loader import Loader
+    from moelab.engine.memory import Slot
 
     count = SCRATCH_BYTES // BLOCK_BYTES
     slots = [Slot(16, BLOCK_BYTES) for _ in range(4)]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moelab.challenges.command import app as challenges
+from moelab.course.challenge.command import app as challenges
 
 if TYPE_CHECKING:
     from moelab import Run
@@ -97,7 +97,7 @@ def serve(
     browser: Annotated[bool, typer.Option(help="Open the page here too.")] = True,
 ) -> None:
     """Show the live lab to a class as a web page (Voila): no cells, a kernel for each visitor."""
-    from moelab import serving
+    from moelab.course import serve as serving
 
     serving.serve(notebook, ip=ip, port=port, max_visitors=max_visitors, open_browser=browser)
 
@@ -250,10 +250,10 @@ def bench(
 
 def _bench_suite(model: str, files: Files, *, quick: bool) -> None:
     """Measure, write, print; what Ctrl-C left out is missing, and the exit code says so."""
-    from moelab import bench as measure
+    from moelab.bench.papers.suite import papers
 
     files.check(quick=quick)
-    done = measure.papers(model, quick=quick)
+    done = papers(model, quick=quick)
     for written in files.write(done):
         print(f"moelab: wrote {written}", file=sys.stderr)
     print(done.markdown(), end="")

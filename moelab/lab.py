@@ -20,27 +20,27 @@ import numpy as np
 import torch
 
 from moelab.calibration.profile import Profile, Strategies
-from moelab.chat import Messages, encode, has_template, messages
-from moelab.engine.engine import Engine
-from moelab.engine.generation import Sampling
-from moelab.engine.routed import shape_of
-from moelab.facts import facts
-from moelab.models import (
+from moelab.catalogue import (
     bundled,
     compute_dtype,
     load_tokenizer,
     model_sampling,
 )
-from moelab.quality import Score
-from moelab.run import Asked, Run
-from moelab.scoring import score_ids
+from moelab.engine.engine import Engine
+from moelab.engine.generation import Sampling
+from moelab.engine.routed import shape_of
+from moelab.facts import facts
+from moelab.models.chat import Messages, encode, has_template, messages
+from moelab.runs.quality import Score
+from moelab.runs.run import Asked, Run
+from moelab.runs.scoring import score_ids
 from moelab.settings import Settings
 from moelab.store.store import Store
 
 if TYPE_CHECKING:
-    from moelab.comparison import Comparison
-    from moelab.pins import Pins
-    from moelab.recording import Recording
+    from moelab.runs.compare import Comparison
+    from moelab.runs.recording import Recording
+    from moelab.runs.saved import Pins
     from moelab.widgets.dashboard import Dashboard
 
 
@@ -414,14 +414,14 @@ class Lab:
         >>> lab.what_if(run, strategy="hobbit").diverges_at  # doctest: +SKIP
         17
         """
-        from moelab.counterfactual import WhatIf
+        from moelab.runs.what_if import WhatIf
 
         return WhatIf(self, run, changes).compare()
 
     @property
     def pins(self) -> Pins:
         """The runs pinned by `pin`, by name; saved and loaded with ``lab.pins.save(folder)``."""
-        from moelab.pins import Pins
+        from moelab.runs.saved import Pins
 
         with self._lock:
             if self._pins is None:  # an empty one counts as false

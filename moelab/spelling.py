@@ -11,10 +11,10 @@ import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from moelab.engine.devices import DEVICES
 from moelab.scheduling.strategy import ROLES, Strategy
 from moelab.scheduling.stream import Shape
 from moelab.settings import OF_ROLE, PLAIN, Settings
+from moelab.store.devices import DEVICES
 from moelab.strategies import CALIBRATED, NAMES, make
 
 if TYPE_CHECKING:

@@ -86,7 +86,7 @@ def pytest_runtest_protocol(item: pytest.Item):
 @pytest.fixture(scope="session")
 def demo_store() -> Path:
     """The bundled model as a store, packed once for the whole session."""
-    from moelab.models import find_store
+    from moelab.catalogue import find_store
 
     return find_store("demo", progress=False)
 

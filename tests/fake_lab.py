@@ -15,8 +15,8 @@ import numpy as np
 
 import moelab
 from moelab.engine.generation import Sampling
-from moelab.events import EventLog
-from moelab.run import Asked, Likeliest, Run
+from moelab.runs.events import EventLog
+from moelab.runs.run import Asked, Likeliest, Run
 from moelab.scheduling.stream import Shape
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.settings import Settings

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moelab.engine.model import expert_forward
+from moelab.models.adapter import expert_forward
 
 
 def run_experts(

@@ -11,10 +11,10 @@ import pytest
 
 import moelab
 from moelab import bench, cli
-from moelab.bench import edgemoe, everyone, hobbit, picture, suite, swapmoe, tables
-from moelab.bench.contenders import ROLES
 from moelab.bench.grid import Case, opened
-from moelab.bench.measured import FULL, QUICK, Facts, Measured, Ratio, above_budget, figures
+from moelab.bench.papers import edgemoe, everyone, hobbit, picture, suite, swapmoe, tables
+from moelab.bench.papers.contenders import ROLES
+from moelab.bench.papers.measured import FULL, QUICK, Facts, Measured, Ratio, above_budget, figures
 
 README = Path(__file__).parent.parent / "README.md"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -176,7 +176,7 @@ def test_the_same_text_means_every_prompt():
 
 @pytest.fixture(scope="module")
 def quick(demo_store) -> suite.Suite:
-    return bench.papers(quick=True, progress=False)
+    return suite.papers(quick=True, progress=False)
 
 
 def frame(quick: suite.Suite, section: str, table: int = 0):
@@ -319,7 +319,7 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_the_readme_alone(
         run(self, case)
 
     monkeypatch.setattr(Measured, "run", stops_after_three)
-    half = bench.papers(quick=True, progress=False)
+    half = suite.papers(quick=True, progress=False)
     assert not half.complete
     readme = tmp_path / "README.md"
     readme.write_text(f"{suite.BEGIN}\nwas here before\n{suite.END}\n")

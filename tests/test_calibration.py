@@ -13,7 +13,7 @@ import moelab
 from moelab import calibration
 from moelab.calibration import profile as profiles
 from moelab.calibration.measure import Evaluator, expert_norms, record
-from moelab.scheduling.replay import replay
+from moelab.replays.replay import replay
 from moelab.scheduling.stream import Knobs
 from moelab.strategies import NAMES, lru
 

@@ -14,10 +14,10 @@ import pytest
 
 import moelab
 from moelab import cli
-from moelab.challenges import Entry, leaderboard, own_code, scoring, verify
-from moelab.challenges.board import as_board, differences, ranked
-from moelab.challenges.entries import append, read
-from moelab.challenges.tasks import TASKS
+from moelab.course.challenge import Entry, leaderboard, own_code, scoring, verify
+from moelab.course.challenge.board import as_board, differences, ranked
+from moelab.course.challenge.entries import append, read
+from moelab.course.challenge.tasks import TASKS
 from moelab.strategies import Evict
 
 SIX, CARD = TASKS["six megabytes"], TASKS["spare the card"]
@@ -176,9 +176,13 @@ def board(tmp_path_factory, demo_store):
     patch = pytest.MonkeyPatch()
     lie = {"kl_mean": 0.0, "bytes_per_token": 0.0, "peak_resident_bytes": 1, "tokens_per_s": 1e9}
     patch.setattr(moelab.Run, "summary", lambda self: lie)
-    patch.setattr("moelab.bench.measured.score", lambda *_: {"kl_mean": 0.0, "same_top1": 1.0})
-    patch.setattr("moelab.quality.kl_divergence", lambda *_: 0.0)
-    patch.setattr("moelab.challenges.scoring.measure", lambda *_: figures(bytes_per_token=0.0))
+    patch.setattr(
+        "moelab.bench.papers.measured.score", lambda *_: {"kl_mean": 0.0, "same_top1": 1.0}
+    )
+    patch.setattr("moelab.runs.quality.kl_divergence", lambda *_: 0.0)
+    patch.setattr(
+        "moelab.course.challenge.scoring.measure", lambda *_: figures(bytes_per_token=0.0)
+    )
     patch.setitem(TASKS, CARD.name, replace(CARD, device="disk", seed=5))
     patch.setenv("PYTHONPATH", str(path.parent))
     (path.parent / "sitecustomize.py").write_text("raise SystemExit('patched')")
@@ -233,7 +237,7 @@ def test_a_forged_entry_is_exposed_by_measuring_it_again(board):
 
 def test_own_code_of_a_file_runs_only_when_asked_to(board, monkeypatch):
     path, _ = board
-    monkeypatch.setattr("moelab.challenges.process.scored", None)  # nothing may be started
+    monkeypatch.setattr("moelab.course.challenge.process.scored", None)  # nothing may be started
     found = verify(path, progress=False)
     assert list(found["verified"]) == ["not run: own code"]
     assert found["rank"].isna().all()
@@ -256,7 +260,7 @@ def test_only_what_was_claimed_better_than_it_is_counts_as_wrong():
     [
         ("import moelab\nmoelab.Run.summary = None", "import moelab"),
         ("import os", "import os"),
-        ("from moelab.run import Run", "import from moelab.run"),
+        ("from moelab.runs.run import Run", "import from moelab.runs.run"),
         ("from moelab.strategies.basics import __builtins__", "import __builtins__"),
         ("class A:\n    def f(self, view):\n        view.cache.used_bytes = 0", "but self"),
         ("class A:\n    def f(self, view):\n        view.cache.tier_bytes[16] = 0", "writing into"),
@@ -302,7 +306,7 @@ def test_a_policy_may_come_from_a_file(tmp_path):
         "from moelab.strategies import Evict\nclass Mine(Evict):\n"
         "    def priority(self, key, view):\n        return key[1]\n"
     )
-    from moelab.challenges.entering import _as_text
+    from moelab.course.challenge.entering import _as_text
 
     plain, own = _as_text({"strategy": "lru", "evict": f"{file}:Mine"})
     assert plain == {"strategy": "lru"}
@@ -393,7 +397,7 @@ def test_a_wrong_field_costs_only_its_own_line(tmp_path, wrong):
 
 
 def test_a_board_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("moelab.challenges.entering.scored", None)  # nothing may be started
+    monkeypatch.setattr("moelab.course.challenge.entering.scored", None)  # nothing may be started
     with pytest.raises(FileNotFoundError):
         moelab.challenge(SIX.name, board=tmp_path / "no" / "board.jsonl").enter("A", budget="5MB")
     with pytest.raises(IsADirectoryError):

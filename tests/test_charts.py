@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moelab import charts
+from moelab.views import charts
 
 FRAME = pd.DataFrame(
     {

@@ -18,7 +18,8 @@ import pytest
 
 import moelab
 import tiny_models
-from moelab import bench, cli, health, serving
+from moelab import bench, cli, health
+from moelab.course import serve as serving
 
 PROMPT = "Once upon a time"
 

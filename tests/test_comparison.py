@@ -10,8 +10,8 @@ import time
 import pytest
 
 import moelab
-from moelab.comparison import Comparison
-from moelab.pins import Pins
+from moelab.runs.compare import Comparison
+from moelab.runs.saved import Pins
 from moelab.scheduling.stream import Shape
 from moelab.settings import Settings
 from moelab.spelling import _word, changed, opened, short

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import moelab
-from moelab.scheduling.replay import replay
+from moelab.replays.replay import replay
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Allocate, Prediction, Prefetch, Route
 from moelab.scheduling.trace import LayerInput, Trace

@@ -8,10 +8,10 @@ import threading
 import numpy as np
 import pytest
 
-from moelab.counterfactual import WhatIf, overlaid
-from moelab.events import KINDS
+from moelab.replays.replay import replay
+from moelab.runs.events import KINDS
+from moelab.runs.what_if import WhatIf, overlaid
 from moelab.scheduling.budget import BudgetError, minimum_budget
-from moelab.scheduling.replay import replay
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.stream import Knobs, Shape
 from moelab.scheduling.trace import LayerInput, Trace

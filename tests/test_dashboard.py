@@ -17,11 +17,11 @@ import pytest
 import moelab
 from fake_lab import FakeLab
 from moelab import strategies
-from moelab.figures import COLUMNS, figures
+from moelab.runs.tokens import COLUMNS, figures
 from moelab.strategies import Evict, Parameter, Precision
+from moelab.views.picture import lay_out
 from moelab.widgets import Dashboard, decisions, frame, places
 from moelab.widgets.frame import Framer, in_words, merge_changes
-from moelab.widgets.picture import lay_out
 from moelab.widgets.why import reasons
 
 

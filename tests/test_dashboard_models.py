@@ -8,7 +8,7 @@ import pytest
 import moelab
 from fake_lab import FakeLab
 from moelab import offered
-from moelab.pins import Pins
+from moelab.runs.saved import Pins
 from moelab.widgets import Dashboard
 
 

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from moelab import demo
-from moelab.demo import measure
-from moelab.demo.corpus import SOURCES, save_tokens, split, train_tokenizer
-from moelab.demo.fast_step import step_loss
 from moelab.demo.held_out import PROMPTS
-from moelab.demo.sampler import Sampler
-from moelab.demo.shared_adamw import SharedAdamW
-from moelab.demo.train import Recipe, Run, build_model
+from moelab.training import measure
+from moelab.training.corpus import SOURCES, save_tokens, split, train_tokenizer
+from moelab.training.fast_step import step_loss
+from moelab.training.sampler import Sampler
+from moelab.training.shared_adamw import SharedAdamW
+from moelab.training.train import Recipe, Run, build_model
 
 TINY = Recipe(
     layers=2,
@@ -105,7 +105,7 @@ def test_probe_perplexities_are_those_of_the_card(shipped, card):
 
 
 def test_the_card_says_what_was_measured(card):
-    from moelab.demo.card import curve_svg, render
+    from moelab.training.card import curve_svg, render
 
     assert (demo.HERE / "CARD.md").read_text("utf-8") == render(card)
     assert (demo.HERE / "curve.svg").read_text("utf-8") == curve_svg(card["training"]["curve"])
@@ -230,8 +230,8 @@ def test_two_workers_take_the_steps_of_one(tiny_corpus, tmp_path):
     start.train(progress=False)
     script = f"""
 from pathlib import Path
-from moelab.demo.corpus import Corpus
-from moelab.demo.train import Recipe, Run
+from moelab.training.corpus import Corpus
+from moelab.training.train import Recipe, Run
 recipe = Recipe(**{asdict(recipe)!r})
 run = Run(Corpus.load(Path({str(tiny_corpus.folder)!r})), recipe, Path({str(tmp_path)!r}), 2)
 assert run.train(progress=False)
@@ -265,9 +265,9 @@ def test_leakage_counts_repeated_passages():
     assert measure.leakage(train, train[100:400]) == 1
 
 
-@pytest.mark.parametrize("module", ["train", "card", "held_out"])
+@pytest.mark.parametrize("module", ["training.train", "training.card", "demo.held_out"])
 def test_command_lines_explain_themselves(module):
-    app = import_module(f"moelab.demo.{module}").app
+    app = import_module(f"moelab.{module}").app
     shown = CliRunner().invoke(app, ["--help"])
     assert shown.exit_code == 0
     assert "--data" in shown.output
@@ -275,7 +275,7 @@ def test_command_lines_explain_themselves(module):
 
 def test_without_debian_the_message_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    from moelab.demo.corpus import prepare
+    from moelab.training.corpus import prepare
 
     with pytest.raises(RuntimeError, match="Debian 12"):
         prepare(tmp_path)

@@ -14,7 +14,7 @@ import moelab
 from moelab.calibration import edgemoe as calibration
 from moelab.calibration import find_profile
 from moelab.calibration import profile as profiles
-from moelab.scheduling.replay import replay
+from moelab.replays.replay import replay
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, Shape, View
 from moelab.scheduling.trace import LayerInput, LookAhead, Trace
@@ -528,7 +528,7 @@ def profile():
     }  # fmt: skip
 
 
-def tokens(lab, strategy, budget, device="disk") -> moelab.run.Run:
+def tokens(lab, strategy, budget, device="disk") -> moelab.runs.run.Run:
     lab.update(strategy=strategy, budget=budget, device=device)
     return lab.generate(PROMPT, max_new_tokens=24, temperature=0, ignore_eos=True)
 

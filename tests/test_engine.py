@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import moelab
-from moelab.engine.devices import DEVICES, Device, Throttle
 from moelab.engine.generation import Decoder
 from moelab.engine.routed import Routed
+from moelab.replays.replay import replay
 from moelab.scheduling.plan import Serve
-from moelab.scheduling.replay import replay
 from moelab.scheduling.scheduler import requests
+from moelab.store.devices import DEVICES, Device, Throttle
 from moelab.strategies import NAMES
 
 PROMPT = "Elizabeth was not at all surprised to hear that"
@@ -280,7 +280,7 @@ def test_the_budget_is_never_exceeded_whatever_changes_at_whatever_token(lab, sc
                 try:
                     lab.update(**due[report.token])
                 except ValueError as e:
-                    assert "below one token" in str(e)  # noqa: PT017
+                    assert "below one layer" in str(e)  # noqa: PT017
 
     arena.take = watched
     try:

@@ -16,8 +16,8 @@ from torch import nn
 
 import tiny_families
 import tiny_models
-from moelab.engine.model import Adapter, MoELayer, attach, find_moe, load_skeleton
-from moelab.store.checkpoint import ExpertReader
+from moelab.models.adapter import Adapter, MoELayer, attach, find_moe, load_skeleton
+from moelab.models.checkpoint import ExpertReader
 from reference import run_experts
 
 IDS = torch.tensor([[3, 17, 99, 4, 250, 31, 77]])

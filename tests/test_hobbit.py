@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moelab.calibration import hobbit as calibration
-from moelab.events import EventLog
+from moelab.replays.replay import replay
+from moelab.runs.events import EventLog
 from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.cache import Cache
 from moelab.scheduling.plan import Decision
-from moelab.scheduling.replay import replay
 from moelab.scheduling.requests import ranked
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, LookAhead, Request, Shape, View

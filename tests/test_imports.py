@@ -59,12 +59,12 @@ def offences(part: str, allowed) -> list[str]:
 
 def test_the_reader_of_imports_sees_every_form():
     source = (
-        "import os, moelab.events\nfrom . import cache\nfrom ..engine import loader\n"
+        "import os, moelab.runs.events\nfrom . import cache\nfrom ..engine import loader\n"
         "def f():\n    from moelab.store import pack\n"
     )
     assert imports(source, "moelab.scheduling.trace") >= {
         "os",
-        "moelab.events",
+        "moelab.runs.events",
         "moelab.scheduling.cache",
         "moelab.engine.loader",
         "moelab.store.pack",

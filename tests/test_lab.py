@@ -12,7 +12,7 @@ import pytest
 
 import moelab
 from moelab.engine.loader import Loader
-from moelab.events import KINDS
+from moelab.runs.events import KINDS
 from moelab.scheduling.strategy import Shape
 from moelab.settings import parse_budget
 

@@ -9,10 +9,10 @@ import time
 import numpy as np
 import pytest
 
-from moelab.engine import devices
-from moelab.engine.arena import Arena
-from moelab.engine.devices import Device
 from moelab.engine.loader import Loader, LoadError
+from moelab.engine.memory import Arena
+from moelab.store import devices
+from moelab.store.devices import Device
 
 PAGE = 4096
 

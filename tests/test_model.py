@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny_models
-from moelab.engine.model import Adapter, attach, find_moe, load_skeleton
-from moelab.store.checkpoint import Checkpoint, ExpertReader
+from moelab.models.adapter import Adapter, attach, find_moe, load_skeleton
+from moelab.models.checkpoint import Checkpoint, ExpertReader
 from reference import run_experts
 
 PROMPT = torch.tensor([[72, 101, 108, 108, 111, 32, 116, 104, 101, 114, 101]])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import tiny_models
-from moelab import models
-from moelab.models import find_store
+from moelab import catalogue as models
+from moelab.catalogue import find_store
 from moelab.store.store import Store
 
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import moelab
-from moelab.moefication import (
+from moelab.training.moefy import (
     Course,
     Shape,
     compare,
@@ -25,14 +25,14 @@ from moelab.moefication import (
     routing,
     save_delta,
 )
-from moelab.moefication.calibrate import calibrated, low_rank_map
-from moelab.moefication.card import card
-from moelab.moefication.checkpoints import averaged
-from moelab.moefication.export import stock
-from moelab.moefication.grouping import group_neurons
-from moelab.moefication.student import route, set_top_k
-from moelab.moefication.targets import Targets, divergence
-from moelab.moefication.texts import windows, written
+from moelab.training.moefy.calibrate import calibrated, low_rank_map
+from moelab.training.moefy.card import card
+from moelab.training.moefy.checkpoints import averaged
+from moelab.training.moefy.export import stock
+from moelab.training.moefy.grouping import group_neurons
+from moelab.training.moefy.student import route, set_top_k
+from moelab.training.moefy.targets import Targets, divergence
+from moelab.training.moefy.texts import windows, written
 
 SHAPE = Shape(experts=4, shared=64, ranks=(2, 4, 8))
 COURSE = Course(tokens=192, batch=2, accumulate=1, top_ks=(1, 2), learning_rate=2e-3)
@@ -378,7 +378,7 @@ def test_a_shape_is_found_for_any_width():
 def test_all_numbers_of_active_experts_take_their_turn(dense, ids, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "moelab.moefication.distillation.set_top_k",
+        "moelab.training.moefy.distillation.set_top_k",
         lambda student, active: (seen.append(active.tolist()), set_top_k(student, active)),
     )
     course = Course(tokens=64, batch=2, accumulate=1, top_ks=(1, 2, 3))

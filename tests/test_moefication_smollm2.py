@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import moelab
 from moelab import offered
-from moelab.moefication import Shape, save_delta, smollm2
-from moelab.moefication.calibrate import calibrated
+from moelab.training.moefy import Shape, save_delta, smollm2
+from moelab.training.moefy.calibrate import calibrated
 
 gguf = pytest.importorskip("gguf")
 

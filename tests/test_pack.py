@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_models
-from moelab.engine.model import find_moe, load_skeleton
+from moelab.models.adapter import find_moe, load_skeleton
+from moelab.models.checkpoint import ExpertReader
 from moelab.store import destination
 from moelab.store import pack as packing
-from moelab.store.checkpoint import ExpertReader
 from moelab.store.codecs import PAGE, decode, encode
 from moelab.store.manifest import StoreError
 from moelab.store.pack import pack

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moelab.calibration.adapmoe import costs_of_first_only, hit_ratios, tau_for
+from moelab.replays.replay import replay
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.replay import replay
 from moelab.scheduling.requests import ranked
 from moelab.scheduling.scheduler import Scheduler, minimum_budget
 from moelab.scheduling.strategy import Knobs, LookAhead, Request, Shape, View

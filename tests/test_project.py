@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 import moelab
 from moelab import cli
-from moelab.engine.devices import DEVICES
+from moelab.store.devices import DEVICES
 
 TOP = Path(__file__).parent.parent
 ALLOWED = {
@@ -64,7 +64,7 @@ def test_the_repository_stays_small(files):
     sizes = {str(f.relative_to(TOP)): f.stat().st_size for f in files}
     assert sum(sizes.values()) < 60 * MB
     most = {name: 2 * MB if name.endswith(".gif") else MB for name in sizes}
-    most["moelab/moefication/smollm2.safetensors"] = 20 * MB
+    most["moelab/training/moefy/smollm2.safetensors"] = 20 * MB
     assert {n: s for n, s in sizes.items() if s > most[n] and "demo/model/" not in n} == {}
 
 
@@ -244,7 +244,7 @@ def test_the_wheel_holds_every_file_of_the_package(files, wheel):
     package = {str(f.relative_to(TOP)) for f in files if f.is_relative_to(TOP / "moelab")}
     assert package - inside == set()
     assert {"moelab/py.typed", f"moelab/notebooks/{cli.NOTEBOOK}"} <= inside
-    assert any(name.startswith("moelab/widgets/") and name.endswith(".js") for name in inside)
+    assert any(name.startswith("moelab/views/") and name.endswith(".js") for name in inside)
     assert "moelab/demo/model/model.safetensors" in inside
 
 

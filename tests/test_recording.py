@@ -13,19 +13,18 @@ import pytest
 
 import moelab
 from fake_lab import FakeLab
-from moelab import export
-from moelab.document import EVENTS, pack
-from moelab.events import CODES, EventLog
-from moelab.evictions import reasons
-from moelab.recorder import Recorder
-from moelab.recording import Recording
-from moelab.scheduling.replay import replay
+from moelab.replays.replay import replay
+from moelab.runs.events import CODES, EventLog
+from moelab.runs.evictions import reasons
+from moelab.runs.recording import Recording
+from moelab.runs.schema import EVENTS, pack
+from moelab.runs.snapshot import Recorder
 from moelab.scheduling.strategy import Knobs
 from moelab.strategies import NAMES, Evict, lru, make
-from moelab.widgets import png
-from moelab.widgets.page import embedded
+from moelab.views import export, png
+from moelab.views.page import embedded
+from moelab.views.report import Report
 from moelab.widgets.past import Past, with_buffers
-from moelab.widgets.report import Report
 from toy_engine import Toy
 
 PROMPT = "</script><img src=x onerror=alert(1)>"
@@ -359,7 +358,7 @@ def test_a_file_that_is_no_recording_says_so(tmp_path, data, message):
 
 
 def test_a_file_that_unpacks_too_large_is_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr("moelab.document.MOST_BYTES", 1000)
+    monkeypatch.setattr("moelab.runs.schema.MOST_BYTES", 1000)
     path = tmp_path / "bomb.moelab.json.gz"
     path.write_bytes(gzip.compress(b" " * 10_000))
     with pytest.raises(ValueError, match="larger than"):

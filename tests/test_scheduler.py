@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moelab.replays.replay import belady_hits, replay
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.replay import belady_hits, replay
 from moelab.scheduling.scheduler import BudgetError, Scheduler, minimum_budget, ranked
 from moelab.scheduling.strategy import Knobs, LookAhead, Route, Shape
 from moelab.scheduling.trace import Change, LayerInput, Trace

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from browser import TOKEN, shot
-from moelab import serving
+from moelab.course import serve as serving
 from test_browser import Dash
 
 GB = 10**9

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import moelab
+from moelab.replays.replay import replay
 from moelab.scheduling.budget import minimum_budget
-from moelab.scheduling.replay import replay
 from moelab.scheduling.strategy import ROLES, Knobs, Route, Strategy
 from moelab.scheduling.trace import Trace
 from moelab.strategies import NAMES, Evict, Precision, make, maker

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from moelab.calibration.swapmoe import numbers_kept, renewed
-from moelab.engine.devices import DEVICES, Device
+from moelab.replays.replay import replay
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.replay import replay
 from moelab.scheduling.scheduler import BudgetError, Scheduler, minimum_budget
 from moelab.scheduling.strategy import Knobs, Shape, View
 from moelab.scheduling.trace import LayerInput
+from moelab.store.devices import DEVICES, Device
 from moelab.strategies.static_pruning import static_pruning
 from moelab.strategies.swapmoe import swapmoe
 from moelab.strategies.swapmoe_planner import (

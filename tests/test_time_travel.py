@@ -13,11 +13,11 @@ import pytest
 
 import moelab
 from browser import kernel, shot
-from moelab.document import EVENTS, encoded, pack
-from moelab.events import CODES
-from moelab.figures import CAUSES, COLUMNS
-from moelab.recorder import Recorder
-from moelab.widgets.page import html
+from moelab.runs.events import CODES
+from moelab.runs.schema import EVENTS, encoded, pack
+from moelab.runs.snapshot import Recorder
+from moelab.runs.tokens import CAUSES, COLUMNS
+from moelab.views.page import html
 from moelab.widgets.past import with_buffers
 from test_accessibility import Bare
 from test_browser import Dash, dash, theme  # noqa: F401 the second is a fixture
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(900)]
 TOKENS = 40
 IN_KERNEL = """
 import json, numpy as np
-from moelab.events import CODES
+from moelab.runs.events import CODES
 {source}
 run = lab.run
 print(json.dumps(as_it_was(run.log.records(), run.trace, {token}, {layer})))

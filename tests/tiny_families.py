@@ -20,7 +20,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 
-from moelab.engine.families import find_moe
+from moelab.models.families import find_moe
 
 LIMIT = 10_000_000  # parameters
 LAYERS, EXPERTS, TOP_K = 3, 6, 2

@@ -4,10 +4,10 @@
 SwapMoE and puts the papers' own figures beside the answers.
 """
 
-from moelab.bench.contenders import contender
 from moelab.bench.grid import BUDGETS, DEVICES, PROMPT, STRATEGIES, Case, bench, report
-from moelab.bench.suite import Files, Suite, papers
-from moelab.bench.tables import as_markdown, as_record
+from moelab.bench.papers.contenders import contender
+from moelab.bench.papers.suite import Files, Suite
+from moelab.bench.papers.tables import as_markdown, as_record
 
 __all__ = [
     "BUDGETS",
@@ -21,6 +21,5 @@ __all__ = [
     "as_record",
     "bench",
     "contender",
-    "papers",
     "report",
 ]

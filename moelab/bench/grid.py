@@ -19,7 +19,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 import moelab
-from moelab.bench.contenders import contender
+from moelab.bench.papers.contenders import contender
 
 STRATEGIES = ("on_demand", "lru", "lru + look-ahead", "lru + mixed 16/4")
 BUDGETS = ("25%", "50%")

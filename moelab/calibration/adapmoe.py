@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from moelab.calibration.measure import digest_of, record, texts_of
 from moelab.engine.generation import Stream
-from moelab.quality import kl_divergence
+from moelab.runs.quality import kl_divergence
 from moelab.scheduling.requests import requests
 from moelab.scheduling.trace import Trace
 

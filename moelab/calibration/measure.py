@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moelab.engine.generation import Stream
-from moelab.quality import kl_divergence
+from moelab.runs.quality import kl_divergence
 from moelab.scheduling.stream import Key
 from moelab.scheduling.trace import LayerInput, Trace
 

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab.paths import cache_dir
 from moelab.scheduling.strategy import Strategy
+from moelab.store.paths import cache_dir
 from moelab.store.store import Store
 from moelab.strategies import CALIBRATED, NEEDS_CALIBRATION, make, maker
 

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from moelab.calibration.measure import digest_of, expert_norms, record, texts_of
 from moelab.engine.generation import Decoder, Stream
-from moelab.quality import kl_divergence
+from moelab.runs.quality import kl_divergence
 from moelab.strategies.swapmoe import swapmoe
 from moelab.strategies.swapmoe_planner import Estimates, Plan, plan_within, uniform
 

@@ -15,7 +15,7 @@ from moelab.course.verdict import (
     opened,
     settings,
 )
-from moelab.engine.devices import DEVICES, Device
+from moelab.store.devices import DEVICES, Device
 
 NEAR, LESS, KL_BORNE, SPARED = 0.25, 10, 0.05, 0.12
 """Tolerance of the bandwidth, times fewer bytes, the KL borne, the share of waiting spared."""

@@ -89,7 +89,7 @@ def spare_bytes_same_text(answer: Any) -> Said:
 
 
 def _two(answer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    from moelab.comparison import Comparison
+    from moelab.runs.compare import Comparison
 
     if not isinstance(answer, Comparison) or len(answer.recordings) != 2:
         raise RefusedError(f"give what lab.what_if(run, ...) returns; this is {answer!r}")

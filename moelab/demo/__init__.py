@@ -2,7 +2,7 @@
 
 `checkpoint()` is a folder that stock transformers loads (`Qwen3MoeForCausalLM`); `prompts()` and
 `probes()` are text the model never saw in training, by domain.  How it was trained is in
-`moelab.demo.train`, what it does in `CARD.md`.  Importing this module imports nothing heavy.
+`moelab.training.train`, what it does in `CARD.md`.  Importing this module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def checkpoint() -> Path:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder / name} is missing: reinstall moelab, or train the demo model with "
-                "`python -m moelab.demo.train` (2 cores, under 3 hours)"
+                "`python -m moelab.training.train` (2 cores, under 3 hours)"
             )
     return folder
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from moelab.demo import HERE
-from moelab.paths import cache_dir
+from moelab.store.paths import cache_dir
 
 PROMPTS: dict[str, tuple[str, ...]] = {
     "novel": (

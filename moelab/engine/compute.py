@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from moelab.engine import kernels
-from moelab.engine.arena import Slot
-from moelab.engine.model import Adapter, expert_forward
+from moelab.engine.memory import Slot
+from moelab.models.adapter import Adapter, expert_forward
 from moelab.scheduling.plan import Serve
 from moelab.store.codecs import decode
 from moelab.store.store import Store

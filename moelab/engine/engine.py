@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterator
 import torch
 
 from moelab.engine import kernels
-from moelab.engine.arena import Arena
 from moelab.engine.compute import Batch, ExpertCompute
 from moelab.engine.loader import Loader, Ticket
-from moelab.engine.model import attach, load_skeleton
+from moelab.engine.memory import Arena
 from moelab.engine.questions import Questions
 from moelab.engine.resident import Resident, Usage
 from moelab.engine.routed import Routed, shape_of
-from moelab.engine.steering import Steering
-from moelab.events import EventLog
+from moelab.models.adapter import attach, load_skeleton
+from moelab.models.steering import Steering
+from moelab.runs.events import EventLog
 from moelab.scheduling.plan import Drop, LayerPlan, Serve
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Strategy

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moelab.engine.devices import Device, Throttle, device, sleep_until
+from moelab.store.devices import Device, Throttle, device, sleep_until
 
 BIG = 1_500_000
 """One reader saturates a disk from this many bytes a load on; smaller ones take `SMALL_READERS`."""
@@ -72,7 +72,7 @@ class Loader:
     nbytes
         Largest load, which decides the number of threads.
     profile
-        Name of the device, see `moelab.engine.devices`.
+        Name of the device, see `moelab.store.devices`.
     """
 
     def __init__(self, nbytes: int, profile: str = "disk") -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from moelab.engine.arena import Slot
 from moelab.engine.loader import Ticket
+from moelab.engine.memory import Slot
 from moelab.scheduling.stream import Shape
 
 

@@ -75,7 +75,7 @@ class Manifest:
     top_k, hidden, inner
         K, the width of the model, the width of an expert.
     activation, gating, transposed, has_bias, has_post_norm
-        What an expert computes, as in `moelab.engine.families.MoELayer`.
+        What an expert computes, as in `moelab.models.families.MoELayer`.
     files
         {path inside the store: (bytes, blake2b-128 or "")}; empty where `checksums` covers it.
     checksums

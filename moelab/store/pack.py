@@ -28,9 +28,9 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from moelab.engine.families import MoELayer, find_moe
-from moelab.engine.skeleton import blank_model
-from moelab.store.checkpoint import Checkpoint, ExpertReader, split
+from moelab.models.checkpoint import Checkpoint, ExpertReader, split
+from moelab.models.families import MoELayer, find_moe
+from moelab.models.skeleton import blank_model
 from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
 from moelab.store.destination import check_room, move, partial_folder, remove_stale, sync
 from moelab.store.manifest import (

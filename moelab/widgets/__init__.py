@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moelab.views.report import Report
     from moelab.widgets.dashboard import Dashboard
-    from moelab.widgets.report import Report
 
 __all__ = ["Dashboard", "Report"]
 

@@ -17,13 +17,13 @@ from typing import Any, ClassVar
 import anywidget
 import traitlets
 
+from moelab.views.report import Report, sentence
+from moelab.views.scripts import DASHBOARD, STYLES, joined
 from moelab.widgets.frame import Framer, controls, in_words, options
 from moelab.widgets.models import Models
 from moelab.widgets.past import Past
 from moelab.widgets.pins import Runs
 from moelab.widgets.places import take_place
-from moelab.widgets.report import Report, sentence
-from moelab.widgets.scripts import DASHBOARD, STYLES, joined
 from moelab.widgets.why import reasons
 
 FRAMES_PER_S = 12.0

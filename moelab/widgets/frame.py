@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moelab.figures import CAUSES, COLUMNS, figures, row, titled
+from moelab.runs.tokens import CAUSES, COLUMNS, figures, row, titled
 from moelab.widgets import decisions
 
 RECENT_TOKENS = 16

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from moelab.document import EVENTS, GATES
-from moelab.events import CODES
-from moelab.evictions import reasons, until
-from moelab.recorder import Recorder
+from moelab.runs.events import CODES
+from moelab.runs.evictions import reasons, until
+from moelab.runs.schema import EVENTS, GATES
+from moelab.runs.snapshot import Recorder
 from moelab.widgets.frame import in_words
 
 Send = Callable[[dict[str, Any], list[bytes]], None]
@@ -110,7 +110,7 @@ class Past:
             return asked | {"error": in_words(error)}
 
     def _export(self) -> None:
-        from moelab.export import as_page
+        from moelab.views.export import as_page
 
         try:
             _, run = self._newest()

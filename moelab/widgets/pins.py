@@ -14,8 +14,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moelab.comparison import Comparison, code_of
-from moelab.counterfactual import WhatIf, since
+from moelab.runs.compare import Comparison, code_of
+from moelab.runs.what_if import WhatIf, since
 from moelab.spelling import changed
 from moelab.widgets.frame import in_words
 

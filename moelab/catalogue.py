@@ -1,0 +1,158 @@
+"""From what a person calls a model to a packed store on this machine.
+
+``"demo"``, ``"smollm2-moe"``, a store, a checkpoint folder or a hub id; checkpoints are packed once
+into the user's cache and found there the next time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moelab.offered import SMOLLM2
+from moelab.store.codecs import TIERS
+from moelab.store.paths import cache_dir
+from moelab.store.store import Store, StoreError
+
+CHEAP_BYTES = 256 * 2**20
+"""Below this a model is small: float32, and compared with full precision by default."""
+
+
+def find_store(
+    model: str | Path,
+    *,
+    tiers: Sequence[int] = TIERS,
+    progress: bool | Callable[[str], None] = True,
+) -> Path:
+    """The store of ``model``, packed now if it has to be; `progress` shows bars, or is told words.
+
+    Raises
+    ------
+    ValueError
+        The name is no store, no checkpoint and no hub id; the message says what would be.
+    ImportError
+        The model comes in a package that is not installed; the message holds the command.
+    """
+    if str(model) == "demo":
+        from moelab import demo
+
+        return _packed(demo.checkpoint(), "demo", tiers, progress)
+    if str(model) == SMOLLM2:
+        from moelab.training.moefy import smollm2
+
+        return _packed(smollm2.build(progress=progress), SMOLLM2, tiers, progress)
+    path = Path(model).expanduser()
+    if (path / "manifest.json").is_file():
+        return path
+    if (path / "config.json").is_file():
+        return _packed(path, path.resolve().name, tiers, progress)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        return _packed(str(model), str(model).replace("/", "--"), tiers, progress)
+    raise ValueError(
+        f"model {str(model)!r} is not 'demo', {SMOLLM2!r}, a store (a folder with manifest.json), "
+        "a checkpoint (a folder with config.json and safetensors) or a hub id like 'org/name'"
+    )
+
+
+def destination(source: str | Path, name: str, tiers: Sequence[int]) -> Path:
+    """Where a checkpoint's store lies in the user's cache, or will lie."""
+    slug = re.sub(r"[^\w.-]", "_", name)
+    return cache_dir() / "stores" / f"{slug}-{_fingerprint(source, tiers)}"
+
+
+def _packed(
+    source: str | Path,
+    name: str,
+    tiers: Sequence[int],
+    progress: bool | Callable[[str], None],
+) -> Path:
+    from moelab.store.pack import pack
+
+    made, damaged = destination(source, name, tiers), False
+    if (made / "manifest.json").is_file():
+        try:
+            Store.open(made)
+        except StoreError as error:
+            warnings.warn(f"{error}; packing {source} again", stacklevel=2)
+            damaged = True
+        else:
+            return made
+    pack(source, made, tiers=tuple(tiers), overwrite=damaged, progress=progress)
+    return made
+
+
+def _fingerprint(source: str | Path, tiers: Sequence[int]) -> str:
+    """Changes with the files of a checkpoint folder, so that a newer one is packed anew.
+
+    A hub id has no fingerprint of files, only its name and the tiers: what is packed of it stays,
+    whatever is uploaded under that name later.
+    """
+    digest = hashlib.blake2b(repr((str(source), sorted(tiers))).encode(), digest_size=6)
+    if isinstance(source, Path):
+        for file in sorted([*source.glob("*.safetensors"), *source.glob("*.json")]):
+            stat = file.stat()
+            digest.update(repr((file.name, stat.st_size, stat.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def compute_dtype(store: Store) -> torch.dtype:
+    """Float32 where the non-expert weights are small: exact, and faster on CPUs without bf16."""
+    files = store.checkpoint_dir.glob("*.safetensors")
+    small = sum(f.stat().st_size for f in files) <= CHEAP_BYTES
+    return torch.float32 if small else getattr(torch, store.layout.dtype)
+
+
+def model_sampling(folder: Path) -> dict[str, Any]:
+    """The model's own way of sampling; greedy where it says nothing."""
+    from transformers import GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return {}
+    if not config.do_sample:
+        return {}
+    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    return {n: v for n in names if (v := getattr(config, n, None)) is not None}
+
+
+def load_tokenizer(store: Store) -> Any:
+    """The tokenizer of a store, from its own files only.
+
+    Raises
+    ------
+    ValueError
+        The checkpoint brought none that can be used, or is an encoder-decoder.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder, local = store.checkpoint_dir, {"local_files_only": True, "trust_remote_code": False}
+    if getattr(AutoConfig.from_pretrained(folder, **local), "is_encoder_decoder", False):
+        raise ValueError(f"{store.path} is an encoder-decoder; moelab runs decoder-only models")
+    try:
+        return AutoTokenizer.from_pretrained(folder, **local)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(
+            f"{store.path} has no usable tokenizer ({reason}); put tokenizer.json beside the "
+            "checkpoint's config.json and pack it again"
+        ) from error
+
+
+def bundled(name: str, what: str) -> dict[str, Any]:
+    """The ``"prompts"`` or held-out ``"probes"`` by domain that a model is offered with."""
+    from moelab import demo
+
+    if name == "demo" or (name == SMOLLM2 and what == "probes"):
+        return getattr(demo, what)()
+    if name == SMOLLM2:
+        from moelab.training.moefy.smollm2 import PROMPTS
+
+        return {domain: list(prompts) for domain, prompts in PROMPTS.items()}
+    return {}

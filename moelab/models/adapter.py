@@ -1,0 +1,228 @@
+"""The transformers adapter: serve a model's experts from elsewhere.
+
+`load_skeleton` gives a stock transformers model whose experts stay on the meta device; `attach`
+makes every MoE layer of it call one function with the router's choice. Everything else (attention,
+cache, shared experts, generation) is transformers' own. `families` says what a MoE layer is,
+`routing` what happens around the router; this module joins them and is what the engine imports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moelab.models.families import (
+    MoELayer,
+    expert_forward,
+    find_moe,
+    replacement_forward,
+)
+from moelab.models.routing import RouterTap
+from moelab.models.skeleton import load_skeleton
+from moelab.models.undecorated import Choice
+
+__all__ = [
+    "Adapter",
+    "MoELayer",
+    "attach",
+    "expert_forward",
+    "find_moe",
+    "load_skeleton",
+]
+
+# T tokens, E experts, K active experts per token, D model width.
+
+RunLayer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
+
+
+class Adapter:
+    """A model whose experts are served by `run_layer`; made by `attach`.
+
+    Attributes
+    ----------
+    model
+        The model.
+    layers
+        Its MoE layers in forward order.
+    """
+
+    def __init__(self, model: PreTrainedModel, run_layer: RunLayer) -> None:
+        self.model = model
+        self.layers = find_moe(model)
+        self._run_layer = run_layer
+        self._last: RouterTap | None = None
+        self._replaced: list[nn.Module] = []
+        self._before = getattr(model.config, "_experts_implementation", None)
+        self._taps = {
+            layer.index: RouterTap(layer, seen=self._remember)
+            for layer in self.layers
+            if layer.router is not None
+        }
+        for layer in self.layers:
+            self._serve(layer)
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation("moelab")
+
+    def set_mask(self, layer: int, allowed: torch.Tensor | None) -> None:
+        """Let a layer's router choose only among some experts, from its next call on.
+
+        Parameters
+        ----------
+        layer
+            MoE layer index.
+        allowed
+            Bool [E], or None for all.
+
+        Raises
+        ------
+        ValueError
+            Fewer experts than the router picks, a wrong length, or a layer without a router.
+        """
+        facts, tap = self.layers[layer], self._taps.get(layer)
+        if tap is None:
+            raise ValueError(f"layer {layer} ({facts.name}) has no router module to mask")
+        if allowed is not None:
+            allowed = torch.as_tensor(allowed, dtype=torch.bool).clone()
+            if allowed.shape != (facts.num_experts,):
+                raise ValueError(
+                    f"mask of layer {layer} has shape {tuple(allowed.shape)}; "
+                    f"it needs one entry for each of {facts.num_experts} experts"
+                )
+            if int(allowed.sum()) < facts.top_k:
+                raise ValueError(
+                    f"mask of layer {layer} allows {int(allowed.sum())} experts, its router picks "
+                    f"{facts.top_k}; allow at least {facts.top_k}"
+                )
+        tap.mask = allowed
+
+    def set_bias(self, layer: int, bias: torch.Tensor | None) -> None:
+        """Let a layer's router prefer some experts, from its next call on.
+
+        Parameters
+        ----------
+        layer
+            MoE layer index.
+        bias
+            Float [E], see `moelab.models.routing.SteeredRouting`; None for no preference.
+
+        Raises
+        ------
+        ValueError
+            A wrong length, or a layer without a router.
+        """
+        tap = self._taps.get(layer)
+        if tap is None:
+            facts = self.layers[layer]
+            raise ValueError(f"layer {layer} ({facts.name}) has no router module to bias")
+        if bias is not None and bias.shape != (self.layers[layer].num_experts,):
+            raise ValueError(
+                f"bias of layer {layer} has shape {tuple(bias.shape)}; it needs one number for "
+                f"each of {self.layers[layer].num_experts} experts"
+            )
+        tap.bias = bias
+
+    def look_ahead(
+        self, layer: int, depth: int = 1
+    ) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Ask the routers of the next layers with this layer's router input.
+
+        To be called while `layer` is served. The answers are the routers' own, under their masks.
+
+        Returns
+        -------
+        list of (layer, idx [T, K], weights [T, K])
+            For `layer + 1` up to `layer + depth`, fewer at the end of the model. Layers whose
+            router cannot be asked are left out: no router module, or one that needs arguments
+            which it only gets when its own turn comes (some families, on the first pass).
+        """
+        tap = self._taps.get(layer)
+        if tap is None or tap is not self._last:
+            return []
+        found = []
+        for later in range(layer + 1, min(layer + depth, len(self.layers) - 1) + 1):
+            ahead = self._taps.get(later)
+            choice = ahead.predict(tap) if ahead is not None else None
+            if choice is not None:
+                found.append((later, *choice))
+        return found
+
+    def wanted(self, layer: int) -> Choice | None:
+        """What the router would have chosen by itself: (idx [T, K], weights [T, K]).
+
+        To be called while `layer` is served; None where no mask or bias applies.
+        """
+        tap = self._taps.get(layer)
+        if tap is None or not tap.steered or tap is not self._last:
+            return None
+        return tap.unmasked()
+
+    def detach(self) -> None:
+        """Give the model its own forwards back. Its experts are still on meta."""
+        for tap in self._taps.values():
+            tap.remove()
+        for layer in self.layers:
+            vars(layer.module).pop("_moelab_run", None)
+        for module in self._replaced:
+            vars(module).pop("forward", None)
+        if self.model._can_set_experts_implementation():
+            self.model.set_experts_implementation(self._before or "eager")
+        self._taps, self._replaced, self._last = {}, [], None
+
+    def _remember(self, tap: RouterTap) -> None:
+        if self._last is not None and self._last is not tap:
+            self._last.forget()
+        self._last = tap
+
+    def _serve(self, layer: MoELayer) -> None:
+        """Make one layer call `run_layer`, by registration or by replacing a forward."""
+
+        def run(
+            x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor, scale_input: bool = False
+        ) -> torch.Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            out = self._run_layer(layer.index, flat, idx, weights, scale_input)
+            return out.view(x.shape)
+
+        replaced = replacement_forward(layer, run)
+        if replaced is None:
+            vars(layer.module)["_moelab_run"] = run
+        else:
+            module, forward = replaced
+            module.forward = forward
+            self._replaced.append(module)
+
+
+def attach(model: PreTrainedModel, run_layer: RunLayer) -> Adapter:
+    """Make every MoE layer of a model call `run_layer` instead of using its own experts.
+
+    Parameters
+    ----------
+    model
+        What `load_skeleton` gave; attach it once.
+    run_layer
+        `run_layer(layer, x [T, D], idx [T, K] int64, weights [T, K], scale_input) -> [T, D]`.
+        `idx` may hold values outside 0..E-1 and weights may be 0 (an expert over its capacity, a
+        router's "no expert"): these activations must load nothing and add nothing. With
+        `scale_input` the weight multiplies the expert's input instead of its output (Llama 4).
+
+    Raises
+    ------
+    ValueError
+        The model is attached already.
+    """
+    if any("_moelab_run" in vars(layer.module) for layer in find_moe(model)):
+        raise ValueError("this model is attached already; call detach() on its adapter first")
+    return Adapter(model, run_layer)
+
+
+def _forward(
+    module: nn.Module, hidden_states: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    return vars(module)["_moelab_run"](hidden_states, idx, weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register("moelab", _forward)

@@ -1,0 +1,204 @@
+"""Experts of a checkpoint, one at a time, in the layout of the model's own module.
+
+`split` tells a checkpoint's expert tensors from the others by the names transformers gives them;
+`ExpertReader` runs transformers' own weight converters on one expert instead of on all. What it
+does not know: quantised formats other than mxfp4 and block-wise fp8.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from moelab.models.families import MoELayer, expert_parameter, find_moe
+from moelab.models.shards import DTYPES, SCALE, Checkpoint, LazyTensor
+
+if TYPE_CHECKING:
+    import os
+
+    from transformers import PreTrainedModel
+
+__all__ = ["QUANTISED", "SCALE", "Checkpoint", "ExpertReader", "LazyTensor", "Split", "split"]
+
+QUANTISED = ("mxfp4", "fp8")  # quant_method values whose experts can be read
+
+
+@dataclass
+class Source:
+    """The checkpoint tensors that make one parameter of one layer's experts.
+
+    `groups` maps a converter's source pattern to {expert: tensor name}; the expert is None where
+    one tensor holds all experts.
+    """
+
+    target: str
+    converter: WeightConverter | None
+    groups: dict[str, dict[int | None, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A checkpoint's tensors, told apart: experts, everything else the model uses, and neither."""
+
+    experts: dict[int, dict[str, Source]]
+    rest: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def split(model: PreTrainedModel, checkpoint: Checkpoint) -> Split:
+    """Tell the experts' tensors from the others by the names transformers gives them.
+
+    Parameters
+    ----------
+    model
+        The model, its weights possibly on the meta device.
+    checkpoint
+        The checkpoint; the non-expert half of a store gives an empty `experts`.
+    """
+    layers = find_moe(model)
+    state = model.state_dict()
+    maps = get_model_conversion_mapping(model)
+    renamings = [m for m in maps if isinstance(m, WeightRenaming)]
+    converters = [m for m in maps if isinstance(m, WeightConverter)]
+    by_pattern = {p: c for c in converters for p in c.source_patterns}
+    prefix = model.base_model_prefix
+
+    def rename(key: str) -> tuple[str, str | None]:
+        target, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if target not in state and key in state:
+            target, pattern = rename_source_key(key, [], [], prefix, state)
+        return target, pattern
+
+    experts: dict[int, dict[str, Source]] = {}
+    rest, unused = [], []
+    for key in checkpoint.names():
+        target, pattern = rename(key.removesuffix(SCALE))
+        place = expert_parameter(re.sub(r"_(blocks|scales)$", "", target), layers)
+        if place is None:
+            (rest if target in state else unused).append(key)
+        elif not key.endswith(SCALE):
+            layer, parameter = place
+            converter = by_pattern.get(pattern) if pattern is not None else None
+            source = experts.setdefault(layer.index, {}).setdefault(
+                parameter, Source(f"{layer.name}.{parameter}", converter)
+            )
+            group = pattern or target.rpartition(".")[2]
+            source.groups.setdefault(group, {})[_expert_number(key)] = key
+    return Split(experts, tuple(rest), tuple(unused))
+
+
+def _expert_number(key: str) -> int | None:
+    match = re.search(r"expert(?:s\.expert)?s?[._](\d+)[._]", key)
+    return int(match[1]) if match else None
+
+
+class _OneExpert:
+    """The model as converters see it that ask for the shape of their target."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        """One expert's share of a parameter [E, ...]."""
+        return self._model.get_parameter(name)[:1]
+
+
+class ExpertReader:
+    """Experts straight from the shards of a checkpoint, in the layout of the model's own module.
+
+    `reader(layer, expert)` gives {name: tensor} with the names and shapes of `MoELayer.tensors`
+    (`gate_up_proj` [2F, D] and `down_proj` [D, F] in most families) and the checkpoint's own dtype;
+    mxfp4 and fp8 come as bfloat16. Threads may call it at once.
+
+    Parameters
+    ----------
+    model
+        What `load_skeleton` gave.
+    path
+        Checkpoint folder.
+
+    Raises
+    ------
+    ValueError
+        The checkpoint misses an expert that the model has, or holds none at all.
+    """
+
+    def __init__(self, model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
+        self.checkpoint = Checkpoint(path)
+        self.layers = find_moe(model)
+        self._model = _OneExpert(model)
+        self._plan = split(model, self.checkpoint).experts
+        for layer in self.layers:
+            self._check(layer)
+
+    def __call__(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        """Read one expert: its tensors by name."""
+        found = {
+            name: self._parameter(source, name, expert)
+            for name, source in self._plan[layer].items()
+        }
+        return {name: found[name].contiguous() for name, _ in self.layers[layer].tensors}
+
+    def dtype(self, layer: int) -> torch.dtype:
+        """The type of a layer's expert weights as the reader gives them."""
+        source = next(iter(self._plan[layer].values()))
+        key = next(iter(next(iter(source.groups.values())).values()))
+        stored = DTYPES[self.checkpoint.info[key].dtype]
+        plain = (torch.float16, torch.float32, torch.float64)
+        return stored if stored in plain else torch.bfloat16
+
+    def _check(self, layer: MoELayer) -> None:
+        """Every expert of a layer must be there before anything is promised."""
+        plan = self._plan.get(layer.index, {})
+        wanted = {name for name, _ in layer.tensors}
+        if not plan:
+            raise ValueError(
+                f"{self.checkpoint.path} holds no expert of layer {layer.index} ({layer.name}); "
+                "give the original checkpoint, not the model/ folder of a store"
+            )
+        if wanted != set(plan):
+            raise ValueError(
+                f"{self.checkpoint.path}: layer {layer.index} ({layer.name}) has "
+                f"{', '.join(sorted(plan))}, the model needs {', '.join(sorted(wanted))}"
+            )
+        for source in plan.values():
+            for pattern, keys in source.groups.items():
+                missing = set() if None in keys else set(range(layer.num_experts)) - set(keys)
+                if missing:
+                    raise ValueError(
+                        f"{self.checkpoint.path}: layer {layer.index} expert {min(missing)} has no "
+                        f"{pattern!r}; the checkpoint is incomplete, download it again"
+                    )
+
+    def _parameter(self, source: Source, name: str, expert: int) -> torch.Tensor:
+        pieces = {p: self._piece(keys, expert) for p, keys in source.groups.items()}
+        if f"{name}_blocks" in pieces:
+            from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+            return convert_moe_packed_tensors(pieces[f"{name}_blocks"], pieces[f"{name}_scales"])[0]
+        fused = None in next(iter(source.groups.values()))
+        if source.converter is None:
+            piece = next(iter(pieces.values()))
+            return piece[0] if fused else piece
+        converter: Any = copy.deepcopy(
+            source.converter
+        )  # transformers' own operations, on one expert
+        for pattern, piece in pieces.items():
+            converter.add_tensor(source.target, "", pattern, piece)
+        done = converter.convert(source.target, model=self._model, config=self._model.config)
+        result = done[source.target]
+        return (result[0] if isinstance(result, list) else result)[0]
+
+    def _piece(self, keys: dict[int | None, str], expert: int) -> torch.Tensor:
+        if None in keys:
+            return self.checkpoint.row(keys[None], expert)
+        return self.checkpoint.weight(keys[expert])

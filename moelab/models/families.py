@@ -1,0 +1,253 @@
+"""Every Mixture-of-Experts family of transformers as a list of `MoELayer`.
+
+transformers marks its experts modules with a decorator that leaves facts behind (`is_transposed`,
+`has_gate`, ...), and gives them fused parameters [E, ...]; that is all `find_moe` looks for, so a
+new family needs no code here. `undecorated` describes three families that lack the decorator.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2CLS
+from transformers.integrations.moe import _default_apply_gate
+
+from moelab.models.undecorated import UNDECORATED, Choice, Run
+
+# T tokens, E experts, K active experts per token, D model width, F expert width.
+
+_TOP_K = ("top_k", "topk", "num_experts_per_tok", "moe_topk", "top_k_experts", "moe_top_k", "moe_k")
+_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, eq=False)
+class MoELayer:
+    """One layer of experts: where it is in the model and what its experts compute.
+
+    Attributes
+    ----------
+    index
+        Position among the MoE layers in forward order (dense layers are not counted).
+    name
+        Path of the experts module in the model.
+    module, router, block
+        The experts module, the router (None where a family has no module for it) and their parent.
+    num_experts, top_k
+        E and K.
+    activation
+        "silu", "gelu", ... or "custom".
+    gating
+        "concatenated": act(gate) * up with [gate; up] stacked; "custom": the family's own rule
+        (clamps, interleaving); "none": no gate.
+    transposed
+        Weights are [in, out] instead of [out, in].
+    has_bias, has_post_norm
+        Biases in the two projections; a norm after the second.
+    tensors
+        (name, shape) of one expert's tensors, in the order in which a store keeps them.
+    """
+
+    index: int
+    name: str
+    module: Any = field(repr=False)
+    router: Any = field(repr=False)
+    block: Any = field(repr=False)
+    num_experts: int
+    top_k: int
+    activation: str
+    gating: str
+    transposed: bool
+    has_bias: bool
+    has_post_norm: bool
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def hidden(self) -> int:
+        """D, the width of the model."""
+        shape = dict(self.tensors)["down_proj"]
+        return shape[1] if self.transposed else shape[0]
+
+    @property
+    def inner(self) -> int:
+        """F, the width of one expert."""
+        shape = dict(self.tensors)["down_proj"]
+        return shape[0] if self.transposed else shape[1]
+
+    def choice(self, output: Any) -> Choice | None:
+        """Read (experts [T, K], weights [T, K]) from what the router returned, or None."""
+        special = UNDECORATED.get(type(self.module).__name__)
+        if special is not None:
+            return special.choice(self, output)
+        return _read_choice(output)
+
+
+def find_moe(model: nn.Module) -> list[MoELayer]:
+    """List the MoE layers of a model in forward order.
+
+    Parameters
+    ----------
+    model
+        Any transformers model; its weights may be on the meta device.
+
+    Raises
+    ------
+    ValueError
+        The model has no experts.
+    """
+    layers: list[MoELayer] = []
+    for name, module in model.named_modules():
+        special = UNDECORATED.get(type(module).__name__)
+        if special is not None and not hasattr(module, "is_transposed"):
+            special.describe(module)
+        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+            layers.append(_describe(model, name, module, index=len(layers)))
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no experts that moelab knows how to serve; "
+            "give a Mixture-of-Experts model of a transformers family with fused experts"
+        )
+    return layers
+
+
+def expert_parameter(target: str, layers: list[MoELayer]) -> tuple[MoELayer, str] | None:
+    """The layer and parameter that a model-side weight name belongs to, or None."""
+    owner, _, parameter = target.rpartition(".")
+    for layer in layers:
+        if owner == layer.name:
+            return (layer, parameter) if parameter in dict(layer.tensors) else None
+        if owner.startswith(layer.name + ".expert_"):
+            return layer, _per_expert_name(target)
+    return None
+
+
+def expert_forward(module: Any, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Run one expert on its tokens: the slow path that is right for every family.
+
+    Parameters
+    ----------
+    module
+        The layer's experts module (`MoELayer.module`); its own weights are not used.
+    x
+        Input, [T, D].
+    tensors
+        One expert's weights by name; they are cast to the type of `x`.
+
+    Returns
+    -------
+    Tensor
+        [T, D], before the router's weight is applied.
+    """
+    weight = {name: t if t.dtype == x.dtype else t.to(x.dtype) for name, t in tensors.items()}
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    h = _linear(x, weight[first], weight.get(first + "_bias"), module.is_transposed)
+    h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
+    h = _linear(h, weight["down_proj"], weight.get("down_proj_bias"), module.is_transposed)
+    return module.post_expert_norm(h) if module.has_post_expert_norm else h
+
+
+def replacement_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run] | None:
+    """For a family without the decorator: the module whose forward to replace, and by what.
+
+    `run(x, idx, weights, scale_input)` serves the layer.
+    """
+    special = UNDECORATED.get(type(layer.module).__name__)
+    return None if special is None else special.forward(layer, run)
+
+
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool
+) -> torch.Tensor:
+    if not transposed:
+        return F.linear(x, weight, bias)
+    return x @ weight if bias is None else x @ weight + bias
+
+
+def _describe(model: nn.Module, name: str, module: Any, *, index: int) -> MoELayer:
+    block = model.get_submodule(name.rpartition(".")[0])
+    router = next(
+        (r for a in ("gate", "router") if isinstance(r := getattr(block, a, None), nn.Module)), None
+    )
+    return MoELayer(
+        index=index,
+        name=name,
+        module=module,
+        router=router,
+        block=block,
+        num_experts=module.num_experts,
+        top_k=_top_k(router, block, module),
+        activation=_activation(getattr(module, "act_fn", None)),
+        gating=_gating(module),
+        transposed=module.is_transposed,
+        has_bias=module.has_bias,
+        has_post_norm=module.has_post_expert_norm,
+        tensors=_tensors(module),
+    )
+
+
+def _tensors(module: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    special = UNDECORATED.get(type(module).__name__)
+    parameters = dict(module.named_parameters(recurse=False))
+    if special is not None and special.per_expert is not None:
+        one = special.per_expert(module)
+        found = {_per_expert_name(k): tuple(p.shape) for k, p in one.named_parameters()}
+    else:
+        found = {k: tuple(p.shape[1:]) for k, p in parameters.items()}
+    names = [n + suffix for suffix in ("", "_bias") for n in _PARAMETERS]
+    return tuple((n, found[n]) for n in names if n in found)
+
+
+def _per_expert_name(key: str) -> str:
+    """`expert_3.fc1.bias` -> `up_proj_bias`: the fused names for families of single modules."""
+    linear, kind = key.split(".")[-2:]
+    name = "up_proj" if linear in ("wi", "fc1") else "down_proj"
+    return name if kind == "weight" else f"{name}_bias"
+
+
+def _top_k(router: nn.Module | None, block: nn.Module, module: Any) -> int:
+    special = UNDECORATED.get(type(module).__name__)
+    if special is not None and special.top_k is not None:
+        return special.top_k
+    config = getattr(module, "config", None)
+    for owner in (router, block, config, getattr(router, "config", None)):
+        for name in _TOP_K:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    raise ValueError(
+        f"cannot tell how many experts {type(block).__name__} activates per token: none of "
+        f"{', '.join(_TOP_K)} is set on its router, block or config"
+    )
+
+
+def _activation(function: Any) -> str:
+    if function is None:
+        return "custom"
+    if function is F.silu or isinstance(function, nn.SiLU):
+        return "silu"
+    for name, known in ACT2CLS.items():
+        if type(function) is (known[0] if isinstance(known, tuple) else known):
+            return name
+    return "custom"
+
+
+def _gating(module: Any) -> str:
+    if not module.has_gate:
+        return "none"
+    own = getattr(type(module), "_apply_gate", _default_apply_gate)
+    default = own is _default_apply_gate and getattr(module, "is_concatenated", True)
+    return "concatenated" if default else "custom"
+
+
+def _read_choice(output: Any) -> Choice | None:
+    """Routers return (logits, weights, experts, ...): the experts are told by their type."""
+    if not isinstance(output, (tuple, list)):
+        return None
+    tensors = [t for t in output if isinstance(t, torch.Tensor)]
+    at = next((i for i, t in enumerate(tensors) if t.dtype in (torch.int64, torch.int32)), None)
+    if at is None:
+        return None
+    idx = tensors[at].reshape(-1, tensors[at].shape[-1]).to(torch.int64)
+    weights = [t for t in tensors[:at] if t.is_floating_point() and t.numel() == idx.numel()]
+    return (idx, weights[-1].reshape(idx.shape)) if weights else None

@@ -1,0 +1,101 @@
+"""Three families whose experts modules lack transformers' decorator, described by hand.
+
+Each says what the decorator would have said (`describe`), how to read the router's output
+(`choice`), and which forward to replace so that the layer can be served (`forward`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.integrations.moe import _default_apply_gate
+
+if TYPE_CHECKING:
+    from moelab.models.families import MoELayer
+
+Run = Callable[..., torch.Tensor]
+Choice = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Undecorated:
+    """What the decorator would have said: the facts, the forward that serves, the choice."""
+
+    describe: Callable[[Any], None]
+    choice: Callable[[MoELayer, Any], Choice]
+    forward: Callable[[MoELayer, Run], tuple[nn.Module, Run]]
+    top_k: int | None = None  # where no attribute says it
+    per_expert: Callable[[Any], nn.Module] | None = None
+
+
+def _describe_single_modules(module: Any) -> None:
+    one = module["expert_0"]
+    module.is_transposed = module.has_gate = module.has_post_expert_norm = False
+    module.has_bias = getattr(one, "fc1", None) is not None
+    module.__dict__["act_fn"] = one.act  # not as a submodule: the model must not change
+
+
+def _switch_choice(_: MoELayer, output: Any) -> Choice:
+    hot, probability = output[:2]  # one-hot [B, S, E], all zero where an expert was full
+    hot = hot.reshape(-1, hot.shape[-1])
+    share = probability.reshape(-1, 1) * hot.sum(-1, keepdim=True).to(probability.dtype)
+    return hot.argmax(-1, keepdim=True), share
+
+
+def _switch_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
+    def forward(x: torch.Tensor, hot: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
+        return run(x, *_switch_choice(layer, (hot, probability)), False)
+
+    return layer.module, forward
+
+
+def _nllb_choice(layer: MoELayer, output: Any) -> Choice:
+    weights, idx = output[1].topk(2, -1)  # the gates of both experts, [T, E]
+    return idx, weights * (1 - layer.module.moe_token_dropout)
+
+
+def _nllb_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
+    # transformers' own forward reads a one-hot mask as expert numbers and so only ever runs
+    # experts 0 and 1; here the two experts that the router chose are run.
+    def forward(x: torch.Tensor, hot: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        return run(x, *_nllb_choice(layer, (hot, gates)), False)
+
+    return layer.module, forward
+
+
+def _describe_llama4(module: Any) -> None:
+    module.is_transposed = module.has_gate = True
+    module.has_bias = module.has_post_expert_norm = False
+    module.__dict__["_apply_gate"] = lambda h: _default_apply_gate(module, h)
+
+
+def _llama4_choice(layer: MoELayer, output: Any) -> Choice:
+    weights, idx = output[0].topk(layer.top_k, -1)
+    return idx, weights
+
+
+def _llama4_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
+    block = layer.block
+
+    def forward(hidden: torch.Tensor) -> Any:  # (output, logits)
+        x = hidden.reshape(-1, block.hidden_dim)
+        output = block.router(x)
+        routed = run(x, *_llama4_choice(layer, output), True)
+        return block.shared_expert(x).add_(routed), output[1]
+
+    return block, forward
+
+
+UNDECORATED = {
+    "SwitchTransformersExperts": Undecorated(
+        _describe_single_modules, _switch_choice, _switch_forward, 1, lambda m: m["expert_0"]
+    ),
+    "NllbMoeExperts": Undecorated(
+        _describe_single_modules, _nllb_choice, _nllb_forward, 2, lambda m: m["expert_0"]
+    ),
+    "Llama4TextExperts": Undecorated(_describe_llama4, _llama4_choice, _llama4_forward),
+}

@@ -1,0 +1,1 @@
+"""One recorded stream under any choice: replay and bounds."""

@@ -1,0 +1,1 @@
+"""What a run leaves: events, tokens, recordings, comparisons."""

@@ -1,0 +1,307 @@
+"""Runs beside each other: every figure, where the texts part, who is beaten by whom.
+
+Built on recordings, so it needs neither model nor kernel. Figures of time are compared only where
+they come from the same device: a measured and an emulated speed have no difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from moelab.runs.recording import Recording
+    from moelab.runs.run import Run
+
+TIMED = ("tokens_per_s", "setup_ms", "ttft_ms", "tpot_ms_median", "tpot_ms_p99", "stall_share")
+"""Figures that hang on the device."""
+
+MEMORY, SPEED = "peak memory of experts, MB", "tokens/s"
+_STYLE = """<style>
+.moe-compared { font: 13px/1.5 var(--jp-ui-font-family, system-ui, sans-serif); max-width: 1100px; }
+.moe-compared .texts { display: grid; gap: 12px; margin: 8px 0;
+  grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); }
+.moe-compared figure { margin: 0; padding: 6px 10px; border: 1px solid #8888; border-radius: 6px; }
+.moe-compared figcaption { font-weight: 650; }
+.moe-compared pre { margin: 4px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.moe-compared .given { opacity: 0.65; }
+.moe-compared mark { color: #000; background: #f0b429; border-bottom: 3px solid #a35200; }
+.moe-compared .since { text-decoration: underline dotted #a35200; }
+</style>"""
+
+
+class Comparison:
+    """Runs beside each other, by name; made by `compare` and by ``lab.what_if``.
+
+    Parameters
+    ----------
+    recordings
+        Name -> recording, at least one.
+    """
+
+    def __init__(self, recordings: Mapping[str, Recording]) -> None:
+        if not recordings:
+            raise ValueError("nothing to compare; give runs or recordings")
+        self.recordings = dict(recordings)
+        self._documents = {name: r.document for name, r in recordings.items()}
+
+    @property
+    def names(self) -> list[str]:
+        """The runs' names, in the order given."""
+        return list(self._documents)
+
+    def table(self) -> pd.DataFrame:
+        """Every figure of ``Run.summary``, a column a run, and the settings it began with.
+
+        With two runs, ``difference`` is the second minus the first. It is left out for times that
+        come from different devices; ``timing`` says which are measured and which emulated.
+        """
+        import pandas as pd
+
+        columns = {
+            name: {"settings": doc["settings"][0]["short"]} | doc["summary"]
+            for name, doc in self._documents.items()
+        }
+        frame = pd.DataFrame(columns, dtype=object)
+        if len(columns) == 2:
+            a, b = columns.values()
+            frame["difference"] = [self._difference(key, a.get(key), b.get(key)) for key in a]
+        frame.columns.name = "figure"
+        return frame
+
+    @property
+    def same_device(self) -> bool:
+        """Whether all times come from one device and way of timing, so that they compare."""
+        return len({_origin(doc) for doc in self._documents.values()}) == 1
+
+    @property
+    def diverges_at(self) -> int | None:
+        """The first token at which a text differs from the first one's; None where none does."""
+        first, *others = self._documents.values()
+        parts = [_parting(first["ids"], other["ids"]) for other in others]
+        return min((p for p in parts if p is not None), default=None)
+
+    def texts(self) -> dict[str, str]:
+        """What each run wrote, without the prompt."""
+        return {name: "".join(doc["pieces"]) for name, doc in self._documents.items()}
+
+    def front(self) -> list[str]:
+        """Runs that no other beats: at most its memory and KL and at least its speed.
+
+        Only runs on the same device, timed the same way, are held against each other; a KL that
+        one of the two did not measure does not count.
+        """
+        points = {
+            name: (_origin(doc), [m, None if s is None else -s, k])
+            for name, doc in self._documents.items()
+            for m, s, k in [_point(doc)]
+        }
+        return [
+            name
+            for name, (origin, mine) in points.items()
+            if not any(
+                origin == other and _beats(theirs, mine)
+                for who, (other, theirs) in points.items()
+                if who != name
+            )
+        ]
+
+    def code(self, name: str) -> str:
+        """Code that makes this run again: the settings, and what was changed at which token.
+
+        A lab just opened holds no experts; where the run began with some, a comment says so.
+
+        Raises
+        ------
+        ValueError
+            There is no run of that name.
+        """
+        if name not in self._documents:
+            raise ValueError(f"no run {name!r}; there are {', '.join(map(repr, self._documents))}")
+        return code_of(self._documents[name])
+
+    def figure(self) -> go.Figure:
+        """Memory against speed; colour and size are the KL, shape is how the time was taken.
+
+        A dotted line joins the runs that no other beats (`front`). Hollow: KL was not measured.
+        """
+        import pandas as pd
+
+        from moelab.views import charts
+
+        rows = []
+        for name, doc in self._documents.items():
+            memory, speed, kl = _point(doc)
+            rows.append((name, memory / 1e6, speed, kl, " on ".join(_origin(doc))))
+        frame = pd.DataFrame(rows, columns=["run", MEMORY, SPEED, "KL", "timing"])
+        frame["KL"] = frame["KL"].astype(float)
+        title = "Memory, speed and quality"
+        figure = charts.scatter(frame, MEMORY, SPEED, color="timing", label="run", title=title)
+        groups = [rows for _, rows in frame.groupby("timing", sort=False)]
+        for trace, points in zip(figure.data, groups, strict=True):
+            _shade(trace, points["KL"].to_numpy(), frame["KL"].to_numpy())
+        for i, points in enumerate(groups):
+            best = points.loc[points["run"].isin(self.front())].sort_values(by=MEMORY)
+            line = {"dash": "dot", "color": "#808890", "width": 1.5}
+            words = {"name": "not beaten", "hoverinfo": "skip", "showlegend": i == 0}
+            figure.add_scatter(x=best[MEMORY], y=best[SPEED], mode="lines", line=line, **words)
+        below = {"orientation": "h", "y": -0.2, "title": {"text": ""}, "itemsizing": "constant"}
+        figure.update_layout(legend=below)
+        return figure
+
+    def __repr__(self) -> str:
+        at = self.diverges_at
+        parting = "the same tokens" if at is None else f"first different token: {at}"
+        table = self.table().map(_cell).to_string()
+        return f"<Comparison of {', '.join(self.names)}; {parting}>\n{table}"
+
+    def _repr_html_(self) -> str:
+        at = self.diverges_at
+        words = "All tokens are the same." if at is None else f"First different token: {at}."
+        if not self.same_device:
+            words += " Times come from different devices or ways of timing: see the row timing."
+        texts = "".join(_figure(name, doc, at) for name, doc in self._documents.items())
+        table = self.table().map(_cell).to_html(border=0)
+        head = f"<p role='status'>{words}</p><div class='texts'>{texts}</div>"
+        return f"{_STYLE}<div class='moe-compared'>{head}{table}</div>"
+
+    def _difference(self, key: str, a: Any, b: Any) -> float | None:
+        numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (a, b))
+        return b - a if numbers and (self.same_device or key not in TIMED) else None
+
+
+def compare(*runs: Run | Recording, **named: Run | Recording) -> Comparison:
+    """Put runs or recordings beside each other.
+
+    Parameters
+    ----------
+    runs
+        Named by their settings in short.
+    named
+        Named as given: ``compare(lru=a, hobbit=b)``.
+
+    Raises
+    ------
+    ValueError
+        Nothing is given.
+
+    Examples
+    --------
+    >>> import moelab
+    >>> lab = moelab.open("demo", budget="25%")
+    >>> a = lab.generate("The", max_new_tokens=4)
+    >>> moelab.compare(a, a).diverges_at is None
+    True
+    """
+    recordings: dict[str, Recording] = {}
+    for run in runs:
+        one = recorded(run)
+        recordings[unused(one.document["settings"][0]["short"], recordings)] = one
+    return Comparison(recordings | {name: recorded(run) for name, run in named.items()})
+
+
+def recorded(run: Run | Recording) -> Recording:
+    """A run as it stands now; a recording is returned as it is."""
+    record = getattr(run, "recording", None)
+    return record() if callable(record) else run  # pyright: ignore[reportReturnType]
+
+
+def unused(name: str, taken: Mapping[str, Any]) -> str:
+    """The name, with a number after it where it is taken."""
+    if name not in taken:
+        return name
+    return next(f"{name} ({i})" for i in range(2, len(taken) + 3) if f"{name} ({i})" not in taken)
+
+
+def code_of(document: Mapping[str, Any]) -> str:
+    """The code that makes a recorded run again."""
+    doc, (first, *later) = document, document["settings"]
+    sampling = doc["sampling"]
+    asked = {"max_new_tokens": doc["max_new_tokens"]}
+    asked |= {n: sampling[n] for n in ("temperature", "top_p", "repetition_penalty", "seed")}
+    if doc["ignore_eos"]:
+        asked["ignore_eos"] = True
+    if not doc["messages"]:
+        asked["chat"] = False  # of a model that could: the text was to go on
+    lines = ["import moelab", "", first["code"]]
+    if held := len(doc["start"]["expert"]):
+        lines.append(f"# this run began with {held} experts resident; a lab just opened has none")
+    words = ", ".join(f"{k}={v!r}" for k, v in asked.items())
+    lines += ["run = lab.generate(", f"    {doc['messages'] or doc['prompt']!r},", f"    {words},"]
+    updates = [s for s in later if s["update"]]
+    if updates:
+        lines.append("    changes={")
+        lines += [f"        {s['token']}: dict({s['update']})," for s in updates]
+        lines.append("    },")
+    return "\n".join([*lines, ")"])
+
+
+# -- inside ---------------------------------------------------------------------------------------
+
+
+def _origin(doc: Mapping[str, Any]) -> tuple[str, str]:
+    return str(doc["summary"]["timing"]), str(doc["summary"]["device"])
+
+
+def _point(doc: Mapping[str, Any]) -> tuple[float, float, float | None]:
+    """Memory, speed, KL of a run."""
+    s = doc["summary"]
+    return s["peak_resident_bytes"], s["tokens_per_s"], s["kl_mean"]
+
+
+def _beats(a: Sequence[float | None], b: Sequence[float | None]) -> bool:
+    """Whether ``a`` is nowhere above ``b`` and somewhere below, where both are known."""
+    known = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    return all(x <= y for x, y in known) and any(x < y for x, y in known)
+
+
+def _parting(a: Sequence[int], b: Sequence[int]) -> int | None:
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    return min(len(a), len(b)) if same is None and len(a) != len(b) else same
+
+
+def _shade(trace: Any, kl: np.ndarray, every: np.ndarray) -> None:
+    """Colour and size of markers by KL, on a logarithmic scale from 1e-5; hollow where unknown."""
+    known = np.log10(np.maximum(every[np.isfinite(every)], 1e-5))
+    low, high = (known.min(), known.max()) if len(known) else (0.0, 0.0)
+    high = max(high, low + 1.0)
+    depth = np.log10(np.maximum(np.nan_to_num(kl, nan=1e-5), 1e-5))
+    there = np.isfinite(kl)
+    ticks = np.arange(np.ceil(low), high + 0.01)
+    trace.marker.symbol = [trace.marker.symbol[0] + ("" if k else "-open") for k in there]
+    trace.marker.size = np.where(there, 11 + 15 * (depth - low) / (high - low), 11).tolist()
+    trace.marker.color = np.where(there, depth, low).tolist()
+    words = [f"{10.0**t:.0e}" for t in ticks]
+    bar = {"title": {"text": "mean KL"}, "tickvals": ticks.tolist(), "ticktext": words}
+    trace.marker.update(colorscale="Cividis", cmin=low, cmax=high, showscale=True, colorbar=bar)
+    trace.customdata = [f"{k:.3g}" if np.isfinite(k) else "not measured" for k in kl]
+    trace.hovertemplate = (
+        f"%{{text}}<br>{MEMORY} %{{x:.3g}}<br>{SPEED} %{{y:.3g}}<br>KL %{{customdata}}"
+        "<extra>%{fullData.name}</extra>"
+    )
+
+
+def _figure(name: str, doc: Mapping[str, Any], at: int | None) -> str:
+    """One text as HTML: the first different token is marked, what follows is underlined."""
+    pieces = list(map(escape, doc["pieces"]))
+    body = "".join(pieces)
+    if at is not None:
+        before, here, after = "".join(pieces[:at]), "".join(pieces[at : at + 1]), pieces[at + 1 :]
+        mark = f"<mark title='token {at}: the first that differs'>{here or '∎'}</mark>"
+        body = f"{before}{mark}<span class='since'>{''.join(after)}</span>"
+    prompt = f"<span class='given'>{escape(doc['prompt'])}</span>"
+    return f"<figure><figcaption>{escape(name)}</figcaption><pre>{prompt}{body}</pre></figure>"
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return ""
+    if isinstance(value, (int, float)) and abs(value) >= 10_000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,300 @@
+"""A run as a thing by itself: saved, sent, opened and looked at without model, lab or kernel.
+
+A recording holds every event, figure and gate of a run, the settings in force, the likeliest
+tokens beside those of full precision, and what the strategy went by at each eviction. What was
+resident at a token and layer is what was when the run began and all rows of events up to there.
+
+T tokens, L layers, E experts of a layer, K active experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from moelab.runs.blame import blame
+from moelab.runs.events import CODES, DTYPE, KINDS
+from moelab.runs.evictions import by_row, until
+from moelab.runs.schema import EVENTS, GATES, decoded, encoded, pack, replaced, unpack
+from moelab.runs.tokens import COLUMNS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moelab.runs.run import Run
+
+SUFFIX = ".moelab.json.gz"
+Evictions = dict[str, dict[str, Any]]
+
+
+class Recording:
+    """Everything a view of a run needs. Made by ``run.recording()`` or `load`, not by hand.
+
+    Attributes
+    ----------
+    document
+        All of it as JSON has it; long columns as base64 (`moelab.runs.schema`).
+    prompt, text
+        What was given and what was generated.
+
+    Examples
+    --------
+    >>> run = lab.generate("Once upon a time", max_new_tokens=8)
+    >>> recording = run.recording()
+    >>> recording.cache_map(token=3, layer=0)["bits"].shape
+    (6, 16)
+    """
+
+    def __init__(
+        self, document: dict[str, Any], explain: Callable[[], Evictions] | None = None
+    ) -> None:
+        self.document, self._explain = document, explain
+        self.prompt: str = document["prompt"]
+        self.text = "".join(document["pieces"])
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """What a run has been so far."""
+        from moelab.runs.snapshot import Recorder
+
+        read = Recorder(run).read()
+        events, gates = read["events"], read["gates"]
+        columns = {name: encoded(events[name], dtype) for name, dtype in EVENTS.items()}
+        known = [name for name in GATES if gates[name] is not None]
+        document = read | {
+            "values": encoded(read["values"], "<f4"),
+            "events": events | columns,
+            "gates": gates | {name: encoded(gates[name], GATES[name]) for name in known},
+        }
+        rows = np.flatnonzero(events["kind"] == CODES["evict"])
+        trace = until(run.trace, len(read["pieces"]))
+        return cls(document, lambda: by_row(trace, rows))
+
+    # -- files ------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write a ``*.moelab.json.gz`` file (gzip'd JSON); returns its path.
+
+        The first time, the strategy is asked about its evictions, which takes a replay of the run.
+        """
+        path = Path(path)
+        if not path.name.endswith(SUFFIX):
+            path = path.with_name(path.name + SUFFIX)
+        replaced(path, self.packed())
+        return path
+
+    def packed(self) -> bytes:
+        """The bytes that `save` writes and an exported page holds."""
+        return pack(self.document | {"evictions": self.evictions})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file written by `save`, or a page written by `report`.
+
+        Raises
+        ------
+        ValueError
+            It is neither, or damaged; the message names the file and the field.
+
+        Examples
+        --------
+        >>> moelab.Recording.load("run.html").blame(3)  # doctest: +SKIP
+        """
+        path = Path(path)
+        data = path.read_bytes()
+        if data[:1] == b"<":
+            from moelab.views.page import embedded
+
+            try:
+                found = embedded(data.decode("utf-8", "replace"))
+            except ValueError as e:
+                raise ValueError(f"{path.name}: {e}") from None
+            if found is None:
+                raise ValueError(
+                    f"{path.name} is a page without a recording; run.report() writes one"
+                )
+            data = found
+        return cls(unpack(data, path.name))
+
+    def report(
+        self,
+        path: str | Path,
+        *,
+        png: bool | None = None,
+        csv: bool = True,
+        parquet: bool | None = None,
+    ) -> list[Path]:
+        """Write the run as one HTML page that needs no network, and pictures and tables beside it.
+
+        Parameters
+        ----------
+        path
+            Of the page; ``run.html`` puts ``run.png``, ``run.events.csv``, ``run.tokens.csv``,
+            ``run.events.parquet`` and ``run.tokens.parquet`` beside it.
+        png, csv, parquet
+            Whether to write these. None: where the library for it is installed.
+
+        Returns
+        -------
+        list
+            The files written, the page first.
+
+        Raises
+        ------
+        ImportError
+            A library that was asked for is missing; the message has the command that installs it.
+        """
+        from moelab.views.export import report
+
+        return report(self, Path(path), png=png, csv=csv, parquet=parquet)
+
+    # -- looking ----------------------------------------------------------------------------
+
+    @property
+    def evictions(self) -> Evictions:
+        """Why each expert was evicted: {row of the event: the strategy's terms}.
+
+        ``policy``, ``terms`` (names), ``texts``, ``victim`` and at most 8 ``survivors`` as
+        [layer, expert, bits, value of each term], those who would have gone next first.
+        """
+        if "evictions" not in self.document:
+            self.document["evictions"] = self._explain() if self._explain else {}
+            self._explain = None  # it held the run's whole trace
+        return self.document["evictions"]
+
+    @functools.cached_property
+    def records(self) -> np.ndarray:
+        """The events as records of `moelab.runs.events.DTYPE`."""
+        e = self.document["events"]
+        out = np.empty(e["count"], DTYPE)
+        for name, dtype in EVENTS.items():
+            if name != "cause":
+                out[name] = decoded(e[name], dtype)
+        out["cause"] = np.array([*e["causes"], ""], "U16")[decoded(e["cause"], "<u1")]
+        return out
+
+    @property
+    def events(self) -> pd.DataFrame:
+        """Every event; the columns are those of `moelab.runs.events.DTYPE`."""
+        import pandas as pd
+
+        frame = pd.DataFrame.from_records(self.records, columns=DTYPE.names)
+        frame["kind"] = pd.Categorical.from_codes(frame["kind"].astype("int8"), categories=KINDS)
+        return frame
+
+    @functools.cached_property
+    def figures(self) -> np.ndarray:
+        """Figures of each token, [C, T] in the order of `moelab.runs.tokens.COLUMNS`."""
+        return decoded(self.document["values"], "<f4").reshape(len(COLUMNS), -1)
+
+    @functools.cached_property
+    def gates(self) -> dict[str, np.ndarray]:
+        """``expert`` (-1: none) and ``weight`` at the last position of each token, [T, L, K].
+
+        ``wanted`` is the router's own choice, where a mask or a bias steered it in this run.
+        """
+        g, m = self.document["gates"], self.document["model"]
+        size = (len(self.document["pieces"]), m["layers"], g["K"])
+        known = {name: dtype for name, dtype in GATES.items() if g[name] is not None}
+        return {name: decoded(g[name], dtype).reshape(size) for name, dtype in known.items()}
+
+    @property
+    def per_token(self) -> pd.DataFrame:
+        """One row a token: id, text and the figures of `moelab.runs.tokens.COLUMNS`."""
+        import pandas as pd
+
+        d = self.document
+        own = {"token": range(len(d["ids"])), "id": d["ids"], "text": d["pieces"]}
+        return pd.DataFrame(own | dict(zip(COLUMNS, self.figures, strict=True)))
+
+    def summary(self) -> dict[str, Any]:
+        """The run in figures, as ``run.summary()`` gave them."""
+        return dict(self.document["summary"])
+
+    def blame(self, token: int) -> pd.DataFrame:
+        """What one token used and what it cost: a row for each expert, layer by layer.
+
+        Parameters
+        ----------
+        token
+            From 0. Token 0 carries the prompt: experts that only earlier positions of the prompt
+            used have no gate weight.
+
+        Returns
+        -------
+        DataFrame
+            ``layer``, ``expert`` (as the router chose), gate ``weight``, ``outcome`` (one of
+            `moelab.runs.blame.OUTCOMES`), ``served`` (the expert that computed, -1: none),
+            ``bits_asked``, ``bits``, ``bytes`` (read on demand), ``wait_ms``, ``cause``. In
+            ``.attrs``: ``kl``, the likeliest tokens ``served`` and at ``full`` precision as
+            [text, probability], ``text``, ``total_ms``, ``evict_ms``.
+
+        Raises
+        ------
+        ValueError
+            There is no such token.
+
+        Examples
+        --------
+        >>> table = lab.generate("Once upon a time", max_new_tokens=8).blame(3)
+        >>> len(table.query("layer == 0"))
+        2
+        """
+        return blame(self, token)
+
+    def cache_map(self, token: int = -1, layer: int | None = None) -> dict[str, np.ndarray]:
+        """What was resident when ``layer`` of ``token`` had been decided, arrays ``[L, E]``.
+
+        Parameters
+        ----------
+        token, layer
+            Default: the end; -1 counts from the end. A layer of -1 is before the first one.
+
+        Returns
+        -------
+        dict
+            ``bits``, ``loaded``, ``used`` and ``uses`` as in ``lab.cache_map()``.
+
+        Raises
+        ------
+        ValueError
+            There is no such token or layer.
+        """
+        m, start, e = self.document["model"], self.document["start"], self.records
+        count = len(self.document["pieces"])
+        last = int(m["layers"]) - 1
+        layer = last if layer is None else layer
+        if not -count <= token < count and (count or token != -1):
+            raise ValueError(f"there is no token {token}; there are 0 to {count - 1}")
+        if not -1 <= layer <= last:
+            raise ValueError(f"there is no layer {layer}; there are 0 to {last}")
+        token %= max(1, count)
+        order = e["token"].astype(np.int64) * (m["layers"] + 2) + e["at"] + 1
+        e = e[: np.searchsorted(order, token * (m["layers"] + 2) + layer + 1, side="right")]
+        cell, kind = e["layer"].astype(np.int64) * m["experts"] + e["expert"], e["kind"]
+        size = m["layers"] * m["experts"]
+        bits, loaded, used = np.zeros(size, np.uint8), *np.full((2, size), -1, np.int32)
+        begun = np.array([start["layer"], start["expert"]], np.int64)
+        bits[begun[0] * m["experts"] + begun[1]] = start["bits"]
+        coming = np.isin(kind, [CODES["load"], CODES["prefetch"]])
+        moved = coming | (kind == CODES["evict"])
+        bits[cell[moved]] = np.where(coming, e["bits"], 0)[moved]  # of several the last one stays
+        loaded[cell[coming]] = e["token"][coming]
+        serving = np.isin(kind, [CODES["hit"], CODES["load"], CODES["substitute"]])
+        used[cell[serving]] = e["token"][serving]
+        uses = np.bincount(cell[serving], minlength=size).astype(np.int32)
+        found = {"bits": bits, "loaded": loaded, "used": used, "uses": uses}
+        return {name: flat.reshape(m["layers"], m["experts"]) for name, flat in found.items()}
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, str]:
+        from moelab.views.report import Report
+
+        return Report.of(self)._repr_mimebundle_(**kwargs)
+
+    def __repr__(self) -> str:
+        d = self.document
+        return f"<Recording of {d['model']['name']}, {len(d['ids'])} tokens: {self.text[:60]!r}>"

@@ -1,0 +1,304 @@
+"""The document of a recording: its fields, how it is packed, and how a broken one is told.
+
+A document is plain JSON but for long columns of numbers, which are little-endian arrays in base64.
+Packed it is JSON in gzip: never pickle, so a file from a stranger can be read. `unpack` believes
+nothing: every field is looked at before anybody draws it, and an error names file and field.
+
+T tokens, L layers, K active experts.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fastjsonschema
+import numpy as np
+
+from moelab.runs.events import KINDS
+from moelab.runs.tokens import COLUMNS
+
+FORMAT = 1
+EVENTS = {
+    "token": "<i4",
+    "at": "<i2",
+    "layer": "<i2",
+    "expert": "<i2",
+    "kind": "<u1",
+    "bits_asked": "<u1",
+    "bits": "<u1",
+    "bytes": "<i4",
+    "start_ms": "<f4",
+    "dur_ms": "<f4",
+    "cause": "<u1",
+}
+"""The event columns; ``kind`` and ``cause`` are indices of words."""
+
+SAMPLED = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
+GATES = {"expert": "<i2", "weight": "<f4", "wanted": "<i2"}
+"""[T, L, K] each; ``wanted`` (the router's own choice) only where it was steered."""
+
+MOST_BYTES = 512 * 2**20
+"""A document larger than this is refused before it is unpacked whole."""
+
+MOST_EXPERTS = 2**20
+_AGAIN = "record it again with run.save(path)"
+
+# -- the fields, as a JSON schema -----------------------------------------------------------------
+
+_TEXT, _FLAG, _FIGURE = {"type": "string"}, {"type": "boolean"}, {"type": ["number", "null"]}
+_INDEX = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+_SIZE = {"type": "integer", "minimum": 1, "maximum": 2**15 - 1}
+_WORDS = {"type": "object", "additionalProperties": _TEXT}
+_NUMBER = {"type": "number"}
+_SUMMED = (
+    *("tokens", "tokens_per_s", "setup_ms", "ttft_ms", "tpot_ms_median", "tpot_ms_p99"),
+    *("hit_ratio", "byte_hit_ratio", "bytes_per_token", "stall_share", "downgrades", "skips"),
+    *("substitutes", "peak_resident_bytes", "budget_bytes"),
+)
+
+
+def _list(of: dict[str, Any], **limits: int) -> dict[str, Any]:
+    return {"type": "array", "items": of, **limits}
+
+
+def _object(optional: tuple[str, ...] = (), /, **fields: Any) -> dict[str, Any]:
+    needed = [name for name in fields if name not in optional]
+    return {"type": "object", "properties": fields, "required": needed}
+
+
+_PAIR = {"type": "array", "items": [_TEXT, {"type": "number"}], "minItems": 2, "maxItems": 2}
+_WHO = {"type": "array", "items": [_INDEX, _INDEX, _INDEX], "additionalItems": _FIGURE}
+_WHO |= {"minItems": 3}
+_EVICTION = _object(
+    policy=_TEXT,
+    error=_TEXT,
+    terms=_list(_TEXT),
+    texts=_list(_TEXT),
+    victim=_WHO,
+    survivors=_list(_WHO, maxItems=8),
+)
+_CHANGE = {"type": "array", "items": [_INDEX, _WORDS], "minItems": 2, "maxItems": 2}
+_SETTING = _object(token=_INDEX, shown=_WORDS, code=_TEXT, update=_TEXT, short=_TEXT, about=_TEXT)
+SCHEMA = _object(
+    ("evictions",),
+    format={"const": FORMAT},
+    moelab=_TEXT,
+    model=_object(
+        name=_TEXT,
+        architecture=_TEXT,
+        layers=_SIZE,
+        experts=_SIZE,
+        top_k=_SIZE,
+        tiers=_list(_SIZE, minItems=1),
+        causes=_list(_TEXT),
+        expert_bytes={"type": "object", "additionalProperties": {"type": "integer", "minimum": 1}},
+        all_experts_bytes={"type": "integer", "minimum": 1},
+    ),
+    prompt=_TEXT,
+    messages=_list(_WORDS),
+    max_new_tokens=_INDEX,
+    ignore_eos=_FLAG,
+    sampling=_object(**dict.fromkeys(SAMPLED, _NUMBER)),
+    pieces=_list(_TEXT),
+    ids=_list(_INDEX),
+    error=_TEXT,
+    columns={"const": list(COLUMNS)},
+    values=_TEXT,
+    changes=_list(_CHANGE),
+    marks=_list(_object(first=_INDEX, last=_INDEX, keys=_list(_TEXT), label=_TEXT)),
+    origins=_list(_object(token=_INDEX, device=_TEXT, title=_TEXT, emulated=_FLAG), minItems=1),
+    settings=_list(_SETTING, minItems=1),
+    start=_object(layer=_list(_INDEX), expert=_list(_INDEX), bits=_list(_SIZE)),
+    events=_object(count=_INDEX, causes=_list(_TEXT), **dict.fromkeys(EVENTS, _TEXT)),
+    gates=_object(K=_SIZE, expert=_TEXT, weight=_TEXT, wanted={"type": ["string", "null"]}),
+    top=_object(
+        served=_list(_list(_PAIR, maxItems=5)),
+        full=_list({"type": ["array", "null"], "items": _PAIR, "maxItems": 5}),
+    ),
+    evictions={
+        "type": "object",
+        "patternProperties": {"^[0-9]{1,9}$": _EVICTION},
+        "additionalProperties": False,
+    },
+    summary=_object(
+        kl_mean=_FIGURE,
+        device=_TEXT,
+        timing=_TEXT,
+        **dict.fromkeys(_SUMMED, _NUMBER),
+    ),
+)
+
+
+@functools.cache
+def _schema() -> Callable[[Any], Any]:
+    return fastjsonschema.compile(SCHEMA)  # pyright: ignore[reportReturnType]
+
+
+# -- packing --------------------------------------------------------------------------------------
+
+
+def encoded(values: np.ndarray, dtype: str) -> str:
+    """A column as text."""
+    return base64.b64encode(np.ascontiguousarray(values, dtype).tobytes()).decode()
+
+
+def decoded(text: str, dtype: str) -> np.ndarray:
+    """A column from its text.
+
+    Raises
+    ------
+    ValueError
+        It is not base64, or not a whole number of values.
+    """
+    try:
+        return np.frombuffer(base64.b64decode(text, validate=True), dtype)
+    except (binascii.Error, ValueError) as e:
+        raise ValueError(f"is not a column of {np.dtype(dtype).name} in base64 ({e})") from None
+
+
+def pack(document: dict[str, Any]) -> bytes:
+    """The document as a file's bytes; the same document gives the same bytes."""
+    text = json.dumps(document, allow_nan=False, separators=(",", ":"))
+    return gzip.compress(text.encode(), compresslevel=6, mtime=0)
+
+
+def replaced(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: an interrupted writing leaves what was there."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def unpack(data: bytes, name: str) -> dict[str, Any]:
+    """The document in a file's bytes, checked.
+
+    Parameters
+    ----------
+    data
+        What `pack` made.
+    name
+        Of the file, for messages.
+
+    Raises
+    ------
+    ValueError
+        The bytes are not a recording, or one of its fields is wrong; the message names it.
+    """
+    try:
+        document = json.loads(_text(data), parse_constant=_refused)
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
+        raise ValueError(f"{name} is cut off or no moelab recording ({e}); {_AGAIN}") from None
+    check(document, name)
+    return document
+
+
+def _refused(word: str) -> float:
+    raise ValueError(f"{word} is no number")
+
+
+def _text(data: bytes) -> bytes:
+    text = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
+    return text
+
+
+def check(document: Any, name: str) -> None:
+    """Refuse a document that is not what `moelab.runs.snapshot` writes.
+
+    Raises
+    ------
+    ValueError
+        With the name of the file and of the first field that is wrong.
+    """
+    try:
+        _schema()(document)
+        _columns(document)
+    except (fastjsonschema.JsonSchemaValueException, ValueError) as e:
+        raise ValueError(f"{name}: {str(e).removeprefix('data.')}; {_AGAIN}") from None
+
+
+def _columns(d: dict[str, Any]) -> None:
+    """What a schema cannot say: lengths that must agree, numbers that must be in range."""
+    m, tokens, start = d["model"], len(d["pieces"]), d["start"]
+    if sorted(m["expert_bytes"]) != sorted(map(str, m["tiers"])):
+        raise ValueError("model.expert_bytes must name the tiers")
+    _within("model.experts", [m["layers"] * m["experts"]], 1, MOST_EXPERTS)
+    lengths = {"ids": d["ids"], "top.served": d["top"]["served"], "top.full": d["top"]["full"]}
+    for field, values in lengths.items():
+        _long(field, values, tokens)
+    for field in ("origins", "settings"):
+        _within(f"{field}[0].token", [d[field][0]["token"]], 0, 1)
+    for field, most in (("layer", m["layers"]), ("expert", m["experts"])):
+        _long(f"start.{field}", start[field], len(start["bits"]))
+        _within(f"start.{field}", start[field], 0, most)
+    _among("start.bits", start["bits"], m["tiers"])
+    _column(d, "", "values", "<f4", len(COLUMNS) * tokens)
+    _events(d["events"], m, tokens)
+    for name in [name for name in GATES if d["gates"][name] is not None]:
+        size = tokens * m["layers"] * d["gates"]["K"]
+        values = _column(d["gates"], "gates.", name, GATES[name], size)
+        if name != "weight":
+            _within(f"gates.{name}", values, -1, m["experts"])
+    for row, entry in d.get("evictions", {}).items():
+        _within(f"evictions.{row}", [int(row)], 0, d["events"]["count"])
+        for who in (entry["victim"], *entry["survivors"], ["", "", "", *entry["texts"]]):
+            _long(f"evictions.{row}", who, 3 + len(entry["terms"]))
+
+
+def _events(e: dict[str, Any], m: dict[str, Any], tokens: int) -> None:
+    columns = {name: _column(e, "events.", name, t, e["count"]) for name, t in EVENTS.items()}
+    limits = {
+        "token": max(1, tokens),
+        "layer": m["layers"],
+        "expert": m["experts"],
+        "bytes": 2**31,
+        "kind": len(KINDS),
+        "cause": len(e["causes"]),
+    }
+    for field, most in limits.items():
+        _within(f"events.{field}", columns[field], 0, most)
+    _within("events.at", columns["at"], -1, m["layers"])
+    for field in ("bits", "bits_asked"):
+        _among(f"events.{field}", columns[field], [0, *m["tiers"]])
+    for field in ("start_ms", "dur_ms"):
+        if not np.isfinite(columns[field]).all():
+            raise ValueError(f"events.{field} must be finite")
+    if (np.diff(columns["token"].astype(np.int64) * (m["layers"] + 1) + columns["at"]) < 0).any():
+        raise ValueError("events.token must be in the order of decisions")
+
+
+def _long(field: str, values: Any, length: int) -> None:
+    if len(values) != length:
+        raise ValueError(f"{field} has {len(values)} values, {length} are expected")
+
+
+def _column(owner: dict[str, Any], at: str, name: str, dtype: str, length: int) -> np.ndarray:
+    try:
+        values = decoded(owner[name], dtype)
+    except ValueError as e:
+        raise ValueError(f"{at}{name} {e}") from None
+    _long(at + name, values, length)
+    return values
+
+
+def _within(field: str, values: Any, low: int, most: int) -> None:
+    if len(values) and not (low <= int(np.min(values)) and int(np.max(values)) < most):
+        raise ValueError(f"{field} must be from {low} to {most - 1}")
+
+
+def _among(field: str, values: Any, allowed: list[int]) -> None:
+    if len(values) and not np.isin(values, allowed).all():
+        raise ValueError(f"{field} must be among {allowed}")

@@ -1,0 +1,215 @@
+"""A run read into the document of a recording, also while the run goes on.
+
+Columns of numbers are arrays here; `moelab.runs.recording` and the dashboard pack them, each in
+its own way. Only tokens that are complete are told of: their events, gates and figures, all or
+none.
+
+T tokens, L layers, K active experts, N events.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import moelab
+from moelab.runs.schema import EVENTS, FORMAT
+from moelab.runs.tokens import CAUSES, COLUMNS, row, titled
+from moelab.scheduling.trace import LayerInput, Trace
+from moelab.spelling import changed, opened, short
+from moelab.store.devices import DEVICES
+from moelab.views.report import sentence
+from moelab.widgets.frame import in_words, merge_changes
+
+if TYPE_CHECKING:
+    from moelab.runs.run import Run
+    from moelab.settings import Settings
+
+
+class Recorder:
+    """Reads one run; what was read once is not read again.
+
+    Parameters
+    ----------
+    run
+        Of `Lab.start` or `Lab.generate`.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._lock = threading.Lock()
+        self._causes: dict[str, int] = {}
+        self._gates: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []  # [L, K] each
+        self._served: list[list] = []
+        self._full: list[list | None] = []
+        self._settings: list[dict[str, Any]] = []
+        self._texts: dict[int, str] = {}
+
+    def read(self, start: int = 0) -> dict[str, Any]:
+        """The document by now, with the events from row ``start`` on; without ``evictions``."""
+        with self._lock:
+            run = self.run
+            reports = list(run.token_reports)
+            tokens = len(reports)
+            ended = tokens or 1
+            history = [entry for entry in run.history if entry[0] < ended]
+            changes = [change for change in run.changes if change[0] < ended]
+            values = np.array([row(r) for r in reports], "<f4").reshape(-1, len(COLUMNS))
+            return {
+                "format": FORMAT,
+                "moelab": moelab.__version__,
+                "model": self._model(),
+                "prompt": run.prompt,
+                "messages": [dict(message) for message in run.request.messages],
+                "max_new_tokens": run.request.max_new_tokens,
+                "ignore_eos": run.request.ignore_eos,
+                "sampling": dataclasses.asdict(run.request.sampling),
+                "pieces": [r.text for r in reports],
+                "ids": run.tokens[:tokens],
+                "error": "" if run.error is None else in_words(run.error),
+                "columns": list(COLUMNS),
+                "values": np.ascontiguousarray(values.T),  # [C, T]
+                "changes": [list(change) for change in changes],
+                "marks": merge_changes(changes),
+                "origins": _origins(reports, history, run.outpaced),
+                "settings": self._settings_of(history),
+                "start": _start(run.trace),
+                "events": self._events(start, tokens),
+                "gates": self._gates_of(tokens),
+                "top": self._top(tokens),
+                "summary": {name: _plain(value) for name, value in run.summary().items()},
+            }
+
+    def _model(self) -> dict[str, Any]:
+        run, shape = self.run, self.run.trace.shape
+        return {
+            "name": run.model,
+            "architecture": run.architecture.removesuffix("ForCausalLM"),
+            "layers": shape.layers,
+            "experts": max(shape.experts),
+            "top_k": shape.top_k,
+            "tiers": sorted(shape.nbytes, reverse=True),
+            "expert_bytes": {str(bits): int(n) for bits, n in shape.nbytes.items()},
+            "all_experts_bytes": int(shape.all_bytes(max(shape.nbytes))),
+            "causes": list(CAUSES),
+        }
+
+    def _settings_of(self, history: Sequence[tuple[int, Settings]]) -> list[dict[str, Any]]:
+        """The settings in force from each token on, in words and as code."""
+        shape = self.run.trace.shape
+        for i in range(len(self._settings), len(history)):
+            token, settings = history[i]
+            self._settings.append(
+                {
+                    "token": token,
+                    "shown": settings.shown_strategy() | settings.shown(),
+                    "code": opened(self.run.model, settings),
+                    "update": changed(history[i - 1][1], settings) if i else "",
+                    "short": short(settings, shape),
+                    "about": sentence(settings, shape.nbytes, shape.all_bytes(max(shape.nbytes))),
+                }
+            )
+        return list(self._settings)
+
+    def _events(self, start: int, tokens: int) -> dict[str, Any]:
+        """Rows of complete tokens from ``start`` on: arrays [N]."""
+        rows = self.run.log.records(start)
+        rows = rows[: np.searchsorted(rows["token"], tokens)]
+        codes = self._causes
+        causes = [codes.setdefault(word, len(codes)) for word in rows["cause"].tolist()]
+        columns = {n: rows[n].astype(t) for n, t in EVENTS.items() if n != "cause"}
+        columns["cause"] = np.array(causes, EVENTS["cause"])
+        return {"count": start + len(rows), "causes": list(codes), **columns}
+
+    def _gates_of(self, tokens: int) -> dict[str, Any]:
+        """What the router chose at the last position of each token: arrays [T, L, K]."""
+        trace = self.run.trace
+        layers, top_k = trace.shape.layers, trace.shape.top_k
+        for t in range(len(self._gates), tokens):
+            self._gates.append(_last(trace.steps[t * layers : (t + 1) * layers], top_k))
+        size = (-1, layers, top_k)
+        expert, weight, wanted = zip(*self._gates, strict=True) if self._gates else ((), (), ())
+        steered = any(w is not None for w in wanted)
+        own = [e if w is None else w for e, w in zip(expert, wanted, strict=True)]
+        return {
+            "K": top_k,
+            "expert": np.array(expert, "<i2").reshape(size),
+            "weight": np.array(weight, "<f4").reshape(size),
+            "wanted": np.array(own, "<i2").reshape(size) if steered else None,
+        }
+
+    def _top(self, tokens: int) -> dict[str, list]:
+        """The likeliest next tokens as text, beside their probability."""
+        for best in self.run.likeliest[len(self._served) : tokens]:
+            self._served.append(self._pairs(best.served))
+            self._full.append(None if best.full is None else self._pairs(best.full))
+        return {"served": list(self._served), "full": list(self._full)}
+
+    def _pairs(self, best: Sequence[tuple[int, float]]) -> list[list]:
+        return [[self._text(token), float(f"{p:.4g}")] for token, p in best]
+
+    def _text(self, token: int) -> str:
+        """One token as text, with the space it begins with: decoded behind another one."""
+        if token not in self._texts:
+            tokenizer: Any = self.run._tokenizer
+            before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+            plain = {"clean_up_tokenization_spaces": False}
+            alone, both = (tokenizer.decode(i, **plain) for i in (before, [*before, token]))
+            self._texts[token] = both[len(alone) :]
+        return self._texts[token]
+
+
+def _start(trace: Trace) -> dict[str, list[int]]:
+    """What was resident when the run began."""
+    resident = list(trace.resident)
+    return {
+        "layer": [key[0] for key, _ in resident],
+        "expert": [key[1] for key, _ in resident],
+        "bits": [bits for _, bits in resident],
+    }
+
+
+def _last(
+    steps: Sequence[LayerInput], top_k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Experts, gate weights and the router's own choice at the last position: [L, K] each."""
+    expert = np.full((len(steps), top_k), -1, "<i2")
+    weight = np.zeros((len(steps), top_k), "<f4")
+    wanted, steered = np.full_like(expert, -1), False
+    for i, step in enumerate(steps):
+        chosen = step.experts[-1]
+        expert[i, : len(chosen)] = chosen
+        weight[i, : len(chosen)] = step.weights[-1]
+        steered |= step.wanted is not None
+        own = step.router_experts[-1]
+        wanted[i, : len(own)] = own
+    return expert, weight, wanted if steered else None
+
+
+def _origins(
+    reports: Sequence[Any], history: Sequence[tuple[int, Settings]], outpaced: set[str]
+) -> list[dict[str, Any]]:
+    """From which token on the times come from which device."""
+    names = [r.device for r in reports] or [history[-1][1].device if history else "disk"]
+    starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
+    return [
+        {
+            "token": i,
+            "device": names[i],
+            "title": titled(DEVICES[names[i]].title, outpaced=names[i] in outpaced),
+            "emulated": DEVICES[names[i]].emulated,
+        }
+        for i in starts
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """A figure as JSON has it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

