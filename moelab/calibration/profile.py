@@ -7,7 +7,6 @@ that is the same, and made again otherwise. The bundled demo brings its own.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.scheduling.strategy import Strategy
-from moelab.store.paths import cache_dir
+from moelab.store.paths import cache_dir, write_atomically
 from moelab.store.store import Store
 from moelab.strategies import CALIBRATED, NEEDS_CALIBRATION, make, maker
 
@@ -194,11 +193,9 @@ def _read(file: Path) -> dict[str, Any] | None:
 def _write(store: Store, name: str, doc: dict[str, Any]) -> Path:
     text, failed = json.dumps(doc, separators=(",", ":")), None
     for folder in _folders(store):
-        scratch = folder / f"{name}.{os.getpid()}.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(text, encoding="utf-8")
-            scratch.replace(folder / name)
+            write_atomically(folder / name, text.encode())
         except OSError as error:
             failed = error
             continue
