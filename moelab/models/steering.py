@@ -1,4 +1,8 @@
-"""Masks and preferences of the routers, handed on only when they change."""
+"""Masks and preferences of the routers, handed on only when they change.
+
+A router's steering is compiled from both (`routing.SteeredRouting`), which costs more than to
+compare what is asked for with what was told. What it does not know: who wants it, and why.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ class Steering:
 
     def __init__(self, adapter: Adapter) -> None:
         self._adapter = adapter
-        self._told: dict[int, tuple] = {}  # layer -> (mask, bias)
+        self._told: dict[int, tuple] = {}  # layer -> (mask, bias), where there is one of them
 
     def steers(self, layer: int) -> bool:
         """Whether a mask or a bias applies to the layer."""
@@ -30,20 +34,16 @@ class Steering:
         self, layer: int, allowed: Sequence[bool] | None, bias: Sequence[float] | None
     ) -> None:
         """Tell a router whom it may choose (bool [E]) and whom to prefer (float [E]), or None."""
-        now = (
-            None if allowed is None else tuple(allowed),
-            None if bias is None else tuple(bias),
-        )
-        mask, wish = self._told.get(layer, (None, None))
-        if now[0] != mask:
-            allow = None if now[0] is None else torch.tensor(now[0], dtype=torch.bool)
-            self._adapter.set_mask(layer, allow)
-            self._told[layer] = (now[0], wish)
-        if now[1] != wish:
-            prefer = None if now[1] is None else torch.tensor(now[1], dtype=torch.float32)
-            self._adapter.set_bias(layer, prefer)
-            self._told[layer] = now
-        if now == (None, None):
+        mask = None if allowed is None else tuple(allowed)
+        wish = None if bias is None else tuple(bias)
+        told = self._told.get(layer, (None, None))
+        if mask != told[0]:
+            self._adapter.set_mask(layer, None if mask is None else torch.tensor(mask).bool())
+            self._told[layer] = (mask, told[1])  # before the bias, which may be refused
+        if wish != told[1]:
+            self._adapter.set_bias(layer, None if wish is None else torch.tensor(wish).float())
+            self._told[layer] = (mask, wish)
+        if mask is wish is None:
             self._told.pop(layer, None)
 
     def release(self) -> None:

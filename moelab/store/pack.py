@@ -28,8 +28,9 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from moelab.models.checkpoint import Checkpoint, ExpertReader, split
-from moelab.models.families import MoELayer, find_moe
+from moelab.models.checkpoint import ExpertReader
+from moelab.models.families import MoELayer
+from moelab.models.shards import Checkpoint
 from moelab.models.skeleton import blank_model
 from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
 from moelab.store.destination import check_room, move, partial_folder, remove_stale, sync
@@ -137,17 +138,14 @@ class _Work:
         self.folder, self.fit = folder, fit
         self.bars, self.tell = progress is True, progress if callable(progress) else None
         model = blank_model(folder)
-        self.checkpoint = Checkpoint(folder)
-        self.layers = find_moe(model)
         self.reader = ExpertReader(model, folder)
-        self.rest = split(model, self.checkpoint).rest
-        stored = self.reader.dtype(0)
-        half = stored if stored == torch.float16 else torch.bfloat16
-        layout = Layout(_same_tensors(self.layers), str(half).removeprefix("torch."))
-        self.half = half
+        self.checkpoint, self.rest = self.reader.checkpoint, self.reader.rest
+        layers, stored = self.reader.layers, self.reader.dtype(0)
+        self.half = half = stored if stored == torch.float16 else torch.bfloat16
+        layout = Layout(_same_tensors(layers), str(half).removeprefix("torch."))
         self.kept = [f for f in sorted(folder.iterdir()) if f.is_file() and _is_kept(f.name)]
         self._digest: str | None = None
-        self.manifest = _describe(model, name, self.checkpoint, tiers, layout, self.layers)
+        self.manifest = _describe(model, name, self.checkpoint, tiers, layout, layers)
         if stored in (torch.float32, torch.float64):
             note = f"experts are {str(stored).removeprefix('torch.')} in the source, stored as"
             self.manifest = replace(self.manifest, notes=(f"{note} bfloat16",))
