@@ -106,7 +106,7 @@ class Batch:
         self.layer, self._compute, self._x, self._routed = layer, compute, x, routed
 
     def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
-        """Compute experts whose bytes are in memory; these are free to go afterwards."""
+        """Compute experts whose bytes are in memory, each once; these are free to go afterwards."""
         raise NotImplementedError
 
     def result(self) -> torch.Tensor:
@@ -126,7 +126,7 @@ class KernelBatch(Batch):
 
     def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
         super().__init__(compute, layer, x, routed)
-        self._in = x.float().contiguous()
+        self._in = x.float().contiguous()  # the kernels go by its address
         self._calls: list[np.ndarray] = []  # [n, T, D]
         self._experts: list[int] = []  # of all calls
 
