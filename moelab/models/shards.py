@@ -49,6 +49,11 @@ class TensorInfo:
     start: int
     stop: int
 
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return self.stop - self.start
+
 
 class LazyTensor:
     """A tensor that is read when it is indexed, as transformers' loader expects of a slice."""
@@ -122,7 +127,7 @@ class Checkpoint:
     def row(self, key: str, index: int) -> torch.Tensor:
         """Read `tensor[index : index + 1]` of a tensor that holds all experts of a layer."""
         info = self.info[key]
-        size = (info.stop - info.start) // info.shape[0]
+        size = info.nbytes // info.shape[0]
         start = info.start + index * size
         return self._read(info, start, start + size, (1, *info.shape[1:]))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +20,11 @@ FORMAT = 1
 NAME = "manifest.json"
 MODEL = "model"  # folder of the configuration, the tokenizer and the non-expert weights
 _MAGIC = b"moelab experts\n\0"
+OF_LAYER = (
+    *("top_k", "hidden", "inner", "activation", "gating"),
+    *("transposed", "has_bias", "has_post_norm"),
+)
+"""What a manifest says of an expert as `moelab.models.families.MoELayer` does; alike in all."""
 
 
 class StoreError(ValueError):
@@ -115,12 +120,6 @@ class Manifest:
         """The first page of an expert file."""
         head = _MAGIC + FORMAT.to_bytes(4, "little") + bits.to_bytes(4, "little")
         return (head + bytes.fromhex(self.id)).ljust(PAGE, b"\0")
-
-    def with_files(
-        self, files: dict[str, tuple[int, str]], checksums: dict[int, tuple[str, ...]]
-    ) -> Manifest:
-        """The same manifest, once the files are written."""
-        return replace(self, files=files, checksums=checksums)
 
     def to_json(self) -> str:
         """The text of `manifest.json`, with its own checksum."""
