@@ -1,4 +1,4 @@
-"""From what a person calls a model to a packed store on this machine, and what is told of it.
+"""From a model's name to a packed store on this machine, and what `lab.info` says of it.
 
 ``"demo"``, ``"smollm2-moe"``, a store, a checkpoint folder or a hub id; checkpoints are packed once
 into the user's cache and found there the next time. A package that carries a model is found, not
@@ -122,7 +122,7 @@ def _wheel_files() -> list[Path]:
 def find_store(
     model: str | Path, *, tiers: Sequence[int] = TIERS, progress: Progress = True
 ) -> Path:
-    """The store of ``model``, packed now if it has to be; `progress` shows bars, or is told words.
+    """The store of ``model``, packed now if it has to be; `progress`: bars, or called with words.
 
     Raises
     ------
@@ -185,7 +185,7 @@ def _fingerprint(source: str | Path, tiers: Sequence[int]) -> str:
     return digest.hexdigest()
 
 
-# -- what opening it needs, and what is told of it ----------------------------------------------
+# -- what opening a store needs, and what `lab.info` says of it ---------------------------------
 
 
 def compute_dtype(store: Store) -> torch.dtype:

@@ -114,10 +114,10 @@ def record(
     engine, trace = lab._engine, Trace(lab._shape)
     for text in texts_of(lab, texts):
         ids = lab._encode(text)[:tokens]
-        with engine.full_precision(), engine.listening(look_ahead) as heard:
+        with engine.full_precision(), engine.listening(look_ahead) as steps:
             Stream(engine).forward(ids)
         for token in range(len(ids)):
-            trace.steps += [_one_token(given, token) for given in heard]
+            trace.steps += [_one_token(given, token) for given in steps]
     return trace
 
 

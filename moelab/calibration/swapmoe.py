@@ -71,8 +71,8 @@ def renewed(scores: np.ndarray, start: np.ndarray, f: int, n: int) -> Iterator[l
     for begin in range(0, len(scores), f):
         chosen = order[:n]
         yield chosen
-        heard = scores[begin : begin + f].sum(0)
-        order = sorted(order, key=lambda e: (-heard[e], e not in chosen))
+        seen = scores[begin : begin + f].sum(0)
+        order = sorted(order, key=lambda e: (-seen[e], e not in chosen))
 
 
 # -- 2: quality -------------------------------------------------------------------------------

@@ -190,10 +190,10 @@ def supports(
     layout: Layout,
     *,
     activation: str,
-    is_concatenated: bool = True,
-    is_transposed: bool = False,
+    gating: str = "concatenated",
+    transposed: bool = False,
     has_bias: bool = False,
-    has_gate: bool = True,
+    has_post_norm: bool = False,
 ) -> bool:
     """Say whether the kernels serve experts of this kind.
 
@@ -203,10 +203,8 @@ def supports(
     ----------
     layout : Layout
         The expert's tensors: exactly ``gate_up_proj [2I, H]``, then ``down_proj [H, I]``.
-    activation : str
-        The gate's activation function; "silu" and "swish" are served.
-    is_concatenated, is_transposed, has_bias, has_gate : bool
-        The expert module's attributes of the same names in transformers.
+    activation, gating, transposed, has_bias, has_post_norm
+        As in `moelab.models.families.MoELayer` and in a store's manifest.
 
     Examples
     --------
@@ -214,9 +212,9 @@ def supports(
     >>> supports(layout, activation="silu"), supports(layout, activation="gelu")
     (True, False)
     """
-    if activation not in ("silu", "swish") or not (is_concatenated and has_gate):
+    if activation not in ("silu", "swish") or gating != "concatenated":
         return False
-    if is_transposed or has_bias:
+    if transposed or has_bias or has_post_norm:
         return False
     if tuple(name for name, _ in layout.tensors) != ("gate_up_proj", "down_proj"):
         return False

@@ -2,8 +2,8 @@
 
 All experts of a tier have one size, so there is no fragmentation. A slot that is free but still
 mapped counts against the limit too: what the arena holds is what the process really has. What it
-does not know: which expert is in a slot; whoever took it gives it back, once, after its last read
-and its last load. One thread only: the one that obeys the scheduler.
+does not know: which expert is in a slot. The engine gives a slot back once, after its load is done
+or withdrawn and its last computation has ended; one thread at a time calls the arena.
 """
 
 from __future__ import annotations

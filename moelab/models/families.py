@@ -1,6 +1,6 @@
 """Every Mixture-of-Experts family of transformers as a list of `MoELayer`.
 
-transformers marks its experts modules with a decorator that leaves facts behind (`is_transposed`,
+transformers marks its experts modules with a decorator that sets attributes (`is_transposed`,
 `has_gate`, ...), and gives them fused parameters [E, ...]; that is all `find_moe` looks for, so a
 new family needs no code here. `undecorated` describes three families that lack the decorator. What
 it does not know: where weights come from, and who serves an expert.

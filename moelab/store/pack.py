@@ -306,14 +306,14 @@ def _check_tiers(tiers: Sequence[int]) -> tuple[int, ...]:
 
 def _fingerprint(fit: Fit) -> str:
     """What tells one rule from another: its name and compiled code."""
-    told = getattr(fit, "__name__", str(fit)), _told(getattr(fit, "__code__", None))
-    return digest(repr(told).encode())
+    rule = getattr(fit, "__name__", str(fit)), _portable(getattr(fit, "__code__", None))
+    return digest(repr(rule).encode())
 
 
-def _told(constant: Any) -> Any:
+def _portable(constant: Any) -> Any:
     """A constant of compiled code without what differs from one process to the next."""
     if isinstance(constant, CodeType):
-        return constant.co_code, constant.co_names, [_told(c) for c in constant.co_consts]
+        return constant.co_code, constant.co_names, [_portable(c) for c in constant.co_consts]
     return sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
 
 
