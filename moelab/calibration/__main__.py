@@ -12,6 +12,7 @@ from dataclasses import asdict
 import moelab
 from moelab import calibration
 from moelab.calibration.profile import SHIPPED, written
+from moelab.store.paths import write_atomically
 
 
 def main() -> None:
@@ -19,8 +20,8 @@ def main() -> None:
     SHIPPED.mkdir(exist_ok=True)
     with moelab.open("demo", budget="50%", measure_kl=False) as lab:
         for name in sys.argv[1:] or calibration.NAMES:
-            text = written(asdict(lab.calibrate(name, again=True)))
-            (SHIPPED / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+            text = written(asdict(lab.calibrate(name, again=True))) + "\n"
+            write_atomically(SHIPPED / f"{name}.json", text.encode())
 
 
 if __name__ == "__main__":
