@@ -17,7 +17,7 @@ the best point; under prefetching as it will run, for that protects what is near
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +43,6 @@ ROUNDS = 6
 AHEAD = 3
 EVALUATIONS = 80
 """About how many replays the search takes, for the progress bar."""
-PARTS = 16
-"""Weights are searched in sixteenths."""
-
 Weights = tuple[float, float, float, float]
 
 
@@ -136,37 +133,28 @@ def least_penalty(
     of a sixteenth from one weight to another while that helps. Among equals the point nearest to
     equal weights is taken.
     """
-    seen: dict[tuple[int, ...], float] = {}
+    seen: dict[Weights, float] = {}
 
-    def cost(point: tuple[int, ...]) -> tuple[float, int]:
-        if point not in seen:
-            seen[point] = penalty(_weights(point))
-        return seen[point], sum((part - PARTS // 4) ** 2 for part in point)
+    def cost(weights: Weights) -> tuple[float, float]:
+        if weights not in seen:
+            seen[weights] = penalty(weights)
+        return seen[weights], sum((part - 1 / 4) ** 2 for part in weights)
 
-    quarter = range(0, PARTS + 1, PARTS // 4)
-    grid = [p for p in itertools.product(quarter, repeat=4) if sum(p) == PARTS]
-    best = min(grid, key=cost)
-    for step in (PARTS // 8, PARTS // 16):
-        while (better := min(_around(best, step), key=cost)) and cost(better) < cost(best):
+    quarters = (0.0, 1 / 4, 1 / 2, 3 / 4, 1.0)
+    grid = itertools.product(quarters, quarters, quarters, quarters)
+    best = min((weights for weights in grid if sum(weights) == 1), key=cost)
+    for step in (1 / 8, 1 / 16):  # exact in binary, and so are their sums
+        while cost(better := min(_around(best, step), key=cost)) < cost(best):
             best = better
-    return _weights(best), {_weights(p): value for p, value in seen.items()}
+    return best, seen
 
 
-def _around(point: tuple[int, ...], step: int) -> list[tuple[int, ...]]:
+def _around(weights: Weights, step: float) -> Iterator[Weights]:
     """The points a step from one weight to another away."""
-    out = []
     for giver, taker in itertools.permutations(range(4), 2):
-        moved = list(point)
-        moved[giver] -= step
-        moved[taker] += step
-        if moved[giver] >= 0:
-            out.append(tuple(moved))
-    return out
-
-
-def _weights(point: tuple[int, ...]) -> Weights:
-    a, b, c, d = (part / PARTS for part in point)
-    return a, b, c, d
+        if weights[giver] >= step:
+            a, b, c, d = (w + step * ((n == taker) - (n == giver)) for n, w in enumerate(weights))
+            yield a, b, c, d
 
 
 # -- the gates -----------------------------------------------------------------------------------
