@@ -69,7 +69,7 @@ def _load(b: _Builder, address: ir.Value, offset: ir.Value | int, kind: ir.Type)
 
 
 def _loader(kind: ir.Type, gives: types.Type, widen: Callable[[_Builder, ir.Value], Any]) -> Any:
-    """What loads one value at an address, widened to 32 bits."""
+    """An intrinsic that loads one value at an address and widens it to 32 bits."""
 
     @_intrinsic
     def load(_context: Any, address: Any) -> Any:  # noqa: ARG001
