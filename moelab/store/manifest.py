@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,21 +32,18 @@ class StoreError(ValueError):
     """A store that cannot be used or made: says which file, layer and expert, and what to do."""
 
 
-def digest(*parts: bytes | memoryview) -> str:
+_hash = partial(hashlib.blake2b, digest_size=16)
+
+
+def digest(data: bytes | memoryview) -> str:
     """blake2b-128 as hex."""
-    state = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        state.update(part)
-    return state.hexdigest()
+    return _hash(data).hexdigest()
 
 
 def digest_file(path: Path) -> str:
-    """blake2b-128 of a file, read in pieces of 1 MiB."""
-    state = hashlib.blake2b(digest_size=16)
+    """blake2b-128 of a file, read in pieces."""
     with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            state.update(piece)
-    return state.hexdigest()
+        return hashlib.file_digest(stream, _hash).hexdigest()
 
 
 def experts_file(bits: int) -> str:
