@@ -129,7 +129,7 @@ def unseen(lab: moelab.Lab, texts: int = 6) -> list[str]:
 
 def recorded(lab: moelab.Lab, *, tokens: int = 32, look_ahead: int = 0) -> moelab.Trace:
     """The model's routing of `unseen` texts."""
-    from moelab.calibration.measure import record
+    from moelab.calibration.probes import record
 
     return record(lab, unseen(lab), tokens=tokens, look_ahead=look_ahead)
 

@@ -70,7 +70,7 @@ def tasks(facts: Facts, measured: Measured) -> list[Task]:
 
 def _look_at_routing(facts: Facts, measured: Measured) -> None:
     from moelab.calibration.hobbit import gate_accuracy
-    from moelab.calibration.measure import record
+    from moelab.calibration.probes import record
 
     tokens = 12 if facts.extent.quick else TEXT_TOKENS
     with moelab.open(measured.model, measure_kl=False, progress=False) as lab:
