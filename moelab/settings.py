@@ -32,6 +32,16 @@ _OFF = {"low_bits": None, "depth": 0}
 """Parameters that may be switched off also where no part has them: they are."""
 
 
+_TWO_TIERS = '{!r} has one precision, precision="hobbit" has two; '
+_WHOSE = {
+    "depth": '{!r} does not look ahead, prefetch="hobbit" does; ',
+    "low_bits": _TWO_TIERS,
+    "t1": _TWO_TIERS,
+    "t2": _TWO_TIERS,
+}
+"""What to choose for a parameter that the strategy in force does not have."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What a run obeys; changed between tokens by ``lab.update``.
@@ -151,7 +161,9 @@ class Settings:
             ):
                 del values[name]
         if unknown := values.keys() - strategy.parameters.keys():
-            raise ValueError(f"unknown setting {min(unknown)!r}; {self._there_is(strategy)}")
+            name = min(unknown)
+            hint = _WHOSE.get(name, "").format(strategy.name)
+            raise ValueError(f"unknown setting {name!r}; {hint}{self._there_is(strategy)}")
         return strategy.tuned(**values) if values else strategy
 
     def _there_is(self, strategy: Strategy | None = None) -> str:
