@@ -116,9 +116,13 @@ def above_budget(
     budgets
         Of each token.
     """
-    sign = events["kind"].map({"load": 1, "prefetch": 1, "evict": -1}).astype(float).fillna(0)
-    taken = resident + (sign * events["bits"].map(dict(nbytes)).fillna(0)).cumsum()
-    return events["token"][taken > np.asarray(budgets)[events["token"]]].nunique()
+    above = set[int]()
+    for token, kind, bits in zip(events["token"], events["kind"], events["bits"], strict=True):
+        if kind in ("load", "prefetch", "evict"):
+            resident += nbytes[bits] * (-1 if kind == "evict" else 1)
+        if resident > budgets[token]:
+            above.add(token)
+    return len(above)
 
 
 def row(case: Case, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

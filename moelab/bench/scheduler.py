@@ -1,7 +1,8 @@
 """What deciding costs: the scheduler alone over a made routing stream, without model or disk.
 
-Timed is what an engine asks for in a layer: mask, bias, depth and `Scheduler.step`, and the end of
-the token; neither making the stream nor obeying the plan is. Strategies have no profile: what a
+Timed is what an engine asks for in a layer: `Scheduler.step`, and mask, bias and depth of the next;
+neither making the stream nor obeying the plan is. It is CPU time, so that other programs do not
+count, and the clock's own microsecond a layer is in it. Strategies have no profile: what a
 calibration would change of their cost is not known here.
 
 The stream: an expert's score is sqrt(s) times its popularity in its layer plus sqrt(1 - s) times
@@ -141,22 +142,21 @@ def _scheduler(made: Stream, strategy: Strategy, knobs: Knobs) -> Scheduler:
 
 
 def _token(live: Scheduler, made: Stream, at: int) -> np.ndarray:
-    """Let a scheduler decide a token: the seconds it took, hits, requests."""
-    clock, seconds, hits, requests = time.perf_counter, 0.0, 0, 0
-    for layer in range(made.shape.layers):
-        begun = clock()
-        mask, bias = live.mask(layer), live.bias(layer)
-        depth = live.depth(layer, prefill=False)
-        seconds += clock() - begun
-        given = made.given(layer, at, depth, mask, bias)
-        begun = clock()
+    """Let a scheduler decide a token: the CPU seconds it took, hits, requests."""
+    layers, seconds, hits, requests = made.shape.layers, 0.0, 0, 0
+    mask, bias, depth = live.mask(0), live.bias(0), live.depth(0, prefill=False)
+    for layer in range(layers):
+        given, coming = made.given(layer, at, depth, mask, bias), (layer + 1) % layers
+        begun = time.process_time()
         plan = live.step(given)
-        seconds += clock() - begun
+        mask, bias = live.mask(coming), live.bias(coming)
+        depth = live.depth(coming, prefill=False)
+        if coming == 0:
+            live.end_of_token()
+        seconds += time.process_time() - begun
         hits += sum(not serve.load for serve in plan.serves)
         requests += len(plan.serves) + len(plan.skips)
-    begun = clock()
-    live.end_of_token()
-    return np.array([seconds + clock() - begun, hits, requests])
+    return np.array([seconds, hits, requests])
 
 
 # -- the suite ------------------------------------------------------------------------------------
@@ -218,9 +218,9 @@ def deciding_report(frame: pd.DataFrame) -> str:
     """The tables in Markdown: every strategy at each size, then how the cost grows."""
     machine, how = circumstances()["machine"], frame.attrs
     told = (
-        f"The scheduler alone on one of {machine['cores']} cores of {machine['processor']}: median "
-        f"of {how['repeats']} times {how['tokens']} tokens, the cache full. An activation is one "
-        "expert of a token in a layer. Empty: this strategy's prefetching cannot be switched off."
+        f"CPU time of the scheduler alone on {machine['processor']}, {machine['cores']} cores; "
+        f"median of {how['repeats']} times {how['tokens']} tokens, the cache full. An activation: "
+        "an expert of a token in a layer. Empty: the strategy's prefetching cannot be switched off."
     )
     out = [told] if how["complete"] else [told, "**Stopped early.**"]
     shown = frame.assign(

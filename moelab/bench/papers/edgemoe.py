@@ -41,14 +41,16 @@ def _devices(results: Results) -> list[str]:
 
 def rungs(results: Results) -> dict[str, tuple[str, str]]:
     """Rung -> (contender, budget)."""
-    out, top_k = {}, results.info["top_k"]
-    for name, words in RUNGS.items():
-        one = results.least(words) / top_k
-        experts = {PRELOAD: top_k + PRELOADED}.get(
-            words, BUFFERED if words.startswith(PRELOAD) else top_k
-        )
-        out[name] = words, "100%" if words.startswith("in_ram") else str(round(one * experts))
-    return out
+    top_k = results.info["top_k"]
+
+    def budget(words: str) -> str:
+        if words.startswith("in_ram"):
+            return "100%"
+        experts = BUFFERED if words.startswith(PRELOAD) else top_k
+        experts = top_k + PRELOADED if words == PRELOAD else experts
+        return str(round(results.least(words) / top_k * experts))
+
+    return {name: (words, budget(words)) for name, words in RUNGS.items()}
 
 
 def cases(results: Results) -> list[Case]:
@@ -79,8 +81,7 @@ def _assigned_bits(results: Results) -> None:
 
 def report(results: Results) -> Report:
     """The ladder as a table, a row a rung; theirs beside ours."""
-    ladder = rungs(results)
-    rows = [row for name in ladder if (row := _row(results, ladder, name))]
+    rows = [row for name in RUNGS if (row := _row(results, name))]
     bits = results.found.get("edgemoe bits")
     chosen = (
         f" The assignment holds {bits['experts at low']} experts at {bits['low']} bit and the "
@@ -95,7 +96,7 @@ def report(results: Results) -> Report:
         f"wrote the tokens that the bits alone wrote.{chosen}"
     )
     table = Table("EdgeMoE's ladder", pd.DataFrame(rows), note=WHY_MORE)
-    return Report("EdgeMoE: the ladder", text, [table], _versus(results, ladder, rows))
+    return Report("EdgeMoE: the ladder", text, [table], _versus(results, rows))
 
 
 WHY_MORE = (
@@ -106,12 +107,12 @@ WHY_MORE = (
 )
 
 
-def _row(results: Results, ladder: dict[str, tuple[str, str]], name: str) -> dict[str, Any] | None:
-    each = [Case(*ladder[name], device) for device in _devices(results)]
+def _row(results: Results, name: str) -> dict[str, Any] | None:
+    each = [Case(*rungs(results)[name], device) for device in _devices(results)]
     rows = list(results.rows(each).values())
     if not rows:
         return None
-    same = _same_text(results, ladder, each) if name in SAME_BITS else None
+    same = _same_text(results, each) if name in SAME_BITS else None
     return {
         "rung": name,
         "contender": each[0].strategy,
@@ -123,19 +124,15 @@ def _row(results: Results, ladder: dict[str, tuple[str, str]], name: str) -> dic
     }
 
 
-def _same_text(
-    results: Results, ladder: dict[str, tuple[str, str]], each: list[Case]
-) -> bool | None:
+def _same_text(results: Results, each: list[Case]) -> bool | None:
     """Whether a rung wrote, on every device and prompt, what the bits alone wrote."""
-    alone = Case(*ladder["+ bit assignment"], each[0].device)
+    alone = Case(*rungs(results)["+ bit assignment"], each[0].device)
     told = [same for case in each if (same := results.same_text(case, alone)) is not None]
     return all(told) if told else None
 
 
-def _versus(
-    results: Results, ladder: dict[str, tuple[str, str]], rows: list[dict[str, Any]]
-) -> list[Versus]:
-    by, devices = {row["rung"]: row for row in rows}, _devices(results)
+def _versus(results: Results, rows: list[dict[str, Any]]) -> list[Versus]:
+    by, devices, ladder = {row["rung"]: row for row in rows}, _devices(results), rungs(results)
     if missing := set(ladder) - set(by):
         return [Versus(f"not measured: {', '.join(sorted(missing))}", "", "", "")]
     steps = ("on demand", "+ bit assignment", "+ preload", "+ buffer (EdgeMoE)")
@@ -145,7 +142,6 @@ def _versus(
     for device in devices:
         ours = ", ".join(f"{by[step][f'{named(device)}: s/token']:.4f}" for step in steps)
         out.append(Versus(what, *theirs, ours, named(device)))
-
     for over, theirs in {
         "on demand": ("2.64-3.03x TX2, 2.55-3.25x Pi", "TX2 SSD, Raspberry Pi 4B SD card"),
         "on demand, 4 bit": ("1.19-2.12x", "TX2, Pi 4B"),

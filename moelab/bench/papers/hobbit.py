@@ -87,12 +87,12 @@ def _penalties(lab: moelab.Lab, trace: moelab.Trace, budget: str) -> dict[str, f
     """Miss penalty of a token on one recorded stream, prefetching off: who leaves is all."""
     from moelab.calibration.hobbit import decide
 
-    out = {}
+    found = {}
     for name, words in PENALISED.items():
         settle(lab, Case(words, budget, "disk"))
         now = lab.update(prefetch=0)
-        out[name] = decide(trace, now.strategy, now.knobs()).penalty
-    return out
+        found[name] = decide(trace, now.strategy, now.knobs()).penalty
+    return found
 
 
 # -- the tables -----------------------------------------------------------------------------------
@@ -115,7 +115,6 @@ def report(results: Results) -> Report:
         "saw. The demo's experts are tiny, so loading dominates only on the slow device; the "
         "paper's machines are in that regime."
     )
-    tables = [table for table in tables if len(table.frame)]
     return Report("HOBBIT: mixed precision on a miss", text, tables, _versus(results, ratios))
 
 
@@ -150,17 +149,15 @@ def _speeds(results: Results) -> pd.DataFrame:
 
 def _ratios(results: Results) -> dict[tuple[str, str, str], Ratio]:
     """(budget, device, other) -> how many times as fast HOBBIT is."""
-    out = {}
-    for key in itertools.product(BUDGETS, _devices(results), OTHERS):
-        budget, device, who = key
-        ratio = results.times_as_fast(Case(OURS, budget, device), _case(who, budget, device))
-        if ratio is not None:
-            out[key] = ratio
-    return out
+    return {
+        (budget, device, who): ratio
+        for budget, device, who in itertools.product(BUDGETS, _devices(results), OTHERS)
+        if (ratio := results.times_as_fast(Case(OURS, budget, device), _case(who, budget, device)))
+    }
 
 
 def _ratio_table(ratios: dict[tuple[str, str, str], Ratio]) -> pd.DataFrame:
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for (budget, device, who), ratio in ratios.items():
         row = rows.setdefault((budget, who), {"budget": budget, "as fast as": who})
         row[named(device)] = str(ratio)
@@ -199,29 +196,21 @@ def _regimes(results: Results) -> pd.DataFrame:
 
 
 def _shares(results: Results) -> pd.DataFrame:
-    rows: list[dict[str, Any]] = []
-    for budget in BUDGETS:
-        found = results.rows([Case(OURS, budget, device) for device in _devices(results)])
-        for row in itertools.islice(found.values(), 1):  # no device changes what is decided
-            misses = sum(row[name] for name in PAPER_SHARES)
-            rows.append(
-                {"budget": budget}
-                | {name: row[name] / misses if misses else math.nan for name in PAPER_SHARES}
-                | {"misses a token": misses / (row["tokens"] - 1)}
-            )
+    rows: dict[str, dict[str, Any]] = {}
+    cases = [Case(OURS, budget, device) for budget in BUDGETS for device in _devices(results)]
+    for case, row in results.rows(cases).items():  # no device changes what is decided
+        misses = sum(row[name] for name in PAPER_SHARES)
+        shares = {name: row[name] / misses if misses else math.nan for name in PAPER_SHARES}
+        a_token = {"misses a token": misses / (row["tokens"] - 1)}
+        rows.setdefault(case.budget, {"budget": case.budget, **shares, **a_token})
     paper = {"budget": "the paper's aim (Mixtral)", **PAPER_SHARES}
-    return pd.DataFrame([*rows, paper] if rows else [])
+    return pd.DataFrame([*rows.values(), paper] if rows else [])
 
 
 def _gates(results: Results) -> pd.DataFrame:
     """Layers ahead, and how right the gates were."""
-    names = {"first": "first expert right", "top_k": "chosen experts named"}
-    return pd.DataFrame(
-        [
-            {"layers ahead": far, **{words: right[name] for name, words in names.items()}}
-            for far, right in results.found.get("gates", {}).items()
-        ]
-    )
+    frame = pd.DataFrame(results.found.get("gates", {})).T.rename_axis("layers ahead").reset_index()
+    return frame.rename(columns={"first": "first expert right", "top_k": "chosen experts named"})
 
 
 def _against(found: dict[str, float], other: str) -> float:

@@ -8,6 +8,7 @@ is reported as far as it goes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -109,15 +110,11 @@ def papers(model: str | Path = "demo", *, quick: bool = False, progress: bool = 
                 results.timed.add(case.strategy)
     work = list(_work(results, cases))
     complete = False
-    with tqdm(total=len(work), disable=not progress, desc="papers") as bar:
-        try:
-            for words, do in work:
-                bar.set_postfix_str(words)
-                do()
-                bar.update()
-            complete = True
-        except KeyboardInterrupt:
-            bar.set_postfix_str("stopped")
+    with contextlib.suppress(KeyboardInterrupt):
+        for words, do in (bar := tqdm(work, "papers", disable=not progress)):
+            bar.set_postfix_str(words)
+            do()
+        complete = True
     reports = {section.NAME: section.report(results) for section in SECTIONS}
     return Suite(results, reports, complete, circumstances())
 
@@ -125,10 +122,8 @@ def papers(model: str | Path = "demo", *, quick: bool = False, progress: bool = 
 def _work(results: Results, cases: Sequence[Case]) -> Iterator[Task]:
     extent = results.extent
     again = list(dict.fromkeys(hobbit.cases(results)))
-    for case in (
-        *rotated(cases, extent.repeats),
-        *rotated(again, extent.compared - extent.repeats),
-    ):
+    rounds = (rotated(cases, extent.repeats), rotated(again, extent.compared - extent.repeats))
+    for case in itertools.chain(*rounds):
         yield str(case), lambda case=case: results.run(case)
     for case in dict.fromkeys(map(results.scored_as, cases)):
         yield f"quality of {case}", lambda case=case: results.score(case)
@@ -158,7 +153,8 @@ def _markdown(suite: Suite, picture: str | None) -> Iterator[str]:
         if name == everyone.NAME and picture is not None:
             yield f"![{report.title}, a point for each strategy]({picture})"
         for table in report.tables:
-            yield from table.markdown()
+            if len(table.frame):
+                yield from table.markdown()
         if report.versus:
             yield "**Theirs and ours**"
             yield as_markdown(pd.DataFrame([row.beside() for row in report.versus]))
@@ -207,21 +203,19 @@ class Files:
 
     def write(self, suite: Suite) -> list[Path]:
         """Write each file whole or not at all; tables and figure only from a complete suite."""
-        written = []
+        texts: dict[Path, str] = {}
         if self.json is not None:
-            written.append(write_whole(self.json, as_json(suite.record())))
+            texts[self.json] = as_json(suite.record())
         if self.markdown is not None:
-            written.append(write_whole(self.markdown, suite.markdown(self._link(self.markdown))))
+            texts[self.markdown] = suite.markdown(self._link(self.markdown))
         if suite.complete and self.picture is not None:
-            written.append(write_whole(self.picture, suite.picture()))
+            texts[self.picture] = suite.picture()
         if suite.complete and self.tables is not None:
             new = suite.markdown(self._link(self.tables))
-            text = between_markers(self.tables.read_text("utf-8"), new)
-            written.append(write_whole(self.tables, text))
-        return written
+            texts[self.tables] = between_markers(self.tables.read_text("utf-8"), new)
+        return [write_whole(path, text) for path, text in texts.items()]
 
     def _link(self, beside: Path) -> str | None:
         """The figure as seen from another file."""
-        if self.picture is None:
-            return None
-        return Path(os.path.relpath(self.picture, beside.parent)).as_posix()
+        seen = self.picture and Path(os.path.relpath(self.picture, beside.parent))
+        return seen.as_posix() if seen else None

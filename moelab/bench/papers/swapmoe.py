@@ -77,7 +77,6 @@ def report(results: Results) -> Report:
         Table("SwapMoE by budget", pd.DataFrame(list(by.values())), FORMATS),
         Table("The planner's split against an even one", _plans(results)),
     ]
-    tables = [table for table in tables if len(table.frame)]
     versus = [*_versus(by), *_who_is_better(by, results)]
     return Report("SwapMoE: no token waits", text, tables, versus)
 
@@ -116,32 +115,33 @@ def _plans(results: Results) -> pd.DataFrame:
 def _versus(by: dict[Case, dict[str, Any]]) -> list[Versus]:
     if WHOLE not in by:
         return []
-    out, whole = [], by[WHOLE]
+    whole, rows = by[WHOLE], []
     for budget, theirs in {
         "37.5%": "-67 % memory, -50 % latency, Rouge-2 -0.041",
         "62.5%": "-37 % memory, -18 % latency, Rouge-2 -0.012",
     }.items():
-        row = by.get(Case("swapmoe", budget, DEVICE))
-        if row is None:
-            continue
-        ours = (
-            f"{row['peak MB'] / whole['peak MB'] - 1:+.0%} memory, "
-            f"{row['ms/token'] / whole['ms/token'] - 1:+.0%} latency, "
-            f"perplexity {row['perplexity']:+.0%}"
-        )
-        out.append(
-            Versus(f"against the whole model, budget {budget}", theirs, PAPER, ours, named(DEVICE))
-        )
+        if row := by.get(Case("swapmoe", budget, DEVICE)):
+            ours = (
+                f"{row['peak MB'] / whole['peak MB'] - 1:+.0%} memory, "
+                f"{row['ms/token'] / whole['ms/token'] - 1:+.0%} latency, "
+                f"perplexity {row['perplexity']:+.0%}"
+            )
+            rows.append((f"against the whole model, budget {budget}", theirs, ours))
     swaps = [row for case, row in by.items() if case.strategy == "swapmoe"]
     if WAITING in by and swaps:
         slower = [by[WAITING]["ms/token"] / row["ms/token"] for row in swaps]
-        ours = f"{min(slower):.1f}-{max(slower):.1f}x slower"
-        out.append(Versus("loading on demand", "6.2-8.9x slower", PAPER, ours, named(DEVICE)))
         stalls = f"{sum(row['stalls a run'] for row in swaps):.3g} stalls"
-        out.append(Versus("waiting for a load", "never", PAPER, stalls, named(DEVICE)))
         above = f"{sum(row['tokens above budget'] for row in swaps)}, counted from the event logs"
-        out.append(Versus("tokens above the budget", "one printed", PAPER, above, named(DEVICE)))
-    return out
+        rows += [
+            (
+                "loading on demand",
+                "6.2-8.9x slower",
+                f"{min(slower):.1f}-{max(slower):.1f}x slower",
+            ),
+            ("waiting for a load", "never", stalls),
+            ("tokens above the budget", "one printed", above),
+        ]
+    return [Versus(what, theirs, PAPER, ours, named(DEVICE)) for what, theirs, ours in rows]
 
 
 def _who_is_better(by: dict[Case, dict[str, Any]], results: Results) -> list[Versus]:
@@ -150,15 +150,12 @@ def _who_is_better(by: dict[Case, dict[str, Any]], results: Results) -> list[Ver
         {c.budget: r["KL"] for c, r in by.items() if c.strategy == who and c.budget != "100%"}
         for who in ("swapmoe", "static_pruning")
     )
-    plans = results.found.get("plans", {}).items()
-    planned, even = (
-        {
-            budget: found[name]["perplexity_ratio"]
-            for budget, found in plans
-            if found["planned"]["experts"] != found["uniform"]["experts"]
-        }
-        for name in PLANS
-    )
+    plans = {
+        budget: found
+        for budget, found in results.found.get("plans", {}).items()
+        if found["planned"]["experts"] != found["uniform"]["experts"]
+    }
+    planned, even = ({b: f[name]["perplexity_ratio"] for b, f in plans.items()} for name in PLANS)
     pairs = (
         ("KL of static pruning against SwapMoE's", "their baseline", swap, static),
         ("perplexity of an even split against the planned", "no figure quoted", planned, even),
@@ -172,9 +169,8 @@ def _who_is_better(by: dict[Case, dict[str, Any]], results: Results) -> list[Ver
 
 def _where_lower(ours: dict[str, float], others: dict[str, float]) -> str:
     """In words: where others do worse than ours, and where better."""
-    both = [b for b in ours if b in others]
     listed = {
-        "worse": [b for b in both if others[b] > ours[b]],
-        "better": [b for b in both if others[b] < ours[b]],
+        "worse": [b for b in ours if b in others and others[b] > ours[b]],
+        "better": [b for b in ours if b in others and others[b] < ours[b]],
     }
     return "; ".join(f"{word} at {', '.join(where)}" for word, where in listed.items() if where)
