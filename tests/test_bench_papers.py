@@ -409,7 +409,7 @@ def spots(axes) -> list[tuple[float, float]]:
 
 def test_faster_is_further_right_and_better_is_lower():
     nvme, card, *_ = drawn().axes
-    assert spots(nvme) == [(90.0, 0.002), (120.0, 0.9)]
+    assert spots(nvme) == [(120.0, 0.9), (90.0, 0.002)]
     assert spots(card) == [(9.0, 0.002)]
     assert nvme.get_ylim() == card.get_ylim()  # panels share the scale of KL
     assert nvme.get_ylim()[0] < nvme.get_ylim()[1]

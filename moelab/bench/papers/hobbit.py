@@ -209,8 +209,15 @@ def _shares(results: Results) -> pd.DataFrame:
 
 def _gates(results: Results) -> pd.DataFrame:
     """Layers ahead, and how right the gates were."""
-    frame = pd.DataFrame(results.found.get("gates", {})).T.rename_axis("layers ahead").reset_index()
-    return frame.rename(columns={"first": "first expert right", "top_k": "chosen experts named"})
+    rows = [
+        {
+            "layers ahead": far,
+            "first expert right": right["first"],
+            "chosen experts named": right["top_k"],
+        }
+        for far, right in results.found.get("gates", {}).items()
+    ]
+    return pd.DataFrame(rows)
 
 
 def _against(found: dict[str, float], other: str) -> float:
