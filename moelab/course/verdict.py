@@ -122,7 +122,7 @@ def opened(**changes: Any) -> moelab.Lab:
 
 def unseen(lab: moelab.Lab, texts: int = 6) -> list[str]:
     """Texts that no calibration saw, of so many domains."""
-    from moelab.bench.papers.measured import unseen
+    from moelab.bench.papers.results import unseen
 
     return unseen(lab)[:texts]
 
