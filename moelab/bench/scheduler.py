@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 import moelab
 from moelab.bench.tables import as_markdown, circumstances
+from moelab.scheduling.events import HIT, LOAD, SKIP, SUBSTITUTE
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Knobs, LookAhead, Shape
@@ -124,9 +125,8 @@ def _strategy_and_knobs(name: str, budget_bytes: int, look_ahead: int) -> tuple 
     if "width" in strategy.parameters and not look_ahead:
         strategy = strategy.tuned(width=0)
     if "depth" in strategy.parameters:
-        return strategy.tuned(depth=look_ahead), Knobs(budget_bytes, 16)
-    preset = {**getattr(strategy, "preset", {}), "prefetch": look_ahead}
-    return strategy, Knobs(budget_bytes, **preset)
+        strategy = strategy.tuned(depth=look_ahead)
+    return strategy, Knobs(budget_bytes, 16)
 
 
 def _scheduler(made: Stream, strategy: Strategy, knobs: Knobs) -> Scheduler:
@@ -144,18 +144,19 @@ def _scheduler(made: Stream, strategy: Strategy, knobs: Knobs) -> Scheduler:
 def _token(live: Scheduler, made: Stream, at: int) -> np.ndarray:
     """Let a scheduler decide a token: the CPU seconds it took, hits, requests."""
     layers, seconds, hits, requests = made.shape.layers, 0.0, 0, 0
-    mask, bias, depth = live.mask(0), live.bias(0), live.depth(0, prefill=False)
+    mask, bias, depth = live.mask(0), live.bias(0), live.look_ahead(0, prefill=False)
     for layer in range(layers):
         given, coming = made.given(layer, at, depth, mask, bias), (layer + 1) % layers
         begun = time.process_time()
         plan = live.step(given)
         mask, bias = live.mask(coming), live.bias(coming)
-        depth = live.depth(coming, prefill=False)
+        depth = live.look_ahead(coming, prefill=False)
         if coming == 0:
             live.end_of_token()
         seconds += time.process_time() - begun
-        hits += sum(not serve.load for serve in plan.serves)
-        requests += len(plan.serves) + len(plan.skips)
+        kinds = [row[0] for row in plan.rows]
+        hits += kinds.count(HIT) + kinds.count(SUBSTITUTE)
+        requests += sum(map(kinds.count, (HIT, SUBSTITUTE, LOAD, SKIP)))
     return np.array([seconds, hits, requests])
 
 

@@ -165,9 +165,10 @@ class Recorder:
 def _start(trace: Trace) -> dict[str, list[int]]:
     """What was resident when the run began."""
     resident = list(trace.resident)
+    places = [trace.shape.place(key) for key, _ in resident]
     return {
-        "layer": [key[0] for key, _ in resident],
-        "expert": [key[1] for key, _ in resident],
+        "layer": [layer for layer, _ in places],
+        "expert": [expert for _, expert in places],
         "bits": [bits for _, bits in resident],
     }
 
