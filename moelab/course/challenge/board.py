@@ -6,15 +6,19 @@ entry again from its settings, ranks by that, and says whose figures do not repr
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
+from tqdm.auto import tqdm
 
 from moelab.course.challenge.entries import Entry, read
+from moelab.course.challenge.own_code import RIGHTS
+from moelab.course.challenge.process import scored
 from moelab.course.challenge.tasks import MB, TASKS, Task
 
 SAME_BYTES, SAME_SHARE, SAME_KL, SAME_SPEED = 0.02, 0.1, 0.002, 1.5
@@ -25,16 +29,14 @@ on the same machine. On another one speeds are not compared, only replaced."""
 def ranked(entries: Sequence[Entry]) -> list[tuple[Entry, int | None]]:
     """Entries with their ranks, best first: each name's best one counts, the others follow.
 
-    Without a rank are those beyond a limit, quick ones, and a name's second best.
+    Without a rank are those beyond a limit, quick ones, a name's second best, and those that
+    `verify` found wrong or did not run.
     """
-    fit = [e for e in entries if e.accepted and not e.quick]
-    fit.sort(key=lambda e: (e.task.order(e.figures), e.made))
+    fit = sorted((e for e in entries if e.ranks), key=lambda e: (e.task.order(e.figures), e.made))
     best: dict[str, Entry] = {}
-    for entry in fit:
-        best.setdefault(entry.name, entry)
-    first = {id(entry): rank for rank, entry in enumerate(best.values(), start=1)}
-    rest = [e for e in fit if id(e) not in first] + [e for e in entries if e not in fit]
-    return [(entry, first.get(id(entry))) for entry in [*best.values(), *rest]]
+    later = [e for e in fit if best.setdefault(e.name, e) is not e]
+    unfit = [e for e in entries if not e.ranks]
+    return [*zip(best.values(), itertools.count(1)), *((e, None) for e in later + unfit)]  # noqa: B905
 
 
 class Leaderboard(pd.DataFrame):
@@ -53,13 +55,13 @@ class Leaderboard(pd.DataFrame):
         return pd.DataFrame  # a part of it is a plain table
 
     def _repr_html_(self) -> str:
-        from moelab.course.challenge.look import board_html
+        from moelab.course.challenge.show import board_html
 
         return board_html(self)
 
     def svg(self) -> str:
         """The picture alone: goal against KL, with the limit, best entries named."""
-        from moelab.course.challenge.look import board_svg
+        from moelab.course.challenge.show import board_svg
 
         return board_svg(self)
 
@@ -85,8 +87,7 @@ def leaderboard(path: str | Path, challenge: str | None = None) -> Leaderboard:
     --------
     >>> leaderboard("workshop.jsonl")  # doctest: +SKIP
     """
-    entries, faults = read(path)
-    return as_board(*_of_one(entries, path, challenge), faults)
+    return as_board(*_of_one(path, challenge))
 
 
 def verify(
@@ -106,9 +107,9 @@ def verify(
     path, challenge
         As for `leaderboard`.
     own_code
-        Also run entries that bring a class of their own. That runs code out of the file on this
-        machine with your rights; what it is looked through for is no protection against somebody
-        who means harm. Only for people you trust; read it first (``own`` in each line).
+        Also run entries that bring a class of their own: code out of the file runs as it is on
+        this machine, with your rights. Read it first (``own`` in each line), and run only that of
+        people you trust.
 
     Returns
     -------
@@ -121,33 +122,21 @@ def verify(
     >>> board = verify("workshop.jsonl")  # doctest: +SKIP
     >>> board[board["verified"] != "yes"]  # doctest: +SKIP
     """
-    from tqdm.auto import tqdm
-
-    entries, faults = read(path)
-    kept, task = _of_one(entries, path, challenge)
+    entries, task, faults = _of_one(path, challenge)
     answers: dict[str, dict[str, Any] | str] = {}
-    verdicts, measured = [], []
-    with tqdm(total=len(kept), disable=not progress, desc="verify") as bar:
-        for entry in kept:
-            new, verdict = _again(entry, answers, own_code=own_code)
-            measured.append(new)
-            verdicts.append(verdict)
-            bar.update()
-    board = as_board(measured, task, faults, verdicts)
-    claims = {id(new): old for new, old in zip(measured, kept, strict=True)}
-    order = [entry for entry, _ in _ordered(measured, verdicts)]
-    board.insert(3, "claimed", [task.goal_words(claims[id(e)].figures) for e in order])
-    return board
+    if own_code and progress and any(e.own for e in entries):
+        tqdm.write(f"verify: {RIGHTS}, here yours")
+    again = [
+        _again(entry, answers, own_code=own_code)
+        for entry in tqdm(entries, disable=not progress, desc="verify")
+    ]
+    return as_board(again, task, faults)
 
 
-def _again(
-    entry: Entry, answers: dict[str, dict[str, Any] | str], *, own_code: bool
-) -> tuple[Entry, str]:
-    """An entry measured anew (equal ones once), and whether its figures stand."""
-    from moelab.course.challenge.process import scored
-
+def _again(entry: Entry, answers: dict[str, dict[str, Any] | str], *, own_code: bool) -> Entry:
+    """An entry measured anew (equal ones once), with whether its figures stand."""
     if entry.own and not own_code:
-        return entry, "not run: own code"
+        return replace(entry, verified="not run: own code", claimed=entry.figures)
     key = json.dumps(entry.request, sort_keys=True)
     if key not in answers:
         try:
@@ -156,11 +145,11 @@ def _again(
             answers[key] = f"refused: {error}"
     answer = answers[key]
     if isinstance(answer, str):
-        return entry, answer
+        return replace(entry, verified=answer, claimed=entry.figures)
     same_machine = entry.machine == answer["machine"]
     wrong = differences(entry.figures, answer["figures"], speeds=same_machine)
-    facts = {name: answer[name] for name in ("figures", "versions", "machine")}
-    return Entry(**(asdict(entry) | facts)), "; ".join(wrong) or "yes"
+    new = {name: answer[name] for name in ("figures", "versions", "machine")}
+    return replace(entry, **new, verified="; ".join(wrong) or "yes", claimed=entry.figures)
 
 
 def differences(claimed: dict[str, Any], measured: dict[str, Any], *, speeds: bool) -> list[str]:
@@ -187,33 +176,17 @@ def differences(claimed: dict[str, Any], measured: dict[str, Any], *, speeds: bo
     return wrong
 
 
-def as_board(
-    entries: Sequence[Entry],
-    task: Task,
-    faults: Sequence[str] = (),
-    verdicts: Sequence[str] | None = None,
-) -> Leaderboard:
-    """A table of entries, ranked; of those with a verdict only ``"yes"`` ranks."""
-    told = {id(e): v for e, v in zip(entries, verdicts or (), strict=bool(verdicts))}
-    rows = [_row(e, rank, told.get(id(e))) for e, rank in _ordered(entries, verdicts)]
-    board = Leaderboard(pd.DataFrame(rows))
+def as_board(entries: Sequence[Entry], task: Task, faults: Sequence[str] = ()) -> Leaderboard:
+    """A table of entries, ranked."""
+    board = Leaderboard(pd.DataFrame([_row(e, rank) for e, rank in ranked(entries)]))
     board["rank"] = board["rank"].astype("Int64")
     board.task, board.faults = task, list(faults)
     return board
 
 
-def _ordered(
-    entries: Sequence[Entry], verdicts: Sequence[str] | None
-) -> list[tuple[Entry, int | None]]:
-    told = ["yes"] * len(entries) if verdicts is None else list(verdicts)
-    stand = [e for e, v in zip(entries, told, strict=True) if v == "yes"]
-    fall = [(e, None) for e, v in zip(entries, told, strict=True) if v != "yes"]
-    return [*ranked(stand), *fall]
-
-
-def _of_one(
-    entries: list[Entry], path: str | Path, challenge: str | None
-) -> tuple[list[Entry], Task]:
+def _of_one(path: str | Path, challenge: str | None) -> tuple[list[Entry], Task, list[str]]:
+    """The entries of one challenge in a file, its rules, and the lines that could not be read."""
+    entries, faults = read(path)
     there = list(dict.fromkeys(e.challenge for e in entries))
     if challenge is None and len(there) > 1:
         raise ValueError(f"{path} has several challenges; say which: {', '.join(there)}")
@@ -221,22 +194,23 @@ def _of_one(
     kept = [e for e in entries if e.challenge == wanted]
     if not kept:
         raise ValueError(f"{path} has no entry" + (f" of {wanted!r}" if wanted else ""))
-    return kept, TASKS[wanted]
+    return kept, TASKS[wanted], faults
 
 
-def _row(entry: Entry, rank: int | None, verdict: str | None) -> dict[str, Any]:
-    figures, task = entry.figures, entry.task
+def _row(entry: Entry, rank: int | None) -> dict[str, Any]:
+    figures, task, checked = entry.figures, entry.task, bool(entry.verified)
     limits = "; ".join(entry.failures) or "kept"
     return {
         "rank": rank,
         "name": entry.name,
         task.unit: figures[task.goal] / task.scale,
+        **({"claimed": task.goal_words(entry.claimed)} if checked else {}),
         "peak MB": figures["peak_resident_bytes"] / MB,
         "KL": figures["kl"],
         "limits": f"quick, does not rank; {limits}" if entry.quick else limits,
         "settings": entry.words,
         "own code": bool(entry.own),
-        **({} if verdict is None else {"verified": verdict}),
+        **({"verified": entry.verified} if checked else {}),
         "machine": str(entry.machine.get("processor", "")),
         "version": entry.versions.get("moelab", ""),
         "made": entry.made,

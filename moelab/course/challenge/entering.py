@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from moelab.bench.papers.contenders import ROLES, contender
 from moelab.course.challenge import own_code
 from moelab.course.challenge.board import Leaderboard, as_board, leaderboard, ranked, verify
-from moelab.course.challenge.entries import Entry, append, read, touch
+from moelab.course.challenge.entries import Entry, append, read
 from moelab.course.challenge.process import scored
-from moelab.course.challenge.tasks import FIXED, MB, Task, find
+from moelab.course.challenge.tasks import FIXED, Task, find
 
 LONGEST_NAME = 40
 
@@ -84,7 +84,8 @@ class Challenge:
         settings
             Anything ``lab.update`` takes as a number or a word (``bits``, ``low_bits``, ``t1``,
             ``evict="edgemoe"``, parameters of the strategy). A decision may also be a class of
-            your own, or ``"file.py:Class"``: its text is sent.
+            your own, or ``"file.py:Class"``: its text is sent, and runs as it is in the measuring
+            process, with your rights.
 
         Returns
         -------
@@ -94,7 +95,7 @@ class Challenge:
         Raises
         ------
         ValueError
-            The engine refuses the settings, or a class is more than a policy; nothing is kept.
+            The engine refuses the settings, or a class cannot be sent; nothing is kept.
         OSError
             The board cannot be written; nothing is measured.
 
@@ -107,14 +108,11 @@ class Challenge:
         if not isinstance(name, str) or not name.strip() or len(name) > LONGEST_NAME:
             raise ValueError(f"name {name!r}: 1 to {LONGEST_NAME} characters")
         plain, own = _as_text({**_strategy(strategy), "budget": budget} | settings)
-        request = {
-            "challenge": self.task.name,
-            "settings": plain,
-            "own": own,
-            "quick": quick,
-        }
+        request = {"challenge": self.task.name, "settings": plain, "own": own, "quick": quick}
         if self.board is not None:
-            touch(self.board)  # before half a minute of measuring, not after it
+            self.board.open("ab").close()  # before half a minute of measuring, not after it
+        if own and progress:
+            tqdm.write(f"{name}: {own_code.RIGHTS}, here yours")
         with tqdm(total=1 + self.task.prompts, disable=not progress, leave=False) as bar:
 
             def tell(words: str) -> None:
@@ -122,8 +120,7 @@ class Challenge:
                 bar.update()
 
             answer = scored(request, tell)
-        facts = {k: answer[k] for k in ("figures", "made", "versions", "machine")}
-        entry = Entry(name=" ".join(name.split()), **request, **facts)
+        entry = Entry(name=" ".join(name.split()), **request, **answer)
         self._entries.append(entry)
         if self.board is not None:
             append(self.board, entry)
@@ -167,19 +164,12 @@ class Challenge:
         return verify(path, self.task.name, own_code=own_code, progress=progress)
 
     def __repr__(self) -> str:
-        task = self.task
-        return (
-            f"{task.name}: {task.question} Limits: {task.peak_bytes / MB:g} MB of experts at the "
-            f"peak, KL below {task.kl:g}; on an emulated {task.device}."
-        )
+        return f"{self.task.name}: {self.task.question} {self.task.limits}"
 
     def _repr_html_(self) -> str:
         task = self.task
-        return (
-            f"<p><b>{escape(task.name)}</b> · {escape(task.question)}<br>Limits: "
-            f"{task.peak_bytes / MB:g} MB of experts at the peak, KL below {task.kl:g}; on an "
-            f"emulated {escape(task.device)}.<br><i>{escape(task.hint)}</i></p>"
-        )
+        name, question, hint = map(escape, (task.name, task.question, task.hint))
+        return f"<p><b>{name}</b> · {question}<br>{task.limits}<br><i>{hint}</i></p>"
 
     def _placed(self, entry: Entry) -> Entry:
         """The entry with its rank on the board now."""
@@ -200,9 +190,7 @@ def _strategy(words: Any) -> dict[str, Any]:
     return contender(words)
 
 
-def _as_text(
-    settings: dict[str, Any],
-) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+def _as_text(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
     """Settings that JSON can carry, and the decisions that come as code."""
     plain, own = {}, {}
     for key, value in settings.items():

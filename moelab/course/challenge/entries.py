@@ -7,20 +7,52 @@ the figures whenever it is read; whether the figures are true is for `verify`.
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
+import reprlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import fastjsonschema
 
 from moelab.bench.papers.contenders import ROLES
 from moelab.course.challenge.tasks import TASKS, Task
 
 FORMAT = 1
 LONGEST_LINE = 200_000
-_PLAIN = (str, int, float, bool, type(None))
 _MOST = 1e15
 _NUMBERS = ("tokens_per_s", "bytes_per_token", "peak_resident_bytes", "kl")
+_OF_NOW = ("rank", "board", "verified", "claimed")
+"""What an entry is at the moment, on a board or after `verify`; no line of a file says it."""
+
+_TEXT, _PLAIN = {"type": "string"}, {"type": ["string", "number", "boolean", "null"]}
+_VALUES = {"type": "object", "additionalProperties": _PLAIN}
+_CLASS = {"properties": {"class": _TEXT, "source": _TEXT}, "required": ["class", "source"]}
+_CLASS |= {"type": "object", "additionalProperties": False}
+SCHEMA = {
+    "type": "object",
+    "required": ["format", "challenge", "name", "settings", "figures"],
+    "additionalProperties": False,
+    "properties": {
+        "format": {"const": FORMAT},
+        "challenge": {"enum": list(TASKS)},
+        "quick": {"type": "boolean"},
+        "figures": _VALUES
+        | {"properties": dict.fromkeys(_NUMBERS, {"type": "number"}), "required": [*_NUMBERS]},
+        "own": {
+            "type": "object",
+            "properties": dict.fromkeys(ROLES, _CLASS),
+            "additionalProperties": False,
+        },
+        **dict.fromkeys(("name", "made"), _TEXT),
+        **dict.fromkeys(("settings", "versions", "machine"), _VALUES),
+        **dict.fromkeys(_OF_NOW, {}),
+    },
+}
+"""A line of a board."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +73,10 @@ class Entry:
         See `moelab.course.challenge.scoring.measure`.
     made, versions, machine
         When and with what.
-    rank
-        On the board at that moment; None where it has none.
-    board
-        How many ranked then.
+    rank, board
+        Its rank (None: it has none) and how many ranked, on the board at that moment.
+    verified, claimed
+        Of one that `verify` measured again: ``"yes"`` or why not, and the figures of the file.
     """
 
     challenge: str
@@ -58,6 +90,8 @@ class Entry:
     machine: dict[str, Any] = field(default_factory=dict)
     rank: int | None = None
     board: int = 0
+    verified: str = ""
+    claimed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def task(self) -> Task:
@@ -75,6 +109,11 @@ class Entry:
         return not self.failures
 
     @property
+    def ranks(self) -> bool:
+        """Whether it takes part: both limits hold, it is no trial, and nothing speaks against it."""
+        return self.accepted and not self.quick and self.verified in ("", "yes")
+
+    @property
     def request(self) -> dict[str, Any]:
         """What the scoring process needs to measure it again."""
         names = ("challenge", "settings", "own", "quick")
@@ -84,42 +123,32 @@ class Entry:
     def code(self) -> str:
         """The line that enters the same again."""
         words = [repr(self.name), *(f"{k}={v!r}" for k, v in self.settings.items())]
-        words += [f"{role}={part['class']}" for role, part in self.own.items()]
-        return f"moelab.challenge({self.challenge!r}).enter({', '.join(words)})"
+        return f"moelab.challenge({self.challenge!r}).enter({', '.join(words + self._classes)})"
 
     @property
     def words(self) -> str:
         """The settings in a few words, for a table."""
         shown = [f"{k}={v}" for k, v in self.settings.items() if k != "strategy"]
-        shown += [f"{role}={part['class']}" for role, part in self.own.items()]
-        return ", ".join([str(self.settings.get("strategy", "lru")), *shown])
+        return ", ".join([str(self.settings.get("strategy", "lru")), *shown, *self._classes])
+
+    @property
+    def _classes(self) -> list[str]:
+        return [f"{role}={part['class']}" for role, part in self.own.items()]
 
     def line(self) -> str:
         """As a line of the file."""
-        facts = asdict(self)
-        del facts["rank"], facts["board"]
-        return json.dumps({"format": FORMAT} | facts, ensure_ascii=False) + "\n"
+        kept = {name: value for name, value in asdict(self).items() if name not in _OF_NOW}
+        return json.dumps({"format": FORMAT} | kept, ensure_ascii=False) + "\n"
 
     def __repr__(self) -> str:
-        from moelab.course.challenge.look import entry_words
+        from moelab.course.challenge.show import entry_words
 
         return entry_words(self)
 
     def _repr_html_(self) -> str:
-        from moelab.course.challenge.look import entry_html
+        from moelab.course.challenge.show import entry_html
 
         return entry_html(self)
-
-
-def touch(path: str | Path) -> None:
-    """Begin the file if there is none.
-
-    Raises
-    ------
-    OSError
-        It could not be appended to.
-    """
-    Path(path).open("ab").close()
 
 
 def append(path: str | Path, entry: Entry) -> None:
@@ -157,42 +186,27 @@ def read(path: str | Path) -> tuple[list[Entry], list[str]]:
         if line.strip():
             try:
                 entries.append(_entry(line))
-            except (ValueError, TypeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 faults.append(f"line {number}: {error}")
     return entries, faults
+
+
+@functools.cache
+def _schema() -> Callable[[Any], Any]:
+    return fastjsonschema.compile(SCHEMA)  # pyright: ignore[reportReturnType]
 
 
 def _entry(line: bytes) -> Entry:
     if len(line) > LONGEST_LINE:
         raise ValueError(f"{len(line)} bytes; {LONGEST_LINE} at most")
-    facts = json.loads(line)
-    if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
-        raise ValueError(f"not an entry of format {FORMAT}")
-    entry = Entry(**{k: v for k, v in facts.items() if k not in ("rank", "board")})
-    for name in ("challenge", "name", "made"):
-        _must(isinstance(getattr(entry, name), str), f"{name} must be a text")
-    if entry.challenge not in TASKS:
-        raise ValueError(f"unknown challenge {entry.challenge!r}")
-    _must(isinstance(entry.quick, bool), "quick must be true or false")
-    for name in ("settings", "figures", "own", "versions", "machine"):
-        _must(isinstance(getattr(entry, name), dict), f"{name} must be an object")
-    for name in ("settings", "figures", "versions", "machine"):
-        for key, value in getattr(entry, name).items():
-            _must(isinstance(value, _PLAIN), f"{name}.{key} must be a number or a text")
-    for role, part in entry.own.items():
-        _must(role in ROLES, f"own.{role}: no decision of that name")
-        fit = isinstance(part, dict) and part.keys() == {"class", "source"}
-        _must(fit and all(isinstance(v, str) for v in part.values()), f"own.{role} is no class")
+    found = json.loads(line)
+    try:
+        _schema()(found)
+    except fastjsonschema.JsonSchemaValueException as error:
+        words = error.message.removeprefix("data.").replace("data ", "an entry ", 1)
+        raise ValueError(f"{words}; this is {reprlib.repr(error.value)}") from None
     for name in _NUMBERS:
-        _must(_is_number(entry.figures.get(name)), f"figures.{name} must be a finite number")
-    return entry
-
-
-def _is_number(value: Any) -> bool:
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return plain and abs(value) < _MOST
-
-
-def _must(holds: bool, words: str) -> None:
-    if not holds:
-        raise ValueError(words)
+        if not abs(value := found["figures"][name]) < _MOST:  # NaN too
+            raise ValueError(f"figures.{name} must be a finite number; this is {value}")
+    del found["format"]
+    return Entry(**{name: value for name, value in found.items() if name not in _OF_NOW})

@@ -40,43 +40,34 @@ def scored(request: dict[str, Any], tell: Callable[[str], None] = lambda _: None
     RuntimeError
         The process ended without an answer, or took longer than a quarter of an hour.
     """
-    text = json.dumps(request)
     home = str(Path(moelab.__file__).parent.parent)
-    command = [sys.executable, "-I", "-c", _CODE, home]
     environment = {name: os.environ[name] for name in KEPT if name in os.environ}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8") as noise,
-        subprocess.Popen(  # noqa: S603, this Python and our own words
-            command,
-            stdin=subprocess.PIPE,
+    answer: dict[str, Any] = {}
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as given, tempfile.TemporaryFile() as noise:
+        json.dump(request, given)
+        given.seek(0)
+        with subprocess.Popen(  # noqa: S603, this Python and our own words
+            [sys.executable, "-I", "-c", _CODE, home],
+            stdin=given,
             stdout=subprocess.PIPE,
             stderr=noise,
             env=environment,
             cwd=tempfile.gettempdir(),
             encoding="utf-8",
-        ) as process,
-    ):
-        assert process.stdin is not None
-        assert process.stdout is not None
-        answer: dict[str, Any] = {}
-        too_long = threading.Timer(MOST_SECONDS, process.kill)
-        too_long.start()
-        try:
-            process.stdin.write(text)
-            process.stdin.close()
-            for line in process.stdout:
-                answer = json.loads(line)
-                if "step" in answer:
-                    tell(answer["step"])
-        except BrokenPipeError:  # it ended before it read: told below
-            pass
-        finally:
-            too_long.cancel()
-            process.kill()
-            process.wait()
+        ) as process:
+            too_long = threading.Timer(MOST_SECONDS, process.kill)
+            too_long.start()
+            try:
+                for line in process.stdout or ():
+                    answer = json.loads(line)
+                    if "step" in answer:
+                        tell(answer["step"])
+            finally:
+                too_long.cancel()
+                process.kill()
         noise.seek(0)
-        last = noise.read()[-2000:]
+        last = noise.read()[-2000:].decode(errors="replace")
     if "error" in answer:
         raise ValueError(answer["error"])
     if "figures" not in answer:

@@ -80,11 +80,9 @@ def _opened(task: Task, request: dict[str, Any], *, verify: bool = False) -> moe
         "demo", budget="100%", measure_kl=False, seed=task.seed, verify=verify, progress=False
     )
     try:
-        own = {
-            role: own_code.make(part["class"], part["source"])
-            for role, part in request.get("own", {}).items()
-        }
-        lab.update(device=task.device, **request["settings"], **own)
+        own = request.get("own", {}).items()
+        parts = {role: own_code.make(part["class"], part["source"]) for role, part in own}
+        lab.update(device=task.device, **request["settings"], **parts)
     except BaseException:
         lab.close()
         raise
@@ -123,22 +121,24 @@ def peak_of_log(run: moelab.Run) -> int:
 
 
 def _figures(quality: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    speeds = [run["tokens_per_s"] for run in runs]
+    columns = {name: [run[name] for run in runs] for name in runs[0]}
     medians = ("tokens_per_s", "bytes_per_token", "hit_ratio", "stall_share")
-    kl_written = float(np.mean([run["kl"] for run in runs]))
-    text = json.dumps([run["written"] for run in runs]).encode()
-    return {name: float(np.median([run[name] for run in runs])) for name in medians} | {
-        "tokens_per_s_min": min(speeds),
-        "tokens_per_s_max": max(speeds),
-        "peak_resident_bytes": max(
-            max(run["peak_resident_bytes"], run["recounted_bytes"]) for run in runs
-        ),
-        "kl": float(np.maximum(quality["kl_mean"], kl_written)),
-        "kl_held_out": quality["kl_mean"],
-        "kl_written": kl_written,
-        "same_top1": quality["same_top1"],
-        "text": hashlib.sha256(text).hexdigest()[:16],
-    }
+    kl_written = float(np.mean(columns["kl"]))
+    return (
+        {name: float(np.median(columns[name])) for name in medians}
+        | {
+            "tokens_per_s_min": min(columns["tokens_per_s"]),
+            "tokens_per_s_max": max(columns["tokens_per_s"]),
+            "peak_resident_bytes": max(
+                *columns["peak_resident_bytes"], *columns["recounted_bytes"]
+            ),
+            "kl": float(np.maximum(quality["kl_mean"], kl_written)),  # NaN if either is
+            "kl_held_out": quality["kl_mean"],
+            "kl_written": kl_written,
+            "same_top1": quality["same_top1"],
+            "text": hashlib.sha256(json.dumps(columns["written"]).encode()).hexdigest()[:16],
+        }
+    )
 
 
 def main() -> None:
@@ -151,11 +151,9 @@ def main() -> None:
 
     try:
         figures = measure(json.load(sys.stdin), lambda words: say(step=words))
+    except ValueError as error:
+        say(error=str(error))
     except Exception as error:  # noqa: BLE001, told to the one who asked, whatever it is
-        say(
-            error=f"{error}"
-            if isinstance(error, ValueError)
-            else f"{type(error).__name__}: {error}"
-        )
+        say(error=f"{type(error).__name__}: {error}")
     else:
         say(figures=figures, **circumstances())

@@ -3,8 +3,7 @@
 The scoring process reads them from here by name; a `Task` that was edited elsewhere changes
 nothing. Both limits are on measured figures: bytes of resident experts at their peak, and KL
 against full precision, the worse of two: on held-out texts, and on the text the entry wrote in the
-very runs that are timed (a policy that behaves only while it is examined gains nothing). Own code
-runs with the rights of who runs it: `own_code` is a fence against accidents and easy tricks.
+very runs that are timed (a policy that behaves only while it is examined gains nothing).
 """
 
 from __future__ import annotations
@@ -62,6 +61,14 @@ class Task:
     def quick(self) -> Task:
         """The same in a few seconds: it shows that an entry works and never ranks."""
         return replace(self, prompts=1, tokens=6, texts=2, scored=8)
+
+    @property
+    def limits(self) -> str:
+        """Both limits and the device, as a sentence."""
+        return (
+            f"Limits: {self.peak_bytes / MB:g} MB of experts at the peak, KL below {self.kl:g}; "
+            f"on an emulated {self.device}."
+        )
 
     def goal_words(self, figures: dict[str, Any]) -> str:
         """The goal's figure with its unit: ``"92 tokens/s"``."""

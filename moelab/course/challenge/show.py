@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from moelab.course.challenge.own_code import RIGHTS
 from moelab.course.challenge.tasks import MB, Task
+from moelab.views.picture import box, words
 
 if TYPE_CHECKING:
     from moelab.course.challenge.board import Leaderboard
     from moelab.course.challenge.entries import Entry
 
 WIDTH, ROW, NAME, BAR = 860, 30, 210, 380
-INK, SOFT, LINE, KEPT, OUT = "#1f2328", "#59636e", "#d8dee4", "#0072b2", "#8a8f98"
+SOFT, LINE, KEPT, OUT = "#59636e", "#d8dee4", "#0072b2", "#8a8f98"
 GAUGE = NAME + BAR + 120
 MOST_ROWS = 30
 HEAD = (
@@ -24,24 +26,25 @@ HEAD = (
     '<defs><pattern id="h" width="6" height="6" patternUnits="userSpaceOnUse" '
     'patternTransform="rotate(45)"><rect width="6" height="6" fill="#e6e8eb"/>'
     '<rect width="2" height="6" fill="#8a8f98"/></pattern></defs>'
+    '<rect x="0.5" y="0.5" width="{inner}" height="{tall}" rx="8" fill="#fff" stroke="#d8dee4"/>'
 )
 
 
 def entry_words(entry: Entry) -> str:
     """An entry in plain text: verdict first, then the figures."""
     rows = [f"{entry.challenge} · {entry.name}: {verdict(entry)}"]
-    rows += [f"  {name}: {value}" for name, value in facts(entry)]
-    return "\n".join([*rows, *(f"  failed: {words}" for words in entry.failures)])
+    rows += [f"  {name}: {value}" for name, value in measured(entry)]
+    return "\n".join([*rows, *(f"  failed: {failure}" for failure in entry.failures)])
 
 
 def entry_html(entry: Entry) -> str:
     """An entry as HTML: the verdict, the figures, and each limit with how it was kept."""
+    left = "style='text-align:left'"
     rows = "".join(
-        f"<tr><th style='text-align:left'>{escape(name)}</th>"
-        f"<td style='text-align:left'>{escape(value)}</td></tr>"
-        for name, value in facts(entry)
+        f"<tr><th {left}>{escape(name)}</th><td {left}>{escape(value)}</td></tr>"
+        for name, value in measured(entry)
     )
-    failed = "".join(f"<li>✗ {escape(words)}</li>" for words in entry.failures)
+    failed = "".join(f"<li>✗ {escape(failure)}</li>" for failure in entry.failures)
     return (
         f"<div><p><b>{escape(entry.name)}</b> · {escape(entry.challenge)}: "
         f"<b>{escape(verdict(entry))}</b></p>"
@@ -61,8 +64,8 @@ def verdict(entry: Entry) -> str:
     return f"rank {entry.rank} of {entry.board}"
 
 
-def facts(entry: Entry) -> list[tuple[str, str]]:
-    """Names and values of what was measured."""
+def measured(entry: Entry) -> list[tuple[str, str]]:
+    """Names and values of what was measured, and with which settings."""
     f, task = entry.figures, entry.task
     speeds = f"({f['tokens_per_s_min']:.3g} to {f['tokens_per_s_max']:.3g})"
     kls = f"(held-out {f['kl_held_out']:.4f}, own text {f['kl_written']:.4f})"
@@ -72,35 +75,32 @@ def facts(entry: Entry) -> list[tuple[str, str]]:
         ("peak memory", f"{f['peak_resident_bytes'] / MB:.2f} MB of {task.peak_bytes / MB:g} MB"),
         ("KL", f"{f['kl']:.4f}, below {task.kl:g} asked for {kls}"),
         ("hit ratio", f"{f['hit_ratio']:.0%}"),
-        ("settings", entry.words),
+        ("settings", entry.words + (f" ({RIGHTS})" if entry.own else "")),
     ]
 
 
 def board_html(board: Leaderboard) -> str:
     """The picture, the table under it, and what is wrong with the file."""
     task = getattr(board, "task", None)
-    if task is None or "rank" not in list(
-        board.columns
-    ):  # a part of a board, or one of another shape
+    if task is None or "rank" not in board:  # a part of a board, or one of another shape
         return str(board.to_html())
     data = base64.b64encode(board.svg().encode()).decode()
     label = escape(f"Leaderboard of {task.name}, {len(board)} entries", quote=True)
     machines = len(set(board["machine"]))
-    hidden = {"own code", "made", "version"} | ({"machine"} if machines < 2 else set())
-    shown = pd.DataFrame(board).drop(columns=list(hidden))
-    shown["rank"] = [
-        value if told else ""
-        for value, told in zip(board["rank"], board["rank"].notna(), strict=True)
-    ]
-    table = shown.to_html(index=False, float_format=lambda x: f"{x:.4g}", border=0, justify="left")
-    faults = "".join(f"<li>{escape(fault)}</li>" for fault in board.faults)
-    note = "" if machines < 2 else (
-        f"<p>Figures come from {machines} machines: <code>verify</code> measures all on one.</p>"
-    )  # fmt: skip
-    return (
-        f'<img alt="{label}" width="{WIDTH}" src="data:image/svg+xml;base64,{data}"/>{table}{note}'
-        + (f"<p>Lines that could not be read:</p><ul>{faults}</ul>" if faults else "")
+    hidden = ["own code", "made", "version", *(["machine"] if machines < 2 else [])]
+    shown = pd.DataFrame(board).drop(columns=hidden).astype({"rank": object})
+    table = shown.to_html(
+        index=False, float_format=lambda x: f"{x:.4g}", border=0, justify="left", na_rep=""
     )
+    notes = [f"Figures come from {machines} machines: <code>verify</code> measures all on one."]
+    notes = notes[machines < 2 :]
+    if board["own code"].any():
+        notes.append(f"Where settings name a class: {RIGHTS}.")
+    if board.faults:
+        faults = "".join(f"<li>{escape(fault)}</li>" for fault in board.faults)
+        notes.append(f"Lines that could not be read:</p><ul>{faults}</ul><p>")
+    image = f'<img alt="{label}" width="{WIDTH}" src="data:image/svg+xml;base64,{data}"/>'
+    return image + table + "".join(f"<p>{note}</p>" for note in notes)
 
 
 def board_svg(board: Leaderboard) -> str:
@@ -111,15 +111,14 @@ def board_svg(board: Leaderboard) -> str:
     most = max([*rows[task.unit], 1e-9])
     best = "longest wins" if task.best == "most" else "shortest wins"
     parts = [
-        HEAD.format(width=WIDTH, height=height),
-        _box(0.5, 0.5, WIDTH - 1, height - 1, "#fff", round_=8, stroke=LINE),
-        _words(18, 28, task.name, weight=650, size=15),
-        _words(18, 52, f"limits: {task.peak_bytes / MB:g} MB, KL {task.kl:g}", fill=SOFT),
-        _words(NAME, 52, f"{task.unit}, {best}", fill=SOFT),
-        _words(GAUGE, 52, f"KL, of {task.kl:g}", fill=SOFT),
+        HEAD.format(width=WIDTH, height=height, inner=WIDTH - 1, tall=height - 1),
+        words(18, 28, task.name, weight=650, size=15),
+        words(18, 52, f"limits: {task.peak_bytes / MB:g} MB, KL {task.kl:g}", fill=SOFT, size=13),
+        words(NAME, 52, f"{task.unit}, {best}", fill=SOFT, size=13),
+        words(GAUGE, 52, f"KL, of {task.kl:g}", fill=SOFT, size=13),
     ]
     for i, row in enumerate(rows.to_dict("records")):
-        parts += _bar(row, task, 66 + ROW * i, BAR * row[task.unit] / most)
+        parts += _bar(row, task, 66 + ROW * i, max(2.0, BAR * row[task.unit] / most))
     return "".join([*parts, "</svg>"])
 
 
@@ -127,53 +126,24 @@ def _bar(row: dict, task: Task, y: float, wide: float) -> list[str]:
     """One entry: its name, the bar (hatched where it does not rank), and how much KL it used."""
     ranks = not pd.isna(row["rank"])
     name = f"{row['rank']}. {row['name']}" if ranks else row["name"]
+    short = name if len(name) <= 24 else f"{name[:23]}…"
     used = min(1.0, row["KL"] / task.kl)
-    note = _note(row, f"{row[task.unit]:.3g}")
     return [
-        _words(NAME - 10, y + 16, _short(name), anchor="end"),
-        _box(NAME, y + 2, max(2.0, wide), 18, KEPT if ranks else "url(#h)"),
-        _words(NAME + max(2.0, wide) + 8, y + 16, note),
-        _box(GAUGE, y + 7, 90, 8, LINE, round_=4),
-        _box(GAUGE, y + 7, 90 * used, 8, KEPT if row["KL"] < task.kl else OUT, round_=4),
-        _words(GAUGE + 98, y + 16, f"{row['KL']:.3f}", fill=SOFT),
+        words(NAME - 10, y + 16, short, anchor="end", size=13),
+        box(NAME, y + 2, wide, 18, KEPT if ranks else "url(#h)"),
+        words(NAME + wide + 8, y + 16, f"{row[task.unit]:.3g}{_note(row)}", size=13),
+        box(GAUGE, y + 7, 90, 8, LINE),
+        box(GAUGE, y + 7, 90 * used, 8, KEPT if row["KL"] < task.kl else OUT),
+        words(GAUGE + 98, y + 16, f"{row['KL']:.3f}", fill=SOFT, size=13),
     ]
 
 
-def _note(row: dict, value: str) -> str:
+def _note(row: dict) -> str:
+    """Why a bar does not rank, if it does not."""
     if row.get("verified", "yes") != "yes":
-        return f"{value} ✗ not verified"
+        return " ✗ not verified"
     if row["limits"].startswith("quick"):
-        return f"{value} (quick)"
+        return " (quick)"
     if row["limits"] != "kept":
-        return f"{value} ✗"
-    return f"{value} (a better one ranks)" if pd.isna(row["rank"]) else value
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 24 else f"{text[:23]}…"
-
-
-def _words(
-    x: float,
-    y: float,
-    text: str,
-    *,
-    anchor: str = "start",
-    fill: str = INK,
-    weight: int = 400,
-    size: int = 13,
-) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}" '
-        f'font-weight="{weight}" font-size="{size}">{escape(text)}</text>'
-    )
-
-
-def _box(
-    x: float, y: float, wide: float, tall: float, fill: str, *, round_: float = 2, stroke: str = ""
-) -> str:
-    line = f' stroke="{stroke}"' if stroke else ""
-    return (
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{tall:.1f}" rx="{round_:g}" '
-        f'fill="{fill}"{line}/>'
-    )
+        return " ✗"
+    return " (a better one ranks)" if pd.isna(row["rank"]) else ""
