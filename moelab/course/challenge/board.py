@@ -36,7 +36,7 @@ def ranked(entries: Sequence[Entry]) -> list[tuple[Entry, int | None]]:
     best: dict[str, Entry] = {}
     later = [e for e in fit if best.setdefault(e.name, e) is not e]
     unfit = [e for e in entries if not e.ranks]
-    return [*zip(best.values(), itertools.count(1)), *((e, None) for e in later + unfit)]  # noqa: B905
+    return [*zip(best.values(), itertools.count(1)), *((e, None) for e in later + unfit)]
 
 
 class Leaderboard(pd.DataFrame):

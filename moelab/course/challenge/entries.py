@@ -28,30 +28,32 @@ _NUMBERS = ("tokens_per_s", "bytes_per_token", "peak_resident_bytes", "kl")
 _OF_NOW = ("rank", "board", "verified", "claimed")
 """What an entry is at the moment, on a board or after `verify`; no line of a file says it."""
 
-_TEXT, _PLAIN = {"type": "string"}, {"type": ["string", "number", "boolean", "null"]}
-_VALUES = {"type": "object", "additionalProperties": _PLAIN}
-_CLASS = {"properties": {"class": _TEXT, "source": _TEXT}, "required": ["class", "source"]}
-_CLASS |= {"type": "object", "additionalProperties": False}
-SCHEMA = {
-    "type": "object",
-    "required": ["format", "challenge", "name", "settings", "figures"],
-    "additionalProperties": False,
-    "properties": {
-        "format": {"const": FORMAT},
-        "challenge": {"enum": list(TASKS)},
-        "quick": {"type": "boolean"},
-        "figures": _VALUES
-        | {"properties": dict.fromkeys(_NUMBERS, {"type": "number"}), "required": [*_NUMBERS]},
-        "own": {
-            "type": "object",
-            "properties": dict.fromkeys(ROLES, _CLASS),
-            "additionalProperties": False,
-        },
-        **dict.fromkeys(("name", "made"), _TEXT),
-        **dict.fromkeys(("settings", "versions", "machine"), _VALUES),
-        **dict.fromkeys(_OF_NOW, {}),
-    },
-}
+_TEXT, _NUMBER = {"type": "string"}, {"type": "number"}
+_PLAIN = {"type": ["string", "number", "boolean", "null"]}
+
+
+def _object(*needed: str, more: Any = False, **fields: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": fields,
+        "required": needed,
+        "additionalProperties": more,
+    }
+
+
+_VALUES = _object(more=_PLAIN)
+_CLASS = _object("class", "source", **{"class": _TEXT, "source": _TEXT})
+SCHEMA = _object(
+    *("format", "challenge", "name", "settings", "figures"),
+    format={"const": FORMAT},
+    challenge={"enum": list(TASKS)},
+    quick={"type": "boolean"},
+    figures=_object(*_NUMBERS, more=_PLAIN, **dict.fromkeys(_NUMBERS, _NUMBER)),
+    own=_object(**dict.fromkeys(ROLES, _CLASS)),
+    **dict.fromkeys(("name", "made"), _TEXT),
+    **dict.fromkeys(("settings", "versions", "machine"), _VALUES),
+    **{name: {} for name in _OF_NOW},
+)
 """A line of a board."""
 
 
@@ -110,7 +112,7 @@ class Entry:
 
     @property
     def ranks(self) -> bool:
-        """Whether it takes part: both limits hold, it is no trial, and nothing speaks against it."""
+        """Whether it takes part: both limits hold, it is no trial, and not found wrong."""
         return self.accepted and not self.quick and self.verified in ("", "yes")
 
     @property

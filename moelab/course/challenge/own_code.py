@@ -83,17 +83,9 @@ def make(name: str, source: str) -> Any:
         file = Path(folder) / "own_code.py"
         file.write_text(source, "utf-8")
         try:
-            space = runpy.run_path(str(file))
-            if name not in space:
-                raise ValueError(f"there is no class of that name in it, only {_defined(space)}")
-            return space[name]()
+            return runpy.run_path(str(file))[name]()
         except Exception as error:
-            words = f"{type(error).__name__}: {error}"
-            raise ValueError(f"own code {name} cannot be made: {words}") from error
-
-
-def _defined(space: dict[str, Any]) -> str:
-    return ", ".join(n for n, thing in space.items() if isinstance(thing, type)) or "none"
+            raise ValueError(f"own code: no {name} can be made of it: {error!r}") from error
 
 
 # -- out of a notebook ----------------------------------------------------------------------------
@@ -120,22 +112,18 @@ def _collect(name: str, thing: Any, found: dict[str, str]) -> None:
         del found[name]  # it comes after what it uses
         found[name] = text
     else:
-        found[name] = f"{name} = {_literal(name, thing)}"
+        try:
+            ast.literal_eval(repr(thing))
+        except (ValueError, SyntaxError):
+            kind = type(thing).__name__
+            raise ValueError(f"the policy uses {name}, a {kind}, which cannot come along") from None
+        found[name] = f"{name} = {thing!r}"
 
 
 def _installed(module: str) -> bool:
     """Whether the measuring process, which sees no folder of the user's, can import it."""
     top = module.partition(".")[0]
     return top in ("moelab", *sys.stdlib_module_names) or top in metadata.packages_distributions()
-
-
-def _literal(name: str, thing: Any) -> str:
-    try:
-        ast.literal_eval(repr(thing))
-    except (ValueError, SyntaxError):
-        kind = type(thing).__name__
-        raise ValueError(f"the policy uses {name}, a {kind}, which cannot come along") from None
-    return repr(thing)
 
 
 def _names(text: str) -> list[str]:

@@ -18,7 +18,7 @@ KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_CACHE_HOME", "MOELAB_CACHE", "LD_
 """What the process sees of the environment: where things lie, nothing that changes what they do."""
 MOST_SECONDS = 900
 _CODE = (
-    "import sys; sys.path.append(sys.argv.pop()); "
+    "import sys; sys.path.insert(0, sys.argv.pop()); "  # the caller's own moelab, whichever is installed
     "from moelab.course.challenge.scoring import main; main()"
 )
 
