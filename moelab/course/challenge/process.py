@@ -17,8 +17,8 @@ import moelab
 KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_CACHE_HOME", "MOELAB_CACHE", "LD_LIBRARY_PATH")
 """What the process sees of the environment: where things lie, nothing that changes what they do."""
 MOST_SECONDS = 900
-_CODE = (
-    "import sys; sys.path.insert(0, sys.argv.pop()); "  # the caller's own moelab, whichever is installed
+_CODE = (  # of the caller's moelab, whichever is installed
+    "import sys; sys.path.insert(0, sys.argv.pop()); "
     "from moelab.course.challenge.scoring import main; main()"
 )
 
