@@ -152,8 +152,7 @@ def which_decision(answer: Any) -> Said:
 @exercise("03.3")
 def next_to_leave(answer: Any, *, lab: moelab.Lab) -> Said:
     """The resident expert with the lowest sum of the four terms."""
-    if len(given(answer, tuple, what := "(layer, expert)")) != 2:
-        raise RefusedError(f"give {what}; this is {answer!r}")
+    given(answer, tuple, "(layer, expert)", length=2)
     bits = lab.cache_map()["bits"]
     terms = {
         (layer, e): why["priority"]

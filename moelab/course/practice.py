@@ -80,8 +80,7 @@ def stop_the_waiting(answer: Any) -> Said:
 @exercise("01.1")
 def the_longest_wait(answer: Any, *, run: moelab.Run) -> Said:
     """(token, layer, expert) of the longest single wait of the decoded tokens."""
-    if len(given(answer, tuple, what := "(token, layer, expert)")) != 3:
-        raise RefusedError(f"give {what}; this is {answer!r}")
+    given(answer, tuple, "(token, layer, expert)", length=3)
     events = is_run(run, least=TOKENS).events.query("kind == 'stall' and token > 0")
     waits = events.set_index(["token", "layer", "expert"])["dur_ms"].groupby(level=[0, 1, 2]).sum()
     if waits.empty:
@@ -99,9 +98,10 @@ def spare_bytes_same_text(answer: Any) -> Said:
     """A what-if that reads less and writes the same text, with no more memory."""
     from moelab.runs.compare import Comparison
 
-    if len(given(answer, Comparison, what := "what lab.what_if(run, ...) returns").recordings) != 2:
-        raise RefusedError(f"give {what}; this is {answer!r}")
-    was, then = (recording.document for recording in answer.recordings.values())
+    recordings = given(answer, Comparison, "what lab.what_if(run, ...) returns").recordings
+    if len(recordings) != 2:
+        raise RefusedError(f"these are {len(recordings)} runs; a what-if compares two")
+    was, then = (recording.document for recording in recordings.values())
     if len(was["ids"]) < TOKENS:
         raise RefusedError(f"the run has {len(was['ids'])} tokens; take one of {TOKENS}")
     first, second = was["summary"], then["summary"]

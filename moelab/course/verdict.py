@@ -6,7 +6,8 @@ answers: what an answer is held against is measured by the engine when it is ask
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from numbers import Real
@@ -85,15 +86,16 @@ def unanswered(answer: Any) -> bool:
 # -- answers of the right kind --------------------------------------------------------------------
 
 
-def given(answer: Any, kind: type, what: str) -> Any:
-    """The answer, if it is of the kind that is asked for.
+def given(answer: Any, kind: type, what: str, *, length: int | None = None) -> Any:
+    """The answer, if it is of the kind (and length) that is asked for.
 
     Raises
     ------
     RefusedError
         It is not; the message says ``what`` to give.
     """
-    if isinstance(answer, bool) or not isinstance(answer, kind):
+    fits = isinstance(answer, kind) and not isinstance(answer, bool)
+    if not fits or (length is not None and len(answer) != length):
         raise RefusedError(f"give {what}; this is {answer!r}")
     return answer
 
@@ -119,15 +121,12 @@ def is_run(answer: Any, *, least: int) -> moelab.Run:
 # -- what answers are held against ----------------------------------------------------------------
 
 
-def opened(**changes: Any) -> moelab.Lab:
+@contextmanager
+def opened(**changes: Any) -> Iterator[moelab.Lab]:
     """The bundled model, freshly opened with nothing in memory, and settings changed."""
-    lab = moelab.open("demo", measure_kl=False, progress=False)
-    try:
+    with moelab.open("demo", measure_kl=False, progress=False) as lab:
         lab.update(**changes)
-    except BaseException:
-        lab.close()
-        raise
-    return lab
+        yield lab
 
 
 def written(lab: moelab.Lab, prompt: str, tokens: int) -> moelab.Run:

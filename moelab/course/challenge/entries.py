@@ -13,13 +13,15 @@ import os
 import reprlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import fastjsonschema
 
 from moelab.bench.papers.contenders import ROLES
-from moelab.course.challenge.tasks import TASKS, Task
+from moelab.course.challenge.own_code import RIGHTS
+from moelab.course.challenge.tasks import MB, TASKS, Task
 
 FORMAT = 1
 LONGEST_LINE = 200_000
@@ -33,12 +35,8 @@ _PLAIN = {"type": ["string", "number", "boolean", "null"]}
 
 
 def _object(*needed: str, more: Any = False, **fields: Any) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": fields,
-        "required": needed,
-        "additionalProperties": more,
-    }
+    fields = {"type": "object", "properties": fields, "required": needed}
+    return fields | {"additionalProperties": more}
 
 
 _VALUES = _object(more=_PLAIN)
@@ -142,15 +140,48 @@ class Entry:
         kept = {name: value for name, value in asdict(self).items() if name not in _OF_NOW}
         return json.dumps({"format": FORMAT} | kept, ensure_ascii=False) + "\n"
 
-    def __repr__(self) -> str:
-        from moelab.course.challenge.show import entry_words
+    @property
+    def verdict(self) -> str:
+        """One line: the rank, or why there is none."""
+        if not self.accepted:
+            return "disqualified"
+        if self.quick:
+            return "both limits kept; a quick trial does not rank"
+        if self.rank is None:
+            return "both limits kept; an earlier entry of the same name is better"
+        return f"rank {self.rank} of {self.board}"
 
-        return entry_words(self)
+    def _measured(self) -> list[tuple[str, str]]:
+        """Names and values of what was measured, and with which settings."""
+        f, task = self.figures, self.task
+        speeds = f"({f['tokens_per_s_min']:.3g} to {f['tokens_per_s_max']:.3g})"
+        kls = f"(held-out {f['kl_held_out']:.4f}, own text {f['kl_written']:.4f})"
+        peak = f"{f['peak_resident_bytes'] / MB:.2f} MB of {task.peak_bytes / MB:g} MB"
+        return [
+            ("speed", f"{f['tokens_per_s']:.3g} tokens/s {speeds}"),
+            ("read", f"{f['bytes_per_token'] / 1000:.3g} kB per token"),
+            ("peak memory", peak),
+            ("KL", f"{f['kl']:.4f}, below {task.kl:g} asked for {kls}"),
+            ("hit ratio", f"{f['hit_ratio']:.0%}"),
+            ("settings", self.words + (f" ({RIGHTS})" if self.own else "")),
+        ]
+
+    def __repr__(self) -> str:
+        rows = [f"{self.challenge} · {self.name}: {self.verdict}"]
+        rows += [f"  {name}: {value}" for name, value in self._measured()]
+        return "\n".join([*rows, *(f"  failed: {failure}" for failure in self.failures)])
 
     def _repr_html_(self) -> str:
-        from moelab.course.challenge.show import entry_html
-
-        return entry_html(self)
+        left = "style='text-align:left'"
+        rows = "".join(
+            f"<tr><th {left}>{escape(name)}</th><td {left}>{escape(value)}</td></tr>"
+            for name, value in self._measured()
+        )
+        failed = "".join(f"<br>✗ {escape(failure)}" for failure in self.failures)
+        return (
+            f"<div><p><b>{escape(self.name)}</b> · {escape(self.challenge)}: "
+            f"<b>{escape(self.verdict)}</b>{failed}</p><table>{rows}</table></div>"
+        )
 
 
 def append(path: str | Path, entry: Entry) -> None:
