@@ -61,8 +61,8 @@ def packages() -> Iterator[Check]:
 
     asked = [Requirement(text) for text in metadata.requires("moelab") or []]
     lab: State = "problem" if _in_kernel() else "note"
-    extras = (("", "packages", "problem"), ("lab", "JupyterLab", lab), ("serve", "Voila", "note"))
-    for extra, name, state in extras:
+    states: dict[str, State] = {"": "problem", "lab": lab, "serve": "note"}
+    for extra, name in {"": "packages", "lab": "JupyterLab", "serve": "Voila"}.items():
         mend = f"pip install 'moelab[{extra}]'" if extra else "pip install --upgrade moelab"
         lack, have = [], []
         for r in asked:
@@ -73,7 +73,7 @@ def packages() -> Iterator[Check]:
                 bad = f"{version} is not {r.specifier}" if version else "is missing"
                 (have if good else lack).append(f"{r.name} {version if good else bad}")
         if lack:
-            yield Check(name, state, ", ".join(lack), mend)
+            yield Check(name, states[extra], ", ".join(lack), mend)
         elif have:
             yield _line(name, ", ".join(have))
 

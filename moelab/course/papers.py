@@ -204,15 +204,16 @@ def never_wait_and_better(answer: Any) -> Said:
         quarter, theirs = lab.settings.budget_bytes, kl_of(lab)
     with opened(**mine) as lab:
         events = written(lab, unseen(lab, 1)[0][:200], 16).events
+        stalls = len(events.query("kind == 'stall' and token > 0"))
         if (budget := lab.settings.budget_bytes) > quarter:
             raise RefusedError(
                 f"{budget / 1e6:.2f} MB is more than a quarter, {quarter / 1e6:.2f} MB"
             )
+        if stalls:
+            return False, f"tokens waited {stalls} times. Only resident experts may compute."
         ours = kl_of(lab)
-    stalls = len(events.query("kind == 'stall' and token > 0"))
     return judged(
-        f"tokens waited {stalls} times; KL {ours:.3f}, SwapMoE at 16 bit {theirs:.3f}",
-        (stalls > 0, "Only resident experts may compute."),
+        f"no token waited; KL {ours:.3f}, SwapMoE at 16 bit {theirs:.3f}",
         (ours > theirs / BETTER, f"It is to be {BETTER:g} times less: what makes room for more?"),
         right="The same bytes hold far more experts.",
     )

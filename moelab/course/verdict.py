@@ -86,7 +86,9 @@ def unanswered(answer: Any) -> bool:
 # -- answers of the right kind --------------------------------------------------------------------
 
 
-def given(answer: Any, kind: type, what: str, *, length: int | None = None) -> Any:
+def given(
+    answer: Any, kind: type | tuple[type, ...], what: str, *, length: int | None = None
+) -> Any:
     """The answer, if it is of the kind (and length) that is asked for.
 
     Raises
@@ -94,8 +96,8 @@ def given(answer: Any, kind: type, what: str, *, length: int | None = None) -> A
     RefusedError
         It is not; the message says ``what`` to give.
     """
-    fits = isinstance(answer, kind) and not isinstance(answer, bool)
-    if not fits or (length is not None and len(answer) != length):
+    wrong = isinstance(answer, bool) or not isinstance(answer, kind)
+    if wrong or (length and len(answer) != length):  # pyright: ignore[reportArgumentType]
         raise RefusedError(f"give {what}; this is {answer!r}")
     return answer
 

@@ -88,7 +88,7 @@ class Leaderboard(pd.DataFrame):
         )
         notes = [f"Figures come from {machines} machines: <code>verify</code> measures all on one."]
         notes = notes[machines < 2 :]
-        if self["own code"].any():
+        if any(self["own code"]):
             notes.append(f"Where settings name a class: {RIGHTS}.")
         if self.faults:
             faults = "".join(f"<li>{escape(fault)}</li>" for fault in self.faults)
