@@ -336,6 +336,15 @@ def test_several_people_append_to_one_board_at_once(tmp_path):
     assert len({e.name for e in entries}) == len(entries) == 100
 
 
+def test_a_board_saved_by_version_0_3_is_read(tmp_path):
+    path = tmp_path / "board.jsonl"
+    saved = {"format": 1, "challenge": SIX.name, "name": "Ada", "settings": {"strategy": "lru"}}
+    saved |= {"figures": figures(), "quick": False, "made": "2026-11-26", "versions": {}}
+    own = {"evict": {"class": "KeepTheFirst", "source": "class KeepTheFirst: ..."}}
+    path.write_text(json.dumps(saved | {"own": own, "machine": {"cores": 2}}) + "\n")
+    assert list(leaderboard(path)["settings"]) == ["lru, evict=KeepTheFirst"]
+
+
 def test_a_torn_or_foreign_line_is_named_and_costs_nobody_else_their_entry(tmp_path):
     path = tmp_path / "board.jsonl"
     append(path, entry("A"))
@@ -382,10 +391,9 @@ def test_a_wrong_field_costs_only_its_own_line(tmp_path, wrong):
 
 def test_a_board_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("moelab.course.challenge.entering.scored", None)  # nothing may be started
-    with pytest.raises(FileNotFoundError):
-        moelab.challenge(SIX.name, board=tmp_path / "no" / "board.jsonl").enter("A", budget="5MB")
-    with pytest.raises(IsADirectoryError):
-        moelab.challenge(SIX.name, board=tmp_path).enter("A", budget="5MB")
+    for board, error in ("no/b.jsonl", FileNotFoundError), (".", IsADirectoryError):
+        with pytest.raises(error):
+            moelab.challenge(SIX.name, board=tmp_path / board).enter("A", budget="5MB")
 
 
 def test_the_file_cannot_declare_a_verdict_or_a_rank(tmp_path):
@@ -405,6 +413,7 @@ def test_a_board_shows_itself_as_table_and_picture_without_script(tmp_path):
     html = board._repr_html_()
     assert "<script" not in html
     assert "<b>Ada" not in html
+    assert "NA&gt;" not in html
     assert "data:image/svg+xml;base64," in html
     assert "1. &lt;b&gt;Ada" in board.svg()
     assert 'fill="url(#h)"' in board.svg()  # hatched: a second cue for what does not rank

@@ -83,8 +83,9 @@ class Leaderboard(pd.DataFrame):
         machines = len(set(self["machine"]))
         hidden = ["own code", "made", "version", *(["machine"] if machines < 2 else [])]
         shown = pd.DataFrame(self).drop(columns=hidden).astype({"rank": object})
+        shown = shown.where(shown.notna(), "")  # no rank: an empty cell
         table = shown.to_html(
-            index=False, float_format=lambda x: f"{x:.4g}", border=0, justify="left", na_rep=""
+            index=False, float_format=lambda x: f"{x:.4g}", border=0, justify="left"
         )
         notes = [f"Figures come from {machines} machines: <code>verify</code> measures all on one."]
         notes = notes[machines < 2 :]
