@@ -135,7 +135,7 @@ def test_a_policy_that_behaves_only_while_it_is_examined_gains_nothing(demo_stor
     skipping = sly(0)
     assert skipping["bytes_per_token"] == 0
     assert skipping["kl_written"] > SIX.kl
-    one = make("Sly", SLY.replace("HONEST", "2"))  # one object for all labs, as if over the fence
+    one = make("Sly", SLY.replace("HONEST", "2"))  # one object for all labs: it remembers
     monkeypatch.setattr(own_code, "make", lambda *_: one)
     caught = sly(2)
     assert caught["kl_held_out"] == plain["kl_held_out"] < SIX.kl
@@ -416,7 +416,7 @@ def test_a_board_shows_itself_as_table_and_picture_without_script(tmp_path):
     assert "NA&gt;" not in html
     assert "data:image/svg+xml;base64," in html
     assert "1. &lt;b&gt;Ada" in board.svg()
-    assert 'fill="url(#h)"' in board.svg()  # hatched: a second cue for what does not rank
+    assert "url(#h" in board.svg()  # hatched: a second cue for what does not rank
     assert type(board.head(1)) is pd.DataFrame
     assert "1" in board.to_csv()
 

@@ -7,8 +7,12 @@ entry again from its settings, ranks by that, and says whose figures do not repr
 from __future__ import annotations
 
 import base64
+import contextlib
+import io
 import itertools
 import json
+import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
@@ -22,7 +26,6 @@ from moelab.course.challenge.entries import Entry, read
 from moelab.course.challenge.own_code import RIGHTS
 from moelab.course.challenge.scoring import scored
 from moelab.course.challenge.tasks import MB, TASKS, Task
-from moelab.views.picture import box, words
 
 RULES = (
     ("peak_resident_bytes", 1.02, 0.0, MB, "MB peak"),
@@ -32,18 +35,14 @@ RULES = (
 """A figure, how far its second measurement may lie above it (times, and more), and how it is shown.
 Speeds are not compared: they hang on the machine's load, so all are replaced by those of now."""
 
-WIDTH, ROW, NAME, BAR = 860, 30, 210, 380
-SOFT, LINE, KEPT, OUT = "#59636e", "#d8dee4", "#0072b2", "#8a8f98"
-GAUGE = NAME + BAR + 120
+KEPT, OUT, SOFT = "#0072b2", "#e6e8eb", "#59636e"
+LOOK: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "moelab",  # the same board gives the same bytes
+    "text.parse_math": False,
+    "hatch.color": SOFT,
+}
 MOST_ROWS = 30
-HEAD = (
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-    'font-family="system-ui,Helvetica,Arial,sans-serif" font-size="13">'
-    '<defs><pattern id="h" width="6" height="6" patternUnits="userSpaceOnUse" '
-    'patternTransform="rotate(45)"><rect width="6" height="6" fill="#e6e8eb"/>'
-    '<rect width="2" height="6" fill="#8a8f98"/></pattern></defs>'
-    '<rect x="0.5" y="0.5" width="{inner}" height="{tall}" rx="8" fill="#fff" stroke="#d8dee4"/>'
-)
 
 
 def ranked(entries: Sequence[Entry]) -> list[tuple[Entry, int | None]]:
@@ -78,7 +77,6 @@ class Leaderboard(pd.DataFrame):
         task = getattr(self, "task", None)
         if task is None or "rank" not in self:  # a part of a board, or one of another shape
             return str(self.to_html())
-        data = base64.b64encode(self.svg().encode()).decode()
         label = escape(f"Leaderboard of {task.name}, {len(self)} entries", quote=True)
         machines = len(set(self["machine"]))
         hidden = ["own code", "made", "version", *(["machine"] if machines < 2 else [])]
@@ -94,42 +92,56 @@ class Leaderboard(pd.DataFrame):
         if self.faults:
             faults = "".join(f"<li>{escape(fault)}</li>" for fault in self.faults)
             notes.append(f"Lines that could not be read:</p><ul>{faults}</ul><p>")
-        image = f'<img alt="{label}" width="{WIDTH}" src="data:image/svg+xml;base64,{data}"/>'
+        image = ""
+        with contextlib.suppress(ImportError):  # without matplotlib the table says it alone
+            data = base64.b64encode(self.svg().encode()).decode()
+            image = f'<img alt="{label}" src="data:image/svg+xml;base64,{data}"/>'
         return image + table + "".join(f"<p>{note}</p>" for note in notes)
 
     def svg(self) -> str:
-        """The picture alone: a bar for each entry, and beside it how much of the KL was used up."""
-        task: Task = self.task
-        rows = self.head(MOST_ROWS)
-        height = 74 + ROW * len(rows) + 14
-        most = max([*rows[task.unit], 1e-9])
-        best = "longest wins" if task.best == "most" else "shortest wins"
-        parts = [
-            HEAD.format(width=WIDTH, height=height, inner=WIDTH - 1, tall=height - 1),
-            words(18, 28, task.name, weight=650, size=15),
-            words(18, 52, f"limits: {task.peak_bytes / MB:g} MB, KL {task.kl:g}", fill=SOFT),
-            words(NAME, 52, f"{task.unit}, {best}", fill=SOFT),
-            words(GAUGE, 52, f"KL, of {task.kl:g}", fill=SOFT),
-        ]
-        for i, row in enumerate(rows.to_dict("records")):
-            parts += _bar(row, task, 66 + ROW * i, max(2.0, BAR * row[task.unit] / most))
-        return "".join([*parts, "</svg>"])
+        """The picture alone: a bar for each entry (hatched: no rank), and its KL with the limit.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed; the message has the command that installs it.
+        """
+        try:
+            import matplotlib as mpl
+        except ImportError as error:
+            raise ImportError("the picture needs: pip install 'moelab[export]'") from error
+        file = io.StringIO()
+        with mpl.rc_context(LOOK), warnings.catch_warnings(action="ignore"):  # of rare letters
+            _drawn(self.task, self.head(MOST_ROWS).iloc[::-1]).savefig(
+                file, format="svg", metadata={"Date": None}
+            )
+        return file.getvalue()
 
 
-def _bar(row: dict, task: Task, y: float, wide: float) -> list[str]:
-    """One entry: its name, the bar (hatched where it does not rank), and how much KL it used."""
-    ranks = not pd.isna(row["rank"])
-    name = f"{row['rank']}. {row['name']}" if ranks else row["name"]
-    short = name if len(name) <= 24 else f"{name[:23]}…"
-    used = min(1.0, row["KL"] / task.kl)
-    return [
-        words(NAME - 10, y + 16, short, anchor="end"),
-        box(NAME, y + 2, wide, 18, KEPT if ranks else "url(#h)"),
-        words(NAME + wide + 8, y + 16, f"{row[task.unit]:.3g}{_note(row)}"),
-        box(GAUGE, y + 7, 90, 8, LINE),
-        box(GAUGE, y + 7, 90 * used, 8, KEPT if row["KL"] < task.kl else OUT),
-        words(GAUGE + 98, y + 16, f"{row['KL']:.3f}", fill=SOFT),
-    ]
+def _drawn(task: Task, rows: pd.DataFrame) -> Any:
+    """The goal's figure and the KL of each entry, the best one above."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.8 + 0.3 * len(rows)), layout="constrained")
+    goal, kl = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    names = []
+    for y, row in enumerate(rows.to_dict("records")):
+        ranks = not pd.isna(row["rank"])
+        names.append(textwrap.shorten(f"{row['rank']}. " * ranks + row["name"], 30))
+        for axes, column, note in (goal, task.unit, _note(row)), (kl, "KL", ""):
+            bar = axes.barh(
+                y, row[column], color=KEPT if ranks else OUT, hatch="" if ranks else "//"
+            )
+            axes.bar_label(bar, [f"{row[column]:.3g}{note}"], padding=4)
+    for axes in (goal, kl):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.3)
+    goal.set_yticks(range(len(rows)), names)
+    best = "longest wins" if task.best == "most" else "shortest wins"
+    goal.set_title(f"{task.name}: {task.unit}, {best}", loc="left")
+    kl.set_title(f"KL, limit {task.kl:g}", loc="left")
+    kl.axvline(task.kl, color=SOFT, linestyle=":", zorder=0)
+    return figure
 
 
 def _note(row: dict) -> str:
