@@ -143,7 +143,9 @@ def test_scheduling_needs_numpy_and_the_standard_library_only():
                 if first == "moelab":
                     assert other.split(".")[1:2] in ([], ["scheduling"]), f"{name}: {other}"
                 else:
-                    assert first in (sys.stdlib_module_names - clocks) | {"numpy"}, f"{name}: {other}"
+                    assert first in (sys.stdlib_module_names - clocks) | {"numpy"}, (
+                        f"{name}: {other}"
+                    )
 
 
 def test_widgets_never_look_inside_the_engine():
