@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -30,8 +31,8 @@ def doubled(number: int) -> int:
 class Hoarder(Evict):
     """Evicts the expert with the highest index."""
 
-    def priority(self, key, view):
-        return -doubled(key[1])
+    def score(self, view):
+        return -doubled(np.arange(len(view.last_use)))
 
 
 def figures(**changes) -> dict:
@@ -207,7 +208,7 @@ def test_a_class_of_ones_own_is_sent_as_text_with_what_it_uses(board):
     assert "def doubled" in source
     assert "evict=Hoarder" in made.code
     policy = own_code.make("Hoarder", source)
-    assert policy.priority((0, 3), None) == -6
+    assert list(policy.score(SimpleNamespace(last_use=[0, 0]))) == [0, -2]
 
 
 def test_a_forged_entry_is_exposed_by_measuring_it_again(board):
@@ -288,13 +289,13 @@ def test_a_policy_may_come_from_a_file(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from moelab.strategies import Evict\nclass Mine(Evict):\n"
-        "    def priority(self, key, view):\n        return key[1]\n"
+        "    def score(self, view):\n        return view.last_use\n"
     )
     from moelab.course.challenge.entering import _as_text
 
     plain, own = _as_text({"strategy": "lru", "evict": f"{file}:Mine"})
     assert plain == {"strategy": "lru"}
-    assert own_code.make("Mine", own["evict"]["source"]).priority((0, 4), None) == 4
+    assert own_code.make("Mine", own["evict"]["source"]).score(SimpleNamespace(last_use=[4])) == [4]
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,8 @@ def test_what_the_engine_refuses_is_said():
 
 def test_what_a_policy_of_ones_own_raises_comes_with_its_traceback():
     class Broken(Evict):
-        def priority(self, key, view):
-            return {}[key]
+        def score(self, view):
+            return {}[view.token]
 
     with pytest.raises(KeyError):
         check("05.1", Broken())
