@@ -115,7 +115,7 @@ class Bare:
         set_to = "([name, value]) => model.set(name, value)"
         self.page.evaluate(set_to, ["runs", self.dashboard.runs])
         self.page.evaluate("model.set('form', { ...model.get('form'), runs: true, whatif: true })")
-        for box in self.root.locator(".moe-pins input[type=checkbox]").all():
+        for box in self.root.locator(".moe-table input[type=checkbox]").all():
             box.check()
         runs.hear({"ask": "beside", "names": list(self.lab.pins)})
         self.page.evaluate("content => model.hear(content, [])", told[-1])
