@@ -238,7 +238,7 @@ def test_with_forced_colours_nothing_is_lost(page, scheme):
     }).length"""
     assert bare.root.evaluate(drawn, ".moe-legend .moe-cell") >= 8, "the legend has its colours"
     assert bare.root.evaluate(drawn, "span[data-token]") >= 20, "tokens are shaded"
-    assert bare.root.evaluate(drawn, ".moe-memory i") == 1
+    assert bare.root.evaluate(drawn, ".moe-figures .moe-bar") == 1
     assert not page.evaluate(CONTRAST.replace("LEAST", "4.5"))
     shot(page, f"bare-forced-{scheme}")
     bare.compare()

@@ -30,7 +30,7 @@ def script(entry: str, folder: Path = STATIC) -> str:
     ------
     ValueError
         A file or a name that is imported is not there, files import each other in a circle, two
-        declare one name, or an import is written in another way than ``import { a } from "./b.js"``.
+        declare one name, or an import reads otherwise than ``import { a } from "./b.js"``.
     """
     texts: dict[str, str] = {}
     graph: dict[str, set[str]] = {}

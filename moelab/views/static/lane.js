@@ -5,12 +5,13 @@ import { Sheet, stamp } from "./canvas.js";
 import { FILL } from "./colours.js";
 import { within } from "./numbers.js";
 import { KINDS } from "./recording.js";
+/** @import { Recording } from "./recording.js" */
 
 const LANE = { marks: 10, top: 20, tall: 16, uses: 47, height: 56 };
 
 /**
  * All that happened to one expert, and the spans in which it was resident (in tokens).
- * @param {import("./recording.js").Recording} recording
+ * @param {Recording} recording
  * @param {number} layer
  * @param {number} expert
  */

@@ -3,6 +3,7 @@
 
 import { bytes, millis } from "./numbers.js";
 import { KIND } from "./recording.js";
+/** @import { Recording } from "./recording.js" */
 
 /**
  * @typedef {object} Outcome of one expert that a layer's router chose
@@ -21,7 +22,7 @@ import { KIND } from "./recording.js";
 
 /**
  * For each layer, what became of the router's choices (of a prompt's last position).
- * @param {import("./recording.js").Recording} recording
+ * @param {Recording} recording
  * @param {number} token
  * @returns {{ chips: Outcome[], wait: number }[]}
  */

@@ -26,7 +26,7 @@ function showPage(node, recording) {
     canLive: false,
   });
   const name = model.name.split(/[\\/]/).at(-1),
-    code = settings.map(({ token, code }) => `# from token ${token}\n${code}`).join("\n\n");
+    code = settings.map((s) => `# from token ${s.token}\n${s.code}`).join("\n\n");
   root.prepend(
     headOf(h("span", { class: "moe-soft" }, `${name} · ${modelShape(model)}`), stage.status),
     h("p", { class: "moe-lead" }, ...lead(recording.document)),

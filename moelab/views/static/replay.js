@@ -2,6 +2,7 @@
 // every so many rows makes the way back short. It makes frames of the same shape as live ones.
 
 import { KIND, KINDS, waitOf } from "./recording.js";
+/** @import { Recording } from "./recording.js" */
 
 const EVERY_ROWS = 16384;
 const WINDOW = 1500; // tokens a frame carries at most, in whole strides: as a live one
@@ -11,7 +12,7 @@ const RECENT = 16;
 export const MARKS = { load: 1, prefetch: 2, evict: 3 };
 
 export class Replay {
-  /** @param {import("./recording.js").Recording} recording */
+  /** @param {Recording} recording */
   constructor(recording) {
     this.recording = recording;
     const n = recording.layers * recording.experts;

@@ -1,6 +1,6 @@
 // The tooltip, and the token that text and bars point at together.
 
-import { h, markup } from "./element.js";
+import { h } from "./element.js";
 import { bytes, kl, millis, within } from "./numbers.js";
 
 const STATUS_BAR = 30; // below a notebook
