@@ -19,6 +19,7 @@ STYLES = ("controls", "views", "history", "compare", "dashboard")
 PAGE_STYLES = ("controls", "views", "history", "dashboard", "page")
 
 _IMPORT = re.compile(r'^import \{([^}]*)\} from "\./(\w+)\.js";\n', re.MULTILINE)
+_TYPES = re.compile(r"^/\*\* @import .*\*/\n", re.MULTILINE)  # for editors and tsc alone
 _EXPORT = re.compile(r"^export (?!default )", re.MULTILINE)
 _DECLARED = re.compile(r"^(export )?(?:async )?(?:const|let|class|function) (\w+)", re.MULTILINE)
 
@@ -48,12 +49,19 @@ def script(entry: str, folder: Path = STATIC) -> str:
         circle = " -> ".join(f"{name}.js" for name in reversed(e.args[1]))
         raise ValueError(f"scripts import each other in a circle: {circle}") from None
     _check(texts)
-    return "\n".join(_EXPORT.sub("", _IMPORT.sub("", texts[name])) for name in order)
+    return "\n".join(_bare(texts[name]) for name in order)
 
 
 def styles(names: Iterable[str]) -> str:
     """The style sheets of these names as one text, in this order."""
     return "\n".join((STATIC / f"{name}.css").read_text(encoding="utf-8") for name in names)
+
+
+def _bare(text: str) -> str:
+    """A script without what makes it a module."""
+    for part in (_IMPORT, _TYPES, _EXPORT):
+        text = part.sub("", text)
+    return text
 
 
 def _read(folder: Path, name: str, entry: str) -> str:

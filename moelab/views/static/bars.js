@@ -141,7 +141,7 @@ export class LatencyBars {
     for (const [part, column] of this.parts) {
       const values = this.frame.tokens[column],
         over = HATCHED[part],
-        lines = over && hatch(g, ink[over.ink], over.gap, over.way);
+        lines = over && hatch(g, over.lines(ink), 3, over.way);
       g.fillStyle = ink[part];
       for (let i = 0; i < at.shown; i++) {
         const low = y(sums[i]),

@@ -3,7 +3,7 @@
 
 import { Chips } from "./chips.js";
 import { cross, h, icon, markup, say } from "./element.js";
-import { bytes, kl, millis } from "./numbers.js";
+import { bytes, kl, millis, rate } from "./numbers.js";
 import { outcomes, wordOf } from "./outcomes.js";
 import { waitOf } from "./recording.js";
 import { filledBar } from "./why.js";
@@ -70,14 +70,14 @@ export class Blame {
   showCost(tokens, token, causes) {
     const waits = causes.filter((c) => tokens[c][token] >= 0.005),
       sum = waitOf(tokens, waits, token),
-      parts = waits.map((c) => `${c} ${millis(tokens[c][token])}`).join(", "),
+      parts = waits.map((c) => `${c} ${rate(tokens[c][token])}`).join(", "),
       deciding = tokens.deciding_ms[token];
     this.node.dataset.wait = sum.toFixed(3);
     this.node.dataset.bytes = `${tokens.bytes[token]}`;
     this.cost.replaceChildren(
       h("b", {}, millis(tokens.total_ms[token])),
-      ` = ${millis(tokens.compute_ms[token])} computing + `,
-      deciding >= 0.005 ? `${millis(deciding)} deciding + ` : "",
+      ` = ${rate(tokens.compute_ms[token])} computing + `,
+      deciding >= 0.005 ? `${rate(deciding)} deciding + ` : "",
       h("b", {}, `${millis(sum)} waiting`),
       waits.length > 1 ? ` (${parts})` : waits.length ? ` (${waits[0]})` : "",
       "; ",

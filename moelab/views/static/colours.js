@@ -18,8 +18,8 @@ export const INK = {
 
 /** What a part of a bar is crossed with, the second cue beside its colour; -1: the other way. */
 export const HATCHED = {
-  "prefetch late": { ink: "ground", gap: 3, way: 1 },
-  deciding: { ink: "text", gap: 2, way: -1 },
+  "prefetch late": { lines: (ink) => ink.ground, way: 1 },
+  deciding: { lines: () => "#1f2328", way: -1 }, // on yellow in either theme
 };
 
 /** Whether the reader asks for something; nobody does where there is no page. */

@@ -150,7 +150,7 @@ class View {
     this.runs.setOpen(Boolean(runs), Boolean(whatif));
     this.settings.ask.sync();
     this.settings.decisions.setOpen(Boolean(decisions));
-    this.stage.setMode(shade === "kl" ? "kl" : "cost");
+    this.stage.text.setMode(shade === "kl" ? "kl" : "cost");
   }
 
   errorChanged() {

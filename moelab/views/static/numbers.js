@@ -1,21 +1,15 @@
 // Numbers as they are written, and the round ones that axes and scales end at.
 
-/** @typedef {number | null | undefined} Figure a figure; null where there was nothing to divide */
-
-/** @param {Figure} x @param {number} digits */
+/** A dash where there was nothing to divide. @param {number | null} x @param {number} digits */
 export const fixed = (x, digits) => (Number.isFinite(x) ? x.toFixed(digits) : "–");
-/** @param {Figure} x */
 export const percent = (x) => (x === null ? "–" : `${(100 * x).toFixed(x < 0.1 ? 1 : 0)} %`);
-/** @param {Figure} x */
 export const rate = (x) => fixed(x, x < 10 ? 2 : x < 100 ? 1 : 0);
-/** @param {Figure} x */
 export const millis = (x) => `${rate(x)} ms`;
-/** A number with three digits, however large or small. @param {Figure} x */
+/** A number with three digits, however large or small. */
 export const short = (x) => (x === null || x === undefined ? "–" : `${+x.toPrecision(3)}`);
 
 const UNITS = Object.entries({ GB: 1e9, MB: 1e6, kB: 1e3 });
 
-/** @param {Figure} x */
 export function bytes(x) {
   if (!Number.isFinite(x)) return "–";
   const [unit, size] = UNITS.find(([, least]) => x >= least) ?? ["B", 1],
@@ -23,7 +17,7 @@ export function bytes(x) {
   return `${value.toFixed(unit === "B" || value >= 100 ? 0 : value < 10 ? 2 : 1)} ${unit}`;
 }
 
-/** A KL divergence in nats. @param {Figure} x */
+/** A KL divergence in nats. */
 export function kl(x) {
   if (!Number.isFinite(x)) return "–";
   if (x >= 1e-4) return x.toFixed(x < 0.01 ? 4 : 3);
@@ -66,13 +60,11 @@ export function signed(key, x) {
 
 const PLURALS = { prefetch: "prefetches", evict: "evictions" };
 
-/** @param {number} n @param {string} kind */
 export function plural(n, kind) {
   const one = kind === "evict" ? "eviction" : kind;
   return `${n} ${n === 1 ? one : (PLURALS[kind] ?? `${kind}s`)}`;
 }
 
-/** @param {number} x @param {number} low @param {number} high */
 export const within = (x, low, high) => Math.max(low, Math.min(high, x));
 
 /** The next round number at or above x: 1, 2, 5, 10, 20 … or finer steps. */

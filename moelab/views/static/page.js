@@ -22,7 +22,7 @@ function showPage(node, recording) {
   const stage = new Stage(root, { ...model, columns }, {
     source: new FileSource(recording),
     why: null,
-    shade: (mode) => stage.setMode(mode),
+    shade: (mode) => stage.text.setMode(mode),
     canLive: false,
   });
   const name = model.name.split(/[\\/]/).at(-1),
@@ -38,7 +38,7 @@ function showPage(node, recording) {
       </details>`,
   );
   DARK.addEventListener("change", () => stage.repaint());
-  stage.setMode("cost");
+  stage.text.setMode("cost");
   stage.map.relabel();
   stage.bars.relabel();
   if (recording.count) stage.goCostliest();

@@ -14,7 +14,7 @@ export class Prompt {
     this.prompts = options.prompts;
     this.prompt = h("textarea", {
       ...{ rows: 2, "aria-label": "Prompt", spellcheck: "false" },
-      oninput: () => this.write({ prompt: this.prompt.value }),
+      oninput: () => keep(model, { prompt: this.prompt.value }),
       onkeydown: (e) => {
         if (e.key !== "Enter" || !(e.ctrlKey || e.metaKey)) return;
         e.preventDefault();
@@ -23,11 +23,11 @@ export class Prompt {
     });
     this.tokens = h("input", {
       ...{ type: "number", min: 1, max: MOST_TOKENS, step: 1 },
-      onchange: () => this.write({ max_new_tokens: this.count() }),
+      onchange: () => keep(model, { max_new_tokens: this.count() }),
     });
     this.chat = h("input", {
       ...{ type: "checkbox", name: "chat" },
-      onchange: () => this.write({ chat: this.chat.checked }),
+      onchange: () => keep(model, { chat: this.chat.checked }),
     });
     this.limit = h("output", { class: "moe-limit" });
     this.go = button("Run", { class: "moe-run", onclick: () => this.run() });
@@ -61,7 +61,7 @@ export class Prompt {
     });
     const onchange = () => {
       this.prompt.value = this.starts.value;
-      this.write({ prompt: this.starts.value });
+      keep(this.model, { prompt: this.starts.value });
     };
     return h(
       "select",
@@ -82,10 +82,6 @@ export class Prompt {
       this.noted = setTimeout(() => say(this.limit, ""), NOTE_MS);
     }
     return count;
-  }
-
-  write(changes) {
-    keep(this.model, changes);
   }
 
   run() {

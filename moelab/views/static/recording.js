@@ -99,8 +99,7 @@ export class Recording {
       this.events[name].set(fresh[name], from);
     }
     this.rows = rows;
-    for (const part of [answer.events, answer.start, answer.gates]) forget(part);
-    answer.values = null; // decoded: nothing is kept twice
+    for (const part of ["events", "start", "gates", "values"]) delete answer[part]; // decoded
     return from;
   }
 
@@ -124,13 +123,6 @@ export class Recording {
   /** The settings in force at a token. */
   settings(token) {
     return this.document.settings.filter((s) => s.token <= token).at(-1);
-  }
-}
-
-/** Take what is decoded out of an answer. */
-function forget(part) {
-  for (const [name, value] of Object.entries(part)) {
-    if (typeof value === "string" || ArrayBuffer.isView(value)) delete part[name];
   }
 }
 

@@ -3,7 +3,7 @@
 
 import { Budget } from "./budget.js";
 import { Decisions } from "./decisions.js";
-import { optionsOf, h, markup, say, showBadge } from "./element.js";
+import { h, keep, markup, optionsOf, say, showBadge } from "./element.js";
 import { Fault } from "./fault.js";
 import { Prompt } from "./prompt.js";
 
@@ -65,9 +65,8 @@ export class Settings {
     const change = (changes, where) => this.sender.change(changes, where),
       settle = () => this.sync();
     this.budget = new Budget(options, (budget) => change({ budget }), settle);
-    this.decisions = new Decisions(options, {
-      ...{ change, settle, toggled: (decisions) => this.ask.write({ decisions }) },
-    });
+    const toggled = (decisions) => keep(model, { decisions });
+    this.decisions = new Decisions(options, { change, settle, toggled });
     this.fault = new Fault(() => model.send({ do: "dismiss" }));
     this.strategy = this.presets();
     this.decisions.line.prepend(

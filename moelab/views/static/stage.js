@@ -187,10 +187,6 @@ export class Stage {
     else this.choose(null);
   }
 
-  setMode(mode) {
-    this.text.setMode(mode);
-  }
-
   repaint() {
     const theme = themeOf(this.root);
     const { look } = this,
