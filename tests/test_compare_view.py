@@ -192,9 +192,9 @@ def test_what_if_makes_the_run_again_and_shows_both(drawer):
     keep = what.get_by_role("checkbox")
     drawer.until(keep.is_enabled, "an expert is chosen on the map")
     keep.check()
-    what.get_by_role("combobox", name="Bits it is kept at").select_option("8")
+    what.get_by_role("combobox", name="Bits it is pinned at").select_option("8")
     again.click()
-    drawer.until(lambda: drawer.count() == 3, "made again with an expert kept")
+    drawer.until(lambda: drawer.count() == 3, "made again with an expert pinned")
     assert any("keep={(" in name for name in drawer.names())
     page.keyboard.press("Escape")
 

@@ -1,5 +1,5 @@
 // Latency of each token, split into compute, deciding and the causes of waiting; settings changed
-// during the run are marks on the time axis, and KL, where measured, is a lane below on a log scale.
+// during the run are marks on the time axis, and a KL that is measured is a lane on a log scale.
 
 import { hatch, Sheet, triangle } from "./canvas.js";
 import { HATCHED } from "./colours.js";
@@ -256,7 +256,8 @@ export class LatencyBars {
     for (let i = 0; i < at.shown; i++) {
       const x = values[at.begin + i];
       if (!Number.isFinite(x)) continue;
-      spots.rect(at.left + i * at.step + w / 2 - r, low - onLogScale(x, KL_ENDS) * at.lane - r, 2 * r, 2 * r);
+      const y = low - onLogScale(x, KL_ENDS) * at.lane;
+      spots.rect(at.left + i * at.step + w / 2 - r, y - r, 2 * r, 2 * r);
     }
     g.fill(spots);
   }

@@ -118,8 +118,8 @@ export class Chips {
     say(cell.name, `${chip.expert}`);
     if (this.K <= WORDY) say(cell.words, brief(chip));
     node.style.setProperty("--w", `${(100 * Math.min(1, chip.weight)).toFixed(1)}%`);
-    const all = `layer ${layer}, expert ${chip.expert}: ${words.join(", ")}, gate weight ${chip.weight.toFixed(2)}`;
-    node.setAttribute("aria-label", all);
+    words.push(`gate weight ${chip.weight.toFixed(2)}`);
+    node.setAttribute("aria-label", `layer ${layer}, expert ${chip.expert}: ${words.join(", ")}`);
   }
 
   key(event) {

@@ -39,7 +39,8 @@ export function markup(parts, ...holes) {
     return `${text}${inTag ? escaped(holes[i - 1]) : `<!--${i - 1}-->`}${part}`;
   });
   const template = h("template");
-  template.innerHTML = source.trim().replace(/>\s*\n\s*|\s*\n\s*(?=<)/g, (x) => x[0].trim()).replace(/\s*\n\s*/g, " ");
+  const tight = source.trim().replace(/>\s*\n\s*|\s*\n\s*(?=<)/g, (x) => x[0].trim());
+  template.innerHTML = tight.replace(/\s*\n\s*/g, " "); // a line's end is no space beside a tag
   const walker = document.createTreeWalker(template.content, NodeFilter.SHOW_COMMENT),
     comments = [];
   while (walker.nextNode()) comments.push(walker.currentNode);
@@ -81,7 +82,7 @@ export function keep(model, changes) {
   model.save_changes();
 }
 
-// What happened to an expert, as a shape in a box of 12 by 12: the same in the page and on a canvas.
+// What happened to an expert, as a shape in a box of 12 by 12: the same in page and canvas.
 export const SHAPES = {
   hit: "M6 2a4 4 0 1 0 0 8a4 4 0 1 0 0-8z",
   load: "M1 2h10L6 10.5z",
@@ -114,7 +115,8 @@ export const legendKey = (swatch, words) => markup`<span class="moe-key">${swatc
 export function showBadge(node, device, words) {
   node.classList.toggle("emulated", device.emulated);
   node.title = device.emulated
-    ? "Loads are held back to the named device's speed, in real time. Where this machine's disk is the slower one, times are the disk's."
+    ? "Loads are held back to the named device's speed, in real time. " +
+      "Where this machine's disk is the slower one, times are the disk's."
     : "Loads take what this machine's disk takes.";
   say(node, words);
 }

@@ -215,10 +215,11 @@ function shapeOf({ kind, lower, cause }) {
 
 function happening({ kind, token, at, bits, lower, cause }) {
   const where = at < 0 ? `before token ${token}` : `token ${token}, layer ${at}`;
+  const known = cause && cause !== "on demand";
   if (kind === "evict") return `evicted, ${where}`;
   if (kind === "load") return `loaded at ${bits} bit and used, ${where}`;
   if (kind === "prefetch") return `prefetched at ${bits} bit, ${where}`;
   if (kind === "hit")
-    return `${lower ? "downgrade, " : ""}hit${cause && cause !== "on demand" ? ` (${cause})` : ""} at ${bits} bit, ${where}`;
+    return `${lower ? "downgrade, " : ""}hit${known ? ` (${cause})` : ""} at ${bits} bit, ${where}`;
   return `${kind}, ${where}`;
 }

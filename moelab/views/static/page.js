@@ -12,7 +12,8 @@ async function unzip(packed) {
 }
 
 const HOW =
-  "Every event of this run is in this file: click a token to see what it waited for, drag the time axis, click an expert.";
+  "Every event of this run is in this file: click a token to see what it waited for, " +
+  "drag the time axis, click an expert.";
 
 /** Put a recording on the page in this element. */
 function showPage(node, recording) {

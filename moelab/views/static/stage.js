@@ -156,7 +156,8 @@ export class Stage {
     this.timeline.tell(counts, past.recording.settings(token)?.short);
     say(this.count, "");
     say(this.state, `past: token ${token}`);
-    const said = `token ${token}, layer ${layer}: ${held} experts resident, ${plural(counts.hit, "hit")}, ${plural(counts.load, "load")}`;
+    const now = [`${held} experts resident`, plural(counts.hit, "hit"), plural(counts.load, "load")],
+      said = `token ${token}, layer ${layer}: ${now.join(", ")}`;
     clearTimeout(this.speaking);
     this.speaking = setTimeout(() => say(this.voice, said), 300);
   }

@@ -101,7 +101,7 @@ export class TokenText {
     if (this.follow && !frame.past) this.body.scrollTop = this.body.scrollHeight;
   }
 
-  /** Where the next token goes; after a line's end a new block, so that older ones are not laid out again. */
+  /** Where the next token goes; after a line's end a new block: older ones are not laid out again. */
   paragraph() {
     const last = this.body.lastElementChild;
     if (last.childElementCount < PARAGRAPH || !last.lastChild.textContent.endsWith("\n"))

@@ -91,7 +91,8 @@ export class WhatIf {
       still = live && !this.of.value ? "the run is still going on" : this.error,
       idle = run ? still : "Run something first";
     say(this.words, changes || (some ? "the same settings" : "… change a setting above"));
-    say(this.expert, of ? `pin expert ${of.layer}.${of.expert} at` : "pin an expert: choose it on the cache map");
+    const pin = of ? `expert ${of.layer}.${of.expert} at` : "an expert: choose it on the cache map";
+    say(this.expert, `pin ${pin}`);
     this.go.setAttribute("aria-disabled", `${Boolean(running || idle || !some)}`);
     this.go.title = idle || (some ? "" : "Change a setting above, or choose an expert to pin");
     this.halt.hidden = this.progress.hidden = !running;
