@@ -114,10 +114,11 @@ export const legendKey = (swatch, words) => markup`<span class="moe-key">${swatc
 /** Say where times come from; measured and emulated never look alike. */
 export function showBadge(node, device, words) {
   node.classList.toggle("emulated", device.emulated);
-  node.title = device.emulated
+  const about = device.emulated
     ? "Loads are held back to the named device's speed, in real time. " +
       "Where this machine's disk is the slower one, times are the disk's."
     : "Loads take what this machine's disk takes.";
+  node.title = `${words}. ${about}`; // where there is no room for all of the words
   say(node, words);
 }
 

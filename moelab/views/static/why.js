@@ -72,7 +72,7 @@ export const filledBar = (share, name = "") =>
 export function drawWhy({ policy, terms, error }) {
   const rows = terms.flatMap(({ name, value, low, high, text }) => [
     h("dt", {}, name),
-    h("dd", { "aria-hidden": true }, filledBar(shareOf(value, low, high))),
+    h("dd", { class: "moe-term", "aria-hidden": true }, filledBar(shareOf(value, low, high))),
     h("dd", {}, short(value)),
     h("dd", { class: "moe-term-text", hidden: !text }, text),
   ]);
