@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, how long a file may be, what `import moelab` costs."""
+"""The rules of the house: who may import whom, how long files are, what `import moelab` costs."""
 
 from __future__ import annotations
 
