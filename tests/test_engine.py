@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections import OrderedDict
@@ -185,8 +184,7 @@ def test_a_policy_that_fails_costs_the_change_and_nothing_else(lab):
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_no_strategy_changes_what_is_computed_at_one_precision(lab, name, prefetch):
     want = lab.generate(PROMPT, max_new_tokens=24, temperature=0, ignore_eos=True).tokens
-    looks_ahead = {"prefetch": prefetch} if name != "in_ram" else {}
-    lab.update(strategy=name, **looks_ahead, budget="25%")
+    lab.update(strategy=name, prefetch=prefetch if name != "in_ram" else 0, budget="25%")
     run = lab.generate(PROMPT, max_new_tokens=24, temperature=0, ignore_eos=True)
     assert run.tokens == want
 
@@ -281,7 +279,7 @@ def test_the_budget_is_never_exceeded_whatever_changes_at_whatever_token(lab, sc
             try:
                 lab.update(**due.pop(now))
             except ValueError as e:
-                assert re.search("below one layer|does not look ahead", str(e))  # noqa: PT017
+                assert "below one layer" in str(e)  # noqa: PT017
         obey(run, changes)
 
     arena.take, lab._session._obey = watched, changing

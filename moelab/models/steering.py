@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from moelab.models.adapter import Adapter
@@ -31,7 +32,10 @@ class Steering:
         return layer in self._set
 
     def steer(
-        self, layer: int, allowed: Sequence[bool] | None, bias: Sequence[float] | None
+        self,
+        layer: int,
+        allowed: Sequence[bool] | np.ndarray | None,
+        bias: Sequence[float] | np.ndarray | None,
     ) -> None:
         """Set a layer's mask (bool [E], the experts allowed) and bias (float [E]), or None."""
         mask = None if allowed is None else tuple(allowed)
