@@ -33,8 +33,11 @@ _OFF = {"low_bits": None, "t1": 0.6, "t2": 0.9, "depth": 0}
 """Settings of earlier versions that are parameters of parts now, and what they are where no part
 has them: accepted there, with a warning where they ask for something."""
 
-_WHOSE = dict.fromkeys(("low_bits", "t1", "t2"), 'one precision; precision="hobbit" has two')
-_WHOSE["depth"] = 'no look-ahead through routers; prefetch="hobbit" has'
+_ONE = 'one precision; precision="hobbit" has two'
+_WHOSE = {
+    **{name: _ONE for name in ("low_bits", "t1", "t2")},
+    "depth": 'no look-ahead through routers; prefetch="hobbit" has',
+}
 
 
 @dataclass(frozen=True, slots=True)

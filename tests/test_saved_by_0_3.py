@@ -82,7 +82,7 @@ def test_a_recording_says_what_it_said(saved, file):
     assert [s["short"] for s in recording.document["settings"]] == want["short"]
     assert int((recording.cache_map()["bits"] > 0).sum()) == want["resident_at_the_end"]
     blame = recording.blame(2)[["layer", "expert", "outcome", "served", "bits"]]
-    assert blame.values.tolist() == want["blame_of_token_2"]
+    assert blame.to_numpy().tolist() == want["blame_of_token_2"]
     assert (recording.per_token["deciding_ms"] == 0).all(), "0.3 did not measure it"
     again = recording.save(saved / "again")
     assert moelab.Recording.load(again).text == recording.text

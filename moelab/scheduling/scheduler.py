@@ -190,6 +190,9 @@ class Scheduler:
             cache.held[shape.key(*place)] |= _PINNED
         cache.in_flight[:] = False
         self._keys = [shape.keys(layer) for layer in range(shape.layers)]
+        self._budget_limit = Limit()
+        self._layer_limits = [Limit(layer=keys) for keys in self._keys]
+        self._tier_limits = {bits: Limit(tier=bits) for bits in shape.nbytes}
         self._shares = [strategy.allocate.layer_bytes(at, view) for at in range(shape.layers)]
         self._pools = {b: strategy.allocate.tier_bytes(b, view) for b in shape.nbytes}
 
@@ -349,13 +352,12 @@ class Scheduler:
         if layer >= 0:
             share = self._shares[layer]
             if share is not None and share - cache.layer_bytes[layer] < nbytes:
-                keys = self._keys[layer]
-                yield Limit(layer=keys), nbytes - share + cache.layer_bytes[layer]
+                yield self._layer_limits[layer], nbytes - share + cache.layer_bytes[layer]
             pool = self._pools[bits]
             if pool is not None and pool - cache.tier_bytes[bits] < nbytes:
-                yield Limit(tier=bits), nbytes - pool + cache.tier_bytes[bits]
+                yield self._tier_limits[bits], nbytes - pool + cache.tier_bytes[bits]
         if cache.free_bytes < nbytes:
-            yield Limit(), nbytes - cache.free_bytes
+            yield self._budget_limit, nbytes - cache.free_bytes
 
     def _evict_until(self, limit: Limit, lack: int, cause: int, plan: LayerPlan) -> int:
         """Evict until ``lack`` bytes are free; returns what is still lacking."""

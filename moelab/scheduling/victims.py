@@ -9,7 +9,6 @@ n experts of the model, m of them that may go.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,14 +20,13 @@ _FIRST = 8
 """How many are put in order at first."""
 
 
-class Limit(NamedTuple):
+class Limit:
     """What bounds memory: a layer's share (its keys), a tier's pool, or else the budget."""
 
-    layer: slice | None = None
-    tier: int = 0
+    __slots__ = ("layer", "tier")
 
-    def __hash__(self) -> int:
-        return hash((self.layer and self.layer.start, self.tier))
+    def __init__(self, layer: slice | None = None, tier: int = 0) -> None:
+        self.layer, self.tier = layer, tier
 
     def inside(self, cache: Cache) -> np.ndarray:
         """The resident copies that count, bool ``[n]``."""
