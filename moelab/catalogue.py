@@ -44,7 +44,7 @@ def find_store(
 
         return _packed(demo.checkpoint(), "demo", tiers, progress)
     if str(model) == SMOLLM2:
-        from moelab.training.moefy import smollm2
+        from moelab.demo import smollm2
 
         return _packed(smollm2.build(progress=progress), SMOLLM2, tiers, progress)
     path = Path(model).expanduser()
@@ -152,7 +152,7 @@ def bundled(name: str, what: str) -> dict[str, Any]:
     if name == "demo" or (name == SMOLLM2 and what == "probes"):
         return getattr(demo, what)()
     if name == SMOLLM2:
-        from moelab.training.moefy.smollm2 import PROMPTS
+        from moelab.demo.smollm2 import PROMPTS
 
         return {domain: list(prompts) for domain, prompts in PROMPTS.items()}
     return {}

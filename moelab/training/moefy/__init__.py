@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from moelab.demo.mixture import Shape, materialise
 from moelab.training.moefy.calibrate import calibrated
 from moelab.training.moefy.card import card
 from moelab.training.moefy.distillation import Course, distil
-from moelab.training.moefy.export import load_delta, materialise, save_delta
-from moelab.training.moefy.measure import compare, continuations, routing
-from moelab.training.moefy.student import Shape, Student
+from moelab.training.moefy.quality import compare, continuations, routing
+from moelab.training.moefy.student import Student, load_delta, save_delta
 from moelab.training.moefy.texts import windows, written
 
 __all__ = [

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from moelab.training.moefy.grouping import Grouping, group_neurons, ridge
-from moelab.training.moefy.student import MaskedMoE, Shape, Student, route
-
-__all__ = ["calibrated", "fit_router", "low_rank_map"]
+from moelab.demo.mixture import Shape
+from moelab.training.moefy.grouping import group_neurons, ridge
+from moelab.training.moefy.student import MaskedMoE, Student, route
 
 _CHUNK = 2048  # tokens whose experts' outputs are held at once
 _GROUPING_TOKENS = 10_000
@@ -61,8 +60,7 @@ def calibrated(
     """
     torch.manual_seed(seed)
     neurons = dense.model.layers[0].mlp.gate_proj.out_features
-    unsorted = Grouping(torch.arange(neurons), shape.shared, shape.experts)
-    student = Student(dense, [unsorted] * len(dense.model.layers), shape)
+    student = Student(dense, [torch.arange(neurons)] * len(dense.model.layers), shape)
     active = torch.tensor([top_ks[i % len(top_ks)] for i in range(len(ids))])
     wanted = dense.model.embed_tokens(ids)  # the teacher's stream
     stream = wanted.clone()  # the student's
@@ -74,7 +72,7 @@ def calibrated(
         stream = attended(dense, ours, stream)
         x = ours.post_attention_layernorm(stream)
         weight = 1 / wanted.square().mean(-1).flatten()
-        grouping = group_neurons(
+        order = group_neurons(
             _spread(x.flatten(0, 1), _GROUPING_TOKENS),
             *(getattr(theirs.mlp, f"{name}_proj").weight for name in ("gate", "up", "down")),
             shared=shape.shared,
@@ -83,7 +81,7 @@ def calibrated(
             weight=_spread(weight, _GROUPING_TOKENS),
             seed=seed,
         )
-        ours.mlp = MaskedMoE(theirs.mlp, grouping, shape)
+        ours.mlp = MaskedMoE(theirs.mlp, order, shape)
         output, errors = _fit_layer(ours.mlp, x, wanted - stream, active, weight, seed)
         stream = stream + output
         ours.mlp.top_k = max(top_ks)

@@ -11,39 +11,11 @@ Letters: T tokens, D model width, F neurons, E groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-__all__ = ["Grouping", "activations", "group_neurons", "ridge"]
-
 _PROFILE_TOKENS = 3000  # enough for stable clusters; more only costs time
-
-
-@dataclass(frozen=True)
-class Grouping:
-    """One layer's neurons by their new place.
-
-    Parameters
-    ----------
-    order
-        Neuron numbers: the shared expert's, then expert 0's, expert 1's and so on.
-    shared
-        How many belong to the shared expert.
-    experts
-        How many groups follow; all have the same size.
-    """
-
-    order: torch.Tensor  # int64 [F]
-    shared: int
-    experts: int
-
-    @property
-    def width(self) -> int:
-        """Neurons of one expert."""
-        return (len(self.order) - self.shared) // self.experts
 
 
 def activations(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -78,8 +50,8 @@ def group_neurons(
     weight: torch.Tensor | None = None,
     rounds: int = 2,
     seed: int = 0,
-) -> Grouping:
-    """Choose the shared neurons of one layer and group the others.
+) -> torch.Tensor:
+    """Choose the shared neurons of one layer and group the others; their order, int64 ``[F]``.
 
     Parameters
     ----------
@@ -123,7 +95,7 @@ def group_neurons(
     for _ in range(rounds):
         groups = _regroup(x, energy, groups, experts, top_k)
     inside = torch.from_numpy(np.argsort(groups, kind="stable"))
-    return Grouping(torch.cat([ranking[:shared], rest[inside]]), shared, experts)
+    return torch.cat([ranking[:shared], rest[inside]])
 
 
 def _regroup(
