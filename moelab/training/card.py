@@ -33,7 +33,7 @@ from moelab.scheduling.strategy import Knobs, Shape
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.store import codecs
 from moelab.store.paths import cache_dir
-from moelab.training.corpus import Corpus, prepare
+from moelab.training.corpus import Corpus, evenly_spaced, prepare
 from moelab.training.page import (
     LENGTH,
     PERPLEXITY_WINDOWS,
@@ -46,12 +46,6 @@ from moelab.training.page import (
 
 SHARES = (0.25, 0.5)  # of all experts that fit
 SAMPLE_TOKENS = 70
-
-
-def windows(ids: np.ndarray, count: int) -> Tensor:
-    """`count` evenly spaced windows of LENGTH tokens and the one after: [B, T + 1]."""
-    starts = np.linspace(0, len(ids) - LENGTH - 1, count).astype(int)
-    return torch.from_numpy(np.stack([ids[s : s + LENGTH + 1] for s in starts]).astype(np.int64))
 
 
 @torch.no_grad()
@@ -245,7 +239,7 @@ def take(folder: Path, corpus: Corpus) -> dict[str, Any]:
         config.num_experts_per_tok,
         {16: 1},
     )
-    rows = {d: windows(corpus.validation[d], ROUTING_WINDOWS) for d in DOMAINS}
+    rows = {d: evenly_spaced(corpus.validation[d], ROUTING_WINDOWS, LENGTH) for d in DOMAINS}
     print("routing", flush=True)
     routings = {d: routing_of(model, r) for d, r in rows.items()}
     shares = {d: popularity(r, config.num_experts) for d, r in routings.items()}
@@ -276,7 +270,8 @@ def take(folder: Path, corpus: Corpus) -> dict[str, Any]:
         "packages": json.loads((corpus.folder / "sources.json").read_text()),
         "training": json.loads((folder / "training.json").read_text()),
         "perplexity": {
-            d: perplexity(model, windows(corpus.validation[d], PERPLEXITY_WINDOWS)) for d in DOMAINS
+            d: perplexity(model, evenly_spaced(corpus.validation[d], PERPLEXITY_WINDOWS, LENGTH))
+            for d in DOMAINS
         },
         "probe_perplexity": {
             d: perplexity(model, tokenizer(t, return_tensors="pt").input_ids)

@@ -21,8 +21,8 @@ import moelab
 from moelab.demo import probes, smollm2
 from moelab.demo.mixture import Delta, Shape, stock
 from moelab.training.moefy.card import card
+from moelab.training.moefy.comparison import compare, continuations, routing
 from moelab.training.moefy.distillation import averaged
-from moelab.training.moefy.quality import compare, continuations, routing
 from moelab.training.moefy.student import Student, load_delta, save_delta
 from moelab.training.moefy.texts import windows
 

@@ -11,7 +11,6 @@ Letters: N windows, T tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -87,14 +86,7 @@ class Course:
 class Targets:
     """The teacher's 64 likeliest next tokens for each window, asked for once and kept in a file.
 
-    Parameters
-    ----------
-    teacher
-        The dense model.
-    ids
-        int64 ``[N, T]``.
-    file
-        Where to keep them, 384 bytes a token; it must belong to these very windows.
+    The file takes 384 bytes a token, and must belong to these very windows, int64 ``[N, T]``.
     """
 
     def __init__(self, teacher: Any, ids: torch.Tensor, file: Path) -> None:
@@ -126,12 +118,8 @@ class Targets:
 def divergence(logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
     """Mean KL divergence from the teacher per token, all but its likeliest tokens counted as one.
 
-    Parameters
-    ----------
-    logits
-        The student's, ``[..., V]``.
-    tokens, logs
-        The teacher's likeliest tokens and their log-probabilities, ``[..., 64]``.
+    ``logits``, ``[..., V]``, are the student's; ``tokens`` and ``logs``, ``[..., 64]``, what the
+    teacher finds likeliest, and the log-probabilities.
     """
     ours = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
     p, q = logs.exp(), ours.exp()
@@ -225,39 +213,18 @@ def distil(
     student: Student,
     teacher: Any,
     ids: torch.Tensor,
-    folder: str | os.PathLike[str],
+    folder: Path,
+    course: Course,
     *,
-    course: Course | None = None,
-    seconds: float = math.inf,
-    progress: bool = True,
+    seconds: float,
+    progress: bool,
 ) -> list[tuple[int, float]]:
-    """Train a student towards its teacher; go on from the folder's checkpoint if there is one.
+    """Train a student, in place, towards the dense model it was made from; see `moefy`.
 
-    Parameters
-    ----------
-    student
-        Changed in place.
-    teacher
-        The dense model it was made from.
-    ids
-        int64 ``[N, T]``, the training text, in windows.
-    folder
-        For checkpoints and the teacher's targets.
-    course
-        How to train.
-    seconds
-        Stop, with a checkpoint, after this time.
-    progress
-        Show a progress bar.
-
-    Returns
-    -------
-    list of (int, float)
-        Tokens seen, and the mean divergence since the line before, over all calls.
+    It goes on from the folder's checkpoint if there is one. Returns the tokens seen and the mean
+    divergence since the line before, over all calls.
     """
-    course, folder = course or Course(), Path(folder)
     checkpoint, parameters = folder / "checkpoint.safetensors", [p for _, p in student.trained()]
-    folder.mkdir(parents=True, exist_ok=True)
     adam = _optimizer(student, course)
     state = resume(checkpoint, student, adam)
     targets = Targets(teacher, ids, folder / "targets.bin")

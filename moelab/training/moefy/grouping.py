@@ -24,14 +24,9 @@ def activations(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.
 
 
 def ridge(x: torch.Tensor, y: torch.Tensor, strength: float) -> torch.Tensor:
-    """The linear map from ``x`` to ``y`` by least squares with a penalty, ``[D, outputs]``.
+    """The linear map from ``x`` to ``y`` by least squares, ``[D, outputs]``.
 
-    Parameters
-    ----------
-    x, y
-        ``[T, D]`` and ``[T, outputs]``.
-    strength
-        The penalty, in units of the mean diagonal of ``x``'s second moments.
+    The penalty is in units of the mean diagonal of ``x``'s second moments.
     """
     moments = x.T @ x / len(x)
     penalty = strength * moments.diagonal().mean() * torch.eye(len(moments))
@@ -53,22 +48,9 @@ def group_neurons(
 ) -> torch.Tensor:
     """Choose the shared neurons of one layer and group the others; their order, int64 ``[F]``.
 
-    Parameters
-    ----------
-    x
-        float32 ``[T, D]``, what enters the layer for some thousands of tokens.
-    gate, up, down
-        The layer's weights, ``[F, D]``, ``[F, D]`` and ``[D, F]``.
-    shared, experts
-        Neurons always on, and groups of the others.
-    top_k
-        Groups that will be active per token.
-    weight
-        ``[T]``, how much each token's energy counts; by default all count the same.
-    rounds
-        How often router and groups are fitted to each other in turn.
-    seed
-        Of the clusters' first centres.
+    ``x``, float32 ``[T, D]``, is what enters the layer for some thousands of tokens; ``weight``,
+    ``[T]``, how much each token's energy counts. ``top_k`` groups will be active per token; router
+    and groups are fitted to each other in turn for some ``rounds``.
 
     Raises
     ------

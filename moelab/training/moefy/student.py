@@ -13,17 +13,19 @@ Letters: T tokens, D model width, F neurons, E experts, K active, R rank.
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
-from moelab.demo.mixture import Delta, Shape
+from moelab.demo.mixture import FORMAT, SAMPLE, Delta, Shape, sample
 
 ROUTER = ("mlp.router", "mlp.bias")
 """How the names of a router's parameters end."""
@@ -107,17 +109,14 @@ def route(scores: torch.Tensor, bias: torch.Tensor, top_k: int | torch.Tensor) -
     top_k
         One number, or an int64 tensor ``[batch]`` for scores ``[batch, T, E]``.
     """
+    if isinstance(top_k, int):
+        top_k = torch.full((len(scores),), top_k)
+    active = top_k.view(-1, *[1] * (scores.dim() - 1))  # a number per leading index
     choice = scores + bias
     ranked = choice.sort(-1, descending=True).values
-    experts = scores.shape[-1]
-    if isinstance(top_k, int):
-        active: torch.Tensor | int = top_k
-        low, high = ranked[..., min(top_k, experts - 1), None], ranked[..., top_k - 1, None]
-    else:
-        active = top_k.view(-1, *[1] * (scores.dim() - 1))  # a number per leading index
-        last = (active - 1).expand(*scores.shape[:-1], 1)
-        high = ranked.gather(-1, last)
-        low = ranked.gather(-1, (last + 1).clamp(max=experts - 1))
+    last = (active - 1).expand(*scores.shape[:-1], 1)
+    high = ranked.gather(-1, last)
+    low = ranked.gather(-1, (last + 1).clamp(max=scores.shape[-1] - 1))
     hard = (choice >= high).to(scores.dtype)
     soft = torch.sigmoid((choice - (low + high) / 2) / _SOFTNESS)
     weights = scores * (hard + soft - soft.detach())
@@ -233,14 +232,33 @@ def orders(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
 def save_delta(
     student: Student, path: str | os.PathLike[str], *, facts: dict[str, Any] | None = None
 ) -> int:
-    """Write a student's delta as one file, with facts in JSON; its size in bytes.
+    """Write a student's delta as one safetensors file of half precision; its size in bytes.
+
+    Parameters
+    ----------
+    student
+        A trained student.
+    path
+        The file, replaced as a whole.
+    facts
+        Anything JSON holds: what it was made from, and how.
 
     Raises
     ------
     ValueError
         A value is not finite in half precision.
     """
-    return replace(student.delta(), facts=facts or {}).save(Path(path), student.model)
+    path, tensors = Path(path), {}
+    for name, value in student.delta().tensors.items():
+        tensors[name] = (value.half() if value.is_floating_point() else value).contiguous()
+        if value.is_floating_point() and not tensors[name].isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite; train at a lower rate")
+    shape = json.dumps(asdict(student.shape))
+    metadata = {"format": FORMAT, "shape": shape, "facts": json.dumps(facts or {})}
+    partial = path.with_name(f"{path.name}.partial")
+    save_file({**tensors, SAMPLE: sample(student.model)}, partial, metadata=metadata)
+    partial.replace(path)
+    return path.stat().st_size
 
 
 def load_delta(dense: Any, path: str | os.PathLike[str]) -> tuple[Student, dict[str, Any]]:
