@@ -101,10 +101,6 @@ class Delta:
     tensors: dict[str, torch.Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def delta(self) -> Delta:
-        """Itself: `materialise` takes whatever has one."""
-        return self
-
     @classmethod
     def load(cls, path: str | os.PathLike[str], dense: Any) -> Delta:
         """Read one that was made of this dense model.
@@ -156,10 +152,9 @@ def _config(dense: Any, shape: Shape, top_k: int) -> Any:
         "num_key_value_heads hidden_act max_position_embeddings initializer_range rms_norm_eps "
         "tie_word_embeddings bos_token_id eos_token_id pad_token_id"
     )
-    heads = theirs.num_attention_heads
+    settings: dict[str, Any] = {name: getattr(theirs, name) for name in kept.split()}
     result = Glm4MoeConfig(
-        **{name: getattr(theirs, name) for name in kept.split()},
-        head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // heads,
+        **{**settings, "head_dim": attention.head_dim},
         rope_parameters={**theirs.rope_parameters, "partial_rotary_factor": 1.0},
         attention_bias=attention.q_proj.bias is not None,
         moe_intermediate_size=width,
@@ -170,7 +165,7 @@ def _config(dense: Any, shape: Shape, top_k: int) -> Any:
         first_k_dense_replace=0,
         norm_topk_prob=True,
         use_qk_norm=hasattr(attention, "q_norm"),
-        num_mtp_layers=0,  # pyright: ignore[reportCallIssue]
+        num_mtp_layers=0,
     )
     result.architectures = ["Glm4MoeForCausalLM"]
     return result
@@ -181,7 +176,7 @@ def stock(dense: Any, student: Any, *, top_k: int, dtype: torch.dtype = torch.fl
     """The mixture as transformers' own model; see `materialise` for the parameters."""
     from transformers import Glm4MoeForCausalLM
 
-    delta = student.delta()
+    delta = student if isinstance(student, Delta) else student.delta()
     with torch.device("meta"):
         model = Glm4MoeForCausalLM(_config(dense, delta.shape, top_k)).eval()
     state = {
@@ -197,15 +192,16 @@ def stock(dense: Any, student: Any, *, top_k: int, dtype: torch.dtype = torch.fl
 
 def _merged(dense: Any, delta: Delta) -> Iterator[tuple[str, torch.Tensor]]:
     """Glm4Moe's tensors one by one, so that only one is held in float32."""
+    norms: dict[str, Any] = delta.tensors
     for name, value in dense.state_dict().items():
         if ".self_attn." not in name and ".mlp." not in name:
-            yield name, delta.tensors.get(name, value)
+            yield name, norms.get(name, value)
     for i, layer in enumerate(dense.model.layers):
         for name, part in layer.self_attn.named_children():
             key = f"model.layers.{i}.self_attn.{name}"
             yield f"{key}.weight", _corrected(part.weight, key, delta)
-            if getattr(part, "bias", None) is not None:
-                yield f"{key}.bias", part.bias
+            if isinstance(bias := getattr(part, "bias", None), torch.Tensor):
+                yield f"{key}.bias", bias
         for name, value in _experts(layer.mlp, f"model.layers.{i}.mlp", delta).items():
             yield f"model.layers.{i}.mlp.{name}", value
 

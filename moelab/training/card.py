@@ -295,8 +295,8 @@ def take(folder: Path, corpus: Corpus) -> dict[str, Any]:
 
 
 def main(
-    model: Annotated[Path | None, typer.Option(help="checkpoint folder [the bundled one]")] = None,
-    data: Annotated[Path | None, typer.Option(help="folder of the corpus [user cache]")] = None,
+    model: Annotated[Path | None, typer.Option(help="checkpoint folder (the bundled one)")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of the corpus (user cache)")] = None,
     out: Annotated[Path, typer.Option(help="where to write")] = HERE,
 ) -> None:
     """Measure the model and write card.json, CARD.md and curve.svg."""

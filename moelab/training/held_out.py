@@ -87,7 +87,7 @@ def build(data: Path) -> dict[str, dict]:
 
 
 def main(
-    data: Annotated[Path | None, typer.Option(help="folder of the corpus [user cache]")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of the corpus (user cache)")] = None,
 ) -> None:
     """Write prompts.json from the validation documents."""
     held_out = build(data or cache_dir() / "demo" / "corpus")

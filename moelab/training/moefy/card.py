@@ -65,7 +65,7 @@ def card(
 
 
 def _quality(compared: pd.DataFrame) -> str:
-    ordered = compared.sort_values(["top_k", "domain"], ascending=[False, True])
+    ordered: Any = compared.sort_values(["top_k", "domain"], ascending=[False, True])
     rows = [
         [r.domain, r.windows, r.top_k, percent(r.active), f"{r.dense:.1f}", f"{r.perplexity:.1f}",
          f"{r.ratio:.3f} ± {r.error:.3f}", percent(r.same_top1), f"{r.kl:.3f}"]

@@ -63,7 +63,7 @@ def compare(
                 }
                 means = {name: x.mean(1).double().numpy() for name, x in figures.items()}
                 parts.append(pd.DataFrame({"domain": domain, "top_k": k, **means}))
-    each = pd.concat(parts).assign(ratio=lambda t: t.perplexity - t.dense)
+    each: Any = pd.concat(parts).assign(ratio=lambda t: t.perplexity - t.dense)
     groups = each.groupby(["domain", "top_k"], sort=False)
     table = groups.mean()
     logs = ["dense", "perplexity", "ratio"]
