@@ -1,4 +1,4 @@
-"""From what a person calls a model to a packed store on this machine.
+"""From a model's name to a packed store on this machine, and what `lab.info` says of it.
 
 ``"demo"``, ``"smollm2-moe"``, a store, a checkpoint folder or a hub id; checkpoints are packed once
 into the user's cache and found there the next time.
@@ -10,27 +10,50 @@ import hashlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moelab.offered import SMOLLM2
+from moelab import demo
+from moelab.demo import smollm2
+from moelab.scheduling.budget import minimum_budget
 from moelab.store.codecs import TIERS
 from moelab.store.paths import cache_dir
 from moelab.store.store import Store, StoreError
 
+if TYPE_CHECKING:
+    from moelab.engine.engine import Engine
+    from moelab.settings import Settings
+
 CHEAP_BYTES = 256 * 2**20
 """Below this a model is small: float32, and compared with full precision by default."""
 
+SMOLLM2 = smollm2.NAME
+
+Progress = bool | Callable[[str], None]
+
+
+def offered() -> dict[str, str]:
+    """By name of the model what keeps it from being opened here, in words; empty if nothing."""
+    if not smollm2.DELTA.is_file():
+        return {"demo": ""}
+    built = smollm2.is_built(smollm2.folder(smollm2.DELTA, smollm2.TOP_K))
+    return {"demo": "", SMOLLM2: "" if built else smollm2.missing()}
+
+
+def bundled(name: str, what: str) -> dict[str, Any]:
+    """The ``"prompts"`` or held-out ``"probes"`` by domain that a model is offered with."""
+    if name == SMOLLM2 and what == "prompts":
+        return deepcopy(smollm2.PROMPTS)
+    return getattr(demo, what)() if name in ("demo", SMOLLM2) else {}
+
 
 def find_store(
-    model: str | Path,
-    *,
-    tiers: Sequence[int] = TIERS,
-    progress: bool | Callable[[str], None] = True,
+    model: str | Path, *, tiers: Sequence[int] = TIERS, progress: Progress = True
 ) -> Path:
-    """The store of ``model``, packed now if it has to be; `progress` shows bars, or is told words.
+    """The store of ``model``, packed now if it has to be; `progress`: bars, or called with words.
 
     Raises
     ------
@@ -40,12 +63,8 @@ def find_store(
         The model comes in a package that is not installed; the message holds the command.
     """
     if str(model) == "demo":
-        from moelab import demo
-
         return _packed(demo.checkpoint(), "demo", tiers, progress)
     if str(model) == SMOLLM2:
-        from moelab.demo import smollm2
-
         return _packed(smollm2.build(progress=progress), SMOLLM2, tiers, progress)
     path = Path(model).expanduser()
     if (path / "manifest.json").is_file():
@@ -66,25 +85,17 @@ def destination(source: str | Path, name: str, tiers: Sequence[int]) -> Path:
     return cache_dir() / "stores" / f"{slug}-{_fingerprint(source, tiers)}"
 
 
-def _packed(
-    source: str | Path,
-    name: str,
-    tiers: Sequence[int],
-    progress: bool | Callable[[str], None],
-) -> Path:
+def _packed(source: str | Path, name: str, tiers: Sequence[int], progress: Progress) -> Path:
     from moelab.store.pack import pack
 
-    made, damaged = destination(source, name, tiers), False
-    if (made / "manifest.json").is_file():
+    made = destination(source, name, tiers)
+    damaged = (made / "manifest.json").is_file()
+    if damaged:
         try:
-            Store.open(made)
+            return Store.open(made).path
         except StoreError as error:
             warnings.warn(f"{error}; packing {source} again", stacklevel=2)
-            damaged = True
-        else:
-            return made
-    pack(source, made, tiers=tuple(tiers), overwrite=damaged, progress=progress)
-    return made
+    return pack(source, made, tiers=tuple(tiers), overwrite=damaged, progress=progress)
 
 
 def _fingerprint(source: str | Path, tiers: Sequence[int]) -> str:
@@ -133,10 +144,11 @@ def load_tokenizer(store: Store) -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
     folder, local = store.checkpoint_dir, {"local_files_only": True, "trust_remote_code": False}
-    if getattr(AutoConfig.from_pretrained(folder, **local), "is_encoder_decoder", False):
+    config = AutoConfig.from_pretrained(folder, **local)
+    if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{store.path} is an encoder-decoder; moelab runs decoder-only models")
     try:
-        return AutoTokenizer.from_pretrained(folder, **local)
+        return AutoTokenizer.from_pretrained(folder, config=config, **local)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise ValueError(
@@ -145,14 +157,27 @@ def load_tokenizer(store: Store) -> Any:
         ) from error
 
 
-def bundled(name: str, what: str) -> dict[str, Any]:
-    """The ``"prompts"`` or held-out ``"probes"`` by domain that a model is offered with."""
-    from moelab import demo
-
-    if name == "demo" or (name == SMOLLM2 and what == "probes"):
-        return getattr(demo, what)()
-    if name == SMOLLM2:
-        from moelab.demo.smollm2 import PROMPTS
-
-        return {domain: list(prompts) for domain, prompts in PROMPTS.items()}
-    return {}
+def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dict[str, Any]:
+    """What a person reads before choosing a budget: sizes in bytes, counts of experts."""
+    s, shape = settings, engine.shape
+    return {
+        "name": name,
+        "architecture": store.manifest.architecture,
+        "layers": shape.layers,
+        "experts_per_layer": max(shape.experts),
+        "top_k": shape.top_k,
+        "tiers": tuple(sorted(shape.nbytes, reverse=True)),
+        "expert_bytes": dict(shape.nbytes),
+        "all_experts_bytes": shape.all_bytes(max(shape.nbytes)),
+        "token_cycle_bytes": shape.token_cycle_bytes(s.bits),
+        "minimum_budget_bytes": minimum_budget(shape, s.strategy, s.knobs()),
+        "budget_bytes": s.budget_bytes,
+        "budget_experts": s.budget_bytes // shape.nbytes[s.bits],
+        "resident_bytes": engine.arena.held_bytes,
+        "reference_bits": max(shape.nbytes),
+        "direct_io": engine.loader.direct,
+        "non_expert_parameters": sum(
+            p.numel() for p in engine.model.parameters() if p.device.type != "meta"
+        ),
+        "store": str(store.path),
+    }

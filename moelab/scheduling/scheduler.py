@@ -303,36 +303,39 @@ class Scheduler:
         """Load ahead of need, if only experts with none of the flags ``held`` must go for it."""
         cache, asked = self.cache, self._asked[key]
         have = cache.bits_of[key]
-        layer, sizes = self._layer_of[key], self.shape.nbytes
-        if want <= have:
-            return False
-        going: list[tuple[Key, Victims | None]] = []
-        for limit, lack in self._lacks(layer, want, sizes[want]):
-            left = lack - (sizes[have] if have and limit.holds(key, have) else 0)
-            for other, _ in going:
-                left -= (
-                    sizes[cache.bits_of[other]] if limit.holds(other, cache.bits_of[other]) else 0
-                )
-            chosen = {other for other, _ in going}
-            for other, victims in self._candidates(limit, held, instead):
-                if left <= 0:
-                    break
-                if other not in chosen and other != key:
-                    going.append((other, victims))
-                    left -= sizes[cache.bits_of[other]]
-            if left > 0:
-                return False  # nobody leaves for a guess that does not fit
+        going = self._going(key, have, want, held, instead) if want > have else None
+        if going is None:
+            return False  # it is there, or nobody leaves for a guess that does not fit
         if have:
             self._evict(key, e.UPGRADE, plan)
         for other, victims in going:
             self._evict(other, e.ROOM, plan, victims)
         cache.add(key, want)
-        plan.rows.append(
-            (e.PREFETCH, layer, self._index_of[key], asked, want, cause, self._index_of[key])
-        )
+        expert = self._index_of[key]
+        plan.rows.append((e.PREFETCH, self._layer_of[key], expert, asked, want, cause, expert))
         if "in_flight" in self._observes:
             cache.in_flight[key] = True
         return True
+
+    def _going(
+        self, key: Key, have: int, want: int, held: int, instead: Key
+    ) -> list[tuple[Key, Victims]] | None:
+        """Who must go for a prefetch, besides its own copy; None where they may not."""
+        bits_of, sizes = self.cache.bits_of, self.shape.nbytes
+        going: dict[Key, Victims] = {}
+        for limit, lack in self._lacks(self._layer_of[key], want, sizes[want]):
+            inside = [k for k in going if limit.holds(k, bits_of[k])]
+            left = lack - sum(sizes[bits_of[k]] for k in inside)
+            left -= sizes[have] if have and limit.holds(key, have) else 0
+            for other, victims in self._candidates(limit, held, instead):
+                if left <= 0:
+                    break
+                if other not in going and other != key:
+                    going[other] = victims
+                    left -= sizes[bits_of[other]]
+            if left > 0:
+                return None
+        return list(going.items())
 
     # -- room ---------------------------------------------------------------------------------
 
@@ -374,9 +377,9 @@ class Scheduler:
             mask = limit.inside(self.cache) & (self.cache.held & held == 0)
             self._victims[limit, held] = Victims(self.cache, self._score, mask)
         victims = self._victims[limit, held]
-        if instead >= 0 and limit.holds(instead, bits := self.cache.bits_of[instead]):
-            if bits and not self.cache.held_of[instead] & held:
-                yield instead, victims
+        bits = self.cache.bits_of[instead] if instead >= 0 else 0
+        if bits and limit.holds(instead, bits) and not self.cache.held_of[instead] & held:
+            yield instead, victims
         for key in victims.allowed(held):
             yield key, victims
 

@@ -114,8 +114,8 @@ class Strategy:
     keywords: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
-        words = {role: part_title(part) for role, part in self.parts.items()}
-        return f"<Strategy {self.name}: {', '.join(f'{r}={w!r}' for r, w in words.items())}>"
+        own = ", ".join(f"{name}={value}" for name, (_, _, value) in self.parameters.items())
+        return f"<Strategy {self.name}{': ' if own else ''}{own}>"
 
     def __post_init__(self) -> None:
         if not self.keywords:
@@ -240,11 +240,11 @@ def part_title(part: Any) -> str:
 def _refuse_retired(role: str, part: Any) -> None:
     """Say of a policy written for version 0.3 what it has to define now."""
     kind = type(part)
-    for name in _RETIRED:
+    for name, now in _RETIRED.items():
         if callable(getattr(kind, name, None)):
             raise TypeError(
                 f"{role}={kind.__name__}() defines {name}(), as in moelab 0.3; "
-                f"define instead: {_RETIRED[name]}"
+                f"define instead: {now}"
             )
     if role == "allocate" and len(inspect.signature(part.bits).parameters) > 1:
         raise TypeError(

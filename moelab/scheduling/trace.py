@@ -18,7 +18,7 @@ from moelab.scheduling.stream import Key, Knobs, LookAhead, Request, Shape, rank
 
 FORMAT = 4
 OLDEST = 3
-"""Traces of version 0.3 had experts as (layer, expert), and T1, T2, low bits and depth as settings."""
+"""In traces of version 0.3 a key was (layer, expert); T1, T2, low bits and depth were settings."""
 
 
 @dataclass(frozen=True, slots=True)

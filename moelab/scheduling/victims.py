@@ -22,7 +22,7 @@ _FIRST = 8
 
 
 class Limit(NamedTuple):
-    """What bounds memory: a layer's share (its keys), a tier's pool, or, without both, the budget."""
+    """What bounds memory: a layer's share (its keys), a tier's pool, or else the budget."""
 
     layer: slice | None = None
     tier: int = 0

@@ -52,7 +52,7 @@ class LFU(LRU):
     title = "least frequently used"
     explained: ClassVar = {
         "uses": "in this sequence; the lowest leaves",
-        "uses since": "uses and loads of any expert since its last; the highest leaves among equals",
+        "uses since": "uses and loads of any since its last; the highest leaves among equals",
     }
 
     def score(self, view: View) -> np.ndarray:

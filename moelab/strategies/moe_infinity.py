@@ -173,8 +173,8 @@ class NearestSequence(Prefetch):
             p = nearest[i] / (nearest[i].sum() or 1.0)
             likeliest = [int(e) for e in np.argsort(-p, kind="stable")[: self.guesses] if p[e]]
             proximity = 1 - (i - layer) / layers
-            for r in ranked(likeliest, [float(p[e]) for e in likeliest], i):
-                found.append(((p[r.expert] + EPSILON) * proximity, expected(r)))
+            guesses = ranked(likeliest, [float(p[e]) for e in likeliest], i)
+            found += [((p[r.expert] + EPSILON) * proximity, expected(r)) for r in guesses]
         return [guess for _, guess in sorted(found, key=lambda pair: -pair[0])]
 
 

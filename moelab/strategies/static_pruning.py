@@ -61,6 +61,7 @@ class FixedExperts(Allocate, Route, Evict, Prefetch):
         self._planned: tuple[int, Plan] | None = None
         self._orders: list[np.ndarray] = []  # of each layer [E], the most deserving first
         self._ordered_by = ""
+        self._score: np.ndarray | None = None  # without the copies on their way, once worked out
         self._rank = np.zeros(0)  # of every expert within its layer [n], 0: the most deserving
 
     # -- who ----------------------------------------------------------------------------------
@@ -82,6 +83,7 @@ class FixedExperts(Allocate, Route, Evict, Prefetch):
         return self._tables[self.by]
 
     def _reorder(self, layer: int, order: np.ndarray, view: View) -> None:
+        self._score = None
         self._orders[layer] = order
         self._rank[view.shape.offset[layer] + order] = np.arange(len(order))
 
@@ -94,7 +96,7 @@ class FixedExperts(Allocate, Route, Evict, Prefetch):
         """How many experts of each layer the budget holds at the bits asked for."""
         slots = view.knobs.budget_bytes // view.shape.nbytes[view.knobs.bits]
         if self._planned is None or self._planned[0] != slots:
-            self._planned = slots, self.plan_for(slots, view)
+            self._planned, self._score = (slots, self.plan_for(slots, view)), None
         return self._planned[1]
 
     def plan_for(self, slots: int, view: View) -> Plan:
@@ -123,7 +125,7 @@ class FixedExperts(Allocate, Route, Evict, Prefetch):
         return here if np.count_nonzero(here) >= view.shape.top_k else None
 
     def landed(self, layer: int, view: View) -> np.ndarray:
-        """Which experts can compute now ``[E]``: resident at the bits asked for, all bytes there."""
+        """Which experts can compute now ``[E]``: resident at the bits asked for, and landed."""
         at = view.shape.keys(layer)
         return ~view.in_flight[at] & (view.bits[at] >= view.asked[at])
 
@@ -145,7 +147,11 @@ class FixedExperts(Allocate, Route, Evict, Prefetch):
 
     def score(self, view: View) -> np.ndarray:
         """Above -1 while the expert is among the n_l of its layer; much higher while in flight."""
-        return -self.rank(view) / np.maximum(self._kept(view), 1) + _FLYING * view.in_flight
+        self.order(0, view), self.plan(view)  # other settings since: the score is not the old one
+        if self._score is None:
+            self._score = -self.rank(view) / np.maximum(self._kept(view), 1)
+        flying = view.in_flight
+        return self._score + _FLYING * flying if flying.any() else self._score
 
     def terms(self, view: View) -> Mapping[str, np.ndarray]:
         tables = {name: np.concatenate(table) for name, table in self._tables.items() if table}

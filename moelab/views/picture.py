@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from moelab.runs.tokens import CAUSES, COLUMNS
+from moelab.runs.tokens import COLUMNS, STALLS
 from moelab.widgets.frame import MAP_TYPES
 
 WIDTH, MARGIN, AXIS = 960, 20, 34
 TIERS = {16: "#482475", 8: "#355f8d", 4: "#21918c", 3: "#44bf70", 2: "#9bd93c"}
 FILL = {16: 1.0, 8: 0.74, 4: 0.5, 3: 0.36, 2: 0.24}
 PARTS = dict(
-    zip(("compute", *CAUSES), ("#56a0d3", "#d55e00", "url(#moe-late)", "#a8518a"), strict=True)
+    zip(("compute", *STALLS), ("#56a0d3", "#d55e00", "url(#moe-late)", "#a8518a"), strict=True)
 )
 COST, KL, TEXT, SOFT, LINE, CELL = "#d55e00", "#00795a", "#1f2328", "#656d76", "#d0d7de", "#f0f2f5"
 HATCH = (

@@ -13,8 +13,7 @@ import inspect
 from typing import Any
 
 from moelab import strategies
-from moelab.scheduling.strategy import Parameter, Strategy
-from moelab.settings import part_title
+from moelab.scheduling.strategy import Parameter, Strategy, part_title
 
 QUESTIONS = {
     "allocate": "Before the run: which bits each expert gets, which share of memory each layer",
@@ -23,36 +22,8 @@ QUESTIONS = {
     "evict": "Budget full: who leaves",
     "prefetch": "Ahead of need: who is fetched before a token asks for it",
 }
-KNOBS = {"allocate": ("bits",), "precision": ("low_bits", "t1", "t2"), "prefetch": ("prefetch",)}
-"""The settings that belong to a decision; a strategy's ``preset`` may set them."""
-
-THRESHOLDS = {
-    "t1": Parameter("t1", "misses above this unimportance come at low bits"),
-    "t2": Parameter("t2", "misses above this unimportance are skipped"),
-}
-GROUPS = {
-    "basics": {
-        "on_demand": "on demand",
-        "lru": "LRU",
-        "lfu": "LFU",
-        "layer_lru": "LRU per layer",
-        "in_ram": "all in RAM",
-    },
-    "papers": {
-        "edgemoe": "EdgeMoE",
-        "hobbit": "HOBBIT",
-        "moe_apex": "MoE-APEX",
-        "swapmoe": "SwapMoE",
-        "static_pruning": "static pruning",
-    },
-    "peers": {
-        "mixtral_offloading": "mixtral-offloading",
-        "moe_infinity": "MoE-Infinity",
-        "adapmoe": "AdapMoE",
-        "cache_prior": "cache-prior routing",
-        "drop_if_cold": "drop if cold",
-    },
-}
+SWITCHES = ("low_bits", "depth")
+"""Parameters with a control of their own; where they are off, their part does nothing."""
 
 
 @functools.cache
@@ -63,16 +34,12 @@ def named() -> dict[str, Strategy]:
 
 def presets() -> list[dict[str, Any]]:
     """The strategies to choose from, by group: name, how it is written, one line about it."""
-    groups = {group: {n: t for n, t in of.items() if n in named()} for group, of in GROUPS.items()}
-    known = {name for of in groups.values() for name in of}
-    groups["others"] = {n: n.replace("_", " ") for n in named() if n not in known}
     return [
         {
             "group": group,
             "entries": [{"name": n, "title": t, "text": _about(n)} for n, t in of.items()],
         }
-        for group, of in groups.items()
-        if of
+        for group, of in strategies.GROUPS.items()
     ]
 
 
@@ -80,20 +47,22 @@ def presets() -> list[dict[str, Any]]:
 def _distinct() -> dict[str, dict[type, str]]:
     """Of each decision the distinct parts, and the strategy to name for each.
 
-    Of several strategies with one part, that one is named whose preset sets the decision's own
-    settings, so that choosing the part switches it on.
+    Of several strategies with one part, that one is named which has it switched on, so that
+    choosing the part does something.
     """
     found: dict[str, dict[type, str]] = {role: {} for role in QUESTIONS}
     for role, kinds in found.items():
-        own = KNOBS.get(role, ())
-        sets = {
-            name: not strategy.preset.keys().isdisjoint(own) for name, strategy in named().items()
-        }
         for name, strategy in named().items():
             kind = type(strategy.parts[role])
-            if kind not in kinds or (sets[name] and not sets[kinds[kind]]):
+            if kind not in kinds or (
+                _is_on(strategy.parts[role]) and not _is_on(named()[kinds[kind]].parts[role])
+            ):
                 kinds[kind] = name
     return found
+
+
+def _is_on(part: Any) -> bool:
+    return all(getattr(part, p.name) for p in part.parameters if p.name in SWITCHES)
 
 
 def decisions() -> list[dict[str, Any]]:
@@ -115,16 +84,19 @@ def decisions() -> list[dict[str, Any]]:
     ]
 
 
-def chosen(strategy: Strategy, settings: Any) -> dict[str, Any]:
-    """What holds now: the five parts, their parameters, and the knobs that none of them reads."""
-    read = {knob for role, knobs in KNOBS.items() for knob in knobs if reads(strategy, role, knob)}
-    parameters = [_shown(_having(strategy, p), p, v) for _, p, v in strategy.parameters.values()]
-    if settings.low_bits is not None or "low_bits" not in read:  # else they have no effect
-        parameters += [
-            _shown(["precision"], p, getattr(settings, name))
-            for name, p in THRESHOLDS.items()
-            if name in read
-        ]
+_SWITCH_OF = {"low_bits": "low_bits", "prefetch": "depth"}
+"""Controls of the dashboard, and the parameter that each sets."""
+
+
+def chosen(strategy: Strategy) -> dict[str, Any]:
+    """What holds now: the five parts, their parameters, and the switches that none of them has."""
+    known = strategy.parameters
+    off = set(SWITCHES)
+    if "low_bits" in known and known["low_bits"][2] is None:
+        off |= {"t1", "t2"}  # they have no effect
+    parameters = [
+        _shown(_having(strategy, p), p, v) for name, (_, p, v) in known.items() if name not in off
+    ]
     return {
         "strategy": strategy.name,
         "label": spelled(strategy.name),
@@ -134,7 +106,7 @@ def chosen(strategy: Strategy, settings: Any) -> dict[str, Any]:
             for role, part in strategy.parts.items()
         },
         "parameters": sorted(parameters, key=lambda p: [*QUESTIONS].index(p["roles"][0])),
-        "unread": [knob for knob in ("low_bits", "prefetch") if knob not in read],
+        "unread": [name for name, has in _SWITCH_OF.items() if has not in known],
     }
 
 
@@ -154,14 +126,8 @@ def about(strategy: Strategy) -> str:
 def spelled(name: str) -> str:
     """A strategy's name as its authors write it; a mix goes by what it was made from."""
     base = name.rstrip("*")
-    words = next((of[base] for of in GROUPS.values() if base in of), base)
+    words = next((of[base] for of in strategies.GROUPS.values() if base in of), base)
     return words if base == name else f"{words}, mixed"
-
-
-def reads(strategy: Strategy, role: str, knob: str) -> bool:
-    """Whether a part's methods look at this setting, so that its control has an effect."""
-    methods = inspect.getmembers(type(strategy.parts[role]), inspect.isfunction)
-    return any(knob in method.__code__.co_names for _, method in methods)
 
 
 def _having(strategy: Strategy, parameter: Parameter) -> list[str]:

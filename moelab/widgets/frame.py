@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moelab.runs.tokens import CAUSES, COLUMNS, figures, row, titled
+from moelab.runs.tokens import COLUMNS, STALLS, figures, row, titled
 from moelab.widgets import decisions
 
 RECENT_TOKENS = 16
@@ -55,7 +55,7 @@ def options(lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> di
         ],
         "prompts": lab.prompts(),
         "chat": bool(info.get("chat")),
-        "causes": list(CAUSES),
+        "causes": list(STALLS),
         "columns": list(COLUMNS),
     }
 
@@ -66,7 +66,7 @@ def controls(settings: Any, info: Mapping[str, Any]) -> dict[str, Any]:
         "budget_bytes": int(settings.budget_bytes),
         "bits": settings.bits,
         "low_bits": settings.low_bits,
-        **decisions.chosen(settings.strategy, settings),
+        **decisions.chosen(settings.strategy),
         "device": settings.device,
         "prefetch": int(settings.prefetch),
         "measure_kl": bool(settings.measure_kl),

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from moelab.runs.events import CODES
-from moelab.runs.evictions import reasons, until
+from moelab.replays.why import reasons, until
 from moelab.runs.schema import EVENTS, GATES
 from moelab.runs.snapshot import Recorder
+from moelab.scheduling.events import CODES
 from moelab.widgets.frame import in_words
 
 Send = Callable[[dict[str, Any], list[bytes]], None]

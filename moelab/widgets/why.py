@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from moelab.settings import part_title
+from moelab.scheduling.strategy import part_title
 from moelab.widgets.frame import in_words
 
 

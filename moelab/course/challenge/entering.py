@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from moelab.bench.papers.contenders import ROLES, contender
+from moelab.bench.contenders import ROLES, contender
 from moelab.course.challenge import own_code
 from moelab.course.challenge.board import Leaderboard, as_board, leaderboard, ranked, verify
 from moelab.course.challenge.entries import Entry, append, read, touch

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moelab.bench.papers.contenders import ROLES
+from moelab.bench.contenders import ROLES
 from moelab.course.challenge.tasks import TASKS, Task
 
 FORMAT = 1

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 import moelab
-from moelab.bench.papers.measured import Extent, score
-from moelab.bench.papers.tables import circumstances
+from moelab.bench.papers.results import Extent, score
+from moelab.bench.tables import circumstances
 from moelab.course.challenge import own_code
 from moelab.course.challenge.tasks import FIXED, Task, find
 from moelab.engine.generation import Reference
-from moelab.runs.events import CODES
 from moelab.runs.quality import kl_divergence
+from moelab.scheduling.events import CODES
 
 Tell = Callable[[str], None]
 

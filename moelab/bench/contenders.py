@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from typing import Any
 
@@ -58,7 +59,10 @@ def _addition(addition: str, text: str) -> dict[str, Any]:
     if found := re.fullmatch(rf"({'|'.join(ROLES)}) (\w+)", addition):
         return {found[1]: _known(found[2], text)}
     if found := re.fullmatch(r"([a-z]\w*) ?= ?([\w.]+)", addition):
-        return {found[1]: _value(found[2])}
+        try:
+            return {found[1]: ast.literal_eval(found[2])}
+        except (SyntaxError, ValueError):  # a word
+            return {found[1]: found[2]}
     raise ValueError(
         f"unknown addition {addition!r} in {text!r}; write 'look-ahead', 'look-ahead 2', "
         "'mixed 16/4', '4 bit', 'evict edgemoe' (or another decision) or 'parameter=value'"
@@ -70,12 +74,3 @@ def _known(name: str, text: str) -> str:
         names = ", ".join(moelab.strategies.NAMES)
         raise ValueError(f"unknown strategy {name!r} in {text!r}; choose one of {names}")
     return name
-
-
-def _value(word: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(word)
-        except ValueError:
-            continue
-    return word

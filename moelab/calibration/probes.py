@@ -1,4 +1,4 @@
-"""What calibrations measure with: quality at bits of one's own, recorded routing, expert norms.
+"""Probe texts through the whole model: its loss at any bits, its routing; and its experts' norms.
 
 Everything here works outside budget, cache and clock: a text goes through the model in one pass,
 each expert at the tier that is asked for, read through the page cache.
@@ -8,6 +8,7 @@ T tokens, L layers, E experts, K active, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -18,11 +19,10 @@ from moelab.engine.generation import Stream
 from moelab.runs.quality import kl_divergence
 from moelab.scheduling.stream import Key
 from moelab.scheduling.trace import LayerInput, Trace
+from moelab.store.codecs import decode
 
 if TYPE_CHECKING:
     from moelab.lab import Lab
-
-TEXTS_NEEDED = "this model brings no probe texts; give texts=[...], a few hundred words will do"
 
 
 def texts_of(lab: Lab, texts: Sequence[str] | None) -> list[str]:
@@ -35,7 +35,9 @@ def texts_of(lab: Lab, texts: Sequence[str] | None) -> list[str]:
     """
     found = list(texts) if texts is not None else list(lab.probes().values())
     if not found:
-        raise ValueError(TEXTS_NEEDED)
+        raise ValueError(
+            "this model brings no probe texts; give texts=[...], a few hundred words will do"
+        )
     return found
 
 
@@ -112,10 +114,10 @@ def record(
     engine, trace = lab._engine, Trace(lab._shape)
     for text in texts_of(lab, texts):
         ids = lab._encode(text)[:tokens]
-        with engine.full_precision(), engine.listening(look_ahead) as heard:
+        with engine.full_precision(), engine.listening(look_ahead) as steps:
             Stream(engine).forward(ids)
         for token in range(len(ids)):
-            trace.steps += [_one_token(given, token) for given in heard]
+            trace.steps += [_one_token(given, token) for given in steps]
     return trace
 
 
@@ -124,10 +126,10 @@ def _one_token(given: LayerInput, token: int) -> LayerInput:
     ahead = tuple(
         a._replace(experts=a.experts[token], weights=a.weights[token]) for a in given.look_ahead
     )
-    return LayerInput(
-        given.layer,
-        given.experts[token : token + 1],
-        given.weights[token : token + 1],
+    return dataclasses.replace(
+        given,
+        experts=given.experts[token : token + 1],
+        weights=given.weights[token : token + 1],
         prefill=token == 0,
         look_ahead=ahead if token else (),
         norms=None if given.norms is None else given.norms[token : token + 1],
@@ -136,17 +138,11 @@ def _one_token(given: LayerInput, token: int) -> LayerInput:
 
 def expert_norms(lab: Lab) -> list[list[float]]:
     """Frobenius norm of every expert's weights at the best tier, ``[L][E]``."""
-    store = lab._store
-    best = max(store.tiers)
-    return [
-        [_norm(lab, layer, expert, best) for expert in range(count)]
-        for layer, count in enumerate(store.experts_per_layer)
-    ]
+    store, best = lab._store, max(lab._store.tiers)
 
+    def norm(layer: int, expert: int) -> float:
+        tensors = decode(store.read(layer, expert, best), store.layout, best)
+        return float(sum(t.square().sum() for t in tensors.values()) ** 0.5)
 
-def _norm(lab: Lab, layer: int, expert: int, bits: int) -> float:
-    from moelab.store.codecs import decode
-
-    blob = lab._store.read(layer, expert, bits)
-    tensors = decode(blob, lab._store.layout, bits, dtype=torch.float32)
-    return float(sum(t.square().sum() for t in tensors.values()) ** 0.5)
+    counts = enumerate(store.experts_per_layer)
+    return [[norm(layer, expert) for expert in range(count)] for layer, count in counts]
