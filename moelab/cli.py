@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moelab.course.challenge.command import app as challenges
+from moelab.course.command import app as challenges
 
 if TYPE_CHECKING:
     from moelab import Run

@@ -18,7 +18,7 @@ import anywidget
 import traitlets
 
 from moelab.views.report import Report, sentence
-from moelab.views.scripts import DASHBOARD, STYLES, joined
+from moelab.views.scripts import STYLES, script, styles
 from moelab.widgets.frame import Framer, controls, in_words, options
 from moelab.widgets.models import Models
 from moelab.widgets.past import Past
@@ -53,8 +53,8 @@ class Dashboard(anywidget.AnyWidget):
     >>> dashboard.report()  # a picture of the last frame that needs no kernel  # doctest: +SKIP
     """
 
-    _esm = joined(DASHBOARD, "js")
-    _css = joined(STYLES, "css")
+    _esm = script("dashboard")
+    _css = styles(STYLES)
 
     options = traitlets.Dict().tag(sync=True)
     controls = traitlets.Dict().tag(sync=True)

@@ -1,15 +1,18 @@
 // The cache as it was at any token and layer: the events are applied in order, and a checkpoint
 // every so many rows makes the way back short. It makes frames of the same shape as live ones.
 
+import { KIND, KINDS, waitOf } from "./recording.js";
+/** @import { Recording } from "./recording.js" */
+
 const EVERY_ROWS = 16384;
 const WINDOW = 1500; // tokens a frame carries at most, in whole strides: as a live one
 const STRIDE = 250;
 const RECENT = 16;
-const LOADED = 1,
-  FETCHED = 2,
-  LEFT = 3; // marks on the map: what the token did to a cell
+/** Marks on the map: what the token did to a cell. */
+export const MARKS = { load: 1, prefetch: 2, evict: 3 };
 
-class Past {
+export class Replay {
+  /** @param {Recording} recording */
   constructor(recording) {
     this.recording = recording;
     const n = recording.layers * recording.experts;
@@ -25,30 +28,24 @@ class Past {
     bits.forEach((b, i) => {
       this.state.bits[layer[i] * recording.experts + expert[i]] = b;
     });
-    this.checkpoints = [copyState(this.state)];
+    this.checkpoints = [structuredClone(this.state)];
   }
 
   /** Take in a later answer; what was worked out from rows that came anew is forgotten. */
   extend(answer) {
     const from = this.recording.take(answer);
     this.checkpoints = this.checkpoints.filter((c) => c.row <= from);
-    if (this.state.row > from) this.restore(this.checkpoints.at(-1));
-  }
-
-  restore(checkpoint) {
-    for (const [name, values] of Object.entries(checkpoint)) {
-      if (name === "row") this.state.row = values;
-      else this.state[name].set(values);
-    }
+    if (this.state.row > from) this.state = structuredClone(this.checkpoints.at(-1));
   }
 
   /** The state after the rows before `end`. */
   seek(end) {
-    if (end < this.state.row) this.restore(this.checkpoints.findLast((c) => c.row <= end));
+    if (end < this.state.row)
+      this.state = structuredClone(this.checkpoints.findLast((c) => c.row <= end));
     while (this.state.row < end) {
       const next = this.checkpoints.at(-1).row + EVERY_ROWS;
       this.apply(this.state.row < next ? Math.min(end, next) : end);
-      if (this.state.row === next) this.checkpoints.push(copyState(this.state));
+      if (this.state.row === next) this.checkpoints.push(structuredClone(this.state));
     }
     return this.state;
   }
@@ -60,13 +57,13 @@ class Past {
     for (let i = this.state.row; i < end; i++) {
       const what = kind[i],
         c = layer[i] * experts + expert[i];
-      if (what === EVICT) bits[c] = landed[c] = 0;
-      if (what === LOAD || what === PREFETCH) {
+      if (what === KIND.evict) bits[c] = landed[c] = 0;
+      if (what === KIND.load || what === KIND.prefetch) {
         bits[c] = events.bits[i];
         loaded[c] = token[i];
         landed[c] = start_ms[i] + dur_ms[i];
       }
-      if (what === HIT || what === LOAD || what === SUBSTITUTE) {
+      if (what === KIND.hit || what === KIND.load || what === KIND.substitute) {
         used[c] = token[i];
         uses[c] += 1;
       }
@@ -78,7 +75,7 @@ class Past {
   clock(row) {
     const { kind, start_ms } = this.recording.events;
     for (let i = row; i < Math.min(row + 256, this.recording.rows); i++) {
-      if (kind[i] !== LOAD && kind[i] !== PREFETCH) return start_ms[i];
+      if (kind[i] !== KIND.load && kind[i] !== KIND.prefetch) return start_ms[i];
     }
     return Infinity;
   }
@@ -88,9 +85,8 @@ class Past {
     const { recording } = this,
       { document, count } = recording,
       end = recording.upTo(token, layer),
-      state = this.seek(end),
+      { bits, loaded, used, uses, landed } = this.seek(end),
       now = this.clock(end);
-    const { bits, loaded, used, uses, landed } = state;
     const in_flight = bits.map((b, c) => (b && landed[c] > now ? 1 : 0));
     const first = count <= WINDOW ? 0 : this.windowAt(token),
       shown = Math.min(WINDOW, count - first);
@@ -129,7 +125,7 @@ class Past {
     const { events, layers, experts } = this.recording,
       marks = new Uint8Array(layers * experts);
     for (let i = this.recording.upTo(token - 1, layers); i < end; i++) {
-      const mark = { [LOAD]: LOADED, [PREFETCH]: FETCHED, [EVICT]: LEFT }[events.kind[i]];
+      const mark = MARKS[KINDS[events.kind[i]]];
       if (mark) marks[events.layer[i] * experts + events.expert[i]] = mark;
     }
     return marks;
@@ -168,10 +164,7 @@ class Past {
       tokens_per_s: ratio(1e3 * decoded, time),
       hit_ratio: ratio(hits, asked),
       bytes_per_token: ratio(sum("bytes"), decoded),
-      stall_share: ratio(
-        model.causes.reduce((total, cause) => total + sum(cause), 0),
-        time,
-      ),
+      stall_share: ratio(model.causes.reduce((total, cause) => total + sum(cause), 0), time),
       kl_mean: kls.length ? kls.reduce((a, b) => a + b, 0) / kls.length : null,
     };
   }
@@ -185,32 +178,28 @@ class Past {
     for (let i = this.recording.upTo(token - 1, layers); i < end; i++) {
       const kind = events.kind[i];
       out[KINDS[kind]] += 1;
-      if (kind === LOAD || kind === PREFETCH) out.bytes += events.bytes[i];
+      if (kind === KIND.load || kind === KIND.prefetch) out.bytes += events.bytes[i];
     }
     return out;
   }
 
-  /** The decoded token that waited longest; token 0 where there is no other. */
   costliest() {
     const { tokens, count, model } = this.recording;
-    let most = -1,
-      at = 0;
-    for (let t = Math.min(1, count - 1); t < count; t++) {
-      const wait = model.causes.reduce((total, cause) => total + tokens[cause][t], 0);
-      if (wait > most) [most, at] = [wait, t];
-    }
-    return at;
+    return costliest(tokens, model.causes, count, Math.min(1, count - 1));
   }
 }
 
-function copyState(state) {
-  return Object.fromEntries(
-    Object.entries(state).map(([k, v]) => [k, typeof v === "number" ? v : v.slice()]),
-  );
+/** The token from `begin` on that waited longest: 1 leaves out the prefill. */
+export function costliest(tokens, causes, count, begin) {
+  let at = Math.max(0, begin);
+  for (let i = at + 1; i < count; i++) {
+    if (waitOf(tokens, causes, i) > waitOf(tokens, causes, at)) at = i;
+  }
+  return at;
 }
 
 /** A short digest of what is resident, for tests and for whoever compares two pictures (FNV-1a). */
-function digest(bits) {
+export function digest(bits) {
   let hash = 0x811c9dc5;
   for (const b of bits) hash = Math.imul(hash ^ b, 0x01000193) >>> 0;
   return hash.toString(16).padStart(8, "0");

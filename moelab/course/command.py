@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from moelab.course.challenge.board import Leaderboard
 
+RIGHTS = "It runs as it is, with your rights"  # own_code.RIGHTS, without importing torch
 app = typer.Typer(help="Win by settings: a memory limit, a loss limit, one figure to beat.")
 
 Board = Annotated[Path, typer.Argument(help="File of entries (JSON lines).")]
@@ -33,7 +34,8 @@ def enter(
     budget: Annotated[str, typer.Option(help="Bytes, 6MB, 1.5GiB or 25%.")],
     board: Annotated[Path | None, typer.Option(help="File that keeps the entries.")] = None,
     own: Annotated[
-        list[str] | None, typer.Option(help="A decision of your own: evict=file.py:Class.")
+        list[str] | None,
+        typer.Option(help=f"A decision of your own: evict=file.py:Class. {RIGHTS}."),
     ] = None,
     *,
     quick: Annotated[bool, typer.Option(help="A trial in seconds; it never ranks.")] = False,
@@ -63,7 +65,7 @@ def verify(
     challenge: Which = None,
     *,
     own_code: Annotated[
-        bool, typer.Option(help="Also run classes of the file, with your rights: trust them.")
+        bool, typer.Option(help=f"Also run the board's own code. {RIGHTS}: read it first.")
     ] = False,
 ) -> None:
     """Measure every entry again; exit code 1 where figures do not reproduce."""

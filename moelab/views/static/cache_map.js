@@ -1,58 +1,63 @@
 // The cache map: layers down, experts across. Colour and fill are the resident bits; an orange
 // frame flashes where an expert was loaded, a dot marks what the newest token used.
 
-/** Twenty pixels a layer where there are few; never fewer than six. */
-const tall = (layers) => Math.max(Math.min(208, Math.max(138, layers * 20)), layers * 6);
+import { Sheet, stamp, triangle } from "./canvas.js";
+import { FILL } from "./colours.js";
+import { h, icon, legendKey, markup } from "./element.js";
+import { percent, short } from "./numbers.js";
+import { MARKS } from "./replay.js";
+import { FADE_MS, Tiles } from "./tiles.js";
+import { drawWhy } from "./why.js";
 
-class CacheMap {
+/** Twenty pixels a layer where there are few; never fewer than six. */
+const tallFor = (layers) => Math.max(Math.min(208, Math.max(138, layers * 20)), layers * 6);
+
+export class CacheMap {
   /** `onPick(layer, expert)` is called for an expert that is clicked. */
   constructor(look, tip, why, options, onPick) {
-    Object.assign(this, { look, tip, why, layers: options.layers, experts: options.experts });
-    Object.assign(this, { onPick, chosen: null });
+    this.look = look;
+    this.tip = tip;
+    this.why = why;
+    this.layers = options.layers;
+    this.experts = options.experts;
     this.tiers = options.tiers;
-    this.sheet = new Sheet("Cache map: layers by experts, arrow keys move, Enter shows a life", () =>
-      this.draw(),
+    this.onPick = onPick;
+    this.at = this.chosen = null;
+    this.sheet = new Sheet(
+      "Cache map: layers by experts, arrow keys move, Enter shows a life",
+      () => this.draw(),
     );
-    this.sheet.box.style.height = `${tall(this.layers) + 16}px`;
+    this.sheet.box.style.height = `${tallFor(this.layers) + 16}px`;
     this.tiles = new Tiles(look, this.sheet, options);
     this.seen = new Int32Array(this.layers * this.experts).fill(-1);
-    this.at = null;
     this.legend = h("div", { class: "moe-legend" });
-    this.node = h(
-      "section",
-      { class: "moe-panel moe-map", "aria-label": "Cache map" },
-      h(
-        "header",
-        {},
-        h("h3", {}, "Cache map"),
-        h("span", { class: "moe-soft" }, "layers × experts; click one to see its life"),
-      ),
-      this.sheet.box,
-      this.legend,
-    );
-    this.listen();
+    this.node = markup`
+      <section class="moe-panel moe-map" aria-label="Cache map">
+        <header>
+          <h3>Cache map</h3>
+          <span class="moe-soft">layers × experts; click one to see its life</span>
+        </header>
+        ${this.sheet.box}
+        ${this.legend}
+      </section>`;
+    this.sheet.on({
+      pointermove: (e) => this.point(this.cellAt(e.offsetX, e.offsetY), e),
+      pointerleave: () => this.point(null),
+      blur: () => this.point(null),
+      click: (e) => this.pick(this.cellAt(e.offsetX, e.offsetY)),
+      keydown: (e) => this.key(e),
+    });
   }
 
-  listen() {
-    const canvas = this.sheet.node;
-    canvas.addEventListener("pointermove", (e) => this.point(this.cellAt(e.offsetX, e.offsetY), e));
-    canvas.addEventListener("pointerleave", () => this.point(null));
-    canvas.addEventListener("blur", () => this.point(null));
-    canvas.addEventListener("click", (e) => this.pick(this.cellAt(e.offsetX, e.offsetY)));
-    canvas.addEventListener("keydown", (e) => {
-      const step = {
-        ArrowLeft: -1,
-        ArrowRight: 1,
-        ArrowUp: -this.experts,
-        ArrowDown: this.experts,
-      }[e.key];
-      if (e.key === "Escape") this.point(null);
-      if (e.key === "Enter") this.pick(this.at);
-      if (step === undefined) return;
-      e.preventDefault();
-      const next = this.at === null ? 0 : this.at + step;
-      if (next >= 0 && next < this.seen.length) this.point(next);
-    });
+  key(event) {
+    const { experts } = this;
+    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -experts, ArrowDown: experts }[event.key];
+    if (event.key === "Escape") this.point(null);
+    if (event.key === "Enter") this.pick(this.at);
+    if (step === undefined) return;
+    event.preventDefault();
+    const next = this.at === null ? 0 : this.at + step;
+    if (next >= 0 && next < this.seen.length) this.point(next);
   }
 
   pick(cell) {
@@ -122,14 +127,14 @@ class CacheMap {
     for (let i = 0; i < marks.length; i++) {
       if (!marks[i]) continue;
       const [x, y, w, t] = box(i);
-      if (marks[i] === LEFT) {
+      if (marks[i] === MARKS.evict) {
         g.fillStyle = ink.soft;
         const aside = w > 16 ? w - size * 0.6 : w / 2; // the middle says what was used
         stamp(g, "evict", x + aside, y + t / 2, size);
         continue;
       }
-      g.strokeStyle = marks[i] === LOADED ? ink.load : ink.prefetch;
-      g.setLineDash(marks[i] === LOADED ? [] : [3, 2]);
+      g.strokeStyle = marks[i] === MARKS.load ? ink.load : ink.prefetch;
+      g.setLineDash(marks[i] === MARKS.load ? [] : [3, 2]);
       g.strokeRect(x + line / 2, y + line / 2, w - line, t - line);
     }
     g.setLineDash([]);
@@ -137,11 +142,7 @@ class CacheMap {
       y = (layer + 1) * grid.t - grid.gap / 2;
     g.fillStyle = ink.text;
     g.fillRect(2, Math.max(0.5, y - 0.75), grid.left + this.experts * grid.w - 2, 1.5);
-    g.beginPath();
-    g.moveTo(0, y - 5);
-    g.lineTo(6, y);
-    g.lineTo(0, y + 5);
-    g.fill();
+    triangle(g, [0, y - 5], [6, y], [0, y + 5]);
   }
 
   drawAxes(g, grid) {
@@ -151,10 +152,10 @@ class CacheMap {
     const down = Math.ceil(13 / grid.t),
       across = [1, 2, 4, 8, 16, 32].find((n) => n * grid.w >= 22) ?? 64;
     for (let l = 0; l < this.layers; l += down)
-      g.fillText(l, grid.left - 6, Math.max(5, (l + 0.5) * grid.t));
+      g.fillText(`${l}`, grid.left - 6, Math.max(5, (l + 0.5) * grid.t));
     g.textAlign = "center";
     for (let e = 0; e < this.experts; e += across) {
-      g.fillText(e, grid.left + (e + 0.5) * grid.w, this.layers * grid.t + 8);
+      g.fillText(`${e}`, grid.left + (e + 0.5) * grid.w, this.layers * grid.t + 8);
     }
   }
 
@@ -211,38 +212,26 @@ class CacheMap {
     const extra = [this.popularity(row, expert), ...(why ? [drawWhy(why)] : [])];
     this.tip.show(...this.where, title, rows, extra);
     const terms = (why?.terms ?? []).map((t) => [`${why.policy}, ${t.name}`, short(t.value)]);
-    this.sheet.node.setAttribute(
-      "aria-label",
-      `${title}: ${[...rows, ...terms].map((r) => r.join(" ")).join(", ")}`,
-    );
+    this.sheet.name(`${title}: ${[...rows, ...terms].map((r) => r.join(" ")).join(", ")}`);
   }
 
   /** How often this layer's experts were used, as a row of bars. */
   popularity(row, expert) {
     const most = Math.max(1, ...row),
-      bars = h("div", { class: "moe-popular", "aria-hidden": true });
-    row.forEach((n, e) => {
-      bars.append(
-        h("i", {
-          style: `height:${Math.max(4, (100 * n) / most)}%`,
-          class: e === expert ? "on" : "",
-        }),
-      );
-    });
-    return bars;
+      bar = (n, e) =>
+        h("i", { style: `height:${Math.max(4, (100 * n) / most)}%`, class: e === expert ? "on" : "" });
+    return markup`<div class="moe-popular" aria-hidden="true">${[...row].map(bar)}</div>`;
   }
 
   relabel() {
-    const swatch = (style, words, name = "") =>
-      h("span", { class: "moe-key" }, h("i", { class: `moe-cell ${name}`, style }), words);
+    const key = (words, name, style) => legendKey(h("i", { class: `moe-cell ${name}`, style }), words),
+      left = legendKey(icon("evict"), "left");
+    left.classList.add("moe-only-past");
     this.legend.replaceChildren(
       ...this.tiers.map((b) =>
-        swatch(`--c:${this.look.tiers[b]};--f:${100 * FILL[b]}%`, `${b} bit`),
+        key(`${b} bit`, "", `--c:${this.look.tiers[b]};--f:${100 * FILL[b]}%`),
       ),
-      swatch("", "loaded", "loaded"),
-      swatch("", "in flight", "flight"),
-      swatch("", "used now", "used"),
-      h("span", { class: "moe-key moe-only-past" }, icon("evict"), "left"),
+      ...[key("loaded", "loaded"), key("in flight", "flight"), key("used now", "used"), left],
     );
     this.draw();
   }
