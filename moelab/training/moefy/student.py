@@ -13,75 +13,24 @@ Letters: T tokens, D model width, F neurons, E experts, K active, R rank.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
-from moelab.training.moefy.grouping import Grouping
-
-__all__ = ["Adapted", "MaskedMoE", "Shape", "Student", "set_top_k"]
+from moelab.demo.mixture import FORMAT, SAMPLE, Delta, Shape, sample
 
 ROUTER = ("mlp.router", "mlp.bias")
 """How the names of a router's parameters end."""
 
 _SOFTNESS = 0.05  # of the straight-through threshold, in units of sigmoid scores
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the mixture looks like.
-
-    Parameters
-    ----------
-    experts
-        Routed experts per layer.
-    shared
-        Neurons of the shared expert, a multiple of an expert's width.
-    ranks
-        Ranks of the low-rank corrections of the attention matrices, of gate and up (one for
-        both), and of down.
-    """
-
-    experts: int = 16
-    shared: int = 512
-    ranks: tuple[int, int, int] = (16, 32, 64)
-
-    def __post_init__(self) -> None:
-        if self.experts < 2 or len(self.ranks) != 3 or min(self.ranks) < 1:
-            raise ValueError(f"{self} needs at least 2 experts and three ranks of at least 1")
-
-    @classmethod
-    def of(cls, neurons: int) -> Shape:
-        """One that fits a layer of so many neurons: a third shared, about 16 experts.
-
-        An expert's width is a multiple of 64 where that is possible, as the kernels like it.
-        """
-        whole = [w for w in range(1, neurons // 3 + 1) if neurons % w == 0]
-        widths = [w for w in whole if w % 64 == 0] or whole
-        if not widths:
-            raise ValueError(f"{neurons} neurons are too few to be split into experts")
-        pieces = min((neurons // w for w in widths), key=lambda count: abs(count - 24))
-        shared = max(1, round(pieces / 3))
-        return cls(experts=pieces - shared, shared=shared * (neurons // pieces))
-
-    def width(self, neurons: int) -> int:
-        """Neurons of one expert of a layer that has so many; a ValueError if it cannot be."""
-        width, left = divmod(neurons - self.shared, self.experts)
-        if left or width < 1 or self.shared % width or not self.shared:
-            raise ValueError(
-                f"{neurons} neurons do not split into {self.shared} shared and {self.experts} "
-                "experts; the rest must divide equally, and shared be a multiple of their width. "
-                f"{Shape.of(neurons)} fits"
-            )
-        return width
-
-    def active(self, neurons: int, top_k: int) -> float:
-        """The share of a layer's neurons that is active for a token."""
-        return (self.shared + top_k * self.width(neurons)) / neurons
 
 
 class Adapted(nn.Module):
@@ -115,18 +64,16 @@ class MaskedMoE(nn.Module):
 
     order: torch.Tensor
 
-    def __init__(self, mlp: Any, grouping: Grouping, shape: Shape) -> None:
+    def __init__(self, mlp: Any, order: torch.Tensor, shape: Shape) -> None:
         super().__init__()
-        order = grouping.order
         gate, up, down = (getattr(mlp, f"{n}_proj").weight for n in ("gate", "up", "down"))
         self.register_buffer("order", order)
-        self.shape, self.width = shape, grouping.width
+        self.shape, self.width = shape, shape.width(len(order))
         self.gate_up = Adapted(torch.cat([gate[order], up[order]]), shape.ranks[1])
         self.down = Adapted(down[:, order], shape.ranks[2])
         self.router = nn.Parameter(torch.zeros(shape.experts, gate.shape[1]))
         self.bias = nn.Parameter(torch.zeros(shape.experts))
         self.top_k: int | torch.Tensor = shape.experts
-        self.counts: torch.Tensor | None = None
 
     def gates(self, x: torch.Tensor) -> torch.Tensor:
         """Gate weights ``[batch, T, E]``: zero where an expert is not chosen, 1 on average."""
@@ -141,8 +88,6 @@ class MaskedMoE(nn.Module):
     def masked(self, x: torch.Tensor) -> torch.Tensor:
         """The neurons' activations times their expert's gate weight."""
         gates = self.gates(x)
-        if self.counts is not None:
-            self.counts += (gates > 0).flatten(0, -2).sum(0)
         mask = gates.unsqueeze(-1).expand(*gates.shape, self.width).flatten(-2)
         shared, routed = self.hidden(x).split([self.shape.shared, mask.shape[-1]], -1)
         return torch.cat([shared, routed * mask], -1)
@@ -164,17 +109,14 @@ def route(scores: torch.Tensor, bias: torch.Tensor, top_k: int | torch.Tensor) -
     top_k
         One number, or an int64 tensor ``[batch]`` for scores ``[batch, T, E]``.
     """
+    if isinstance(top_k, int):
+        top_k = torch.full((len(scores),), top_k)
+    active = top_k.view(-1, *[1] * (scores.dim() - 1))  # a number per leading index
     choice = scores + bias
     ranked = choice.sort(-1, descending=True).values
-    experts = scores.shape[-1]
-    if isinstance(top_k, int):
-        active: torch.Tensor | int = top_k
-        low, high = ranked[..., min(top_k, experts - 1), None], ranked[..., top_k - 1, None]
-    else:
-        active = top_k.view(-1, *[1] * (scores.dim() - 1))  # a number per leading index
-        last = (active - 1).expand(*scores.shape[:-1], 1)
-        high = ranked.gather(-1, last)
-        low = ranked.gather(-1, (last + 1).clamp(max=experts - 1))
+    last = (active - 1).expand(*scores.shape[:-1], 1)
+    high = ranked.gather(-1, last)
+    low = ranked.gather(-1, (last + 1).clamp(max=scores.shape[-1] - 1))
     hard = (choice >= high).to(scores.dtype)
     soft = torch.sigmoid((choice - (low + high) / 2) / _SOFTNESS)
     weights = scores * (hard + soft - soft.detach())
@@ -188,20 +130,20 @@ class Student(nn.Module):
     ----------
     dense
         The model to start from; it is copied, and its weights are frozen in the copy.
-    groupings
-        One for each layer.
+    orders
+        Of each layer's neurons, as in a `Delta`.
     shape
         What the mixture looks like.
     """
 
     model: Any
 
-    def __init__(self, dense: nn.Module, groupings: list[Grouping], shape: Shape) -> None:
+    def __init__(self, dense: nn.Module, orders: Sequence[torch.Tensor], shape: Shape) -> None:
         super().__init__()
         self.shape = shape
         self.model = copy.deepcopy(dense).requires_grad_(requires_grad=False)
-        for layer, grouping in zip(self.model.model.layers, groupings, strict=True):
-            layer.mlp = MaskedMoE(layer.mlp, grouping, shape)
+        for layer, order in zip(self.model.model.layers, orders, strict=True):
+            layer.mlp = MaskedMoE(layer.mlp, order.long(), shape)
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 dense_one = getattr(layer.self_attn, name)
                 adapted = Adapted(dense_one.weight, shape.ranks[0], dense_one.bias)
@@ -219,37 +161,34 @@ class Student(nn.Module):
         """What trains, by name."""
         return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
 
-    def delta(self) -> dict[str, torch.Tensor]:
+    def delta(self) -> Delta:
         """Everything that is not in the dense model: what trained, and the neurons' order."""
         tensors = {name: p.detach() for name, p in self.trained()}
+        if not tensors:
+            raise ValueError("a student that was rounded has no delta; save it before")
         for i, mixture in enumerate(self.mixtures):
             tensors[f"model.layers.{i}.mlp.order"] = mixture.order.to(torch.int32)
-        return tensors
+        return Delta(self.shape, tensors)
 
-    def load_delta(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Put a delta's values in place; the groupings must be those it was made with.
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> Student:
+        """Put a delta's values in place, whose order of neurons must be this one's; itself.
 
         Raises
         ------
         ValueError
             A tensor is missing or has another shape.
         """
-        with torch.no_grad():
-            for name, parameter in self.trained():
-                if name not in tensors or tensors[name].shape != parameter.shape:
-                    found = list(tensors[name].shape) if name in tensors else "missing"
-                    raise ValueError(f"{name} is {found}, not {list(parameter.shape)}")
-                parameter.copy_(tensors[name])
-
-    def sample(self) -> torch.Tensor:
-        """A few frozen weights, float32 ``[64]``, by which the dense model is known again."""
-        first, *_, last = self.model.model.layers
-        parts = [layer.self_attn.q_proj.weight.flatten()[:32] for layer in (first, last)]
-        return torch.cat(parts).float()
+        for name, parameter in self.trained():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                found = list(tensors[name].shape) if name in tensors else "missing"
+                raise ValueError(f"{name} is {found}, not {list(parameter.shape)}")
+            parameter.copy_(tensors[name])
+        return self
 
     @torch.no_grad()
     def rounded(self, dtype: torch.dtype) -> Student:
-        """Round in place what a checkpoint of this type would round; itself.
+        """Round in place what a checkpoint of this type would round; itself, to be measured only.
 
         Routers stay as they are: where two experts are nearly equal, a rounded one chooses
         another.
@@ -261,11 +200,8 @@ class Student(nn.Module):
         for name, parameter in self.model.named_parameters():
             if not name.endswith(ROUTER):
                 parameter.copy_(parameter.to(dtype))
+        self.requires_grad_(requires_grad=False)
         return self
-
-    def facts(self) -> dict[str, object]:
-        """The shape, for a delta's metadata."""
-        return asdict(self.shape)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids ``[batch, T]`` to the last hidden states ``[batch, T, D]``."""
@@ -285,3 +221,56 @@ def set_top_k(student: Student, top_k: int | torch.Tensor) -> None:
     """Set the number of active experts in every layer."""
     for mixture in student.mixtures:
         mixture.top_k = top_k
+
+
+def orders(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The order of the neurons of each layer in a delta's tensors."""
+    count = sum(name.endswith(".mlp.order") for name in tensors)
+    return [tensors[f"model.layers.{i}.mlp.order"] for i in range(count)]
+
+
+def save_delta(
+    student: Student, path: str | os.PathLike[str], *, facts: dict[str, Any] | None = None
+) -> int:
+    """Write a student's delta as one safetensors file of half precision; its size in bytes.
+
+    Parameters
+    ----------
+    student
+        A trained student.
+    path
+        The file, replaced as a whole.
+    facts
+        Anything JSON holds: what it was made from, and how.
+
+    Raises
+    ------
+    ValueError
+        A value is not finite in half precision.
+    """
+    path, tensors = Path(path), {}
+    for name, value in student.delta().tensors.items():
+        tensors[name] = (value.half() if value.is_floating_point() else value).contiguous()
+        if value.is_floating_point() and not tensors[name].isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite; train at a lower rate")
+    shape = json.dumps(asdict(student.shape))
+    metadata = {"format": FORMAT, "shape": shape, "facts": json.dumps(facts or {})}
+    partial = path.with_name(f"{path.name}.partial")
+    save_file({**tensors, SAMPLE: sample(student.model)}, partial, metadata=metadata)
+    partial.replace(path)
+    return path.stat().st_size
+
+
+def load_delta(dense: Any, path: str | os.PathLike[str]) -> tuple[Student, dict[str, Any]]:
+    """The student that a delta makes of its dense model, and the facts kept with it.
+
+    Raises
+    ------
+    ValueError
+        The file is no delta, is damaged, or belongs to another model.
+    FileNotFoundError
+        There is no such file.
+    """
+    delta = Delta.load(path, dense)
+    student = Student(dense, orders(delta.tensors), delta.shape).eval()
+    return student.load(delta.tensors), delta.facts

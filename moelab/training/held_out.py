@@ -1,7 +1,7 @@
 """Write `prompts.json`: held-out starts to continue, and probes to measure quality on.
 
 Both are cut verbatim from validation documents, which training never saw; a passage that is not
-found there is an error.  Run it when the corpus has changed: `python -m moelab.demo.held_out`.
+found there is an error.  Run it when the corpus has changed: `python -m moelab.training.held_out`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def build(data: Path) -> dict[str, dict]:
 
 
 def main(
-    data: Annotated[Path | None, typer.Option(help="folder of the corpus [user cache]")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of the corpus (user cache)")] = None,
 ) -> None:
     """Write prompts.json from the validation documents."""
     held_out = build(data or cache_dir() / "demo" / "corpus")

@@ -9,16 +9,14 @@ Letters: N windows, T tokens of a window, V vocabulary, L layers, E experts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from moelab.training.moefy.student import Student, set_top_k
-
-__all__ = ["compare", "continuations", "routing"]
 
 
 @torch.no_grad()
@@ -49,54 +47,49 @@ def compare(
         Columns domain, top_k, active (share of the feed-forward neurons), dense and perplexity,
         ratio, its standard error over the windows, kl, same_top1 and windows (how many).
     """
-    neurons = dense.config.intermediate_size
-    rows = []
+    parts = []  # of each window, means per token
     for domain, windows in texts.items():
-        base, found = [], {k: [] for k in top_ks}  # of each window, means per token
         for ids in windows.split(batch):
             theirs = dense(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
             following = ids[:, 1:, None]
-            base.append(-theirs.gather(-1, following)[..., 0].mean(1))
             for k in top_ks:
                 set_top_k(student, k)
                 ours = student.logits(student(ids))[:, :-1].log_softmax(-1)
-                loss = -ours.gather(-1, following)[..., 0].mean(1)
-                kl = (theirs.exp() * (theirs - ours)).sum(-1).mean(1)
-                same = (theirs.argmax(-1) == ours.argmax(-1)).float().mean(1)
-                found[k].append(torch.stack([loss, kl, same]))
-        reference = torch.cat(base)
-        for k in top_ks:
-            loss, kl, same = torch.cat(found[k], 1)
-            ratio = math.exp((loss - reference).mean())
-            spread = float((loss - reference).std()) if len(loss) > 1 else math.nan
-            rows.append(
-                {
-                    "domain": domain,
-                    "top_k": k,
-                    "active": student.shape.active(neurons, k),
-                    "dense": math.exp(reference.mean()),
-                    "perplexity": math.exp(loss.mean()),
-                    "ratio": ratio,
-                    "error": ratio * spread / len(loss) ** 0.5,
-                    "kl": float(kl.mean()),
-                    "same_top1": float(same.mean()),
-                    "windows": len(loss),
+                figures = {
+                    "dense": -theirs.gather(-1, following)[..., 0],
+                    "perplexity": -ours.gather(-1, following)[..., 0],
+                    "kl": (theirs.exp() * (theirs - ours)).sum(-1),
+                    "same_top1": (theirs.argmax(-1) == ours.argmax(-1)).float(),
                 }
-            )
-    return pd.DataFrame(rows)
+                means = {name: x.mean(1).double().numpy() for name, x in figures.items()}
+                parts.append(pd.DataFrame({"domain": domain, "top_k": k, **means}))
+    each: Any = pd.concat(parts).assign(ratio=lambda t: t.perplexity - t.dense)
+    groups = each.groupby(["domain", "top_k"], sort=False)
+    table = groups.mean()
+    logs = ["dense", "perplexity", "ratio"]
+    table[logs] = np.exp(table[logs])
+    table["windows"] = groups.size()
+    table["error"] = table.ratio * groups.ratio.std() / table.windows**0.5
+    table = table.reset_index()
+    neurons = dense.config.intermediate_size
+    table["active"] = [student.shape.active(neurons, k) for k in table.top_k]
+    return table[["domain", "top_k", "active", *logs, "error", "kl", "same_top1", "windows"]]
 
 
 @torch.no_grad()
 def routing(student: Student, windows: torch.Tensor, *, top_k: int) -> torch.Tensor:
     """The share of tokens that choose each expert, ``[L, E]``; each row sums to ``top_k``."""
     set_top_k(student, top_k)
-    counts = torch.zeros(len(student.mixtures), student.shape.experts)
-    for mixture, row in zip(student.mixtures, counts, strict=True):
-        mixture.counts = row
+    shares: list[torch.Tensor] = []
+
+    def count(mixture: Any, args: tuple[torch.Tensor, ...]) -> None:
+        shares.append((mixture.gates(args[0]) > 0).float().mean((0, 1)))
+
+    hooks = [mixture.register_forward_pre_hook(count) for mixture in student.mixtures]
     student(windows)
-    for mixture in student.mixtures:
-        mixture.counts = None
-    return counts / windows.numel()
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(shares)
 
 
 def continuations(
@@ -122,17 +115,14 @@ def continuations(
     progress
         Called with each prompt before it is answered.
     """
+    options = {"return_tensors": "pt", "return_dict": True}
     rows = []
     for prompt in prompts:
         if progress is not None:
             progress(prompt)
         if getattr(tokenizer, "chat_template", None):
-            inputs = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
+            chat = [{"role": "user", "content": prompt}]
+            inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, **options)
         else:
             inputs = tokenizer(prompt, return_tensors="pt")
         row = {"prompt": prompt}
