@@ -275,7 +275,7 @@ class Scheduler:
         served = {row[2] for row in plan.rows if row[0] in (e.HIT, e.LOAD, e.SUBSTITUTE)}
         mask = np.zeros(self.shape.n, np.bool_)
         mask[[self.shape.offset[plan.layer] + expert for expert in served]] = True
-        mask &= limit.inside(self.cache) & (self.cache.held & _PINNED == 0)
+        mask &= limit.mask(self.cache, _PINNED)
         victims = Victims(self.cache, scores(self.strategy.evict, self.view), mask)
         key = next(victims.allowed(_PINNED), None)
         if key is None:
@@ -376,7 +376,7 @@ class Scheduler:
         if (limit, held) not in self._victims:
             if self._score is None:
                 self._score = scores(self.strategy.evict, self.view)
-            mask = limit.inside(self.cache) & (self.cache.held & held == 0)
+            mask = limit.mask(self.cache, held)
             self._victims[limit, held] = Victims(self.cache, self._score, mask)
         victims = self._victims[limit, held]
         bits = self.cache.bits_of[instead] if instead >= 0 else 0

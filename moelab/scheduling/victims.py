@@ -28,14 +28,15 @@ class Limit:
     def __init__(self, layer: slice | None = None, tier: int = 0) -> None:
         self.layer, self.tier = layer, tier
 
-    def inside(self, cache: Cache) -> np.ndarray:
-        """The resident copies that count, bool ``[n]``."""
+    def mask(self, cache: Cache, held: int) -> np.ndarray:
+        """The resident copies that count and have none of the flags ``held``, bool ``[n]``."""
+        # Bits are at most 16 and a flag at least 1: one comparison says both, in half the time.
+        mask = cache.bits > ((cache.held & held) << 4)
         if self.tier:
-            return cache.bits == self.tier
-        if self.layer is None:
-            return cache.bits > 0
-        mask = np.zeros(len(cache.bits), np.bool_)
-        mask[self.layer] = cache.bits[self.layer] > 0
+            mask &= cache.bits == self.tier
+        if self.layer is not None:
+            mask[: self.layer.start] = False
+            mask[self.layer.stop :] = False
         return mask
 
     def holds(self, key: Key, bits: int) -> bool:
@@ -82,9 +83,10 @@ class Victims:
 
     def __init__(self, cache: Cache, score: np.ndarray, mask: np.ndarray) -> None:
         self._cache = cache
-        self._rest = np.flatnonzero(mask)  # [m] not in order yet
+        self._rest = mask.nonzero()[0]  # [m] not in order yet, but for the taken
         self._score = score[self._rest]
-        if np.isnan(self._score).any() if self._score.dtype.kind == "f" else False:
+        self._taken: np.ndarray | None = None
+        if self._score.dtype.kind == "f" and np.isnan(self._score).any():
             raise ValueError("a score is not a number (NaN); return a number for each resident")
         self._order: list[Key] = []
         self._first = 0  # those before it are gone for good, or held
@@ -106,15 +108,17 @@ class Victims:
 
     def _more(self) -> bool:
         """Put some more in order; False where there are none."""
+        if self._taken is not None:
+            left = np.ones(len(self._rest), np.bool_)
+            left[self._taken] = False
+            self._rest, self._score, self._taken = self._rest[left], self._score[left], None
         if not len(self._rest):
             return False
-        count = max(_FIRST, 3 * len(self._order))
-        lowest = self._lowest(count)
-        order = np.lexsort((self._cache.last_use[self._rest[lowest]], self._score[lowest]))
-        self._order += self._rest[lowest[order]].tolist()
-        left = np.ones(len(self._rest), np.bool_)
-        left[lowest] = False
-        self._rest, self._score = self._rest[left], self._score[left]
+        lowest = self._lowest(max(_FIRST, 3 * len(self._order)))
+        keys = self._rest[lowest]
+        order = np.lexsort((self._cache.last_use[keys], self._score[lowest]))
+        self._order += keys[order].tolist()
+        self._taken = lowest
         return True
 
     def _lowest(self, count: int) -> np.ndarray:
@@ -122,10 +126,12 @@ class Victims:
         score = self._score
         if count >= len(score):
             return np.arange(len(score))
-        edge = np.partition(score, count - 1)[count - 1]
-        below, equal = np.flatnonzero(score < edge), np.flatnonzero(score == edge)
-        lack = count - len(below)
-        if lack < len(equal):
-            oldest = np.argpartition(self._cache.last_use[self._rest[equal]], lack - 1)[:lack]
-            equal = equal[oldest]
-        return np.concatenate((below, equal))
+        lowest = score.argpartition(count - 1)[:count]
+        found = score[lowest]
+        edge = found.max()
+        mine, equal = found == edge, (score == edge).nonzero()[0]
+        lack = np.count_nonzero(mine)
+        if lack == len(equal):
+            return lowest
+        oldest = self._cache.last_use[self._rest[equal]].argpartition(lack - 1)[:lack]
+        return np.concatenate((lowest[~mine], equal[oldest]))
