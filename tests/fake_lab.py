@@ -32,6 +32,7 @@ class FakeReport:
     token: int
     text: str
     compute_ms: float = 0.0
+    deciding_ms: float = 0.0
     stall_ms: dict[str, float] = field(default_factory=dict)
     bytes: int = 0
     hits: int = 0
@@ -47,7 +48,7 @@ class FakeReport:
 
     @property
     def total_ms(self) -> float:
-        return self.compute_ms + sum(self.stall_ms.values())
+        return self.compute_ms + self.deciding_ms + sum(self.stall_ms.values())
 
 
 class FakeRun:

@@ -1,8 +1,8 @@
-"""The document of a recording: its fields, how it is packed, and how a broken one is told.
+"""A recording as a file: its fields, how it is packed, and how a broken file is refused.
 
-A document is plain JSON but for long columns of numbers, which are little-endian arrays in base64.
-Packed it is JSON in gzip: never pickle, so a file from a stranger can be read. `unpack` believes
-nothing: every field is looked at before anybody draws it, and an error names file and field.
+It is plain JSON but for long columns of numbers, which are little-endian arrays in base64. Packed
+it is JSON in gzip: never pickle, so a file from a stranger can be read. `unpack` believes nothing:
+every field is checked before anybody draws it, and an error names file and field.
 
 T tokens, L layers, K active experts.
 """
@@ -15,9 +15,9 @@ import functools
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import fastjsonschema
@@ -50,6 +50,12 @@ MOST_BYTES = 512 * 2**20
 """A document larger than this is refused before it is unpacked whole."""
 
 MOST_EXPERTS = 2**20
+LATER_COLUMNS = {"deciding_ms"}
+"""Columns of a token that older files lack; they are 0 there."""
+
+RECORDING = '<script id="moelab-recording" type="application/gzip;base64">'
+"""What an exported page holds its recording in, base64 of the packed one."""
+
 _AGAIN = "record it again with run.save(path)"
 
 # -- the fields, as a JSON schema -----------------------------------------------------------------
@@ -66,7 +72,7 @@ _SUMMED = (
 )
 
 
-def _list(of: dict[str, Any], **limits: int) -> dict[str, Any]:
+def _list(of: Any, **limits: Any) -> dict[str, Any]:
     return {"type": "array", "items": of, **limits}
 
 
@@ -75,9 +81,8 @@ def _object(optional: tuple[str, ...] = (), /, **fields: Any) -> dict[str, Any]:
     return {"type": "object", "properties": fields, "required": needed}
 
 
-_PAIR = {"type": "array", "items": [_TEXT, {"type": "number"}], "minItems": 2, "maxItems": 2}
-_WHO = {"type": "array", "items": [_INDEX, _INDEX, _INDEX], "additionalItems": _FIGURE}
-_WHO |= {"minItems": 3}
+_PAIR = _list([_TEXT, _NUMBER], minItems=2, maxItems=2)
+_WHO = _list([_INDEX, _INDEX, _INDEX], additionalItems=_FIGURE, minItems=3)
 _EVICTION = _object(
     policy=_TEXT,
     error=_TEXT,
@@ -86,7 +91,7 @@ _EVICTION = _object(
     victim=_WHO,
     survivors=_list(_WHO, maxItems=8),
 )
-_CHANGE = {"type": "array", "items": [_INDEX, _WORDS], "minItems": 2, "maxItems": 2}
+_CHANGE = _list([_INDEX, _WORDS], minItems=2, maxItems=2)
 _SETTING = _object(token=_INDEX, shown=_WORDS, code=_TEXT, update=_TEXT, short=_TEXT, about=_TEXT)
 SCHEMA = _object(
     ("evictions",),
@@ -111,7 +116,7 @@ SCHEMA = _object(
     pieces=_list(_TEXT),
     ids=_list(_INDEX),
     error=_TEXT,
-    columns={"const": list(COLUMNS)},
+    columns=_list({"enum": list(COLUMNS)}, uniqueItems=True),
     values=_TEXT,
     changes=_list(_CHANGE),
     marks=_list(_object(first=_INDEX, last=_INDEX, keys=_list(_TEXT), label=_TEXT)),
@@ -122,19 +127,14 @@ SCHEMA = _object(
     gates=_object(K=_SIZE, expert=_TEXT, weight=_TEXT, wanted={"type": ["string", "null"]}),
     top=_object(
         served=_list(_list(_PAIR, maxItems=5)),
-        full=_list({"type": ["array", "null"], "items": _PAIR, "maxItems": 5}),
+        full=_list(_list(_PAIR, maxItems=5) | {"type": ["array", "null"]}),
     ),
     evictions={
         "type": "object",
         "patternProperties": {"^[0-9]{1,9}$": _EVICTION},
         "additionalProperties": False,
     },
-    summary=_object(
-        kl_mean=_FIGURE,
-        device=_TEXT,
-        timing=_TEXT,
-        **dict.fromkeys(_SUMMED, _NUMBER),
-    ),
+    summary=_object(kl_mean=_FIGURE, device=_TEXT, timing=_TEXT, **dict.fromkeys(_SUMMED, _NUMBER)),
 )
 
 
@@ -171,16 +171,6 @@ def pack(document: dict[str, Any]) -> bytes:
     return gzip.compress(text.encode(), compresslevel=6, mtime=0)
 
 
-def replaced(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: an interrupted writing leaves what was there."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def unpack(data: bytes, name: str) -> dict[str, Any]:
     """The document in a file's bytes, checked.
 
@@ -200,8 +190,28 @@ def unpack(data: bytes, name: str) -> dict[str, Any]:
         document = json.loads(_text(data), parse_constant=_refused)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
         raise ValueError(f"{name} is cut off or no moelab recording ({e}); {_AGAIN}") from None
-    check(document, name)
+    try:
+        _schema()(document)
+        _complete(document)
+        _columns(document)
+    except (fastjsonschema.JsonSchemaValueException, ValueError) as e:
+        raise ValueError(f"{name}: {str(e).removeprefix('data.')}; {_AGAIN}") from None
     return document
+
+
+def embedded(page: str) -> bytes | None:
+    """The packed recording inside an exported page; None where there is none.
+
+    Raises
+    ------
+    ValueError
+        It is there, but is not base64: the file is damaged.
+    """
+    found = re.search(re.escape(RECORDING) + r"([^<]*)</script>", page)
+    try:
+        return found and base64.b64decode(found[1], validate=True)
+    except binascii.Error as e:
+        raise ValueError(f"the recording inside the page is damaged: {e}") from e
 
 
 def _refused(word: str) -> float:
@@ -215,19 +225,17 @@ def _text(data: bytes) -> bytes:
     return text
 
 
-def check(document: Any, name: str) -> None:
-    """Refuse a document that is not what `moelab.runs.snapshot` writes.
-
-    Raises
-    ------
-    ValueError
-        With the name of the file and of the first field that is wrong.
-    """
-    try:
-        _schema()(document)
-        _columns(document)
-    except (fastjsonschema.JsonSchemaValueException, ValueError) as e:
-        raise ValueError(f"{name}: {str(e).removeprefix('data.')}; {_AGAIN}") from None
+def _complete(d: dict[str, Any]) -> None:
+    """Give an older file the columns of tokens that came later."""
+    if missing := set(COLUMNS) - LATER_COLUMNS - set(d["columns"]):
+        raise ValueError(f"columns must have {min(missing)}")
+    if d["columns"] != list(COLUMNS):
+        size = len(d["columns"]) * len(d["pieces"])
+        rows = _column(d, "", "values", "<f4", size).reshape(len(d["columns"]), -1)
+        known = dict(zip(d["columns"], rows, strict=True))
+        none = np.zeros(len(d["pieces"]), "<f4")
+        d["values"] = encoded(np.array([known.get(name, none) for name in COLUMNS]), "<f4")
+        d["columns"] = list(COLUMNS)
 
 
 def _columns(d: dict[str, Any]) -> None:

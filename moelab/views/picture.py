@@ -1,190 +1,288 @@
-"""The views of the dashboard as SVG, drawn by hand: cache map, latency bars, shaded text.
+"""A frame drawn by matplotlib: cache map, latency bars, memory, KL and text, as SVG or PNG.
 
-Each function takes a frame and the y it begins at, and returns markup and the height it took.
-Colours, fill and hatches are those of the live view on a light page (static/look.js).
+Colours are Okabe-Ito's and viridis', those of the live view on a light page (static/), and never
+the only cue: tiers differ by how full a cell is, causes of waiting by hatch. The picture has its
+own light ground and asks for no font that matplotlib does not bring; in the SVG, text stays text.
 """
 
 from __future__ import annotations
 
-import math
+import io
+import itertools
+import re
+import textwrap
+import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from html import escape
 from typing import Any
 
 import numpy as np
 
 from moelab.runs.tokens import CAUSES, COLUMNS
-from moelab.widgets.frame import MAP_TYPES
 
-WIDTH, MARGIN, AXIS = 960, 20, 34
+WIDTH, DPI, MARGIN, AXIS = 960, 100, 20, 40  # in pixels, but for the pixels of an inch
 TIERS = {16: "#482475", 8: "#355f8d", 4: "#21918c", 3: "#44bf70", 2: "#9bd93c"}
 FILL = {16: 1.0, 8: 0.74, 4: 0.5, 3: 0.36, 2: 0.24}
-PARTS = dict(
-    zip(("compute", *CAUSES), ("#56a0d3", "#d55e00", "url(#moe-late)", "#a8518a"), strict=True)
-)
+PARTS = {
+    "compute": ("#56a0d3", ""),
+    "deciding": ("#8a8f98", "----"),
+    **dict(zip(CAUSES, (("#d55e00", ""), ("#e69f00", "/////"), ("#a8518a", "xxxx")), strict=True)),
+}
+"""What a token's time goes into: colour and hatch."""
+
 COST, KL, TEXT, SOFT, LINE, CELL = "#d55e00", "#00795a", "#1f2328", "#656d76", "#d0d7de", "#f0f2f5"
-HATCH = (
-    '<defs><pattern id="moe-late" width="4" height="4" patternUnits="userSpaceOnUse" '
-    'patternTransform="rotate(45)"><rect width="4" height="4" fill="#fff"/>'
-    '<rect width="2.4" height="4" fill="#e69f00"/></pattern></defs>'
-)
-KL_LOW, KL_HIGH = 1e-4, 1.0
+EMULATED = "#a35200"
+CHAR, ROW = 7.25, 18.0  # one character of the text, in pixels
+_MONO = "'DejaVu Sans Mono', Menlo, 'Liberation Mono', 'Courier New', monospace"
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "moelab",  # the same frame gives the same bytes
+    "font.size": 8.6,
+    "text.color": TEXT,
+    "text.parse_math": False,
+    "axes.edgecolor": LINE,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "hatch.linewidth": 0.5,
+}
+_LOCK = threading.Lock()  # matplotlib's settings belong to the process
 
 
-def words(
-    x: float, y: float, text: object, *, fill: str = TEXT, size: int = 12, anchor: str = "start",
-    weight: int = 400,
-) -> str:  # fmt: skip
-    """One line of text; ``y`` is its base line."""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}" font-size="{size}" text-anchor="{anchor}" '
-        f'font-weight="{weight}">{clean(str(text))}</text>'
-    )
+def picture(
+    frame: Mapping[str, Any], model: Mapping[str, Any], head: tuple[str, ...], kind: str
+) -> bytes:
+    """The whole picture.
+
+    Parameters
+    ----------
+    frame, model
+        As `moelab.views.report.Report` has them.
+    head
+        Title, figures and settings, in words.
+    kind
+        ``"svg"`` or ``"png"``, which has twice the size in pixels.
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed; the message has the command that installs it.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as e:
+        raise ImportError("a picture needs matplotlib: pip install matplotlib") from e
+    file = io.BytesIO()
+    with _LOCK, mpl.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font lacks: the SVG has them
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
+        kinds = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else None
+        _Page(frame, model, head).figure.savefig(file, format=kind, dpi=2 * DPI, metadata=kinds)
+    if kind == "png":
+        return file.getvalue()
+    svg = file.getvalue().decode()
+    svg = re.sub(r"'DejaVu Sans Mono'(?:, monospace)?", _MONO, svg[svg.index("<svg") :])
+    return svg.encode()
 
 
-def box(x: float, y: float, wide: float, tall: float, fill: str, opacity: float = 1) -> str:
-    """One filled rectangle."""
-    see = f'" fill-opacity="{opacity:.2f}' if opacity < 1 else ""
-    size = f'width="{wide:.1f}" height="{tall:.1f}"'
-    return f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="{fill}{see}"/>'
+class _Page:
+    """The figure while it is drawn: lanes under each other, each as tall as it needs."""
+
+    def __init__(
+        self, frame: Mapping[str, Any], model: Mapping[str, Any], head: tuple[str, ...]
+    ) -> None:
+        from matplotlib.figure import Figure
+
+        self.frame, self.model = frame, model
+        rows = np.frombuffer(frame["values"], "<f4").reshape(len(COLUMNS), frame["count"])
+        self.values: dict[str, np.ndarray] = dict(zip(COLUMNS, rows, strict=True))  # [T] each
+        pieces = [clean(piece) for piece in (frame["prompt"], *frame["texts"])]
+        self.text = list(lay_out(pieces, columns=int((WIDTH - 2 * MARGIN) / CHAR)))
+        self.lines = [line for words in head[1:] for line in textwrap.wrap(words, 135)]
+        self.known = np.flatnonzero(np.isfinite(self.values["kl"]))
+        self.map_px = model["layers"] * min(22.0, max(5.0, 240 / model["layers"]))
+        rows_px = ROW * (1 + max((row for *_, row in self.text), default=0))
+        lanes = 234 + 52 * bool(len(self.known)) if frame["count"] else 52
+        self.height = 42 + 17 * len(self.lines) + 50 + self.map_px + lanes + 36 + rows_px + MARGIN
+        self.figure = Figure((WIDTH / DPI, self.height / DPI), dpi=DPI)
+        self.y = 27.0
+        self._head(head[0])
+        self._map()
+        if frame["count"]:
+            self._bars()
+        else:
+            self._title("Latency per token")
+            self._say(MARGIN + 150, "no token yet", color=SOFT)
+        self._text()
+
+    # -- pixels from the top left ---------------------------------------------------------------
+
+    def _say(self, x: float, words: str, **style: Any) -> Any:
+        place = x / WIDTH, 1 - self.y / self.height
+        return self.figure.text(*place, words, **{"va": "baseline", **style})
+
+    def _title(self, words: str, gap: float = 30) -> None:
+        self.y += gap
+        self._say(MARGIN, words, weight="bold")
+
+    def _lane(self, tall: float, *, gap: float = 8, left: float = MARGIN + AXIS) -> Any:
+        """Axes below what is there already."""
+        self.y += gap + tall
+        wide = WIDTH - left - MARGIN
+        box = left / WIDTH, 1 - self.y / self.height, wide / WIDTH, tall / self.height
+        axes = self.figure.add_axes(box)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(length=0)
+        return axes
+
+    def _legend(self, entries: Iterable[tuple[str, str, str, float]]) -> None:
+        """On the title's line: words, colour, hatch and how full the box is."""
+        from matplotlib.patches import Rectangle
+
+        x = MARGIN + 150.0
+        for words, colour, hatch, full in entries:
+            for share, fill, lines in ((1.0, CELL, ""), (full, colour, hatch)):
+                low, size = 1 - (self.y + 2) / self.height, (10 / WIDTH, 12 * share / self.height)
+                look = {"facecolor": fill, "hatch": lines, "edgecolor": "w", "linewidth": 0}
+                self.figure.add_artist(Rectangle((x / WIDTH, low), *size, **look))
+            self._say(x + 15, words, color=SOFT, size=8)
+            x += 40 + 6.4 * len(words)
+
+    # -- the parts ------------------------------------------------------------------------------
+
+    def _head(self, title: str) -> None:
+        origin = self.frame["origins"][-1]
+        emulated = origin["emulated"]
+        self._say(MARGIN, title, size=10, weight="bold")
+        colour = EMULATED if emulated else KL
+        edge = {"boxstyle": "round,pad=0.35,rounding_size=0.9", "fc": "none", "ec": colour}
+        words = f"{'emulated' if emulated else 'measured'}: {origin['title']}"
+        style = {"ha": "right", "color": colour, "weight": "bold"}
+        self._say(WIDTH - MARGIN - 8, words, bbox=edge | {"ls": "--" if emulated else "-"}, **style)
+        self.y += 4
+        for line in self.lines:
+            self.y += 17
+            self._say(MARGIN, line, color=TEXT if line == self.lines[0] else SOFT)
+
+    def _map(self) -> None:
+        """Layers down, experts across: colour and fill are the resident bits."""
+        from matplotlib.colors import to_rgb
+
+        shape = self.model["layers"], self.model["experts"]
+        bits = np.frombuffer(self.frame["map"]["bits"], "<u1").reshape(shape)  # [L, E]
+        self._title("Cache map")
+        self._legend((f"{tier} bit", TIERS[tier], "", FILL[tier]) for tier in self.model["tiers"])
+        tall, wide = 12, 8  # dots of a cell
+        full = np.select([bits == tier for tier in FILL], list(FILL.values()), 0.0)
+        colours = np.full((256, 3), to_rgb(CELL))
+        colours[list(TIERS)] = [to_rgb(colour) for colour in TIERS.values()]
+        filled = np.arange(tall, 0, -1)[:, None] <= np.rint(tall * full)[:, None, :]  # [L, dots, E]
+        dots = np.where(filled[..., None], colours[bits][:, None], to_rgb(CELL))
+        dots = np.repeat(dots[:, :, :, None], wide, axis=3)  # [L, dots, E, dots, 3]
+        dots[:, -1], dots[:, :, :, -1] = 1.0, 1.0
+        dots = dots.reshape(tall * shape[0], wide * shape[1], 3)
+        axes = self._lane(self.map_px)
+        axes.imshow(dots, extent=(0, shape[1], shape[0], 0), aspect="auto", interpolation="none")
+        axes.spines["bottom"].set_visible(False)
+        axes.set_xticks([])
+        layers = range(0, shape[0], -(-13 * shape[0] // int(self.map_px)))
+        axes.set_yticks(np.array(layers) + 0.5, map(str, layers))
+
+    def _bars(self) -> None:
+        """One bar a token, stacked by cause; under it memory against budget, and KL."""
+        values, count = self.values, self.frame["count"]
+        edges = np.append(np.add.outer(np.arange(count), (0, 0.86)).ravel(), count)
+        self._title("Latency per token")
+        self._legend((part, *look, 1.0) for part, look in PARTS.items())
+        axes = self._lane(120, gap=38)
+        axes.grid(visible=True)
+        axes.set(xlim=(0, max(count, 40)), xticks=[])
+        axes.set_ylim(0, 1.15 * max(0.5, float(np.quantile(values["total_ms"], 0.96))))
+        axes.locator_params(axis="y", nbins=3)
+        axes.text(-0.006, 1.04, "ms", transform=axes.transAxes, ha="right", color=SOFT, size=7)
+        below = np.zeros(count)
+        for part, (colour, hatch) in PARTS.items():
+            spent = values.get(f"{part}_ms", values.get(part))
+            if spent is None or not spent.any():
+                continue
+            tops, bases = (np.repeat(v, 2) for v in (below + spent, below))
+            tops[1::2] = np.nan  # the gap between two tokens
+            fill = {"fill": True, "facecolor": colour, "edgecolor": "w", "linewidth": 0}
+            axes.stairs(tops, edges, baseline=bases, hatch=hatch, **fill)
+            below = below + spent
+        self._marks(axes)
+        self._memory(axes)
+        if len(self.known):
+            lane = self._lane(34, gap=18)
+            lane.plot(self.known + 0.43, values["kl"][self.known].clip(1e-4, 1), "_", c=KL, ms=3)
+            lane.set(xlim=axes.get_xlim(), xticks=[], yscale="log", ylim=(1e-4, 1))
+            lane.set_yticks([1e-4, 1e-2, 1], ["10⁻⁴", "KL", "1"])
+            lane.minorticks_off()
+
+    def _memory(self, above: Any) -> None:
+        held, budget = self.values["resident_bytes"] / 1e6, self.values["budget_bytes"] / 1e6
+        lane, edges = self._lane(34, gap=12), np.arange(len(held) + 1)
+        lane.stairs(held, edges, fill=True, color="#b8c0c8")
+        lane.stairs(budget, edges, baseline=None, color=TEXT, linestyle="--", linewidth=0.8)
+        most = max(float(budget.max()), float(held.max()), 1e-6)
+        lane.set(xlim=above.get_xlim(), xticks=[], ylim=(0, 1.15 * most))
+        lane.set_yticks([0, most], ["0", f"{most:.3g}"])
+        words = "experts in memory, MB; dashed: budget"
+        lane.text(1, 1.04, words, transform=lane.transAxes, ha="right", color=SOFT, size=7)
+
+    def _marks(self, axes: Any) -> None:
+        """Settings changed during the run, labelled as far as there is room."""
+        ends, step = [-1e9, -1e9], (WIDTH - 2 * MARGIN - AXIS) / axes.get_xlim()[1]
+        for change in self.frame["changes"]:
+            x = change["last"] - self.frame["first"]
+            if x < 0:
+                continue
+            wide = 6.4 * len(change["label"]) / step
+            at = min(x, axes.get_xlim()[1] - wide)
+            row = next((i for i, end in enumerate(ends) if end + 10 / step < at), None)
+            axes.axvline(x, color=TEXT, linewidth=0.8, linestyle=(0, (3, 2)))
+            if row is not None:
+                ends[row] = at + wide
+                place = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset pixels"}
+                up = (0, 22 - 12 * row)
+                axes.annotate(change["label"], (at, 1.0), xytext=up, size=8, **place)
+
+    def _text(self) -> None:
+        """Prompt and text on a grid of characters, each token shaded by its cost."""
+        from matplotlib.colors import to_rgba
+
+        total = self.values["total_ms"]
+        high = max(0.2, float(np.quantile(total, 0.97))) if len(total) else 1.0
+        low = min(high / 4, float(np.quantile(total, 0.1))) if len(total) else 0.25
+        shades = np.log(np.maximum(total, 1e-6) / low) / np.log(high / low)
+        shades = np.append(0.0, 0.62 * shades.clip(0, 1))  # of the prompt, then of each token
+        self._title("Text, shaded by cost", 36)
+        columns = (WIDTH - 2 * MARGIN) / CHAR
+        rows = 1 + max((row for *_, row in self.text), default=0)
+        axes = self._lane(ROW * rows, left=MARGIN)
+        axes.set_axis_off()
+        grid = np.zeros((rows, int(columns), 4))
+        grid[..., :3] = to_rgba(COST)[:3]
+        for token, piece, column, row in self.text:
+            grid[row, column : column + len(piece), 3] = shades[token]
+        extent = (0, int(columns), rows, 0)
+        axes.imshow(grid, extent=extent, aspect="auto", interpolation="none")
+        axes.set_xlim(0, columns)
+        mono = {"family": "DejaVu Sans Mono", "size": 72 * CHAR / 0.602 / DPI, "va": "baseline"}
+        for token, words, column, row in joined(self.text):
+            kept = words.replace(" ", "\u00a0")  # SVG would leave out the spaces at both ends
+            axes.text(column, row + 0.72, kept, color=TEXT if token else SOFT, **mono)
 
 
 def clean(text: str) -> str:
-    """Text as markup: escaped, and without the characters that XML does not have."""
-    return escape("".join(c if c.isprintable() or c == " " else "\ufffd" for c in text))
-
-
-def values_of(frame: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The token columns by name, each [T]."""
-    rows = np.frombuffer(frame["values"], "<f4").reshape(len(COLUMNS), frame["count"])  # [C, T]
-    return dict(zip(COLUMNS, rows, strict=True))
-
-
-def cache_map(
-    frame: Mapping[str, Any], options: Mapping[str, Any], top: float
-) -> tuple[str, float]:
-    """Layers down, experts across: colour and fill are the resident bits."""
-    shape = layers, experts = options["layers"], options["experts"]
-    bits = np.frombuffer(frame["map"]["bits"], MAP_TYPES["bits"]).reshape(shape)  # [L, E]
-    left, y0 = MARGIN + AXIS, top + 26
-    wide, tall = (WIDTH - left - MARGIN) / experts, min(22.0, max(5.0, 240 / layers))
-    gap = 2.0 if tall > 9 else 0.6
-    out = [words(MARGIN, top + 16, "Cache map", weight=650), *_tier_legend(options, top + 16)]
-    for layer, e in np.ndindex(shape):
-        x, y, tier = left + e * wide, y0 + layer * tall, int(bits[layer, e])
-        cell = box(x, y, wide - gap, tall - gap, CELL)
-        if tier:
-            full = (tall - gap) * FILL[tier]
-            cell += box(x, y + tall - gap - full, wide - gap, full, TIERS[tier])
-        out.append(cell)
-    for layer in range(0, layers, math.ceil(13 / tall)):
-        y = y0 + (layer + 0.5) * tall + 3
-        out.append(words(left - 6, y, layer, anchor="end", fill=SOFT, size=10))
-    return "".join(out), 26 + layers * tall
-
-
-def _tier_legend(options: Mapping[str, Any], y: float) -> Iterator[str]:
-    for i, tier in enumerate(options["tiers"]):
-        x, full = MARGIN + 150 + 62 * i, 12 * FILL[tier]
-        yield box(x, y - 10, 10, 12, CELL) + box(x, y + 2 - full, 10, full, TIERS[tier])
-        yield words(x + 15, y, f"{tier} bit", fill=SOFT, size=11)
-
-
-def latency_bars(frame: Mapping[str, Any], top: float) -> tuple[str, float]:
-    """One bar a token, compute and stalls by cause, with the settings changed on the way."""
-    out = [words(MARGIN, top + 16, "Latency per token", weight=650)]
-    x = MARGIN + 150.0
-    for part, colour in PARTS.items():
-        out.append(box(x, top + 6, 10, 12, colour))
-        out.append(words(x + 15, top + 16, part, fill=SOFT, size=11))
-        x += 36 + 6 * len(part)
-    if not frame["count"]:
-        return "".join([*out, words(MARGIN + 150, top + 44, "no token yet", fill=SOFT)]), 44
-    values, left, y0, tall = values_of(frame), MARGIN + AXIS, top + 50, 120.0
-    step = (WIDTH - left - MARGIN) / max(frame["count"], 40)
-    scale = round_up(1.15 * max(0.5, float(np.quantile(values["total_ms"], 0.96))))
-    out.append(words(left - 6, y0 - 10, "ms", anchor="end", fill=SOFT, size=10))
-    out += _rules(y0, tall, [(share, f"{scale * share:.3g}") for share in (0, 0.5, 1)])
-    below = np.zeros(frame["count"])
-    for part, colour in PARTS.items():
-        above = below + values["compute_ms" if part == "compute" else part]
-        low, high = (y0 + tall * (1 - np.minimum(1, v / scale)) for v in (below, above))
-        thick = step * 0.86
-        boxes = "".join(
-            f"M{left + i * step:.1f} {low[i]:.1f}h{thick:.2f}V{high[i]:.1f}h{-thick:.2f}z"
-            for i in np.flatnonzero(low - high > 0.05)
-        )
-        out.append(f'<path d="{boxes}" fill="{colour}"/>')
-        below = above
-    out += _marks(frame, y0, tall, step)
-    lane = list(_kl_lane(values["kl"], y0 + tall + 14, step))
-    return "".join([*out, *lane]), 50 + tall + (60 if lane else 10)
-
-
-def round_up(x: float) -> float:
-    """The next of 1, 1.5, 2, 3, 4, 5, 6, 8, 10 … at or above x."""
-    ten = 10.0 ** math.floor(math.log10(x))
-    return ten * next(m for m in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if m * ten >= x * 0.9999)
-
-
-def _rules(y0: float, tall: float, labels: Iterable[tuple[float, str]]) -> Iterator[str]:
-    left = MARGIN + AXIS
-    for share, label in labels:
-        y = y0 + tall * (1 - share)
-        yield box(left, y, WIDTH - left - MARGIN, 0.8, LINE)
-        yield words(left - 6, y + 4, label, anchor="end", fill=SOFT, size=10)
-
-
-def _marks(frame: Mapping[str, Any], y0: float, tall: float, step: float) -> Iterator[str]:
-    """Settings changed during the run, labelled as far as there is room."""
-    ends = [-1e9, -1e9]
-    for change in frame["changes"]:
-        x = MARGIN + AXIS + (change["last"] - frame["first"]) * step
-        if x < MARGIN + AXIS:
-            continue
-        wide = 6.0 * len(change["label"])
-        at = min(x, WIDTH - MARGIN - wide)
-        row = next((i for i, end in enumerate(ends) if end + 10 < at), None)
-        up = y0 if row is None else y0 - 16 + 12 * row
-        line = f"M{x:.1f} {up:.1f}V{y0 + tall:.1f}"
-        yield f'<path d="{line}" stroke="{TEXT}" stroke-dasharray="3 2"/>'
-        if row is not None:
-            ends[row] = at + wide
-            yield words(at, up - 3, change["label"], size=11)
-
-
-def _kl_lane(kl: np.ndarray, y0: float, step: float) -> Iterator[str]:
-    """KL of each token on a log scale, where it was measured."""
-    shown = np.flatnonzero(np.isfinite(kl))
-    if not len(shown):
-        return
-    yield from _rules(y0, 34, ((0, "10⁻⁴"), (0.5, "KL"), (1, "1")))
-    share = np.log(np.maximum(kl, 1e-12) / KL_LOW) / math.log(KL_HIGH / KL_LOW)
-    y, left = y0 + 34 * (1 - np.clip(share, 0, 1)), MARGIN + AXIS
-    spots = "".join(f"M{left + (i + 0.43) * step - 1.5:.1f} {y[i]:.1f}h3" for i in shown)
-    yield f'<path d="{spots}" stroke="{KL}" stroke-width="3"/>'
-
-
-def shaded_text(frame: Mapping[str, Any], top: float) -> tuple[str, float]:
-    """Prompt and text on a grid of characters, each token shaded by its cost."""
-    char, line = 7.25, 18.0
-    total = values_of(frame)["total_ms"]
-    high = max(0.2, float(np.quantile(total, 0.97))) if len(total) else 1.0
-    low = min(high / 4, float(np.quantile(total, 0.1))) if len(total) else 0.25
-    shades = np.log(np.maximum(total, 1e-6) / low) / math.log(high / low)
-    out, text, y = [words(MARGIN, top + 16, "Text, shaded by cost", weight=650)], [], top
-    pieces = [frame["prompt"], *frame["texts"]]
-    for token, piece, column, row in lay_out(pieces, columns=int((WIDTH - 2 * MARGIN) / char)):
-        x, y, wide = MARGIN + column * char, top + 42 + row * line, len(piece) * char
-        shade = 0.62 * min(1.0, float(shades[token - 1])) if token else 0.0
-        if shade > 0.02:
-            out.append(box(x, y - 13, wide, line - 1, COST, shade))
-        fill = f' fill="{SOFT}"' if not token else ""
-        place = f'x="{x:.1f}" y="{y:.1f}" textLength="{wide:.1f}"'
-        kept = clean(piece).replace(" ", "\u00a0")  # SVG would drop the spaces at both ends
-        text.append(f"<text {place}{fill}>{kept}</text>")
-    style = "font-family:ui-monospace,Menlo,Consolas,monospace"
-    return f'{"".join(out)}<g style="{style}">{"".join(text)}</g>', y - top + 8
+    """Text without the characters that XML does not have; line ends and tabs stay."""
+    text = text.replace("\r\n", "\n")
+    return "".join(c if c.isprintable() or c in " \n\t" else "\ufffd" for c in text)
 
 
 def lay_out(pieces: Iterable[str], *, columns: int) -> Iterator[tuple[int, str, int, int]]:
@@ -212,3 +310,14 @@ def lay_out(pieces: Iterable[str], *, columns: int) -> Iterator[tuple[int, str, 
                 now, rest = rest[: columns - column], rest[columns - column :]
                 yield index, now, column, row
                 column += len(now)
+
+
+def joined(laid: Iterable[tuple[int, str, int, int]]) -> Iterator[tuple[int, str, int, int]]:
+    """Pieces of one row and kind as one; apart where letters may not be as wide as others."""
+    alike = itertools.groupby(
+        enumerate(laid), lambda e: (e[1][3], not e[1][0], e[1][1].isascii() or -e[0])
+    )
+    for _, group in alike:
+        parts = [part for _, part in group]
+        token, _, column, row = parts[0]
+        yield token, "".join(part[1] for part in parts), column, row

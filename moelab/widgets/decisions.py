@@ -3,7 +3,7 @@
 The choices of the five drop-downs are the distinct parts (by class) of all named strategies; each
 stands for ``lab.update(<decision>=<name of a strategy that has it>)``. A part that no named
 strategy has, such as a learner's own class, is shown by its class name. Everything here is words
-about strategies: nothing decides, nothing is kept but the named strategies, built once.
+about strategies: nothing decides.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import functools
 import inspect
 from typing import Any
 
-from moelab import strategies
+from moelab.runs.words import GROUPS, about, first_line, named, spelled
 from moelab.scheduling.strategy import Parameter, Strategy
-from moelab.settings import part_title
+from moelab.settings import OF_ROLE, part_title
 
 QUESTIONS = {
     "allocate": "Before the run: which bits each expert gets, which share of memory each layer",
@@ -23,42 +23,11 @@ QUESTIONS = {
     "evict": "Budget full: who leaves",
     "prefetch": "Ahead of need: who is fetched before a token asks for it",
 }
-KNOBS = {"allocate": ("bits",), "precision": ("low_bits", "t1", "t2"), "prefetch": ("prefetch",)}
-"""The settings that belong to a decision; a strategy's ``preset`` may set them."""
 
 THRESHOLDS = {
     "t1": Parameter("t1", "misses above this unimportance come at low bits"),
     "t2": Parameter("t2", "misses above this unimportance are skipped"),
 }
-GROUPS = {
-    "basics": {
-        "on_demand": "on demand",
-        "lru": "LRU",
-        "lfu": "LFU",
-        "layer_lru": "LRU per layer",
-        "in_ram": "all in RAM",
-    },
-    "papers": {
-        "edgemoe": "EdgeMoE",
-        "hobbit": "HOBBIT",
-        "moe_apex": "MoE-APEX",
-        "swapmoe": "SwapMoE",
-        "static_pruning": "static pruning",
-    },
-    "peers": {
-        "mixtral_offloading": "mixtral-offloading",
-        "moe_infinity": "MoE-Infinity",
-        "adapmoe": "AdapMoE",
-        "cache_prior": "cache-prior routing",
-        "drop_if_cold": "drop if cold",
-    },
-}
-
-
-@functools.cache
-def named() -> dict[str, Strategy]:
-    """Every strategy that has a name, as made without a calibration."""
-    return {name: strategies.make(name) for name in strategies.NAMES}
 
 
 def presets() -> list[dict[str, Any]]:
@@ -69,7 +38,7 @@ def presets() -> list[dict[str, Any]]:
     return [
         {
             "group": group,
-            "entries": [{"name": n, "title": t, "text": _about(n)} for n, t in of.items()],
+            "entries": [{"name": n, "title": t, "text": about(named()[n])} for n, t in of.items()],
         }
         for group, of in groups.items()
         if of
@@ -85,7 +54,7 @@ def _distinct() -> dict[str, dict[type, str]]:
     """
     found: dict[str, dict[type, str]] = {role: {} for role in QUESTIONS}
     for role, kinds in found.items():
-        own = KNOBS.get(role, ())
+        own = OF_ROLE.get(role, ())
         sets = {
             name: not strategy.preset.keys().isdisjoint(own) for name, strategy in named().items()
         }
@@ -106,7 +75,7 @@ def decisions() -> list[dict[str, Any]]:
                 {
                     "value": name,
                     "title": part_title(named()[name].parts[role]),
-                    "text": _first_line(kind),
+                    "text": first_line(kind),
                 }
                 for kind, name in kinds.items()
             ],
@@ -117,7 +86,9 @@ def decisions() -> list[dict[str, Any]]:
 
 def chosen(strategy: Strategy, settings: Any) -> dict[str, Any]:
     """What holds now: the five parts, their parameters, and the knobs that none of them reads."""
-    read = {knob for role, knobs in KNOBS.items() for knob in knobs if reads(strategy, role, knob)}
+    read = {
+        knob for role, knobs in OF_ROLE.items() for knob in knobs if reads(strategy, role, knob)
+    }
     parameters = [_shown(_having(strategy, p), p, v) for _, p, v in strategy.parameters.values()]
     if settings.low_bits is not None or "low_bits" not in read:  # else they have no effect
         parameters += [
@@ -136,26 +107,6 @@ def chosen(strategy: Strategy, settings: Any) -> dict[str, Any]:
         "parameters": sorted(parameters, key=lambda p: [*QUESTIONS].index(p["roles"][0])),
         "unread": [knob for knob in ("low_bits", "prefetch") if knob not in read],
     }
-
-
-def about(strategy: Strategy) -> str:
-    """One line about a strategy; of a mix, what differs from the strategy it was made from."""
-    base = strategy.name.rstrip("*")
-    if base not in named():
-        return "a strategy of your own"
-    other = [
-        f"{role}: {part_title(part)}"
-        for role, part in strategy.parts.items()
-        if type(part) is not type(named()[base].parts[role])
-    ]
-    return f"{spelled(base)} but for {'; '.join(other)}" if other else _about(base)
-
-
-def spelled(name: str) -> str:
-    """A strategy's name as its authors write it; a mix goes by what it was made from."""
-    base = name.rstrip("*")
-    words = next((of[base] for of in GROUPS.values() if base in of), base)
-    return words if base == name else f"{words}, mixed"
 
 
 def reads(strategy: Strategy, role: str, knob: str) -> bool:
@@ -181,11 +132,3 @@ def _shown(roles: list[str], parameter: Parameter, value: Any) -> dict[str, Any]
         "choices": list(parameter.choices),
         "value": value if parameter.choices else float(value),
     }
-
-
-def _about(name: str) -> str:
-    return _first_line(strategies.maker(name))
-
-
-def _first_line(what: Any) -> str:
-    return (inspect.getdoc(what) or "").partition("\n")[0].replace("`", "")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from moelab.runs.words import in_words
 from moelab.settings import part_title
-from moelab.widgets.frame import in_words
 
 
 def reasons(lab: Any, layer: int, expert: int) -> dict[str, Any]:
