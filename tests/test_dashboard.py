@@ -674,5 +674,6 @@ class TestReport:
         xml.dom.minidom.parseString(dashboard.report().svg())
 
     def test_text_is_broken_at_the_edge_and_at_line_ends(self):
-        laid = list(lay_out(["abc", "de\n\nf"], columns=4))
-        assert laid == [(0, "abc", 0, 0), (1, "d", 3, 0), (1, "e", 0, 1), (1, "f", 0, 3)]
+        rows = lay_out(["abc", "de\n\nf"], columns=4)
+        assert ["".join(letter for letter, _ in row) for row in rows] == ["abcd", "e", "", "f"]
+        assert [piece for row in rows for _, piece in row] == [0, 0, 0, 1, 1, 1]

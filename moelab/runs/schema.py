@@ -64,7 +64,7 @@ _TEXT, _FLAG, _FIGURE = {"type": "string"}, {"type": "boolean"}, {"type": ["numb
 _INDEX = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _SIZE = {"type": "integer", "minimum": 1, "maximum": 2**15 - 1}
 _WORDS = {"type": "object", "additionalProperties": _TEXT}
-_NUMBER = {"type": "number"}
+_NUMBER, _BYTES = {"type": "number"}, {"type": "integer", "minimum": 1}
 _SUMMED = (
     *("tokens", "tokens_per_s", "setup_ms", "ttft_ms", "tpot_ms_median", "tpot_ms_p99"),
     *("hit_ratio", "byte_hit_ratio", "bytes_per_token", "stall_share", "downgrades", "skips"),
@@ -84,10 +84,8 @@ def _object(optional: tuple[str, ...] = (), /, **fields: Any) -> dict[str, Any]:
 _PAIR = _list([_TEXT, _NUMBER], minItems=2, maxItems=2)
 _WHO = _list([_INDEX, _INDEX, _INDEX], additionalItems=_FIGURE, minItems=3)
 _EVICTION = _object(
-    policy=_TEXT,
-    error=_TEXT,
-    terms=_list(_TEXT),
-    texts=_list(_TEXT),
+    **dict.fromkeys(("policy", "error"), _TEXT),
+    **dict.fromkeys(("terms", "texts"), _list(_TEXT)),
     victim=_WHO,
     survivors=_list(_WHO, maxItems=8),
 )
@@ -98,15 +96,12 @@ SCHEMA = _object(
     format={"const": FORMAT},
     moelab=_TEXT,
     model=_object(
-        name=_TEXT,
-        architecture=_TEXT,
-        layers=_SIZE,
-        experts=_SIZE,
-        top_k=_SIZE,
+        **dict.fromkeys(("name", "architecture"), _TEXT),
+        **dict.fromkeys(("layers", "experts", "top_k"), _SIZE),
         tiers=_list(_SIZE, minItems=1),
         causes=_list(_TEXT),
-        expert_bytes={"type": "object", "additionalProperties": {"type": "integer", "minimum": 1}},
-        all_experts_bytes={"type": "integer", "minimum": 1},
+        expert_bytes={"type": "object", "additionalProperties": _BYTES},
+        all_experts_bytes=_BYTES,
     ),
     prompt=_TEXT,
     messages=_list(_WORDS),
@@ -129,11 +124,8 @@ SCHEMA = _object(
         served=_list(_list(_PAIR, maxItems=5)),
         full=_list(_list(_PAIR, maxItems=5) | {"type": ["array", "null"]}),
     ),
-    evictions={
-        "type": "object",
-        "patternProperties": {"^[0-9]{1,9}$": _EVICTION},
-        "additionalProperties": False,
-    },
+    evictions={"type": "object", "patternProperties": {"^[0-9]{1,9}$": _EVICTION}}
+    | {"additionalProperties": False},
     summary=_object(kl_mean=_FIGURE, device=_TEXT, timing=_TEXT, **dict.fromkeys(_SUMMED, _NUMBER)),
 )
 
@@ -151,18 +143,22 @@ def encoded(values: np.ndarray, dtype: str) -> str:
     return base64.b64encode(np.ascontiguousarray(values, dtype).tobytes()).decode()
 
 
-def decoded(text: str, dtype: str) -> np.ndarray:
+def decoded(text: str, dtype: str, field: str = "it", length: int | None = None) -> np.ndarray:
     """A column from its text.
 
     Raises
     ------
     ValueError
-        It is not base64, or not a whole number of values.
+        It is not base64, not a whole number of values, or not ``length`` of them.
     """
     try:
-        return np.frombuffer(base64.b64decode(text, validate=True), dtype)
+        values = np.frombuffer(base64.b64decode(text, validate=True), dtype)
     except (binascii.Error, ValueError) as e:
-        raise ValueError(f"is not a column of {np.dtype(dtype).name} in base64 ({e})") from None
+        kind = np.dtype(dtype).name
+        raise ValueError(f"{field} is not a column of {kind} in base64 ({e})") from None
+    if length is not None:
+        _long(field, values, length)
+    return values
 
 
 def pack(document: dict[str, Any]) -> bytes:
@@ -229,18 +225,17 @@ def _complete(d: dict[str, Any]) -> None:
     """Give an older file the columns of tokens that came later."""
     if missing := set(COLUMNS) - LATER_COLUMNS - set(d["columns"]):
         raise ValueError(f"columns must have {min(missing)}")
-    if d["columns"] != list(COLUMNS):
-        size = len(d["columns"]) * len(d["pieces"])
-        rows = _column(d, "", "values", "<f4", size).reshape(len(d["columns"]), -1)
-        known = dict(zip(d["columns"], rows, strict=True))
-        none = np.zeros(len(d["pieces"]), "<f4")
-        d["values"] = encoded(np.array([known.get(name, none) for name in COLUMNS]), "<f4")
-        d["columns"] = list(COLUMNS)
+    names, tokens = d["columns"], len(d["pieces"])
+    rows = decoded(d["values"], "<f4", "values", len(names) * tokens).reshape(len(names), tokens)
+    if names != list(COLUMNS):
+        known = dict.fromkeys(COLUMNS, np.zeros(tokens)) | dict(zip(names, rows, strict=True))
+        values = np.array([known[name] for name in COLUMNS])
+        d |= {"values": encoded(values, "<f4"), "columns": list(COLUMNS)}
 
 
 def _columns(d: dict[str, Any]) -> None:
     """What a schema cannot say: lengths that must agree, numbers that must be in range."""
-    m, tokens, start = d["model"], len(d["pieces"]), d["start"]
+    m, tokens, start, gates = d["model"], len(d["pieces"]), d["start"], d["gates"]
     if sorted(m["expert_bytes"]) != sorted(map(str, m["tiers"])):
         raise ValueError("model.expert_bytes must name the tiers")
     _within("model.experts", [m["layers"] * m["experts"]], 1, MOST_EXPERTS)
@@ -253,13 +248,13 @@ def _columns(d: dict[str, Any]) -> None:
         _long(f"start.{field}", start[field], len(start["bits"]))
         _within(f"start.{field}", start[field], 0, most)
     _among("start.bits", start["bits"], m["tiers"])
-    _column(d, "", "values", "<f4", len(COLUMNS) * tokens)
     _events(d["events"], m, tokens)
-    for name in [name for name in GATES if d["gates"][name] is not None]:
-        size = tokens * m["layers"] * d["gates"]["K"]
-        values = _column(d["gates"], "gates.", name, GATES[name], size)
-        if name != "weight":
-            _within(f"gates.{name}", values, -1, m["experts"])
+    for name, dtype in GATES.items():
+        if gates[name] is not None:
+            size = tokens * m["layers"] * gates["K"]
+            values = decoded(gates[name], dtype, f"gates.{name}", size)
+            if name != "weight":
+                _within(f"gates.{name}", values, -1, m["experts"])
     for row, entry in d.get("evictions", {}).items():
         _within(f"evictions.{row}", [int(row)], 0, d["events"]["count"])
         for who in (entry["victim"], *entry["survivors"], ["", "", "", *entry["texts"]]):
@@ -267,7 +262,7 @@ def _columns(d: dict[str, Any]) -> None:
 
 
 def _events(e: dict[str, Any], m: dict[str, Any], tokens: int) -> None:
-    columns = {name: _column(e, "events.", name, t, e["count"]) for name, t in EVENTS.items()}
+    rows = {n: decoded(e[n], dtype, f"events.{n}", e["count"]) for n, dtype in EVENTS.items()}
     limits = {
         "token": max(1, tokens),
         "layer": m["layers"],
@@ -277,29 +272,20 @@ def _events(e: dict[str, Any], m: dict[str, Any], tokens: int) -> None:
         "cause": len(e["causes"]),
     }
     for field, most in limits.items():
-        _within(f"events.{field}", columns[field], 0, most)
-    _within("events.at", columns["at"], -1, m["layers"])
+        _within(f"events.{field}", rows[field], 0, most)
+    _within("events.at", rows["at"], -1, m["layers"])
     for field in ("bits", "bits_asked"):
-        _among(f"events.{field}", columns[field], [0, *m["tiers"]])
+        _among(f"events.{field}", rows[field], [0, *m["tiers"]])
     for field in ("start_ms", "dur_ms"):
-        if not np.isfinite(columns[field]).all():
+        if not np.isfinite(rows[field]).all():
             raise ValueError(f"events.{field} must be finite")
-    if (np.diff(columns["token"].astype(np.int64) * (m["layers"] + 1) + columns["at"]) < 0).any():
+    if (np.diff(rows["token"].astype(np.int64) * (m["layers"] + 1) + rows["at"]) < 0).any():
         raise ValueError("events.token must be in the order of decisions")
 
 
 def _long(field: str, values: Any, length: int) -> None:
     if len(values) != length:
         raise ValueError(f"{field} has {len(values)} values, {length} are expected")
-
-
-def _column(owner: dict[str, Any], at: str, name: str, dtype: str, length: int) -> np.ndarray:
-    try:
-        values = decoded(owner[name], dtype)
-    except ValueError as e:
-        raise ValueError(f"{at}{name} {e}") from None
-    _long(at + name, values, length)
-    return values
 
 
 def _within(field: str, values: Any, low: int, most: int) -> None:

@@ -8,12 +8,12 @@ own light ground and asks for no font that matplotlib does not bring; in the SVG
 from __future__ import annotations
 
 import io
-import itertools
 import re
 import textwrap
 import threading
+import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -99,16 +99,17 @@ class _Page:
         from matplotlib.figure import Figure
 
         self.frame, self.model = frame, model
-        rows = np.frombuffer(frame["values"], "<f4").reshape(len(COLUMNS), frame["count"])
-        self.values: dict[str, np.ndarray] = dict(zip(COLUMNS, rows, strict=True))  # [T] each
+        columns = np.frombuffer(frame["values"], "<f4").reshape(len(COLUMNS), frame["count"])
+        self.values: dict[str, np.ndarray] = dict(zip(COLUMNS, columns, strict=True))  # [T]
         pieces = [clean(piece) for piece in (frame["prompt"], *frame["texts"])]
-        self.text = list(lay_out(pieces, columns=int((WIDTH - 2 * MARGIN) / CHAR)))
+        self.columns = int((WIDTH - 2 * MARGIN) / CHAR)
+        self.rows = lay_out(pieces, columns=self.columns)  # of the text
         self.lines = [line for words in head[1:] for line in textwrap.wrap(words, 135)]
         self.known = np.flatnonzero(np.isfinite(self.values["kl"]))
         self.map_px = model["layers"] * min(22.0, max(5.0, 240 / model["layers"]))
-        rows_px = ROW * (1 + max((row for *_, row in self.text), default=0))
         lanes = 234 + 52 * bool(len(self.known)) if frame["count"] else 52
-        self.height = 42 + 17 * len(self.lines) + 50 + self.map_px + lanes + 36 + rows_px + MARGIN
+        lanes += ROW * len(self.rows)
+        self.height = 42 + 17 * len(self.lines) + 50 + self.map_px + lanes + 36 + MARGIN
         self.figure = Figure((WIDTH / DPI, self.height / DPI), dpi=DPI)
         self.y = 27.0
         self._head(head[0])
@@ -196,7 +197,8 @@ class _Page:
     def _bars(self) -> None:
         """One bar a token, stacked by cause; under it memory against budget, and KL."""
         values, count = self.values, self.frame["count"]
-        edges = np.append(np.add.outer(np.arange(count), (0, 0.86)).ravel(), count)
+        parted = 1 + (count <= 300)  # a gap between tokens where there is room for one
+        edges = np.append(np.add.outer(np.arange(count), (0, 0.86)[:parted]).ravel(), count)
         self._title("Latency per token")
         self._legend((part, *look, 1.0) for part, look in PARTS.items())
         axes = self._lane(120, gap=38)
@@ -210,10 +212,9 @@ class _Page:
             spent = values.get(f"{part}_ms", values.get(part))
             if spent is None or not spent.any():
                 continue
-            tops, bases = (np.repeat(v, 2) for v in (below + spent, below))
-            tops[1::2] = np.nan  # the gap between two tokens
-            fill = {"fill": True, "facecolor": colour, "edgecolor": "w", "linewidth": 0}
-            axes.stairs(tops, edges, baseline=bases, hatch=hatch, **fill)
+            tops, bases = (np.repeat(v, parted) for v in (below + spent, below))
+            tops[parted - 1 :: 2] *= np.nan if parted == 2 else 1
+            self._steps(axes, tops, edges, bases, colour, hatch)
             below = below + spent
         self._marks(axes)
         self._memory(axes)
@@ -224,11 +225,23 @@ class _Page:
             lane.set_yticks([1e-4, 1e-2, 1], ["10⁻⁴", "KL", "1"])
             lane.minorticks_off()
 
+    @staticmethod
+    def _steps(
+        axes: Any, tops: Any, edges: Any, base: Any, colour: str, hatch: str = "", **line: Any
+    ) -> None:
+        """As ``axes.stairs``, which spends a second on looking for the limits of long ones."""
+        from matplotlib.patches import StepPatch
+
+        fill = {"fill": not line, "facecolor": colour, "edgecolor": "w", "linewidth": 0}
+        axes.add_artist(StepPatch(tops, edges, baseline=base, hatch=hatch, **fill | line))
+
     def _memory(self, above: Any) -> None:
         held, budget = self.values["resident_bytes"] / 1e6, self.values["budget_bytes"] / 1e6
         lane, edges = self._lane(34, gap=12), np.arange(len(held) + 1)
-        lane.stairs(held, edges, fill=True, color="#b8c0c8")
-        lane.stairs(budget, edges, baseline=None, color=TEXT, linestyle="--", linewidth=0.8)
+        self._steps(lane, held, edges, 0, "#b8c0c8")
+        self._steps(
+            lane, budget, edges, None, "none", edgecolor=TEXT, linestyle="--", linewidth=0.8
+        )
         most = max(float(budget.max()), float(held.max()), 1e-6)
         lane.set(xlim=above.get_xlim(), xticks=[], ylim=(0, 1.15 * most))
         lane.set_yticks([0, most], ["0", f"{most:.3g}"])
@@ -254,7 +267,7 @@ class _Page:
 
     def _text(self) -> None:
         """Prompt and text on a grid of characters, each token shaded by its cost."""
-        from matplotlib.colors import to_rgba
+        from matplotlib.colors import to_rgb
 
         total = self.values["total_ms"]
         high = max(0.2, float(np.quantile(total, 0.97))) if len(total) else 1.0
@@ -262,21 +275,21 @@ class _Page:
         shades = np.log(np.maximum(total, 1e-6) / low) / np.log(high / low)
         shades = np.append(0.0, 0.62 * shades.clip(0, 1))  # of the prompt, then of each token
         self._title("Text, shaded by cost", 36)
-        columns = (WIDTH - 2 * MARGIN) / CHAR
-        rows = 1 + max((row for *_, row in self.text), default=0)
-        axes = self._lane(ROW * rows, left=MARGIN)
+        axes = self._lane(ROW * len(self.rows), left=MARGIN)
         axes.set_axis_off()
-        grid = np.zeros((rows, int(columns), 4))
-        grid[..., :3] = to_rgba(COST)[:3]
-        for token, piece, column, row in self.text:
-            grid[row, column : column + len(piece), 3] = shades[token]
-        extent = (0, int(columns), rows, 0)
-        axes.imshow(grid, extent=extent, aspect="auto", interpolation="none")
-        axes.set_xlim(0, columns)
+        grid = np.zeros((len(self.rows), self.columns, 4))
+        grid[..., :3] = to_rgb(COST)
         mono = {"family": "DejaVu Sans Mono", "size": 72 * CHAR / 0.602 / DPI, "va": "baseline"}
-        for token, words, column, row in joined(self.text):
-            kept = words.replace(" ", "\u00a0")  # SVG would leave out the spaces at both ends
-            axes.text(column, row + 0.72, kept, color=TEXT if token else SOFT, **mono)
+        for y, row in enumerate(self.rows):
+            pieces = np.array([piece for _, piece in row], int)[: self.columns]
+            grid[y, : len(pieces), 3] = shades[pieces]
+            for colour, of_prompt in ((SOFT, True), (TEXT, False)):
+                mine = (letter if (piece == 0) == of_prompt else " " for letter, piece in row)
+                words = "".join(mine).rstrip().replace(" ", "\u00a0")  # SVG would drop spaces
+                axes.text(0, y + 0.72, words, color=colour, **mono)
+        extent = (0, self.columns, len(self.rows), 0)
+        axes.imshow(grid, extent=extent, aspect="auto", interpolation="none")
+        axes.set_xlim(0, (WIDTH - 2 * MARGIN) / CHAR)
 
 
 def clean(text: str) -> str:
@@ -285,39 +298,22 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() or c in " \n\t" else "\ufffd" for c in text)
 
 
-def lay_out(pieces: Iterable[str], *, columns: int) -> Iterator[tuple[int, str, int, int]]:
-    r"""Break pieces of text at ``columns`` characters and at line ends.
+def lay_out(pieces: Iterable[str], *, columns: int) -> list[list[tuple[str, int]]]:
+    r"""Rows of (character, index of its piece), broken at ``columns`` and at line ends.
 
-    Yields
-    ------
-    tuple
-        Index of the piece, text without line ends, column and row it begins at.
+    A wide character (Chinese, say) takes two places: the second one is empty.
 
     Examples
     --------
-    >>> list(lay_out(["ab", "cd\ne"], columns=3))
-    [(0, 'ab', 0, 0), (1, 'c', 2, 0), (1, 'd', 0, 1), (1, 'e', 0, 2)]
+    >>> lay_out(["ab", "c\ne"], columns=3)
+    [[('a', 0), ('b', 0), ('c', 1)], [('e', 1)]]
     """
-    column = row = 0
+    rows: list[list[tuple[str, int]]] = [[]]
     for index, piece in enumerate(pieces):
-        for i, part in enumerate(piece.expandtabs(4).split("\n")):
-            if i:
-                column, row = 0, row + 1
-            rest = part
-            while rest:
-                if column >= columns:
-                    column, row = 0, row + 1
-                now, rest = rest[: columns - column], rest[columns - column :]
-                yield index, now, column, row
-                column += len(now)
-
-
-def joined(laid: Iterable[tuple[int, str, int, int]]) -> Iterator[tuple[int, str, int, int]]:
-    """Pieces of one row and kind as one; apart where letters may not be as wide as others."""
-    alike = itertools.groupby(
-        enumerate(laid), lambda e: (e[1][3], not e[1][0], e[1][1].isascii() or -e[0])
-    )
-    for _, group in alike:
-        parts = [part for _, part in group]
-        token, _, column, row = parts[0]
-        yield token, "".join(part[1] for part in parts), column, row
+        for letter in piece.expandtabs(4):
+            if letter == "\n" or len(rows[-1]) >= columns:
+                rows.append([])
+            if letter != "\n":
+                rows[-1].append((letter, index))
+                rows[-1] += [("", index)] * (unicodedata.east_asian_width(letter) in "WF")
+    return rows
