@@ -18,8 +18,9 @@ from moelab.replays.replay import replay
 from moelab.runs.events import CODES, EventLog
 from moelab.runs.evictions import reasons
 from moelab.runs.recording import Recording
-from moelab.runs.schema import EVENTS, embedded, pack
+from moelab.runs.schema import EVENTS, LATER_COLUMNS, embedded, encoded, pack
 from moelab.runs.snapshot import RunReader
+from moelab.runs.tokens import COLUMNS
 from moelab.scheduling.strategy import Knobs
 from moelab.strategies import NAMES, Evict, lru, make
 from moelab.views import export
@@ -332,6 +333,20 @@ BROKEN = {
     "start.bits": lambda d: d["start"].update(bits=[7] * len(d["start"]["bits"])),
     "summary": lambda d: d.pop("summary"),
 }
+
+
+def test_a_file_from_before_a_column_came_is_read_with_zeros_there(recording, tmp_path):
+    gone = LATER_COLUMNS & set(COLUMNS)
+    kept = [name for name in COLUMNS if name not in gone]
+
+    def older(d):
+        rows = recording.figures[[COLUMNS.index(name) for name in kept]]
+        d.update(columns=kept, values=encoded(rows, "<f4"))
+
+    (tmp_path / "old.moelab.json.gz").write_bytes(altered(recording, older))
+    table = Recording.load(tmp_path / "old.moelab.json.gz").per_token
+    assert table[kept].equals(recording.per_token[kept])
+    assert not table[[*gone]].any(axis=None)
 
 
 @pytest.mark.parametrize("field", BROKEN)

@@ -36,6 +36,7 @@ CHAR, ROW = 7.25, 18.0  # one character of the text, in pixels
 _MONO = "'DejaVu Sans Mono', Menlo, 'Liberation Mono', 'Courier New', monospace"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Helvetica", "Arial", "sans-serif"],
     "svg.hashsalt": "moelab",  # the same frame gives the same bytes
     "font.size": 8.6,
     "text.color": TEXT,
@@ -87,7 +88,8 @@ def picture(
         return file.getvalue()
     svg = file.getvalue().decode()
     svg = re.sub(r"'DejaVu Sans Mono'(?:, monospace)?", _MONO, svg[svg.index("<svg") :])
-    return svg.encode()
+    tenths = (r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]))
+    return re.sub(*tenths, svg).encode()
 
 
 class _Page:

@@ -100,8 +100,10 @@ class Dashboard(anywidget.AnyWidget):
     # -- what the view says ---------------------------------------------------------------------
 
     def _on_message(self, _widget: Any, content: dict[str, Any], _buffers: Any) -> None:
+        if content.get("do") == "ack":
+            self._acked = max(self._acked, int(content["seq"]))
+            return
         answer = {
-            "ack": self._ack,
             "hello": self._hello,
             "gone": self._gone,
             "update": self._update,
@@ -109,9 +111,9 @@ class Dashboard(anywidget.AnyWidget):
             **dict.fromkeys(("recording", "eviction", "page"), self._queries.hear),
             "runs": self._drawer.hear,
             "model": self._models.choose,
-            "dismiss": self._dismiss,
             "run": self._start_run,
-            "stop": self._stop_run,
+            "stop": lambda _: self._lab.run and self._lab.run.stop(),
+            "dismiss": lambda _: self._clear_error(),
         }.get(content.get("do", ""))
         if answer is None:
             return
@@ -121,9 +123,6 @@ class Dashboard(anywidget.AnyWidget):
             self._show_error(content.get("where", "run"), error)
         if content["do"] in ("hello", "update", "runs", "model", "dismiss", "run", "stop"):
             self._wake.set()
-
-    def _ack(self, content: dict[str, Any]) -> None:
-        self._acked = max(self._acked, int(content["seq"]))
 
     def _hello(self, content: dict[str, Any]) -> None:
         with self._lock:
@@ -149,9 +148,6 @@ class Dashboard(anywidget.AnyWidget):
             self._answered = max(self._answered, int(content.get("n", -1)))
             self.controls = self._controls()
 
-    def _dismiss(self, _content: dict[str, Any]) -> None:
-        self._clear_error()
-
     def _why(self, content: dict[str, Any]) -> None:
         self.send({"why": reasons(self._lab, int(content["layer"]), int(content["expert"]))})
 
@@ -162,10 +158,6 @@ class Dashboard(anywidget.AnyWidget):
         run = self._lab.start(asked["prompt"], max_new_tokens=length, **chat)
         self._mine = weakref.ref(run)
         self._clear_error()
-
-    def _stop_run(self, _content: dict[str, Any]) -> None:
-        if self._lab.run is not None:
-            self._lab.run.stop()
 
     def _show_error(self, where: str, error: Exception) -> None:
         self.error = {"where": where, "text": in_words(error)}
