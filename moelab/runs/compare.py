@@ -24,12 +24,9 @@ TIMED = ("tokens_per_s", "setup_ms", "ttft_ms", "tpot_ms_median", "tpot_ms_p99",
 
 MEMORY, SPEED = "peak memory of experts, MB", "tokens/s"
 _TEXT = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"}
-_LOOKS = [
+_LOOKS: list[Any] = [
     {"selector": ".given", "props": "opacity: 0.65"},
-    {
-        "selector": "mark",
-        "props": "color: #000; background: #f0b429; border-bottom: 3px solid #a35200",
-    },
+    {"selector": "mark", "props": "color: #000; background: #f0b429; border-bottom: solid #a35200"},
     {"selector": ".since", "props": "text-decoration: underline dotted #a35200"},
 ]
 
@@ -69,7 +66,8 @@ class Comparison:
         frame = pd.DataFrame(columns, dtype=object)
         if len(columns) == 2:
             a, b = columns.values()
-            frame["difference"] = [self._difference(key, a.get(key), b.get(key)) for key in a]
+            # Runs of two versions may not have the same figures.
+            frame["difference"] = [self._difference(k, a.get(k), b.get(k)) for k in frame.index]
         frame.columns.name = "figure"
         return frame
 
@@ -95,20 +93,12 @@ class Comparison:
         Only runs on the same device, timed the same way, are held against each other; a KL that
         one of the two did not measure does not count.
         """
-        points = {
-            name: (_origin(doc), [m, None if s is None else -s, k])
-            for name, doc in self._documents.items()
-            for m, s, k in [_point(doc)]
-        }
-        return [
-            name
-            for name, (origin, mine) in points.items()
-            if not any(
-                origin == other and _beats(theirs, mine)
-                for who, (other, theirs) in points.items()
-                if who != name
-            )
-        ]
+        points = self.points()
+        worse = points[[MEMORY, SPEED, "KL"]].to_numpy() * (1, -1, 1)  # NaN: not known
+        apart = worse[:, None] - worse[None]  # [run, other, figure]
+        timing = points["timing"].to_numpy()
+        beats = (timing[:, None] == timing) & (apart < 0).any(-1) & ~(apart > 0).any(-1)
+        return points["run"][~beats.any(0)].tolist()
 
     def code(self, name: str) -> str:
         """Code that makes this run again: the settings, and what was changed at which token.
@@ -137,13 +127,14 @@ class Comparison:
         """What `figure` draws: run, memory in MB, speed, KL (NaN: not measured) and timing."""
         import pandas as pd
 
-        points = [
-            (name, memory / 1e6, speed, kl, " on ".join(_origin(doc)))
-            for name, doc in self._documents.items()
-            for memory, speed, kl in [_point(doc)]
-        ]
+        points = []
+        for name, doc in self._documents.items():
+            s, timing = doc["summary"], " on ".join(_origin(doc))
+            points.append(
+                (name, s["peak_resident_bytes"] / 1e6, s["tokens_per_s"], s["kl_mean"], timing)
+            )
         frame = pd.DataFrame(points, columns=["run", MEMORY, SPEED, "KL", "timing"])
-        return frame.astype({"KL": float})
+        return frame.astype({MEMORY: float, SPEED: float, "KL": float})
 
     def __repr__(self) -> str:
         at = self.diverges_at
@@ -240,18 +231,6 @@ def code_of(document: Mapping[str, Any]) -> str:
 
 def _origin(doc: Mapping[str, Any]) -> tuple[str, str]:
     return str(doc["summary"]["timing"]), str(doc["summary"]["device"])
-
-
-def _point(doc: Mapping[str, Any]) -> tuple[float, float, float | None]:
-    """Memory, speed, KL of a run."""
-    s = doc["summary"]
-    return s["peak_resident_bytes"], s["tokens_per_s"], s["kl_mean"]
-
-
-def _beats(a: Sequence[float | None], b: Sequence[float | None]) -> bool:
-    """Whether ``a`` is nowhere above ``b`` and somewhere below, where both are known."""
-    known = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    return all(x <= y for x, y in known) and any(x < y for x, y in known)
 
 
 def _parting(a: Sequence[int], b: Sequence[int]) -> int | None:

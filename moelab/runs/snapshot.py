@@ -9,7 +9,6 @@ T tokens, C columns of a token, L layers, K active experts, N events.
 from __future__ import annotations
 
 import dataclasses
-import math
 import threading
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ import numpy as np
 import moelab
 from moelab.runs.schema import EVENTS, FORMAT
 from moelab.runs.tokens import CAUSES, COLUMNS, row, titled
-from moelab.runs.words import in_words, merge_changes, sentence
+from moelab.runs.words import in_words, merge_changes, plain, sentence
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.spelling import changed, opened, short
 from moelab.store.devices import DEVICES
@@ -99,7 +98,7 @@ class RunReader:
                 "events": self._events(start, tokens),
                 "gates": self._gates_of(tokens),
                 "top": self._top(tokens),
-                "summary": {name: _plain(value) for name, value in run.summary().items()},
+                "summary": {name: plain(value) for name, value in run.summary().items()},
             }
 
     def _model(self) -> dict[str, Any]:
@@ -217,8 +216,3 @@ def origins(names: Sequence[str], outpaced: Collection[str] = ()) -> list[dict[s
             emulated = bool(DEVICES[name].emulated)
             found.append({"token": token, "device": name, "title": title, "emulated": emulated})
     return found
-
-
-def _plain(value: Any) -> Any:
-    """A figure as JSON has it."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

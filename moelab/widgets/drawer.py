@@ -7,7 +7,6 @@ and how far it is goes out with the dashboard's frames. What is refused is shown
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab.runs.compare import Comparison, code_of
 from moelab.runs.what_if import WhatIf, since
-from moelab.runs.words import in_words
+from moelab.runs.words import in_words, plain
 from moelab.spelling import changed
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ class Drawer:
             "pieces": [d["pieces"] for d in documents],
             "settings": [d["settings"][0]["short"] for d in documents],
             "changes": [len(d["settings"]) - 1 for d in documents],
-            "figures": [list(map(_plain, row)) for row in table.itertuples()],
+            "figures": [list(map(plain, row)) for row in table.itertuples()],
         }
         self._send({"beside": told})
 
@@ -198,7 +197,7 @@ def _row(name: str, saved: Any, best: bool) -> dict[str, Any]:
         "changes": len(doc["settings"]) - 1,
         "prompt": doc["prompt"],
         "tokens": len(doc["ids"]),
-        **{key: _plain(summary[key]) for key in FIGURES},
+        **{key: plain(summary[key]) for key in FIGURES},
         "peak": summary["peak_resident_bytes"],
         "device": device.title if device else summary["device"],
         "emulated": summary["timing"] == "emulated",
@@ -206,11 +205,6 @@ def _row(name: str, saved: Any, best: bool) -> dict[str, Any]:
         "code": code_of(doc),
         "again": saved.run(name) is not None,
     }
-
-
-def _plain(value: Any) -> Any:
-    """A cell of a table as JSON has it."""
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _words(error: BaseException) -> str:

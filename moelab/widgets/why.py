@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from moelab.runs.words import in_words
+from moelab.runs.words import in_words, plain
 from moelab.settings import part_title
 
 
@@ -33,7 +33,7 @@ def reasons(lab: Any, layer: int, expert: int) -> dict[str, Any]:
             {
                 "name": name,
                 "text": texts.get(name, ""),
-                "value": float(value) if math.isfinite(value) else None,
+                "value": plain(float(value)),
                 "low": min(finite, default=None),
                 "high": max(finite, default=None),
             }
