@@ -231,7 +231,7 @@ def memory_and_speed(comparison: Comparison) -> go.Figure:
     traces: list[Any] = list(figure.data)
     for i, (trace, rows) in enumerate(zip(traces, groups, strict=True)):
         there = rows["KL"].notna()
-        depth = np.log10(rows["KL"].fillna(10.0**low).clip(1e-5))
+        depth: Any = np.log10(rows["KL"].fillna(10.0**low).clip(1e-5))
         shape = trace.marker.symbol
         trace.marker.symbol = [shape if k else f"{shape}-open" for k in there]
         trace.marker.size = (11 + 15 * (depth - low) / (high - low)).where(there, 11).tolist()

@@ -20,7 +20,7 @@ import numpy as np
 
 from moelab.runs.tokens import CAUSES, COLUMNS
 
-WIDTH, DPI, MARGIN, AXIS = 960, 100, 20, 40  # in pixels, but for the pixels of an inch
+WIDTH, LEFT, RIGHT, DPI = 960, 60, 20, 100  # pixels of the picture, its margins, and an inch
 TIERS = {16: "#482475", 8: "#355f8d", 4: "#21918c", 3: "#44bf70", 2: "#9bd93c"}
 FILL = {16: 1.0, 8: 0.74, 4: 0.5, 3: 0.36, 2: 0.24}
 PARTS = {
@@ -39,6 +39,8 @@ _STYLE: dict[Any, Any] = {
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Helvetica", "Arial", "sans-serif"],
     "svg.hashsalt": "moelab",  # the same frame gives the same bytes
     "font.size": 8.6,
+    "legend.fontsize": 8,
+    "legend.handleheight": 1,
     "text.color": TEXT,
     "text.parse_math": False,
     "axes.edgecolor": LINE,
@@ -83,7 +85,7 @@ def picture(
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
         kinds = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else None
-        _Page(frame, model, head).figure.savefig(file, format=kind, dpi=2 * DPI, metadata=kinds)
+        _drawn(frame, model, head).savefig(file, format=kind, dpi=2 * DPI, metadata=kinds)
     if kind == "png":
         return file.getvalue()
     svg = file.getvalue().decode()
@@ -92,206 +94,184 @@ def picture(
     return re.sub(*tenths, svg).encode()
 
 
-class _Page:
-    """The figure while it is drawn: lanes under each other, each as tall as it needs."""
+def _drawn(frame: Mapping[str, Any], model: Mapping[str, Any], head: tuple[str, ...]) -> Any:
+    """The figure: lanes under each other, each with a gap above for its title."""
+    from matplotlib.figure import Figure
 
-    def __init__(
-        self, frame: Mapping[str, Any], model: Mapping[str, Any], head: tuple[str, ...]
-    ) -> None:
-        from matplotlib.figure import Figure
+    columns = np.frombuffer(frame["values"], "<f4").reshape(len(COLUMNS), frame["count"])
+    values: dict[str, np.ndarray] = dict(zip(COLUMNS, columns, strict=True))  # [T] each
+    pieces = [clean(piece) for piece in (frame["prompt"], *frame["texts"])]
+    rows = lay_out(pieces, columns=int((WIDTH - LEFT - RIGHT) / CHAR))
+    lines = [line for words in head[1:] for line in textwrap.wrap(words, 135)]
+    map_px = model["layers"] * min(22.0, max(5.0, 240 / model["layers"]))
+    lanes = {"map": (70 + 17 * len(lines), map_px), "bars": (66, 120)}  # gap above, height
+    if frame["count"]:
+        lanes["memory"] = 14, 34
+        if np.isfinite(values["kl"]).any():
+            lanes["kl"] = 18, 34
+    lanes["text"] = 42, ROW * len(rows)
+    ratios = [pixels for lane in lanes.values() for pixels in lane] + [RIGHT]
+    figure = Figure((WIDTH / DPI, sum(ratios) / DPI), dpi=DPI)
+    spec = figure.add_gridspec(len(ratios), height_ratios=ratios, top=1, bottom=0, hspace=0)
+    spec.update(left=LEFT / WIDTH, right=1 - RIGHT / WIDTH)
+    axes = {name: figure.add_subplot(spec[2 * i + 1]) for i, name in enumerate(lanes)}
+    for lane in axes.values():
+        lane.set(xticks=[], yticks=[], xlim=(0, max(frame["count"], 40)))
+        lane.spines[["top", "right", "left"]].set_visible(False)
+        lane.tick_params(length=0)
+    _head(figure, frame["origins"][-1], head[0], lines)
+    _map(axes["map"], frame, model)
+    _bars(axes["bars"], values)
+    _marks(axes["bars"], frame)
+    if "memory" in axes:
+        _memory(axes["memory"], values)
+    if "kl" in axes:
+        at = np.arange(frame["count"]) + 0.43
+        axes["kl"].plot(at, values["kl"].clip(1e-4, 1), "_", c=KL, ms=3)
+        axes["kl"].set(yscale="log", ylim=(1e-4, 1))
+        axes["kl"].set_yticks([1e-4, 1e-2, 1], ["10⁻⁴", "KL", "1"])
+        axes["kl"].minorticks_off()
+    _text(axes["text"], values["total_ms"], rows)
+    return figure
 
-        self.frame, self.model = frame, model
-        columns = np.frombuffer(frame["values"], "<f4").reshape(len(COLUMNS), frame["count"])
-        self.values: dict[str, np.ndarray] = dict(zip(COLUMNS, columns, strict=True))  # [T]
-        pieces = [clean(piece) for piece in (frame["prompt"], *frame["texts"])]
-        self.columns = int((WIDTH - 2 * MARGIN) / CHAR)
-        self.rows = lay_out(pieces, columns=self.columns)  # of the text
-        self.lines = [line for words in head[1:] for line in textwrap.wrap(words, 135)]
-        self.known = np.flatnonzero(np.isfinite(self.values["kl"]))
-        self.map_px = model["layers"] * min(22.0, max(5.0, 240 / model["layers"]))
-        lanes = 234 + 52 * bool(len(self.known)) if frame["count"] else 52
-        lanes += ROW * len(self.rows)
-        self.height = 42 + 17 * len(self.lines) + 50 + self.map_px + lanes + 36 + MARGIN
-        self.figure = Figure((WIDTH / DPI, self.height / DPI), dpi=DPI)
-        self.y = 27.0
-        self._head(head[0])
-        self._map()
-        if frame["count"]:
-            self._bars()
-        else:
-            self._title("Latency per token")
-            self._say(MARGIN + 150, "no token yet", color=SOFT)
-        self._text()
 
-    # -- pixels from the top left ---------------------------------------------------------------
+def _head(figure: Any, origin: Mapping[str, Any], title: str, lines: list[str]) -> None:
+    def say(x: float, y: float, words: str, **style: Any) -> None:
+        figure.text(x / WIDTH, 1 - y / DPI / figure.get_figheight(), words, **style)
 
-    def _say(self, x: float, words: str, **style: Any) -> Any:
-        place = x / WIDTH, 1 - self.y / self.height
-        return self.figure.text(*place, words, **{"va": "baseline", **style})
+    say(RIGHT, 27, title, size=10, weight="bold")
+    for i, line in enumerate(lines):
+        say(RIGHT, 48 + 17 * i, line, color=SOFT if i else TEXT)
+    name, colour, dash = ("measured", KL, "-")
+    if origin["emulated"]:
+        name, colour, dash = ("emulated", EMULATED, "--")
+    edge = {"boxstyle": "round,pad=0.35,rounding_size=0.9", "fc": "none", "ec": colour, "ls": dash}
+    style = {"ha": "right", "color": colour, "weight": "bold", "bbox": edge}
+    say(WIDTH - RIGHT - 8, 27, f"{name}: {origin['title']}", **style)
 
-    def _title(self, words: str, gap: float = 30) -> None:
-        self.y += gap
-        self._say(MARGIN, words, weight="bold")
 
-    def _lane(self, tall: float, *, gap: float = 8, left: float = MARGIN + AXIS) -> Any:
-        """Axes below what is there already."""
-        self.y += gap + tall
-        wide = WIDTH - left - MARGIN
-        box = left / WIDTH, 1 - self.y / self.height, wide / WIDTH, tall / self.height
-        axes = self.figure.add_axes(box)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(length=0)
-        return axes
+def _title(axes: Any, words: str, legend: Iterable[tuple[str, str, str]] = (), up: int = 6) -> None:
+    """Above the lane: its title, and beside it the legend (words, colour, hatch)."""
+    from matplotlib.patches import Patch
 
-    def _legend(self, entries: Iterable[tuple[str, str, str, float]]) -> None:
-        """On the title's line: words, colour, hatch and how full the box is."""
-        from matplotlib.patches import Rectangle
+    axes.set_title(words, loc="left", size=8.6, weight="bold", pad=up * 72 / DPI)
+    handles = [Patch(fc=c, hatch=h, ec="w", lw=0, label=label) for label, c, h in legend]
+    tight = {"frameon": False, "borderpad": 0, "borderaxespad": 0, "handlelength": 1, "ncols": 9}
+    at = 0.16, 1 + (up - 3) / axes.bbox.height
+    axes.legend(handles=handles, bbox_to_anchor=at, loc="lower left", labelcolor=SOFT, **tight)
 
-        x = MARGIN + 150.0
-        for words, colour, hatch, full in entries:
-            for share, fill, lines in ((1.0, CELL, ""), (full, colour, hatch)):
-                low, size = 1 - (self.y + 2) / self.height, (10 / WIDTH, 12 * share / self.height)
-                look = {"facecolor": fill, "hatch": lines, "edgecolor": "w", "linewidth": 0}
-                self.figure.add_artist(Rectangle((x / WIDTH, low), *size, **look))
-            self._say(x + 15, words, color=SOFT, size=8)
-            x += 40 + 6.4 * len(words)
 
-    # -- the parts ------------------------------------------------------------------------------
+def _map(axes: Any, frame: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Layers down, experts across: colour and fill are the resident bits."""
+    from matplotlib.colors import to_rgb
 
-    def _head(self, title: str) -> None:
-        origin = self.frame["origins"][-1]
-        emulated = origin["emulated"]
-        self._say(MARGIN, title, size=10, weight="bold")
-        colour = EMULATED if emulated else KL
-        edge = {"boxstyle": "round,pad=0.35,rounding_size=0.9", "fc": "none", "ec": colour}
-        words = f"{'emulated' if emulated else 'measured'}: {origin['title']}"
-        style = {"ha": "right", "color": colour, "weight": "bold"}
-        self._say(WIDTH - MARGIN - 8, words, bbox=edge | {"ls": "--" if emulated else "-"}, **style)
-        self.y += 4
-        for line in self.lines:
-            self.y += 17
-            self._say(MARGIN, line, color=TEXT if line == self.lines[0] else SOFT)
+    layers, experts = model["layers"], model["experts"]
+    bits = np.frombuffer(frame["map"]["bits"], "<u1").reshape(layers, experts)  # [L, E]
+    blocks = {tier: "▁▂▃▄▅▆▇█"[round(8 * share) - 1] for tier, share in FILL.items()}
+    _title(axes, "Cache map", ((f"{t} bit {blocks[t]}", TIERS[t], "") for t in model["tiers"]))
+    tall, wide = 12, 8  # dots of a cell
+    full = np.select([bits == tier for tier in FILL], list(FILL.values()), 0.0)
+    colours = np.full((256, 3), to_rgb(CELL))
+    colours[list(TIERS)] = [to_rgb(colour) for colour in TIERS.values()]
+    filled = np.arange(tall, 0, -1)[:, None] <= np.rint(tall * full)[:, None, :]  # [L, dots, E]
+    dots = np.where(filled[..., None], colours[bits][:, None], to_rgb(CELL))
+    dots = np.repeat(dots[:, :, :, None], wide, axis=3)  # [L, dots, E, dots, 3]
+    dots[:, -1], dots[:, :, :, -1] = 1.0, 1.0
+    dots = dots.reshape(tall * layers, wide * experts, 3)
+    axes.imshow(dots, extent=(0, experts, layers, 0), aspect="auto", interpolation="none")
+    axes.set_xlim(0, experts)
+    axes.spines["bottom"].set_visible(False)
+    shown = range(0, layers, -(-13 * layers // int(axes.bbox.height)))
+    axes.set_yticks(np.array(shown) + 0.5, map(str, shown))
 
-    def _map(self) -> None:
-        """Layers down, experts across: colour and fill are the resident bits."""
-        from matplotlib.colors import to_rgb
 
-        shape = self.model["layers"], self.model["experts"]
-        bits = np.frombuffer(self.frame["map"]["bits"], "<u1").reshape(shape)  # [L, E]
-        self._title("Cache map")
-        self._legend((f"{tier} bit", TIERS[tier], "", FILL[tier]) for tier in self.model["tiers"])
-        tall, wide = 12, 8  # dots of a cell
-        full = np.select([bits == tier for tier in FILL], list(FILL.values()), 0.0)
-        colours = np.full((256, 3), to_rgb(CELL))
-        colours[list(TIERS)] = [to_rgb(colour) for colour in TIERS.values()]
-        filled = np.arange(tall, 0, -1)[:, None] <= np.rint(tall * full)[:, None, :]  # [L, dots, E]
-        dots = np.where(filled[..., None], colours[bits][:, None], to_rgb(CELL))
-        dots = np.repeat(dots[:, :, :, None], wide, axis=3)  # [L, dots, E, dots, 3]
-        dots[:, -1], dots[:, :, :, -1] = 1.0, 1.0
-        dots = dots.reshape(tall * shape[0], wide * shape[1], 3)
-        axes = self._lane(self.map_px)
-        axes.imshow(dots, extent=(0, shape[1], shape[0], 0), aspect="auto", interpolation="none")
-        axes.spines["bottom"].set_visible(False)
-        axes.set_xticks([])
-        layers = range(0, shape[0], -(-13 * shape[0] // int(self.map_px)))
-        axes.set_yticks(np.array(layers) + 0.5, map(str, layers))
+def _steps(axes: Any, tops: Any, edges: Any, base: Any, **look: Any) -> None:
+    """As ``axes.stairs``, which takes a second to find the limits of long ones."""
+    from matplotlib.patches import StepPatch
 
-    def _bars(self) -> None:
-        """One bar a token, stacked by cause; under it memory against budget, and KL."""
-        values, count = self.values, self.frame["count"]
-        parted = 1 + (count <= 300)  # a gap between tokens where there is room for one
-        edges = np.append(np.add.outer(np.arange(count), (0, 0.86)[:parted]).ravel(), count)
-        self._title("Latency per token")
-        self._legend((part, *look, 1.0) for part, look in PARTS.items())
-        axes = self._lane(120, gap=38)
-        axes.grid(visible=True)
-        axes.set(xlim=(0, max(count, 40)), xticks=[])
-        axes.set_ylim(0, 1.15 * max(0.5, float(np.quantile(values["total_ms"], 0.96))))
-        axes.locator_params(axis="y", nbins=3)
-        axes.text(-0.006, 1.04, "ms", transform=axes.transAxes, ha="right", color=SOFT, size=7)
-        below = np.zeros(count)
-        for part, (colour, hatch) in PARTS.items():
-            spent = values.get(f"{part}_ms", values.get(part))
-            if spent is None or not spent.any():
-                continue
-            tops, bases = (np.repeat(v, parted) for v in (below + spent, below))
-            tops[parted - 1 :: 2] *= np.nan if parted == 2 else 1
-            self._steps(axes, tops, edges, bases, colour, hatch)
-            below = below + spent
-        self._marks(axes)
-        self._memory(axes)
-        if len(self.known):
-            lane = self._lane(34, gap=18)
-            lane.plot(self.known + 0.43, values["kl"][self.known].clip(1e-4, 1), "_", c=KL, ms=3)
-            lane.set(xlim=axes.get_xlim(), xticks=[], yscale="log", ylim=(1e-4, 1))
-            lane.set_yticks([1e-4, 1e-2, 1], ["10⁻⁴", "KL", "1"])
-            lane.minorticks_off()
+    axes.add_artist(StepPatch(tops, edges, baseline=base, **look))
 
-    @staticmethod
-    def _steps(
-        axes: Any, tops: Any, edges: Any, base: Any, colour: str, hatch: str = "", **line: Any
-    ) -> None:
-        """As ``axes.stairs``, which spends a second on looking for the limits of long ones."""
-        from matplotlib.patches import StepPatch
 
-        fill = {"fill": not line, "facecolor": colour, "edgecolor": "w", "linewidth": 0}
-        axes.add_artist(StepPatch(tops, edges, baseline=base, hatch=hatch, **fill | line))
+def _bars(axes: Any, values: Mapping[str, np.ndarray]) -> None:
+    """One bar a token, stacked by cause."""
+    from matplotlib.ticker import MaxNLocator
 
-    def _memory(self, above: Any) -> None:
-        held, budget = self.values["resident_bytes"] / 1e6, self.values["budget_bytes"] / 1e6
-        lane, edges = self._lane(34, gap=12), np.arange(len(held) + 1)
-        self._steps(lane, held, edges, 0, "#b8c0c8")
-        self._steps(
-            lane, budget, edges, None, "none", edgecolor=TEXT, linestyle="--", linewidth=0.8
-        )
-        most = max(float(budget.max()), float(held.max()), 1e-6)
-        lane.set(xlim=above.get_xlim(), xticks=[], ylim=(0, 1.15 * most))
-        lane.set_yticks([0, most], ["0", f"{most:.3g}"])
-        words = "experts in memory, MB; dashed: budget"
-        lane.text(1, 1.04, words, transform=lane.transAxes, ha="right", color=SOFT, size=7)
+    total, count = values["total_ms"], len(values["total_ms"])
+    _title(axes, "Latency per token", ((part, *look) for part, look in PARTS.items()), up=44)
+    if not count:
+        axes.text(0, 0.5, "no token yet", color=SOFT)
+        return
+    gaps = count <= 300  # between tokens, where there is room
+    edges = np.append(np.add.outer(np.arange(count), (0, 0.86)[: 1 + gaps]).ravel(), count)
+    axes.grid(visible=True)
+    axes.set_ylim(0, 1.15 * max(0.5, float(np.quantile(total, 0.96))))
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+    axes.text(-0.006, 1.04, "ms", transform=axes.transAxes, ha="right", color=SOFT, size=7)
+    below = np.zeros(count)
+    for part, (colour, hatch) in PARTS.items():
+        spent = values.get(f"{part}_ms", values.get(part))
+        if spent is None or not spent.any():
+            continue
+        tops, bases = (np.repeat(v, 1 + gaps) for v in (below + spent, below))
+        if gaps:
+            tops[1::2] = np.nan
+        _steps(axes, tops, edges, bases, fc=colour, hatch=hatch, ec="w", lw=0)
+        below = below + spent
 
-    def _marks(self, axes: Any) -> None:
-        """Settings changed during the run, labelled as far as there is room."""
-        ends, step = [-1e9, -1e9], (WIDTH - 2 * MARGIN - AXIS) / axes.get_xlim()[1]
-        for change in self.frame["changes"]:
-            x = change["last"] - self.frame["first"]
-            if x < 0:
-                continue
-            wide = 6.4 * len(change["label"]) / step
-            at = min(x, axes.get_xlim()[1] - wide)
-            row = next((i for i, end in enumerate(ends) if end + 10 / step < at), None)
-            axes.axvline(x, color=TEXT, linewidth=0.8, linestyle=(0, (3, 2)))
-            if row is not None:
-                ends[row] = at + wide
-                place = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset pixels"}
-                up = (0, 22 - 12 * row)
-                axes.annotate(change["label"], (at, 1.0), xytext=up, size=8, **place)
 
-    def _text(self) -> None:
-        """Prompt and text on a grid of characters, each token shaded by its cost."""
-        from matplotlib.colors import to_rgb
+def _memory(axes: Any, values: Mapping[str, np.ndarray]) -> None:
+    held, budget = values["resident_bytes"] / 1e6, values["budget_bytes"] / 1e6
+    edges, most = np.arange(len(held) + 1), max(float(budget.max()), float(held.max()), 1e-6)
+    _steps(axes, held, edges, 0, fc="#b8c0c8", lw=0)
+    _steps(axes, budget, edges, None, fill=False, ec=TEXT, ls="--", lw=0.8)
+    axes.set_ylim(0, 1.15 * most)
+    axes.set_yticks([0, most], ["0", f"{most:.3g}"])
+    words = "experts in memory, MB; dashed: budget"
+    axes.text(1, 1.04, words, transform=axes.transAxes, ha="right", color=SOFT, size=7)
 
-        total = self.values["total_ms"]
-        high = max(0.2, float(np.quantile(total, 0.97))) if len(total) else 1.0
-        low = min(high / 4, float(np.quantile(total, 0.1))) if len(total) else 0.25
-        shades = np.log(np.maximum(total, 1e-6) / low) / np.log(high / low)
-        shades = np.append(0.0, 0.62 * shades.clip(0, 1))  # of the prompt, then of each token
-        self._title("Text, shaded by cost", 36)
-        axes = self._lane(ROW * len(self.rows), left=MARGIN)
-        axes.set_axis_off()
-        grid = np.zeros((len(self.rows), self.columns, 4))
-        grid[..., :3] = to_rgb(COST)
-        mono = {"family": "DejaVu Sans Mono", "size": 72 * CHAR / 0.602 / DPI, "va": "baseline"}
-        for y, row in enumerate(self.rows):
-            pieces = np.array([piece for _, piece in row], int)[: self.columns]
-            grid[y, : len(pieces), 3] = shades[pieces]
-            for colour, of_prompt in ((SOFT, True), (TEXT, False)):
-                mine = (letter if (piece == 0) == of_prompt else " " for letter, piece in row)
-                words = "".join(mine).rstrip().replace(" ", "\u00a0")  # SVG would drop spaces
-                axes.text(0, y + 0.72, words, color=colour, **mono)
-        extent = (0, self.columns, len(self.rows), 0)
-        axes.imshow(grid, extent=extent, aspect="auto", interpolation="none")
-        axes.set_xlim(0, (WIDTH - 2 * MARGIN) / CHAR)
+
+def _marks(axes: Any, frame: Mapping[str, Any]) -> None:
+    """Settings changed during the run, labelled as far as there is room."""
+    ends, most = [-1e9, -1e9], axes.get_xlim()[1]
+    step = axes.bbox.width / most
+    for change in frame["changes"]:
+        x = change["last"] - frame["first"]
+        if x < 0:
+            continue
+        wide = 6.4 * len(change["label"]) / step
+        at = min(x, most - wide)
+        row = next((i for i, end in enumerate(ends) if end + 10 / step < at), None)
+        axes.axvline(x, color=TEXT, linewidth=0.8, linestyle=(0, (3, 2)))
+        if row is not None:
+            ends[row] = at + wide
+            place = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
+            axes.annotate(change["label"], (at, 1), (0, 13 - 9 * row), size=8, **place)
+
+
+def _text(axes: Any, total_ms: np.ndarray, rows: list[list[tuple[str, int]]]) -> None:
+    """Prompt and text on a grid of characters, each token shaded by its cost."""
+    from matplotlib.colors import to_rgb
+
+    high = max(0.2, float(np.quantile(total_ms, 0.97))) if len(total_ms) else 1.0
+    low = min(high / 4, float(np.quantile(total_ms, 0.1))) if len(total_ms) else 0.25
+    shades = np.log(np.maximum(total_ms, 1e-6) / low) / np.log(high / low)
+    shades = np.append(0.0, 0.62 * shades.clip(0, 1))  # of the prompt, then of each token
+    _title(axes, "Text, shaded by cost")
+    axes.set_axis_off()
+    columns = axes.bbox.width / CHAR
+    grid = np.zeros((len(rows), int(columns), 4))
+    grid[..., :3] = to_rgb(COST)
+    mono = {"family": "DejaVu Sans Mono", "size": 72 * CHAR / 0.602 / DPI}
+    for y, row in enumerate(rows):
+        pieces = np.array([piece for _, piece in row], int)[: int(columns)]
+        grid[y, : len(pieces), 3] = shades[pieces]
+        for colour, of_prompt in ((SOFT, True), (TEXT, False)):
+            mine = (letter if (piece == 0) == of_prompt else " " for letter, piece in row)
+            words = "".join(mine).rstrip().replace(" ", "\u00a0")  # SVG would drop spaces
+            axes.text(0, y + 0.72, words, color=colour, **mono)
+    extent = (0, int(columns), len(rows), 0)
+    axes.imshow(grid, extent=extent, aspect="auto", interpolation="none")
+    axes.set_xlim(0, columns)
 
 
 def clean(text: str) -> str:
