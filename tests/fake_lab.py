@@ -63,7 +63,7 @@ class FakeRun:
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
         self.token_reports, self.changes, self.outpaced = [], [], set()
         self.error = None
-        self.fail_at = None
+        self.fail_at, self.hold_at, self.go_on = lab.fail_at, lab.hold_at, threading.Event()
         self._lab, self._token_ms = lab, token_ms
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="fake-run", daemon=True)
@@ -97,6 +97,8 @@ class FakeRun:
         for token in range(self.max_new_tokens):
             if self._stop.is_set():
                 return
+            if token == self.hold_at:
+                self.go_on.wait(60)
             if token == self.fail_at:
                 self.error = RuntimeError("store is truncated: experts-4.bin, layer 2, expert 7")
                 return
@@ -142,7 +144,7 @@ class FakeLab:
         self.layers, self.experts, self.top_k, self.token_ms = layers, experts, top_k, token_ms
         self._shape = Shape((experts,) * layers, top_k, EXPERT_BYTES)
         self.settings = Settings(int(budget * self._all(16)), 16, make("lru"), seed=seed)
-        self.run = None
+        self.run = self.fail_at = self.hold_at = None  # at which token its next run fails, or waits
         self.updates, self.asked_why, self.asked_info = [], 0, 0
         self._rng = np.random.default_rng(seed)
         self._lock = threading.RLock()
