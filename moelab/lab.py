@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Mapping
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, Self
 
@@ -33,7 +32,9 @@ from moelab.facts import facts
 from moelab.models.chat import Messages, encode, has_template, messages
 from moelab.runs.quality import Score, score_ids
 from moelab.runs.run import Asked, Run
+from moelab.runs.session import Changes, Session
 from moelab.settings import Settings
+from moelab.spelling import shown
 from moelab.store.store import Store
 
 if TYPE_CHECKING:
@@ -63,24 +64,28 @@ class Lab:
         progress: bool = True,
     ) -> None:
         self._progress = progress
-        self._store, self._settings = store, settings
+        self._store = store
         self.name = name or store.manifest.source
         self._shape = shape_of(store)
         self._tokenizer = load_tokenizer(store)
         self._sampling = model_sampling(store.checkpoint_dir)
         self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
         weakref.finalize(self, self._engine.loader.close)
-        self._busy, self._lock = threading.Lock(), threading.RLock()
         self._strategies = strategies or Strategies(store)
-        self._closed, self._saved = False, None
-        self.run: Run | None = None
+        self._session = Session(self._engine, self._strategies)
+        self._lock, self._saved = threading.Lock(), None
 
     # -- settings ---------------------------------------------------------------------------
 
     @property
     def settings(self) -> Settings:
         """The settings in force from the next token on."""
-        return self._settings
+        return self._session.settings
+
+    @property
+    def run(self) -> Run | None:
+        """The newest run."""
+        return self._session.run
 
     def update(self, **changes: Any) -> Settings:
         """Change settings at any time, from any thread; the next token obeys.
@@ -89,8 +94,8 @@ class Lab:
         ----------
         changes
             Any of `Settings`, ``budget``, a decision of the strategy (``evict="hobbit"``, or an
-            object of your own), or a parameter of its parts (``w_lru=0.4``). A strategy brings
-            its own ``low_bits``, ``t1``, ``t2`` and ``prefetch`` unless they are given too.
+            object of your own), a parameter of its parts (``w_lru=0.4``), or ``pin``: experts to
+            keep for good, ``{(layer, expert): bits}``. A part brings its own parameters.
 
         Raises
         ------
@@ -102,20 +107,7 @@ class Lab:
         >>> lab.update(budget="50%", bits=4).bits
         4
         """
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("this lab is closed; open it again")
-            new = self._settings.change(self._shape, make=self._strategies, **changes)
-            if self._busy.acquire(blocking=False):  # no run: obey at once
-                try:
-                    self._engine.apply(new)
-                except BaseException:  # a policy of somebody's own failed
-                    self._engine.recover()
-                    raise
-                finally:
-                    self._busy.release()
-            self._settings = new
-            return new
+        return self._session.update(**changes)
 
     # -- generating -------------------------------------------------------------------------
 
@@ -131,7 +123,7 @@ class Lab:
         measure_kl: bool | None = None,
         ignore_eos: bool = False,
         chat: bool | None = None,
-        changes: Mapping[int, Settings | Mapping[str, Any]] | None = None,
+        changes: Changes | None = None,
     ) -> Run:
         """Generate in the background and return at once.
 
@@ -182,29 +174,25 @@ class Lab:
             "repetition_penalty": repetition_penalty,
         }
         own: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        own["seed"] = self._settings.seed if seed is None else seed
+        own["seed"] = self.settings.seed if seed is None else seed
         sampling = Sampling(**(self._sampling | own))
-        self._claim()
+        session = self._session
+        session.claim()
         try:
-            if measure_kl is not None and measure_kl != self._settings.measure_kl:
+            if measure_kl is not None and measure_kl != self.settings.measure_kl:
                 self.update(measure_kl=measure_kl)
-            eos = set() if ignore_eos else self._eos(chat=bool(said))
             run = Run(
                 Asked(text, max_new_tokens, sampling, ignore_eos, said),
                 ids,
                 self._tokenizer,
-                eos,
+                set() if ignore_eos else self._eos(chat=bool(said)),
                 self._shape,
                 model=self.name,
                 architecture=self._store.manifest.architecture,
             )
-            run.history.append((0, self._settings))
-            self.run = run
-            if self._closed:
-                run.stop()
-            run._start(lambda: self._work(run, dict(changes or {})))
+            session.start(run, changes or {})
         except BaseException:
-            self._busy.release()
+            session.release()
             raise
         return run
 
@@ -248,16 +236,10 @@ class Lab:
             raise ValueError("this model brings no probe texts; give text=")
         if any(len(self._encode(t)) < 2 for t in texts):
             raise ValueError("nothing to score: the text needs at least two tokens")
-        self._claim()
-        try:
-            bar = self._progress if progress is None else progress
-            ids = [self._encode(t)[:max_tokens] for t in texts]
-            return score_ids(self._engine, ids, progress=bar)
-        except BaseException:
-            self._engine.recover()
-            raise
-        finally:
-            self._release()
+        bar = self._progress if progress is None else progress
+        ids = [self._encode(t)[:max_tokens] for t in texts]
+        with self._session.claimed() as engine:
+            return score_ids(engine, ids, progress=bar)
 
     def calibrate(
         self, strategy: str, *, again: bool = False, progress: bool | None = None, **options: Any
@@ -288,24 +270,20 @@ class Lab:
         """
         from moelab import calibration
 
-        self._claim()
-        try:
-            bar = self._progress if progress is None else progress
-            made = calibration.calibrate(self, strategy, again=again, progress=bar, **options)
-            self._strategies.renew(strategy)
-        except BaseException:
-            self._engine.recover()
-            raise
-        finally:
-            self._engine.loader.use(self._settings.device)
-            self._release()
+        bar = self._progress if progress is None else progress
+        with self._session.claimed() as engine:
+            try:
+                made = calibration.calibrate(self, strategy, again=again, progress=bar, **options)
+                self._strategies.renew(strategy)
+            finally:
+                engine.loader.use(self.settings.device)
         return made
 
     # -- looking ----------------------------------------------------------------------------
 
     def info(self) -> dict[str, Any]:
         """The model and what fits: sizes in bytes, counts of experts, whether it can chat."""
-        found = facts(self.name, self._store, self._settings, self._engine)
+        found = facts(self.name, self._store, self.settings, self._engine)
         return {**found, "chat": has_template(self._tokenizer)}
 
     def cache_map(self) -> dict[str, np.ndarray]:
@@ -319,18 +297,23 @@ class Lab:
         >>> lab.cache_map()["bits"].shape
         (6, 16)
         """
-        size = (self._shape.layers, max(self._shape.experts))
-        bits, in_flight = np.zeros(size, np.uint8), np.zeros(size, bool)
-        for key, here in list(self._engine.resident.items()):
-            bits[key], in_flight[key] = here.slot.bits, not here.ticket.done
-        usage = self._engine.usage
-        return {
-            "bits": bits,
-            "in_flight": in_flight,
-            "loaded": usage.loaded.copy(),
-            "used": usage.used.copy(),
-            "uses": usage.uses.copy(),
+        shape, cache = self._shape, self._engine.scheduler.cache
+        at = (shape.layer_of, shape.index_of)
+        out = {
+            "bits": np.zeros((shape.layers, max(shape.experts)), np.uint8),
+            "in_flight": np.zeros((shape.layers, max(shape.experts)), bool),
+            "loaded": np.full((shape.layers, max(shape.experts)), -1, np.int32),
+            "used": np.full((shape.layers, max(shape.experts)), -1, np.int32),
+            "uses": np.zeros((shape.layers, max(shape.experts)), np.int32),
         }
+        flying = np.zeros(shape.n, bool)
+        flying[self._engine.in_flight()] = True
+        out["bits"][at], out["in_flight"][at] = cache.bits, flying & (cache.bits > 0)
+        out["used"][at], out["uses"][at] = cache.last_token - 1, cache.uses
+        if self.run is not None:
+            loaded = self.run.loaded()
+            out["loaded"][at] = loaded
+        return out
 
     def why(self, layer: int, expert: int | None = None) -> dict[Any, Any]:
         """The evict decision's own terms for resident experts; also during a run.
@@ -358,14 +341,7 @@ class Lab:
         answer = self._engine.questions.why(layer)
         give_up = time.monotonic() + WHY_PATIENCE_S
         while not answer.done():
-            with self._lock:  # a run that starts now waits for us, a change too
-                if self._closed:
-                    raise RuntimeError("this lab is closed; open it again")
-                if self._busy.acquire(blocking=False):  # nothing runs: it is answered here
-                    try:
-                        self._engine.questions.answer(self._engine.scheduler)
-                    finally:
-                        self._busy.release()
+            self._session.idle(lambda: self._engine.questions.answer(self._engine.scheduler))
             if not answer.done() and time.monotonic() > give_up:
                 raise RuntimeError("the lab is busy and did not answer; ask again later")
             wait([answer], timeout=0.02)
@@ -458,20 +434,13 @@ class Lab:
 
     def dashboard(self) -> Dashboard:
         """The live view: show it as the last line of a notebook cell."""
-        from moelab.widgets.dashboard import Dashboard
+        import moelab
 
-        return Dashboard(self)
+        return moelab.Dashboard(self)
 
     def close(self) -> None:
         """Stop the run, the loader and let go of the experts' memory."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        if self.run is not None:
-            self.run.stop()
-        self._busy.acquire()  # for good, when whoever is at work has ended
-        self._engine.close()
+        self._session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -480,50 +449,15 @@ class Lab:
         self.close()
 
     def __repr__(self) -> str:
-        words = ", ".join(f"{k}={v}" for k, v in self._settings.shown().items())
+        words = ", ".join(f"{k}={v}" for k, v in shown(self.settings).items())
         return f"<Lab {self.name}: {words}>"
 
     # -- inside -----------------------------------------------------------------------------
 
-    def _work(self, run: Run, changes: dict[int, Settings | Mapping[str, Any]]) -> None:
-        def latest() -> Settings:
-            for token in sorted(t for t in changes if t <= len(run.tokens)):
-                change = changes.pop(token)
-                if isinstance(change, Settings):
-                    self._settings = change
-                else:
-                    self.update(**change)
-            return self._settings
-
-        try:
-            run._generate(self._engine, latest)
-        except BaseException:
-            self._engine.recover()
-            raise
-        finally:
-            self._release()
-
-    def _claim(self) -> None:
-        """Take the engine, waiting only for a run that was told to stop."""
-        last = self.run
-        if last is not None and last._stop.is_set():
-            last._done.wait()
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("this lab is closed; open it again")
-            if not self._busy.acquire(blocking=False):
-                raise RuntimeError("a run is going on; run.stop() it or run.join() first")
-
-    def _release(self) -> None:
-        with self._lock:
-            try:
-                if self._engine.settings is not self._settings:  # changed after the last token
-                    self._engine.apply(self._settings)
-            except Exception:  # noqa: BLE001, a policy of somebody's own failed: not in force
-                self._engine.recover()
-                self._settings = self._engine.settings
-            finally:
-                self._busy.release()
+    def _beside(self, settings: Settings) -> Lab:
+        """A second lab on the same store, with memory and weights of its own."""
+        dtype = self._engine.model.dtype
+        return Lab(self._store, settings, name=self.name, dtype=dtype, strategies=self._strategies)
 
     def _encode(self, text: str) -> list[int]:
         ids = self._tokenizer(text)["input_ids"]

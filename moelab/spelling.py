@@ -1,29 +1,25 @@
-"""Settings spelled as code that makes them again, and as a few words for a table.
+"""Settings in words, and as code that makes them again.
 
-A strategy is spelled by the named one it is nearest to, the decisions it takes from others and the
-parameters that differ. What it cannot spell: a part of your own is written by its class's name, as
-if it were made without arguments, and what a calibration measured is whatever the store has.
+A strategy knows the keywords that made it (`Strategy.keywords`), so code is those keywords written
+down. What it cannot spell: a part of your own is written by its class's name, as if it were made
+without arguments, and what a calibration measured is whatever the store has.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from moelab.scheduling.strategy import ROLES, Strategy
+from moelab.scheduling.strategy import ROLES, Own, Strategy, part_title
 from moelab.scheduling.stream import Shape
-from moelab.settings import OF_ROLE, PLAIN, Settings
+from moelab.settings import Settings
 from moelab.store.devices import DEVICES
-from moelab.strategies import CALIBRATED, NAMES, make
+from moelab.strategies import NAMES, make
 
-if TYPE_CHECKING:
-    from moelab.scheduling.parts import Part
+# -- as code --------------------------------------------------------------------------------------
 
-_ALWAYS = ("device", "measure_kl", "seed")
-"""Settings that no strategy brings."""
-
-_PLAIN_FIELDS = ("bits", "low_bits", "device", "prefetch", "measure_kl", "seed")
+_FIELDS = ("bits", "device", "measure_kl", "seed")
 
 
 def opened(model: str, settings: Settings) -> str:
@@ -36,32 +32,18 @@ def opened(model: str, settings: Settings) -> str:
     >>> opened("demo", lab.settings)
     'lab = moelab.open("demo", budget=10_616_832, bits=4, strategy="lru", device="disk", measure_kl=False)'
     """  # noqa: E501
-    base, parts, values = _spelled(settings.strategy)
-    brought = PLAIN | dict(_named()[base].preset)
-    first = {"budget": settings.budget_bytes, "bits": settings.bits, "strategy": base}
-    for name in ("low_bits", "prefetch"):
-        if getattr(settings, name) != brought[name] or (name == "low_bits" and _raised(settings)):
-            first[name] = getattr(settings, name) or 0
-    first |= {"device": settings.device, "measure_kl": settings.measure_kl}
+    base, rest = _keywords(settings.strategy)
+    first = {
+        "budget": settings.budget_bytes,
+        "bits": settings.bits,
+        "strategy": base,
+        "device": settings.device,
+        "measure_kl": settings.measure_kl,
+    }
     if settings.seed:
         first["seed"] = settings.seed
-    then = _parts_and(settings, parts)
-    if settings.low_bits is not None:
-        known = base not in CALIBRATED and not then  # else what is measured, or a part, brings its
-        then |= {
-            n: getattr(settings, n)
-            for n in ("t1", "t2")
-            if not known or getattr(settings, n) != brought[n]
-        }
-    then |= values
-    if settings.strategy.keep:
-        then["keep"] = dict(settings.strategy.keep)
-    lines = [f"lab = moelab.open({_word(model)}, {_keywords(first)})"]
-    if then:
-        lines.append(f"lab.update({_keywords(then)})")
-    if "prefetch" in parts:  # the part brought its own depth
-        lines.append(f"lab.update(prefetch={settings.prefetch})")
-    return "\n".join(lines)
+    line = f"lab = moelab.open({_word(model)}, {_written(first)})"
+    return f"{line}\nlab.update({_written(rest)})" if rest else line
 
 
 def changed(old: Settings, new: Settings) -> str:
@@ -75,25 +57,64 @@ def changed(old: Settings, new: Settings) -> str:
     >>> changed(before, lab.update(bits=8, evict="lfu"))
     'evict="lfu", bits=8'
     """
-    (base0, parts0, values0), (base, parts, values) = map(_spelled, (old.strategy, new.strategy))
+    (base0, rest0), (base, rest) = _keywords(old.strategy), _keywords(new.strategy)
     words: dict[str, Any] = {}
     if base != base0:
-        words = {"strategy": base} | _besides(base, old, new) | _parts_and(new, parts) | values
+        words = {"strategy": base, **rest}
+        if old.strategy.pinned and not new.strategy.pinned:
+            words["pin"] = {}
+        words["bits"] = new.bits  # a strategy may bring its own
     else:
-        back = dict.fromkeys(parts0.keys() - parts.keys(), base)
-        moved = {role: part for role, part in parts.items() if parts0.get(role) != part}
-        words = _parts_and(new, back | moved)
-        words |= {n: v for n, v in values.items() if values0.get(n) != v}
+        back = {role: base for role in ROLES if role in rest0 and role not in rest}
+        words = back | {n: v for n, v in rest.items() if n not in rest0 or rest0[n] != v}
         known = new.strategy.parameters
-        words |= {n: known[n][2] for n in values0 if n in known and n not in values}
+        words |= {n: known[n][2] for n in rest0 if n in known and n not in rest}
+        if "pin" in rest0 and "pin" not in rest:
+            words["pin"] = {}
     if new.budget_bytes != old.budget_bytes:
         words["budget"] = new.budget_bytes
-    for name in (*_PLAIN_FIELDS, "t1", "t2"):
-        if getattr(new, name) != getattr(old, name) and (base == base0 or name in _ALWAYS):
-            words.setdefault(name, getattr(new, name))
-    if new.strategy.keep != old.strategy.keep:
-        words["keep"] = dict(new.strategy.keep)
-    return _keywords(words)
+    words |= {n: getattr(new, n) for n in _FIELDS if getattr(new, n) != getattr(old, n)}
+    if words.get("bits") == old.bits and old.strategy.bits is None is new.strategy.bits:
+        del words["bits"]
+    return _written(words)
+
+
+def _keywords(strategy: Strategy) -> tuple[str, dict[str, Any]]:
+    """The named strategy that this one began as, and the other keywords that make it."""
+    known, words = strategy.parameters, dict(strategy.keywords)
+    base = words.pop("strategy")
+    if base not in NAMES:  # one of your own: the nearest that has a name, and its parts
+        base = max(NAMES, key=lambda name: _alike(make(name), strategy))
+        parts = make(base).parts
+        for role, part in strategy.parts.items():
+            if type(part) is not type(parts[role]):
+                words.setdefault(role, Own(f"{type(part).__name__}()"))
+    roles = {role: words[role] for role in ROLES if role in words and words[role] != base}
+    values = {name: known[name][2] for name in words if name in known}
+    pin = {"pin": dict(strategy.pinned)} if strategy.pinned else {}
+    return base, roles | values | pin
+
+
+def _alike(one: Strategy, other: Strategy) -> int:
+    pairs = zip(one.parts.values(), other.parts.values(), strict=True)
+    return sum(type(a) is type(b) for a, b in pairs)
+
+
+def _written(words: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={_word(value)}" for name, value in words.items())
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Own):
+        return str(value)
+    if type(value) is int:
+        return f"{value:_}"
+    if isinstance(value, str) and value.isprintable() and not {'"', "\\"} & set(value):
+        return f'"{value}"'
+    return repr(value)
+
+
+# -- in words -------------------------------------------------------------------------------------
 
 
 def short(settings: Settings, shape: Shape) -> str:
@@ -104,91 +125,48 @@ def short(settings: Settings, shape: Shape) -> str:
     shape
         Of the model: a budget is shown as a share of all its experts.
     """
-    s, strategy = settings, settings.strategy
+    s, strategy, low = settings, settings.strategy, settings.low_bits
     share = 100 * s.budget_bytes / shape.all_bytes(max(shape.nbytes))
-    pair = f"/{s.low_bits}" if s.low_bits and s.low_bits < s.bits else ""
+    pair = f"/{low}" if low and low < s.bits else ""
     device = DEVICES[s.device].title.partition(",")[0].partition(" (")[0]
-    kept = "".join(f", expert {at}.{e} kept at {b} bit" for (at, e), b in strategy.keep.items())
+    pins = "".join(f", expert {at}.{e} pinned at {b} bit" for (at, e), b in strategy.pinned.items())
     disk = "disk" if s.device == "disk" else device
-    return f"{strategy.name}, {share:.3g} %, {s.bits}{pair} bit, {disk}{kept}"
+    return f"{strategy.name}, {share:.3g} %, {s.bits}{pair} bit, {disk}{pins}"
 
 
-# -- a strategy by name, parts and parameters -----------------------------------------------------
-
-
-class _Own(str):
-    """A part that no named strategy has, as the code that makes one."""
-
-    __slots__ = ()
-
-
-@functools.cache
-def _named() -> dict[str, Strategy]:
-    return {name: make(name) for name in NAMES}
-
-
-def _spelled(strategy: Strategy) -> tuple[str, dict[str, str], dict[str, Any]]:
-    """(name of the nearest strategy, decision -> whose it is instead, parameter -> value)."""
-    base = strategy.name.rstrip("*")
-    if base not in _named():
-        kinds = [type(part) for part in strategy.parts.values()]
-        base = max(_named(), key=lambda name: _alike(_named()[name], kinds))
-    parts = {
-        role: _whose(role, part)
-        for role, part in strategy.parts.items()
-        if type(part) is not type(_named()[base].parts[role])
+def shown(settings: Settings) -> dict[str, str]:
+    """Every setting as a word for a table or a mark on the time axis."""
+    words = {f.name: str(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
+    del words["budget_bytes"]
+    return words | {
+        "strategy": settings.strategy.name,
+        "budget": f"{settings.budget_bytes / 1e6:.3g} MB",
+        "measure_kl": "on" if settings.measure_kl else "off",
     }
-    values = {}
-    for name, (role, _, value) in strategy.parameters.items():
-        source = parts.get(role, base)
-        known = None if isinstance(source, _Own) else _named()[source].parameters.get(name)
-        if source in CALIBRATED or known is None or known[2] != value:
-            values[name] = value
-    return base, parts, values
 
 
-def _alike(strategy: Strategy, kinds: Iterable[type]) -> int:
-    return sum(type(a) is b for a, b in zip(strategy.parts.values(), kinds, strict=True))
+def shown_strategy(strategy: Strategy) -> dict[str, str]:
+    """The strategy's decisions, parameters and pinned experts, as words."""
+    parts = {role: part_title(part) for role, part in strategy.parts.items()}
+    own = {name: _shown(name, value) for name, (_, _, value) in strategy.parameters.items()}
+    pins = [f"{at}.{e} at {bits} bit" for (at, e), bits in strategy.pinned.items()]
+    return parts | own | {"pin": ", ".join(pins) or "none"}
 
 
-def _whose(role: str, part: Part) -> str:
-    same = (name for name, s in _named().items() if type(s.parts[role]) is type(part))
-    return next(same, _Own(f"{type(part).__name__}()"))
+def _shown(name: str, value: Any) -> str:
+    if value is None or (name == "depth" and not value):
+        return "off"
+    if name == "depth":
+        return f"+{value}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _besides(base: str, old: Settings, new: Settings) -> dict[str, Any]:
-    """What choosing the strategy ``base`` by its name would not bring by itself."""
-    brought = PLAIN | dict(_named()[base].preset)
-    if "bits" not in old.strategy.preset:  # else those of the store's best tier come back
-        brought.setdefault("bits", old.bits)
-    every = base in CALIBRATED  # what was measured of the model brings its own
-    names = [n for n in ("bits", *PLAIN) if every or getattr(new, n) != brought.get(n)]
-    if _raised(new) and "low_bits" not in names:
-        names.append("low_bits")
-    return {n: getattr(new, n) for n in names}
-
-
-def _raised(settings: Settings) -> bool:
-    """Whether low bits are not below the bits, which no strategy brings."""
-    return settings.low_bits is not None and settings.low_bits >= settings.bits
-
-
-def _parts_and(settings: Settings, parts: dict[str, str]) -> dict[str, Any]:
-    """The decisions taken from others, and the settings that would come along with them."""
-    ordered: dict[str, Any] = {role: parts[role] for role in ROLES if role in parts}
-    own = [name for role in ordered for name in OF_ROLE.get(role, ()) if name != "prefetch"]
-    return ordered | {name: getattr(settings, name) for name in own}
-
-
-def _keywords(words: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={_word(value)}" for name, value in words.items())
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, _Own):
-        return str(value)
-    if type(value) is int:
-        return f"{value:_}"
-    if isinstance(value, str) and value.isprintable() and not {'"', "\\"} & set(value):
-        return f'"{value}"'
-    return repr(value)
+def differences(old: Settings, new: Settings) -> dict[str, str]:
+    """What changed, as words; of a strategy chosen whole only its name, not its parts."""
+    before, after = shown(old), shown(new)
+    found = {k: v for k, v in after.items() if before[k] != v}
+    if old.strategy is not new.strategy and ("strategy" not in found or "*" in after["strategy"]):
+        had = shown_strategy(old.strategy)
+        own = {k: v for k, v in shown_strategy(new.strategy).items() if had.get(k) != v}
+        found = {k: v for k, v in found.items() if k != "strategy" or not own} | own
+    return found

@@ -14,7 +14,7 @@ from moelab.runs.compare import Comparison
 from moelab.runs.saved import SavedRuns
 from moelab.scheduling.stream import Shape
 from moelab.settings import Settings
-from moelab.spelling import _word, changed, opened, short
+from moelab.spelling import _word, changed, opened, short, shown, shown_strategy
 from moelab.strategies import Evict, make
 from moelab.widgets.drawer import Drawer
 
@@ -147,13 +147,13 @@ def test_code_has_the_settings_and_what_changed_at_which_token():
 
 
 class Own(Evict):
-    def priority(self, key, view):
-        return 0
+    def score(self, view):
+        return 0 * view.last_use
 
 
 def words(settings):
-    shown = settings.shown() | settings.shown_strategy()
-    return {k: v for k, v in shown.items() if k != "strategy"}  # a mix of a mix is named otherwise
+    told = shown(settings) | shown_strategy(settings.strategy)
+    return {k: v for k, v in told.items() if k != "strategy"}  # a mix of a mix is named otherwise
 
 
 def test_settings_spelled_as_code_lead_to_the_same_settings():
@@ -167,13 +167,13 @@ def test_settings_spelled_as_code_lead_to_the_same_settings():
         {"prefetch": "moe_infinity"},
         {"strategy": "lru"},
         {"bits": 4, "device": "sd_card", "seed": 5, "measure_kl": True},
-        {"keep": {(5, 3): 8}},
+        {"pin": {(5, 3): 8}},
         {"strategy": "hobbit"},
         {"bits": 4},
         {"strategy": "swapmoe"},
         {"evict": Own()},
         {"strategy": "edgemoe"},
-        {"keep": {}, "low_bits": 2},
+        {"pin": {}},
     ]
     now = START
     for step in steps:
@@ -205,8 +205,8 @@ def again(code):
 
 
 def test_settings_are_told_in_a_few_words():
-    settings = START.change(SHAPE, strategy="hobbit", device="sd_card", keep={(5, 3): 8})
-    assert short(settings, SHAPE) == "hobbit, 25 %, 16/4 bit, SD card, expert 5.3 kept at 8 bit"
+    settings = START.change(SHAPE, strategy="hobbit", device="sd_card", pin={(5, 3): 8})
+    assert short(settings, SHAPE) == "hobbit, 25 %, 16/4 bit, SD card, expert 5.3 pinned at 8 bit"
     assert short(START, SHAPE) == "lru, 25 %, 16 bit, disk"
 
 
@@ -316,12 +316,12 @@ def test_the_drawer_tells_of_saved_runs_does_a_what_if_and_says_what_is_refused(
     assert told[-1]["again"]["state"] == "done", told[-1]
     assert told[-1]["again"]["names"][0] == "a quarter"
     name = told[-1]["again"]["names"][1]
-    assert name == "what if budget=12.7 MB, keep={(2, 5): 8}"
+    assert name == "what if pin={(2, 5): 8}, budget=12.7 MB"
     runs.hear({"ask": "beside", "names": ["a quarter", name]})
     assert sent[-1]["beside"]["names"] == ["a quarter", name]
     json.dumps(sent)
 
-    lab.update(keep={(2, 5): 8})
+    lab.update(pin={(2, 5): 8})
     for ask, words in (
         ({"ask": "whatif", "of": "a quarter", "keep": [99, 0, 8]}, "no expert 0 in layer 99"),
         ({"ask": "unpin", "name": "nobody"}, "no run is saved as 'nobody'"),

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from moelab.replays.replay import replay
-from moelab.runs.events import KINDS
 from moelab.runs.what_if import WhatIf, overlaid
 from moelab.scheduling.budget import BudgetError, minimum_budget
+from moelab.scheduling.events import KINDS
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.stream import Knobs, Shape
 from moelab.scheduling.trace import LayerInput, Trace

@@ -257,8 +257,8 @@ class Nearest(Evict):
     def __init__(self):
         self.pull, self.order = 0.5, "near"
 
-    def priority(self, key, view):
-        return -self.pull * key[0]
+    def score(self, view):
+        return -self.pull * view.layer_of
 
 
 class OneTier(Precision):
@@ -285,7 +285,7 @@ class TestDecisions:
 
     @pytest.mark.parametrize("name", strategies.NAMES)
     def test_what_a_strategy_is_made_of_is_shown_and_can_be_chosen(self, lab, name):
-        now = decisions.chosen(strategies.make(name), lab.settings)
+        now = decisions.chosen(strategies.make(name))
         offered = {d["role"]: {c["value"]: c for c in d["choices"]} for d in decisions.decisions()}
         for role, part in now["parts"].items():
             assert offered[role][part["value"]]["title"] == part["title"], role
@@ -295,7 +295,7 @@ class TestDecisions:
 
     @pytest.mark.parametrize("name", strategies.NAMES)
     def test_its_parameters_are_explained_and_within_their_range(self, lab, name):
-        for p in decisions.chosen(strategies.make(name), lab.settings)["parameters"]:
+        for p in decisions.chosen(strategies.make(name))["parameters"]:
             assert p["text"], p["name"]
             assert p["value"] in p["choices"] or p["low"] <= p["value"] <= p["high"], p["name"]
 

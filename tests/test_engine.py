@@ -17,7 +17,6 @@ from moelab.engine.generation import Decoder
 from moelab.engine.routed import Routed
 from moelab.replays.replay import replay
 from moelab.scheduling.plan import Serve
-from moelab.scheduling.scheduler import requests
 from moelab.store.devices import DEVICES, Device, Throttle
 from moelab.strategies import NAMES
 
@@ -216,7 +215,7 @@ def test_counters_equal_an_independent_recount_from_the_trace(lab):
         cache.popitem(last=False)
     hits = asked = 0
     for given_layer in (s for s in run.trace.steps if not s.prefill):
-        wanted = [(given_layer.layer, r.expert) for r in requests(given_layer)]
+        wanted = [(given_layer.layer, r.expert) for r in given_layer.requests()]
         hits += sum(k in cache for k in wanted)
         asked += len(wanted)
         for key in sorted(wanted, key=lambda k: k not in cache):

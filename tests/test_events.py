@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from moelab.runs.events import DTYPE, EventLog
+from moelab.scheduling.events import DTYPE, EventLog
 
 
 class Ticket:

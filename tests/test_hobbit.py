@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moelab.calibration import hobbit as calibration
+from moelab.engine.log import EventLog
 from moelab.replays.replay import replay
-from moelab.runs.events import EventLog
 from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.plan import Decision
-from moelab.scheduling.requests import ranked
+from moelab.scheduling.events import Decision
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, LookAhead, Request, Shape, View
+from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.strategies.basics import LFU, LRU, TierPair
 from moelab.strategies.hobbit import (

@@ -9,10 +9,11 @@ import pytest
 
 from moelab.calibration.adapmoe import costs_of_first_only, hit_ratios, tau_for
 from moelab.replays.replay import replay
+from moelab.scheduling.budget import minimum_budget
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.requests import ranked
-from moelab.scheduling.scheduler import Scheduler, minimum_budget
+from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, LookAhead, Request, Shape, View
+from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.strategies import Precision, layer_lru
 from moelab.strategies.adapmoe import BestShares, SensitivityGate, adapmoe, best_shares

@@ -14,13 +14,14 @@ import pytest
 
 import moelab
 from fake_lab import FakeLab
+from moelab.engine.log import EventLog
 from moelab.replays.replay import replay
-from moelab.runs.events import CODES, EventLog
-from moelab.runs.evictions import reasons
+from moelab.replays.why import reasons
 from moelab.runs.recording import Recording
 from moelab.runs.schema import EVENTS, LATER_COLUMNS, embedded, encoded, pack
 from moelab.runs.snapshot import RunReader
 from moelab.runs.tokens import COLUMNS
+from moelab.scheduling.events import CODES
 from moelab.scheduling.strategy import Knobs
 from moelab.strategies import NAMES, Evict, lru, make
 from moelab.views import export
@@ -211,14 +212,14 @@ class BooksOfQuestions(Evict):
     def __init__(self):
         self.asked = 0
 
-    def victim(self, allowed, view):
+    def score(self, view):
         self.asked += 1
-        keys = [k for k in view.cache if allowed(k)]
-        return keys[(7 * self.asked) % len(keys)] if keys else None
+        return (np.arange(len(view.last_use)) + 7.0 * self.asked) % len(view.last_use)
 
-    def why(self, key, view):
+    def terms(self, view):
         self.asked += 1
-        return {"asked": float(self.asked), "infinite": float("inf")}
+        every = np.ones(len(view.last_use))
+        return {"asked": self.asked * every, "infinite": np.inf * every}
 
 
 @pytest.mark.parametrize("evict", [BooksOfQuestions(), make("hobbit").evict])
@@ -238,8 +239,8 @@ def test_asking_disturbs_no_policy_and_costs_the_run_nothing(evict):
 
 def test_what_a_policy_raises_when_it_is_asked_is_told():
     class Broken(BooksOfQuestions):
-        def why(self, key, view):
-            raise KeyError(key)
+        def terms(self, view):
+            raise KeyError(view.token)
 
     toy = Toy(lru().replace(evict=Broken()), Knobs(8 * 1600), seed=3)
     told = reasons(toy.sequence(8), {0})[0]
@@ -453,10 +454,10 @@ def test_a_load_on_its_way_is_told_again_when_its_time_is_known():
         cancelled = False
 
     log, ticket = EventLog(), Ticket()
-    log.add(0, 0, 0, 0, "hit", 16, 16, 1, 0.0, 0.0, "")
-    log.add(0, 0, 0, 1, "load", 16, 16, 1, 0.0, 0.0, "")
+    log.add(0, 0, (CODES["hit"], 0, 0, 16, 16, 0, 0), 1, 0.0)
+    log.add(0, 0, (CODES["load"], 0, 1, 16, 16, 0, 1), 1, 0.0)
     log.time_by(ticket)
-    log.add(0, 0, 0, 2, "hit", 16, 16, 1, 0.0, 0.0, "")
+    log.add(0, 0, (CODES["hit"], 0, 2, 16, 16, 0, 2), 1, 0.0)
     assert log.settled == 1
     ticket.finished = 2.0
     assert log.settled == 3

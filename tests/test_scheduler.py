@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moelab.replays.replay import belady_hits, replay
+from moelab.replays.bounds import belady_hits
+from moelab.replays.replay import replay
+from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.scheduler import BudgetError, Scheduler, minimum_budget, ranked
+from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, LookAhead, Route, Shape
+from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import Change, LayerInput, Trace
 from moelab.strategies import NAMES, Evict, lru, make
 

@@ -13,8 +13,9 @@ import pytest
 
 from moelab.calibration.swapmoe import numbers_kept, renewed
 from moelab.replays.replay import replay
+from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.scheduler import BudgetError, Scheduler, minimum_budget
+from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, Shape, View
 from moelab.scheduling.trace import LayerInput
 from moelab.store.devices import DEVICES, Device

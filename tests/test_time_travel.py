@@ -13,10 +13,10 @@ import pytest
 
 import moelab
 from browser import kernel, shot
-from moelab.runs.events import CODES
 from moelab.runs.schema import EVENTS, encoded, pack
 from moelab.runs.snapshot import RunReader
-from moelab.runs.tokens import CAUSES, COLUMNS
+from moelab.runs.tokens import COLUMNS, STALLS
+from moelab.scheduling.events import CODES
 from moelab.views.page import html
 from moelab.widgets.queries import with_buffers
 from test_accessibility import Bare
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(900)]
 TOKENS = 40
 IN_KERNEL = """
 import json, numpy as np
-from moelab.runs.events import CODES
+from moelab.scheduling.events import CODES
 {source}
 run = lab.run
 print(json.dumps(as_it_was(run.log.records(), run.trace, {token}, {layer})))
@@ -326,7 +326,7 @@ def large(tokens=60, layers=48, experts=128, top_k=8):
     events = {name: encoded(np.array(values), kind) for (name, kind), values in columns}
     weight, figures = np.full(gates.shape, 1 / top_k), np.ones((len(COLUMNS), tokens))
     model = {"name": "large", "architecture": "", "layers": layers, "experts": experts}
-    model |= {"top_k": top_k, "tiers": [16], "expert_bytes": {"16": 9}, "causes": list(CAUSES)}
+    model |= {"top_k": top_k, "tiers": [16], "expert_bytes": {"16": 9}, "causes": list(STALLS)}
     shown = {"token": 0, "shown": {}, "code": "", "short": "", "about": ""}
     return {
         "format": 1,

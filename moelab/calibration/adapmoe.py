@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 from moelab.calibration.measure import digest_of, record, texts_of
 from moelab.engine.generation import Stream
 from moelab.runs.quality import kl_divergence
-from moelab.scheduling.requests import requests
 from moelab.scheduling.trace import Trace
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ def hit_ratios(trace: Trace) -> list[list[float]]:
     hits = [np.zeros(count + 1) for count in trace.shape.experts]
     asked = np.zeros(trace.shape.layers)
     for given in trace.steps:
-        stack, wanted = stacks[given.layer], [r.expert for r in requests(given)]
+        stack, wanted = stacks[given.layer], [r.expert for r in given.requests()]
         depths = [stack.index(e) + 1 for e in wanted if e in stack]  # before this step moves any
         for expert in wanted:
             if expert in stack:
@@ -118,7 +117,7 @@ def tau_for(trace: Trace, h: Sequence[float], left_out: float = LEFT_OUT) -> flo
 
     An expert goes where h·w² < τ, never the first: so τ is a quantile of h·w² over the others.
     """
-    asked = [r for s in trace.steps if not s.prefill for r in requests(s)]
+    asked = [r for s in trace.steps if not s.prefill for r in s.requests()]
     others = [max(h[r.layer], 0.0) * r.weight**2 for r in asked if r.rank > 0]
     if not others:
         return 0.0

@@ -26,9 +26,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from moelab.calibration.measure import digest_of, record, texts_of
-from moelab.scheduling.requests import ranked, requests
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, Strategy
+from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import Trace
 from moelab.settings import parse_budget
 from moelab.strategies.basics import LFU, LRU
@@ -84,7 +84,7 @@ def decide(trace: Trace, strategy: Strategy, knobs: Knobs) -> Outcome:
             scheduler.new_sequence()
         plan = scheduler.step(given)
         if not given.prefill:
-            score = {r.expert: r.score for r in requests(given)}
+            score = {r.expert: r.score for r in given.requests()}
             missed += [score[s.expert] for s in plan.serves if s.load]
             missed += [score[expert] for expert, _ in plan.skips]
             decisions += plan.decisions(nbytes)
@@ -100,7 +100,7 @@ def decide(trace: Trace, strategy: Strategy, knobs: Knobs) -> Outcome:
 
 def scores(trace: Trace) -> list[float]:
     """Unimportance score of every decoded request."""
-    return [r.score for step in trace.steps if not step.prefill for r in requests(step)]
+    return [r.score for step in trace.steps if not step.prefill for r in step.requests()]
 
 
 def quantiles(found: Sequence[float]) -> tuple[float, float]:
@@ -194,7 +194,7 @@ def gate_accuracy(trace: Trace) -> dict[str, dict[str, Any]]:
         for ahead in given.look_ahead:
             far = ahead.layer - given.layer
             guess = [r.expert for r in ranked(ahead.experts, ahead.weights)]
-            truth = [r.expert for r in requests(trace.steps[i + far])]
+            truth = [r.expert for r in trace.steps[i + far].requests()]
             if guess and truth:
                 rows = first.setdefault(far, [[] for _ in range(trace.shape.layers - far)])
                 rows[given.layer].append(guess[0] == truth[0])

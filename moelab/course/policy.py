@@ -19,7 +19,7 @@ KL_BORNE = 0.05
 @exercise("05.1")
 def beats_lfu(answer: Any) -> Said:
     """An `Evict` that hits more often than LFU, on average over three budgets."""
-    from moelab.replays.replay import belady_hits
+    from moelab.replays.bounds import belady_hits
     from moelab.scheduling.strategy import Knobs
 
     mine = _with("evict", answer)
@@ -64,7 +64,7 @@ def guesses_that_pay(answer: Any) -> Said:
 @exercise("05.3")
 def half_way_to_belady(answer: Any) -> Said:
     """A head start λ that hits half-way between LRU and Belady at a small KL."""
-    from moelab.replays.replay import belady_hits
+    from moelab.replays.bounds import belady_hits
 
     lam = a_number(answer, "λ from 0 to 1")
     with opened(route="cache_prior") as lab:

@@ -75,9 +75,7 @@ class ExpertCompute:
         batch = self.batch(layer, x, routed, scale_input)
         wanted = sorted({e for row in routed.experts for e in row})
         tiers = [(e, bits((layer, e))) for e in wanted]
-        batch.add(
-            [(Serve(e, e, b, b, False, ""), self._mapped(layer, e, b)) for e, b in tiers if b]
-        )
+        batch.add([(Serve(e, b), self._mapped(layer, e, b)) for e, b in tiers if b])
         return batch.result()
 
     def _mapped(self, layer: int, expert: int, bits: int) -> Mapped:

@@ -1,6 +1,6 @@
 """Questions to the evict decision, answered between two layers of whatever runs.
 
-A policy may keep books when it is asked, so it is asked by the thread it works in.
+The arrays it goes by change while a layer is decided, so it is asked by the thread that decides.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ class Questions:
         while self._asked:
             layer, future = self._asked.popleft()
             try:
-                keys = [k for k in scheduler.cache if k[0] == layer]
-                future.set_result({k[1]: scheduler.why(k) for k in keys})
+                future.set_result(scheduler.why(layer))
             except Exception as error:  # noqa: BLE001, a policy of somebody's own: theirs to see
                 future.set_exception(error)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moelab.runs.events import KINDS
 from moelab.runs.tokens import COLUMNS
+from moelab.scheduling.events import CAUSES, EVICTED_LATE, KINDS, PREFETCHED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +49,7 @@ def blame(recording: Recording, token: int) -> pd.DataFrame:
     frame = pd.DataFrame(out, columns=list(_NAMES))
     values = recording.figures[:, token]
     kl = float(values[COLUMNS.index("kl")])
-    late = rows[(rows["kind"] == KINDS.index("stall")) & (rows["cause"] == "evict")]
+    late = rows[(rows["kind"] == KINDS.index("stall")) & (rows["cause"] == EVICTED_LATE)]
     frame.attrs = {
         "token": token,
         "text": document["pieces"][token],
@@ -72,13 +72,13 @@ def _layer(
     for r in rows:
         kind, expert = KINDS[r["kind"]], int(r["expert"])
         if kind in ("hit", "load", "skip"):
-            outcome = "prefetched" if r["cause"] == "prefetched" else kind
+            outcome = "prefetched" if r["cause"] == PREFETCHED else kind
             outcomes[expert] = _outcome(r, outcome, -1 if kind == "skip" else expert)
         elif kind == "substitute":
             stand_ins.append(r)
         elif kind == "downgrade" and last != "substitute":  # noted right behind what it is about
             outcomes[expert]["outcome"] = "downgrade"
-        elif kind == "stall" and r["cause"] != "evict":
+        elif kind == "stall" and r["cause"] != EVICTED_LATE:
             waits[expert] += float(r["dur_ms"])
         last = kind
     missing = sorted(chosen.keys() - outcomes.keys(), key=lambda e: -chosen[e])
@@ -104,5 +104,5 @@ def _outcome(r: np.void, outcome: str, served: int) -> dict[str, Any]:
         "bits_asked": int(r["bits_asked"]),
         "bits": int(r["bits"]),
         "bytes": int(r["bytes"]) if KINDS[r["kind"]] == "load" else 0,
-        "cause": str(r["cause"]),
+        "cause": CAUSES[r["cause"]],
     }

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 import moelab
+from moelab.replays.why import by_row, until
 from moelab.runs.blame import blame
-from moelab.runs.events import CODES, DTYPE, KINDS
-from moelab.runs.evictions import by_row, until
 from moelab.runs.schema import EVENTS, GATES, decoded, embedded, encoded, pack, unpack
 from moelab.runs.snapshot import RunReader
 from moelab.runs.tokens import COLUMNS
+from moelab.scheduling.events import CAUSE, CAUSES, CODES, DTYPE, KINDS, NONE
 from moelab.store.paths import write_atomically
 
 if TYPE_CHECKING:
@@ -165,22 +165,23 @@ class Recording:
 
     @functools.cached_property
     def records(self) -> np.ndarray:
-        """The events as records of `moelab.runs.events.DTYPE`."""
+        """The events as records of `moelab.scheduling.events.DTYPE`."""
         e = self.document["events"]
         out = np.empty(e["count"], DTYPE)
         for name, dtype in EVENTS.items():
-            if name != "cause":
-                out[name] = decoded(e[name], dtype)
-        out["cause"] = np.array([*e["causes"], ""], "U16")[decoded(e["cause"], "<u1")]
+            out[name] = decoded(e[name], dtype)
+        codes = np.array([CAUSE.get(word, NONE) for word in (*e["causes"], "")], "u1")
+        out["cause"] = codes[out["cause"]]
         return out
 
     @property
     def events(self) -> pd.DataFrame:
-        """Every event; the columns are those of `moelab.runs.events.DTYPE`."""
+        """Every event; the columns are those of `moelab.scheduling.events.DTYPE`."""
         import pandas as pd
 
         frame = pd.DataFrame.from_records(self.records, columns=DTYPE.names)
         frame["kind"] = pd.Categorical.from_codes(frame["kind"].astype("int8"), categories=KINDS)
+        frame["cause"] = np.array(CAUSES, object)[frame["cause"]]
         return frame
 
     @functools.cached_property

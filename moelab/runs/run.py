@@ -1,60 +1,30 @@
-"""A run: one generation in a worker thread, its text, events, per-token figures and summary."""
+"""A run: one generation, its text, events, per-token figures and summary.
+
+It is the record; who makes the tokens is `moelab.runs.session`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moelab.engine.generation import Decoder, Reference, Sampler, Sampling, likeliest
-from moelab.runs.events import EventLog
-from moelab.runs.quality import kl_divergence
-from moelab.runs.tokens import COLUMNS, figures, row, since_device
+from moelab.engine.generation import Sampling
+from moelab.engine.log import EventLog
+from moelab.runs.tokens import COLUMNS, Noted, TokenReport, Tokens, figures, row, since_device
 from moelab.scheduling.trace import Trace
 from moelab.store.devices import DEVICES
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moelab.engine.engine import Engine
     from moelab.runs.recording import Recording
     from moelab.scheduling.strategy import Shape
     from moelab.settings import Settings
-
-
-@dataclass(frozen=True, slots=True)
-class TokenReport:
-    """What one token cost. Token 0 is the first generated one and carries the whole prefill.
-
-    ``total_ms`` is compute plus stalls; measuring KL is not part of it. ``stall_ms`` is by cause:
-    ``on demand``, ``prefetch late`` (a guess was right but still on its way), ``evict``.
-    ``bytes`` were read from the device (prefetches too), ``load_bytes`` of them on demand;
-    ``hit_bytes`` were served from memory.
-    """
-
-    token: int
-    text: str
-    total_ms: float
-    compute_ms: float
-    stall_ms: dict[str, float]
-    bytes: int
-    hit_bytes: int
-    hits: int
-    loads: int
-    prefetches: int
-    downgrades: int
-    skips: int
-    substitutes: int
-    kl: float | None
-    resident_bytes: int
-    budget_bytes: int
-    device: str
-    load_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +56,6 @@ class Likeliest:
 _COUNTED = ("downgrades", "skips", "substitutes")
 
 
-def _differences(old: Settings, new: Settings) -> dict[str, str]:
-    """What changed, as words; of a strategy chosen whole only its name, not its parts."""
-    before, after = old.shown(), new.shown()
-    changed = {k: v for k, v in after.items() if before[k] != v}
-    if old.strategy is not new.strategy and ("strategy" not in changed or "*" in after["strategy"]):
-        had = old.shown_strategy()
-        own = {k: v for k, v in new.shown_strategy().items() if had.get(k) != v}
-        changed = {k: v for k, v in changed.items() if k != "strategy" or not own} | own
-    return changed
-
-
 class Run:
     """One generation. Made by ``lab.start`` and ``lab.generate``, not by hand.
 
@@ -108,14 +67,19 @@ class Run:
         What was given and what has been generated so far.
     tokens
         Ids generated so far.
-    token_reports
-        One `TokenReport` for each token so far; grows while the run goes on.
     changes
         (token, {setting: new value}) for each change of settings that acted during the run.
     history
         (token, `Settings`): in force from that token on; the first are those it began with.
     likeliest
         One `Likeliest` for each token so far.
+    peak_bytes
+        Most memory that experts held at once.
+    setup_ms
+        Time that went into loading what the strategy wants resident before the first token and at
+        changes.
+    direct
+        Whether loads bypassed the page cache.
     outpaced
         Emulated devices that were faster than this machine's disk: their times are the disk's.
     error
@@ -137,16 +101,14 @@ class Run:
         self.model, self.architecture = model, architecture
         self.error: BaseException | None = None
         self.tokens: list[int] = []
-        self.token_reports: list[TokenReport] = []
         self.changes: list[tuple[int, dict[str, str]]] = []
         self.history: list[tuple[int, Settings]] = []
         self.likeliest: list[Likeliest] = []
         self.outpaced: set[str] = set()
         self._ids, self._tokenizer, self._eos = ids, tokenizer, eos
         self._stop, self._done = threading.Event(), threading.Event()
-        self._thread: threading.Thread | None = None
-        self._log, self._trace = EventLog(), Trace(shape)
-        self._peak_bytes, self._direct, self._setup_ms = 0, True, 0.0
+        self.peak_bytes, self.direct, self.setup_ms = 0, True, 0.0
+        self._begin(EventLog(), Trace(shape))
 
     # -- for the person ---------------------------------------------------------------------
 
@@ -177,9 +139,18 @@ class Run:
         return self
 
     @property
+    def token_reports(self) -> list[TokenReport]:
+        """One `TokenReport` for each token so far, folded from the event log."""
+        return self._tokens.reports()
+
+    @property
     def events(self) -> pd.DataFrame:
-        """Every event so far; the columns are those of `moelab.runs.events.DTYPE`."""
+        """Every event so far; the columns are those of `moelab.scheduling.events.DTYPE`."""
         return self._log.frame()
+
+    def loaded(self) -> np.ndarray:
+        """Last token of this run at which each expert was loaded, -1: none ``[n]``, by key."""
+        return self._tokens.loaded(self._trace.shape)
 
     @property
     def log(self) -> EventLog:
@@ -197,7 +168,7 @@ class Run:
         import pandas as pd
 
         rows = []
-        for r in list(self.token_reports):
+        for r in self.token_reports:
             row = {f.name: getattr(r, f.name) for f in dataclasses.fields(r)}
             row["stall_by_cause"] = row["stall_ms"]
             row["stall_ms"] = sum(r.stall_ms.values())
@@ -217,7 +188,7 @@ class Run:
         demand, ``stall_share`` the part of the time spent waiting. ``setup_ms`` went into loading
         what the strategy wants resident before the first token and at changes.
         """
-        reports = list(self.token_reports)
+        reports = self.token_reports
         values = np.array([row(r) for r in reports], np.float64).reshape(-1, len(COLUMNS))
         decoded, since = reports[1:], since_device(reports)
         whole, timed = figures(values), figures(values[since:], first=since)
@@ -228,7 +199,7 @@ class Run:
         return {
             "tokens": len(reports),
             "tokens_per_s": timed["tokens_per_s"] or 0.0,
-            "setup_ms": self._setup_ms,
+            "setup_ms": self.setup_ms,
             "ttft_ms": reports[0].total_ms if reports else 0.0,
             "tpot_ms_median": float(np.median(times)),
             "tpot_ms_p99": float(np.quantile(times, 0.99)),
@@ -238,10 +209,10 @@ class Run:
             "stall_share": timed["stall_share"] or 0.0,
             **{n: sum(getattr(r, n) for r in decoded) for n in _COUNTED},
             "kl_mean": whole["kl_mean"],
-            "peak_resident_bytes": self._peak_bytes,
+            "peak_resident_bytes": self.peak_bytes,
             "budget_bytes": reports[-1].budget_bytes if reports else 0,
             "device": device,
-            "timing": "emulated" if emulated else "measured" if self._direct else "page cache",
+            "timing": "emulated" if emulated else "measured" if self.direct else "page cache",
         }
 
     # -- what stays -------------------------------------------------------------------------
@@ -268,101 +239,16 @@ class Run:
         state = "running" if self.running else "failed" if self.error else "done"
         return f"<Run {state}, {len(self.tokens)} tokens: {self.text[:60]!r}>"
 
-    # -- the worker -------------------------------------------------------------------------
+    # -- for the session that makes it --------------------------------------------------------
 
-    def _start(self, work: Callable[[], None]) -> None:
-        self._thread = threading.Thread(target=self._guard, args=(work,), daemon=True)
-        self._thread.name = "moelab-run"
-        self._thread.start()
+    def _begin(self, log: EventLog, trace: Trace) -> None:
+        self._log, self._trace, self._tokens = log, trace, Tokens(log)
 
-    def _guard(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as e:  # noqa: BLE001, kept for join() and the window; a thread has nobody to tell
-            self.error = e
-        finally:
-            self._done.set()
-
-    def _generate(self, engine: Engine, latest: Callable[[], Settings]) -> None:
-        self.history[:1] = [(0, engine.settings)]
-        engine.new_sequence()
-        self._log = engine.log
-        if engine.trace is not None:
-            self._trace = engine.trace
-        try:
-            self._decode(engine, latest)
-        finally:
-            engine.end_of_sequence()
-
-    def _decode(self, engine: Engine, latest: Callable[[], Settings]) -> None:
-        decoder, sampler = Decoder(engine), Sampler(self.request.sampling)
-        reference: Reference | None = None
-        context, new = list(self._ids), list(self._ids)
-        for index in range(self.request.max_new_tokens):
-            self._obey(engine, latest(), index)
-            logits = decoder.step(new)
-            kl = best = None
-            if engine.settings.measure_kl:
-                reference = reference or Reference(engine)
-                full = reference.logits(context)[-1]
-                kl, best = float(kl_divergence(full, logits)), likeliest(full)
-            self.likeliest.append(Likeliest(likeliest(logits), best))
-            token = sampler.draw(context, logits)
-            self._report(engine, index, token, decoder.seconds, kl)
-            engine.end_of_token()
-            context.append(token)
-            new = [token]
-            if self._stop.is_set() or token in self._eos:
-                break
-
-    def _obey(self, engine: Engine, settings: Settings, index: int) -> None:
-        if settings is engine.settings:
-            return
-        changed = _differences(engine.settings, settings)
-        engine.apply(settings)
-        self.history.append((index, settings))
-        if changed:
-            self.changes.append((index, changed))
-
-    def _report(
-        self, engine: Engine, index: int, token: int, seconds: float, kl: float | None
-    ) -> None:
+    def _add(self, token: int, noted: Noted) -> None:
+        """One more token; its text is noted here, where the text so far is known."""
         self.tokens.append(token)
         text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
         piece = ""
         if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
             piece, self.text = text[len(self.text) :], text
-        stall = {cause: 1e3 * s for cause, s in engine.stall.items()}
-        counts, read = engine.counts, engine.bytes
-        for issued, nbytes in engine.withdrawn:  # a load that never began was counted when issued
-            if issued == index:
-                read -= nbytes
-            elif 0 <= issued < len(self.token_reports):
-                old = self.token_reports[issued]
-                self.token_reports[issued] = dataclasses.replace(old, bytes=old.bytes - nbytes)
-        self._peak_bytes, self._direct = engine.arena.peak_bytes, engine.loader.direct
-        self._setup_ms = engine.setup_ms
-        if engine.loader.outpaced:
-            self.outpaced = self.outpaced | {engine.settings.device}
-        self.token_reports.append(
-            TokenReport(
-                token=index,
-                text=piece,
-                total_ms=1e3 * seconds,
-                compute_ms=1e3 * seconds - sum(stall.values()),
-                stall_ms=stall,
-                bytes=read,
-                hit_bytes=counts["hit_bytes"],
-                hits=counts["hit"],
-                loads=counts["load"],
-                prefetches=counts["prefetch"],
-                downgrades=counts["downgrade"],
-                skips=counts["skip"],
-                substitutes=counts["substitute"],
-                kl=kl,
-                resident_bytes=engine.arena.held_bytes,
-                budget_bytes=engine.settings.budget_bytes,
-                device=engine.settings.device,
-                load_bytes=counts["load_bytes"],
-            )
-        )
+        self._tokens.add(noted._replace(text=piece))

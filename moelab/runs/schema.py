@@ -23,8 +23,8 @@ from typing import Any
 import fastjsonschema
 import numpy as np
 
-from moelab.runs.events import KINDS
 from moelab.runs.tokens import COLUMNS
+from moelab.scheduling.events import KINDS
 
 FORMAT = 1
 EVENTS = {

@@ -17,10 +17,11 @@ import numpy as np
 
 import moelab
 from moelab.runs.schema import EVENTS, FORMAT
-from moelab.runs.tokens import CAUSES, COLUMNS, row, titled
+from moelab.runs.tokens import COLUMNS, STALLS, row, titled
 from moelab.runs.words import in_words, merge_changes, plain, sentence
+from moelab.scheduling.events import AHEAD, CAUSES
 from moelab.scheduling.trace import LayerInput, Trace
-from moelab.spelling import changed, opened, short
+from moelab.spelling import changed, opened, short, shown, shown_strategy
 from moelab.store.devices import DEVICES
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ class RunReader:
         self._lock = threading.Lock()
         self._reports: list[Any] = []
         self._rows = np.empty((64, len(COLUMNS)), "<f4")  # [T and room for more, C]
-        self._causes: dict[str, int] = {}
         self._gates: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []  # [L, K] each
         self._served: list[list] = []
         self._full: list[list | None] = []
@@ -112,7 +112,7 @@ class RunReader:
             "tiers": sorted(shape.nbytes, reverse=True),
             "expert_bytes": {str(bits): int(n) for bits, n in shape.nbytes.items()},
             "all_experts_bytes": int(shape.all_bytes(max(shape.nbytes))),
-            "causes": list(CAUSES),
+            "causes": list(STALLS),
         }
 
     def _settings_of(self, history: Sequence[tuple[int, Settings]]) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ class RunReader:
             self._settings.append(
                 {
                     "token": token,
-                    "shown": settings.shown_strategy() | settings.shown(),
+                    "shown": shown_strategy(settings.strategy) | shown(settings),
                     "code": opened(self.run.model, settings),
                     "update": changed(history[i - 1][1], settings) if i else "",
                     "short": short(settings, shape),
@@ -136,11 +136,9 @@ class RunReader:
         """Rows of complete tokens from ``start`` on: arrays [N]."""
         rows = self.run.log.records(start)
         rows = rows[: np.searchsorted(rows["token"], tokens)]
-        codes = self._causes
-        causes = [codes.setdefault(word, len(codes)) for word in rows["cause"].tolist()]
-        columns = {n: rows[n].astype(t) for n, t in EVENTS.items() if n != "cause"}
-        columns["cause"] = np.array(causes, EVENTS["cause"])
-        return {"count": start + len(rows), "causes": list(codes), **columns}
+        columns = {n: rows[n].astype(t) for n, t in EVENTS.items()}
+        known = CAUSES[: AHEAD + self.run.trace.shape.layers]
+        return {"count": start + len(rows), "causes": list(known), **columns}
 
     def _gates_of(self, tokens: int) -> dict[str, Any]:
         """What the router chose at the last position of each token: arrays [T, L, K]."""
@@ -182,12 +180,9 @@ class RunReader:
 
 def _start(trace: Trace) -> dict[str, list[int]]:
     """What was resident when the run began."""
-    resident = list(trace.resident)
-    return {
-        "layer": [key[0] for key, _ in resident],
-        "expert": [key[1] for key, _ in resident],
-        "bits": [bits for _, bits in resident],
-    }
+    places = [(*trace.shape.place(key), bits) for key, bits in list(trace.resident)]
+    layer, expert, bits = zip(*places, strict=True) if places else ((), (), ())
+    return {"layer": list(layer), "expert": list(expert), "bits": list(bits)}
 
 
 def _last(

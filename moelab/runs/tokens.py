@@ -1,32 +1,176 @@
-"""A run in figures: one row a token, and what is worked out from any stretch of rows.
+"""A run token by token, folded from its event log; and figures of any stretch of tokens.
 
-The window, the summary of a run and a recording all use this one formula. Figures measured on this
-machine's disk and figures of an emulated device are never averaged together: who asks for figures
-of times gives the tokens since the device last changed (`since_device`).
+The log is the only account of a run. What it cannot say (a token's text, its time, its KL, the
+memory then) is noted once, when the token is complete; counts, bytes and stalls are sums of its
+events. Figures measured on this machine's disk and figures of an emulated device are never averaged
+together: who asks for figures of times gives the tokens since the device last changed.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
-CAUSES = ("on demand", "prefetch late", "evict")
+from moelab.engine.log import EventLog
+from moelab.scheduling import events as e
+from moelab.scheduling.stream import Shape
+
+STALLS = ("on demand", "prefetch late", "evict")
 """What a token may wait for."""
 
 COUNTS = ("bytes", "hits", "loads", "prefetches", "downgrades", "skips", "substitutes")
-COLUMNS = ("total_ms", "compute_ms", *CAUSES, "kl", *COUNTS, "resident_bytes", "budget_bytes")
+COLUMNS = (
+    *("total_ms", "compute_ms", "deciding_ms", *STALLS, "kl", *COUNTS),
+    *("resident_bytes", "budget_bytes"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenReport:
+    """What one token cost. Token 0 is the first generated one and carries the whole prefill.
+
+    ``total_ms`` is compute, deciding (the strategy's own time) and stalls; measuring KL is not part
+    of it. ``stall_ms`` is by cause: ``on demand``, ``prefetch late`` (a guess was right but still
+    on its way), ``evict``. ``bytes`` were read from the device (prefetches too), ``load_bytes`` of
+    them on demand; ``hit_bytes`` were served from memory.
+    """
+
+    token: int
+    text: str
+    total_ms: float
+    compute_ms: float
+    deciding_ms: float
+    stall_ms: dict[str, float]
+    bytes: int
+    hit_bytes: int
+    hits: int
+    loads: int
+    prefetches: int
+    downgrades: int
+    skips: int
+    substitutes: int
+    kl: float | None
+    resident_bytes: int
+    budget_bytes: int
+    device: str
+    load_bytes: int = 0
+
+
+class Noted(NamedTuple):
+    """What is noted of a token beside its events; ``rows``: of the log, when it was complete."""
+
+    text: str
+    seconds: float
+    deciding: float
+    kl: float | None
+    resident_bytes: int
+    budget_bytes: int
+    device: str
+    rows: int
+
+
+class Tokens:
+    """The reports of a run that grows.
+
+    Parameters
+    ----------
+    log
+        The run's.
+    """
+
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+        self._noted: list[Noted] = []
+        self._loaded: np.ndarray | None = None
+        self._seen = 0  # rows of the log that `loaded` has read
+        self._reading = threading.Lock()
+        self._known: tuple[list[TokenReport], int] = [], 0  # and how many do not change any more
+
+    def __len__(self) -> int:
+        return len(self._noted)
+
+    def add(self, noted: Noted) -> None:
+        """A token is complete."""
+        self._noted.append(noted)
+
+    def reports(self) -> list[TokenReport]:
+        """One a token; from any thread.
+
+        A prefetch that is withdrawn is never read: until all loads of a token have begun, its bytes
+        may still become fewer. Those tokens are folded again at every call.
+        """
+        settled, count = self._log.settled, len(self._noted)
+        known, final = self._known
+        new = known[:final]
+        for token in range(final, count):
+            new.append(self._fold(token))
+            if token == final and self._noted[token].rows <= settled:
+                final += 1
+        self._known = new, final
+        return list(new)
+
+    def loaded(self, shape: Shape) -> np.ndarray:
+        """Last token at which each expert was loaded or prefetched, -1: not in this run ``[n]``."""
+        with self._reading:
+            if self._loaded is None:
+                self._loaded = np.full(shape.n, -1, np.int32)
+            rows = self._log.records(self._seen)
+            self._seen += len(rows)
+            rows = rows[(rows["kind"] == e.LOAD) | (rows["kind"] == e.PREFETCH)]
+            keys = np.array(shape.offset)[rows["layer"]] + rows["expert"]
+            self._loaded[keys] = rows["token"]  # of several, the last stays
+            return self._loaded
+
+    def _fold(self, token: int) -> TokenReport:
+        noted = self._noted[token]
+        first = self._noted[token - 1].rows if token else 0
+        rows = self._log.records(first, noted.rows)
+        rows = rows[rows["at"] >= 0]  # between tokens: not attributed to a token
+        kind, nbytes = rows["kind"], rows["bytes"]
+        counts = np.bincount(kind, minlength=len(e.KINDS))
+        stall_ms = {}
+        for cause in (e.ON_DEMAND, e.LATE, e.EVICTED_LATE):
+            here = (kind == e.STALL) & (rows["cause"] == cause)
+            if here.any():
+                stall_ms[e.CAUSES[cause]] = float(rows["dur_ms"][here].sum())
+        load_bytes = int(nbytes[kind == e.LOAD].sum())
+        total, deciding = 1e3 * noted.seconds, 1e3 * noted.deciding
+        return TokenReport(
+            token=token,
+            text=noted.text,
+            total_ms=total,
+            compute_ms=total - deciding - sum(stall_ms.values()),
+            deciding_ms=deciding,
+            stall_ms=stall_ms,
+            bytes=load_bytes + int(nbytes[kind == e.PREFETCH].sum()),
+            hit_bytes=int(nbytes[(kind == e.HIT) | (kind == e.SUBSTITUTE)].sum()),
+            hits=int(counts[e.HIT]),
+            loads=int(counts[e.LOAD]),
+            prefetches=int(counts[e.PREFETCH]),
+            downgrades=int(counts[e.DOWNGRADE]),
+            skips=int(counts[e.SKIP]),
+            substitutes=int(counts[e.SUBSTITUTE]),
+            kl=noted.kl,
+            resident_bytes=noted.resident_bytes,
+            budget_bytes=noted.budget_bytes,
+            device=noted.device,
+            load_bytes=load_bytes,
+        )
 
 
 def row(report: Any) -> tuple[float, ...]:
     """One `TokenReport` as numbers, in the order of `COLUMNS`; a KL not measured is NaN."""
-    stalls = [float(report.stall_ms.get(cause, 0.0)) for cause in CAUSES]
+    stalls = [float(report.stall_ms.get(cause, 0.0)) for cause in STALLS]
     counts = [float(getattr(report, name)) for name in COUNTS]
     kl = math.nan if report.kl is None else float(report.kl)
+    times = float(report.total_ms), float(report.compute_ms), float(report.deciding_ms)
     memory = float(report.resident_bytes), float(report.budget_bytes)
-    return (float(report.total_ms), float(report.compute_ms), *stalls, kl, *counts, *memory)
+    return (*times, *stalls, kl, *counts, *memory)
 
 
 def since_device(reports: Sequence[Any]) -> int:
@@ -68,7 +212,7 @@ def figures(values: np.ndarray, *, first: int = 0) -> dict[str, float | int | No
         "tokens_per_s": ratio(1e3 * len(decoded), sums["total_ms"]),
         "hit_ratio": ratio(sums["hits"], asked),
         "bytes_per_token": ratio(sums["bytes"], len(decoded)),
-        "stall_share": ratio(sum(sums[cause] for cause in CAUSES), sums["total_ms"]),
+        "stall_share": ratio(sum(sums[cause] for cause in STALLS), sums["total_ms"]),
         "kl_mean": float(kls.mean(dtype=np.float64)) if len(kls) else None,
     }
 

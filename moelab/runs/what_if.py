@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moelab.lab import Lab
 from moelab.runs.compare import Comparison
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import ROLES, Strategy
-from moelab.settings import PLAIN, Settings
+from moelab.settings import Settings
 
 if TYPE_CHECKING:
+    from moelab.lab import Lab
     from moelab.runs.run import Run
 
 AS_IT_WAS = "as it was"
-_SETTINGS = {"budget", "keep", *Settings.__dataclass_fields__, *ROLES}
+_SETTINGS = {"budget", "pin", "keep", *Settings.__dataclass_fields__, *ROLES}
 
 
 class WhatIf:
@@ -83,41 +83,30 @@ class WhatIf:
     def go(self) -> Run:
         """Make the second run and wait for it; Ctrl-C stops it."""
         lab, asked = self.lab, self.was.request
-        sampling, engine = asked.sampling, lab._engine
-        lab._claim()
-        try:
-            with self._second() as second:
-                self.run = run = second.start(
-                    asked.messages or asked.prompt,
-                    max_new_tokens=len(self.was.tokens),
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    repetition_penalty=sampling.repetition_penalty,
-                    seed=self.changes.get("seed", sampling.seed),
-                    ignore_eos=asked.ignore_eos,
-                    chat=bool(asked.messages),
-                    changes=dict(self._plan[1:]),
-                )
-                if self._stopped:
-                    run.stop()
-                while run.running:
-                    engine.questions.answer(engine.scheduler)  # nobody else does while it is ours
-                    run.join(0.02)
-                run.join()
-        finally:
-            lab._release()
-        return run
+        sampling = asked.sampling
+        with lab._session.claimed() as engine, self._second() as second:
+            self.run = run = second.start(
+                asked.messages or asked.prompt,
+                max_new_tokens=len(self.was.tokens),
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                repetition_penalty=sampling.repetition_penalty,
+                seed=self.changes.get("seed", sampling.seed),
+                ignore_eos=asked.ignore_eos,
+                chat=bool(asked.messages),
+                changes=dict(self._plan[1:]),
+            )
+            if self._stopped:
+                run.stop()
+            while run.running:
+                engine.questions.answer(engine.scheduler)  # nobody else does while it is ours
+                run.join(0.02)
+            return run.join()
 
     def _second(self) -> Lab:
         """A lab that stands where the first stood when the run began, as far as it fits."""
-        lab, (_, settings) = self.lab, self._plan[0]
-        second = Lab(
-            lab._store,
-            settings,
-            name=lab.name,
-            dtype=lab._engine.model.dtype,
-            strategies=lab._strategies,
-        )
+        settings = self._plan[0][1]
+        second = self.lab._beside(settings)
         try:
             second._engine.begin_with(begun(self.was, settings))
         except BaseException:
@@ -170,17 +159,14 @@ def since(run: Run, settings: Settings) -> dict[str, Any]:
     old = run.history[-1][1]
     mine, theirs = settings.strategy, old.strategy
     names = [f for f in Settings.__dataclass_fields__ if f != "strategy"]
-    other = mine.name != theirs.name or kinds(mine) != kinds(theirs)
-    brought = {"bits", *PLAIN} if other else set()  # a strategy would bring its own
-    new = {n: getattr(settings, n) for n in names}
-    changes = {n: v for n, v in new.items() if n in brought or v != getattr(old, n)}
-    if other:
-        changes["strategy"] = mine
+    changes = {n: v for n in names if (v := getattr(settings, n)) != getattr(old, n)}
+    if mine.name != theirs.name or kinds(mine) != kinds(theirs):
+        changes |= {"strategy": mine, "bits": settings.bits}  # a strategy may bring its own
     else:
         had = theirs.parameters
         changes |= {n: v for n, (_, _, v) in mine.parameters.items() if v != had[n][2]}
-    if mine.keep != theirs.keep:
-        changes["keep"] = dict(mine.keep)
+    if mine.pinned != theirs.pinned:
+        changes["pin"] = dict(mine.pinned)
     return changes
 
 
@@ -195,7 +181,7 @@ def begun(run: Run, settings: Settings) -> Scheduler:
     begin = trace.changes[0]
     assert begin.strategy is not None
     scheduler = Scheduler(trace.shape, begin.strategy, begin.knobs)
-    scheduler.warm(trace.resident, known=True)
+    scheduler.warm(trace.resident)
     if settings is not first:
         other = settings.strategy if settings.strategy is not first.strategy else None
         scheduler.change(settings.knobs(), other)

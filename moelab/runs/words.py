@@ -13,33 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moelab import strategies
-from moelab.scheduling.strategy import Strategy
-from moelab.settings import part_title
-
-GROUPS = {
-    "basics": {
-        "on_demand": "on demand",
-        "lru": "LRU",
-        "lfu": "LFU",
-        "layer_lru": "LRU per layer",
-        "in_ram": "all in RAM",
-    },
-    "papers": {
-        "edgemoe": "EdgeMoE",
-        "hobbit": "HOBBIT",
-        "moe_apex": "MoE-APEX",
-        "swapmoe": "SwapMoE",
-        "static_pruning": "static pruning",
-    },
-    "peers": {
-        "mixtral_offloading": "mixtral-offloading",
-        "moe_infinity": "MoE-Infinity",
-        "adapmoe": "AdapMoE",
-        "cache_prior": "cache-prior routing",
-        "drop_if_cold": "drop if cold",
-    },
-}
-"""The named strategies by group, each as its authors write it."""
+from moelab.scheduling.strategy import Strategy, part_title
 
 LABEL = 48
 """Characters of a mark on the time axis at most; choosing a strategy changes many settings."""
@@ -54,7 +28,7 @@ def named() -> dict[str, Strategy]:
 def spelled(name: str) -> str:
     """A strategy's name as its authors write it; a mix goes by what it was made from."""
     base = name.rstrip("*")
-    words = next((of[base] for of in GROUPS.values() if base in of), base)
+    words = next((of[base] for of in strategies.GROUPS.values() if base in of), base)
     return words if base == name else f"{words}, mixed"
 
 

@@ -1,16 +1,20 @@
 """The five decisions as small protocols, and the plain answer to each as a class.
 
-`Allocate` and `Route` speak before an expert is asked for, `Precision` on every request, `Evict`
-when the budget is full, `Prefetch` ahead of need. The classes are also the plain answers (one
-shared pool, the router as it is, one bitwidth, nothing ahead), so that a new policy overrides only
-the method it is about.
+`Allocate` speaks when settings change, `Route` before a layer's router chooses, `Precision` on
+every request, `Evict` when a layer lacks room, `Prefetch` ahead of need. The classes are also the
+plain answers (one shared pool, the router as it is, one bitwidth, nothing ahead), so that a new
+policy overrides only the method it is about.
+
+n experts of the model, E of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
 
 from moelab.scheduling.stream import Key, LookAhead, Prediction, Request, View
 
@@ -20,9 +24,9 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Allocates(Protocol):
-    """Before the run: at which bits an expert is asked for, which share of memory a layer has."""
+    """When settings change: at which bits an expert is asked for, which share a layer has."""
 
-    def bits(self, key: Key, view: View) -> int: ...
+    def bits(self, view: View) -> int | np.ndarray: ...
     def layer_bytes(self, layer: int, view: View) -> int | None: ...
     def tier_bytes(self, bits: int, view: View) -> int | None: ...
 
@@ -31,8 +35,8 @@ class Allocates(Protocol):
 class Routes(Protocol):
     """Each token and layer: whom the router may choose, who stands in for a missing expert."""
 
-    def mask(self, layer: int, view: View) -> Sequence[bool] | None: ...
-    def bias(self, layer: int, view: View) -> Sequence[float] | None: ...
+    def mask(self, layer: int, view: View) -> Sequence[bool] | np.ndarray | None: ...
+    def bias(self, layer: int, view: View) -> Sequence[float] | np.ndarray | None: ...
     def stand_in(self, request: Request, view: View) -> int | None: ...
 
 
@@ -45,22 +49,18 @@ class SetsPrecision(Protocol):
 
 @runtime_checkable
 class Evicts(Protocol):
-    """Budget full: who leaves. `used` and `loaded` tell what happened, `why` gives the terms."""
+    """A layer lacks room: who leaves, and why."""
 
-    def loaded(self, key: Key, bits: int, view: View) -> None: ...
-    def used(self, key: Key, bits: int, view: View) -> None: ...
-    def gone(self, key: Key) -> None: ...
-    def victim(self, allowed: Callable[[Key], bool], view: View) -> Key | None: ...
+    def score(self, view: View) -> np.ndarray: ...
+    def terms(self, view: View) -> Mapping[str, np.ndarray]: ...
     def after_layer(self, layer: int, view: View) -> Iterable[Key]: ...
-    def new_sequence(self) -> None: ...
-    def why(self, key: Key, view: View) -> dict[str, float]: ...
 
 
 @runtime_checkable
 class Prefetches(Protocol):
     """Ahead of need: how many routers to ask now, and whom to fetch."""
 
-    def depth(self, view: View) -> int: ...
+    def look_ahead(self, view: View) -> int: ...
     def predict(
         self, layer: int, look_ahead: Sequence[LookAhead], view: View
     ) -> Iterable[Prediction]: ...
@@ -81,6 +81,8 @@ class Parameter:
         Range of a number.
     choices
         Instead of a range: the strings it may be.
+    tier
+        Instead of a range: one of the store's tiers, or None for none.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Parameter:
     high: float = 1.0
     step: float = 0.05
     choices: tuple[str, ...] = ()
+    tier: bool = False
 
     def checked(self, value: Any) -> Any:
         """The value, a whole number where the step is one.
@@ -103,8 +106,14 @@ class Parameter:
                 names = ", ".join(self.choices)
                 raise ValueError(f"{self.name}={value!r}: choose one of {names}")
             return value
+        if self.tier:
+            if value in (None, 0, "off"):
+                return None
+            if type(value) is not int or not 1 <= value <= 16:
+                raise ValueError(f"{self.name}={value!r}: bits of a tier of the store, 0 for none")
+            return value
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not self.low <= value <= self.high:
+        if not number or not self.low <= value <= self.high:  # NaN too
             raise ValueError(f"{self.name}={value!r}: from {self.low:g} to {self.high:g}")
         return round(value) if self.step >= 1 else float(value)
 
@@ -134,14 +143,17 @@ class Part:
     def new_sequence(self) -> None:
         """Told that a new prompt begins."""
 
+    def check(self) -> None:
+        """Raise ValueError where the values of its parameters do not go together."""
+
 
 class Allocate(Part):
     """One pool for all layers; every expert is asked for at the ``bits`` setting."""
 
     title = "one pool"
 
-    def bits(self, key: Key, view: View) -> int:
-        """Bits at which ``key`` is asked for."""
+    def bits(self, view: View) -> int | np.ndarray:
+        """Bits at which experts are asked for: one number, or ``[n]``."""
         return view.knobs.bits
 
     def layer_bytes(self, layer: int, view: View) -> int | None:
@@ -158,12 +170,12 @@ class Route(Part):
 
     title = "as the router says"
 
-    def mask(self, layer: int, view: View) -> Sequence[bool] | None:
-        """Experts the router may choose in ``layer``; None for all."""
+    def mask(self, layer: int, view: View) -> Sequence[bool] | np.ndarray | None:
+        """Experts the router may choose in ``layer``, ``[E]``; None for all."""
         return None
 
-    def bias(self, layer: int, view: View) -> Sequence[float] | None:
-        """What is added to each expert's place in ``layer``'s ranking; None for nothing.
+    def bias(self, layer: int, view: View) -> Sequence[float] | np.ndarray | None:
+        """What is added to each expert's place in ``layer``'s ranking, ``[E]``; None for nothing.
 
         In units of the token's own spread (largest - smallest) of the router's log-scores. It
         changes who is chosen; the gate weights of those chosen stay the router's.
@@ -171,7 +183,7 @@ class Route(Part):
         return None
 
     def stand_in(self, request: Request, view: View) -> int | None:
-        """A resident expert to serve a missing one, or None."""
+        """A resident expert of the layer to serve a missing one, or None."""
         return None
 
 
@@ -186,38 +198,26 @@ class Precision(Part):
 
 
 class Evict(Part):
-    """Lowest `priority` leaves. A policy of your own is a subclass with that one method.
+    """The lowest `score` leaves; among equals the least recently used.
 
-    ``explained`` says of each term of `why` what it is, in a few words.
+    A policy of your own is a subclass with that one method, asked at most once a layer. It must
+    not change anything: what it goes by is counted in `observe`, or stands in ``view``.
+    ``explained`` says of each term of `terms` what it is, in a few words.
     """
 
-    explained: ClassVar[Mapping[str, str]] = {"priority": "the lowest leaves"}
+    explained: ClassVar[Mapping[str, str]] = {"score": "the lowest leaves"}
 
-    def priority(self, key: Key, view: View) -> float:
-        """How much ``key`` deserves to stay."""
-        raise NotImplementedError(f"{type(self).__name__} must define priority(key, view)")
+    def score(self, view: View) -> np.ndarray:
+        """How much each expert deserves to stay, ``[n]``."""
+        raise NotImplementedError(f"{type(self).__name__} must define score(view)")
 
-    def loaded(self, key: Key, bits: int, view: View) -> None:
-        """A copy of ``key`` at ``bits`` was issued."""
-
-    def used(self, key: Key, bits: int, view: View) -> None:
-        """``key`` serves a token now."""
-
-    def gone(self, key: Key) -> None:
-        """``key`` left the cache."""
-
-    def victim(self, allowed: Callable[[Key], bool], view: View) -> Key | None:
-        """The resident expert to evict, among those ``allowed``; None where there is none."""
-        keys = [k for k in view.cache if allowed(k)]
-        return min(keys, key=lambda k: self.priority(k, view), default=None)
+    def terms(self, view: View) -> Mapping[str, np.ndarray]:
+        """What the score is made of, by name, each ``[n]``; to explain an eviction."""
+        return {"score": self.score(view)}
 
     def after_layer(self, layer: int, view: View) -> Iterable[Key]:
-        """Experts to drop as soon as ``layer`` is computed."""
+        """Keys to evict as soon as ``layer`` is computed."""
         return ()
-
-    def why(self, key: Key, view: View) -> dict[str, float]:
-        """The terms of the decision for ``key``, by name."""
-        return {"priority": self.priority(key, view)}
 
 
 class Prefetch(Part):
@@ -225,7 +225,7 @@ class Prefetch(Part):
 
     title = "nothing ahead"
 
-    def depth(self, view: View) -> int:
+    def look_ahead(self, view: View) -> int:
         """How many of the next layers' routers to ask with this layer's input."""
         return 0
 

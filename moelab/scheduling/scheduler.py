@@ -3,34 +3,30 @@
 The scheduler decides and never touches bytes, threads, clocks or torch. The cache changes when a
 load is issued, so what is decided depends on the stream of activations alone: the same object runs
 live and in replay.
+
+n experts of the model; a key is ``offset[layer] + expert``.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from moelab.scheduling.budget import BudgetError, check_budget, minimum_budget
+import numpy as np
+
+from moelab.scheduling import events as e
+from moelab.scheduling.budget import BudgetError, asked_bits, check_budget
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.plan import Decision, Drop, Fetch, LayerPlan, Serve
-from moelab.scheduling.requests import ranked, requests
+from moelab.scheduling.plan import LayerPlan
 from moelab.scheduling.strategy import Strategy
-from moelab.scheduling.stream import Key, Knobs, Prediction, Request, Shape, View
+from moelab.scheduling.stream import Key, Knobs, Request, Shape, View
 from moelab.scheduling.trace import LayerInput
+from moelab.scheduling.victims import Limit, Victims, scores
 
-__all__ = [
-    "BudgetError",
-    "Decision",
-    "Drop",
-    "Fetch",
-    "LayerPlan",
-    "Scheduler",
-    "Serve",
-    "check_budget",
-    "minimum_budget",
-    "ranked",
-    "requests",
-]
+_NEEDED, _PROTECTED, _PINNED = Cache.NEEDED, Cache.PROTECTED, Cache.PINNED
+_UNHELD = (_NEEDED | _PROTECTED | _PINNED, _NEEDED | _PINNED)
+"""Who must not go for a load: first nobody who is held, then also the predicted ones may go."""
 
 
 class Scheduler:
@@ -51,306 +47,362 @@ class Scheduler:
         self.shape = shape
         self.cache = Cache(shape, knobs.budget_bytes)
         self.view = View(shape, knobs, self.cache)
+        self._ahead = bytearray(shape.n)  # prefetched and not used yet
+        self._needed: list[Key] = []  # flagged as needed by the layer at work
+        self._score: np.ndarray | None = None  # of the layer at work, once asked
+        self._victims: dict[tuple[Limit, int], Victims] = {}
+        self._index_of = shape.index_of.tolist()
+        self._layer_of = shape.layer_of.tolist()
+        check_budget(shape, strategy, knobs)
         self._take(strategy.fresh())
-        self._protected: dict[int, set[Key]] = {}
-        self._ahead: set[Key] = set()
-        check_budget(shape, self.strategy, knobs)
 
     # -- the contract with the engine -------------------------------------------------------
 
-    def mask(self, layer: int) -> Sequence[bool] | None:
+    def mask(self, layer: int) -> Sequence[bool] | np.ndarray | None:
         """Experts the router may choose in ``layer``; None for all."""
         return self.strategy.route.mask(layer, self.view)
 
-    def bias(self, layer: int) -> Sequence[float] | None:
+    def bias(self, layer: int) -> Sequence[float] | np.ndarray | None:
         """What is added to each expert's place in the ranking, see `Route.bias`."""
         return self.strategy.route.bias(layer, self.view)
 
-    def depth(self, layer: int, *, prefill: bool) -> int:
+    def look_ahead(self, layer: int, *, prefill: bool) -> int:
         """How many of the next layers' routers the engine should ask now."""
         if prefill:
             return 0
-        return min(self.strategy.prefetch.depth(self.view), self.shape.layers - 1 - layer)
+        return min(self.strategy.prefetch.look_ahead(self.view), self.shape.layers - 1 - layer)
 
     def begin(self) -> LayerPlan:
         """What is to be resident before the next token: fetches the engine waits for."""
-        view, plan = self.view, LayerPlan(-1)
-        wanted = [*map(Prediction, view.keep), *self.strategy.prefetch.begin(view)]
-        listed = {p.key for p in wanted}
-        for p in wanted:
-            bits = view.asked_bits(p.key)
-            stay = view.keep if p.key in view.keep else listed
-            self._fetch(p.key, bits, bits, "set-up", plan, lambda k, s=stay: k not in s)
-        view.in_flight.clear()  # the engine waits
+        shape, plan = self.shape, LayerPlan(-1)
+        self._score = None
+        self._victims.clear()
+        for layer, expert in self.strategy.pinned:
+            key = shape.key(layer, expert)
+            self._fetch(key, int(self.view.asked[key]), e.SET_UP, _UNHELD[1], plan)
+        wanted = list(self.strategy.prefetch.begin(self.view))
+        keys = [shape.key(p.layer, p.expert) for p in wanted]
+        self._need(keys)  # what is to be there must not go for one another
+        for key in keys:
+            self._fetch(key, int(self.view.asked[key]), e.SET_UP, _UNHELD[1], plan)
+        self._release()
+        self.cache.in_flight[:] = False  # the engine waits
         return plan
 
     def step(self, given: LayerInput) -> LayerPlan:
         """Decide one layer. The cache already shows the outcome when this returns."""
-        view, plan = self.view, LayerPlan(given.layer)
+        layer = given.layer
+        plan, view, cache = LayerPlan(layer), self.view, self.cache
+        self._score = None
+        self._victims.clear()
         self._look(given, plan)
-        self._protected.pop(given.layer, None)
-        loads: list[tuple[Request, int, int]] = []
-        needed = set[Key]()
-        for request in requests(given):
-            self._request(request, plan, loads, needed)
-        needed.update((given.layer, r.expert) for r, _, _ in loads)
-        drops = [
-            self._drop((given.layer, r.expert), "upgrade")
-            for r, _, _ in loads
-            if (given.layer, r.expert) in self.cache
-        ]
-        for request, want, asked in loads:
-            self._load(request, want, asked, plan, needed, drops)
-            drops = []
+        held = self.cache.held[self._keys[layer]]
+        held &= ~np.uint8(_PROTECTED)  # their layer has come
+        skips: list[e.Row] = []
+        loads = self._serve(given, plan, skips)
+        self._need([key for key, *_ in loads])
+        for key, *_ in loads:  # a copy at too few bits makes room first
+            if key in cache:
+                self._evict(key, e.UPGRADE, plan)
+        for key, expert, want, asked in loads:
+            self._load(key, expert, want, asked, plan)
+        plan.rows += skips
         if not given.prefill:
-            self._prefetch(given, plan, needed)
-        for key in self.strategy.evict.after_layer(given.layer, view):
-            if key in self.cache and key not in view.keep:
-                plan.after.append(self._drop(key, "not kept"))
+            self._prefetch(given, plan)
+        for key in self.strategy.evict.after_layer(layer, view):
+            if cache.bits_of[key] and not cache.held_of[key] & _PINNED:
+                self._evict(int(key), e.NOT_KEPT, plan)
+        self._release()
         return plan
 
     def end_of_token(self) -> None:
         """The model has produced one token."""
         self.view.token += 1
+        self.cache.token = self.view.token
         self.view.prefill = False
 
     def new_sequence(self) -> None:
         """A new prompt begins; the cache stays as it is."""
         self.view.token = 0
         self.view.prefill = True
-        self._protected.clear()
-        self._ahead.clear()
+        self.cache.new_sequence()
+        self._ahead = bytearray(self.shape.n)
         for part in self.strategy.objects:
             part.new_sequence()
 
-    def change(self, knobs: Knobs, strategy: Strategy | None = None) -> list[Drop]:
-        """Other settings from here on; returns the copies that must leave.
+    def change(self, knobs: Knobs, strategy: Strategy | None = None) -> LayerPlan:
+        """Other settings from here on; the plan has the copies that must leave.
 
         Parts that the new strategy shares with the old one go on with what they have learnt.
         Copies above the bits now asked for leave too: a lower bitwidth is meant to be seen.
+
+        Raises
+        ------
+        BudgetError
+            The budget is below one layer's need; nothing changes.
         """
         old = self.strategy
         check_budget(self.shape, strategy or old, knobs)
-        new = old if strategy is None else strategy.following(old)
-        view, cache = self.view, self.cache
-        view.knobs = knobs
-        self._take(new)
+        cache, plan = self.cache, LayerPlan(-1)
+        self.view.knobs = knobs
+        self._take(old if strategy is None else strategy.following(old))
         cache.budget_bytes = knobs.budget_bytes
-        if new.evict is not old.evict:
-            for key, bits in list(cache.items()):
-                new.evict.loaded(key, bits, view)
-        drops = [
-            self._drop(key, "bits")
-            for key, bits in list(cache.items())
-            if bits > view.asked_bits(key)
-        ]
-        while cache.free_bytes < 0:
-            drops.append(self._drop(self._victim(lambda _: True), "budget"))
-        for layer, bits in itertools.product(range(self.shape.layers), self.shape.nbytes):
-            for free, inside in self._limits(layer, bits):
-                while free() < 0:
-                    drops.append(self._drop(self._victim(inside), "budget"))
-        return drops
+        self._score = None
+        self._victims.clear()
+        asked = self.view.asked.tolist()
+        for key, bits in cache.items():
+            if bits > asked[key]:
+                self._evict(key, e.BITS, plan)
+        everywhere = itertools.product(range(self.shape.layers), self.shape.nbytes)
+        for layer, bits in [(-1, 0), *everywhere]:  # the budget first, then every share
+            for limit, lack in self._lacks(layer, bits, 0):
+                self._evict_until(limit, lack, e.BUDGET, plan)
+        return plan
 
-    def warm(self, resident: Iterable[tuple[Key, int]], *, known: bool = False) -> None:
-        """Begin with these copies (key, bits) in the cache, as far as they fit.
-
-        ``known``: the strategy's state is of a time when they were resident already.
-        """
+    def warm(self, resident: Iterable[tuple[Key, int]]) -> None:
+        """Begin with these copies (key, bits) in the cache, as far as they fit."""
         for key, bits in resident:
             if self.shape.nbytes[bits] <= self.cache.free_bytes:
                 self.cache.add(key, bits)
-                if not known:
-                    self.strategy.evict.loaded(key, bits, self.view)
 
-    def why(self, key: Key) -> dict[str, float]:
-        """The evict decision's own terms for a resident expert."""
-        return self.strategy.evict.why(key, self.view)
+    def why(self, layer: int) -> dict[int, dict[str, float]]:
+        """The evict decision's own terms for a layer's resident experts."""
+        terms = self.strategy.evict.terms(self.view)
+        first = self.shape.offset[layer]
+        return {
+            int(key) - first: {name: float(values[key]) for name, values in terms.items()}
+            for key in self.view.residents(layer)
+        }
 
     # -- how it decides ---------------------------------------------------------------------
 
     def _take(self, strategy: Strategy) -> None:
+        """Put a strategy in force: what it says of settings alone is asked once, here."""
+        shape, view, cache = self.shape, self.view, self.cache
         self.strategy = strategy
-        self.view.allocate, self.view.precision = strategy.allocate, strategy.precision
-        self.view.keep = strategy.keep
         self._observes = strategy.observes
-        self.view.in_flight.clear()
+        view.precision = strategy.precision
+        view.asked = asked_bits(strategy, view)
+        view.asked.flags.writeable = False
+        self._asked = memoryview(view.asked)
+        cache.held &= ~np.uint8(_PINNED)
+        for place in strategy.pinned:
+            cache.held[shape.key(*place)] |= _PINNED
+        cache.in_flight[:] = False
+        self._keys = [shape.keys(layer) for layer in range(shape.layers)]
+        self._shares = [strategy.allocate.layer_bytes(at, view) for at in range(shape.layers)]
+        self._pools = {b: strategy.allocate.tier_bytes(b, view) for b in shape.nbytes}
 
     def _look(self, given: LayerInput, plan: LayerPlan) -> None:
         """Take in what happened since the layer before."""
-        view = self.view
+        view, cache = self.view, self.cache
         view.layer, view.prefill = given.layer, given.prefill
         if "in_flight" in self._observes:
-            view.in_flight = {k for k in given.in_flight if k in self.cache}
+            cache.in_flight[:] = False
+            cache.in_flight[[key for key in given.in_flight if key in cache]] = True
         if "unread" in self._observes:
             for key in given.unread:
-                if key in self.cache:
-                    plan.withdrawn.append(self._drop(key, "unread"))
+                if key in cache:
+                    self._evict(key, e.UNREAD, plan)
         for part in self.strategy.objects:
             part.observe(given, view)
 
-    def _request(self, request: Request, plan: LayerPlan, loads: list, needed: set[Key]) -> None:
-        view, key = self.view, (plan.layer, request.expert)
-        asked = view.asked_bits(key)
-        given = view.prefill or key in view.keep
-        want = asked if given else self.strategy.precision.tier(request, asked, view)
-        have = self.cache.bits(key)
-        if have and have >= want:
-            self._serve_resident(key, request.expert, have, asked, plan, needed)
-        elif want == 0:
-            plan.skips.append((request.expert, asked))
-        else:
-            other = None if have else self.strategy.route.stand_in(request, view)
-            if other is not None and (plan.layer, other) in self.cache:
-                have = self.cache.bits((plan.layer, other))
-                self._serve_resident((plan.layer, other), request.expert, have, asked, plan, needed)
+    def _serve(
+        self, given: LayerInput, plan: LayerPlan, skips: list[e.Row]
+    ) -> list[tuple[Key, int, int, int]]:
+        """Serve what is resident, skip what may be; returns the loads: key, expert, want, asked."""
+        view, layer = self.view, given.layer
+        first = self.shape.offset[layer]
+        bits_of, held_of, asked_of = self.cache.bits_of, self.cache.held_of, self._asked
+        tier, chooses = self.strategy.precision.tier, not given.prefill
+        loads: list[tuple[Key, int, int, int]] = []
+        for request in given.requests():
+            expert = request[0]
+            key = first + expert
+            asked, have = asked_of[key], bits_of[key]
+            free = chooses and not held_of[key] & _PINNED
+            want = tier(request, asked, view) if free else asked
+            if have and have >= want:
+                cause = e.PREFETCHED if self._ahead[key] else e.NONE
+                self._hit(key, expert, have, asked, cause, plan)
+            elif not want:
+                skips.append((e.SKIP, layer, expert, asked, 0, e.SCORE, expert))
             else:
-                loads.append((request, want, asked))
+                other = None if have else self._stand_in(request)
+                if other is None:
+                    loads.append((key, expert, want, asked))
+                else:
+                    self._hit(other, expert, bits_of[other], asked, e.STAND_IN, plan)
+        return loads
 
-    def _serve_resident(
-        self, key: Key, expert: int, bits: int, asked: int, plan: LayerPlan, needed: set[Key]
-    ) -> None:
-        cause = "stand-in" if key[1] != expert else "prefetched" if key in self._ahead else ""
-        self._ahead.discard(key)
-        needed.add(key)
-        plan.serves.append(Serve(expert, key[1], bits, asked, False, cause))
-        self.cache.touch(key)
-        self.strategy.evict.used(key, bits, self.view)
+    def _stand_in(self, request: Request) -> Key | None:
+        """A resident expert that the route decision sends in place of a missing one."""
+        other = self.strategy.route.stand_in(request, self.view)
+        if other is None:
+            return None
+        key = self.shape.key(request.layer, other)
+        return key if key in self.cache else None
 
-    def _load(
-        self,
-        request: Request,
-        want: int,
-        asked: int,
-        plan: LayerPlan,
-        needed: set[Key],
-        drops: list[Drop],
+    def _hit(
+        self, key: Key, expert: int, bits: int, asked: int, cause: int, plan: LayerPlan
     ) -> None:
-        key = (plan.layer, request.expert)
-        served = {(plan.layer, s.served) for s in plan.serves}
-        shelter = self._shelter()
-        tests: tuple[Callable[[Key], bool], ...] = (
-            lambda k: k not in needed and k not in shelter,
-            lambda k: k not in needed,
-            lambda k: k in served,
-        )
-        self._make_room(plan.layer, want, tests, drops)
+        self._ahead[key] = False
+        self.cache.held_of[key] |= _NEEDED
+        self._needed.append(key)
+        served, layer = self._index_of[key], plan.layer
+        kind = e.HIT if served == expert else e.SUBSTITUTE
+        plan.rows.append((kind, layer, served, asked, bits, cause, expert))
+        if bits < asked:
+            plan.rows.append((e.DOWNGRADE, layer, served, asked, bits, cause, expert))
+        self.cache.use(key, high=bits >= asked)
+
+    def _load(self, key: Key, expert: int, want: int, asked: int, plan: LayerPlan) -> None:
+        # Evict before the load takes its room: the budget counts loads in flight.
+        for limit, lack in self._lacks(plan.layer, want, self.shape.nbytes[want]):
+            left = self._evict_until(limit, lack, e.ROOM, plan)
+            while left > 0:  # a prompt larger than the budget: who was served already goes
+                left -= self._evict_served(limit, plan)
         self.cache.add(key, want)
-        plan.serves.append(
-            Serve(request.expert, request.expert, want, asked, True, "on demand", tuple(drops))
-        )
-        self.strategy.evict.loaded(key, want, self.view)
-        self.strategy.evict.used(key, want, self.view)
+        self.cache.use(key, high=want >= asked)
+        plan.rows.append((e.LOAD, plan.layer, expert, asked, want, e.ON_DEMAND, expert))
+        if want < asked:
+            plan.rows.append((e.DOWNGRADE, plan.layer, expert, asked, want, e.ON_DEMAND, expert))
 
-    def _prefetch(self, given: LayerInput, plan: LayerPlan, needed: set[Key]) -> None:
-        view, guess = self.view, self.strategy.prefetch
-        last = given.layer + guess.depth(view)  # a trace may know more than is asked for
+    def _evict_served(self, limit: Limit, plan: LayerPlan) -> int:
+        served = {row[2] for row in plan.rows if row[0] in (e.HIT, e.LOAD, e.SUBSTITUTE)}
+        mask = np.zeros(self.shape.n, np.bool_)
+        mask[[self.shape.offset[plan.layer] + expert for expert in served]] = True
+        mask &= limit.inside(self.cache) & (self.cache.held & _PINNED == 0)
+        victims = Victims(self.cache, scores(self.strategy.evict, self.view), mask)
+        key = next(victims.allowed(_PINNED), None)
+        if key is None:
+            raise BudgetError(f"no room within {self.cache.budget_bytes} bytes")
+        return self._evict(key, e.ROOM, plan, victims)
+
+    def _prefetch(self, given: LayerInput, plan: LayerPlan) -> None:
+        view, cache, guess = self.view, self.cache, self.strategy.prefetch
+        tier, layers = self.strategy.precision.tier, self.shape.layers
+        last = given.layer + guess.look_ahead(view)  # a trace may know more than is asked for
         ahead = [a for a in given.look_ahead if a.layer <= last]
         for p in guess.predict(given.layer, ahead, view):
-            layer, expert = p.key
-            asked = view.asked_bits(p.key)
-            request = Request(expert, p.weight, p.rank, p.score, layer=layer)
-            kept = p.key in view.keep
-            want = asked if kept else self.strategy.precision.tier(request, asked, view)
-            shelter = self._shelter()
-            cause = f"ahead +{(layer - given.layer) % self.shape.layers}"
-            if self._fetch(
-                p.key, want, asked, cause, plan, lambda k, s=shelter: k not in needed and k not in s
-            ):
-                self._ahead.add(p.key)
-            if p.key in self.cache:
-                self._protected.setdefault(layer, set()).add(p.key)
+            key = self.shape.key(p.layer, p.expert)
+            want = asked = self._asked[key]
+            if not cache.held_of[key] & _PINNED:
+                request = Request(p.expert, p.weight, p.rank, p.score, 1, p.layer)
+                want = tier(request, asked, view)
+            if want > cache.bits_of[key]:
+                cause = e.AHEAD + (p.layer - given.layer) % layers
+                if self._fetch(key, want, cause, _UNHELD[0], plan, p.instead):
+                    self._ahead[key] = True
+            if cache.bits_of[key]:
+                cache.held_of[key] |= _PROTECTED
 
     def _fetch(
-        self,
-        key: Key,
-        want: int,
-        asked: int,
-        cause: str,
-        plan: LayerPlan,
-        test: Callable[[Key], bool],
+        self, key: Key, want: int, cause: int, held: int, plan: LayerPlan, instead: Key = -1
     ) -> bool:
-        """Load ahead of need, if that is needed and only ``test``-ed experts must go for it."""
-        have = self.cache.bits(key)
-        if want == 0 or (have and have >= want) or not self._has_room(key, want, test):
-            return False
-        drops = [self._drop(key, "upgrade")] if have else []
-        self._make_room(key[0], want, (test,), drops)
-        self.cache.add(key, want)
-        plan.fetches.append(Fetch(key, want, asked, cause, tuple(drops)))
-        self.strategy.evict.loaded(key, want, self.view)
+        """Load ahead of need, if only experts with none of the flags ``held`` must go for it."""
+        cache, asked = self.cache, self._asked[key]
+        have = cache.bits_of[key]
+        going = self._going(key, have, want, held, instead) if want > have else None
+        if going is None:
+            return False  # it is there, or nobody leaves for a guess that does not fit
+        if have:
+            self._evict(key, e.UPGRADE, plan)
+        for other, victims in going:
+            self._evict(other, e.ROOM, plan, victims)
+        cache.add(key, want)
+        expert = self._index_of[key]
+        plan.rows.append((e.PREFETCH, self._layer_of[key], expert, asked, want, cause, expert))
         if "in_flight" in self._observes:
-            self.view.in_flight.add(key)
+            cache.in_flight[key] = True
         return True
 
-    def _shelter(self) -> set[Key]:
-        """Experts that a prediction protects, and those kept for good."""
-        return set(self.view.keep).union(*self._protected.values())
+    def _going(
+        self, key: Key, have: int, want: int, held: int, instead: Key
+    ) -> list[tuple[Key, Victims]] | None:
+        """Who must go for a prefetch, besides its own copy; None where they may not."""
+        bits_of, sizes = self.cache.bits_of, self.shape.nbytes
+        going: dict[Key, Victims] = {}
+        for limit, lack in self._lacks(self._layer_of[key], want, sizes[want]):
+            inside = [k for k in going if limit.holds(k, bits_of[k])]
+            left = lack - sum(sizes[bits_of[k]] for k in inside)
+            left -= sizes[have] if have and limit.holds(key, have) else 0
+            for other, victims in self._candidates(limit, held, instead):
+                if left <= 0:
+                    break
+                if other not in going and other != key:
+                    going[other] = victims
+                    left -= sizes[bits_of[other]]
+            if left > 0:
+                return None
+        return list(going.items())
 
-    def _limits(
-        self, layer: int, bits: int
-    ) -> list[tuple[Callable[[], int], Callable[[Key], bool]]]:
-        """What bounds a copy: (bytes free, which residents count) of layer, tier and budget."""
-        cache, allocate, view = self.cache, self.strategy.allocate, self.view
-        out: list[tuple[Callable[[], int], Callable[[Key], bool]]] = []
-        share = allocate.layer_bytes(layer, view)
-        if share is not None:
-            out.append((lambda: share - cache.layer_bytes[layer], lambda k: k[0] == layer))
-        pool = allocate.tier_bytes(bits, view)
-        if pool is not None:
-            out.append((lambda: pool - cache.tier_bytes[bits], lambda k: cache.bits(k) == bits))
-        out.append((lambda: cache.free_bytes, lambda _: True))
-        return out
+    # -- room ---------------------------------------------------------------------------------
 
-    def _has_room(self, key: Key, bits: int, test: Callable[[Key], bool]) -> bool:
-        """Whether `_make_room` would succeed (``key``'s own copy may go too)."""
-        sizes = self.shape.nbytes
-        for free, inside in self._limits(key[0], bits):
-            lack = sizes[bits] - free()
-            if lack <= 0:
-                continue
-            going = (sizes[b] for k, b in self.cache.items() if inside(k) and (k == key or test(k)))
-            if sum(going) < lack:
-                return False
-        return True
+    def _lacks(self, layer: int, bits: int, nbytes: int) -> Iterable[tuple[Limit, int]]:
+        """What bounds a copy of ``nbytes``, and the bytes that it lacks there; only where it does.
 
-    def _make_room(
-        self, layer: int, bits: int, tests: Sequence[Callable[[Key], bool]], drops: list[Drop]
-    ) -> None:
-        need = self.shape.nbytes[bits]
-        for free, inside in self._limits(layer, bits):
-            while free() < need:
-                drops.append(
-                    self._drop_first([lambda k, t=t: inside(k) and t(k) for t in tests], need)  # noqa: B023
-                )
+        In this order: the layer's share, the tier's pool, the budget. What one eviction frees may
+        answer a later one: each is looked at when the one before has been answered.
+        """
+        cache = self.cache
+        if layer >= 0:
+            share = self._shares[layer]
+            if share is not None and share - cache.layer_bytes[layer] < nbytes:
+                keys = self._keys[layer]
+                yield Limit(layer=keys), nbytes - share + cache.layer_bytes[layer]
+            pool = self._pools[bits]
+            if pool is not None and pool - cache.tier_bytes[bits] < nbytes:
+                yield Limit(tier=bits), nbytes - pool + cache.tier_bytes[bits]
+        if cache.free_bytes < nbytes:
+            yield Limit(), nbytes - cache.free_bytes
 
-    def _drop_first(self, tests: Sequence[Callable[[Key], bool]], nbytes: int) -> Drop:
-        for test in tests:
-            key = self._ask_victim(test)
-            if key is not None:
-                return self._drop(key, "room")
-        raise BudgetError(f"no room for {nbytes} bytes within {self.cache.budget_bytes}")
+    def _evict_until(self, limit: Limit, lack: int, cause: int, plan: LayerPlan) -> int:
+        """Evict until ``lack`` bytes are free; returns what is still lacking."""
+        flags = _UNHELD if cause == e.ROOM else _UNHELD[1:]
+        for held in flags:
+            for key, victims in self._candidates(limit, held):
+                lack -= self._evict(key, cause, plan, victims)
+                if lack <= 0:
+                    return 0
+        return lack
 
-    def _victim(self, test: Callable[[Key], bool]) -> Key:
-        key = self._ask_victim(test)
-        if key is None:  # a policy that forgot a copy must not break the promise
-            key = next(k for k in self.cache if test(k) and k not in self.view.keep)
-        return key
+    def _candidates(
+        self, limit: Limit, held: int, instead: Key = -1
+    ) -> Iterable[tuple[Key, Victims]]:
+        """Residents that may go, the lowest score first; asked once for each layer at work."""
+        if (limit, held) not in self._victims:
+            if self._score is None:
+                self._score = scores(self.strategy.evict, self.view)
+            mask = limit.inside(self.cache) & (self.cache.held & held == 0)
+            self._victims[limit, held] = Victims(self.cache, self._score, mask)
+        victims = self._victims[limit, held]
+        bits = self.cache.bits_of[instead] if instead >= 0 else 0
+        if bits and limit.holds(instead, bits) and not self.cache.held_of[instead] & held:
+            yield instead, victims
+        for key in victims.allowed(held):
+            yield key, victims
 
-    def _ask_victim(self, test: Callable[[Key], bool]) -> Key | None:
-        keep = self.view.keep
-        allowed = (lambda k: k not in keep and test(k)) if keep else test
-        key = self.strategy.evict.victim(allowed, self.view)
-        if key is not None and not (key in self.cache and allowed(key)):
-            raise ValueError(
-                f"{type(self.strategy.evict).__name__}.victim chose expert {key}, which is not "
-                "resident or is needed now; choose a resident key that allowed(key) admits"
-            )
-        return key
-
-    def _drop(self, key: Key, cause: str) -> Drop:
+    def _evict(self, key: Key, cause: int, plan: LayerPlan, victims: Victims | None = None) -> int:
+        """Let a copy go; returns its bytes. ``victims``: among whom it was chosen."""
         bits = self.cache.remove(key)
-        self._ahead.discard(key)
-        self.view.in_flight.discard(key)
-        self.strategy.evict.gone(key)
-        return Drop(key, bits, cause)
+        self._ahead[key] = False
+        place = (self._layer_of[key], self._index_of[key])
+        plan.rows.append((e.EVICT, *place, bits, bits, cause, place[1]))
+        return self.shape.nbytes[bits]
+
+    def _need(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            self.cache.held_of[key] |= _NEEDED
+            self._needed.append(key)
+
+    def _release(self) -> None:
+        held_of = self.cache.held_of
+        for key in self._needed:
+            held_of[key] &= ~_NEEDED
+        self._needed.clear()
+
+
+def parameters_of(strategy: Strategy) -> Mapping[str, Any]:
+    """Values of a strategy's parameters by name."""
+    return {name: value for name, (_, _, value) in strategy.parameters.items()}

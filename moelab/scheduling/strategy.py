@@ -1,9 +1,14 @@
-"""A strategy is five decisions over one stream of expert activations, composed from parts."""
+"""A strategy is five decisions over one stream of expert activations, composed from parts.
+
+It knows how it was made: the keywords of ``lab.update`` that lead to it (`Strategy.keywords`), so
+that settings can be written down as code.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +37,7 @@ __all__ = [
     "Key",
     "Knobs",
     "LookAhead",
+    "Own",
     "Parameter",
     "Part",
     "Precision",
@@ -42,6 +48,7 @@ __all__ = [
     "Shape",
     "Strategy",
     "View",
+    "part_title",
 ]
 
 _PROTOCOLS = {
@@ -51,10 +58,26 @@ _PROTOCOLS = {
     "evict": Evicts,
     "prefetch": Prefetches,
 }
-
-
 ROLES = tuple(_PROTOCOLS)
+
+_RETIRED = {
+    "priority": "score(self, view), which returns the scores of all experts, [n]",
+    "victim": "score(self, view): the lowest leaves",
+    "used": "observe(self, given, view), or read view.uses and view.last_use",
+    "loaded": "observe(self, given, view), or read view.last_use",
+    "gone": "view.bits: 0 where an expert is not resident",
+    "why": "terms(self, view), which returns {name: [n]}",
+    "depth": "look_ahead(self, view)",
+}
+"""Methods of version 0.3, by what stands for them now."""
+
 _lineages = itertools.count(1)
+
+
+class Own(str):
+    """Code that makes a part which no named strategy has."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -62,31 +85,41 @@ class Strategy:
     """Five decisions with a name. ``strategy.replace(evict=MyPolicy())`` mixes strategies.
 
     The objects are templates: each scheduler works on its own copy (`fresh`), so one strategy can
-    serve many labs. One object may take several of the decisions. ``preset`` holds the settings
-    (bits, low_bits, t1, t2, prefetch) that are chosen along with the strategy. ``keep`` holds
-    experts over which no part decides: resident from the start at the bits given, always served
-    at them, never evicted.
+    serve many labs. One object may take several of the decisions.
+
+    Attributes
+    ----------
+    pinned
+        {(layer, expert): bits} of experts over which no part decides: resident from the start at
+        these bits, always served at them, never evicted.
+    bits
+        The ``bits`` setting that is chosen along with the strategy; None leaves it.
+    keywords
+        Of ``lab.update``: they make this strategy.
 
     Raises
     ------
     TypeError
-        A part lacks a method of its protocol; the message names the part and the methods.
+        A part lacks a method of its protocol, or has one of version 0.3; the message names both.
     """
 
     name: str
-    evict: Evicts
-    allocate: Allocates = field(default_factory=Allocate)
-    route: Routes = field(default_factory=Route)
-    precision: SetsPrecision = field(default_factory=Precision)
-    prefetch: Prefetches = field(default_factory=Prefetch)
-    preset: Mapping[str, Any] = field(default_factory=dict)
-    keep: Mapping[Key, int] = field(default_factory=dict)
+    evict: Any
+    allocate: Any = field(default_factory=Allocate)
+    route: Any = field(default_factory=Route)
+    precision: Any = field(default_factory=Precision)
+    prefetch: Any = field(default_factory=Prefetch)
+    bits: int | None = None
+    pinned: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    keywords: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
-        own = ", ".join(f"{name}={value}" for name, (_, _, value) in self.parameters.items())
-        return f"<Strategy {self.name}{': ' if own else ''}{own}>"
+        words = {role: part_title(part) for role, part in self.parts.items()}
+        return f"<Strategy {self.name}: {', '.join(f'{r}={w!r}' for r, w in words.items())}>"
 
     def __post_init__(self) -> None:
+        if not self.keywords:
+            object.__setattr__(self, "keywords", {"strategy": self.name})
         for role, protocol in _PROTOCOLS.items():
             have = getattr(self, role)
             if isinstance(have, type):
@@ -101,6 +134,7 @@ class Strategy:
                 )
             if not hasattr(have, "__dict__"):
                 raise TypeError(f"{role}={have!r} is not usable as {role}: it has __slots__")
+            _refuse_retired(role, have)
             vars(have).setdefault("_lineage", next(_lineages))
 
     @property
@@ -130,6 +164,9 @@ class Strategy:
     def replace(self, **parts: Any) -> Strategy:
         """The same strategy with other parts; the name gains a ``*`` unless one is given."""
         parts.setdefault("name", self.name if self.name.endswith("*") else self.name + "*")
+        if "keywords" not in parts:
+            own = {r: Own(f"{type(p).__name__}()") for r, p in parts.items() if r in ROLES}
+            parts["keywords"] = {**self.keywords, **own}
         return dataclasses.replace(self, **parts)
 
     def tuned(self, **values: Any) -> Strategy:
@@ -142,19 +179,22 @@ class Strategy:
         """
         known = self.parameters
         new = {id(part): part for part in self.objects}
+        checked: dict[str, Any] = {}
         for name, value in values.items():
             if name not in known:
                 there = ", ".join(known) or "none"
                 raise ValueError(f"{self.name} has no parameter {name!r}; there are: {there}")
-            checked = known[name][1].checked(value)
+            checked[name] = known[name][1].checked(value)
             for old in self.objects:
                 if any(p.name == name for p in getattr(old, "parameters", ())):
                     if new[id(old)] is old:
                         new[id(old)] = copy.copy(old)
-                    setattr(new[id(old)], name, checked)
-        return dataclasses.replace(
-            self, **{role: new[id(part)] for role, part in self.parts.items()}
-        )
+                    setattr(new[id(old)], name, checked[name])
+        for part in new.values():
+            if callable(getattr(part, "check", None)):
+                part.check()
+        parts = {role: new[id(part)] for role, part in self.parts.items()}
+        return dataclasses.replace(self, **parts, keywords={**self.keywords, **checked})
 
     def fresh(self) -> Strategy:
         """A copy with state of its own."""
@@ -189,3 +229,25 @@ def begun_anew(part: Any) -> Any:
     new = copy.copy(part)
     vars(new)["_lineage"] = next(_lineages)
     return new
+
+
+def part_title(part: Any) -> str:
+    """A part's name for people: its title, or its class where that says more."""
+    own = "title" in vars(type(part))
+    return part.title if own and part.title else type(part).__name__
+
+
+def _refuse_retired(role: str, part: Any) -> None:
+    """Say of a policy written for version 0.3 what it has to define now."""
+    kind = type(part)
+    for name, now in _RETIRED.items():
+        if callable(getattr(kind, name, None)):
+            raise TypeError(
+                f"{role}={kind.__name__}() defines {name}(), as in moelab 0.3; "
+                f"define instead: {now}"
+            )
+    if role == "allocate" and len(inspect.signature(part.bits).parameters) > 1:
+        raise TypeError(
+            f"{role}={kind.__name__}() defines bits(key, view), as in moelab 0.3; define instead: "
+            "bits(self, view), which returns one number or those of all experts, [n]"
+        )

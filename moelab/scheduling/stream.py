@@ -1,17 +1,26 @@
-"""The words of a decision: keys, requests, predictions, and what may be looked at."""
+"""The words of a decision: keys, requests, predictions, and what a strategy may look at.
+
+A *key* is one expert as a whole number, ``offset[layer] + expert``; everything known of all n
+experts is an array ``[n]`` over keys. Outside the scheduler an expert is (layer, expert).
+
+L layers, E experts of a layer, n experts of the model, K active experts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 if TYPE_CHECKING:
     from moelab.scheduling.cache import Cache
-    from moelab.scheduling.parts import Allocates, SetsPrecision
+    from moelab.scheduling.parts import SetsPrecision
 
-Key = tuple[int, int]
-"""(layer, expert), both counted from 0 over the MoE layers."""
+Key = int
+"""An expert of the model: ``offset[layer] + expert``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,25 +30,65 @@ class Shape:
     Parameters
     ----------
     experts
-        Number of experts of each MoE layer.
+        Number of experts of each MoE layer; layers may differ.
     top_k
         Experts a token activates in one layer.
     nbytes
         Bytes of one expert at each tier, ``{16: 147456, 4: 45056, ...}``.
+
+    Attributes
+    ----------
+    offset
+        First key of each layer, and n behind the last: ``L + 1`` numbers.
+    layer_of, index_of
+        Layer, and number within it, of every key ``[n]``.
+
+    Examples
+    --------
+    >>> shape = Shape((4, 6), 2, {16: 1600, 4: 400})
+    >>> shape.key(1, 3), shape.place(7), shape.n
+    (7, (1, 3), 10)
     """
 
     experts: tuple[int, ...]
     top_k: int
     nbytes: Mapping[int, int]
+    offset: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    layer_of: np.ndarray = field(init=False, repr=False, compare=False)
+    index_of: np.ndarray = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        layers = np.repeat(np.arange(len(self.experts)), self.experts)
+        offset = (0, *accumulate(self.experts))
+        index = np.arange(offset[-1]) - np.array(offset)[layers]
+        for name, value in (("offset", offset), ("layer_of", layers), ("index_of", index)):
+            object.__setattr__(self, name, value)
 
     @property
     def layers(self) -> int:
         """Number of MoE layers."""
         return len(self.experts)
 
+    @property
+    def n(self) -> int:
+        """Number of experts of the model."""
+        return self.offset[-1]
+
+    def key(self, layer: int, expert: int) -> Key:
+        """The key of an expert."""
+        return self.offset[layer] + expert
+
+    def place(self, key: Key) -> tuple[int, int]:
+        """(layer, expert) of a key."""
+        return int(self.layer_of[key]), int(self.index_of[key])
+
+    def keys(self, layer: int) -> slice:
+        """The keys of a layer, to take its part ``[E]`` of an array over all experts."""
+        return slice(self.offset[layer], self.offset[layer + 1])
+
     def all_bytes(self, bits: int) -> int:
         """Bytes of every expert of the model at ``bits``."""
-        return sum(self.experts) * self.nbytes[bits]
+        return self.n * self.nbytes[bits]
 
     def token_cycle_bytes(self, bits: int) -> int:
         """Bytes one token touches: top-k x layers x bytes of an expert."""
@@ -48,18 +97,10 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Knobs:
-    """The settings a decision may read; they change while a run goes on.
-
-    ``low_bits`` None means one precision only. ``t1`` and ``t2`` are HOBBIT's thresholds on the
-    unimportance score. ``prefetch`` is how many layers ahead to look (0: off).
-    """
+    """The settings that belong to no part of a strategy and that decisions read."""
 
     budget_bytes: int
     bits: int = 16
-    low_bits: int | None = None
-    t1: float = 0.6
-    t2: float = 0.9
-    prefetch: int = 0
 
 
 class Request(NamedTuple):
@@ -80,48 +121,133 @@ class Request(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """An expert expected in a coming layer, best first; weight, rank and score as in `Request`."""
+    """An expert expected in a coming layer; weight, rank and score as in `Request`.
 
-    key: Key
+    ``instead``: the key whose place it takes where there is no room, -1 where the evict decision
+    is to choose.
+    """
+
+    layer: int
+    expert: int
     weight: float = 1.0
     rank: int = 0
     score: float = 0.0
+    instead: Key = -1
 
 
-class LookAhead(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class LookAhead:
     """A coming layer's router asked now, with this layer's input: experts, best first."""
 
     layer: int
     experts: tuple[int, ...]
     weights: tuple[float, ...]
+    ranked: list[Request] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def requests(self) -> list[Request]:
+        """Its experts as one token's `Request`s; worked out once."""
+        if self.ranked is None:
+            object.__setattr__(self, "ranked", ranked(self.experts, self.weights, self.layer))
+        assert self.ranked is not None
+        return self.ranked
 
 
-@dataclass(slots=True)
+def ranked(
+    experts: tuple[int, ...] | list[int], weights: tuple[float, ...] | list[float], layer: int = 0
+) -> list[Request]:
+    """One token's requests: weights normalised to sum 1, HOBBIT's score = weights ranked before."""
+    total = sum(map(abs, weights)) or 1.0
+    pairs = sorted((-abs(w), e) for e, w in zip(experts, weights, strict=True))
+    out, before = [], 0.0
+    for rank, (negative, expert) in enumerate(pairs):
+        share = -negative / total
+        out.append(Request(expert, share, rank, before, 1, layer))
+        before += share
+    return out
+
+
 class View:
-    """What a decision may look at. Read it, never write it.
+    """What a decision may look at: arrays ``[n]`` over all experts, kept once by the cache.
 
-    ``in_flight`` holds resident copies whose bytes had not landed when that was last told, and
-    those issued since; only strategies that observe ``"in_flight"`` are told.
+    The arrays are read-only and live: they show what is so now.
+
+    Attributes
+    ----------
+    shape, knobs
+        The model; budget and bits.
+    token, layer, prefill
+        Token of this sequence (the prompt is 0), layer at work, whether it is the prompt.
+    bits
+        Bits of the resident copy, 0 where there is none.
+    last_use
+        When it was last used or loaded: a clock that ticks with each; also of earlier sequences.
+    last_token
+        Token of its last use in this sequence, counted from 1; 0: none.
+    uses, high_uses
+        Uses in this sequence, and those at the bits asked for or more; a prompt counts as one.
+    in_flight
+        Resident, but its bytes had not landed when that was last told; only told where a part
+        observes ``"in_flight"``.
+    asked
+        Bits at which each is asked for: the allocate decision's.
     """
 
-    shape: Shape
-    knobs: Knobs
-    cache: Cache
-    token: int = 0
-    layer: int = 0
-    prefill: bool = False
-    in_flight: set[Key] = field(default_factory=set)
-    allocate: Allocates | None = None
-    precision: SetsPrecision | None = None
-    keep: Mapping[Key, int] = field(default_factory=dict)
+    def __init__(self, shape: Shape, knobs: Knobs, cache: Cache) -> None:
+        self.shape, self.knobs, self.cache = shape, knobs, cache
+        self.token = self.layer = 0
+        self.prefill = False
+        for name in ("bits", "last_use", "last_token", "uses", "high_uses", "in_flight"):
+            array = getattr(cache, name).view()
+            array.flags.writeable = False
+            setattr(self, name, array)
+        self.asked = np.full(shape.n, knobs.bits, np.int64)
+        self.precision: SetsPrecision | None = None
 
-    def asked_bits(self, key: Key) -> int:
-        """Bits at which ``key`` is asked for."""
-        if key in self.keep:
-            return self.keep[key]
-        return self.knobs.bits if self.allocate is None else self.allocate.bits(key, self)
+    bits: np.ndarray
+    last_use: np.ndarray
+    last_token: np.ndarray
+    uses: np.ndarray
+    high_uses: np.ndarray
+    in_flight: np.ndarray
+
+    @property
+    def layer_of(self) -> np.ndarray:
+        """Layer of every expert."""
+        return self.shape.layer_of
+
+    @property
+    def index_of(self) -> np.ndarray:
+        """Number of every expert within its layer."""
+        return self.shape.index_of
+
+    @property
+    def clock(self) -> int:
+        """The latest `last_use`."""
+        return self.cache.clock
+
+    @property
+    def protected(self) -> np.ndarray:
+        """Resident and predicted for a coming layer."""
+        return self.cache.held & self.cache.PROTECTED > 0
+
+    @property
+    def pinned(self) -> np.ndarray:
+        """Kept for good: no part decides over it."""
+        return self.cache.held & self.cache.PINNED > 0
+
+    @property
+    def low_bits(self) -> int | None:
+        """The precision part's low tier where it is below ``bits``, None for one precision."""
+        low = getattr(self.precision, "low_bits", None)
+        return low if low is not None and low < self.knobs.bits else None
+
+    def residents(self, layer: int | None = None) -> np.ndarray:
+        """Keys of the resident experts, of one layer or all; least recently used first."""
+        first, last = (0, self.shape.n) if layer is None else self.shape.offset[layer : layer + 2]
+        keys = first + np.flatnonzero(self.bits[first:last])
+        return keys[np.argsort(self.last_use[keys], kind="stable")]
 
     def wanted_bits(self, request: Request) -> int:
         """Bits at which a missing expert would be loaded for this request, 0: skipped."""
-        asked = self.asked_bits((request.layer, request.expert))
+        asked = int(self.asked[self.shape.key(request.layer, request.expert)])
         return asked if self.precision is None else self.precision.tier(request, asked, self)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moelab.scheduling.strategy import Strategy
-from moelab.scheduling.stream import Key, Knobs, LookAhead, Shape
+from moelab.scheduling.stream import Key, Knobs, LookAhead, Request, Shape, ranked
 
-FORMAT = 3
+FORMAT = 4
+OLDEST = 3
+"""In traces of version 0.3 a key was (layer, expert); T1, T2, low bits and depth were settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,11 @@ class LayerInput:
     norms
         Euclidean norm of the layer's input, one a token, where a part observes ``"norms"``.
     in_flight
-        Resident experts whose bytes had not landed when the router had spoken, where a part
+        Keys of resident experts whose bytes had not landed when the router had spoken, where a part
         observes ``"in_flight"``.
     unread
-        Prefetches of this layer whose reading had not begun when the router had spoken, where a
-        part observes ``"unread"``: they are withdrawn.
+        Keys of prefetches of this layer whose reading had not begun when the router had spoken,
+        where a part observes ``"unread"``: they are withdrawn.
     """
 
     layer: int
@@ -57,6 +59,17 @@ class LayerInput:
     norms: tuple[float, ...] | None = None
     in_flight: tuple[Key, ...] = ()
     unread: tuple[Key, ...] = ()
+    asked: list[Request] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def requests(self) -> list[Request]:
+        """The layer's unique experts: a token's by falling weight, a prompt's by falling use.
+
+        Worked out once: a stream that is replayed many times is ranked once.
+        """
+        if self.asked is None:
+            object.__setattr__(self, "asked", _requests(self))
+        assert self.asked is not None
+        return self.asked
 
     @property
     def router_experts(self) -> tuple[tuple[int, ...], ...]:
@@ -67,6 +80,17 @@ class LayerInput:
     def router_weights(self) -> tuple[tuple[float, ...], ...]:
         """Gate weights of `router_experts`."""
         return self.weights if self.wanted_weights is None else self.wanted_weights
+
+
+def _requests(given: LayerInput) -> list[Request]:
+    if not given.prefill and len(given.experts) == 1:
+        return ranked(given.experts[0], given.weights[0], given.layer)
+    seen: dict[int, list[float]] = {}
+    for row, weights in zip(given.experts, given.weights, strict=True):
+        for expert, weight in zip(row, weights, strict=True):
+            seen.setdefault(expert, []).append(weight)
+    order = sorted(seen.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [Request(e, max(w), tokens=len(w), layer=given.layer) for e, w in order]
 
 
 class Change(NamedTuple):
@@ -84,7 +108,7 @@ class Change(NamedTuple):
         Whether the strategy begins here, with nothing learnt.
     strategy
         The strategy itself, with what it had learnt by then; kept in memory only.
-    keep
+    pinned
         Experts kept for good, of a trace from a file; else the strategy has them.
     """
 
@@ -94,7 +118,7 @@ class Change(NamedTuple):
     fresh: bool = True
     parameters: Mapping[str, Any] | None = None
     strategy: Strategy | None = None
-    keep: Mapping[Key, int] | None = None
+    pinned: Mapping[tuple[int, int], int] | None = None
 
 
 @dataclass(slots=True)
@@ -119,15 +143,19 @@ class Trace:
 
     def save(self, path: str | Path) -> Path:
         """Write the trace as JSON."""
-        path = Path(path)
+        path, shape = Path(path), self.shape
         doc = {
             "format": FORMAT,
-            "shape": dataclasses.asdict(self.shape),
-            "steps": [dataclasses.astuple(s) for s in self.steps],
+            "shape": {
+                "experts": shape.experts,
+                "top_k": shape.top_k,
+                "nbytes": dict(shape.nbytes),
+            },
+            "steps": [[_plain(getattr(s, name)) for name in _SAVED] for s in self.steps],
             "changes": [
                 (
                     *(c.at, dataclasses.asdict(c.knobs), c.name, c.fresh, dict(c.parameters or {})),
-                    list((c.strategy.keep if c.strategy else c.keep or {}).items()),
+                    list((c.strategy.pinned if c.strategy else c.pinned or {}).items()),
                 )
                 for c in self.changes
             ],
@@ -155,39 +183,52 @@ class Trace:
             ) from e
 
 
+_SAVED = tuple(f.name for f in dataclasses.fields(LayerInput) if f.init)
+
+
+def _plain(value: Any) -> Any:
+    """A field of a step as JSON has it."""
+    if value and isinstance(value, tuple) and isinstance(value[0], LookAhead):
+        return [(a.layer, a.experts, a.weights) for a in value]
+    return value
+
+
 def _parts(doc: dict) -> tuple:
-    if doc["format"] != FORMAT:
+    if not OLDEST <= doc["format"] <= FORMAT:
         raise ValueError(f"format {doc['format']}")
-    shape = doc["shape"]
-    nbytes = {int(b): n for b, n in shape["nbytes"].items()}
+    nbytes = {int(b): n for b, n in doc["shape"]["nbytes"].items()}
+    shape = Shape(tuple(doc["shape"]["experts"]), doc["shape"]["top_k"], nbytes)
+
+    def key(of: Any) -> Key:
+        return shape.key(*of) if isinstance(of, list) else of
+
     return (
-        Shape(tuple(shape["experts"]), shape["top_k"], nbytes),
-        [_step(row) for row in doc["steps"]],
+        shape,
+        [_step(dict(zip(_SAVED, row, strict=True)), key) for row in doc["steps"]],
         [_change(*row) for row in doc["changes"]],
-        [((layer, expert), bits) for (layer, expert), bits in doc["resident"]],
+        [(key(of), bits) for of, bits in doc["resident"]],
     )
 
 
-def _change(at: int, knobs: dict, name: str, fresh: bool, parameters: dict, keep: list) -> Change:
-    kept = {(layer, expert): bits for (layer, expert), bits in keep}
-    return Change(at, Knobs(**knobs), name, fresh, parameters, keep=kept or None)
+def _change(at: int, knobs: dict, name: str, fresh: bool, parameters: dict, pins: list) -> Change:
+    pinned = {(layer, expert): bits for (layer, expert), bits in pins}
+    if "prefetch" in knobs:
+        knobs["depth"] = knobs.pop("prefetch")
+    old = {n: knobs.pop(n) for n in ("low_bits", "t1", "t2", "depth") if n in knobs}
+    return Change(at, Knobs(**knobs), name, fresh, old | parameters, pinned=pinned or None)
 
 
 def _nested(rows: list[list] | None) -> tuple[tuple, ...] | None:
-    return None if rows is None else tuple(tuple(r) for r in rows)
+    return None if rows is None else tuple(map(tuple, rows))
 
 
-def _step(row: list) -> LayerInput:
-    layer, experts, weights, prefill, ahead, wanted, wanted_weights, norms, in_flight, unread = row
-    return LayerInput(
-        layer,
-        _nested(experts) or (),
-        _nested(weights) or (),
-        prefill,
-        tuple(LookAhead(lay, tuple(e), tuple(w)) for lay, e, w in ahead),
-        _nested(wanted),
-        _nested(wanted_weights),
-        None if norms is None else tuple(norms),
-        _nested(in_flight) or (),
-        _nested(unread) or (),
-    )
+def _step(row: dict[str, Any], key: Callable[[Any], Key]) -> LayerInput:
+    for name in ("experts", "weights"):
+        row[name] = _nested(row[name]) or ()
+    for name in ("wanted", "wanted_weights"):
+        row[name] = _nested(row[name])
+    for name in ("in_flight", "unread"):
+        row[name] = tuple(map(key, row[name]))
+    row["look_ahead"] = tuple(LookAhead(at, tuple(e), tuple(w)) for at, e, w in row["look_ahead"])
+    row["norms"] = None if row["norms"] is None else tuple(row["norms"])
+    return LayerInput(**row)

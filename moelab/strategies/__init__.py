@@ -4,8 +4,8 @@ A policy of your own is a subclass of one part, live at once:
 
 >>> from moelab.strategies import Evict, lru
 >>> class LowestIndex(Evict):
-...     def priority(self, key, view):
-...         return -key[1]
+...     def score(self, view):
+...         return -view.index_of
 >>> strategy = lru().replace(evict=LowestIndex(), name="lowest index")
 """
 
@@ -38,22 +38,33 @@ from moelab.strategies.moe_infinity import moe_infinity
 from moelab.strategies.static_pruning import static_pruning
 from moelab.strategies.swapmoe import swapmoe
 
+GROUPS = {
+    "basics": {
+        "on_demand": "on demand",
+        "lru": "LRU",
+        "lfu": "LFU",
+        "layer_lru": "LRU per layer",
+        "in_ram": "all in RAM",
+    },
+    "papers": {
+        "edgemoe": "EdgeMoE",
+        "hobbit": "HOBBIT",
+        "moe_apex": "MoE-APEX",
+        "swapmoe": "SwapMoE",
+        "static_pruning": "static pruning",
+    },
+    "peers": {
+        "mixtral_offloading": "mixtral-offloading",
+        "moe_infinity": "MoE-Infinity",
+        "adapmoe": "AdapMoE",
+        "cache_prior": "cache-prior routing",
+        "drop_if_cold": "drop if cold",
+    },
+}
+"""Every strategy by group: its name, and how its authors write it."""
+
 _MAKERS: dict[str, Callable[..., Strategy]] = {
-    "on_demand": on_demand,
-    "lru": lru,
-    "lfu": lfu,
-    "layer_lru": layer_lru,
-    "in_ram": in_ram,
-    "edgemoe": edgemoe,
-    "hobbit": hobbit,
-    "moe_apex": moe_apex,
-    "swapmoe": swapmoe,
-    "static_pruning": static_pruning,
-    "mixtral_offloading": mixtral_offloading,
-    "moe_infinity": moe_infinity,
-    "adapmoe": adapmoe,
-    "cache_prior": cache_prior,
-    "drop_if_cold": drop_if_cold,
+    name: globals()[name] for group in GROUPS.values() for name in group
 }
 NAMES = tuple(_MAKERS)
 CALIBRATED = {
@@ -71,6 +82,7 @@ NEEDS_CALIBRATION = ("edgemoe",)
 
 __all__ = [
     "CALIBRATED",
+    "GROUPS",
     "NAMES",
     "NEEDS_CALIBRATION",
     "Allocate",

@@ -145,6 +145,5 @@ def adapmoe(profile: Mapping[str, Any] | None = None, *, tau: float | None = Non
         precision=SensitivityGate(
             known.get("h", ()), known.get("tau", TAU) if tau is None else tau
         ),
-        prefetch=StackedGates(),
-        preset={"prefetch": 1},
+        prefetch=StackedGates(depth=1),
     )

@@ -3,21 +3,22 @@
 LRU, LFU, LRU per layer (each layer its own share, as in mixtral-offloading, arXiv 2312.17238) and
 on-demand loading that keeps nothing. All of them take HOBBIT's precision rule, which is off while
 ``low_bits`` is not set, and look ahead through the next layers' routers, which is off while
-``prefetch`` is 0.
+``depth`` is 0.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
-from moelab.scheduling.scheduler import ranked
+import numpy as np
+
 from moelab.scheduling.strategy import (
     Allocate,
     Evict,
     Key,
     LookAhead,
+    Parameter,
     Precision,
     Prediction,
     Prefetch,
@@ -26,36 +27,23 @@ from moelab.scheduling.strategy import (
     View,
 )
 
+DEPTH = Parameter("depth", "layers to look ahead, 0: off", 0, 3, 1)
+"""Of every part that looks ahead through coming layers."""
+
 
 class LRU(Evict):
     """Least recently used leaves."""
 
     title = "least recently used"
-    explained: ClassVar = {"uses since": "uses of any expert since its last; the highest leaves"}
+    explained: ClassVar = {
+        "uses since": "uses and loads of any expert since its last; the highest leaves"
+    }
 
-    def __init__(self) -> None:
-        self._order: OrderedDict[Key, int] = OrderedDict()
-        self._clock = 0
+    def score(self, view: View) -> np.ndarray:
+        return view.last_use
 
-    def loaded(self, key: Key, bits: int, view: View) -> None:
-        self._touch(key)
-
-    def used(self, key: Key, bits: int, view: View) -> None:
-        self._touch(key)
-
-    def gone(self, key: Key) -> None:
-        self._order.pop(key, None)
-
-    def victim(self, allowed: Callable[[Key], bool], view: View) -> Key | None:
-        return next((k for k in self._order if allowed(k)), None)
-
-    def why(self, key: Key, view: View) -> dict[str, float]:
-        return {"uses since": float(self._clock - self._order.get(key, 0))}
-
-    def _touch(self, key: Key) -> None:
-        self._clock += 1
-        self._order[key] = self._clock
-        self._order.move_to_end(key)
+    def terms(self, view: View) -> Mapping[str, np.ndarray]:
+        return {"uses since": view.clock - view.last_use}
 
 
 class LFU(LRU):
@@ -64,25 +52,14 @@ class LFU(LRU):
     title = "least frequently used"
     explained: ClassVar = {
         "uses": "in this sequence; the lowest leaves",
-        "uses since": "uses of any expert since its last; the highest leaves among equals",
+        "uses since": "uses and loads of any since its last; the highest leaves among equals",
     }
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._uses: Counter[Key] = Counter()
+    def score(self, view: View) -> np.ndarray:
+        return view.uses
 
-    def used(self, key: Key, bits: int, view: View) -> None:
-        super().used(key, bits, view)
-        self._uses[key] += 1
-
-    def victim(self, allowed: Callable[[Key], bool], view: View) -> Key | None:
-        return min(filter(allowed, self._order), key=self._uses.__getitem__, default=None)
-
-    def new_sequence(self) -> None:
-        self._uses.clear()
-
-    def why(self, key: Key, view: View) -> dict[str, float]:
-        return {"uses": float(self._uses[key])} | super().why(key, view)
+    def terms(self, view: View) -> Mapping[str, np.ndarray]:
+        return {"uses": view.uses, **super().terms(view)}
 
 
 class KeepNothing(LRU):
@@ -91,7 +68,7 @@ class KeepNothing(LRU):
     title = "keep nothing"
 
     def after_layer(self, layer: int, view: View) -> Iterable[Key]:
-        return [k for k in self._order if k[0] == layer]
+        return view.residents(layer)
 
 
 class EqualShares(Allocate):
@@ -107,39 +84,58 @@ class TierPair(Precision):
     """HOBBIT's rule on a miss: high below T1, low up to T2, skip above (arXiv 2411.01433, sec. 3).
 
     The score s of an expert is the sum of the normalised gate weights ranked before it, so the
-    first expert always comes at high precision. Off (always high) while ``low_bits`` is None.
+    first expert always comes at high precision. Off (always high) while ``low_bits`` is None or
+    not below the bits asked for.
     """
 
     title = "high, low or skip by score (HOBBIT)"
+    parameters: ClassVar = (
+        Parameter("low_bits", "second tier, for unimportant misses; off: one precision", tier=True),
+        Parameter("t1", "T1: unimportance score above which a miss is loaded at low bits"),
+        Parameter("t2", "T2: score above which it is skipped"),
+    )
+
+    def __init__(self, low_bits: int | None = None, t1: float = 0.6, t2: float = 0.9) -> None:
+        self.low_bits, self.t1, self.t2 = low_bits, t1, t2
+        self.check()
+
+    def check(self) -> None:
+        numbers = all(isinstance(t, (int, float)) for t in (self.t1, self.t2))
+        if not numbers or not 0 <= self.t1 <= self.t2:
+            raise ValueError(f"t1={self.t1!r}, t2={self.t2!r}: need 0 <= t1 <= t2, both numbers")
 
     def tier(self, request: Request, asked: int, view: View) -> int:
-        knobs = view.knobs
-        if knobs.low_bits is None or knobs.low_bits >= asked or request.score <= knobs.t1:
+        low = self.low_bits
+        if low is None or low >= asked or request.score <= self.t1:
             return asked
-        return knobs.low_bits if request.score <= knobs.t2 else 0
+        return low if request.score <= self.t2 else 0
 
 
 class GateLookAhead(Prefetch):
     """The next layers' own routers, asked early with this layer's input (HOBBIT; Eliseev & Mazur).
 
-    ``prefetch`` in the settings says how many layers ahead; 0 switches it off.
+    ``depth`` says how many layers ahead; 0 switches it off.
     """
 
     title = "the next layers' gates, asked early"
+    parameters: ClassVar = (DEPTH,)
 
-    def depth(self, view: View) -> int:
-        return view.knobs.prefetch
+    def __init__(self, depth: int = 0) -> None:
+        self.depth = DEPTH.checked(depth)
+
+    def look_ahead(self, view: View) -> int:
+        return self.depth
 
     def predict(
         self, layer: int, look_ahead: Sequence[LookAhead], view: View
     ) -> Iterable[Prediction]:
         for coming in look_ahead:
-            for r in ranked(coming.experts, coming.weights):
-                yield Prediction((coming.layer, r.expert), r.weight, r.rank, r.score)
+            yield from map(expected, coming.requests())
 
 
-def _basic(name: str, evict: Evict) -> Strategy:
-    return Strategy(name, evict, precision=TierPair(), prefetch=GateLookAhead())
+def expected(request: Request) -> Prediction:
+    """A request of a coming layer as a prediction."""
+    return Prediction(request.layer, request.expert, request.weight, request.rank, request.score)
 
 
 def lru() -> Strategy:
@@ -154,9 +150,14 @@ def lfu() -> Strategy:
 
 def layer_lru() -> Strategy:
     """LRU within an equal share of the budget for every layer."""
-    return _basic("layer_lru", LRU()).replace(allocate=EqualShares(), name="layer_lru")
+    return _basic("layer_lru", LRU(), EqualShares())
 
 
 def on_demand() -> Strategy:
     """Nothing is kept: every expert is loaded each time it is needed."""
     return _basic("on_demand", KeepNothing())
+
+
+def _basic(name: str, evict: Evict, allocate: Allocate | None = None) -> Strategy:
+    parts = {"precision": TierPair(), "prefetch": GateLookAhead()}
+    return Strategy(name, evict, allocate or Allocate(), **parts)

@@ -15,8 +15,9 @@ Prompts are routed as the router says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
+
+import numpy as np
 
 from moelab.scheduling.strategy import Parameter, Route, Strategy, View
 from moelab.strategies.basics import LRU, GateLookAhead, TierPair
@@ -33,13 +34,10 @@ class CachePrior(Route):
     def __init__(self, lam: float = 0.1) -> None:
         self.lam = self.parameters[0].checked(lam)
 
-    def bias(self, layer: int, view: View) -> Sequence[float] | None:
+    def bias(self, layer: int, view: View) -> np.ndarray | None:
         if view.prefill or not self.lam:
             return None
-        return [
-            self.lam * ((layer, expert) in view.cache)
-            for expert in range(view.shape.experts[layer])
-        ]
+        return self.lam * (view.bits[view.shape.keys(layer)] > 0)
 
 
 def cache_prior(*, lam: float = 0.1) -> Strategy:

@@ -17,23 +17,22 @@ of the coming layers are asked one by one where the paper stacks them (the value
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-from moelab.scheduling.requests import ranked
+import numpy as np
+
 from moelab.scheduling.strategy import (
     Allocate,
     Evict,
-    Key,
     LookAhead,
     Parameter,
     Prediction,
-    Prefetch,
     Request,
     Strategy,
     View,
 )
-from moelab.strategies.basics import TierPair
+from moelab.strategies.basics import GateLookAhead, TierPair, expected
 
 EQUAL = (0.25, 0.25, 0.25, 0.25)
 
@@ -65,7 +64,7 @@ def miss_penalty(decisions: Iterable[Decided], nbytes: Mapping[int, int]) -> flo
 
     Examples
     --------
-    >>> from moelab.scheduling.scheduler import Decision
+    >>> from moelab.scheduling.events import Decision
     >>> high = Decision("load", 0, 3, 16, 16, 1600, "on demand")
     >>> low = Decision("load", 0, 5, 16, 4, 400, "on demand")
     >>> miss_penalty([high, low], {16: 1600, 4: 400})
@@ -87,7 +86,7 @@ def miss_shares(decisions: Iterable[Decided]) -> dict[str, float]:
 # -- layer level: the stacked gates --------------------------------------------------------------
 
 
-class StackedGates(Prefetch):
+class StackedGates(GateLookAhead):
     """The next p layers' gates on this layer's input; on to the next layer while all is there.
 
     Walks from layer l + 1 on and stops behind the first layer that misses a predicted expert (at
@@ -97,49 +96,31 @@ class StackedGates(Prefetch):
 
     title = "stacked gates, adaptive depth (HOBBIT)"
 
-    def depth(self, view: View) -> int:
-        return view.knobs.prefetch
-
     def predict(
         self, layer: int, look_ahead: Sequence[LookAhead], view: View
     ) -> Iterable[Prediction]:
         for coming in look_ahead:
-            if coming.layer > layer + self.depth(view):  # a trace may know more than is wanted
-                return
-            guesses = ranked(coming.experts, coming.weights, coming.layer)
+            guesses = coming.requests()
             missing = any(self._missing(r, view) for r in guesses)  # before any is fetched
-            for r in guesses:
-                yield Prediction((r.layer, r.expert), r.weight, r.rank, r.score)
+            yield from map(expected, guesses)
             if missing:
                 return
 
     def _missing(self, guess: Request, view: View) -> bool:
-        return view.cache.bits((guess.layer, guess.expert)) < view.wanted_bits(guess)
+        have = view.bits[view.shape.key(guess.layer, guess.expert)]
+        return have < view.wanted_bits(guess)
 
 
 # -- sequence level: who leaves ------------------------------------------------------------------
 
 
-class SequenceRecords(Evict):
-    """R, F and H of every expert, resident or not, since the prompt."""
-
-    def __init__(self) -> None:
-        self.last: dict[Key, int] = {}  # R
-        self.uses: Counter[Key] = Counter()  # F
-        self.high_uses: Counter[Key] = Counter()  # H
-
-    def used(self, key: Key, bits: int, view: View) -> None:
-        self.last[key] = view.token + 1
-        self.uses[key] += 1
-        self.high_uses[key] += bits >= view.asked_bits(key)
-
-    def new_sequence(self) -> None:
-        self.last.clear()
-        self.uses.clear()
-        self.high_uses.clear()
+def layers_away(view: View) -> np.ndarray:
+    """(l_t - l_i + l_n) mod l_n of every layer ``[L]``: how many layers from now it comes."""
+    n = view.shape.layers
+    return (np.arange(n) - view.layer + n) % n
 
 
-class FourTerms(SequenceRecords):
+class FourTerms(Evict):
     """Lowest p leaves: p = w_lru R/T + w_lfu F/T + w_lhu H/T + w_fld (1 - distance / l_n).
 
     The distance ((l_t - l_i + l_n) mod l_n) is how many layers from now the expert's layer comes.
@@ -175,7 +156,6 @@ class FourTerms(SequenceRecords):
     def __init__(
         self, w_lru: float = 0.25, w_lfu: float = 0.25, w_lhu: float = 0.25, w_fld: float = 0.25
     ) -> None:
-        super().__init__()
         self.w_lru, self.w_lfu, self.w_lhu, self.w_fld = w_lru, w_lfu, w_lhu, w_fld
         given = (w_lru, w_lfu, w_lhu, w_fld)
         if min(given) < 0 or sum(given) <= 0:
@@ -188,39 +168,22 @@ class FourTerms(SequenceRecords):
         total = sum(given)
         return tuple(w / total for w in given) if total else EQUAL  # type: ignore[return-value]
 
-    def terms(self, key: Key, view: View) -> tuple[float, float, float, float]:
-        """The four terms before weighting, each from 0 to 1."""
-        t, n = view.token + 1, view.shape.layers
-        distance = (key[0] - view.layer + n) % n
-        return (
-            self.last.get(key, 0) / t,
-            self.uses[key] / t,
-            self.high_uses[key] / t,
-            1 - distance / n,
-        )
+    def score(self, view: View) -> np.ndarray:
+        (w_lru, w_lfu, w_lhu, w_fld), n = self.weights, view.shape.layers
+        records = w_lru * view.last_token + w_lfu * view.uses + w_lhu * view.high_uses
+        near = w_fld * (1 - layers_away(view) / n)  # [L]
+        return records / (view.token + 1) + near[view.layer_of]
 
-    def priority(self, key: Key, view: View) -> float:
-        return self._p(view)(key)
-
-    def victim(self, allowed: Callable[[Key], bool], view: View) -> Key | None:
-        return min(filter(allowed, view.cache), key=self._p(view), default=None)
-
-    def _p(self, view: View) -> Callable[[Key], float]:
-        """The priority as a function: what all keys have in common is worked out once."""
-        (w_lru, w_lfu, w_lhu, w_fld), t, n = self.weights, view.token + 1, view.shape.layers
-        last, uses, high = self.last, self.uses, self.high_uses
-        near = [w_fld * (1 - (layer - view.layer + n) % n / n) for layer in range(n)]
-
-        def p(key: Key) -> float:
-            records = w_lru * last.get(key, 0) + w_lfu * uses[key] + w_lhu * high[key]
-            return records / t + near[key[0]]
-
-        return p
-
-    def why(self, key: Key, view: View) -> dict[str, float]:
-        names = ("recency (LRU)", "frequency (LFU)", "high uses (LHU)", "nearness (FLD)")
-        weighted = [w * x for w, x in zip(self.weights, self.terms(key, view), strict=True)]
-        return dict(zip(names, weighted, strict=True)) | {"priority": self.priority(key, view)}
+    def terms(self, view: View) -> Mapping[str, np.ndarray]:
+        (w_lru, w_lfu, w_lhu, w_fld), t = self.weights, view.token + 1
+        near = w_fld * (1 - layers_away(view) / view.shape.layers)  # [L]
+        return {
+            "recency (LRU)": w_lru * view.last_token / t,
+            "frequency (LFU)": w_lfu * view.uses / t,
+            "high uses (LHU)": w_lhu * view.high_uses / t,
+            "nearness (FLD)": near[view.layer_of],
+            "priority": self.score(view),
+        }
 
 
 class TwoCaches(Allocate):
@@ -247,13 +210,13 @@ class TwoCaches(Allocate):
         self.high_share = high_share
 
     def tier_bytes(self, bits: int, view: View) -> int | None:
-        knobs, k, nbytes = view.knobs, view.shape.top_k, view.shape.nbytes
-        if knobs.low_bits is None or knobs.low_bits >= knobs.bits:
+        knobs, k, nbytes, low = view.knobs, view.shape.top_k, view.shape.nbytes, view.low_bits
+        if low is None:
             return None
         high = round(self.high_share * knobs.budget_bytes)
-        high = min(high, knobs.budget_bytes - k * nbytes[knobs.low_bits])
+        high = min(high, knobs.budget_bytes - k * nbytes[low])
         high = max(high, k * nbytes[knobs.bits])
-        return high if bits > knobs.low_bits else max(knobs.budget_bytes - high, 0)
+        return high if bits > low else max(knobs.budget_bytes - high, 0)
 
 
 # -- the strategies ------------------------------------------------------------------------------
@@ -288,17 +251,13 @@ def hobbit(
         Part of the budget for the high cache.
     """
     found = profile or {}
-    preset = {
-        "low_bits": low,
-        "t1": found.get("t1", 0.6) if t1 is None else t1,
-        "t2": found.get("t2", 0.9) if t2 is None else t2,
-        "prefetch": depth,
-    }
+    t1 = found.get("t1", 0.6) if t1 is None else t1
+    t2 = found.get("t2", 0.9) if t2 is None else t2
     return Strategy(
         "hobbit",
         FourTerms(*(found.get("weights", EQUAL) if weights is None else weights)),
         allocate=TwoCaches(high_share),
-        precision=TierPair(),
-        prefetch=StackedGates(),
-        preset=preset if high is None else preset | {"bits": high},
+        precision=TierPair(low, t1, t2),
+        prefetch=StackedGates(depth),
+        bits=high,
     )

@@ -23,10 +23,10 @@ class LoadAll(Prefetch):
         for expert in range(max(view.shape.experts)):
             for layer, count in enumerate(view.shape.experts):
                 if expert < count:
-                    room -= view.shape.nbytes[view.asked_bits((layer, expert))]
+                    room -= view.shape.nbytes[int(view.asked[view.shape.key(layer, expert)])]
                     if room < 0:
                         return
-                    yield Prediction((layer, expert))
+                    yield Prediction(layer, expert)
 
 
 def in_ram() -> Strategy:

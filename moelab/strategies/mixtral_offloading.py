@@ -14,26 +14,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-from moelab.scheduling.requests import ranked
 from moelab.scheduling.strategy import LookAhead, Parameter, Prediction, Strategy, View
-from moelab.strategies.basics import LRU, EqualShares, GateLookAhead
+from moelab.strategies.basics import DEPTH, LRU, EqualShares, GateLookAhead, expected
 
 
 class SpeculativeGate(GateLookAhead):
     """The likeliest experts of the next layer, by its own gate on this layer's input."""
 
     title = "the next gate's best (mixtral-offloading)"
-    parameters: ClassVar = (Parameter("guesses", "experts fetched for each coming layer", 1, 4, 1),)
+    parameters: ClassVar = (
+        DEPTH,
+        Parameter("guesses", "experts fetched for each coming layer", 1, 4, 1),
+    )
 
-    def __init__(self, guesses: int = 2) -> None:
-        self.guesses = self.parameters[0].checked(guesses)
+    def __init__(self, guesses: int = 2, depth: int = 1) -> None:
+        super().__init__(depth)
+        self.guesses = self.parameters[1].checked(guesses)
 
     def predict(
         self, layer: int, look_ahead: Sequence[LookAhead], view: View
     ) -> Iterable[Prediction]:
         for coming in look_ahead:
-            for r in ranked(coming.experts, coming.weights)[: self.guesses]:
-                yield Prediction((coming.layer, r.expert), r.weight, r.rank, r.score)
+            yield from map(expected, coming.requests()[: self.guesses])
 
 
 def mixtral_offloading(*, guesses: int = 2) -> Strategy:
@@ -43,5 +45,4 @@ def mixtral_offloading(*, guesses: int = 2) -> Strategy:
         LRU(),
         allocate=EqualShares(),
         prefetch=SpeculativeGate(guesses),
-        preset={"prefetch": 1},
     )

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from moelab.scheduling.strategy import Key, Strategy, View
-from moelab.strategies.hobbit import SequenceRecords, TwoCaches, hobbit
+import numpy as np
+
+from moelab.scheduling.strategy import Evict, Strategy, View
+from moelab.strategies.hobbit import TwoCaches, hobbit, layers_away
 
 HIGH_SHARE = 0.8
 
 
-class CostAndDistance(SequenceRecords):
+class CostAndDistance(Evict):
     """Lowest C/T leaves, plus 1/D for an expert that the last pass used.
 
     C = H + (B_l / B_h) L weighs a use by what missing it would have cost;
@@ -30,23 +32,29 @@ class CostAndDistance(SequenceRecords):
         "priority": "their sum; the lowest leaves",
     }
 
-    def terms(self, key: Key, view: View) -> tuple[float, float]:
-        """C/T, and 1/D or 0."""
-        t, n, nbytes = view.token + 1, view.shape.layers, view.shape.nbytes
-        asked, low = view.asked_bits(key), view.knobs.low_bits
-        ratio = nbytes[low] / nbytes[asked] if low is not None and low < asked else 1.0
-        high = self.high_uses[key]
-        cost = high + ratio * (self.uses[key] - high)
-        distance = (key[0] - view.layer + n) % n + 0.1
-        in_last_pass = 0 < self.last.get(key, 0) >= t - 1
-        return cost / t, 1 / distance if in_last_pass else 0.0
+    def score(self, view: View) -> np.ndarray:
+        cost, near = self._sum(view)
+        return cost + near
 
-    def priority(self, key: Key, view: View) -> float:
-        return sum(self.terms(key, view))
-
-    def why(self, key: Key, view: View) -> dict[str, float]:
-        cost, near = self.terms(key, view)
+    def terms(self, view: View) -> Mapping[str, np.ndarray]:
+        cost, near = self._sum(view)
         return {"uses by cost (C/T)": cost, "nearness (1/D)": near, "priority": cost + near}
+
+    def _sum(self, view: View) -> tuple[np.ndarray, np.ndarray]:
+        """C/T, and 1/D or 0, of every expert ``[n]``."""
+        t, nbytes, low = (
+            view.token + 1,
+            view.shape.nbytes,
+            getattr(view.precision, "low_bits", None),
+        )
+        ratio = np.ones(max(nbytes) + 1)  # by the bits asked for
+        for bits in nbytes:
+            if low is not None and low < bits:
+                ratio[bits] = nbytes[low] / nbytes[bits]
+        cost = view.high_uses + ratio[view.asked] * (view.uses - view.high_uses)
+        near = (1 / (layers_away(view) + 0.1))[view.layer_of]
+        in_last_pass = (view.last_token > 0) & (view.last_token >= t - 1)
+        return cost / t, np.where(in_last_pass, near, 0.0)
 
 
 def moe_apex(
@@ -63,4 +71,5 @@ def moe_apex(
     Parameters as in `hobbit`; of its profile only T1 and T2 are used.
     """
     base = hobbit(profile, t1=t1, t2=t2, depth=depth, high=high, low=low)
-    return base.replace(evict=CostAndDistance(), allocate=TwoCaches(HIGH_SHARE), name="moe_apex")
+    parts = {"evict": CostAndDistance(), "allocate": TwoCaches(HIGH_SHARE)}
+    return base.replace(**parts, name="moe_apex", keywords={"strategy": "moe_apex"})

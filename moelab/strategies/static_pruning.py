@@ -8,13 +8,14 @@ stay. `moelab.strategies.swapmoe` is this with a choice that follows the input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from moelab.scheduling.strategy import (
     Allocate,
     Evict,
-    Key,
     Parameter,
     Prediction,
     Prefetch,
@@ -26,6 +27,10 @@ from moelab.strategies.swapmoe_planner import Plan, uniform
 
 Table = Sequence[Sequence[float]]
 """One number for each expert, ``[L][E]``."""
+
+
+_FLYING = 1e6
+"""Above every other score: a copy on its way goes only where there is no other."""
 
 
 class FixedExperts(Allocate, Route, Evict, Prefetch):
@@ -54,21 +59,44 @@ class FixedExperts(Allocate, Route, Evict, Prefetch):
         self.by = FixedExperts.parameters[0].checked(by)
         self._tables = {"norm": frozen(norms), "count": frozen(counts)}
         self._planned: tuple[int, Plan] | None = None
+        self._orders: list[np.ndarray] = []  # of each layer [E], the most deserving first
+        self._ordered_by = ""
+        self._score: np.ndarray | None = None  # without the copies on their way, once worked out
+        self._rank = np.zeros(0)  # of every expert within its layer [n], 0: the most deserving
 
     # -- who ----------------------------------------------------------------------------------
 
-    def order(self, layer: int, view: View) -> Sequence[int]:
-        """The layer's experts, the most deserving first."""
-        count, table = view.shape.experts[layer], self._tables[self.by]
-        if not table:
-            return range(count)
-        return sorted(range(count), key=lambda e: -table[layer][e])
+    def order(self, layer: int, view: View) -> np.ndarray:
+        """The layer's experts, the most deserving first ``[E]``."""
+        if not self._orders or self._ordered_by != self.by:
+            self._ordered_by, self._orders = self.by, []
+            self._rank = np.zeros(view.shape.n)
+            for at, count in enumerate(view.shape.experts):
+                table = self.initial()
+                by = -table[at] if table else np.zeros(count)
+                self._orders.append(np.zeros(0, np.int64))
+                self._reorder(at, np.argsort(by, kind="stable"), view)
+        return self._orders[layer]
+
+    def initial(self) -> tuple[np.ndarray, ...]:
+        """What the experts are first ordered by, ``[L]`` of ``[E]``; empty: by their index."""
+        return self._tables[self.by]
+
+    def _reorder(self, layer: int, order: np.ndarray, view: View) -> None:
+        self._score = None
+        self._orders[layer] = order
+        self._rank[view.shape.offset[layer] + order] = np.arange(len(order))
+
+    def rank(self, view: View) -> np.ndarray:
+        """Place of every expert in the order of its layer ``[n]``, counted from 0."""
+        self.order(0, view)
+        return self._rank
 
     def plan(self, view: View) -> Plan:
         """How many experts of each layer the budget holds at the bits asked for."""
         slots = view.knobs.budget_bytes // view.shape.nbytes[view.knobs.bits]
         if self._planned is None or self._planned[0] != slots:
-            self._planned = slots, self.plan_for(slots, view)
+            self._planned, self._score = (slots, self.plan_for(slots, view)), None
         return self._planned[1]
 
     def plan_for(self, slots: int, view: View) -> Plan:
@@ -82,65 +110,65 @@ class FixedExperts(Allocate, Route, Evict, Prefetch):
 
     # -- route --------------------------------------------------------------------------------
 
-    def mask(self, layer: int, view: View) -> Sequence[bool] | None:
+    def mask(self, layer: int, view: View) -> np.ndarray | None:
         """Masked gating: the router sees experts that are resident and have landed.
 
         Where a prefetch part of another strategy has not brought in top-k of them, those on their
         way count too, and without enough of these the router chooses freely.
         """
         landed = self.landed(layer, view)
-        if all(landed):
+        if landed.all():
             return None
-        if sum(landed) >= view.shape.top_k:
+        if np.count_nonzero(landed) >= view.shape.top_k:
             return landed
-        here = [(layer, e) in view.cache for e in range(len(landed))]
-        return here if sum(here) >= view.shape.top_k else None
+        here = view.bits[view.shape.keys(layer)] > 0
+        return here if np.count_nonzero(here) >= view.shape.top_k else None
 
-    def landed(self, layer: int, view: View) -> list[bool]:
-        """Which experts can compute now: resident at the bits asked for, and all bytes there."""
-        keys = [(layer, e) for e in range(view.shape.experts[layer])]
-        flying, bits = view.in_flight, view.cache.bits
-        return [k not in flying and bits(k) >= view.asked_bits(k) for k in keys]
+    def landed(self, layer: int, view: View) -> np.ndarray:
+        """Which experts can compute now ``[E]``: resident at the bits asked for, and landed."""
+        at = view.shape.keys(layer)
+        return ~view.in_flight[at] & (view.bits[at] >= view.asked[at])
 
     # -- prefetch: only what is there before the first token --------------------------------------
 
     def begin(self, view: View) -> Iterable[Prediction]:
         """The first n_l experts of every layer, the best of each layer first."""
-        keep = [self.first(at, view)[:n] for at, n in enumerate(self.plan(view).experts)]
-        for rank in range(max(map(len, keep))):
-            for layer, experts in enumerate(keep):
+        kept = [self.first(at, view)[:n] for at, n in enumerate(self.plan(view).experts)]
+        for rank in range(max(map(len, kept))):
+            for layer, experts in enumerate(kept):
                 if rank < len(experts):
-                    yield Prediction((layer, experts[rank]))
+                    yield Prediction(layer, int(experts[rank]))
 
-    def first(self, layer: int, view: View) -> Sequence[int]:
+    def first(self, layer: int, view: View) -> np.ndarray:
         """The layer's experts in the order in which a run wants to begin with them."""
         return self.order(layer, view)
 
     # -- evict: a smaller budget, another strategy's leftovers ----------------------------------
 
-    def priority(self, key: Key, view: View) -> float:
-        """Above -1 while the expert is among the n_l of its layer."""
-        layer, expert = key
-        return -self.order(layer, view).index(expert) / max(1, self.plan(view).experts[layer])
-
-    def victim(self, allowed: Callable[[Key], bool], view: View) -> Key | None:
-        """The one furthest from its layer's n_l; a copy on its way only if there is no other."""
-        keys = [k for k in view.cache if allowed(k)]
+    def score(self, view: View) -> np.ndarray:
+        """Above -1 while the expert is among the n_l of its layer; much higher while in flight."""
+        self.order(0, view), self.plan(view)  # other settings since: the score is not the old one
+        if self._score is None:
+            self._score = -self.rank(view) / np.maximum(self._kept(view), 1)
         flying = view.in_flight
-        return min(keys, key=lambda k: (k in flying, self.priority(k, view)), default=None)
+        return self._score + _FLYING * flying if flying.any() else self._score
 
-    def why(self, key: Key, view: View) -> dict[str, float]:
-        layer, expert = key
-        terms = {
-            "rank in its layer": float(self.order(layer, view).index(expert) + 1),
-            "experts kept": float(self.plan(view).experts[layer]),
+    def terms(self, view: View) -> Mapping[str, np.ndarray]:
+        tables = {name: np.concatenate(table) for name, table in self._tables.items() if table}
+        return {
+            **tables,
+            "rank in its layer": self.rank(view) + 1,
+            "experts kept": self._kept(view),
         }
-        return {n: t[layer][expert] for n, t in self._tables.items() if t} | terms
+
+    def _kept(self, view: View) -> np.ndarray:
+        """n_l of every expert's layer ``[n]``."""
+        return np.array(self.plan(view).experts)[view.layer_of]
 
 
-def frozen(table: Table | None) -> tuple[tuple[float, ...], ...]:
-    """A table that copies of a part can share."""
-    return tuple(tuple(map(float, row)) for row in table or ())
+def frozen(table: Table | None) -> tuple[np.ndarray, ...]:
+    """A table as arrays ``[L]`` of ``[E]``."""
+    return tuple(np.array(row, float) for row in table or ())
 
 
 def static_pruning(profile: Mapping[str, Any] | None = None, *, by: str = "norm") -> Strategy:

@@ -19,8 +19,10 @@ experts there are, and counts for the next update.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from moelab.scheduling.strategy import Key, LookAhead, Parameter, Prediction, Strategy, View
 from moelab.scheduling.trace import LayerInput
@@ -70,11 +72,9 @@ class VirtualExperts(FixedExperts):
         )
         self._norms, self._start = frozen(norms), frozen(start) or frozen(norms)
         self._plans = dict(plans or {})
-        self._importance: dict[int, list[float]] = {}  # of the inputs since the layer's last update
-        self._order: dict[int, list[int]] = {}  # the layer's experts as its last update ranked them
+        self._importance: dict[int, np.ndarray] = {}  # of the inputs since its last update [E]
         self._inputs: Counter[int] = Counter()  # since the layer's last update
-        self._serving: set[Key] = set()  # by this layer, now
-        self._leaver: Key | None = None  # whose place the newcomer takes
+        self._serving = np.zeros(0, np.int64)  # experts of the layer at work
 
     # -- importance, from the unmasked router ---------------------------------------------------
 
@@ -84,9 +84,9 @@ class VirtualExperts(FixedExperts):
         norms = given.norms or (1.0,) * len(given.experts)
         rows = zip(norms, given.router_experts, given.router_weights, strict=True)
         for x, experts, gates in rows:
-            for i, g in zip(experts, gates, strict=True):
-                scores[i] += x * abs(g) * (self._norms[layer][i] if self._norms else 1.0)
-        self._serving = {(layer, e) for row in given.experts for e in row}
+            i, g = list(experts), np.abs(np.array(gates))
+            scores[i] += x * g * (self._norms[layer][i] if self._norms else 1.0)
+        self._serving = np.array([e for row in given.experts for e in row], np.int64)
         if self.unit == "tokens":
             self._inputs[layer] += len(given.experts)
         if self._inputs[layer] >= self.every(view):
@@ -104,32 +104,27 @@ class VirtualExperts(FixedExperts):
 
     def _update(self, layer: int, view: View) -> None:
         """Rank the layer anew; equals keep their order, those in memory first."""
-        scores = self._scores(layer, view)
-        absent = lambda e: (layer, e) not in view.cache  # noqa: E731
-        self._order[layer] = sorted(self.order(layer, view), key=lambda e: (-scores[e], absent(e)))
-        self._importance[layer] = [self.carry * s for s in scores]
+        scores, order = self._scores(layer, view), self.order(layer, view)
+        absent = view.bits[view.shape.keys(layer)] == 0
+        self._reorder(layer, order[np.lexsort((absent[order], -scores[order]))], view)
+        self._importance[layer] = self.carry * scores
         self._inputs[layer] = 0
 
-    def _scores(self, layer: int, view: View) -> list[float]:
-        return self._importance.setdefault(layer, [0.0] * view.shape.experts[layer])
+    def _scores(self, layer: int, view: View) -> np.ndarray:
+        return self._importance.setdefault(layer, np.zeros(view.shape.experts[layer]))
 
-    def order(self, layer: int, view: View) -> Sequence[int]:
-        """The layer's experts by importance at the last update."""
-        if layer not in self._order:
-            count, start = view.shape.experts[layer], self._start
-            by_start = (lambda e: -start[layer][e]) if start else (lambda e: e)
-            self._order[layer] = sorted(range(count), key=by_start)
-        return self._order[layer]
+    def initial(self) -> tuple[np.ndarray, ...]:
+        return self._start
 
-    def first(self, layer: int, view: View) -> Sequence[int]:
+    def first(self, layer: int, view: View) -> np.ndarray:
         """By importance; once tokens have come, those in memory before others.
 
         So nobody waits for an update that is under way when a sequence begins or settings change.
         """
+        order = self.order(layer, view)
         if layer not in self._importance:
-            return self.order(layer, view)
-        landed = self.landed(layer, view)
-        return sorted(self.order(layer, view), key=lambda e: not landed[e])
+            return order
+        return order[np.argsort(~self.landed(layer, view)[order], kind="stable")]
 
     # -- allocate: experts per layer from the plan ------------------------------------------------
 
@@ -148,54 +143,50 @@ class VirtualExperts(FixedExperts):
         self, layer: int, look_ahead: Sequence[LookAhead], view: View
     ) -> Iterable[Prediction]:
         """Swap-ins of this layer: it has served its token, and the next is a token away."""
-        on_their_way = sum(1 for k in view.in_flight if k[0] == layer)
+        at = view.shape.keys(layer)
+        on_their_way = np.count_nonzero(view.in_flight[at])
         chosen = self.order(layer, view)[: self.plan(view).experts[layer]]
-        absent = [e for e in chosen if (layer, e) not in view.cache]
-        for expert in absent[: max(0, self.swaps - on_their_way)]:
-            self._leaver = self._spared(layer, set(chosen), view)
-            if self._leaver is not None or self._has_free_slot(layer, view):
-                yield Prediction((layer, expert))
-            self._leaver = None
+        absent = chosen[view.bits[at][chosen] == 0]
+        for expert in absent[: max(0, self.swaps - on_their_way)].tolist():
+            leaver = self._spared(layer, chosen, view)
+            if leaver is not None or self._has_free_slot(layer, view):
+                yield Prediction(layer, expert, instead=-1 if leaver is None else leaver)
 
     def _has_free_slot(self, layer: int, view: View) -> bool:
         share = self.layer_bytes(layer, view) - view.cache.layer_bytes[layer]
         return min(share, view.cache.free_bytes) >= view.shape.nbytes[view.knobs.bits]
 
-    def _spared(self, layer: int, chosen: set[int], view: View) -> Key | None:
+    def _spared(self, layer: int, chosen: np.ndarray, view: View) -> Key | None:
         """The least important expert that can go now: landed, not serving, top-k others landed."""
-        landed = [(layer, e) for e, there in enumerate(self.landed(layer, view)) if there]
-        if len(landed) <= view.shape.top_k:
+        going = self.landed(layer, view)
+        if np.count_nonzero(going) <= view.shape.top_k:
             return None
-        rank = self.order(layer, view).index
-        going = (k for k in landed if k[1] not in chosen and k not in self._serving)
-        return max(going, key=lambda k: rank(k[1]), default=None)
+        going[chosen] = False
+        going[self._serving] = False
+        order = self.order(layer, view)
+        spared = order[going[order]]
+        return view.shape.key(layer, int(spared[-1])) if len(spared) else None
 
     # -- evict: at an update only -------------------------------------------------------------
-
-    def victim(self, allowed: Callable[[Key], bool], view: View) -> Key | None:
-        if self._leaver is not None and allowed(self._leaver):
-            return self._leaver
-        return super().victim(allowed, view)
 
     def after_layer(self, layer: int, view: View) -> Iterable[Key]:
         """A newcomer that came into the free slot has landed: the least important one leaves it.
 
         So do copies below the bits asked for: they are leftovers of other settings.
         """
-        nbytes = view.shape.nbytes[view.knobs.bits]
-        if view.cache.layer_bytes[layer] <= self.plan(view).experts[layer] * nbytes:
+        nbytes, kept = view.shape.nbytes[view.knobs.bits], self.plan(view).experts[layer]
+        if view.cache.layer_bytes[layer] <= kept * nbytes:
             return []
-        landed = self.landed(layer, view)
-        first = [e for e in self.order(layer, view) if landed[e]]
-        stay = set(first[: max(self.plan(view).experts[layer], view.shape.top_k)])
-        keys = ((layer, e) for e in range(len(landed)) if e not in stay)
-        return [k for k in keys if k in view.cache and k not in view.in_flight]
+        at, order = view.shape.keys(layer), self.order(layer, view)
+        first = order[self.landed(layer, view)[order]]
+        going = (view.bits[at] > 0) & ~view.in_flight[at]
+        going[first[: max(kept, view.shape.top_k)]] = False
+        return (view.shape.offset[layer] + np.flatnonzero(going)).tolist()
 
-    def why(self, key: Key, view: View) -> dict[str, float]:
-        layer, expert = key
-        scores = self._importance.get(layer)  # not begun by asking
-        since = {"importance since the update": scores[expert] if scores else 0.0}
-        return since | super().why(key, view)
+    def terms(self, view: View) -> Mapping[str, np.ndarray]:
+        none = [np.zeros(count) for count in view.shape.experts]
+        since = [self._importance.get(at, zeros) for at, zeros in enumerate(none)]
+        return {"importance since the update": np.concatenate(since), **super().terms(view)}
 
 
 def swapmoe(

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moelab import strategies
-from moelab.replays.replay import belady_hits, replay
+from moelab.replays.bounds import belady_hits
+from moelab.replays.replay import replay
 from moelab.runs.quality import kl_divergence
 from moelab.scheduling.strategy import Knobs, Shape
 from moelab.scheduling.trace import LayerInput, Trace

@@ -18,19 +18,21 @@ from typing import Any
 
 import numpy as np
 
-from moelab.runs.tokens import CAUSES, COLUMNS
+from moelab.runs.tokens import COLUMNS
 
 WIDTH, LEFT, RIGHT, DPI = 960, 60, 20, 100  # pixels of the picture, its margins, and an inch
 TIERS = {16: "#482475", 8: "#355f8d", 4: "#21918c", 3: "#44bf70", 2: "#9bd93c"}
 FILL = {16: 1.0, 8: 0.74, 4: 0.5, 3: 0.36, 2: 0.24}
-PARTS = {
-    "compute": ("#56a0d3", ""),
-    "deciding": ("#8a8f98", "----"),
-    **dict(zip(CAUSES, (("#d55e00", ""), ("#e69f00", "/////"), ("#a8518a", "xxxx")), strict=True)),
-}
-"""What a token's time goes into: colour and hatch."""
-
 COST, KL, TEXT, SOFT, LINE, CELL = "#d55e00", "#00795a", "#1f2328", "#656d76", "#d0d7de", "#f0f2f5"
+PARTS = {
+    "compute": ("#56a0d3", "", TEXT),
+    "deciding": ("#f0e442", "\\\\\\\\\\", TEXT),
+    "on demand": ("#d55e00", "", "w"),
+    "prefetch late": ("#e69f00", "/////", "w"),
+    "evict": ("#a8518a", "xxxx", "w"),
+}
+"""What a token's time goes into: colour, hatch and the colour of its lines."""
+
 EMULATED = "#a35200"
 CHAR, ROW = 7.25, 18.0  # one character of the text, in pixels
 _MONO = "'DejaVu Sans Mono', Menlo, 'Liberation Mono', 'Courier New', monospace"
@@ -150,12 +152,14 @@ def _head(figure: Any, origin: Mapping[str, Any], title: str, lines: list[str]) 
     say(WIDTH - RIGHT - 8, 27, f"{name}: {origin['title']}", **style)
 
 
-def _title(axes: Any, words: str, legend: Iterable[tuple[str, str, str]] = (), up: int = 6) -> None:
-    """Above the lane: its title, and beside it the legend (words, colour, hatch)."""
+def _title(
+    axes: Any, words: str, legend: Iterable[tuple[str, str, str, str]] = (), up: int = 6
+) -> None:
+    """Above the lane: its title, and beside it the legend (words, colour, hatch, its colour)."""
     from matplotlib.patches import Patch
 
     axes.set_title(words, loc="left", size=8.6, weight="bold", pad=up * 72 / DPI)
-    handles = [Patch(fc=c, hatch=h, ec="w", lw=0, label=label) for label, c, h in legend]
+    handles = [Patch(fc=c, hatch=h, ec=e, lw=0, label=label) for label, c, h, e in legend]
     tight = {"frameon": False, "borderpad": 0, "borderaxespad": 0, "handlelength": 1, "ncols": 9}
     at = 0.16, 1 + (up - 3) / axes.bbox.height
     axes.legend(handles=handles, bbox_to_anchor=at, loc="lower left", labelcolor=SOFT, **tight)
@@ -168,7 +172,8 @@ def _map(axes: Any, frame: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     layers, experts = model["layers"], model["experts"]
     bits = np.frombuffer(frame["map"]["bits"], "<u1").reshape(layers, experts)  # [L, E]
     blocks = {tier: "▁▂▃▄▅▆▇█"[round(8 * share) - 1] for tier, share in FILL.items()}
-    _title(axes, "Cache map", ((f"{t} bit {blocks[t]}", TIERS[t], "") for t in model["tiers"]))
+    legend = ((f"{t} bit {blocks[t]}", TIERS[t], "", "w") for t in model["tiers"])
+    _title(axes, "Cache map", legend)
     tall, wide = 12, 8  # dots of a cell
     full = np.select([bits == tier for tier in FILL], list(FILL.values()), 0.0)
     colours = np.full((256, 3), to_rgb(CELL))
@@ -208,14 +213,14 @@ def _bars(axes: Any, values: Mapping[str, np.ndarray]) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(3))
     axes.text(-0.006, 1.04, "ms", transform=axes.transAxes, ha="right", color=SOFT, size=7)
     below = np.zeros(count)
-    for part, (colour, hatch) in PARTS.items():
+    for part, (colour, hatch, lines) in PARTS.items():
         spent = values.get(f"{part}_ms", values.get(part))
         if spent is None or not spent.any():
             continue
         tops, bases = (np.repeat(v, 1 + gaps) for v in (below + spent, below))
         if gaps:
             tops[1::2] = np.nan
-        _steps(axes, tops, edges, bases, fc=colour, hatch=hatch, ec="w", lw=0)
+        _steps(axes, tops, edges, bases, fc=colour, hatch=hatch, ec=lines, lw=0)
         below = below + spent
 
 

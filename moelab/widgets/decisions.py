@@ -9,12 +9,11 @@ about strategies: nothing decides.
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
-from moelab.runs.words import GROUPS, about, first_line, named, spelled
-from moelab.scheduling.strategy import Parameter, Strategy
-from moelab.settings import OF_ROLE, part_title
+from moelab import strategies
+from moelab.runs.words import about, first_line, named, spelled
+from moelab.scheduling.strategy import Parameter, Strategy, part_title
 
 QUESTIONS = {
     "allocate": "Before the run: which bits each expert gets, which share of memory each layer",
@@ -23,25 +22,18 @@ QUESTIONS = {
     "evict": "Budget full: who leaves",
     "prefetch": "Ahead of need: who is fetched before a token asks for it",
 }
-
-THRESHOLDS = {
-    "t1": Parameter("t1", "misses above this unimportance come at low bits"),
-    "t2": Parameter("t2", "misses above this unimportance are skipped"),
-}
+SWITCHES = ("low_bits", "depth")
+"""Parameters with a control of their own; where they are off, their part does nothing."""
 
 
 def presets() -> list[dict[str, Any]]:
     """The strategies to choose from, by group: name, how it is written, one line about it."""
-    groups = {group: {n: t for n, t in of.items() if n in named()} for group, of in GROUPS.items()}
-    known = {name for of in groups.values() for name in of}
-    groups["others"] = {n: n.replace("_", " ") for n in named() if n not in known}
     return [
         {
             "group": group,
             "entries": [{"name": n, "title": t, "text": about(named()[n])} for n, t in of.items()],
         }
-        for group, of in groups.items()
-        if of
+        for group, of in strategies.GROUPS.items()
     ]
 
 
@@ -49,20 +41,22 @@ def presets() -> list[dict[str, Any]]:
 def _distinct() -> dict[str, dict[type, str]]:
     """Of each decision the distinct parts, and the strategy to name for each.
 
-    Of several strategies with one part, that one is named whose preset sets the decision's own
-    settings, so that choosing the part switches it on.
+    Of several strategies with one part, that one is named which has it switched on, so that
+    choosing the part does something.
     """
     found: dict[str, dict[type, str]] = {role: {} for role in QUESTIONS}
     for role, kinds in found.items():
-        own = OF_ROLE.get(role, ())
-        sets = {
-            name: not strategy.preset.keys().isdisjoint(own) for name, strategy in named().items()
-        }
         for name, strategy in named().items():
             kind = type(strategy.parts[role])
-            if kind not in kinds or (sets[name] and not sets[kinds[kind]]):
+            if kind not in kinds or (
+                _is_on(strategy.parts[role]) and not _is_on(named()[kinds[kind]].parts[role])
+            ):
                 kinds[kind] = name
     return found
+
+
+def _is_on(part: Any) -> bool:
+    return all(getattr(part, p.name) for p in part.parameters if p.name in SWITCHES)
 
 
 def decisions() -> list[dict[str, Any]]:
@@ -84,18 +78,19 @@ def decisions() -> list[dict[str, Any]]:
     ]
 
 
-def chosen(strategy: Strategy, settings: Any) -> dict[str, Any]:
-    """What holds now: the five parts, their parameters, and the knobs that none of them reads."""
-    read = {
-        knob for role, knobs in OF_ROLE.items() for knob in knobs if reads(strategy, role, knob)
-    }
-    parameters = [_shown(_having(strategy, p), p, v) for _, p, v in strategy.parameters.values()]
-    if settings.low_bits is not None or "low_bits" not in read:  # else they have no effect
-        parameters += [
-            _shown(["precision"], p, getattr(settings, name))
-            for name, p in THRESHOLDS.items()
-            if name in read
-        ]
+_SWITCH_OF = {"low_bits": "low_bits", "prefetch": "depth"}
+"""Controls of the dashboard, and the parameter that each sets."""
+
+
+def chosen(strategy: Strategy) -> dict[str, Any]:
+    """What holds now: the five parts, their parameters, and the switches that none of them has."""
+    known = strategy.parameters
+    off = set(SWITCHES)
+    if "low_bits" in known and known["low_bits"][2] is None:
+        off |= {"t1", "t2"}  # they have no effect
+    parameters = [
+        _shown(_having(strategy, p), p, v) for name, (_, p, v) in known.items() if name not in off
+    ]
     return {
         "strategy": strategy.name,
         "label": spelled(strategy.name),
@@ -105,14 +100,8 @@ def chosen(strategy: Strategy, settings: Any) -> dict[str, Any]:
             for role, part in strategy.parts.items()
         },
         "parameters": sorted(parameters, key=lambda p: [*QUESTIONS].index(p["roles"][0])),
-        "unread": [knob for knob in ("low_bits", "prefetch") if knob not in read],
+        "unread": [name for name, has in _SWITCH_OF.items() if has not in known],
     }
-
-
-def reads(strategy: Strategy, role: str, knob: str) -> bool:
-    """Whether a part's methods look at this setting, so that its control has an effect."""
-    methods = inspect.getmembers(type(strategy.parts[role]), inspect.isfunction)
-    return any(knob in method.__code__.co_names for _, method in methods)
 
 
 def _having(strategy: Strategy, parameter: Parameter) -> list[str]:

@@ -131,7 +131,7 @@ class Drawer:
         changes = since(run, lab.settings)
         if content.get("keep"):  # the expert chosen on the cache map
             layer, expert, bits = map(int, content["keep"])
-            changes["keep"] = {**lab.settings.strategy.keep, (layer, expert): bits}
+            changes["pin"] = {**lab.settings.strategy.pinned, (layer, expert): bits}
         if not changes:
             raise ValueError(
                 "nothing differs from that run yet: change a setting above, or choose an expert in "

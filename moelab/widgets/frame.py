@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moelab.runs.snapshot import RunReader, origins
-from moelab.runs.tokens import CAUSES, COLUMNS, figures
+from moelab.runs.tokens import COLUMNS, STALLS, figures
 from moelab.runs.words import in_words, merge_changes
 from moelab.views.report import LONGEST
 from moelab.widgets import decisions
@@ -52,7 +52,7 @@ def options(lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> di
         ],
         "prompts": lab.prompts(),
         "chat": bool(info.get("chat")),
-        "causes": list(CAUSES),
+        "causes": list(STALLS),
         "columns": list(COLUMNS),
     }
 
@@ -63,7 +63,7 @@ def controls(settings: Any, info: Mapping[str, Any]) -> dict[str, Any]:
         "budget_bytes": int(settings.budget_bytes),
         "bits": settings.bits,
         "low_bits": settings.low_bits,
-        **decisions.chosen(settings.strategy, settings),
+        **decisions.chosen(settings.strategy),
         "device": settings.device,
         "prefetch": int(settings.prefetch),
         "measure_kl": bool(settings.measure_kl),

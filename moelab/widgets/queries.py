@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from moelab.runs.events import CODES
-from moelab.runs.evictions import reasons, until
+from moelab.replays.why import reasons, until
 from moelab.runs.schema import EVENTS, GATES
 from moelab.runs.snapshot import RunReader
 from moelab.runs.words import in_words
+from moelab.scheduling.events import CODES
 from moelab.views.export import as_page
 
 Answer = tuple[dict[str, Any], list[bytes]]

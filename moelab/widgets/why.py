@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from moelab.runs.words import in_words, plain
-from moelab.settings import part_title
+from moelab.scheduling.strategy import part_title
 
 
 def reasons(lab: Any, layer: int, expert: int) -> dict[str, Any]:

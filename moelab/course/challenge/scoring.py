@@ -26,8 +26,8 @@ from moelab.bench.papers.tables import circumstances
 from moelab.course.challenge import own_code
 from moelab.course.challenge.tasks import FIXED, Task, find
 from moelab.engine.generation import Reference
-from moelab.runs.events import CODES
 from moelab.runs.quality import kl_divergence
+from moelab.scheduling.events import CODES
 
 Tell = Callable[[str], None]
 

@@ -1,9 +1,8 @@
 """Why an expert was evicted, found out afterwards: the run's own trace is decided once more.
 
-A replay of a run's trace decides exactly what the run decided, so a scheduler that stops at an
-eviction and asks the strategy for its terms learns what it went by, and a run that nobody asks
-about costs nothing. It is a copy of the policy that is asked, made before it chose: policies may
-keep books when they are asked, and then their next choice would be another.
+A replay of a run's trace decides exactly what the run decided, so a scheduler that asks its
+strategy for the terms of an eviction learns what it went by, and a run that nobody asks about costs
+nothing.
 """
 
 from __future__ import annotations
@@ -11,22 +10,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import heapq
+import itertools
 import math
-from collections import deque
-from collections.abc import Callable, Collection
-from itertools import chain
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from moelab.replays.replay import replay
-from moelab.scheduling.parts import Evict
-from moelab.scheduling.plan import Drop
+from moelab.scheduling.cache import Cache
+from moelab.scheduling.events import NOT_KEPT
+from moelab.scheduling.plan import LayerPlan
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.strategy import part_title
 from moelab.scheduling.stream import Key, View
 from moelab.scheduling.trace import Trace
-from moelab.settings import part_title
+from moelab.scheduling.victims import Victims
 
 SHOWN = 8
 """Survivors told of at most: those who would have been next."""
@@ -93,75 +92,43 @@ class _Asking(Scheduler):
 
     def __init__(self, wanted: frozenset[int], found: dict[int, dict[str, Any]], *own: Any) -> None:
         self._wanted, self._last, self._found = wanted, max(wanted), found
-        self._count, self._asked = 0, None
+        self._count = 0
         super().__init__(*own)
 
-    def _ask_victim(self, test: Callable[[Key], bool]) -> Key | None:
+    def _evict(self, key: Key, cause: int, plan: LayerPlan, victims: Victims | None = None) -> int:
         if self._count in self._wanted:
-            self._asked = _copied(self.strategy.evict), test
-        return super()._ask_victim(test)
-
-    def _drop(self, key: Key, cause: str) -> Drop:
-        if self._count in self._wanted:
-            mine = lambda k: cause == "not kept" and k[0] == key[0]  # noqa: E731
-            policy, allowed = self._asked or (_copied(self.strategy.evict), mine)
-            self._found[self._count] = _reason(policy, self.view, key, allowed)
-        self._count, self._asked = self._count + 1, None
+            others = victims.allowed(Cache.NEEDED | Cache.PINNED) if victims else iter(())
+            if cause == NOT_KEPT:
+                others = iter(self.view.residents(self.shape.place(key)[0]).tolist())
+            survivors = list(itertools.islice((k for k in others if k != key), SHOWN))
+            # Asked in a copy: a policy of somebody's own may keep books when it is asked.
+            policy = copy.deepcopy(self.strategy.evict)
+            self._found[self._count] = _reason(policy, self.view, [key, *survivors])
+        self._count += 1
         if self._count > self._last:
             raise _EnoughError
-        return super()._drop(key, cause)
+        return super()._evict(key, cause, plan, victims)
 
 
 class _EnoughError(Exception):
     """All that was wanted is known."""
 
 
-def _reason(policy: Any, view: View, victim: Key, allowed: Callable[[Key], bool]) -> dict[str, Any]:
-    """What a policy says of its victim and of those who would have been next."""
+def _reason(policy: Any, view: View, keys: list[Key]) -> dict[str, Any]:
+    """What a policy says of its victim, the first, and of those who would have been next."""
+    rows = [[*view.shape.place(key), int(view.bits[key])] for key in keys]
     told: dict[str, Any] = {"policy": part_title(policy), "terms": [], "texts": [], "error": ""}
-    told |= {"victim": [*victim, view.cache.bits(victim)], "survivors": []}
+    told |= {"victim": rows[0], "survivors": rows[1:]}
     try:
-        terms = {name: float(value) for name, value in policy.why(victim, view).items()}
-        told["victim"] += map(_finite, terms.values())
+        terms: Mapping[str, np.ndarray] = policy.terms(view)
         texts = getattr(policy, "explained", {})
         told |= {"terms": list(terms), "texts": [str(texts.get(name, "")) for name in terms]}
-        for key in _next(policy, view, lambda k: k != victim and allowed(k)):
-            own = policy.why(key, view)
-            values = [_finite(own.get(name, math.nan)) for name in terms]
-            told["survivors"].append([*key, view.cache.bits(key), *values])
+        for key, row in zip(keys, rows, strict=True):
+            row += [_finite(float(values[key])) for values in terms.values()]
     except Exception as error:  # noqa: BLE001, a policy of somebody's own: theirs to see
         told["error"] = f"{type(error).__name__}: {error}"
+        told |= {"terms": [], "texts": [], "victim": rows[0][:3], "survivors": []}
     return told
-
-
-def _next(policy: Any, view: View, allowed: Callable[[Key], bool]) -> list[Key]:
-    """Who would have gone next, and next but one: the policy chooses among ever fewer."""
-    free = [k for k in view.cache if allowed(k) and k not in view.keep]
-    if getattr(type(policy), "victim", None) is Evict.victim:
-        return heapq.nsmallest(SHOWN, free, key=lambda k: policy.priority(k, view))
-    left, out = set(free), []
-    while left and len(out) < SHOWN:
-        key = policy.victim(left.__contains__, view)
-        if key not in left:
-            break
-        left.discard(key)
-        out.append(key)
-    return out
-
-
-def _copied(policy: Any) -> Any:
-    """A deep copy; what holds numbers only, by key or in a row, is copied as a whole."""
-    plain = {id(own): copy.copy(own) for own in vars(policy).values() if _flat(own)}
-    return copy.deepcopy(policy, plain)
-
-
-def _flat(own: Any) -> bool:
-    if not isinstance(own, (dict, list, set, deque)):
-        return False
-    kinds = set(map(type, own.values() if isinstance(own, dict) else own))
-    if kinds == {tuple} and not isinstance(own, dict):  # experts' keys
-        kinds = set(map(type, chain.from_iterable(own)))
-    return kinds <= {int, float, str, bool}
 
 
 def _finite(value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""The event log: one record for everything that happens to an expert.
+"""The event log: the only account of a run, from which all others are folded.
 
 The engine appends plain tuples while it runs (a fraction of a microsecond each) and the log turns
 them into numpy records, a pandas DataFrame or a Chrome trace for Perfetto when somebody looks.
@@ -15,34 +15,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from moelab.scheduling.events import CANCELLED, CAUSES, DOWNGRADE, DTYPE, KINDS, SKIP, STALL, Row
+
 if TYPE_CHECKING:
     import pandas as pd
-
-KINDS = ("hit", "load", "prefetch", "downgrade", "skip", "substitute", "evict", "stall")
-CODES = {kind: i for i, kind in enumerate(KINDS)}
-
-DTYPE = np.dtype(
-    [
-        ("token", "i4"),
-        ("at", "i2"),
-        ("layer", "i2"),
-        ("expert", "i2"),
-        ("kind", "u1"),
-        ("bits_asked", "u1"),
-        ("bits", "u1"),
-        ("bytes", "i8"),
-        ("start_ms", "f8"),
-        ("dur_ms", "f8"),
-        ("cause", "U16"),
-    ]
-)
-"""One event. ``token`` is the generated token it was spent on (0: the prefill), ``at`` the layer
-whose step decided it, -1 between tokens (a set-up, a change of settings); ``bits`` is what was
-served, 0 for a skip; times are milliseconds since the run began.
-
-Rows are in the order decided: resident at a token and layer is what was so at the start, changed by
-all rows up to there.
-"""
 
 
 class Timed(Protocol):
@@ -71,36 +47,26 @@ class EventLog:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def add(
+    def add(self, token: int, at: int, row: Row, nbytes: int, start: float) -> None:
+        """Append a decision; ``start`` in seconds of the engine's clock."""
+        kind, layer, expert, asked, bits, cause, _ = row
+        size = 0 if kind in (DOWNGRADE, SKIP) else nbytes
+        when = (start - self.origin) * 1e3
+        self._rows.append((token, at, layer, expert, kind, asked, bits, size, when, 0.0, cause))
+
+    def stall(
         self,
         token: int,
         at: int,
-        layer: int,
-        expert: int,
-        kind: str,
-        bits_asked: int,
-        bits: int,
-        nbytes: int,
+        place: tuple[int, int],
+        bits: tuple[int, int],
+        cause: int,
         start: float,
         seconds: float,
-        cause: str,
     ) -> None:
-        """Append one event; ``start`` in seconds of the engine's clock."""
-        self._rows.append(
-            (
-                token,
-                at,
-                layer,
-                expert,
-                CODES[kind],
-                bits_asked,
-                bits,
-                nbytes,
-                (start - self.origin) * 1e3,
-                seconds * 1e3,
-                cause,
-            )
-        )
+        """Append a wait for an expert; ``bits`` asked for and served."""
+        when = (start - self.origin) * 1e3
+        self._rows.append((token, at, *place, STALL, *bits, 0, when, seconds * 1e3, cause))
 
     def time_by(self, ticket: Timed) -> None:
         """The event added last takes its times from ``ticket`` when it is done."""
@@ -117,12 +83,12 @@ class EventLog:
             self._known += 1
         return len(self._rows)
 
-    def records(self, start: int = 0) -> np.ndarray:
-        """The events from row ``start`` on as a structured array of `DTYPE`.
+    def records(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The events from row ``start`` up to ``stop`` as a structured array of `DTYPE`.
 
         A load's times are those known by now; a cancelled load has 0 bytes.
         """
-        rows = self._rows[start:]
+        rows = self._rows[start:stop]
         out = np.array(rows, dtype=DTYPE)
         begin = bisect.bisect_left(self._tickets, start, key=itemgetter(0))
         for at, t in self._tickets[begin:]:
@@ -130,7 +96,7 @@ class EventLog:
             if i >= len(out):
                 break
             if t.cancelled:
-                out["bytes"][i], out["cause"][i] = 0, "cancelled"
+                out["bytes"][i], out["cause"][i] = 0, CANCELLED
             elif t.finished:
                 out["start_ms"][i] = (t.started - self.origin) * 1e3
                 out["dur_ms"][i] = (t.finished - t.started) * 1e3
@@ -142,6 +108,7 @@ class EventLog:
 
         frame = pd.DataFrame.from_records(self.records(), columns=DTYPE.names)
         frame["kind"] = pd.Categorical.from_codes(frame["kind"].astype("int8"), categories=KINDS)
+        frame["cause"] = np.array(CAUSES, object)[frame["cause"]]
         return frame
 
     def to_perfetto(self, path: str | Path) -> Path:
@@ -161,7 +128,7 @@ class EventLog:
             out.append(
                 {"name": kind if lane == 0 else name, "cat": kind, "pid": 0, "tid": lane}
                 | span
-                | {"args": {"token": int(row["token"]), "cause": str(row["cause"])}}
+                | {"args": {"token": int(row["token"]), "cause": CAUSES[row["cause"]]}}
             )
         path.write_text(json.dumps({"traceEvents": out, "displayTimeUnit": "ms"}))
         return path

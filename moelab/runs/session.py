@@ -1,0 +1,211 @@
+"""A session: settings in, tokens out.
+
+It owns the engine and the settings in force. Whoever wants the engine claims it: a run, a score, a
+calibration; while it is claimed, changes of settings are only noted, and the run obeys them before
+its next token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from moelab.engine.engine import Engine
+from moelab.engine.generation import Decoder, Reference, Sampler, likeliest
+from moelab.runs.quality import kl_divergence
+from moelab.runs.run import Likeliest, Run
+from moelab.runs.tokens import Noted
+from moelab.settings import MakeStrategy, Settings
+from moelab.spelling import differences
+
+Changes = Mapping[int, Settings | Mapping[str, Any]]
+"""Token -> settings from there on, as a whole or as in ``lab.update``."""
+
+
+class Session:
+    """One engine, its settings, and who is at work.
+
+    Parameters
+    ----------
+    engine
+        Freshly opened.
+    strategies
+        Makes strategies by name, with what was measured of the model.
+    """
+
+    def __init__(self, engine: Engine, strategies: MakeStrategy) -> None:
+        self.engine, self.settings = engine, engine.settings
+        self.run: Run | None = None
+        self.closed = False
+        self._strategies = strategies
+        self.lock, self._busy = threading.RLock(), threading.Lock()
+
+    def update(self, **changes: Any) -> Settings:
+        """See `moelab.Lab.update`."""
+        with self.lock:
+            if self.closed:
+                raise RuntimeError("this lab is closed; open it again")
+            new = self.settings.change(self.engine.shape, make=self._strategies, **changes)
+            if self._busy.acquire(blocking=False):  # no run: obey at once
+                try:
+                    self.engine.apply(new)
+                except BaseException:  # a policy of somebody's own failed
+                    self.engine.recover()
+                    raise
+                finally:
+                    self._busy.release()
+            self.settings = new
+            return new
+
+    # -- who is at work -----------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Take the engine, waiting only for a run that was told to stop.
+
+        Raises
+        ------
+        RuntimeError
+            Somebody else has it, or the lab is closed.
+        """
+        last = self.run
+        if last is not None and last.stopped:
+            last._done.wait()
+        with self.lock:
+            if self.closed:
+                raise RuntimeError("this lab is closed; open it again")
+            if not self._busy.acquire(blocking=False):
+                raise RuntimeError("a run is going on; run.stop() it or run.join() first")
+
+    def release(self) -> None:
+        """Give the engine back; it obeys what was changed since."""
+        with self.lock:
+            try:
+                if self.engine.settings is not self.settings:
+                    self.engine.apply(self.settings)
+            except Exception:  # noqa: BLE001, a policy of somebody's own failed: not in force
+                self.engine.recover()
+                self.settings = self.engine.settings
+            finally:
+                self._busy.release()
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[Engine]:
+        """Inside, the engine is the caller's; after an error it is empty and usable."""
+        self.claim()
+        try:
+            yield self.engine
+        except BaseException:
+            self.engine.recover()
+            raise
+        finally:
+            self.release()
+
+    def idle(self, work: Callable[[], None]) -> None:
+        """Do something short if nobody is at work; a run that starts now waits for it."""
+        with self.lock:
+            if self.closed:
+                raise RuntimeError("this lab is closed; open it again")
+            if self._busy.acquire(blocking=False):
+                try:
+                    work()
+                finally:
+                    self._busy.release()
+
+    def close(self) -> None:
+        """Stop the run and let go of everything; waits for whoever is at work."""
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+        if self.run is not None:
+            self.run.stop()
+        self._busy.acquire()  # for good
+        self.engine.close()
+
+    # -- making tokens ------------------------------------------------------------------------
+
+    def start(self, run: Run, changes: Changes) -> None:
+        """Generate in the background; the engine must be claimed and is released at the end."""
+        run.history.append((0, self.settings))
+        self.run = run
+        if self.closed:
+            run.stop()
+        work = threading.Thread(target=self._work, args=(run, dict(changes)), daemon=True)
+        work.name = "moelab-run"
+        work.start()
+
+    def _work(self, run: Run, changes: dict[int, Settings | Mapping[str, Any]]) -> None:
+        try:
+            self._generate(run, changes)
+        except BaseException as error:  # noqa: BLE001, kept for join() and the window
+            self.engine.recover()
+            run.error = error
+        finally:
+            self.release()
+            run._done.set()
+
+    def _generate(self, run: Run, changes: dict[int, Settings | Mapping[str, Any]]) -> None:
+        engine = self.engine
+        run.history[:1] = [(0, engine.settings)]
+        engine.new_sequence()
+        assert engine.trace is not None
+        run._begin(engine.log, engine.trace)
+        decoder, sampler = Decoder(engine), Sampler(run.request.sampling)
+        reference: Reference | None = None
+        context, new = list(run._ids), list(run._ids)
+        try:
+            for _ in range(run.request.max_new_tokens):
+                self._obey(run, changes)
+                logits = decoder.step(new)
+                kl = best = None
+                if engine.settings.measure_kl:
+                    reference = reference or Reference(engine)
+                    full = reference.logits(context)[-1]
+                    kl, best = float(kl_divergence(full, logits)), likeliest(full)
+                run.likeliest.append(Likeliest(likeliest(logits), best))
+                token = sampler.draw(context, logits)
+                self._note(run, token, decoder.seconds, kl)
+                engine.end_of_token()
+                context.append(token)
+                new = [token]
+                if run.stopped or token in run._eos:
+                    break
+        finally:
+            engine.end_of_sequence()
+
+    def _obey(self, run: Run, changes: dict[int, Settings | Mapping[str, Any]]) -> None:
+        """Put the latest settings in force for the next token."""
+        token = len(run.tokens)
+        for at in sorted(at for at in changes if at <= token):
+            change = changes.pop(at)
+            if isinstance(change, Settings):
+                self.settings = change
+            else:
+                self.update(**change)
+        old, new = self.engine.settings, self.settings
+        if new is old:
+            return
+        self.engine.apply(new)
+        run.history.append((token, new))
+        if changed := differences(old, new):
+            run.changes.append((token, changed))
+
+    def _note(self, run: Run, token: int, seconds: float, kl: float | None) -> None:
+        engine = self.engine
+        run.peak_bytes, run.direct = engine.arena.peak_bytes, engine.loader.direct
+        run.setup_ms = engine.setup_ms
+        if engine.loader.outpaced:
+            run.outpaced = run.outpaced | {engine.settings.device}
+        noted = Noted(
+            "",
+            seconds + engine.deciding_before,
+            engine.deciding,
+            kl,
+            engine.arena.held_bytes,
+            engine.settings.budget_bytes,
+            engine.settings.device,
+            len(engine.log),
+        )
+        run._add(token, noted)

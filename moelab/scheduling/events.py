@@ -1,0 +1,86 @@
+"""The event array: one record for everything that happens to an expert.
+
+A scheduler's plan, the log of a run and the outcome of a replay are rows of the same kind, so that
+what a replay decides can be held against what a run did. Kinds and causes are codes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+KINDS = ("hit", "load", "prefetch", "downgrade", "skip", "substitute", "evict", "stall")
+HIT, LOAD, PREFETCH, DOWNGRADE, SKIP, SUBSTITUTE, EVICT, STALL = range(len(KINDS))
+CODES = {kind: code for code, kind in enumerate(KINDS)}
+
+_CAUSES = (
+    "",
+    "on demand",  # a load, and the stall that waits for it
+    "prefetched",  # a hit of a prefetch's copy
+    "stand-in",  # served by another expert
+    "score",  # skipped by the precision decision
+    "set-up",  # resident before the first token, or after a change of settings
+    "room",  # evicted for another copy
+    "upgrade",  # evicted for a copy of the same expert at more bits
+    "budget",  # evicted by a smaller budget or share
+    "bits",  # evicted by fewer bits asked for
+    "not kept",  # evicted by the strategy when its layer was computed
+    "unread",  # a prefetch withdrawn before it was read
+    "cancelled",  # a load that was never read
+    "failed",  # evicted: its load failed
+    "prefetch late",  # a stall: predicted, but still on its way
+    "evict",  # a stall: the copy that leaves was still on its way
+)
+AHEAD = len(_CAUSES)
+CAUSES = (*_CAUSES, *(f"ahead +{n}" for n in range(256 - AHEAD)))
+"""Words of the causes by code; ``"ahead +n"``: fetched for the layer n layers on, on the ring."""
+CAUSE = {cause: code for code, cause in enumerate(CAUSES)}
+NONE, ON_DEMAND, PREFETCHED, STAND_IN, SCORE, SET_UP, ROOM, UPGRADE, BUDGET, BITS = range(10)
+NOT_KEPT, UNREAD, CANCELLED, FAILED, LATE, EVICTED_LATE = range(10, AHEAD)
+
+DTYPE = np.dtype(
+    [
+        ("token", "i4"),
+        ("at", "i2"),
+        ("layer", "i2"),
+        ("expert", "i2"),
+        ("kind", "u1"),
+        ("bits_asked", "u1"),
+        ("bits", "u1"),
+        ("bytes", "i8"),
+        ("start_ms", "f8"),
+        ("dur_ms", "f8"),
+        ("cause", "u1"),
+    ]
+)
+"""One event. ``token`` is the generated token it was spent on (0: the prefill), ``at`` the layer
+whose step decided it, -1 between tokens (a set-up, a change of settings); ``bits`` is what was
+served, 0 for a skip; times are milliseconds since the run began; ``kind`` and ``cause`` are codes
+of `KINDS` and `CAUSES`.
+
+Rows are in the order decided: resident at a token and layer is what was so at the start, changed by
+all rows up to there.
+"""
+
+Row = tuple[int, int, int, int, int, int, int]
+"""(kind, layer, expert, bits asked, bits, cause, the router's expert) of one decision."""
+
+
+class Decision(NamedTuple):
+    """One decision in words."""
+
+    kind: str
+    layer: int
+    expert: int
+    bits_asked: int
+    bits: int
+    nbytes: int
+    cause: str
+
+
+def in_words(row: Row, nbytes: dict[int, int]) -> Decision:
+    """A row of a plan as a `Decision`."""
+    kind, layer, expert, asked, bits, cause, _ = row
+    size = 0 if kind in (DOWNGRADE, SKIP) else nbytes[bits]
+    return Decision(KINDS[kind], layer, expert, asked, bits, size, CAUSES[cause])
