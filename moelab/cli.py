@@ -6,7 +6,6 @@ What a person can put right (a bad value, a missing file) is one line and exit c
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moelab.course.challenge.command import app as challenges
+from moelab.course.command import app as challenges
 
 if TYPE_CHECKING:
     from moelab import Run
@@ -203,11 +202,13 @@ def bench(
     prompt: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table.")] = None,
-    suite: Annotated[str, typer.Option(help='Instead: all questions of "papers".')] = "",
-    readme: Annotated[
-        Path | None, typer.Option(help="Renew the suite's section of this file.")
+    suite: Annotated[
+        str, typer.Option(help='Instead: all questions of "papers", or what a "scheduler" costs.')
+    ] = "",
+    tables: Annotated[
+        Path | None, typer.Option(help="Renew the papers' tables in this file.")
     ] = None,
-    picture: Annotated[Path | None, typer.Option(help="Write the suite's figure (SVG).")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write the papers' figure (SVG).")] = None,
     *,
     quality: Annotated[bool, typer.Option(help="Score the KL of each strategy.")] = True,
     quick: Annotated[
@@ -217,39 +218,51 @@ def bench(
     """Measure strategy x budget x device in one go, or a suite of questions, and print tables."""
     from moelab import bench as measure
 
-    for file in (json_file, markdown, readme, picture):
+    for file in (json_file, markdown, tables, picture):
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"cannot write {file}: the folder {file.absolute().parent} is missing")
-    if suite:
-        if suite != "papers":
-            raise ValueError(f"unknown suite {suite!r}; there is: papers")
-        if strategies or budgets or devices or prompt or (tokens, repeats) != (64, 3):
-            raise ValueError("a suite brings its own contenders, runs and prompts; leave them out")
-        files = measure.Files(json_file, markdown, readme, picture)
-        _bench_suite(model, files, quick=quick)
+    own = bool(strategies or budgets or devices or prompt or (tokens, repeats) != (64, 3))
+    _check_suite(suite, {"contenders": own, "papers": bool(tables or picture), "quick": quick})
+    if suite == "papers":
+        _bench_papers(model, measure.Files(json_file, markdown, tables, picture), quick=quick)
         return
-    if quick or readme or picture:
-        raise ValueError("--quick, --readme and --picture belong to a suite: add --suite papers")
-    frame = measure.bench(
-        model,
-        strategies=_split(strategies) or measure.STRATEGIES,
-        budgets=_split(budgets) or measure.BUDGETS,
-        devices=_split(devices) or measure.DEVICES,
-        tokens=tokens,
-        repeats=repeats,
-        prompt=prompt,
-        quality=quality,
-    )
-    table = measure.as_markdown(measure.report(frame))
-    print(table)
+    if suite == "scheduler":
+        frame = measure.deciding(quick=quick)
+        report = measure.deciding_report(frame)
+    else:
+        frame = measure.bench(
+            model,
+            strategies=_split(strategies) or measure.STRATEGIES,
+            budgets=_split(budgets) or measure.BUDGETS,
+            devices=_split(devices) or measure.DEVICES,
+            tokens=tokens,
+            repeats=repeats,
+            prompt=prompt,
+            quality=quality,
+        )
+        report = measure.as_markdown(measure.report(frame)) + "\n"
     if json_file is not None:
-        json_file.write_text(json.dumps(measure.as_record(frame), indent=2) + "\n", "utf-8")
+        measure.write_whole(json_file, measure.as_json(measure.as_record(frame)))
     if markdown is not None:
-        markdown.write_text(table + "\n", "utf-8")
+        measure.write_whole(markdown, report)
+    print(report, end="")
+    _stopped_early(complete=frame.attrs.get("complete", True))
 
 
-def _bench_suite(model: str, files: Files, *, quick: bool) -> None:
-    """Measure, write, print; what Ctrl-C left out is missing, and the exit code says so."""
+def _check_suite(suite: str, given: dict[str, bool]) -> None:
+    """Refuse options that do not belong together."""
+    if suite not in ("", "papers", "scheduler"):
+        raise ValueError(f"unknown suite {suite!r}; there are: papers, scheduler")
+    if suite and given["contenders"]:
+        raise ValueError("a suite brings its own contenders, runs and prompts; leave them out")
+    if suite != "papers" and given["papers"]:
+        raise ValueError("--tables and --picture belong to a suite: add --suite papers")
+    if given["quick"] and not suite:
+        raise ValueError("--quick belongs to a suite: add --suite papers or --suite scheduler")
+
+
+def _bench_papers(model: str, files: Files, *, quick: bool) -> None:
+    """Measure the papers' suite, write, print."""
     from moelab.bench.papers.suite import papers
 
     files.check(quick=quick)
@@ -257,8 +270,13 @@ def _bench_suite(model: str, files: Files, *, quick: bool) -> None:
     for written in files.write(done):
         print(f"moelab: wrote {written}", file=sys.stderr)
     print(done.markdown(), end="")
-    if not done.complete:
-        print("moelab: stopped early; README and figure are as they were", file=sys.stderr)
+    _stopped_early(complete=done.complete)
+
+
+def _stopped_early(*, complete: bool) -> None:
+    """Say that Ctrl-C left something out, and end so that a script knows."""
+    if not complete:
+        print("moelab: stopped early; kept tables and figure are as they were", file=sys.stderr)
         raise typer.Exit(130)
 
 

@@ -22,13 +22,13 @@ from moelab.calibration.profile import Profile, Strategies
 from moelab.catalogue import (
     bundled,
     compute_dtype,
+    describe,
     load_tokenizer,
     model_sampling,
 )
 from moelab.engine.engine import Engine
 from moelab.engine.generation import Sampling
 from moelab.engine.routed import shape_of
-from moelab.facts import facts
 from moelab.models.chat import Messages, encode, has_template, messages
 from moelab.runs.quality import Score, score_ids
 from moelab.runs.run import Asked, Run
@@ -283,7 +283,7 @@ class Lab:
 
     def info(self) -> dict[str, Any]:
         """The model and what fits: sizes in bytes, counts of experts, whether it can chat."""
-        found = facts(self.name, self._store, self.settings, self._engine)
+        found = describe(self.name, self._store, self.settings, self._engine)
         return {**found, "chat": has_template(self._tokenizer)}
 
     def cache_map(self) -> dict[str, np.ndarray]:

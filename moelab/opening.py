@@ -78,25 +78,22 @@ def open(  # noqa: A001
         The model comes in a package that is not installed; the message holds the command.
     """
     store = Store.open(find_store(model, tiers=tiers, progress=progress), verify=verify)
-    shape = shape_of(store)
+    shape, best, strategies = shape_of(store), max(store.tiers), Strategies(store)
+    if measure_kl is None:
+        measure_kl = shape.all_bytes(best) <= CHEAP_BYTES
     settings = Settings(
         budget_bytes=parse_budget(budget, shape),
-        bits=max(store.tiers),
+        bits=best,
         strategy=make("lru"),
-        seed=seed,
-        measure_kl=shape.all_bytes(max(store.tiers)) <= CHEAP_BYTES
-        if measure_kl is None
-        else measure_kl,
+        measure_kl=measure_kl,
     )
-    asked = {"bits": bits, "low_bits": low_bits, "prefetch": prefetch}
-    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    strategies = Strategies(store)
+    asked: dict[str, Any] = {"bits": bits, "low_bits": low_bits, "prefetch": prefetch}
+    asked = {name: value for name, value in asked.items() if value is not None}
     if strategy != "lru":
-        given["strategy"] = strategy
-    settings = settings.change(shape, make=strategies, device=device, **given)
+        asked["strategy"] = strategy
     return Lab(
         store,
-        settings,
+        settings.change(shape, make=strategies, device=device, seed=seed, **asked),
         name=str(model),
         dtype=dtype,
         strategies=strategies,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,12 @@ for _i, _p in enumerate("kmgt", 1):
 _ALIASES = {"keep": "pin", "look_ahead": "depth", "memory": "budget"}
 """What papers or earlier versions call a setting, and what it is here."""
 
-_OFF = {"low_bits": None, "depth": 0}
-"""Parameters that may be switched off also where no part has them: they are."""
+_OFF = {"low_bits": None, "t1": 0.6, "t2": 0.9, "depth": 0}
+"""Settings of earlier versions that are parameters of parts now, and what they are where no part
+has them: accepted there, with a warning where they ask for something."""
+
+_WHOSE = dict.fromkeys(("low_bits", "t1", "t2"), 'one precision; precision="hobbit" has two')
+_WHOSE["depth"] = 'no look-ahead through routers; prefetch="hobbit" has'
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +148,11 @@ class Settings:
         return strategy, "strategy" in changes and strategy is not now
 
     def _tuned(self, strategy: Strategy, values: dict[str, Any]) -> Strategy:
-        for name, off in _OFF.items():  # switched off, and no part has it: so it is
-            if (
-                name in values
-                and name not in strategy.parameters
-                and values[name] in (off, 0, "off")
-            ):
-                del values[name]
+        for name in _OFF.keys() & values.keys() - strategy.parameters.keys():
+            value = values.pop(name)
+            if value not in (_OFF[name], 0, "off"):
+                words = f"{name}={value!r} has no effect: {strategy.name!r} has {_WHOSE[name]}"
+                warnings.warn(words, stacklevel=5)
         if unknown := values.keys() - strategy.parameters.keys():
             raise ValueError(f"unknown setting {min(unknown)!r}; {self._there_is(strategy)}")
         return strategy.tuned(**values) if values else strategy

@@ -115,7 +115,7 @@ class Bare:
         set_to = "([name, value]) => model.set(name, value)"
         self.page.evaluate(set_to, ["runs", self.dashboard.runs])
         self.page.evaluate("model.set('form', { ...model.get('form'), runs: true, whatif: true })")
-        for box in self.root.locator(".moe-pins input[type=checkbox]").all():
+        for box in self.root.locator(".moe-table input[type=checkbox]").all():
             box.check()
         runs.hear({"ask": "beside", "names": list(self.lab.saved)})
         self.page.evaluate("content => model.hear(content, [])", told[-1])
@@ -238,7 +238,7 @@ def test_with_forced_colours_nothing_is_lost(page, scheme):
     }).length"""
     assert bare.root.evaluate(drawn, ".moe-legend .moe-cell") >= 8, "the legend has its colours"
     assert bare.root.evaluate(drawn, "span[data-token]") >= 20, "tokens are shaded"
-    assert bare.root.evaluate(drawn, ".moe-memory i") == 1
+    assert bare.root.evaluate(drawn, ".moe-figures .moe-bar") == 1
     assert not page.evaluate(CONTRAST.replace("LEAST", "4.5"))
     shot(page, f"bare-forced-{scheme}")
     bare.compare()

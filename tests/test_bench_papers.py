@@ -11,12 +11,13 @@ import pytest
 
 import moelab
 from moelab import bench, cli
-from moelab.bench.grid import Case, opened
-from moelab.bench.papers import edgemoe, everyone, hobbit, picture, suite, swapmoe, tables
-from moelab.bench.papers.contenders import ROLES
-from moelab.bench.papers.measured import FULL, QUICK, Facts, Measured, Ratio, above_budget, figures
+from moelab.bench import tables
+from moelab.bench.cases import Case, above_budget, opened, run_figures, settle
+from moelab.bench.contenders import ROLES
+from moelab.bench.papers import edgemoe, everyone, hobbit, picture, suite, swapmoe
+from moelab.bench.papers.results import FULL, QUICK, Ratio, Results
 
-README = Path(__file__).parent.parent / "README.md"
+TABLES = Path(__file__).parent.parent / "notebooks" / "PAPERS_MEASURED.md"
 SVG = "{http://www.w3.org/2000/svg}"
 
 # -- contenders ---------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def test_one_lab_set_to_case_after_case_is_set_like_a_new_one(demo_store):
     cases += [Case("lru", "25%", "disk"), Case("swapmoe", "37.5%", "disk")]
     with moelab.open("demo", measure_kl=False) as lab:
         for case in cases:
-            settled = bench.grid.settle(lab, case)
+            settled = settle(lab, case)
             with opened("demo", case) as new:
                 fresh = new.settings
             assert settled.knobs() == fresh.knobs(), case
@@ -85,7 +86,7 @@ def mixed_run(demo_store):
 
 
 def test_figures_count_the_events_of_decoded_tokens(mixed_run):
-    told, events = figures(mixed_run), mixed_run.events
+    told, events = run_figures(mixed_run), mixed_run.events
     decoded = [e for e in events.itertuples() if e.token > 0]
     loads = [e for e in decoded if e.kind == "load"]
     assert told["high"] == sum(e.bits == e.bits_asked for e in loads)
@@ -107,16 +108,16 @@ def runs(*speeds: float, text: int = 1) -> list[dict]:
 A, B = Case("hobbit", "25%", "nvme"), Case("lru", "25%", "nvme")
 
 
-def test_a_row_is_the_median_and_counts_add_up():
-    measured = Measured("demo", ["a"], QUICK, runs={A: runs(10, 30, 20)})
-    row = measured.row(A)
+def test_a_row_is_the_median_the_mean_of_counts_and_the_largest_memory():
+    measured = Results("demo", ["a"], QUICK, runs={A: runs(10, 30, 20)})
+    row = measured.rows([A, B])[A]
     assert (row["tokens_per_s"], row["tokens_per_s_min"], row["tokens_per_s_max"]) == (20, 10, 30)
-    assert (row["stalls"], row["peak_resident_bytes"], row["repeats"]) == (6, 30, 3)
-    assert measured.row(B) is None
+    assert (row["stalls"], row["peak_resident_bytes"], row["repeats"]) == (2, 30, 3)
+    assert list(measured.rows([A, B])) == [A]
 
 
 def test_ratios_are_taken_prompt_by_prompt():
-    measured = Measured("demo", ["a"], QUICK, runs={A: runs(20, 90, 40), B: runs(10, 30, 40)})
+    measured = Results("demo", ["a"], QUICK, runs={A: runs(20, 90, 40), B: runs(10, 30, 40)})
     ratio = measured.times_as_fast(A, B)
     assert ratio == Ratio(2, 1, 3)  # of 2, 3, 1; medians alone would say 4 / 3
     assert str(ratio) == "2.00x (1.00-3.00)"
@@ -132,16 +133,16 @@ def test_a_ratio_is_told_apart_from_1_when_all_pairs_agree():
 def test_the_best_ratio_is_one_that_is_told_apart():
     noisy, sure = ("25%", "nvme", "lru"), ("25%", "sd_card", "lru")
     ratios = {noisy: Ratio(3, 0.5, 4), sure: Ratio(1.2, 1.1, 1.4)}
-    assert hobbit._versus(Measured("demo", ["a"], QUICK), ratios)[0].ours == (
+    assert hobbit._versus(Results("demo", ["a"], QUICK), ratios)[0].ours == (
         "1.20x (1.10-1.40) over lru"
     )
     del ratios[sure]
-    told = hobbit._versus(Measured("demo", ["a"], QUICK), ratios)
+    told = hobbit._versus(Results("demo", ["a"], QUICK), ratios)
     assert [row.ours for row in told[:2]] == ["none is told apart from 1"] * 2
 
 
 def test_every_case_has_the_same_prompts_however_often_it_runs():
-    measured = Measured("demo", list("abcdef"), FULL)
+    measured = Results("demo", list("abcdef"), FULL)
     assert "".join(map(measured.prompt_of, range(FULL.compared))) == "abcabc"
 
 
@@ -165,7 +166,7 @@ def test_where_a_rival_is_better_is_said():
 
 def test_the_same_text_means_every_prompt():
     other = [*runs(1), *runs(1, text=7)]
-    measured = Measured("demo", ["a"], QUICK, runs={A: runs(1, 1), B: other})
+    measured = Results("demo", ["a"], QUICK, runs={A: runs(1, 1), B: other})
     assert measured.same_text(A, A) is True
     assert measured.same_text(A, B) is False
     assert measured.same_text(A, Case("lfu", "25%", "nvme")) is None
@@ -192,7 +193,7 @@ def test_the_ladder_has_every_rung_and_preloading_never_changes_the_text(quick):
     assert told.drop(list(edgemoe.SAME_BITS)).isna().all()
     assert ladder.loc["on demand", "KL"] < everyone.UNCHANGED < ladder.loc["on demand, 4 bit", "KL"]
     assert ladder.loc["everything in RAM", "peak MB"] == pytest.approx(
-        quick.facts.info["all_experts_bytes"] / 1e6
+        quick.results.info["all_experts_bytes"] / 1e6
     )
     whole = ladder["peak MB"]["everything in RAM":"everything in RAM, 4 bit"]
     assert whole.is_monotonic_decreasing
@@ -212,14 +213,14 @@ def test_hobbit_meets_everyone_and_its_questions_are_answered(quick):
     assert ratios["as fast as"].tolist() == list(hobbit.OTHERS)
     assert ratios["NVMe SSD"].str.fullmatch(r"[\d.]+x \([\d.]+-[\d.]+\)").all()
     assert len(quick.reports[hobbit.NAME].tables) == 6
-    assert quick.measured.row(Case(hobbit.OURS, "25%", "nvme"))["repeats"] == QUICK.compared
+    assert len(quick.results.runs[Case(hobbit.OURS, "25%", "nvme")]) == QUICK.compared
     text = quick.markdown()
     for note in (hobbit.DISK, hobbit.LIVE, edgemoe.WHY_MORE):
         assert note in text
-    gates = quick.measured.found["gates"]
+    gates = quick.results.found["gates"]
     assert list(gates) == ["+1", "+2", "+3"]
     assert all(0 < right["first"] <= 1 for right in gates.values())
-    penalties = quick.measured.found["penalties"]["25%"]
+    penalties = quick.results.found["penalties"]["25%"]
     assert set(penalties) == {"HOBBIT", "HOBBIT, equal weights", "LRU", "LFU"}
     assert min(penalties.values()) > 0
 
@@ -244,9 +245,9 @@ def test_swapmoe_never_waits_and_never_exceeds_its_budget(quick):
 
 @pytest.mark.slow
 def test_the_planner_and_the_even_split_fill_the_same_memory(quick):
-    plans = quick.measured.found["plans"]["25%"]
+    plans = quick.results.found["plans"]["25%"]
     counts = {name: plans[name]["experts"] for name in ("planned", "uniform")}
-    assert all(len(experts) == quick.facts.info["layers"] for experts in counts.values())
+    assert all(len(experts) == quick.results.info["layers"] for experts in counts.values())
     assert max(counts["uniform"]) - min(counts["uniform"]) <= 1
 
 
@@ -264,7 +265,7 @@ def test_everyone_is_a_point(quick):
 def test_the_record_holds_every_case_and_is_plain_json(quick):
     record = json.loads(json.dumps(quick.record()))
     assert record["complete"]
-    assert len(record["cases"]) == len(quick.measured.runs)
+    assert len(record["cases"]) == len(quick.results.runs)
     assert set(record["sections"]) == {s.NAME for s in suite.SECTIONS}
     for section in record["sections"].values():
         for row in section["theirs_and_ours"]:
@@ -287,14 +288,14 @@ def test_the_report_has_a_table_for_every_table(quick):
 
 
 @pytest.mark.slow
-def test_the_files_are_written_and_the_readme_keeps_the_rest(quick, tmp_path):
+def test_the_files_are_written_and_the_kept_file_keeps_the_rest(quick, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"# before\n{suite.BEGIN}\nwas here before\n{suite.END}\nafter\n")
     (tmp_path / "pictures").mkdir()
     files = bench.Files(
         tmp_path / "p.json", tmp_path / "p.md", readme, tmp_path / "pictures" / "p.svg"
     )
-    assert files.write(quick) == [files.json, files.markdown, files.picture, files.readme]
+    assert files.write(quick) == [files.json, files.markdown, files.picture, files.tables]
     text = readme.read_text()
     assert text.startswith(f"# before\n{suite.BEGIN}\n")
     assert text.endswith(f"{suite.END}\nafter\n")
@@ -308,17 +309,17 @@ def test_the_files_are_written_and_the_readme_keeps_the_rest(quick, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_was_measured_and_leaves_the_readme_alone(
+def test_ctrl_c_keeps_what_was_measured_and_leaves_kept_tables_alone(
     demo_store, tmp_path, monkeypatch
 ):
-    run = Measured.run
+    run = Results.run
 
-    def stops_after_three(self: Measured, case: Case) -> None:
+    def stops_after_three(self: Results, case: Case) -> None:
         if len(self.runs) == 3:
             raise KeyboardInterrupt
         run(self, case)
 
-    monkeypatch.setattr(Measured, "run", stops_after_three)
+    monkeypatch.setattr(Results, "run", stops_after_three)
     half = suite.papers(quick=True, progress=False)
     assert not half.complete
     readme = tmp_path / "README.md"
@@ -360,27 +361,28 @@ def refused(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--suite", "songs"], "unknown suite 'songs'; there is: papers"),
+        (["--suite", "songs"], "unknown suite 'songs'; there are: papers, scheduler"),
         (["--suite", "papers", "--budgets", "25%"], "leave them out"),
-        (["--suite", "papers", "--readme", "plain.md"], "needs the lines <!-- measured: papers"),
-        (["--suite", "papers", "--quick", "--readme", "plain.md"], "leave out --readme"),
+        (["--suite", "papers", "--tables", "plain.md"], "needs the lines <!-- measured: papers"),
+        (["--suite", "papers", "--quick", "--tables", "plain.md"], "leave out --tables"),
         (["--suite", "papers", "--picture", "no/p.svg"], "cannot write no/p.svg"),
         (["--quick"], "add --suite papers"),
+        (["--suite", "scheduler", "--tables", "plain.md"], "add --suite papers"),
     ],
 )
 def test_what_a_suite_cannot_do_is_said_before_anything_is_measured(refused, words, message):
     assert message in refused(*words)
 
 
-def test_the_readme_holds_the_section_that_the_suite_writes():
-    _, begin, rest = README.read_text("utf-8").partition(suite.BEGIN)
+def test_the_kept_tables_are_those_that_the_suite_writes():
+    _, begin, rest = TABLES.read_text("utf-8").partition(suite.BEGIN)
     section, end, _ = rest.partition(suite.END)
     assert begin
     assert end
     assert section.count("### ") == len(suite.SECTIONS)
     pictures = re.findall(r"\]\(([^)]+\.svg)\)", section)
     assert len(pictures) == 1
-    assert (README.parent / pictures[0]).is_file()
+    assert (TABLES.parent / pictures[0]).is_file()
 
 
 # -- the figure ---------------------------------------------------------------------------------
@@ -394,41 +396,41 @@ POINTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def drawn() -> ET.Element:
-    devices = {"nvme": "NVMe & co", "sd_card": "SD card"}
-    text = picture.scatter(POINTS, title="all <of> them", unchanged=1e-6, devices=devices)
-    return ET.fromstring(text)
+DEVICES = {"nvme": "NVMe & co", "sd_card": "SD card"}
 
 
-def diamonds(drawn: ET.Element) -> list[tuple[float, float]]:
-    corners = [p.get("points").split() for p in drawn.iter(f"{SVG}polygon")]
-    return [(float(top.split(",")[0]), float(right.split(",")[1])) for top, right, *_ in corners]
+def drawn(points=POINTS):
+    return picture.draw(points, title="all <of> them", unchanged=1e-6, devices=DEVICES)
 
 
-def test_faster_is_further_right_and_better_is_lower(drawn):
-    (x_swap, y_swap), (x_hobbit, y_hobbit), (x_card, y_card) = diamonds(drawn)
-    assert x_swap > x_hobbit
-    assert y_swap < y_hobbit  # a larger KL is higher up
-    assert x_card > x_swap  # the second panel
-    assert y_card == y_hobbit  # panels share the scale of KL
+def spots(axes) -> list[tuple[float, float]]:
+    return [tuple(spot) for marks in axes.collections for spot in marks.get_offsets()]
 
 
-def test_what_leaves_the_output_as_it_is_lies_below_the_plot(drawn):
-    dots = [(float(c.get("cx")), float(c.get("cy"))) for c in drawn.iter(f"{SVG}circle")]
-    assert len(dots) == 2
-    assert min(y for _, y in dots) > max(y for _, y in diamonds(drawn))
-    assert dots[0][0] > dots[1][0]  # the faster first
+def test_faster_is_further_right_and_better_is_lower():
+    nvme, card, *_ = drawn().axes
+    assert spots(nvme) == [(120.0, 0.9), (90.0, 0.002)]
+    assert spots(card) == [(9.0, 0.002)]
+    assert nvme.get_ylim() == card.get_ylim()  # panels share the scale of KL
+    assert nvme.get_ylim()[0] < nvme.get_ylim()[1]
 
 
-def test_every_point_is_named_and_the_figure_reads_in_the_dark(drawn):
-    words = [t.text for t in drawn.iter(f"{SVG}text")]
+def test_what_leaves_the_output_as_it_is_lies_below_the_plot():
+    _, _, below, _ = drawn().axes
+    assert [x for x, _ in spots(below)] == [60.0, 40.0]  # the faster first
+    assert [name.get_text() for name in below.texts] == ["lfu", "lru"]
+
+
+def test_every_point_is_named_and_the_figure_reads_in_the_dark():
+    text = picture.scatter(POINTS, title="all <of> them", unchanged=1e-6, devices=DEVICES)
+    root = ET.fromstring(text)
+    words = ["".join(t.itertext()).strip() for t in root.iter(f"{SVG}text")]
     assert sorted(w for w in words if w in {p["strategy"] for p in POINTS}) == sorted(
         p["strategy"] for p in POINTS
     )
     assert {"NVMe & co", "SD card", "all <of> them"} <= set(words)
-    assert "prefers-color-scheme: dark" in drawn.find(f"{SVG}style").text
-    assert drawn.get("role") == "img"
+    assert "prefers-color-scheme: dark" in root.find(f"{SVG}style").text
+    assert (root.get("role"), root.get("aria-label")) == ("img", "all <of> them")
 
 
 def test_names_do_not_lie_on_one_another():
@@ -436,16 +438,6 @@ def test_names_do_not_lie_on_one_another():
         {"strategy": f"strategy_{i}", "device": "nvme", "tokens/s": 50.0 + i, "KL": 0.01 + i / 1e3}
         for i in range(8)
     ]
-    devices = {"nvme": "NVMe"}
-    text = picture.scatter(crowd, title="", unchanged=1e-6, devices=devices)
-    places = [
-        (t.get("x"), t.get("y"))
-        for t in ET.fromstring(text).iter(f"{SVG}text")
-        if (t.text or "").startswith("strategy_")
-    ]
-    assert len(set(places)) == len(places) == 8
-
-
-def test_facts_of_a_quick_suite_are_fewer():
-    facts = Facts({"top_k": 2}, lambda _: 0, QUICK)
-    assert facts.quick(("a",), ("a", "b")) == ["a"]
+    boxes = [name.get_window_extent() for name in drawn(crowd).axes[0].texts]
+    assert len(boxes) == 8
+    assert all(boxes[i].count_overlaps(boxes[i + 1 :]) == 0 for i in range(8))

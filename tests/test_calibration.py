@@ -12,7 +12,8 @@ import torch
 import moelab
 from moelab import calibration
 from moelab.calibration import profile as profiles
-from moelab.calibration.measure import Evaluator, expert_norms, record
+from moelab.calibration.probes import Evaluator, digest_of, expert_norms, record, texts_of
+from moelab.calibration.profile import once
 from moelab.replays.replay import replay
 from moelab.scheduling.stream import Knobs
 from moelab.strategies import NAMES, lru
@@ -32,17 +33,18 @@ def maker(monkeypatch):
     """A calibration of ten measurements that can be told to fail; counts what it does."""
     module = types.ModuleType("moelab.calibration.hobbit")
     module.measured, module.fail_at = [], None
-    module.made_from = lambda lab, *, texts=3: {"texts": texts}
+    module.made_from = lambda lab, *, size=3: {"size": size}
 
-    def make(lab, *, progress, partial, texts=3):
+    def measure(i, size):
+        if i == module.fail_at:
+            raise KeyboardInterrupt
+        module.measured.append(i)
+        return i * size
+
+    def make(lab, texts, made, kept, *, progress):
         module.progress = progress
-        for i in range(10):
-            if partial.get(str(i)) is None:
-                if i == module.fail_at:
-                    raise KeyboardInterrupt
-                module.measured.append(i)
-                partial.put(str(i), i * texts)
-        return {"sum": sum(partial.get(str(i)) for i in range(10))}
+        size = made["size"]
+        return {"sum": sum(once(kept, str(i), lambda i=i: measure(i, size)) for i in range(10))}
 
     module.make = make
     monkeypatch.setitem(sys.modules, "moelab.calibration.hobbit", module)
@@ -64,7 +66,7 @@ def test_a_lab_opened_without_progress_calibrates_without_unless_asked(lab, make
 
 def test_it_is_made_anew_when_asked_or_when_what_it_was_made_from_has_changed(lab, maker):
     lab.calibrate("hobbit")
-    assert lab.calibrate("hobbit", texts=5).data == {"sum": 225}
+    assert lab.calibrate("hobbit", size=5).data == {"sum": 225}
     assert lab.calibrate("hobbit").data == {"sum": 135}
     lab.calibrate("hobbit", again=True)
     assert len(maker.measured) == 40
@@ -77,7 +79,7 @@ def test_the_strategy_uses_what_was_returned_last(lab, monkeypatch):
         return {"t1": t1, "t2": 0.95, "weights": [1.0, 0.0, 0.0, 0.0]}
 
     monkeypatch.setattr(maker, "made_from", lambda lab, **options: options)
-    monkeypatch.setattr(maker, "make", lambda lab, t1=0.5, **_: made(t1))
+    monkeypatch.setattr(maker, "make", lambda lab, texts, own, *_, **__: made(own.get("t1", 0.5)))
     lab.update(strategy="hobbit")
     lab.calibrate("hobbit")
     assert lab.settings.t1 == 0.6  # nothing changes by itself
@@ -108,7 +110,7 @@ def test_an_interrupted_one_goes_on_where_it_stopped(lab, maker):
 def test_what_was_begun_from_something_else_is_forgotten(lab, maker):
     maker.fail_at = 6
     with pytest.raises(KeyboardInterrupt):
-        lab.calibrate("hobbit", texts=4)
+        lab.calibrate("hobbit", size=4)
     maker.fail_at = None
     assert lab.calibrate("hobbit").data == {"sum": 135}
     assert maker.measured == [*range(6), *range(10)]
@@ -119,8 +121,9 @@ def test_a_profile_of_another_model_or_a_broken_one_is_not_used(lab, maker, tmp_
     file = tmp_path / "profiles" / "hobbit.json"
     whole = file.read_text()
     doc = json.loads(whole)
+    lacking = json.dumps({name: value for name, value in doc.items() if name != "made_from"})
     doc["model"]["checkpoint"] = "0" * 32
-    for text in (json.dumps(doc), whole[:50], "[]", '{"format": 99}'):
+    for text in (json.dumps(doc), lacking, whole[:50], "[]", '{"format": 99}'):
         file.write_text(text)
         assert profiles.find_profile(lab._store, "hobbit") is None
 
@@ -155,7 +158,8 @@ def test_the_demo_brings_its_own_and_they_fit(demo_store, name):
         found = profiles.find_profile(lab._store, name)
         assert found is not None, "run python -m moelab.calibration"
         module = __import__(f"moelab.calibration.{name}", fromlist=[name])
-        assert found.made_from == json.loads(json.dumps(module.made_from(lab)))
+        made_from = {"texts": digest_of(texts_of(lab, None)), **module.made_from(lab)}
+        assert found.made_from == json.loads(json.dumps(made_from))
         lab.update(strategy=name)
     assert (profiles.SHIPPED / f"{name}.json").stat().st_size < 300_000
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import re
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -31,8 +31,8 @@ def doubled(number: int) -> int:
 class Hoarder(Evict):
     """Evicts the expert with the highest index."""
 
-    def priority(self, key, view):
-        return -doubled(key[1])
+    def score(self, view):
+        return -doubled(np.arange(len(view.last_use)))
 
 
 def figures(**changes) -> dict:
@@ -104,11 +104,6 @@ def test_an_entry_beyond_its_limits_is_refused_with_the_numbers(too_much):
     assert f"KL {kl:.4f} is {kl - 0.05:.4f} above the limit of 0.05" in shown
 
 
-def test_peak_memory_is_recounted_from_the_event_log(demo_lab):
-    run = demo_lab.generate("Once upon a time", max_new_tokens=4)
-    assert scoring.peak_of_log(run) == run.summary()["peak_resident_bytes"] > 0
-
-
 SLY = """
 from moelab.strategies import Precision
 seen = []
@@ -121,7 +116,7 @@ class Sly(Precision):
 
 
 def test_a_policy_that_behaves_only_while_it_is_examined_gains_nothing(demo_store, monkeypatch):
-    def scored(honest: int) -> dict:
+    def sly(honest: int) -> dict:
         own = {"precision": {"class": "Sly", "source": SLY.replace("HONEST", str(honest))}}
         settings = {"strategy": "lru", "budget": "5.9MB"}
         request = {"challenge": SIX.name, "settings": settings, "own": own, "quick": True}
@@ -134,16 +129,16 @@ def test_a_policy_that_behaves_only_while_it_is_examined_gains_nothing(demo_stor
         return parts[-1]
 
     monkeypatch.setattr(own_code, "make", kept)
-    plain, counts = scored(10**6), len(parts)
+    plain, counts = sly(10**6), len(parts)
     assert counts == 2  # one for the held-out texts, one for the run
     for honest in range(1, 3):  # what it counted in one lab is not there in the next
-        assert scored(honest)["bytes_per_token"] == plain["bytes_per_token"]
-    skipping = scored(0)
+        assert sly(honest)["bytes_per_token"] == plain["bytes_per_token"]
+    skipping = sly(0)
     assert skipping["bytes_per_token"] == 0
     assert skipping["kl_written"] > SIX.kl
-    one = make("Sly", SLY.replace("HONEST", "2"))  # one object for all labs, as if over the fence
+    one = make("Sly", SLY.replace("HONEST", "2"))  # one object for all labs: it remembers
     monkeypatch.setattr(own_code, "make", lambda *_: one)
-    caught = scored(2)
+    caught = sly(2)
     assert caught["kl_held_out"] == plain["kl_held_out"] < SIX.kl
     assert caught["bytes_per_token"] == 0
     assert caught["kl"] == caught["kl_written"] > SIX.kl
@@ -177,7 +172,7 @@ def board(tmp_path_factory, demo_store):
     lie = {"kl_mean": 0.0, "bytes_per_token": 0.0, "peak_resident_bytes": 1, "tokens_per_s": 1e9}
     patch.setattr(moelab.Run, "summary", lambda self: lie)
     patch.setattr(
-        "moelab.bench.papers.measured.score", lambda *_: {"kl_mean": 0.0, "same_top1": 1.0}
+        "moelab.bench.papers.results.score", lambda *_: {"kl_mean": 0.0, "same_top1": 1.0}
     )
     patch.setattr("moelab.runs.quality.kl_divergence", lambda *_: 0.0)
     patch.setattr(
@@ -213,7 +208,7 @@ def test_a_class_of_ones_own_is_sent_as_text_with_what_it_uses(board):
     assert "def doubled" in source
     assert "evict=Hoarder" in made.code
     policy = own_code.make("Hoarder", source)
-    assert policy.priority((0, 3), None) == -6
+    assert list(policy.score(SimpleNamespace(last_use=[0, 0]))) == [0, -2]
 
 
 def test_a_forged_entry_is_exposed_by_measuring_it_again(board):
@@ -237,80 +232,70 @@ def test_a_forged_entry_is_exposed_by_measuring_it_again(board):
 
 def test_own_code_of_a_file_runs_only_when_asked_to(board, monkeypatch):
     path, _ = board
-    monkeypatch.setattr("moelab.course.challenge.process.scored", None)  # nothing may be started
+    monkeypatch.setattr("moelab.course.challenge.board.scored", None)  # nothing may be started
     found = verify(path, progress=False)
     assert list(found["verified"]) == ["not run: own code"]
     assert found["rank"].isna().all()
 
 
-def test_only_what_was_claimed_better_than_it_is_counts_as_wrong():
-    assert differences(figures(), figures(tokens_per_s=40.0), speeds=True) == []
-    assert differences(figures(kl=0.02), figures(), speeds=True) == []
-    fast = figures(tokens_per_s=500.0)
-    assert differences(fast, figures(), speeds=True) == ["500 tokens/s claimed, 50 measured"]
-    assert differences(fast, figures(), speeds=False) == []  # of another machine: only replaced
-    assert len(differences(figures(), figures(bytes_per_token=np.nan), speeds=False)) == 1
+def test_only_what_was_claimed_better_than_it_is_counts_as_wrong_and_speeds_are_replaced():
+    assert differences(figures(kl=0.02), figures()) == []
+    assert differences(figures(tokens_per_s=500.0), figures()) == []
+    assert differences(figures(), figures(kl=0.02)) == ["0.01 KL claimed, 0.02 measured"]
+    assert len(differences(figures(), figures(bytes_per_token=np.nan))) == 1
 
 
-# -- a policy is a policy -----------------------------------------------------------------------
+# -- code of one's own --------------------------------------------------------------------------
+
+
+def test_own_code_is_run_as_a_file_and_anew_for_every_object():
+    text = "import numpy as np\nfrom moelab.strategies import Evict\nmade = []\n"
+    text += "class Mine(Evict):\n    def __init__(self):\n        made.append(1)\n"
+    text += "        self.count, self.file = len(made), __file__\n"
+    first, second = own_code.make("Mine", text), own_code.make("Mine", text)
+    assert first.count == second.count == 1
+    assert first.file.endswith(".py")
 
 
 @pytest.mark.parametrize(
-    ("code", "message"),
+    ("text", "message"),
     [
-        ("import moelab\nmoelab.Run.summary = None", "import moelab"),
-        ("import os", "import os"),
-        ("from moelab.runs.run import Run", "import from moelab.runs.run"),
-        ("from moelab.strategies.basics import __builtins__", "import __builtins__"),
-        ("class A:\n    def f(self, view):\n        view.cache.used_bytes = 0", "but self"),
-        ("class A:\n    def f(self, view):\n        view.cache.tier_bytes[16] = 0", "writing into"),
-        ("class A:\n    def f(self, view):\n        return view.cache._bits", "_bits of anything"),
-        ("class A:\n    def f(self):\n        return self.__class__.__mro__", "attribute __"),
-        ("class A:\n    def f(self):\n        return getattr(self, 'x')", "the name getattr"),
-        ("class A:\n    def f(self):\n        open('x', 'w')", "the name open"),
-        ("import random", "import random"),
-        ("import math as self", "self and cls as anything but"),
-        ("def put(self, v):\n    self.used_bytes = v", "self and cls as anything but"),
-        ("class A:\n    def f(view, self):\n        self.x = 1", "self and cls as anything but"),
-        ("class A:\n  @staticmethod\n  def f(self):\n    self.x = 1", "self and cls as anything"),
-        ("class A:\n    def f(self, view):\n        self = view.cache", "self and cls as anything"),
-        ("class A:\n def f(self):\n  self.x = 1\n def g(self, v):\n  A.f(v)", "A.f: call it on"),
-        ("class A:\n def f(self):\n  self.x = 1\n g = f", "a method as a value"),
-        ("def d(f):\n return f\nclass A:\n @d\n def f(self):\n  pass", "the decorator d"),
-        ("class A:\n    def f(self, g):\n        return g.gi_frame", "attribute gi_frame"),
-        ("from typing import get_type_hints", "import get_type_hints from typing"),
-        ("from functools import update_wrapper", "import update_wrapper from functools"),
-        ("print('hello')", "only imports, classes"),
-        ("class A:\n  def (", "not Python"),
+        ("class A:\n  def (", "SyntaxError"),
+        ("import nosuchthing", "No module named 'nosuchthing'"),
+        ("class B: pass", "no A can be made of it: KeyError"),
+        ("class A:\n    def __init__(self): 1 / 0", "ZeroDivisionError"),
     ],
 )
-def test_text_that_is_more_than_a_policy_is_refused_by_line(code, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        own_code.make("A", code)
+def test_own_code_that_fails_is_told_in_one_line(text, message):
+    with pytest.raises(ValueError, match=message):
+        own_code.make("A", text)
 
 
-def test_the_policies_of_the_package_pass_as_text():
-    for part in (moelab.strategies.lru().evict, moelab.strategies.lfu().evict):
-        kind = type(part)
-        text = own_code._text(kind)
-        names = "from moelab.scheduling.strategy import Evict, Key, View\n"
-        names += "from moelab.strategies.basics import LRU\n"
-        names += "from collections import Counter, OrderedDict\n"
-        names += "from collections.abc import Callable\n"
-        assert own_code.make(kind.__name__, f"from __future__ import annotations\n{names}{text}")
+def test_own_code_the_engine_has_no_use_for_is_told_with_its_kind(demo_store):
+    own = {"evict": {"class": "A", "source": "class A: pass"}}
+    request = {"challenge": SIX.name, "settings": {"budget": "5MB"}, "quick": True}
+    with pytest.raises(TypeError, match="Evict"):
+        scoring.measure(request | {"own": own})
+
+
+@pytest.mark.parametrize("part", [moelab.strategies.lru().evict, moelab.strategies.lfu().evict])
+def test_the_policies_of_the_package_are_sent_by_name(part):
+    text = own_code.source_of(type(part))
+    assert text.splitlines()[-1].startswith("from moelab.strategies")
+    assert type(own_code.make(type(part).__name__, text)) is type(part)
 
 
 def test_a_policy_may_come_from_a_file(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from moelab.strategies import Evict\nclass Mine(Evict):\n"
-        "    def priority(self, key, view):\n        return key[1]\n"
+        "    def score(self, view):\n        return view.last_use\n"
     )
     from moelab.course.challenge.entering import _as_text
 
     plain, own = _as_text({"strategy": "lru", "evict": f"{file}:Mine"})
     assert plain == {"strategy": "lru"}
-    assert own_code.make("Mine", own["evict"]["source"]).priority((0, 4), None) == 4
+    assert own_code.make("Mine", own["evict"]["source"]).score(SimpleNamespace(last_use=[4])) == [4]
 
 
 @pytest.mark.parametrize(
@@ -350,6 +335,15 @@ def test_several_people_append_to_one_board_at_once(tmp_path):
     entries, faults = read(path)
     assert faults == []
     assert len({e.name for e in entries}) == len(entries) == 100
+
+
+def test_a_board_saved_by_version_0_3_is_read(tmp_path):
+    path = tmp_path / "board.jsonl"
+    saved = {"format": 1, "challenge": SIX.name, "name": "Ada", "settings": {"strategy": "lru"}}
+    saved |= {"figures": figures(), "quick": False, "made": "2026-11-26", "versions": {}}
+    own = {"evict": {"class": "KeepTheFirst", "source": "class KeepTheFirst: ..."}}
+    path.write_text(json.dumps(saved | {"own": own, "machine": {"cores": 2}}) + "\n")
+    assert list(leaderboard(path)["settings"]) == ["lru, evict=KeepTheFirst"]
 
 
 def test_a_torn_or_foreign_line_is_named_and_costs_nobody_else_their_entry(tmp_path):
@@ -398,10 +392,9 @@ def test_a_wrong_field_costs_only_its_own_line(tmp_path, wrong):
 
 def test_a_board_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("moelab.course.challenge.entering.scored", None)  # nothing may be started
-    with pytest.raises(FileNotFoundError):
-        moelab.challenge(SIX.name, board=tmp_path / "no" / "board.jsonl").enter("A", budget="5MB")
-    with pytest.raises(IsADirectoryError):
-        moelab.challenge(SIX.name, board=tmp_path).enter("A", budget="5MB")
+    for board, error in ("no/b.jsonl", FileNotFoundError), (".", IsADirectoryError):
+        with pytest.raises(error):
+            moelab.challenge(SIX.name, board=tmp_path / board).enter("A", budget="5MB")
 
 
 def test_the_file_cannot_declare_a_verdict_or_a_rank(tmp_path):
@@ -421,9 +414,10 @@ def test_a_board_shows_itself_as_table_and_picture_without_script(tmp_path):
     html = board._repr_html_()
     assert "<script" not in html
     assert "<b>Ada" not in html
+    assert "NA&gt;" not in html
     assert "data:image/svg+xml;base64," in html
     assert "1. &lt;b&gt;Ada" in board.svg()
-    assert 'fill="url(#h)"' in board.svg()  # hatched: a second cue for what does not rank
+    assert "url(#h" in board.svg()  # hatched: a second cue for what does not rank
     assert type(board.head(1)) is pd.DataFrame
     assert "1" in board.to_csv()
 

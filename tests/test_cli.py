@@ -19,6 +19,7 @@ import pytest
 import moelab
 import tiny_models
 from moelab import bench, cli, health
+from moelab.bench.scheduler import stream
 from moelab.course import serve as serving
 
 PROMPT = "Once upon a time"
@@ -277,6 +278,40 @@ def test_a_failing_case_stops_the_bench_before_anything_is_measured(store, monke
         bench.bench(
             store, strategies=["lru"], budgets=["50%", "1KB"], devices=["disk"], progress=False
         )
+
+
+def test_the_schedulers_suite_prints_every_strategy_and_writes_what_it_measured(call, tmp_path):
+    files = ["--json", tmp_path / "s.json", "--markdown", tmp_path / "s.md"]
+    code, out, _ = call("bench", "--suite", "scheduler", "--quick", *files)
+    assert code == 0
+    named = [line.split()[1] for line in out.splitlines() if line.startswith("| ")][1:]
+    assert named == list(moelab.strategies.NAMES)
+    assert (tmp_path / "s.md").read_text() == out
+    record = json.loads((tmp_path / "s.json").read_text())
+    assert record["machine"]["cores"] >= 1
+    assert record["complete"]
+    rows = {(row["strategy"], row["look_ahead"]): row for row in record["rows"]}
+    assert len(rows) == 2 * len(named) - 3  # what three prefetch cannot be switched off
+    assert rows["on_demand", 0]["hit_ratio"] == 0 < rows["lru", 0]["hit_ratio"]
+    assert rows["lru", 1]["hit_ratio"] > rows["lru", 0]["hit_ratio"]
+    for row in rows.values():
+        assert row["activations_per_s"] == pytest.approx(6 * 2 / row["ms"] * 1e3)
+
+
+def test_a_made_stream_is_the_same_for_the_same_seed_and_skewed():
+    size = {"layers": 4, "experts": 32, "top_k": 4, "prompt": 8, "tokens": 64}
+    stream.cache_clear()
+    made, other = stream(**size, seed=1), stream(**size, seed=2)
+    stream.cache_clear()
+    assert (made.scores == stream(**size, seed=1).scores).all()
+    assert (made.scores != other.scores).any()
+    asked = [e for t in range(64) for e in made.given(0, t, 0, None, None).experts[0]]
+    often = sum(sorted(map(asked.count, set(asked)))[-8:])
+    assert often > 0.4 * len(asked)  # a quarter of the experts; 0.25 if none were preferred
+    masked = made.given(0, 0, 1, [e % 2 == 0 for e in range(32)], None)
+    assert all(e % 2 == 0 for e in masked.experts[0])
+    assert masked.wanted == made.given(0, 0, 0, None, None).experts
+    assert masked.look_ahead[0].layer == 1
 
 
 # -- the lab ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a person sees and does with several runs: pin, sort, compare, copy, ask what if."""
+"""What a person sees and does with several runs: save, sort, compare, copy, ask what if."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class Drawer:
     def __init__(self, dash):  # noqa: F811
         self.dash, self.node = dash, dash.root.locator(".moe-runs")
         if not self.node.is_visible():
-            dash.root.get_by_role("button", name="Runs", exact=False).first.click()
+            dash.root.get_by_role("button", name="Saved runs", exact=False).first.click()
         self.node.wait_for()
         self.what = dash.root.get_by_role("group", name="What if", exact=True)
         if not self.what.is_visible():
             dash.root.get_by_role("button", name="What if", exact=True).click()
         self.beside = self.node.locator(".moe-beside")
 
-    def pin(self):
-        before = int(self.node.get_attribute("data-pinned") or 0)
-        self.dash.root.get_by_role("button", name="Pin", exact=True).click()
+    def save(self):
+        before = int(self.node.get_attribute("data-saved") or 0)
+        self.dash.root.get_by_role("button", name="Save", exact=True).click()
         self.until(lambda: self.count() == before + 1, "one run more")
 
     def count(self):
-        return int(self.node.get_attribute("data-pinned") or 0)
+        return int(self.node.get_attribute("data-saved") or 0)
 
     def until(self, condition, what):
         self.dash.until(condition, what)
@@ -75,20 +75,20 @@ def drawer(dash):  # noqa: F811
     drawer = Drawer(dash)
     while drawer.count():
         before = drawer.count()
-        drawer.node.get_by_role("button", name="Unpin").first.click()
+        drawer.node.get_by_role("button", name="Remove").first.click()
         drawer.until(lambda n=before: drawer.count() == n - 1, "one run less")
     yield drawer
-    drawer.node.get_by_role("button", name="Close runs").click()
+    drawer.node.get_by_role("button", name="Close saved runs").click()
 
 
-def test_two_runs_are_pinned_sorted_compared_and_copied(drawer):
+def test_two_runs_are_saved_sorted_compared_and_copied(drawer):
     dash, page = drawer.dash, drawer.dash.page  # noqa: F811
     drawer.set(share=0.5)
     drawer.run(24)
-    drawer.pin()
+    drawer.save()
     drawer.set(bits=2, device="hdd")
     drawer.run(24)
-    drawer.pin()
+    drawer.save()
     first, second = drawer.names()
     assert re.fullmatch(r"lru, [45].* %, 16 bit, disk", first)
     assert re.fullmatch(r"lru, [45].* %, 2 bit, HDD", second)
@@ -192,9 +192,9 @@ def test_what_if_makes_the_run_again_and_shows_both(drawer):
     keep = what.get_by_role("checkbox")
     drawer.until(keep.is_enabled, "an expert is chosen on the map")
     keep.check()
-    what.get_by_role("combobox", name="Bits it is kept at").select_option("8")
+    what.get_by_role("combobox", name="Bits it is pinned at").select_option("8")
     again.click()
-    drawer.until(lambda: drawer.count() == 3, "made again with an expert kept")
+    drawer.until(lambda: drawer.count() == 3, "made again with an expert pinned")
     assert any("keep={(" in name for name in drawer.names())
     page.keyboard.press("Escape")
 

@@ -7,7 +7,7 @@ import pytest
 
 import moelab
 from fake_lab import FakeLab
-from moelab import offered
+from moelab import catalogue as offered
 from moelab.runs.saved import SavedRuns
 from moelab.widgets import Dashboard
 

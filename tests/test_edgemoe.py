@@ -387,11 +387,6 @@ def test_its_parameters_can_be_turned_while_it_runs():
 # -- calibration --------------------------------------------------------------------------------
 
 
-class Kept(dict):
-    def put(self, name, value):
-        self[name] = value
-
-
 class StubEvaluator:
     """NLL 1 at full precision; every expert at 4 bit adds .001, at 2 bit as much as it is worth."""
 
@@ -413,9 +408,6 @@ class StubEvaluator:
 class StubLab:
     _shape = SHAPE
 
-    def probes(self):
-        return {"one": "a few words that are to be counted and held out"}
-
 
 @pytest.fixture
 def stub(monkeypatch):
@@ -428,12 +420,13 @@ def stub(monkeypatch):
     return StubLab()
 
 
-def make(lab, kept, **options):
-    return calibration.make(lab, progress=False, partial=kept, **options)
+def make(lab, kept):
+    texts, made = ["a few words that are to be counted and held out"], calibration.made_from(lab)
+    return calibration.make(lab, texts, made, kept, progress=False)
 
 
 def test_importance_is_the_loss_with_one_expert_at_int2_and_the_others_at_int4(stub):
-    data = make(stub, Kept())
+    data = make(stub, {})
     for layer in range(3):
         for e in range(6):
             want = math.exp(17 * 0.001 + 0.002 + e / 100) - 1
@@ -441,7 +434,7 @@ def test_importance_is_the_loss_with_one_expert_at_int2_and_the_others_at_int4(s
 
 
 def test_the_profile_holds_levels_curves_and_the_search_for_k(stub):
-    data = make(stub, Kept())
+    data = make(stub, {})
     assert data["levels"]["8"] == 0
     assert data["levels"]["4"] == pytest.approx(math.exp(18 * 0.001) - 1)
     curve = dict(data["curves"]["2/4"])
@@ -454,9 +447,9 @@ def test_the_profile_holds_levels_curves_and_the_search_for_k(stub):
 
 
 def test_an_interrupted_calibration_goes_on_where_it_stopped(stub):
-    whole = make(stub, Kept())
+    whole = make(stub, {})
     needed = StubEvaluator.calls
-    kept = Kept()
+    kept = {}
     StubEvaluator.calls, StubEvaluator.fails_at = 0, 11
     with pytest.raises(KeyboardInterrupt):
         make(stub, kept)
@@ -469,7 +462,7 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(stub):
 def test_a_store_without_two_levels_is_refused_with_what_would_do(stub):
     stub._shape = Shape((6,), 2, {16: 1600, 3: 300})
     with pytest.raises(ValueError, match="pack it again with tiers"):
-        make(stub, Kept())
+        make(stub, {})
 
 
 def test_a_text_is_cut_between_two_words():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 
-from moelab.scheduling.events import DTYPE, EventLog
+from moelab.engine.log import EventLog
+from moelab.scheduling import events as e
+from moelab.scheduling.events import DTYPE
 
 
 class Ticket:
@@ -13,9 +15,9 @@ class Ticket:
 
 def log_of_two() -> EventLog:
     log = EventLog(10.0)
-    log.add(3, 0, 1, 7, "load", 16, 4, 4096, 10.1, 0.0, "on demand")
+    log.add(3, 0, (e.LOAD, 1, 7, 16, 4, e.ON_DEMAND, 7), 4096, 10.1)
     log.time_by(Ticket)
-    log.add(3, 1, 1, 7, "stall", 16, 4, 0, 10.2, 0.55, "on demand")
+    log.stall(3, 1, (1, 7), (16, 4), e.ON_DEMAND, 10.2, 0.55)
     return log
 
 
@@ -28,13 +30,14 @@ def test_a_load_takes_its_times_from_its_ticket():
 def test_a_cancelled_load_read_nothing(monkeypatch):
     monkeypatch.setattr(Ticket, "cancelled", True)
     load, _ = log_of_two().records()
-    assert (load["bytes"], load["cause"]) == (0, "cancelled")
+    assert (load["bytes"], load["cause"]) == (0, e.CANCELLED)
 
 
 def test_a_frame_has_words_for_kinds_and_all_columns():
     frame = log_of_two().frame()
     assert list(frame.columns) == list(DTYPE.names)
     assert list(frame.kind) == ["load", "stall"]
+    assert list(frame.cause) == ["on demand", "on demand"]
     assert EventLog().frame().empty
 
 
@@ -45,6 +48,6 @@ def test_writing_the_events_of_a_token_costs_far_below_two_percent_of_it():
     for _ in range(5):
         log, begun = EventLog(), time.perf_counter()
         for i in range(350):
-            log.add(i, 0, 0, 1, "hit", 16, 16, 4096, time.perf_counter(), 0.0, "")
+            log.add(i, 0, (e.HIT, 0, 1, 16, 16, e.NONE, 1), 4096, time.perf_counter())
         best = min(best, time.perf_counter() - begun)
     assert best < per_token_s

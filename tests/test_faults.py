@@ -42,8 +42,8 @@ class BadObserve(Evict):
     def observe(self, given, view):
         raise ZeroDivisionError("bad observe")
 
-    def priority(self, key, view):
-        return 0.0
+    def score(self, view):
+        return view.last_use
 
 
 class BadPredict(Prefetch):
@@ -94,12 +94,12 @@ def test_a_change_refused_in_the_middle_of_a_run_ends_the_run_not_the_lab(lab):
 
 def test_a_change_while_somebody_asks_why_is_obeyed_at_once(lab):
     class Slow(Evict):
-        def priority(self, key, view):
-            return 0.0
+        def score(self, view):
+            return view.last_use
 
-        def why(self, key, view):
-            time.sleep(0.02)
-            return {"slow": 1.0}
+        def terms(self, view):
+            time.sleep(0.2)
+            return {"slow": view.last_use}
 
     lab.update(strategy=lru().replace(evict=Slow(), name="slow"))
     text(lab)
@@ -115,10 +115,10 @@ def test_a_change_while_somebody_asks_why_is_obeyed_at_once(lab):
 def test_nobody_waits_for_an_answer_of_a_closed_or_a_busy_lab(lab, monkeypatch):
     monkeypatch.setattr("moelab.lab.WHY_PATIENCE_S", 0.1)
     text(lab)
-    lab._claim()  # as a calibration does
+    lab._session.claim()  # as a calibration does
     with pytest.raises(RuntimeError, match="busy"):
         lab.why(0)
-    lab._release()
+    lab._session.release()
     lab.close()
     with pytest.raises(RuntimeError, match="closed"):
         lab.why(0)
@@ -164,8 +164,8 @@ def test_an_object_given_again_after_a_change_begins_anew(lab):
     class Mine(Evict):
         k = 1
 
-        def priority(self, key, view):
-            return self.k * key[1]
+        def score(self, view):
+            return self.k * view.index_of
 
     mine = Mine()
     lab.update(evict=mine)

@@ -470,15 +470,20 @@ def test_quantiles_of_a_known_distribution():
 
 def test_thresholds_put_the_misses_where_the_paper_wants_them():
     trace, k = random_texts(150), knobs(budget_bytes=8 * 1600)
-    t1, t2 = calibration.thresholds(trace, hobbit(), k)
+
+    def outcome(t1, t2):
+        return calibration.decide(trace, hobbit(), dataclasses.replace(k, t1=t1, t2=t2))
+
+    t1, t2 = calibration.thresholds(trace, outcome)
     assert 0.5 < t1 < t2 < 1
-    shares = calibration.decide(trace, hobbit(), dataclasses.replace(k, t1=t1, t2=t2)).shares
+    shares = outcome(t1, t2).shares
     for name, wanted in calibration.SHARES.items():
         assert shares[name] == pytest.approx(wanted, abs=0.03)
 
 
 def test_thresholds_where_everything_fits_after_its_first_use():
-    t1, t2 = calibration.thresholds(random_texts(20), hobbit(), knobs(budget_bytes=40 * 1600))
+    trace, k = random_texts(20), knobs(budget_bytes=40 * 1600)
+    t1, t2 = calibration.thresholds(trace, lambda *_: calibration.decide(trace, hobbit(), k))
     assert 0 <= t1 <= t2 <= 1
 
 
@@ -537,17 +542,10 @@ def test_how_right_the_gates_are():
 # -- on the bundled model ------------------------------------------------------------------------
 
 
-class Kept(dict):
-    """What an unfinished calibration has measured, in memory."""
-
-    def put(self, key, value):
-        self[key] = value
-
-
 def test_the_calibration_of_the_bundled_model_and_going_on_with_it(demo_lab):
     texts = [text[:80] for text in demo_lab.probes().values()]
-    few, kept = {"texts": texts, "max_tokens": 8}, Kept()
-    data = calibration.make(demo_lab, progress=False, partial=kept, **few)
+    made, kept = calibration.made_from(demo_lab, max_tokens=8), {}
+    data = calibration.make(demo_lab, texts, made, kept, progress=False)
     assert 0 < data["t1"] <= data["t2"] < 1
     assert sum(data["weights"]) == 1
     least = min(row[-1] for row in data["search"])
@@ -558,7 +556,8 @@ def test_the_calibration_of_the_bundled_model_and_going_on_with_it(demo_lab):
     assert json.loads(json.dumps(data)) == data
     goal = (0.0, 1.0, 0.0, 0.0)  # what was measured before is not measured again
     kept.update(dict.fromkeys(kept, 1.0) | {f"penalty {goal}": 0.5})
-    assert calibration.make(demo_lab, progress=False, partial=kept, **few)["weights"] == [*goal]
+    again = calibration.make(demo_lab, texts, made, kept, progress=False)
+    assert again["weights"] == [*goal]
 
 
 def test_a_calibration_refuses_what_cannot_be_a_pair_of_tiers(demo_lab):

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny_models
 from moelab.models.adapter import Adapter, attach, find_moe, load_skeleton
-from moelab.models.checkpoint import Checkpoint, ExpertReader
+from moelab.models.checkpoint import ExpertReader
+from moelab.models.shards import Checkpoint
 from reference import run_experts
 
 PROMPT = torch.tensor([[72, 101, 108, 108, 111, 32, 116, 104, 101, 114, 101]])

@@ -6,10 +6,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny_models
 from moelab import catalogue as models
 from moelab.catalogue import find_store
+from moelab.models import families
+from moelab.models.adapter import attach, load_skeleton
 from moelab.store.store import Store
 
 
@@ -46,3 +49,21 @@ def test_a_changed_checkpoint_is_another_store_and_a_hub_id_always_the_same(sour
     config.write_text(config.read_text() + "\n")
     assert find(source) != before
     assert models._fingerprint("org/name", (4,)) == hub != models._fingerprint("org/name", (8,))
+
+
+def test_a_models_layers_are_found_once_and_handed_on(source, monkeypatch):
+    found, describe = [], families._describe
+
+    def counted(model, name, *args, **kwargs):
+        found.append(name)
+        return describe(model, name, *args, **kwargs)
+
+    monkeypatch.setattr(families, "_describe", counted)
+    store = Store.open(find(source))
+    assert found == list(store.manifest.layer_names)  # packing
+    found.clear()
+    model = load_skeleton(store.checkpoint_dir, dtype=torch.float32)
+    assert found == list(store.manifest.layer_names)  # of the blank model that tells names apart
+    found.clear()
+    attach(model, lambda *_: _[1])
+    assert found == list(store.manifest.layer_names)

@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import moelab
-from moelab import offered
+from moelab import catalogue as offered
 from moelab.training.moefy import Shape, save_delta, smollm2
 from moelab.training.moefy.calibrate import calibrated
 

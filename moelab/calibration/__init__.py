@@ -1,15 +1,22 @@
 """Calibrations: what a strategy has to know of a model, measured once and kept.
 
-Each module here measures for one strategy: `made_from` says what the result depends on, `make`
-measures it. `calibrate` finds, makes and saves; people call it as ``lab.calibrate(name)``.
+Each of the modules in `NAMES` measures for one strategy, by two functions:
+
+    made_from(lab, **options)                     the options, checked: what the result depends on
+    make(lab, texts, made, kept, *, progress)     the result, plain JSON, from texts and `made`
+
+`kept` holds single measurements by name (`Partial`): what is in there is not measured again.
+`calibrate` finds, makes and saves; people call it as ``lab.calibrate(name)``.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moelab.calibration.probes import digest_of, texts_of
 from moelab.calibration.profile import Partial, Profile, find_profile, model_of
 
 if TYPE_CHECKING:
@@ -19,31 +26,57 @@ NAMES = ("edgemoe", "hobbit", "swapmoe", "adapmoe")
 
 
 def calibrate(
-    lab: Lab, name: str, *, again: bool = False, progress: bool = True, **options: Any
+    lab: Lab,
+    name: str,
+    *,
+    again: bool = False,
+    progress: bool = True,
+    texts: Sequence[str] | None = None,
+    **options: Any,
 ) -> Profile:
     """The profile of a strategy for the lab's model: found, or measured and saved.
+
+    Parameters
+    ----------
+    lab
+        Its model is measured, whatever its settings are.
+    name
+        One of `NAMES`.
+    again
+        Make it anew whatever there is.
+    progress
+        Show a bar.
+    texts
+        To measure on; default the model's own probes.
+    options
+        Of that calibration's `made_from`; all have ``max_tokens``, taken of each text.
 
     Raises
     ------
     ValueError
-        No such calibration.
+        No such calibration, an option is refused, or there is no text to measure on.
     """
     if name not in NAMES:
         raise ValueError(f"{name!r} has no calibration; these have: {', '.join(NAMES)}")
-    maker = import_module(f"moelab.calibration.{name}")
-    made_from = json.loads(json.dumps(maker.made_from(lab, **options)))
-    found = None if again else find_profile(lab._store, name, made_from)
+    maker, store, used = (
+        import_module(f"moelab.calibration.{name}"),
+        lab._store,
+        texts_of(lab, texts),
+    )
+    made_from = {"texts": digest_of(used), **maker.made_from(lab, **options)}
+    made_from = json.loads(json.dumps(made_from))
+    found = None if again else find_profile(store, name, made_from)
     if found is not None:
-        if find_profile(lab._store, name) != found:  # another one was current
-            found.save(lab._store)
+        if find_profile(store, name) != found:  # another one was current
+            found.save(store)
         return found
-    partial = Partial(lab._store, name, made_from)
+    kept = Partial(store, name, made_from)
     try:
-        data = maker.make(lab, progress=progress, partial=partial, **options)
+        data = maker.make(lab, used, made_from, kept, progress=progress)
     except BaseException:
-        partial.save()
+        kept.save()
         raise
-    profile = Profile(name, model_of(lab._store), made_from, data)
-    profile.save(lab._store)
-    partial.remove()
+    profile = Profile(name, model_of(store), made_from, data)
+    profile.save(store)
+    kept.remove()
     return profile

@@ -6,13 +6,13 @@ the package; to be run again when the demo, the codecs or a calibration change.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 
 import moelab
 from moelab import calibration
-from moelab.calibration.profile import FORMAT, SHIPPED
+from moelab.calibration.profile import SHIPPED, written
+from moelab.store.paths import write_atomically
 
 
 def main() -> None:
@@ -20,9 +20,8 @@ def main() -> None:
     SHIPPED.mkdir(exist_ok=True)
     with moelab.open("demo", budget="50%", measure_kl=False) as lab:
         for name in sys.argv[1:] or calibration.NAMES:
-            made = asdict(lab.calibrate(name, again=True))
-            text = json.dumps({"format": FORMAT} | made, separators=(",", ":"))
-            (SHIPPED / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+            text = written(asdict(lab.calibrate(name, again=True))) + "\n"
+            write_atomically(SHIPPED / f"{name}.json", text.encode())
 
 
 if __name__ == "__main__":

@@ -15,20 +15,22 @@ T tokens, K active, L layers, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from moelab.calibration.measure import digest_of, record, texts_of
+from moelab.calibration.probes import record
+from moelab.calibration.profile import Kept, once
 from moelab.engine.generation import Stream
 from moelab.runs.quality import kl_divergence
 from moelab.scheduling.trace import Trace
 
 if TYPE_CHECKING:
-    from moelab.calibration.profile import Partial
     from moelab.engine.engine import Engine
     from moelab.lab import Lab
 
@@ -36,42 +38,25 @@ LEFT_OUT = 0.25
 """Share of the activations that the paper's gate saves without loss of accuracy."""
 
 
-class FirstOnly:
-    """Inside, one layer's experts count for nothing but each token's first.
+@contextmanager
+def first_only(engine: Engine, layer: int) -> Iterator[list[float]]:
+    """Inside, one layer's experts count for nothing but each token's first; lists Σ w² left out."""
+    adapter, serve, squares = engine.adapter, engine.adapter._run_layer, []
 
-    Attributes
-    ----------
-    squares
-        Σ w² of the experts left out so far.
-    """
-
-    def __init__(self, engine: Engine, layer: int) -> None:
-        self._adapter, self._layer = engine.adapter, layer
-        self._serve = engine.adapter._run_layer
-        self.squares = 0.0
-
-    def __enter__(self) -> Self:
-        self._adapter._run_layer = self._run
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._adapter._run_layer = self._serve
-
-    def _run(
-        self,
-        layer: int,
-        x: torch.Tensor,  # [T, D]
-        idx: torch.Tensor,  # [T, K]
-        weights: torch.Tensor,  # [T, K]
-        scale_input: bool,
-    ) -> torch.Tensor:
-        if layer == self._layer:
-            share = weights.float().abs()
+    def run(at: int, x: Any, idx: Any, weights: torch.Tensor, scale_input: bool) -> torch.Tensor:
+        if at == layer:
+            share = weights.float().abs()  # [T, K]
             share = share / share.sum(-1, keepdim=True).clamp_min(1e-9)
             first = torch.zeros_like(share).scatter_(-1, share.argmax(-1, keepdim=True), 1)
-            self.squares += float((share * (1 - first)).square().sum())
+            squares.append(float((share * (1 - first)).square().sum()))
             weights = weights * first.to(weights.dtype)
-        return self._serve(layer, x, idx, weights, scale_input)
+        return serve(at, x, idx, weights, scale_input)
+
+    adapter._run_layer = run
+    try:
+        yield squares
+    finally:
+        adapter._run_layer = serve
 
 
 def costs_of_first_only(engine: Engine, ids: Sequence[int]) -> list[tuple[float, float]]:
@@ -84,8 +69,8 @@ def costs_of_first_only(engine: Engine, ids: Sequence[int]) -> list[tuple[float,
     with engine.full_precision():
         full = logits()
         for layer in range(engine.shape.layers):
-            with FirstOnly(engine, layer) as only:
-                out.append((float(kl_divergence(full, logits()).sum()), only.squares))
+            with first_only(engine, layer) as squares:
+                out.append((float(kl_divergence(full, logits()).sum()), sum(squares)))
     return out
 
 
@@ -124,55 +109,24 @@ def tau_for(trace: Trace, h: Sequence[float], left_out: float = LEFT_OUT) -> flo
     return float(np.quantile(others, min(1.0, left_out * len(asked) / len(others))))
 
 
-def made_from(
-    lab: Lab, *, texts: Sequence[str] | None = None, max_tokens: int = 128
-) -> dict[str, Any]:
-    """Everything the profile depends on.
-
-    Parameters
-    ----------
-    lab
-        Its model is measured, whatever its settings are.
-    texts
-        To measure and record on; default the model's own probes.
-    max_tokens
-        Tokens taken of each text.
-    """
-    return {
-        "texts": digest_of(texts_of(lab, texts)),
-        "max_tokens": max_tokens,
-        "left_out": LEFT_OUT,
-    }
+def made_from(lab: Lab, *, max_tokens: int = 128) -> dict[str, Any]:  # noqa: ARG001
+    """What the profile depends on besides the texts."""
+    return {"max_tokens": max_tokens, "left_out": LEFT_OUT}
 
 
 def make(
-    lab: Lab,
-    *,
-    progress: bool,
-    partial: Partial,
-    texts: Sequence[str] | None = None,
-    max_tokens: int = 128,
+    lab: Lab, texts: Sequence[str], made: dict[str, Any], kept: Kept, *, progress: bool
 ) -> dict[str, Any]:
-    """``h`` ``[L]``, ``hits`` ``[L][E + 1]`` and ``tau``; options as in `made_from`.
-
-    Raises
-    ------
-    ValueError
-        There is no text to measure on.
-    """
-    given, engine = texts_of(lab, texts), lab._engine
+    """``h`` ``[L]``, ``hits`` ``[L][E + 1]``, ``tau`` and the mean KL that gave h."""
+    engine, tokens = lab._engine, made["max_tokens"]
     costs = np.zeros((engine.shape.layers, 2))  # KL and Σ w², sums over all positions
     positions = 0
-    for i, text in enumerate(tqdm(given, disable=not progress, desc="adapmoe")):
-        ids = lab._encode(text)[:max_tokens]
+    for i, text in enumerate(tqdm(texts, disable=not progress, desc="adapmoe")):
+        ids = lab._encode(text)[:tokens]
         positions += len(ids)
-        found = partial.get(f"text {i}")
-        if found is None:
-            found = costs_of_first_only(engine, ids)
-            partial.put(f"text {i}", found)
-        costs += found
+        costs += once(kept, f"text {i}", partial(costs_of_first_only, engine, ids))
     h = [2 * kl / squares if squares else 0.0 for kl, squares in costs.tolist()]
-    trace = record(lab, given, tokens=max_tokens)
+    trace = record(lab, texts, tokens=tokens)
     return {
         "h": h,
         "hits": hit_ratios(trace),

@@ -19,12 +19,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from moelab.calibration.hobbit import gate_accuracy
-from moelab.calibration.measure import Evaluator, digest_of, record, texts_of
+from moelab.calibration.probes import Evaluator, record
+from moelab.calibration.profile import Kept, once
 from moelab.scheduling.strategy import Key
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.strategies.edgemoe import (
@@ -41,7 +43,6 @@ from moelab.strategies.edgemoe import (
 )
 
 if TYPE_CHECKING:
-    from moelab.calibration import Partial
     from moelab.lab import Lab
 
 LEVELS = (16, 8, 4, 2)
@@ -64,7 +65,7 @@ class Measured:
     best
         Bits of full precision.
     kept
-        Has ``get(name)`` and ``put(name, value)``: an interrupted calibration goes on from there.
+        An interrupted calibration goes on from there.
     done
         Called once for each name (a progress bar).
     on
@@ -75,7 +76,7 @@ class Measured:
         self,
         evaluator: Evaluator,
         best: int,
-        kept: Partial,
+        kept: Kept,
         done: Callable[[], object],
         on: str = "",
     ) -> None:
@@ -99,11 +100,8 @@ class Measured:
 
     def _nll(self, name: str, bits: Callable[[Key], int]) -> float:
         if name not in self._known:
-            value = self._kept.get(self._on + name)
-            if value is None:
-                value = self._evaluator.loss(bits)
-                self._kept.put(self._on + name, value)
-            self._known[name] = value
+            measure = partial(self._evaluator.loss, bits)
+            self._known[name] = once(self._kept, self._on + name, measure)
             self._done()
         return self._known[name]
 
@@ -217,80 +215,52 @@ def split(text: str) -> tuple[str, str]:
 # -- the calibration ------------------------------------------------------------------------------
 
 
-def made_from(
-    lab: Lab,
-    *,
-    texts: Sequence[str] | None = None,
-    tolerated: float = TOLERATED,
-    max_tokens: int = 96,
-) -> dict[str, Any]:
-    """Everything the profile depends on.
+def made_from(lab: Lab, *, tolerated: float = TOLERATED, max_tokens: int = 96) -> dict[str, Any]:
+    """What the profile depends on besides the texts.
 
     Parameters
     ----------
-    lab
-        Its model is measured, whatever its settings are.
-    texts
-        To measure and count on; default the model's own probes.
     tolerated
         P: the loss up to which K is searched closely.
     max_tokens
         Tokens of each text that a loss is measured on. The path table takes all of them.
-    """
-    used = texts_of(lab, texts)
-    return {
-        "texts": digest_of(used),
-        "counted": COUNTED,
-        "levels": _levels(lab),
-        "tolerated": tolerated,
-        "max_tokens": max_tokens,
-    }
-
-
-def make(
-    lab: Lab,
-    *,
-    progress: bool,
-    partial: Partial,
-    texts: Sequence[str] | None = None,
-    tolerated: float = TOLERATED,
-    max_tokens: int = 96,
-) -> dict[str, Any]:
-    """The profile's data, see the module's first lines; options as in `made_from`.
 
     Raises
     ------
     ValueError
-        The store has fewer than two of EdgeMoE's levels, or there is no text to measure on.
+        The store has fewer than two of EdgeMoE's levels.
     """
-    counted, held_out = zip(*map(split, texts_of(lab, texts)), strict=True)
-    shape, levels = lab._shape, _levels(lab)
-    count, best = sum(shape.experts), max(shape.nbytes)
-    curves = (len(levels) - 1) * (CURVE_POINTS - 1) + math.ceil(math.log2(count))
-    total = 2 * (1 + len(levels)) + count + curves + 2
-    with tqdm(total=total, disable=not progress, desc="edgemoe") as bar:
-        evaluator = Evaluator(lab, counted, max_tokens=max_tokens)
-        loss = Measured(evaluator, best, partial, bar.update)
-        data = sensitivity(loss, shape.experts, levels, tolerated)
-        evaluator = Evaluator(lab, held_out, max_tokens=max_tokens)
-        loss = Measured(evaluator, best, partial, bar.update, "held out: ")
-        bits = Sensitivity.of(data).bits(tolerated)
-        data["held_out"] = {
-            "levels": {str(level): loss.level(level) for level in levels},
-            "assigned": loss(f"assigned for {tolerated}", bits.__getitem__),
-        }
-        walked = partial.get("paths") or paths(lab, counted, held_out)
-        partial.put("paths", walked)
-        bar.total = bar.n + 1
-        bar.update()
-    return data | walked
-
-
-def _levels(lab: Lab) -> list[int]:
     levels = [bits for bits in LEVELS if bits in lab._shape.nbytes]
     if len(levels) < 2:
         raise ValueError(
             f"EdgeMoE mixes two of {LEVELS} bits and this store has {sorted(lab._shape.nbytes)}; "
             "pack it again with tiers=(16, 4, 2)"
         )
-    return levels
+    own = {"tolerated": tolerated, "max_tokens": max_tokens}
+    return {"counted": COUNTED, "levels": levels, **own}
+
+
+def make(
+    lab: Lab, texts: Sequence[str], made: dict[str, Any], kept: Kept, *, progress: bool
+) -> dict[str, Any]:
+    """The profile's data, see the module's first lines."""
+    counted, held_out = zip(*map(split, texts), strict=True)
+    shape, levels, tolerated = lab._shape, made["levels"], made["tolerated"]
+    count, best = sum(shape.experts), max(shape.nbytes)
+    curves = (len(levels) - 1) * (CURVE_POINTS - 1) + math.ceil(math.log2(count))
+    total = 2 * (1 + len(levels)) + count + curves + 2
+    with tqdm(total=total, disable=not progress, desc="edgemoe") as bar:
+        evaluator = Evaluator(lab, counted, max_tokens=made["max_tokens"])
+        loss = Measured(evaluator, best, kept, bar.update)
+        data = sensitivity(loss, shape.experts, levels, tolerated)
+        evaluator = Evaluator(lab, held_out, max_tokens=made["max_tokens"])
+        loss = Measured(evaluator, best, kept, bar.update, "held out: ")
+        bits = Sensitivity.of(data).bits(tolerated)
+        data["held_out"] = {
+            "levels": {str(level): loss.level(level) for level in levels},
+            "assigned": loss(f"assigned for {tolerated}", bits.__getitem__),
+        }
+        walked = once(kept, "paths", lambda: paths(lab, counted, held_out))
+        bar.total = bar.n + 1
+        bar.update()
+    return data | walked

@@ -16,16 +16,17 @@ the best point; under prefetching as it will run, for that protects what is near
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from moelab.calibration.measure import digest_of, record, texts_of
+from moelab.calibration.probes import record
+from moelab.calibration.profile import Kept, once
+from moelab.scheduling.events import LOAD, SKIP
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, Strategy
 from moelab.scheduling.stream import ranked
@@ -35,7 +36,6 @@ from moelab.strategies.basics import LFU, LRU
 from moelab.strategies.hobbit import EQUAL, FourTerms, hobbit, miss_penalty, miss_shares
 
 if TYPE_CHECKING:
-    from moelab.calibration.profile import Partial
     from moelab.lab import Lab
 
 SHARES = {"high": 0.67, "low": 0.30, "skip": 0.03}
@@ -44,9 +44,6 @@ ROUNDS = 6
 AHEAD = 3
 EVALUATIONS = 80
 """About how many replays the search takes, for the progress bar."""
-PARTS = 16
-"""Weights are searched in sixteenths."""
-
 Weights = tuple[float, float, float, float]
 
 
@@ -85,8 +82,7 @@ def decide(trace: Trace, strategy: Strategy, knobs: Knobs) -> Outcome:
         plan = scheduler.step(given)
         if not given.prefill:
             score = {r.expert: r.score for r in given.requests()}
-            missed += [score[s.expert] for s in plan.serves if s.load]
-            missed += [score[expert] for expert, _ in plan.skips]
+            missed += [score[row[2]] for row in plan.rows if row[0] in (LOAD, SKIP)]
             decisions += plan.decisions(nbytes)
             tokens += given.layer == 0
         if given.layer == trace.shape.layers - 1:
@@ -109,20 +105,16 @@ def quantiles(found: Sequence[float]) -> tuple[float, float]:
     return float(t1), float(t2)
 
 
-def thresholds(
-    trace: Trace,
-    strategy: Strategy,
-    knobs: Knobs,
-    tick: Callable[[], object] = lambda: None,
-) -> tuple[float, float]:
-    """T1 and T2 under which the misses of a trace fall as nearly as can be into `SHARES`."""
+def thresholds(trace: Trace, outcome: Callable[[float, float], Outcome]) -> tuple[float, float]:
+    """T1 and T2 under which the misses of a trace fall as nearly as can be into `SHARES`.
+
+    ``outcome`` decides the trace under T1 and T2.
+    """
     now = quantiles(scores(trace))
     tried: list[tuple[float, tuple[float, float]]] = []
     for _ in range(ROUNDS):
-        out = decide(trace, strategy, dataclasses.replace(knobs, t1=now[0], t2=now[1]))
-        shares = out.shares
-        tried.append((sum(abs(shares[name] - SHARES[name]) for name in SHARES), now))
-        tick()
+        out = outcome(*now)
+        tried.append((sum(abs(out.shares[name] - SHARES[name]) for name in SHARES), now))
         if not out.missed:  # everything fits: there is nothing to decide
             break
         now = quantiles(out.missed)
@@ -133,7 +125,7 @@ def thresholds(
 
 
 def least_penalty(
-    penalty: Callable[[Weights], float], tick: Callable[[], object] = lambda: None
+    penalty: Callable[[Weights], float],
 ) -> tuple[Weights, dict[Weights, float]]:
     """The weights of least penalty, and the penalty of every point that was looked at.
 
@@ -141,38 +133,28 @@ def least_penalty(
     of a sixteenth from one weight to another while that helps. Among equals the point nearest to
     equal weights is taken.
     """
-    seen: dict[tuple[int, ...], float] = {}
+    seen: dict[Weights, float] = {}
 
-    def cost(point: tuple[int, ...]) -> tuple[float, int]:
-        if point not in seen:
-            seen[point] = penalty(_weights(point))
-            tick()
-        return seen[point], sum((part - PARTS // 4) ** 2 for part in point)
+    def cost(weights: Weights) -> tuple[float, float]:
+        if weights not in seen:
+            seen[weights] = penalty(weights)
+        return seen[weights], sum((part - 1 / 4) ** 2 for part in weights)
 
-    quarter = range(0, PARTS + 1, PARTS // 4)
-    grid = [p for p in itertools.product(quarter, repeat=4) if sum(p) == PARTS]
-    best = min(grid, key=cost)
-    for step in (PARTS // 8, PARTS // 16):
-        while (better := min(_around(best, step), key=cost)) and cost(better) < cost(best):
+    quarters = (0.0, 1 / 4, 1 / 2, 3 / 4, 1.0)
+    grid = itertools.product(quarters, quarters, quarters, quarters)
+    best = min((weights for weights in grid if sum(weights) == 1), key=cost)
+    for step in (1 / 8, 1 / 16):  # exact in binary, and so are their sums
+        while cost(better := min(_around(best, step), key=cost)) < cost(best):
             best = better
-    return _weights(best), {_weights(p): value for p, value in seen.items()}
+    return best, seen
 
 
-def _around(point: tuple[int, ...], step: int) -> list[tuple[int, ...]]:
+def _around(weights: Weights, step: float) -> Iterator[Weights]:
     """The points a step from one weight to another away."""
-    out = []
     for giver, taker in itertools.permutations(range(4), 2):
-        moved = list(point)
-        moved[giver] -= step
-        moved[taker] += step
-        if moved[giver] >= 0:
-            out.append(tuple(moved))
-    return out
-
-
-def _weights(point: tuple[int, ...]) -> Weights:
-    a, b, c, d = (part / PARTS for part in point)
-    return a, b, c, d
+        if weights[giver] >= step:
+            a, b, c, d = (w + step * ((n == taker) - (n == giver)) for n, w in enumerate(weights))
+            yield a, b, c, d
 
 
 # -- the gates -----------------------------------------------------------------------------------
@@ -215,7 +197,6 @@ def gate_accuracy(trace: Trace) -> dict[str, dict[str, Any]]:
 def made_from(
     lab: Lab,
     *,
-    texts: Sequence[str] | None = None,
     max_tokens: int = 64,
     budget: int | str = "25%",
     high: int | None = None,
@@ -223,16 +204,12 @@ def made_from(
     high_share: float = 0.75,
     depth: int = 2,
 ) -> dict[str, Any]:
-    """Everything the profile depends on.
+    """What the profile depends on besides the texts.
 
     Parameters
     ----------
-    lab
-        Its model is recorded, whatever its settings are.
-    texts
-        Default the model's own probes. The first half of each calibrates, the second checks.
     max_tokens
-        Tokens taken of each half.
+        Tokens taken of each half of a text: the first calibrates, the second checks.
     budget
         What thresholds and weights are made for; as `moelab.open` takes it.
     high, low
@@ -254,7 +231,6 @@ def made_from(
     if depth not in range(AHEAD + 1):
         raise ValueError(f"depth={depth!r}: layers to look ahead, 0 to {AHEAD}")
     return {
-        "texts": digest_of(texts_of(lab, texts)),
         "max_tokens": max_tokens,
         "budget_bytes": parse_budget(budget, lab._shape),
         "high": best,
@@ -266,16 +242,9 @@ def made_from(
 
 
 def make(
-    lab: Lab,
-    *,
-    progress: bool,
-    partial: Partial,
-    texts: Sequence[str] | None = None,
-    **options: Any,
+    lab: Lab, texts: Sequence[str], made: dict[str, Any], kept: Kept, *, progress: bool
 ) -> dict[str, Any]:
     """T1, T2, the weights, and what they are worth on texts they were not made from.
-
-    Options as in `made_from`.
 
     Returns
     -------
@@ -284,29 +253,36 @@ def make(
         misses; ``calibration`` and ``held_out``, see `_judged`; ``gates``, see `gate_accuracy`;
         ``search`` every point looked at, (w_lru, w_lfu, w_lhu, w_fld, miss penalty per token).
     """
-    made = made_from(lab, texts=texts, **options)
-    halves = zip(*map(_halves, texts_of(lab, texts)), strict=True)
+    halves = zip(*map(_halves, texts), strict=True)
+    trace, held_out = (
+        record(lab, half, tokens=made["max_tokens"], look_ahead=AHEAD) for half in halves
+    )
+    alike = {"budget_bytes": made["budget_bytes"], "bits": made["high"], "low_bits": made["low"]}
+    depth, share = made["depth"], made["high_share"]
+
+    def decided(on: Trace, strategy: Strategy, t1: float, t2: float, depth: int = 0) -> Outcome:
+        # under settings as of a run, but without the experts that the lab keeps for good
+        own = {"strategy": strategy, "t1": t1, "t2": t2, "depth": depth, "pin": {}}
+        now = lab.settings.change(lab._shape, **alike, **own)
+        return decide(on, now.strategy, now.knobs())
+
     with tqdm(total=EVALUATIONS, disable=not progress, desc="hobbit") as bar:
-        trace, held_out = (
-            record(lab, half, tokens=made["max_tokens"], look_ahead=AHEAD) for half in halves
-        )
-        share = made["high_share"]
-        knobs = Knobs(made["budget_bytes"], made["high"], made["low"])
-        t1, t2 = thresholds(trace, hobbit(high_share=share), knobs, bar.update)
-        knobs = dataclasses.replace(knobs, t1=t1, t2=t2, prefetch=made["depth"])
+        plain = hobbit(high_share=share)
+        t1, t2 = thresholds(trace, lambda *at: decided(trace, plain, *at))
 
         def penalty(weights: Weights) -> float:
-            key = f"penalty {weights}"
-            found = partial.get(key)
-            if found is None:
-                strategy = hobbit(weights=weights, high_share=share)
-                found = decide(trace, strategy, knobs).penalty
-                partial.put(key, found)
-            return found
+            bar.update()
+            ours = hobbit(weights=weights, high_share=share)
+            measure = lambda: decided(trace, ours, t1, t2, depth).penalty  # noqa: E731
+            return once(kept, f"penalty {weights}", measure)
 
-        weights, seen = least_penalty(penalty, bar.update)
+        weights, seen = least_penalty(penalty)
         bar.total = bar.n
     contenders = _contenders(weights, share)
+    judged = [
+        [{n: decided(on, s, t1, t2, ahead) for n, s in contenders.items()} for ahead in (0, depth)]
+        for on in (trace, held_out)
+    ]
     t1_all, t2_all = quantiles(scores(trace))
     return {
         "t1": t1,
@@ -314,8 +290,8 @@ def make(
         "weights": list(weights),
         "t1_all": t1_all,
         "t2_all": t2_all,
-        "calibration": _judged(trace, contenders, knobs),
-        "held_out": _judged(held_out, contenders, knobs),
+        "calibration": _judged(*judged[0]),
+        "held_out": _judged(*judged[1]),
         "gates": gate_accuracy(held_out),
         "search": [[*point, value] for point, value in sorted(seen.items())],
     }
@@ -335,19 +311,17 @@ def _contenders(weights: Weights, share: float) -> dict[str, Strategy]:
     return {"hobbit": strategy} | {n: strategy.replace(evict=e) for n, e in evicts.items()}
 
 
-def _judged(trace: Trace, contenders: dict[str, Strategy], knobs: Knobs) -> dict[str, Any]:
-    """What each would have done over this trace.
+def _judged(alone: dict[str, Outcome], ahead: dict[str, Outcome]) -> dict[str, Any]:
+    """What each contender did over a trace, with prefetching off and on.
 
     ``tokens``; with prefetching off ``shares`` of the misses, ``missed`` (101 quantiles of their s)
     and ``penalty`` per token of hobbit, equal (weights), lru, lfu; ``penalty_ahead`` with it on.
     """
-    off = dataclasses.replace(knobs, prefetch=0)
-    alone = {name: decide(trace, s, off) for name, s in contenders.items()}
     ours = alone["hobbit"]
     return {
         "tokens": ours.tokens,
         "shares": ours.shares,
         "missed": np.quantile(ours.missed or [0.0], np.linspace(0, 1, 101)).round(4).tolist(),
         "penalty": {name: out.penalty for name, out in alone.items()},
-        "penalty_ahead": {n: decide(trace, s, knobs).penalty for n, s in contenders.items()},
+        "penalty_ahead": {name: out.penalty for name, out in ahead.items()},
     }

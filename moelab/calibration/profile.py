@@ -7,21 +7,23 @@ that is the same, and made again otherwise. The bundled demo brings its own.
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from moelab.scheduling.strategy import Strategy
-from moelab.store.paths import cache_dir
+from moelab.store.paths import cache_dir, write_atomically
 from moelab.store.store import Store
 from moelab.strategies import CALIBRATED, NEEDS_CALIBRATION, make, maker
 
 FORMAT = 1
 SHIPPED = Path(__file__).parents[1] / "demo" / "profiles"
 SAVE_EVERY_S = 1.0
+Kept = MutableMapping[str, Any]
+"""Measurements by name: a `Partial`, or a plain dictionary."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,7 +58,7 @@ class Profile:
         OSError
             Neither folder can be written.
         """
-        return _write(store, f"{self.name}.json", {"format": FORMAT} | asdict(self))
+        return _write(store, f"{self.name}.json", asdict(self))
 
 
 def model_of(store: Store) -> dict[str, Any]:
@@ -72,15 +74,16 @@ def find_profile(
     ``made_from``: accept only one that was made from exactly this.
     """
     for folder in (*_folders(store), SHIPPED):
-        doc = _read(folder / f"{name}.json")
-        same = doc is not None and doc.get("model") == model_of(store)
-        if doc is not None and same and made_from in (None, doc["made_from"]):
-            return Profile(doc["name"], doc["model"], doc["made_from"], doc["data"])
+        doc = _read(folder / f"{name}.json", {f.name for f in fields(Profile)})
+        if doc and doc["model"] == model_of(store) and made_from in (None, doc["made_from"]):
+            return Profile(**doc)
     return None
 
 
-class Partial:
+class Partial(UserDict):
     """What an unfinished calibration has measured so far; survives an interruption.
+
+    A mapping from a measurement's name to plain JSON, on disk within a second or so and at `save`.
 
     Parameters
     ----------
@@ -90,34 +93,33 @@ class Partial:
 
     def __init__(self, store: Store, name: str, made_from: dict[str, Any]) -> None:
         self._store, self._name = store, f"{name}.partial.json"
-        self._head = {"format": FORMAT, "model": model_of(store), "made_from": made_from}
-        self._values: dict[str, Any] = {}
+        self._head = {"model": model_of(store), "made_from": made_from}
         self._saved = time.monotonic()
-        for folder in _folders(store):
-            doc = _read(folder / self._name)
-            if doc is not None and all(doc.get(k) == v for k, v in self._head.items()):
-                self._values = doc["values"]
-                break
+        docs = (_read(folder / self._name, {*self._head, "values"}) for folder in _folders(store))
+        same = (d for d in docs if d and all(d[k] == v for k, v in self._head.items()))
+        super().__init__(next(same, {"values": {}})["values"])
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """What was measured under ``key``, as JSON gives it back."""
-        return self._values.get(key, default)
-
-    def put(self, key: str, value: Any) -> None:
-        """Remember a measurement; on disk within a second or so, and at `save`."""
-        self._values[key] = value
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
         if time.monotonic() - self._saved > SAVE_EVERY_S:
             self.save()
 
     def save(self) -> None:
         """Write what there is."""
-        _write(self._store, self._name, self._head | {"values": self._values})
+        _write(self._store, self._name, self._head | {"values": self.data})
         self._saved = time.monotonic()
 
     def remove(self) -> None:
         """The calibration is finished."""
         for folder in _folders(self._store):
             (folder / self._name).unlink(missing_ok=True)
+
+
+def once(kept: Kept, name: str, measure: Callable[[], Any]) -> Any:
+    """What was measured under a name, or is measured and kept now."""
+    if name not in kept:
+        kept[name] = measure()
+    return kept[name]
 
 
 class Strategies:
@@ -182,23 +184,26 @@ def _folders(store: Store) -> Iterator[Path]:
     yield cache_dir() / "profiles" / store.manifest.id
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """A document of this format; None where there is none, or one that cannot be used."""
+def _read(file: Path, names: Iterable[str]) -> dict[str, Any] | None:
+    """A document's fields of these names; None where there is none, or one that cannot be used."""
     try:
         doc = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return {name: doc[name] for name in names} if doc["format"] == FORMAT else None
+    except (OSError, ValueError, LookupError, TypeError):  # another document, or a broken one
         return None
-    return doc if isinstance(doc, dict) and doc.get("format") == FORMAT else None
+
+
+def written(doc: dict[str, Any]) -> str:
+    """The text of a document."""
+    return json.dumps({"format": FORMAT} | doc, separators=(",", ":"))
 
 
 def _write(store: Store, name: str, doc: dict[str, Any]) -> Path:
-    text, failed = json.dumps(doc, separators=(",", ":")), None
+    failed = None
     for folder in _folders(store):
-        scratch = folder / f"{name}.{os.getpid()}.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(text, encoding="utf-8")
-            scratch.replace(folder / name)
+            write_atomically(folder / name, written(doc).encode())
         except OSError as error:
             failed = error
             continue

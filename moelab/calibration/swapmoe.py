@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from moelab.calibration.measure import digest_of, expert_norms, record, texts_of
+from moelab.calibration.probes import expert_norms, record
+from moelab.calibration.profile import Kept, once
 from moelab.engine.generation import Decoder, Stream
 from moelab.runs.quality import kl_divergence
 from moelab.strategies.swapmoe import swapmoe
 from moelab.strategies.swapmoe_planner import Estimates, Plan, plan_within, uniform
 
 if TYPE_CHECKING:
-    from moelab.calibration.profile import Partial
     from moelab.engine.engine import Engine
     from moelab.lab import Lab
 
@@ -71,8 +71,8 @@ def renewed(scores: np.ndarray, start: np.ndarray, f: int, n: int) -> Iterator[l
     for begin in range(0, len(scores), f):
         chosen = order[:n]
         yield chosen
-        heard = scores[begin : begin + f].sum(0)
-        order = sorted(order, key=lambda e: (-heard[e], e not in chosen))
+        seen = scores[begin : begin + f].sum(0)
+        order = sorted(order, key=lambda e: (-seen[e], e not in chosen))
 
 
 # -- 2: quality -------------------------------------------------------------------------------
@@ -103,6 +103,8 @@ class ShortLayer:
         """(KL in nats a token, swaps a token) with ``layer`` short."""
         count, tokens = self._engine.shape.experts[layer], sum(map(len, self._texts))
         kl = swaps = 0.0
+        if n >= count:  # whole
+            return kl, swaps
         for ids, scores, full in zip(self._texts, self._scores, self._full, strict=True):
             start = self._sum[layer, :count] - scores[layer, :, :count].sum(0)  # other texts'
             chosen = list(renewed(scores[layer, :, :count], start, f, n))
@@ -150,9 +152,9 @@ def room_to_swap(lab: Lab) -> int:
     """
     shape = lab._shape
     least = (shape.top_k + 1) * shape.layers * shape.nbytes[max(shape.nbytes)]
-    if lab._settings.budget_bytes < least:
+    if lab.settings.budget_bytes < least:
         raise ValueError(
-            f"budget {lab._settings.budget_bytes} bytes leaves no room to swap at "
+            f"budget {lab.settings.budget_bytes} bytes leaves no room to swap at "
             f"{max(shape.nbytes)} bit, so that its time could be measured; raise it to {least} "
             "bytes for this calibration"
         )
@@ -166,12 +168,12 @@ def latency(lab: Lab, data: dict[str, Any], ids: Sequence[int], device: str) -> 
     """
     engine, shape = lab._engine, lab._shape
     best, least = max(shape.nbytes), room_to_swap(lab)
-    many = lab._settings.change(
+    many = lab.settings.change(
         shape,
         strategy=swapmoe(data, f=1, swaps=2),
         device=device,
         bits=best,
-        budget=min(lab._settings.budget_bytes, max(least, shape.all_bytes(best) // 2)),
+        budget=min(lab.settings.budget_bytes, max(least, shape.all_bytes(best) // 2)),
         measure_kl=False,
     )
     none = many.change(shape, f=256)
@@ -223,9 +225,8 @@ def plans(lab: Lab, estimates: Estimates, percent: Sequence[int], nats: float, s
 
 
 def made_from(
-    lab: Lab,
+    lab: Lab,  # noqa: ARG001
     *,
-    texts: Sequence[str] | None = None,
     max_tokens: int = 64,
     every: Sequence[int] = EVERY,
     percent: Sequence[int] = PERCENT,
@@ -233,14 +234,10 @@ def made_from(
     device: str = "disk",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Everything the profile depends on.
+    """What the profile depends on besides the texts.
 
     Parameters
     ----------
-    lab
-        Its model is measured, whatever its settings are.
-    texts
-        To measure on; default the model's own probes.
     max_tokens
         Tokens taken of each text.
     every
@@ -255,7 +252,6 @@ def made_from(
         Of the genetic search.
     """
     return {
-        "texts": digest_of(texts_of(lab, texts)),
         "max_tokens": max_tokens,
         "every": sorted(every),
         "percent": sorted(percent),
@@ -266,67 +262,47 @@ def made_from(
 
 
 def make(
-    lab: Lab,
-    *,
-    progress: bool,
-    partial: Partial,
-    texts: Sequence[str] | None = None,
-    **options: Any,
+    lab: Lab, texts: Sequence[str], made: dict[str, Any], kept: Kept, *, progress: bool
 ) -> dict[str, Any]:
-    """The profile's data, see the module's first lines; options as in `made_from`.
+    """The profile's data, see the module's first lines.
 
     Raises
     ------
     ValueError
-        There is no text to measure on.
+        No text is long enough, or the lab's budget too small, to time swaps.
     """
-    asked, shape = made_from(lab, texts=texts, **options), lab._shape
-    given = texts_of(lab, texts)
+    experts, every = lab._shape.experts, made["every"]
     norms = expert_norms(lab)
     room_to_swap(lab)
-    ids = [lab._encode(text)[: asked["max_tokens"]] for text in given]
+    ids = [lab._encode(text)[: made["max_tokens"]] for text in texts]
     if max(map(len, ids)) < 3:
         raise ValueError("nothing to time: at least one text needs 3 tokens or more")
-    scores = [importances(lab, text, asked["max_tokens"], norms) for text in given]
+    scores = [importances(lab, text, made["max_tokens"], norms) for text in texts]
+    used = np.sum([(s > 0).sum(1) for s in scores], 0)  # [L, E], as the sum of importances
+    total = np.sum([s.sum(1) for s in scores], 0)
+    numbers = numbers_kept(lab._shape.top_k, max(experts))
+    short = ShortLayer(lab._engine, ids, scores)
+
+    def measured(f: int, layer: int, n: int) -> tuple[float, float]:
+        return once(kept, f"layer {layer}, {n} experts, every {f}", lambda: short(layer, n, f))
+
+    wanted = list(itertools.product(every, range(len(experts)), numbers))
+    found = [measured(*one) for one in tqdm(wanted, disable=not progress, desc="swapmoe")]
+    tables = np.array(found).reshape(len(every), len(experts), len(numbers), 2)
     data = {
         "norms": _short(norms),
-        "counts": [
-            np.sum([(s[la] > 0).sum(0) for s in scores], 0)[:n].tolist()
-            for la, n in enumerate(shape.experts)
-        ],
-        "importance": _short(
-            [
-                np.sum([s[la].sum(0) for s in scores], 0)[:n].tolist()
-                for la, n in enumerate(shape.experts)
-            ]
-        ),
-        "every": asked["every"],
-        "kept": list(numbers_kept(shape.top_k, max(shape.experts))),
+        "counts": [row[:n].tolist() for row, n in zip(used, experts, strict=True)],
+        "importance": _short([row[:n].tolist() for row, n in zip(total, experts, strict=True)]),
+        "every": every,
+        "kept": list(numbers),
+        "loss": _short(tables[..., 0].tolist()),
+        "swaps": _short(tables[..., 1].tolist()),
     }
-    measured = _measured(
-        ShortLayer(lab._engine, ids, scores), data, shape.experts, partial, progress
-    )
-    data |= {"loss": _short(measured[0]), "swaps": _short(measured[1])}
-    data["base_ms"], data["swap_ms"] = latency(lab, data, max(ids, key=len), asked["device"])
+    data["base_ms"], data["swap_ms"] = latency(lab, data, max(ids, key=len), made["device"])
     data["plans"] = plans(
-        lab, Estimates.of(data), asked["percent"], asked["nats_per_slowdown"], asked["seed"]
+        lab, Estimates.of(data), made["percent"], made["nats_per_slowdown"], made["seed"]
     )
     return data
-
-
-def _measured(
-    short: ShortLayer, data: dict, experts: Sequence[int], partial: Partial, progress: bool
-) -> tuple[list, list]:
-    """Loss and swaps, each ``[F][L][N]``."""
-    wanted = list(itertools.product(data["every"], range(len(experts)), data["kept"]))
-    found = []
-    for f, layer, n in tqdm(wanted, disable=not progress, desc="swapmoe"):
-        name = f"layer {layer}, {n} experts, every {f}"
-        got = partial.get(name) or ((0.0, 0.0) if n >= experts[layer] else short(layer, n, f))
-        partial.put(name, got)
-        found.append(got)
-    tables = np.array(found).reshape(len(data["every"]), len(experts), len(data["kept"]), 2)
-    return tables[..., 0].tolist(), tables[..., 1].tolist()
 
 
 def _short(table: Any) -> Any:

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from moelab.course import devices, edgemoe, hobbit, policy, start, swapmoe
+from moelab.course import papers, practice
 from moelab.course.verdict import CHECKS, Verdict, unanswered
 
-__all__ = ["CHECKS", "Verdict", "check", "devices", "edgemoe", "hobbit", "policy", "start"]
-__all__ += ["swapmoe"]
+__all__ = ["CHECKS", "Verdict", "check", "papers", "practice"]
 
 
 def check(exercise: str, answer: Any = None, **given: Any) -> Verdict:

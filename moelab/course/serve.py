@@ -7,7 +7,6 @@ A kernel ends with its page, and two minutes after a page that went away without
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -57,12 +56,7 @@ Press **Run**. While the text is written, drag the **budget** to the left: fewer
 memory, and tokens begin to wait. Then choose a slower **device**, fewer **bits**, another
 **strategy**. Every change holds from the next token on.
 """
-LAB = """\
-import moelab
-
-lab = moelab.open("demo", progress=False)
-lab.dashboard()
-"""
+LAB = 'import moelab\n\nlab = moelab.open("demo", progress=False)\nlab.dashboard()\n'
 
 
 def places(max_visitors: int | None, free_bytes: int) -> int:
@@ -101,15 +95,13 @@ def announcement(visitors: int, free_bytes: int) -> str:
 
 def write_notebook(folder: Path) -> Path:
     """The small notebook that a visitor sees."""
+    import nbformat
+    from nbformat import v4 as nb
+
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    code = {"cell_type": "code", "execution_count": None, "outputs": []}
-    cells = [
-        {"cell_type": "markdown", "id": "welcome", "metadata": {}, "source": WELCOME},
-        {**code, "id": "lab", "metadata": {}, "source": LAB},
-    ]
+    cells = [nb.new_markdown_cell(WELCOME), nb.new_code_cell(LAB)]
     made = folder / "moelab.ipynb"
-    whole = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
-    made.write_text(json.dumps(whole), "utf-8")
+    nbformat.write(nb.new_notebook(cells=cells, metadata={"kernelspec": kernel}), made)
     return made
 
 

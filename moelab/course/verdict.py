@@ -1,4 +1,4 @@
-"""What an exercise's check says, and how one is registered.
+"""What an exercise's check says, how one is registered, and what its answer is held against.
 
 A check is a function from an answer to (right, what was measured, with a hint). It stores no
 answers: what an answer is held against is measured by the engine when it is asked.
@@ -6,7 +6,8 @@ answers: what an answer is held against is measured by the engine when it is ask
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from numbers import Real
@@ -64,86 +65,107 @@ class Verdict:
 
 def exercise(number: str) -> Callable[[Callable[..., Said]], Callable[..., Said]]:
     """Register a check under an exercise's number."""
+    assert number not in CHECKS, number
+    return lambda judge: CHECKS.setdefault(number, judge)
 
-    def register(judge: Callable[..., Said]) -> Callable[..., Said]:
-        assert number not in CHECKS, number
-        CHECKS[number] = judge
-        return judge
 
-    return register
+def judged(said: str, *unmet: tuple[bool, str], right: str = "") -> Said:
+    """What was measured with the hint of the first demand that is not met; right where none is."""
+    hint = next((hint for wrong, hint in unmet if wrong), None)
+    return hint is None, f"{said}. {right if hint is None else hint}".rstrip()
 
 
 def unanswered(answer: Any) -> bool:
     """Whether an answer, or a part of it, is still None or ``...``."""
-    if answer is None or answer is ...:
-        return True
-    if isinstance(answer, Mapping):
-        return any(map(unanswered, answer.values())) or not answer
-    return isinstance(answer, (list, tuple)) and (any(map(unanswered, answer)) or not answer)
+    parts = [*answer.values()] if isinstance(answer, Mapping) else answer
+    if isinstance(parts, (list, tuple)):
+        return not parts or any(map(unanswered, parts))
+    return answer is None or answer is ...
 
 
 # -- answers of the right kind --------------------------------------------------------------------
 
 
+def given(
+    answer: Any, kind: type | tuple[type, ...], what: str, *, length: int | None = None
+) -> Any:
+    """The answer, if it is of the kind (and length) that is asked for.
+
+    Raises
+    ------
+    RefusedError
+        It is not; the message says ``what`` to give.
+    """
+    wrong = isinstance(answer, bool) or not isinstance(answer, kind)
+    if wrong or (length and len(answer) != length):  # pyright: ignore[reportArgumentType]
+        raise RefusedError(f"give {what}; this is {answer!r}")
+    return answer
+
+
 def a_number(answer: Any, what: str) -> float:
     """The answer as a number."""
-    if isinstance(answer, bool) or not isinstance(answer, Real):
-        raise RefusedError(f"give a number: {what}; this is {answer!r}")
-    return float(answer)
+    return float(given(answer, Real, f"a number: {what}"))
 
 
 def settings(answer: Any, example: str) -> dict[str, Any]:
     """The answer as settings for ``lab.update``."""
-    if not isinstance(answer, Mapping):
-        raise RefusedError(f"give settings as a dict, {example}; this is {answer!r}")
-    return dict(answer)
+    return dict(given(answer, Mapping, f"settings as a dict, {example}"))
 
 
-def numbers(answer: Any, what: str) -> list[int]:
-    """The answer as whole numbers."""
-    if not isinstance(answer, Sequence) or not all(type(n) is int for n in answer):
-        raise RefusedError(f"give a list of whole numbers, {what}; this is {answer!r}")
-    return list(answer)
+def is_run(answer: Any, *, least: int) -> moelab.Run:
+    """The answer as a run of at least so many tokens."""
+    run = given(answer, moelab.Run, "the run itself, for example lab.run")
+    if len(run.token_reports) < least:
+        raise RefusedError(f"this run has {len(run.token_reports)} tokens; let it write {least}")
+    return run
 
 
 # -- what answers are held against ----------------------------------------------------------------
 
 
-def opened(**changes: Any) -> moelab.Lab:
+@contextmanager
+def opened(**changes: Any) -> Iterator[moelab.Lab]:
     """The bundled model, freshly opened with nothing in memory, and settings changed."""
-    lab = moelab.open("demo", measure_kl=False, progress=False)
-    try:
+    with moelab.open("demo", measure_kl=False, progress=False) as lab:
         lab.update(**changes)
-    except BaseException:
-        lab.close()
-        raise
-    return lab
+        yield lab
+
+
+def written(lab: moelab.Lab, prompt: str, tokens: int) -> moelab.Run:
+    """A run of so many tokens, the same text whenever the model computes the same."""
+    return lab.generate(prompt, max_new_tokens=tokens, ignore_eos=True, seed=1)
 
 
 def unseen(lab: moelab.Lab, texts: int = 6) -> list[str]:
     """Texts that no calibration saw, of so many domains."""
-    from moelab.bench.papers.measured import unseen
+    from moelab.bench.papers.results import unseen
 
     return unseen(lab)[:texts]
 
 
 def recorded(lab: moelab.Lab, *, tokens: int = 32, look_ahead: int = 0) -> moelab.Trace:
     """The model's routing of `unseen` texts."""
-    from moelab.calibration.measure import record
+    from moelab.calibration.probes import record
 
     return record(lab, unseen(lab), tokens=tokens, look_ahead=look_ahead)
+
+
+def hit_ratio(trace: moelab.Trace, strategy: moelab.Strategy, budget: int, bits: int) -> float:
+    """Hits of a recorded trace with so many bytes for experts."""
+    from moelab.scheduling.strategy import Knobs
+
+    return moelab.replay(trace, strategy, Knobs(budget, bits=bits)).hit_ratio
+
+
+def belady(trace: moelab.Trace, experts: int) -> float:
+    """The hit ratio that no eviction can better, with room for so many experts."""
+    from moelab.replays.bounds import belady_hits
+
+    hits, asked = belady_hits(trace, experts)
+    return hits / asked
 
 
 def kl_of(lab: moelab.Lab, *, texts: int = 3, tokens: int = 10) -> float:
     """Mean KL under the lab's settings, in nats, on a little of `unseen` texts."""
     found = [lab.score(t, max_tokens=tokens, progress=False) for t in unseen(lab, texts)]
     return sum(score.kl_mean for score in found) / len(found)
-
-
-def is_run(answer: Any, *, least: int) -> moelab.Run:
-    """The answer as a run of at least so many tokens."""
-    if not isinstance(answer, moelab.Run):
-        raise RefusedError(f"give the run itself, for example lab.run; this is {answer!r}")
-    if len(answer.token_reports) < least:
-        raise RefusedError(f"this run has {len(answer.token_reports)} tokens; let it write {least}")
-    return answer

@@ -2,7 +2,7 @@
 
 A `Batch` collects the output of one layer while its experts arrive, and adds them up in the order
 of their numbers: a floating-point sum depends on the order, and where two experts are nearly equal
-to a router its last bit chooses. So the same experts at the same bits write the same text, whoever
+to a router its last bit chooses. So the same experts at the same bits write the same text, whatever
 was in the cache. `full_precision` is the measuring instrument: the same layer with every expert at
 the store's best tier, read through the page cache and outside the budget, for comparing logits.
 
@@ -40,15 +40,15 @@ class ExpertCompute:
     def __init__(self, store: Store, adapter: Adapter) -> None:
         self.store, self.adapter = store, adapter
         self.layout = store.layout
-        facts = store.manifest
-        self.inner = facts.inner
-        self.fast = not facts.has_post_norm and kernels.supports(
+        expert = store.manifest
+        self.inner = expert.inner
+        self.fast = kernels.supports(
             store.layout,
-            activation=facts.activation,
-            is_concatenated=facts.gating == "concatenated",
-            is_transposed=facts.transposed,
-            has_bias=facts.has_bias,
-            has_gate=facts.gating != "none",
+            activation=expert.activation,
+            gating=expert.gating,
+            transposed=expert.transposed,
+            has_bias=expert.has_bias,
+            has_post_norm=expert.has_post_norm,
         )
         self._full: dict[int, np.memmap] = {}
 
@@ -104,7 +104,7 @@ class Batch:
         self.layer, self._compute, self._x, self._routed = layer, compute, x, routed
 
     def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
-        """Compute experts whose bytes are in memory; these are free to go afterwards."""
+        """Compute experts whose bytes are in memory, each once; these are free to go afterwards."""
         raise NotImplementedError
 
     def result(self) -> torch.Tensor:
@@ -124,7 +124,7 @@ class KernelBatch(Batch):
 
     def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
         super().__init__(compute, layer, x, routed)
-        self._in = x.float().contiguous()
+        self._in = x.float().contiguous()  # the kernels go by its address
         self._calls: list[np.ndarray] = []  # [n, T, D]
         self._experts: list[int] = []  # of all calls
 

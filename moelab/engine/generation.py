@@ -1,6 +1,6 @@
 """One sequence through the engine, token by token, beside the full-precision model on request.
 
-A hand-written loop instead of ``generate()``: settings change and a stop is heard between tokens.
+A hand-written loop instead of ``generate()``: settings and a stop take effect between tokens.
 Sampling is transformers' own logits processors with a generator of our own.
 """
 

@@ -76,13 +76,16 @@ def _linear(
     x_pairs: np.ndarray,
     out: np.ndarray,
 ) -> int:
-    """Set out[t] to W @ x[t] for the given tokens; returns the address after W."""
+    """Set out[t] to W @ x[t] for the given tokens; returns the address after W.
+
+    W lies as `codecs.encode` wrote it: all rows of codes, then all rows of (scale, offset) pairs.
+    """
     width = x.shape[1]
     groups, row_bytes = width // GROUP, width * bits // 8
     pairs = address + rows * row_bytes
     at_x, at_pairs = x.ctypes.data, x_pairs[int(bits == 8)].ctypes.data
     at_codes, step = (x16.ctypes.data, 2 * width) if bits == 8 else (x8.ctypes.data, width)
-    for r in range(rows):
+    for r in range(rows):  # outside: a row comes from memory once, for all tokens
         w, p = address + r * row_bytes, pairs + r * groups * 4
         for t in tokens:
             if bits == 16:
@@ -149,6 +152,7 @@ def _experts(
     if wrong >= 0:
         return wrong
     count, width = x.shape
+    # Only rows of tokens that are served are ever filled, and only those are read.
     x8, x16 = np.empty((count, width), np.int8), np.empty((count, width), np.int16)
     a8, a16 = np.empty((count, inner), np.int8), np.empty((count, inner), np.int16)
     x_pairs = np.empty((2, count, width // GROUP, 2), np.float32)  # for int8, for int16
@@ -163,7 +167,7 @@ def _experts(
         tokens = _tokens(gate[e : e + 1], room)
         if len(tokens) == 0:
             continue
-        start, tier = np.int64(addresses[e]), bits[e]
+        start, tier = np.int64(addresses[e]), bits[e]  # [gate; up] first, then down
         down = _linear(start, tier, bfloat, 2 * inner, tokens, x, x8, x16, x_pairs, hidden)
         _silu_mul(tokens, hidden, act)
         _quantise(act, tokens, tier < 8, tier == 8, a8, a16, a_pairs)
@@ -186,10 +190,10 @@ def supports(
     layout: Layout,
     *,
     activation: str,
-    is_concatenated: bool = True,
-    is_transposed: bool = False,
+    gating: str = "concatenated",
+    transposed: bool = False,
     has_bias: bool = False,
-    has_gate: bool = True,
+    has_post_norm: bool = False,
 ) -> bool:
     """Say whether the kernels serve experts of this kind.
 
@@ -199,10 +203,8 @@ def supports(
     ----------
     layout : Layout
         The expert's tensors: exactly ``gate_up_proj [2I, H]``, then ``down_proj [H, I]``.
-    activation : str
-        The gate's activation function; "silu" and "swish" are served.
-    is_concatenated, is_transposed, has_bias, has_gate : bool
-        The expert module's attributes of the same names in transformers.
+    activation, gating, transposed, has_bias, has_post_norm
+        As in `moelab.models.families.MoELayer` and in a store's manifest.
 
     Examples
     --------
@@ -210,9 +212,9 @@ def supports(
     >>> supports(layout, activation="silu"), supports(layout, activation="gelu")
     (True, False)
     """
-    if activation not in ("silu", "swish") or not (is_concatenated and has_gate):
+    if activation not in ("silu", "swish") or gating != "concatenated":
         return False
-    if is_transposed or has_bias:
+    if transposed or has_bias or has_post_norm:
         return False
     if tuple(name for name, _ in layout.tensors) != ("gate_up_proj", "down_proj"):
         return False

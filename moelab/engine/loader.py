@@ -2,7 +2,10 @@
 
 One load reads one expert's blob from the store straight into its slot; no conversion, no copy.
 Where O_DIRECT is not to be had (another system, tmpfs) the same `preadv` goes through the page
-cache.
+cache. What it does not know: experts, tiers and the budget; it fills the memory it is given.
+
+A ticket is queued, then active, then done; only a queued one can be cancelled. From `submit` until
+it is done its slot belongs to the loader: a slot given away earlier would be written over.
 """
 
 from __future__ import annotations
@@ -21,8 +24,6 @@ from moelab.store.devices import Device, Throttle, device, sleep_until
 BIG = 1_500_000
 """One reader saturates a disk from this many bytes a load on; smaller ones take `SMALL_READERS`."""
 SMALL_READERS = 3
-
-
 NOTHING = np.empty(0, np.uint8)
 
 
@@ -54,13 +55,10 @@ class Ticket:
         self.done = self.cancelled = False
         self.error: Exception | None = None
 
-    def cancel(self) -> None:
-        """It will not be read."""
-        self.cancelled = True
-        self.end()
-
-    def end(self) -> None:
-        """Done; let go of the memory, because the event log keeps tickets."""
+    def end(self, *, cancelled: bool = False) -> None:
+        """Done, or never to be read; let go of the memory, because the event log keeps tickets."""
+        self.cancelled = cancelled
+        # `done` last: it is read without the lock, and says that all else holds.
         self.into, self.done = NOTHING, True
 
 
@@ -76,13 +74,14 @@ class Loader:
     """
 
     def __init__(self, nbytes: int, profile: str = "disk") -> None:
+        # Guards everything below; notified whenever a load is queued, done, or the device changes.
         self._cond = threading.Condition()
-        self._queues: tuple[deque[Ticket], deque[Ticket]] = (deque(), deque())
-        self._files: dict[Path, tuple[int, bool]] = {}
-        self._opened: list[int] = []
+        self._queues: tuple[deque[Ticket], deque[Ticket]] = (deque(), deque())  # urgent, prefetch
+        self._files: dict[Path, tuple[int, bool]] = {}  # descriptor, O_DIRECT or not
+        self._opened: list[int] = []  # all of them, closed at the end: a read may be using one
         self._throttle = Throttle()
         self._profile: Device = device(profile)
-        self._active = 0
+        self._active = 0  # loads begun and not done: never more than the device's queue
         self._closed = False
         count = 1 if nbytes >= BIG else SMALL_READERS
         self._threads = [
@@ -134,7 +133,7 @@ class Loader:
         """
         if not ticket.done:
             with self._cond:
-                if not ticket.urgent and ticket in self._queues[1]:
+                if not ticket.urgent and ticket in self._queues[1]:  # else it has begun
                     self._queues[1].remove(ticket)
                     self._queues[0].append(ticket)
                     ticket.urgent = True
@@ -146,12 +145,12 @@ class Loader:
             ) from ticket.error
 
     def cancel(self, ticket: Ticket) -> bool:
-        """Withdraw a load that has not begun; False where it has."""
+        """Withdraw a load that has not begun; False where it has, and then its slot is not free."""
         with self._cond:
             for queue in self._queues:
                 if ticket in queue:
                     queue.remove(ticket)
-                    ticket.cancel()
+                    ticket.end(cancelled=True)
                     return True
         return False
 
@@ -161,7 +160,7 @@ class Loader:
             self._closed = True
             for queue in self._queues:
                 for ticket in queue:
-                    ticket.cancel()
+                    ticket.end(cancelled=True)
                 queue.clear()
             self._cond.notify_all()
         for t in self._threads:
@@ -176,7 +175,7 @@ class Loader:
     def _next(self) -> Ticket | None:
         with self._cond:
             while True:
-                ready = self._queues[0] or self._queues[1]
+                ready = self._queues[0] or self._queues[1]  # on demand before prefetch
                 if ready and self._active < self._profile.queue:
                     self._active += 1
                     return ready.popleft()
@@ -196,6 +195,7 @@ class Loader:
                     sleep_until(due)
             except Exception as e:  # noqa: BLE001, handed to whoever waits for the ticket
                 ticket.error = e
+            # An emulated device holds its place in the queue until its load is due, not only read.
             with self._cond:
                 ticket.finished = time.perf_counter()
                 ticket.end()
@@ -206,10 +206,10 @@ class Loader:
         into, at, end = memoryview(ticket.into), ticket.offset, ticket.offset + ticket.nbytes  # pyright: ignore[reportArgumentType]
         while at < end:
             fd, direct = self._open(ticket.path)
-            try:
+            try:  # O_DIRECT wants all three aligned: slots and blobs are whole pages
                 got = os.preadv(fd, [into[at - ticket.offset :]], at)
             except OSError as e:
-                if not (direct and e.errno == errno.EINVAL):
+                if not (direct and e.errno == errno.EINVAL):  # EINVAL: not on this file system
                     raise
                 self._reopen_buffered(ticket.path)
                 continue

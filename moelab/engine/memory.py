@@ -1,7 +1,9 @@
 """Memory for resident experts: page-aligned slots, one free list per tier, given back in time.
 
 All experts of a tier have one size, so there is no fragmentation. A slot that is free but still
-mapped counts against the limit too: what the arena holds is what the process really has.
+mapped counts against the limit too: what the arena holds is what the process really has. What it
+does not know: which expert is in a slot. The engine gives a slot back once, after its load is done
+or withdrawn and its last computation has ended; one thread at a time calls the arena.
 """
 
 from __future__ import annotations
@@ -49,9 +51,10 @@ class Arena:
         AssertionError
             It would break the budget: a fault in the caller, who must give slots back first.
         """
-        if self._free[bits]:
+        if self._free[bits]:  # mapped, and counted, already
             return self._free[bits].pop()
         nbytes = self._nbytes[bits]
+        # Free slots of other tiers make way first: after a change of bits they would stay for good.
         self._unmap(self.limit_bytes - nbytes)
         if self.held_bytes + nbytes > self.limit_bytes:
             raise AssertionError(
@@ -63,7 +66,7 @@ class Arena:
         return Slot(bits, nbytes)
 
     def give(self, slot: Slot) -> None:
-        """Take a slot back into its tier's free list."""
+        """Take a slot back into its tier's free list; it stays mapped, its next load is sooner."""
         self._free[slot.bits].append(slot)
 
     def set_limit(self, limit_bytes: int) -> None:

@@ -68,57 +68,35 @@ def _load(b: _Builder, address: ir.Value, offset: ir.Value | int, kind: ir.Type)
     return loaded
 
 
-@_intrinsic
-def _load_u8(_context: Any, address: Any) -> Any:  # noqa: ARG001
-    def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
-        return b.zext(_load(b, args[0], 0, _I8), _I32)
+def _loader(kind: ir.Type, gives: types.Type, widen: Callable[[_Builder, ir.Value], Any]) -> Any:
+    """An intrinsic that loads one value at an address and widens it to 32 bits."""
 
-    return types.int32(types.intp), emit
+    @_intrinsic
+    def load(_context: Any, address: Any) -> Any:  # noqa: ARG001
+        def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
+            return widen(b, _load(b, args[0], 0, kind))
 
+        return gives(types.intp), emit
 
-@_intrinsic
-def _load_i8(_context: Any, address: Any) -> Any:  # noqa: ARG001
-    def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
-        return b.sext(_load(b, args[0], 0, _I8), _I32)
-
-    return types.int32(types.intp), emit
+    return load
 
 
-@_intrinsic
-def _load_i16(_context: Any, address: Any) -> Any:  # noqa: ARG001
-    def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
-        return b.sext(_load(b, args[0], 0, _I16), _I32)
-
-    return types.int32(types.intp), emit
-
-
-@_intrinsic
-def _load_f32(_context: Any, address: Any) -> Any:  # noqa: ARG001
-    def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
-        return _load(b, args[0], 0, _F32)
-
-    return types.float32(types.intp), emit
-
-
-@_intrinsic
-def _load_bfloat16(_context: Any, address: Any) -> Any:  # noqa: ARG001
-    def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
-        return b.bitcast(b.shl(b.zext(_load(b, args[0], 0, _I16), _I32), _I32(16)), _F32)
-
-    return types.float32(types.intp), emit
-
-
-@_intrinsic
-def _load_float16(_context: Any, address: Any) -> Any:  # noqa: ARG001
+def _widen_float16(b: _Builder, half: ir.Value) -> ir.Value:
     """Integer arithmetic only: fpext needs a library call on CPUs without F16C."""
+    h = b.zext(half, _I32)
+    magnitude = b.bitcast(b.shl(b.and_(h, _I32(0x7FFF)), _I32(13)), _F32)
+    rebased = b.bitcast(b.fmul(magnitude, _F32(2.0**112)), _I32)
+    return b.bitcast(b.or_(rebased, b.shl(b.and_(h, _I32(0x8000)), _I32(16))), _F32)
 
-    def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
-        h = b.zext(_load(b, args[0], 0, _I16), _I32)
-        magnitude = b.bitcast(b.shl(b.and_(h, _I32(0x7FFF)), _I32(13)), _F32)
-        rebased = b.bitcast(b.fmul(magnitude, _F32(2.0**112)), _I32)
-        return b.bitcast(b.or_(rebased, b.shl(b.and_(h, _I32(0x8000)), _I32(16))), _F32)
 
-    return types.float32(types.intp), emit
+_load_u8 = _loader(_I8, types.int32, lambda b, v: b.zext(v, _I32))
+_load_i8 = _loader(_I8, types.int32, lambda b, v: b.sext(v, _I32))
+_load_i16 = _loader(_I16, types.int32, lambda b, v: b.sext(v, _I32))
+_load_f32 = _loader(_F32, types.float32, lambda _, v: v)
+_load_bfloat16 = _loader(
+    _I16, types.float32, lambda b, v: b.bitcast(b.shl(b.zext(v, _I32), _I32(16)), _F32)
+)
+_load_float16 = _loader(_I16, types.float32, _widen_float16)
 
 
 # ---- row dot products with AVX2 -------------------------------------------------------------

@@ -15,12 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moelab.models.families import (
-    MoELayer,
-    expert_forward,
-    find_moe,
-    replacement_forward,
-)
+from moelab.models.families import MoELayer, expert_forward, find_moe
 from moelab.models.routing import RouterTap
 from moelab.models.skeleton import load_skeleton
 from moelab.models.undecorated import Choice
@@ -50,9 +45,8 @@ class Adapter:
         Its MoE layers in forward order.
     """
 
-    def __init__(self, model: PreTrainedModel, run_layer: RunLayer) -> None:
-        self.model = model
-        self.layers = find_moe(model)
+    def __init__(self, model: PreTrainedModel, layers: list[MoELayer], run_layer: RunLayer) -> None:
+        self.model, self.layers = model, layers
         self._run_layer = run_layer
         self._last: RouterTap | None = None
         self._replaced: list[nn.Module] = []
@@ -82,20 +76,13 @@ class Adapter:
         ValueError
             Fewer experts than the router picks, a wrong length, or a layer without a router.
         """
-        facts, tap = self.layers[layer], self._taps.get(layer)
-        if tap is None:
-            raise ValueError(f"layer {layer} ({facts.name}) has no router module to mask")
+        tap, top_k = self._tap(layer, "mask", allowed), self.layers[layer].top_k
         if allowed is not None:
             allowed = torch.as_tensor(allowed, dtype=torch.bool).clone()
-            if allowed.shape != (facts.num_experts,):
-                raise ValueError(
-                    f"mask of layer {layer} has shape {tuple(allowed.shape)}; "
-                    f"it needs one entry for each of {facts.num_experts} experts"
-                )
-            if int(allowed.sum()) < facts.top_k:
+            if int(allowed.sum()) < top_k:
                 raise ValueError(
                     f"mask of layer {layer} allows {int(allowed.sum())} experts, its router picks "
-                    f"{facts.top_k}; allow at least {facts.top_k}"
+                    f"{top_k}; allow at least {top_k}"
                 )
         tap.mask = allowed
 
@@ -114,16 +101,19 @@ class Adapter:
         ValueError
             A wrong length, or a layer without a router.
         """
-        tap = self._taps.get(layer)
+        self._tap(layer, "bias", bias).bias = bias
+
+    def _tap(self, layer: int, what: str, values: torch.Tensor | None) -> RouterTap:
+        """The tap of a router that is to obey a mask or a bias [E]."""
+        at, tap = self.layers[layer], self._taps.get(layer)
         if tap is None:
-            facts = self.layers[layer]
-            raise ValueError(f"layer {layer} ({facts.name}) has no router module to bias")
-        if bias is not None and bias.shape != (self.layers[layer].num_experts,):
+            raise ValueError(f"layer {layer} ({at.name}) has no router module to {what}")
+        if values is not None and tuple(values.shape) != (at.num_experts,):
             raise ValueError(
-                f"bias of layer {layer} has shape {tuple(bias.shape)}; it needs one number for "
-                f"each of {self.layers[layer].num_experts} experts"
+                f"{what} of layer {layer} has shape {tuple(values.shape)}; "
+                f"it needs one entry for each of {at.num_experts} experts"
             )
-        tap.bias = bias
+        return tap
 
     def look_ahead(
         self, layer: int, depth: int = 1
@@ -187,11 +177,10 @@ class Adapter:
             out = self._run_layer(layer.index, flat, idx, weights, scale_input)
             return out.view(x.shape)
 
-        replaced = replacement_forward(layer, run)
-        if replaced is None:
+        if layer.special is None:
             vars(layer.module)["_moelab_run"] = run
         else:
-            module, forward = replaced
+            module, forward = layer.special.forward(layer, run)
             module.forward = forward
             self._replaced.append(module)
 
@@ -214,9 +203,10 @@ def attach(model: PreTrainedModel, run_layer: RunLayer) -> Adapter:
     ValueError
         The model is attached already.
     """
-    if any("_moelab_run" in vars(layer.module) for layer in find_moe(model)):
+    layers = find_moe(model)
+    if any("_moelab_run" in vars(layer.module) for layer in layers):
         raise ValueError("this model is attached already; call detach() on its adapter first")
-    return Adapter(model, run_layer)
+    return Adapter(model, layers, run_layer)
 
 
 def _forward(

@@ -1,7 +1,7 @@
 """From a question or a conversation to token ids, by the chat template of the model's tokenizer.
 
-A model that was taught to answer expects the marks of its template around what is said to it;
-without them it goes on writing the text instead.
+An instruct model expects its template's marks around a message; without them it continues the text
+instead of answering.
 """
 
 from __future__ import annotations

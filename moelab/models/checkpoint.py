@@ -2,13 +2,15 @@
 
 `split` tells a checkpoint's expert tensors from the others by the names transformers gives them;
 `ExpertReader` runs transformers' own weight converters on one expert instead of on all. What it
-does not know: quantised formats other than mxfp4 and block-wise fp8.
+does not know: quantised formats other than mxfp4 and block-wise fp8, and how tensors lie in files
+(`shards`).
 """
 
 from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +19,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from moelab.models.families import MoELayer, expert_parameter, find_moe
-from moelab.models.shards import DTYPES, SCALE, Checkpoint, LazyTensor
+from moelab.models.shards import DTYPES, SCALE, Checkpoint
 
 if TYPE_CHECKING:
     import os
 
     from transformers import PreTrainedModel
-
-__all__ = ["QUANTISED", "SCALE", "Checkpoint", "ExpertReader", "LazyTensor", "Split", "split"]
 
 QUANTISED = ("mxfp4", "fp8")  # quant_method values whose experts can be read
 
@@ -51,17 +51,18 @@ class Split:
     unused: tuple[str, ...]
 
 
-def split(model: PreTrainedModel, checkpoint: Checkpoint) -> Split:
+def split(model: PreTrainedModel, layers: Sequence[MoELayer], checkpoint: Checkpoint) -> Split:
     """Tell the experts' tensors from the others by the names transformers gives them.
 
     Parameters
     ----------
     model
         The model, its weights possibly on the meta device.
+    layers
+        What `find_moe` found in it.
     checkpoint
         The checkpoint; the non-expert half of a store gives an empty `experts`.
     """
-    layers = find_moe(model)
     state = model.state_dict()
     maps = get_model_conversion_mapping(model)
     renamings = [m for m in maps if isinstance(m, WeightRenaming)]
@@ -126,6 +127,13 @@ class ExpertReader:
     path
         Checkpoint folder.
 
+    Attributes
+    ----------
+    checkpoint, layers
+        The files, and the model's MoE layers.
+    rest
+        Names of the tensors that the model uses besides its experts.
+
     Raises
     ------
     ValueError
@@ -133,10 +141,10 @@ class ExpertReader:
     """
 
     def __init__(self, model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
-        self.checkpoint = Checkpoint(path)
-        self.layers = find_moe(model)
+        self.checkpoint, self.layers = Checkpoint(path), find_moe(model)
         self._model = _OneExpert(model)
-        self._plan = split(model, self.checkpoint).experts
+        found = split(model, self.layers, self.checkpoint)
+        self._plan, self.rest = found.experts, found.rest
         for layer in self.layers:
             self._check(layer)
 
@@ -189,9 +197,8 @@ class ExpertReader:
         if source.converter is None:
             piece = next(iter(pieces.values()))
             return piece[0] if fused else piece
-        converter: Any = copy.deepcopy(
-            source.converter
-        )  # transformers' own operations, on one expert
+        # transformers' own operations, on one expert; a converter keeps what it was given
+        converter: Any = copy.deepcopy(source.converter)
         for pattern, piece in pieces.items():
             converter.add_tensor(source.target, "", pattern, piece)
         done = converter.convert(source.target, model=self._model, config=self._model.config)

@@ -1,10 +1,12 @@
 """Every Mixture-of-Experts family of transformers as a list of `MoELayer`.
 
-transformers marks its experts modules with a decorator that leaves facts behind (`is_transposed`,
+transformers marks its experts modules with a decorator that sets attributes (`is_transposed`,
 `has_gate`, ...), and gives them fused parameters [E, ...]; that is all `find_moe` looks for, so a
-new family needs no code here. `undecorated` describes three families that lack the decorator.
+new family needs no code here. `undecorated` describes three families that lack the decorator. What
+it does not know: where weights come from, and who serves an expert.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import nn
 from transformers.activations import ACT2CLS
 from transformers.integrations.moe import _default_apply_gate
 
-from moelab.models.undecorated import UNDECORATED, Choice, Run
+from moelab.models.undecorated import UNDECORATED, Choice, Undecorated
 
 # T tokens, E experts, K active experts per token, D model width, F expert width.
 
@@ -47,6 +49,8 @@ class MoELayer:
         Biases in the two projections; a norm after the second.
     tensors
         (name, shape) of one expert's tensors, in the order in which a store keeps them.
+    special
+        What is known of a family without the decorator, else None.
     """
 
     index: int
@@ -62,6 +66,7 @@ class MoELayer:
     has_bias: bool
     has_post_norm: bool
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    special: Undecorated | None = field(repr=False)
 
     @property
     def hidden(self) -> int:
@@ -77,10 +82,7 @@ class MoELayer:
 
     def choice(self, output: Any) -> Choice | None:
         """Read (experts [T, K], weights [T, K]) from what the router returned, or None."""
-        special = UNDECORATED.get(type(self.module).__name__)
-        if special is not None:
-            return special.choice(self, output)
-        return _read_choice(output)
+        return self.special.choice(self, output) if self.special else _read_choice(output)
 
 
 def find_moe(model: nn.Module) -> list[MoELayer]:
@@ -102,7 +104,7 @@ def find_moe(model: nn.Module) -> list[MoELayer]:
         if special is not None and not hasattr(module, "is_transposed"):
             special.describe(module)
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
-            layers.append(_describe(model, name, module, index=len(layers)))
+            layers.append(_describe(model, name, module, special, index=len(layers)))
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no experts that moelab knows how to serve; "
@@ -111,7 +113,7 @@ def find_moe(model: nn.Module) -> list[MoELayer]:
     return layers
 
 
-def expert_parameter(target: str, layers: list[MoELayer]) -> tuple[MoELayer, str] | None:
+def expert_parameter(target: str, layers: Sequence[MoELayer]) -> tuple[MoELayer, str] | None:
     """The layer and parameter that a model-side weight name belongs to, or None."""
     owner, _, parameter = target.rpartition(".")
     for layer in layers:
@@ -147,15 +149,6 @@ def expert_forward(module: Any, x: torch.Tensor, tensors: dict[str, torch.Tensor
     return module.post_expert_norm(h) if module.has_post_expert_norm else h
 
 
-def replacement_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run] | None:
-    """For a family without the decorator: the module whose forward to replace, and by what.
-
-    `run(x, idx, weights, scale_input)` serves the layer.
-    """
-    special = UNDECORATED.get(type(layer.module).__name__)
-    return None if special is None else special.forward(layer, run)
-
-
 def _linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool
 ) -> torch.Tensor:
@@ -164,7 +157,9 @@ def _linear(
     return x @ weight if bias is None else x @ weight + bias
 
 
-def _describe(model: nn.Module, name: str, module: Any, *, index: int) -> MoELayer:
+def _describe(
+    model: nn.Module, name: str, module: Any, special: Undecorated | None, *, index: int
+) -> MoELayer:
     block = model.get_submodule(name.rpartition(".")[0])
     router = next(
         (r for a in ("gate", "router") if isinstance(r := getattr(block, a, None), nn.Module)), None
@@ -176,24 +171,24 @@ def _describe(model: nn.Module, name: str, module: Any, *, index: int) -> MoELay
         router=router,
         block=block,
         num_experts=module.num_experts,
-        top_k=_top_k(router, block, module),
+        top_k=special.top_k if special and special.top_k else _top_k(router, block, module),
         activation=_activation(getattr(module, "act_fn", None)),
         gating=_gating(module),
         transposed=module.is_transposed,
         has_bias=module.has_bias,
         has_post_norm=module.has_post_expert_norm,
-        tensors=_tensors(module),
+        tensors=_tensors(module, special),
+        special=special,
     )
 
 
-def _tensors(module: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    special = UNDECORATED.get(type(module).__name__)
-    parameters = dict(module.named_parameters(recurse=False))
+def _tensors(module: Any, special: Undecorated | None) -> tuple[tuple[str, tuple[int, ...]], ...]:
     if special is not None and special.per_expert is not None:
         one = special.per_expert(module)
         found = {_per_expert_name(k): tuple(p.shape) for k, p in one.named_parameters()}
     else:
-        found = {k: tuple(p.shape[1:]) for k, p in parameters.items()}
+        parameters = module.named_parameters(recurse=False)
+        found = {k: tuple(p.shape[1:]) for k, p in parameters}
     names = [n + suffix for suffix in ("", "_bias") for n in _PARAMETERS]
     return tuple((n, found[n]) for n in names if n in found)
 
@@ -206,9 +201,6 @@ def _per_expert_name(key: str) -> str:
 
 
 def _top_k(router: nn.Module | None, block: nn.Module, module: Any) -> int:
-    special = UNDECORATED.get(type(module).__name__)
-    if special is not None and special.top_k is not None:
-        return special.top_k
     config = getattr(module, "config", None)
     for owner in (router, block, config, getattr(router, "config", None)):
         for name in _TOP_K:

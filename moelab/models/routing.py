@@ -99,7 +99,7 @@ class RouterTap:
     mask
         Bool [E], the experts the router may choose; None means all.
     bias
-        Float [E], whom it should prefer (`SteeredRouting`); None for nobody.
+        Float [E], added to its ranking (`SteeredRouting`); None for no preference.
     """
 
     def __init__(self, layer: MoELayer, *, seen: Callable[["RouterTap"], None]) -> None:

@@ -1,7 +1,8 @@
 """The safetensors files of a checkpoint: any tensor, or one row of it, by its byte range.
 
 Plain reads: no mmap, whose pages count as resident memory, and not safetensors' own "pread"
-backend, which reads a whole fused tensor when one row of it is asked for.
+backend, which reads a whole fused tensor when one row of it is asked for. What it does not know:
+which tensor is an expert's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return self.stop - self.start
 
 
 class LazyTensor:
@@ -90,7 +97,14 @@ class Checkpoint:
         self.info: dict[str, TensorInfo] = {}
         for number, file in enumerate(self.files):
             self.info |= _read_header(file, number)
-        self._block = _block_size(self.path / "config.json")
+
+    @cached_property
+    def _block(self) -> tuple[int, int]:
+        """Rows and columns that share one fp8 scale."""
+        config = self.path / "config.json"
+        data = json.loads(config.read_text()) if config.is_file() else {}
+        block = (data.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+        return int(block[0]), int(block[1])
 
     def __contains__(self, key: str) -> bool:
         return key in self.info
@@ -113,7 +127,7 @@ class Checkpoint:
     def row(self, key: str, index: int) -> torch.Tensor:
         """Read `tensor[index : index + 1]` of a tensor that holds all experts of a layer."""
         info = self.info[key]
-        size = (info.stop - info.start) // info.shape[0]
+        size = info.nbytes // info.shape[0]
         start = info.start + index * size
         return self._read(info, start, start + size, (1, *info.shape[1:]))
 
@@ -172,13 +186,6 @@ def _shards(path: Path) -> list[Path]:
             "writes safetensors, and give that folder"
         )
     raise ValueError(f"{path} holds no *.safetensors file; give the folder of a checkpoint")
-
-
-def _block_size(config: Path) -> tuple[int, int]:
-    """Rows and columns that share one fp8 scale."""
-    data = json.loads(config.read_text()) if config.is_file() else {}
-    block = (data.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
-    return int(block[0]), int(block[1])
 
 
 def _read_header(file: Path, shard: int) -> dict[str, TensorInfo]:

@@ -2,7 +2,8 @@
 
 `from_pretrained` itself does the work, with a state dict that lacks the experts and reads every
 other weight when asked; the one thing changed is that missing experts stay on the meta device
-instead of being filled with random numbers. Anything else that is missing is an error here.
+instead of being filled with random numbers. Anything else that is missing is an error here. What
+it does not know: what becomes of the experts (`adapter`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from moelab.models.checkpoint import QUANTISED, SCALE, Checkpoint, LazyTensor, split
+from moelab.models.checkpoint import QUANTISED, split
 from moelab.models.families import MoELayer, expert_parameter, find_moe
+from moelab.models.shards import SCALE, Checkpoint, LazyTensor
 
 
 def load_skeleton(path: str | os.PathLike[str], *, dtype: torch.dtype) -> PreTrainedModel:
@@ -58,10 +60,10 @@ def load_skeleton(path: str | os.PathLike[str], *, dtype: torch.dtype) -> PreTra
     blank = blank_model(path)
     family, config, layers = type(blank), blank.config, find_moe(blank)
     checkpoint = Checkpoint(path)
-    rest = split(blank, checkpoint).rest
+    rest = split(blank, layers, checkpoint).rest
     weights = {key: LazyTensor(checkpoint, key) for key in rest if not key.endswith(SCALE)}
     with _quiet(family.__name__):
-        loaded: Any = _skeleton_class(family).from_pretrained(
+        loaded: Any = _skeleton_class(family, layers).from_pretrained(
             None,
             config=config,
             state_dict=weights,
@@ -120,14 +122,15 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return family
 
 
-def _skeleton_class(family: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _skeleton_class(
+    family: type[PreTrainedModel], layers: Sequence[MoELayer]
+) -> type[PreTrainedModel]:
     """The family's class, except that missing experts stay on meta instead of being filled."""
 
     class Skeleton(family):
         def _move_missing_keys_from_meta_to_device(
             self, missing_keys: Any, *args: Any, **kwargs: Any
         ) -> None:
-            layers = find_moe(self)
             rest = {key for key in missing_keys if expert_parameter(key, layers) is None}
             parent: Any = super()
             parent._move_missing_keys_from_meta_to_device(rest, *args, **kwargs)
@@ -137,7 +140,7 @@ def _skeleton_class(family: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return Skeleton
 
 
-def _refuse_incomplete(report: dict, layers: list[MoELayer], path: Path) -> None:
+def _refuse_incomplete(report: dict, layers: Sequence[MoELayer], path: Path) -> None:
     missing = sorted(k for k in report["missing_keys"] if expert_parameter(k, layers) is None)
     if missing:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Three families whose experts modules lack transformers' decorator, described by hand.
 
-Each says what the decorator would have said (`describe`), how to read the router's output
+Each sets what the decorator would have set (`describe`), says how to read the router's output
 (`choice`), and which forward to replace so that the layer can be served (`forward`).
 """
 
@@ -23,7 +23,7 @@ Choice = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Undecorated:
-    """What the decorator would have said: the facts, the forward that serves, the choice."""
+    """What the decorator would have set, the forward that serves, the router's choice."""
 
     describe: Callable[[Any], None]
     choice: Callable[[MoELayer, Any], Choice]

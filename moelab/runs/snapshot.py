@@ -180,9 +180,13 @@ class RunReader:
 
 def _start(trace: Trace) -> dict[str, list[int]]:
     """What was resident when the run began."""
-    places = [(*trace.shape.place(key), bits) for key, bits in list(trace.resident)]
-    layer, expert, bits = zip(*places, strict=True) if places else ((), (), ())
-    return {"layer": list(layer), "expert": list(expert), "bits": list(bits)}
+    resident = list(trace.resident)
+    places = [trace.shape.place(key) for key, _ in resident]
+    return {
+        "layer": [layer for layer, _ in places],
+        "expert": [expert for _, expert in places],
+        "bits": [bits for _, bits in resident],
+    }
 
 
 def _last(

@@ -48,9 +48,9 @@ class Cache:
         self.last_token, self.uses, self.high_uses = np.zeros((3, n), np.int64)
         # The same memory for single experts: reading and writing one number of a numpy array
         # costs three times as much as through a memoryview.
-        self.bits_of, self.held_of = memoryview(self.bits), memoryview(self.held)
-        self._last_use, self._last_token = memoryview(self.last_use), memoryview(self.last_token)
-        self._uses, self._high_uses = memoryview(self.uses), memoryview(self.high_uses)
+        self.bits_of, self.held_of = self.bits.data, self.held.data
+        self._last_use, self._last_token = self.last_use.data, self.last_token.data
+        self._uses, self._high_uses = self.uses.data, self.high_uses.data
         self._layer_of = shape.layer_of.tolist()
 
     def __contains__(self, key: Key) -> bool:

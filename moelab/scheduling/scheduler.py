@@ -184,7 +184,7 @@ class Scheduler:
         view.precision = strategy.precision
         view.asked = asked_bits(strategy, view)
         view.asked.flags.writeable = False
-        self._asked = memoryview(view.asked)
+        self._asked = view.asked.data
         cache.held &= ~np.uint8(_PINNED)
         for place in strategy.pinned:
             cache.held[shape.key(*place)] |= _PINNED

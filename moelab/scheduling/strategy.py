@@ -114,8 +114,8 @@ class Strategy:
     keywords: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
-        words = {role: part_title(part) for role, part in self.parts.items()}
-        return f"<Strategy {self.name}: {', '.join(f'{r}={w!r}' for r, w in words.items())}>"
+        own = ", ".join(f"{name}={value}" for name, (_, _, value) in self.parameters.items())
+        return f"<Strategy {self.name}{': ' if own else ''}{own}>"
 
     def __post_init__(self) -> None:
         if not self.keywords:

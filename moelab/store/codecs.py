@@ -290,7 +290,7 @@ def _quantise(
 
 
 def _fitted(fit: Fit, groups: np.ndarray, levels: int) -> np.ndarray:
-    """The answer of somebody's own `Fit`, looked at before it is stored."""
+    """What a `Fit` returned, checked before it is stored."""
     pairs = np.asarray(fit(groups, levels), np.float32)
     if pairs.shape != (len(groups), 2) or not np.isfinite(pairs).all():
         raise ValueError(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,27 +21,29 @@ FORMAT = 1
 NAME = "manifest.json"
 MODEL = "model"  # folder of the configuration, the tokenizer and the non-expert weights
 _MAGIC = b"moelab experts\n\0"
+OF_LAYER = (
+    *("top_k", "hidden", "inner", "activation", "gating"),
+    *("transposed", "has_bias", "has_post_norm"),
+)
+"""What a manifest says of an expert as `moelab.models.families.MoELayer` does; alike in all."""
 
 
 class StoreError(ValueError):
     """A store that cannot be used or made: says which file, layer and expert, and what to do."""
 
 
-def digest(*parts: bytes | memoryview) -> str:
+_hash = partial(hashlib.blake2b, digest_size=16)
+
+
+def digest(data: bytes | memoryview) -> str:
     """blake2b-128 as hex."""
-    state = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        state.update(part)
-    return state.hexdigest()
+    return _hash(data).hexdigest()
 
 
 def digest_file(path: Path) -> str:
-    """blake2b-128 of a file, read in pieces of 1 MiB."""
-    state = hashlib.blake2b(digest_size=16)
+    """blake2b-128 of a file, read in pieces."""
     with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            state.update(piece)
-    return state.hexdigest()
+        return hashlib.file_digest(stream, _hash).hexdigest()
 
 
 def experts_file(bits: int) -> str:
@@ -115,12 +118,6 @@ class Manifest:
         """The first page of an expert file."""
         head = _MAGIC + FORMAT.to_bytes(4, "little") + bits.to_bytes(4, "little")
         return (head + bytes.fromhex(self.id)).ljust(PAGE, b"\0")
-
-    def with_files(
-        self, files: dict[str, tuple[int, str]], checksums: dict[int, tuple[str, ...]]
-    ) -> Manifest:
-        """The same manifest, once the files are written."""
-        return replace(self, files=files, checksums=checksums)
 
     def to_json(self) -> str:
         """The text of `manifest.json`, with its own checksum."""

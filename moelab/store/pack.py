@@ -28,8 +28,9 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from moelab.models.checkpoint import Checkpoint, ExpertReader, split
-from moelab.models.families import MoELayer, find_moe
+from moelab.models.checkpoint import ExpertReader
+from moelab.models.families import MoELayer
+from moelab.models.shards import Checkpoint
 from moelab.models.skeleton import blank_model
 from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
 from moelab.store.destination import check_room, move, partial_folder, remove_stale, sync
@@ -37,6 +38,7 @@ from moelab.store.manifest import (
     FORMAT,
     MODEL,
     NAME,
+    OF_LAYER,
     Manifest,
     StoreError,
     digest,
@@ -137,23 +139,19 @@ class _Work:
         self.folder, self.fit = folder, fit
         self.bars, self.tell = progress is True, progress if callable(progress) else None
         model = blank_model(folder)
-        self.checkpoint = Checkpoint(folder)
-        self.layers = find_moe(model)
         self.reader = ExpertReader(model, folder)
-        self.rest = split(model, self.checkpoint).rest
-        stored = self.reader.dtype(0)
-        half = stored if stored == torch.float16 else torch.bfloat16
-        layout = Layout(_same_tensors(self.layers), str(half).removeprefix("torch."))
-        self.half = half
+        self.checkpoint = self.reader.checkpoint
+        layers, stored = self.reader.layers, self.reader.dtype(0)
+        self.half = half = stored if stored == torch.float16 else torch.bfloat16
+        layout = Layout(_same_tensors(layers), _word(half))
         self.kept = [f for f in sorted(folder.iterdir()) if f.is_file() and _is_kept(f.name)]
         self._digest: str | None = None
-        self.manifest = _describe(model, name, self.checkpoint, tiers, layout, self.layers)
+        notes = []
         if stored in (torch.float32, torch.float64):
-            note = f"experts are {str(stored).removeprefix('torch.')} in the source, stored as"
-            self.manifest = replace(self.manifest, notes=(f"{note} bfloat16",))
+            notes.append(f"experts are {_word(stored)} in the source, stored as bfloat16")
         if fit is not None:
-            notes = (*self.manifest.notes, f"ranges by {getattr(fit, '__name__', fit)}")
-            self.manifest = replace(self.manifest, notes=notes)
+            notes.append(f"ranges by {getattr(fit, '__name__', fit)}")
+        self.manifest = _describe(model, name, self.reader, tiers, layout, tuple(notes))
 
     @property
     def experts(self) -> int:
@@ -163,8 +161,7 @@ class _Work:
     def store_bytes(self) -> int:
         """Size of the store, but for a page or two."""
         sizes = sum(self.manifest.slot_bytes.values()) * self.experts
-        info = self.checkpoint.info
-        return sizes + sum(info[key].stop - info[key].start for key in self.rest)
+        return sizes + sum(self.checkpoint.info[key].nbytes for key in self.reader.rest)
 
     def identity(self) -> tuple[str, str]:
         """(id of the store, digest of the source): reads every byte of the source once."""
@@ -191,7 +188,7 @@ class _Work:
         if self.tell is not None:
             self.tell("writing what is not an expert")
         (partial / MODEL).mkdir()
-        write_safetensors(partial / MODEL / "model.safetensors", self.checkpoint, self.rest)
+        write_safetensors(partial / MODEL / "model.safetensors", self.checkpoint, self.reader.rest)
         for file in self.kept:
             shutil.copyfile(file, partial / MODEL / file.name)
         files = {}
@@ -199,7 +196,7 @@ class _Work:
             files[f"{MODEL}/{file.name}"] = (file.stat().st_size, digest_file(file))
         for bits in self.manifest.tiers:
             files[experts_file(bits)] = ((partial / experts_file(bits)).stat().st_size, "")
-        manifest = self.manifest.with_files(files, checksums)
+        manifest = replace(self.manifest, files=files, checksums=checksums)
         (partial / NAME).write_text(manifest.to_json(), encoding="utf-8")
         for name in (*files, NAME):
             sync(partial / name)
@@ -240,7 +237,7 @@ def write_safetensors(path: Path, checkpoint: Checkpoint, keys: Iterable[str]) -
     keys, end = list(keys), 0
     for key in keys:
         info = checkpoint.info[key]
-        start, end = end, end + info.stop - info.start
+        start, end = end, end + info.nbytes
         header[key] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -254,38 +251,35 @@ def write_safetensors(path: Path, checkpoint: Checkpoint, keys: Iterable[str]) -
 def _describe(
     model: PreTrainedModel,
     name: str,
-    checkpoint: Checkpoint,
+    reader: ExpertReader,
     tiers: tuple[int, ...],
     layout: Layout,
-    layers: list[MoELayer],
+    notes: tuple[str, ...],
 ) -> Manifest:
     """The manifest as far as it is known before anything is read."""
-    first = layers[0]
+    layers, first = reader.layers, reader.layers[0]
     return Manifest(
         id="",
         architecture=type(model).__name__,
         model_type=model.config.model_type,
         source=name,
         source_digest="",
-        source_bytes=sum(file.stat().st_size for file in checkpoint.files),
+        source_bytes=sum(file.stat().st_size for file in reader.checkpoint.files),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         transformers_version=transformers.__version__,
-        notes=(),
+        notes=notes,
         tiers=tiers,
         layout=layout,
         layer_names=tuple(layer.name for layer in layers),
         experts_per_layer=tuple(layer.num_experts for layer in layers),
-        top_k=first.top_k,
-        hidden=first.hidden,
-        inner=first.inner,
-        activation=first.activation,
-        gating=first.gating,
-        transposed=first.transposed,
-        has_bias=first.has_bias,
-        has_post_norm=first.has_post_norm,
         files={},
         checksums={},
+        **{name: getattr(first, name) for name in OF_LAYER},
     )
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _same_tensors(layers: list[MoELayer]) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -312,14 +306,14 @@ def _check_tiers(tiers: Sequence[int]) -> tuple[int, ...]:
 
 def _fingerprint(fit: Fit) -> str:
     """What tells one rule from another: its name and compiled code."""
-    told = getattr(fit, "__name__", str(fit)), _told(getattr(fit, "__code__", None))
-    return digest(repr(told).encode())
+    rule = getattr(fit, "__name__", str(fit)), _portable(getattr(fit, "__code__", None))
+    return digest(repr(rule).encode())
 
 
-def _told(constant: Any) -> Any:
+def _portable(constant: Any) -> Any:
     """A constant of compiled code without what differs from one process to the next."""
     if isinstance(constant, CodeType):
-        return constant.co_code, constant.co_names, [_told(c) for c in constant.co_consts]
+        return constant.co_code, constant.co_names, [_portable(c) for c in constant.co_consts]
     return sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
 
 

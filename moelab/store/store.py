@@ -207,7 +207,7 @@ class Store:
                 self._check_sum(name, checksum)
         for bits in self.tiers:
             self._check_header(bits)
-        self._refuse_strangers()
+        self._refuse_unknown_files()
 
     def _check_header(self, bits: int) -> None:
         file = self.path / experts_file(bits)
@@ -225,7 +225,7 @@ class Store:
                 "pack the model again"
             )
 
-    def _refuse_strangers(self) -> None:
+    def _refuse_unknown_files(self) -> None:
         """A file that packing did not write could change what is loaded."""
         known = set(self.manifest.files)
         for file in sorted(self.checkpoint_dir.iterdir()):

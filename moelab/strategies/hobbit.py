@@ -251,13 +251,15 @@ def hobbit(
         Part of the budget for the high cache.
     """
     found = profile or {}
-    t1 = found.get("t1", 0.6) if t1 is None else t1
-    t2 = found.get("t2", 0.9) if t2 is None else t2
+    scores: tuple[float, float] = (
+        found.get("t1", 0.6) if t1 is None else t1,
+        found.get("t2", 0.9) if t2 is None else t2,
+    )
     return Strategy(
         "hobbit",
         FourTerms(*(found.get("weights", EQUAL) if weights is None else weights)),
         allocate=TwoCaches(high_share),
-        precision=TierPair(low, t1, t2),
+        precision=TierPair(low, *scores),
         prefetch=StackedGates(depth),
         bits=high,
     )

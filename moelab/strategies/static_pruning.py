@@ -147,7 +147,8 @@ class FixedExperts(Allocate, Route, Evict, Prefetch):
 
     def score(self, view: View) -> np.ndarray:
         """Above -1 while the expert is among the n_l of its layer; much higher while in flight."""
-        self.order(0, view), self.plan(view)  # other settings since: the score is not the old one
+        self.order(0, view)  # other settings since: the score is not the old one
+        self.plan(view)
         if self._score is None:
             self._score = -self.rank(view) / np.maximum(self._kept(view), 1)
         flying = view.in_flight

@@ -12,7 +12,7 @@ from html import escape
 
 import moelab
 from moelab.runs.schema import RECORDING, embedded
-from moelab.views.scripts import PAGE, PAGE_STYLES, joined
+from moelab.views.scripts import PAGE_STYLES, script, styles
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 """Of the page's contents: nothing can be fetched, whatever is inside."""
@@ -51,7 +51,7 @@ def html(packed: bytes, *, title: str, picture: str = "") -> str:
 <meta name="generator" content="moelab {moelab.__version__}">
 <title>{escape(title)}</title>
 <style>
-{joined(PAGE_STYLES, "css")}
+{styles(PAGE_STYLES)}
 </style>
 </head>
 <body class="moe-page">
@@ -61,7 +61,7 @@ def html(packed: bytes, *, title: str, picture: str = "") -> str:
 </main>
 {RECORDING}{base64.b64encode(packed).decode()}</script>
 <script type="module">
-{joined(PAGE, "js")}
+{script("page")}
 </script>
 </body>
 </html>

@@ -21,7 +21,7 @@ import moelab
 from moelab.runs.snapshot import RunReader
 from moelab.runs.words import in_words, sentence
 from moelab.views.report import Report
-from moelab.views.scripts import DASHBOARD, STYLES, joined
+from moelab.views.scripts import STYLES, script, styles
 from moelab.widgets.cells import take_place
 from moelab.widgets.drawer import Drawer
 from moelab.widgets.frame import Framer, controls, options
@@ -56,8 +56,8 @@ class Dashboard(anywidget.AnyWidget):
     >>> dashboard.report()  # a picture of the last frame that needs no kernel  # doctest: +SKIP
     """
 
-    _esm = joined(DASHBOARD, "js")
-    _css = joined(STYLES, "css")
+    _esm = script("dashboard")
+    _css = styles(STYLES)
 
     options = traitlets.Dict().tag(sync=True)
     controls = traitlets.Dict().tag(sync=True)

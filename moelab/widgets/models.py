@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moelab.offered import SMOLLM2, offered
+from moelab.catalogue import SMOLLM2, offered
 from moelab.runs.words import in_words
 
 ROOMY = "75%"

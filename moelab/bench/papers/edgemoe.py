@@ -6,14 +6,14 @@ preloading three more (the paper preloads one to three), the buffer is the paper
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pandas as pd
 
 import moelab
-from moelab.bench.grid import Case
-from moelab.bench.papers.measured import Facts, Measured, Report, Table, Task, Versus, named
+from moelab.bench.cases import Case
+from moelab.bench.papers.results import Report, Results, Task, named
+from moelab.bench.tables import Table, Versus, figures
 
 NAME = "edgemoe"
 DEVICES = ("tx2_ssd", "sd_card")
@@ -35,37 +35,42 @@ RUNGS = {
 SAME_BITS = tuple(name for name, words in RUNGS.items() if words.startswith(PRELOAD))
 
 
-def rungs(facts: Facts) -> dict[str, tuple[str, str]]:
+def _devices(results: Results) -> list[str]:
+    return results.extent.choose(DEVICES[:1], DEVICES)
+
+
+def rungs(results: Results) -> dict[str, tuple[str, str]]:
     """Rung -> (contender, budget)."""
-    out = {}
-    for name, words in RUNGS.items():
-        one = facts.least(words) / facts.top_k
-        experts = {PRELOAD: facts.top_k + PRELOADED}.get(
-            words, BUFFERED if words.startswith(PRELOAD) else facts.top_k
-        )
-        out[name] = words, "100%" if words.startswith("in_ram") else str(round(one * experts))
-    return out
+    top_k = results.info["top_k"]
+
+    def budget(words: str) -> str:
+        if words.startswith("in_ram"):
+            return "100%"
+        experts = BUFFERED if words.startswith(PRELOAD) else top_k
+        experts = top_k + PRELOADED if words == PRELOAD else experts
+        return str(round(results.least(words) / top_k * experts))
+
+    return {name: (words, budget(words)) for name, words in RUNGS.items()}
 
 
-def cases(facts: Facts) -> list[Case]:
+def cases(results: Results) -> list[Case]:
     """Every rung on every device."""
-    devices = facts.quick(DEVICES[:1], DEVICES)
-    return [Case(*rung, device) for rung in rungs(facts).values() for device in devices]
+    return [Case(*rung, on) for rung in rungs(results).values() for on in _devices(results)]
 
 
-def tasks(_facts: Facts, measured: Measured) -> list[Task]:
+def tasks(results: Results) -> list[Task]:
     """What the profile says of the assignment that is used."""
-    return [("EdgeMoE's bits", lambda: _look_at_bits(measured))]
+    return [("EdgeMoE's bits", lambda: _assigned_bits(results))]
 
 
-def _look_at_bits(measured: Measured) -> None:
-    with moelab.open(measured.model, measure_kl=False, progress=False) as lab:
+def _assigned_bits(results: Results) -> None:
+    with moelab.open(results.model, measure_kl=False, progress=False) as lab:
         lab.update(strategy="edgemoe")
         allocate = lab.settings.strategy.parts["allocate"]
         known = allocate.sensitivity
         low, high, k = known.choose(allocate.tolerated)
         curve = known.curves.get((low, high), [(0, known.levels[high])])
-    measured.found["edgemoe bits"] = {
+    results.found["edgemoe bits"] = {
         "tolerated": allocate.tolerated,
         "low": low,
         "high": high,
@@ -74,15 +79,10 @@ def _look_at_bits(measured: Measured) -> None:
     }
 
 
-def report(facts: Facts, measured: Measured) -> Report:
+def report(results: Results) -> Report:
     """The ladder as a table, a row a rung; theirs beside ours."""
-    ladder, devices = rungs(facts), facts.quick(DEVICES[:1], DEVICES)
-    rows = []
-    for name, (words, budget) in ladder.items():
-        found = dict(measured.rows([Case(words, budget, device) for device in devices]))
-        if found:
-            rows.append(_row(name, found, _same_text(measured, ladder, name, devices)))
-    bits = measured.found.get("edgemoe bits")
+    rows = [row for name in RUNGS if (row := _row(results, name))]
+    bits = results.found.get("edgemoe bits")
     chosen = (
         f" The assignment holds {bits['experts at low']} experts at {bits['low']} bit and the "
         f"others at {bits['high']}: perplexity {bits['calibrated loss']:+.1%} on the text it was "
@@ -95,8 +95,8 @@ def report(facts: Facts, measured: Measured) -> Report:
         "time. Preloading and the buffer may change time only: *same text* says whether every run "
         f"wrote the tokens that the bits alone wrote.{chosen}"
     )
-    table = Table("EdgeMoE's ladder", pd.DataFrame(rows), FORMATS, ("contender",), note=WHY_MORE)
-    return Report("EdgeMoE: the ladder", text, [table], _versus(measured, ladder, rows, devices))
+    table = Table("EdgeMoE's ladder", pd.DataFrame(rows), note=WHY_MORE)
+    return Report("EdgeMoE: the ladder", text, [table], _versus(results, rows))
 
 
 WHY_MORE = (
@@ -105,78 +105,60 @@ WHY_MORE = (
     "partly luck of those texts (winner's curse). Ratios of speed: median of paired runs, in "
     "brackets the lowest and the highest."
 )
-FORMATS = {
-    **{f"{named(device)}: s/token": "{:.4f}" for device in DEVICES},
-    "peak MB": "{:.2f}",
-    "perplexity": "{:+.1%}",
-    "KL": "{:.4f}",
-}
 
 
-def _row(name: str, found: dict[Case, dict[str, Any]], same: bool | None) -> dict[str, Any]:
-    case, any_row = next(iter(found.items()))
+def _row(results: Results, name: str) -> dict[str, Any] | None:
+    each = [Case(*rungs(results)[name], device) for device in _devices(results)]
+    rows = list(results.rows(each).values())
+    if not rows:
+        return None
+    same = _same_text(results, each) if name in SAME_BITS else None
     return {
         "rung": name,
-        "contender": case.strategy,
-        "budget MB": f"{any_row['budget_bytes'] / 1e6:.2f}",
-        **{f"{named(c.device)}: s/token": 1 / row["tokens_per_s"] for c, row in found.items()},
-        "peak MB": max(row["peak_resident_bytes"] for row in found.values()) / 1e6,
-        "perplexity": any_row.get("perplexity_ratio", math.nan) - 1,
-        "KL": any_row.get("kl_mean", math.nan),
+        "contender": each[0].strategy,
+        "budget MB": f"{rows[0]['budget_bytes'] / 1e6:.2f}",
+        **results.on_devices("s/token", each),
+        "peak MB": max(figures(row, "peak MB")["peak MB"] for row in rows),
+        **figures(rows[0], "perplexity", "KL"),
         "same text": None if same is None else "yes" if same else "NO",
     }
 
 
-def _same_text(
-    measured: Measured, ladder: dict[str, tuple[str, str]], name: str, devices: list[str]
-) -> bool | None:
+def _same_text(results: Results, each: list[Case]) -> bool | None:
     """Whether a rung wrote, on every device and prompt, what the bits alone wrote."""
-    if name not in SAME_BITS:
-        return None
-    alone = Case(*ladder["+ bit assignment"], devices[0])
-    told = [measured.same_text(Case(*ladder[name], device), alone) for device in devices]
-    told = [same for same in told if same is not None]
+    alone = Case(*rungs(results)["+ bit assignment"], each[0].device)
+    told = [same for case in each if (same := results.same_text(case, alone)) is not None]
     return all(told) if told else None
 
 
-def _versus(
-    measured: Measured, ladder: dict[str, tuple[str, str]], rows: list[dict], devices: list[str]
-) -> list[Versus]:
-    by = {row["rung"]: row for row in rows}
+def _versus(results: Results, rows: list[dict[str, Any]]) -> list[Versus]:
+    by, devices, ladder = {row["rung"]: row for row in rows}, _devices(results), rungs(results)
     if missing := set(ladder) - set(by):
-        return [Versus(f"not measured: {', '.join(sorted(missing))}", "", "", "", "")]
+        return [Versus(f"not measured: {', '.join(sorted(missing))}", "", "", "")]
     steps = ("on demand", "+ bit assignment", "+ preload", "+ buffer (EdgeMoE)")
+    what = "s/token: on demand, + quantisation, + preload, + buffer"
+    theirs = (".789, .392, .305, .245", "Jetson TX2, SSD 550 MB/s")
     out = []
     for device in devices:
-        column = f"{named(device)}: s/token"
-        out.append(
-            Versus(
-                "s/token: on demand, + quantisation, + preload, + buffer",
-                ".789, .392, .305, .245",
-                "Jetson TX2, SSD 550 MB/s",
-                ", ".join(f"{by[step].get(column, math.nan):.4f}" for step in steps),
-                named(device),
-            )
-        )
-
-    def speed(over: str, device: str) -> str:
-        whole = Case(*ladder["+ buffer (EdgeMoE)"], device)
-        return str(measured.times_as_fast(whole, Case(*ladder[over], device)))
-
-    theirs = {
+        ours = ", ".join(f"{by[step][f'{named(device)}: s/token']:.4f}" for step in steps)
+        out.append(Versus(what, *theirs, ours, named(device)))
+    for over, theirs in {
         "on demand": ("2.64-3.03x TX2, 2.55-3.25x Pi", "TX2 SSD, Raspberry Pi 4B SD card"),
         "on demand, 4 bit": ("1.19-2.12x", "TX2, Pi 4B"),
-    }
-    for over, (figure, where) in theirs.items():
-        ours = ", ".join(f"{speed(over, device)} {named(device)}" for device in devices)
-        out.append(Versus(f"decode speed over {over}", figure, where, ours, ""))
-    whole, memory = by["+ buffer (EdgeMoE)"], by["everything in RAM"]["peak MB"]
+    }.items():
+        ours = ", ".join(
+            f"{results.times_as_fast(Case(*ladder[steps[-1]], on), Case(*ladder[over], on))} "
+            f"{named(on)}"
+            for on in devices
+        )
+        out.append(Versus(f"decode speed over {over}", *theirs, ours))
+    whole, memory = by[steps[-1]], by["everything in RAM"]["peak MB"]
     less = f"{memory / whole['peak MB']:.1f}x"
     loss = f"perplexity {whole['perplexity']:+.1%}"
     same = f"{by['+ preload']['same text']} and {whole['same text']}"
     return [
         *out,
-        Versus("memory below everything in RAM", "2.1-38.6x", "TX2, Pi 4B", less, ""),
+        Versus("memory below everything in RAM", "2.1-38.6x", "TX2, Pi 4B", less),
         Versus("loss", "under 2 % (Rouge-2)", "", loss, "unseen text"),
         Versus("same text with preload and with the buffer", "by design", "", same, "all runs"),
     ]

@@ -1,37 +1,50 @@
-"""The figure for all as an SVG drawn by hand: quality against speed, a panel for each device.
+"""The figure for all: quality against speed, a panel for each device, drawn by matplotlib.
 
-Contenders that leave the output as it is have no quality to show, so they lie below the plot, one
-line each, by speed. The file is small text, needs no program to draw it, and follows the reader's
-light or dark page.
+Contenders that leave the output as it is have no quality to show, so they lie in a panel below, one
+line each, by speed. The SVG keeps text as text and follows the reader's light or dark page.
 """
 
 from __future__ import annotations
 
-import math
+import io
+import itertools
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-PANEL, GAP, LEFT, TOP = 430, 60, 62, 64
-PLOT, LANE, LETTER = 250, 17, 7.4
-STYLE = """
-svg { font: 12px system-ui, sans-serif }
-.page { fill: #ffffff } text { fill: #1f2328 } .soft { fill: #59636e }
-.grid { stroke: #d8dee4 } .axis { stroke: #1f2328; fill: none }
-.changes { fill: #d55e00 } .same { fill: #0072b2 }
-@media (prefers-color-scheme: dark) {
-.page { fill: #0d1117 } text { fill: #e6edf3 } .soft { fill: #9198a1 }
-.grid { stroke: #30363d } .axis { stroke: #e6edf3 }
-.changes { fill: #e69f00 } .same { fill: #56b4e9 }
-}
-"""
-Box = tuple[float, float, float, float]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PAGE, INK, GRID, CHANGES, SAME = "#ffffff", "#1f2328", "#d8dee4", "#d55e00", "#0072b2"
+DARK = {PAGE: "#0d1117", INK: "#e6edf3", GRID: "#30363d", CHANGES: "#e69f00", SAME: "#56b4e9"}
+SIDES = ((9, "left"), (-9, "right"), (0, "center"))
+PLACES = tuple(itertools.product((0, 13, -13, 25, -25, 37, -37, 49, -49), SIDES))
+"""Where a name may lie beside its mark, in points; the first place that hides nothing is taken."""
 
 
-def scatter(
+def scatter(points: Sequence[dict[str, Any]], *, title: str, **how: Any) -> str:
+    """The figure as SVG text; parameters as for `draw`."""
+    import matplotlib as mpl
+
+    out = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "moelab"}):
+        draw(points, title=title, **how).savefig(out, format="svg", metadata={"Date": None})
+    dark = "".join(
+        f'[style*="{what}: {light}"] {{ {what}: {dark} !important }}\n'
+        for light, dark in DARK.items()
+        for what in ("fill", "stroke")
+    )
+    head, _, rest = out.getvalue().partition("<svg ")
+    sizes, _, body = rest.partition(">")
+    style = f"<style>@media (prefers-color-scheme: dark) {{\n{dark}}}</style>"
+    return f'{head}<svg role="img" aria-label="{escape(title)}" {sizes}>\n{style}{body}'
+
+
+def draw(
     points: Sequence[dict[str, Any]], *, title: str, unchanged: float, devices: dict[str, str]
-) -> str:
-    """The figure as SVG text.
+) -> Figure:
+    """The figure: a column for each device, the panels share the scale of KL.
 
     Parameters
     ----------
@@ -40,132 +53,65 @@ def scatter(
     title
         Above the panels.
     unchanged
-        KL below which a point belongs under the plot.
+        KL below which a point belongs into the lower panel.
     devices
         Device -> title of its panel, from left to right.
     """
-    panels = [[p for p in points if p["device"] == device] for device in devices]
-    lanes = max((sum(p["KL"] < unchanged for p in panel) for panel in panels), default=0)
-    height = TOP + PLOT + 62 + LANE * (lanes + 1) + 24
-    width = LEFT + len(panels) * PANEL + (len(panels) - 1) * GAP + 30
-    kls = [p["KL"] for p in points if p["KL"] >= unchanged]
-    decades = (_decade(min(kls, default=1e-3)), _decade(max(kls, default=1.0)) + 1)
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(title)}"><style>{STYLE}</style>'
-        f'<rect class="page" width="{width}" height="{height}" rx="6"/>'
-    )
-    parts = [
-        head,
-        _words(LEFT, 26, title, size=15, weight=600),
-    ]
-    for i, (panel, name) in enumerate(zip(panels, devices.values(), strict=True)):
-        parts += _panel(panel, name, LEFT + i * (PANEL + GAP), decades, unchanged)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-
-def _panel(
-    points: list[dict[str, Any]], name: str, left: float, decades: tuple[int, int], unchanged: float
-) -> list[str]:
-    speeds = [p["tokens/s"] for p in points] or [1.0]
-    step = _step(max(speeds) * 1.05)
-    most = step * math.ceil(max(speeds) * 1.05 / step)
-    low, high = decades
-
-    def x(speed: float) -> float:
-        return left + PANEL * speed / most
-
-    def y(kl: float) -> float:
-        return TOP + PLOT * (high - math.log10(kl)) / (high - low)
-
-    changing = sorted((p for p in points if p["KL"] >= unchanged), key=lambda p: -p["tokens/s"])
-    same = sorted((p for p in points if p["KL"] < unchanged), key=lambda p: -p["tokens/s"])
-    floor = TOP + PLOT + 30 + LANE * (len(same) + 1)
-    parts = [_words(left, TOP - 12, name, weight=600)]
-    for power in range(low, high + 1):
-        at = TOP + PLOT * (high - power) / (high - low)
-        parts.append(f'<path class="grid" d="M{left} {at:.1f}h{PANEL}"/>')
-        parts.append(_words(left - 6, at + 4, f"{10.0**power:g}", anchor="end"))
-    for i in range(round(most / step) + 1):
-        at = x(i * step)
-        parts.append(f'<path class="grid" d="M{at:.1f} {TOP}V{floor:.1f}"/>')
-        parts.append(_words(at, floor + 16, f"{i * step:g}", anchor="middle"))
-    parts.append(f'<path class="axis" d="M{left} {TOP}V{floor:.1f}h{PANEL}"/>')
-    parts.append(_words(left + PANEL / 2, floor + 34, "tokens per second", anchor="middle"))
-    parts.append(
-        _words(
-            left + 4, TOP + 14, "KL, nats a token (log): best is low and to the right", soft=True
+    ordered = sorted(points, key=lambda p: -p["tokens/s"])
+    changing = {
+        d: [p for p in ordered if p["device"] == d and p["KL"] >= unchanged] for d in devices
+    }
+    same = {d: [p for p in ordered if p["device"] == d and p["KL"] < unchanged] for d in devices}
+    lanes = max(map(len, same.values()))
+    heights = (3.6, 0.3 + 0.19 * lanes)
+    inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    with mpl.rc_context({"font.size": 9, "grid.color": GRID, **dict.fromkeys(inks, INK)}):
+        size = (5.4 * len(devices), sum(heights) + 1.2)
+        figure = Figure(size, layout="constrained", facecolor=PAGE)
+        figure.suptitle(title, weight="bold")
+        panels = figure.subplots(
+            2, len(devices), sharex="col", sharey="row", squeeze=False, height_ratios=heights
         )
-    )
-    parts.append(_words(left + 4, TOP + PLOT + 30, "output as it is (KL 0)", soft=True))
-    marks = [(x(p["tokens/s"]), y(p["KL"]), p["strategy"]) for p in changing]
-    parts += _labelled(marks, left, left + PANEL)
-    for lane, p in enumerate(same):
-        at = TOP + PLOT + 30 + LANE * (lane + 1)
-        parts += _dot(x(p["tokens/s"]), at - 4, p, left + PANEL)
-    return parts
+        for (device, name), above, below in zip(devices.items(), *panels, strict=True):
+            fastest = max((p["tokens/s"] for p in ordered if p["device"] == device), default=1)
+            above.set(title=name, yscale="log", ylabel="KL, nats", xlim=(0, 1.25 * fastest))
+            below.set(xlabel="tokens per second", yticks=(), ylim=(lanes, -1))
+            below.set_ylabel("output\nas it is", rotation="horizontal", ha="right", va="center")
+            _marks(above, changing[device], [p["KL"] for p in changing[device]], "D", CHANGES)
+            _marks(below, same[device], range(len(same[device])), "o", SAME)
+        figure.draw_without_rendering()  # lays the panels out: only now is it known what meets
+        for axes in panels.flat:
+            _place_names(axes)
+    return figure
 
 
-def _labelled(marks: list[tuple[float, float, str]], left: float, right: float) -> list[str]:
-    """Diamonds, each with its name where it hides nothing: beside, above or below."""
-    taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y, _ in marks]
-    parts = []
-    for x, y, name in marks:
-        wide = LETTER * len(name)
-        free = [
-            (place, box)
-            for dy in (4, -10, 18, -22, 30, -34, 42)
-            for place, begin in (
-                ("start", x + 10),
-                ("end", x - 10 - wide),
-                ("middle", x - wide / 2),
-            )
-            if (box := (begin, y + dy - 11, begin + wide, y + dy + 3))[0] >= left + 4
-            and box[2] <= right + 24
-            and not any(_meet(box, other) for other in taken)
-        ]
-        place, box = free[0] if free else ("start", (x + 10, y - 7, x + 10 + wide, y + 7))
-        taken.append(box)
-        at = {"start": box[0], "middle": x, "end": box[2]}[place]
-        points = f"{x:.1f},{y - 6:.1f} {x + 6:.1f},{y:.1f} {x:.1f},{y + 6:.1f} {x - 6:.1f},{y:.1f}"
-        parts.append(f'<polygon class="changes" points="{points}"/>')
-        parts.append(_words(at, box[3] - 3, name, anchor=place))
-    return parts
+def _marks(
+    axes: Axes, points: Sequence[dict[str, Any]], y: Sequence[float], mark: str, colour: str
+) -> None:
+    """A mark for each point, with its name beside it."""
+    axes.set_facecolor(PAGE)
+    axes.grid(visible=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    x = [p["tokens/s"] for p in points]
+    axes.scatter(x, y, c=colour, marker=mark, zorder=3)
+    for p, at in zip(points, zip(x, y, strict=True), strict=True):
+        axes.annotate(p["strategy"], at, (9, 0), textcoords="offset points", va="center")
 
 
-def _dot(x: float, y: float, point: dict[str, Any], right: float) -> list[str]:
-    name = point["strategy"]
-    outside = x + 10 + LETTER * len(name) > right + 24
-    words = _words(x - 10 if outside else x + 10, y + 4, name, anchor="end" if outside else "start")
-    return [f'<circle class="same" cx="{x:.1f}" cy="{y:.1f}" r="5"/>', words]
+def _place_names(axes: Axes) -> None:
+    """Move each name to the first place where it hides neither a mark nor another name."""
+    from matplotlib.transforms import Bbox
 
-
-def _meet(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _words(
-    x: float,
-    y: float,
-    text: str,
-    *,
-    anchor: str = "start",
-    size: int = 12,
-    weight: int = 400,
-    soft: bool = False,
-) -> str:
-    kind = ' class="soft"' if soft else ""
-    heavy = f' font-weight="{weight}"' if weight != 400 else ""
-    large = f' font-size="{size}"' if size != 12 else ""
-    place = f' text-anchor="{anchor}"' if anchor != "start" else ""
-    return f'<text{kind} x="{x:.1f}" y="{y:.1f}"{place}{large}{heavy}>{escape(text)}</text>'
-
-
-def _decade(value: float) -> int:
-    return math.floor(math.log10(value))
-
-
-def _step(most: float) -> float:
-    """A round step that divides 0 to ``most`` into four to eight."""
-    power = 10.0 ** _decade(most / 4)
-    return next(n * power for n in (1, 2, 2.5, 5, 10) if most / (n * power) <= 8)
+    names: list[Any] = list(axes.texts)
+    spots = [axes.transData.transform(name.xy) for name in names]
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
+    for name in names:
+        for y, (x, side) in PLACES:
+            name.set(position=(x, y), ha=side)
+            box = name.get_window_extent()
+            if box.x0 > axes.bbox.x0 and box.x1 < axes.bbox.x1 and not box.count_overlaps(taken):
+                break
+        taken.append(name.get_window_extent())

@@ -8,11 +8,12 @@ is reported as far as it goes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from tqdm.auto import tqdm
 
 import moelab
 from moelab import calibration
-from moelab.bench.grid import PROMPT, Case, rotated, settle
+from moelab.bench.cases import Case, rotated, settle
 from moelab.bench.papers import edgemoe, everyone, hobbit, picture, swapmoe
-from moelab.bench.papers.measured import FULL, QUICK, Facts, Measured, Report, Task, Versus, look
-from moelab.bench.papers.tables import as_markdown, as_rows, circumstances, worded, write_whole
+from moelab.bench.papers.results import FULL, QUICK, Report, Results, Task
+from moelab.bench.tables import as_json, as_markdown, as_rows, circumstances, write_whole
 
 SECTIONS = (edgemoe, hobbit, swapmoe, everyone)
 BEGIN, END = "<!-- measured: papers -->", "<!-- end of measured: papers -->"
@@ -34,31 +35,30 @@ BEGIN, END = "<!-- measured: papers -->", "<!-- end of measured: papers -->"
 class Suite:
     """What was measured, and what the sections make of it."""
 
-    facts: Facts
-    measured: Measured
+    results: Results
     reports: dict[str, Report]
     complete: bool
     circumstances: dict[str, Any]
 
     def record(self) -> dict[str, Any]:
         """Everything as plain values for JSON."""
-        measured = self.measured
+        results = self.results
         return {
             "suite": "papers",
-            "model": measured.model,
+            "model": results.model,
             "complete": self.complete,
             **self.circumstances,
-            "tokens": measured.extent.tokens,
-            "repeats": measured.extent.repeats,
-            "prompts": list(measured.prompts),
-            "seed": measured.seed,
-            "cases": [row for _, row in measured.rows(list(measured.runs))],
-            "found": measured.found,
+            "tokens": results.extent.tokens,
+            "repeats": results.extent.repeats,
+            "prompts": list(results.prompts),
+            "seed": results.seed,
+            "cases": list(results.rows(list(results.runs)).values()),
+            "found": results.found,
             "sections": {
                 name: {
                     "title": report.title,
                     "tables": {table.caption: as_rows(table.frame) for table in report.tables},
-                    "theirs_and_ours": [vars(row) for row in report.versus],
+                    "theirs_and_ours": [row._asdict() for row in report.versus],
                 }
                 for name, report in self.reports.items()
             },
@@ -71,10 +71,9 @@ class Suite:
     def picture(self) -> str:
         """The figure for all, as SVG."""
         share = everyone.BUDGET.replace("%", " %")
-        points = everyone.points(self.facts, self.measured)
         known = moelab.devices()
         return picture.scatter(
-            points,
+            everyone.points(self.results),
             title=f"Quality against speed at {share} of the experts' memory",
             unchanged=everyone.UNCHANGED,
             devices={d: f"{known[d].title} (emulated)" for d in everyone.DEVICES},
@@ -103,59 +102,44 @@ def papers(model: str | Path = "demo", *, quick: bool = False, progress: bool = 
     with moelab.open(model, measure_kl=False, progress=progress) as lab:
         for name in calibration.NAMES:
             lab.calibrate(name, progress=progress)
-        facts = look(lab, extent)
-        cases, timed = _all_cases(facts), set[str]()
+        results = Results.of(lab, str(model), extent)
+        listed = itertools.chain.from_iterable(section.cases(results) for section in SECTIONS)
+        cases = list(dict.fromkeys(listed))
         for case in cases:
             if "in_flight" in settle(lab, case).strategy.observes:
-                timed.add(case.strategy)
-        prompts = [texts[0] for texts in lab.prompts().values()] or [PROMPT]
-    measured = Measured(str(model), prompts, extent, timed=timed)
-    work = list(_work(facts, measured, cases))
+                results.timed.add(case.strategy)
+    work = list(_work(results, cases))
     complete = False
-    with tqdm(total=len(work), disable=not progress, desc="papers") as bar:
-        try:
-            for words, do in work:
-                bar.set_postfix_str(words)
-                do()
-                bar.update()
-            complete = True
-        except KeyboardInterrupt:
-            bar.set_postfix_str("stopped")
-    reports = {section.NAME: section.report(facts, measured) for section in SECTIONS}
-    return Suite(facts, measured, reports, complete, circumstances())
+    with contextlib.suppress(KeyboardInterrupt):
+        for words, do in (bar := tqdm(work, "papers", disable=not progress)):
+            bar.set_postfix_str(words)
+            do()
+        complete = True
+    reports = {section.NAME: section.report(results) for section in SECTIONS}
+    return Suite(results, reports, complete, circumstances())
 
 
-def _all_cases(facts: Facts) -> list[Case]:
-    """The cases of all sections, each once."""
-    listed = itertools.chain.from_iterable(section.cases(facts) for section in SECTIONS)
-    return list(dict.fromkeys(listed))
-
-
-def _work(facts: Facts, measured: Measured, cases: Sequence[Case]) -> Iterator[Task]:
-    extent = measured.extent
-    again = list(dict.fromkeys(hobbit.cases(facts)))
-    for case in (
-        *rotated(cases, extent.repeats),
-        *rotated(again, extent.compared - extent.repeats),
-    ):
-        yield str(case), lambda case=case: measured.run(case)
-    for case in dict.fromkeys(map(measured.scored_as, cases)):
-        yield f"quality of {case}", lambda case=case: measured.score(case)
+def _work(results: Results, cases: Sequence[Case]) -> Iterator[Task]:
+    extent = results.extent
+    again = list(dict.fromkeys(hobbit.cases(results)))
+    rounds = (rotated(cases, extent.repeats), rotated(again, extent.compared - extent.repeats))
+    for case in itertools.chain(*rounds):
+        yield str(case), lambda case=case: results.run(case)
+    for case in dict.fromkeys(map(results.scored_as, cases)):
+        yield f"quality of {case}", lambda case=case: results.score(case)
     for section in SECTIONS:
-        yield from section.tasks(facts, measured)
-
-
-# -- the report in words --------------------------------------------------------------------------
+        yield from section.tasks(results)
 
 
 def _markdown(suite: Suite, picture: str | None) -> Iterator[str]:
-    machine, extent = suite.circumstances["machine"], suite.measured.extent
+    """The report's paragraphs."""
+    machine, extent = suite.circumstances["machine"], suite.results.extent
     yield (
         f"Measured {suite.circumstances['made'][:10]} on {machine['cores']} cores of "
         f"{machine['processor']} by `moelab bench --suite papers`: the bundled model, "
         f"{extent.tokens} tokens a run, medians of {extent.repeats} runs "
         f"({extent.compared} of what HOBBIT is compared with) on "
-        f"{min(extent.repeats, len(suite.measured.prompts))} prompts in rotated order; named "
+        f"{min(extent.repeats, len(suite.results.prompts))} prompts in rotated order; named "
         "devices are emulated over real loads. Quality is scored apart, on text that neither "
         "training nor calibration saw."
     )
@@ -167,28 +151,13 @@ def _markdown(suite: Suite, picture: str | None) -> Iterator[str]:
         yield f"### {report.title}"
         yield report.text
         if name == everyone.NAME and picture is not None:
-            yield f"![{suite.reports[name].title}, a point for each strategy]({picture})"
+            yield f"![{report.title}, a point for each strategy]({picture})"
         for table in report.tables:
             if len(table.frame):
-                yield f"**{table.caption}**"
-                shown = table.frame.drop(columns=list(table.hidden))
-                yield as_markdown(worded(shown, table.formats))
-                if table.note:
-                    yield table.note
+                yield from table.markdown()
         if report.versus:
             yield "**Theirs and ours**"
-            yield as_markdown(pd.DataFrame([_beside(row) for row in report.versus]))
-
-
-def _beside(row: Versus) -> dict[str, str]:
-    def at(figure: str, device: str) -> str:
-        return f"{figure} ({device})" if device else figure
-
-    return {
-        "": row.what,
-        "theirs, on their device": at(row.theirs, row.their_device),
-        "ours, here": at(row.ours, row.our_device),
-    }
+            yield as_markdown(pd.DataFrame([row.beside() for row in report.versus]))
 
 
 def between_markers(text: str, new: str) -> str:
@@ -208,11 +177,11 @@ def between_markers(text: str, new: str) -> str:
 
 @dataclass(frozen=True)
 class Files:
-    """Where a suite is written: everything as JSON, the report, a README's section, the figure."""
+    """Where a suite is written: everything as JSON, the report, the kept tables, the figure."""
 
     json: Path | None = None
     markdown: Path | None = None
-    readme: Path | None = None
+    tables: Path | None = None
     picture: Path | None = None
 
     def check(self, *, quick: bool) -> None:
@@ -221,31 +190,32 @@ class Files:
         Raises
         ------
         ValueError
-            The README has no markers, or the suite is a quick one.
+            The file of the tables has no markers, or the suite is a quick one.
+        ImportError
+            A figure is wanted and matplotlib is not installed.
         """
-        if self.readme is not None:
+        if self.tables is not None:
             if quick:
-                raise ValueError("a quick suite's figures mean little: leave out --readme")
-            between_markers(self.readme.read_text("utf-8"), "")
+                raise ValueError("a quick suite's figures mean little: leave out --tables")
+            between_markers(self.tables.read_text("utf-8"), "")
+        if self.picture is not None and find_spec("matplotlib") is None:
+            raise ImportError("--picture needs matplotlib; run: pip install 'moelab[export]'")
 
     def write(self, suite: Suite) -> list[Path]:
-        """Write each file whole or not at all; README and figure only from a complete suite."""
-        written = []
+        """Write each file whole or not at all; tables and figure only from a complete suite."""
+        texts: dict[Path, str] = {}
         if self.json is not None:
-            text = json.dumps(suite.record(), indent=2) + "\n"
-            written.append(write_whole(self.json, text))
+            texts[self.json] = as_json(suite.record())
         if self.markdown is not None:
-            written.append(write_whole(self.markdown, suite.markdown(self._link(self.markdown))))
+            texts[self.markdown] = suite.markdown(self._link(self.markdown))
         if suite.complete and self.picture is not None:
-            written.append(write_whole(self.picture, suite.picture()))
-        if suite.complete and self.readme is not None:
-            new = suite.markdown(self._link(self.readme))
-            text = between_markers(self.readme.read_text("utf-8"), new)
-            written.append(write_whole(self.readme, text))
-        return written
+            texts[self.picture] = suite.picture()
+        if suite.complete and self.tables is not None:
+            new = suite.markdown(self._link(self.tables))
+            texts[self.tables] = between_markers(self.tables.read_text("utf-8"), new)
+        return [write_whole(path, text) for path, text in texts.items()]
 
     def _link(self, beside: Path) -> str | None:
         """The figure as seen from another file."""
-        if self.picture is None:
-            return None
-        return Path(os.path.relpath(self.picture, beside.parent)).as_posix()
+        seen = self.picture and Path(os.path.relpath(self.picture, beside.parent))
+        return seen.as_posix() if seen else None

@@ -8,26 +8,10 @@ that was patched or edited in a notebook counts, and `verify` measures a whole b
 six megabytes: ...
 """
 
-from __future__ import annotations
+from moelab.course.challenge.board import Leaderboard, leaderboard, verify
+from moelab.course.challenge.entering import Challenge, challenge
+from moelab.course.challenge.entries import Entry
+from moelab.course.challenge.tasks import TASKS, Task
 
-from importlib import import_module
-from typing import Any
-
-_HOMES = {
-    "TASKS": "tasks",
-    "Task": "tasks",
-    "Entry": "entries",
-    "Leaderboard": "board",
-    "leaderboard": "board",
-    "verify": "board",
-    "Challenge": "entering",
-    "challenge": "entering",
-}
-__all__ = [*_HOMES]  # noqa: PLE0604
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name when it is first used: the command line's help needs none of them."""
-    if name not in _HOMES:
-        raise AttributeError(f"moelab.course.challenge has no {name!r}; it has {', '.join(_HOMES)}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__all__ = ["TASKS", "Challenge", "Entry", "Leaderboard", "Task"]
+__all__ += ["challenge", "leaderboard", "verify"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from moelab.bench.papers.contenders import ROLES, contender
+from moelab.bench.contenders import ROLES, contender
 from moelab.course.challenge import own_code
-from moelab.course.challenge.board import Leaderboard, as_board, leaderboard, ranked, verify
-from moelab.course.challenge.entries import Entry, append, read, touch
-from moelab.course.challenge.process import scored
-from moelab.course.challenge.tasks import FIXED, MB, Task, find
+from moelab.course.challenge.board import Leaderboard, leaderboard, ranked, verify
+from moelab.course.challenge.entries import Entry, append, read
+from moelab.course.challenge.scoring import scored
+from moelab.course.challenge.tasks import FIXED, Task, find
 
 LONGEST_NAME = 40
 
@@ -41,7 +42,7 @@ def challenge(name: str, *, board: str | Path | None = None) -> Challenge:
     >>> six.enter("Ada", strategy="hobbit", budget="6MB", low_bits=4)  # doctest: +SKIP
     >>> six.leaderboard()  # doctest: +SKIP
     """
-    return Challenge(find(name), None if board is None else Path(board))
+    return Challenge(find(name), board)
 
 
 class Challenge:
@@ -52,12 +53,14 @@ class Challenge:
     task
         The rules.
     board
-        The file of entries, or None.
+        The file of entries.
     """
 
-    def __init__(self, task: Task, board: Path | None = None) -> None:
-        self.task, self.board = task, board
-        self._entries: list[Entry] = []
+    def __init__(self, task: Task, board: str | Path | None = None) -> None:
+        if board is None:
+            self._folder = tempfile.TemporaryDirectory()  # ends with this object
+            board = Path(self._folder.name) / "board.jsonl"
+        self.task, self.board = task, Path(board)
 
     def enter(
         self,
@@ -84,7 +87,8 @@ class Challenge:
         settings
             Anything ``lab.update`` takes as a number or a word (``bits``, ``low_bits``, ``t1``,
             ``evict="edgemoe"``, parameters of the strategy). A decision may also be a class of
-            your own, or ``"file.py:Class"``: its text is sent.
+            your own, or ``"file.py:Class"``: its text is sent, and runs as it is in the measuring
+            process, with your rights.
 
         Returns
         -------
@@ -94,7 +98,7 @@ class Challenge:
         Raises
         ------
         ValueError
-            The engine refuses the settings, or a class is more than a policy; nothing is kept.
+            The engine refuses the settings, or a class cannot be sent; nothing is kept.
         OSError
             The board cannot be written; nothing is measured.
 
@@ -106,15 +110,16 @@ class Challenge:
         """
         if not isinstance(name, str) or not name.strip() or len(name) > LONGEST_NAME:
             raise ValueError(f"name {name!r}: 1 to {LONGEST_NAME} characters")
-        plain, own = _as_text({**_strategy(strategy), "budget": budget} | settings)
-        request = {
-            "challenge": self.task.name,
-            "settings": plain,
-            "own": own,
-            "quick": quick,
-        }
-        if self.board is not None:
-            touch(self.board)  # before half a minute of measuring, not after it
+        if not isinstance(strategy, str):
+            raise ValueError(  # noqa: TRY004, one kind of error for all that is refused
+                f"strategy={strategy!r}: write its name ('hobbit'); parts of your own are given "
+                "one by one: evict=MyClass"
+            )
+        plain, own = _as_text({**contender(strategy), "budget": budget} | settings)
+        request = {"challenge": self.task.name, "settings": plain, "own": own, "quick": quick}
+        self.board.open("ab").close()  # before half a minute of measuring, not after it
+        if own and progress:
+            tqdm.write(f"{name}: {own_code.RIGHTS}, here yours")
         with tqdm(total=1 + self.task.prompts, disable=not progress, leave=False) as bar:
 
             def tell(words: str) -> None:
@@ -122,87 +127,33 @@ class Challenge:
                 bar.update()
 
             answer = scored(request, tell)
-        facts = {k: answer[k] for k in ("figures", "made", "versions", "machine")}
-        entry = Entry(name=" ".join(name.split()), **request, **facts)
-        self._entries.append(entry)
-        if self.board is not None:
-            append(self.board, entry)
-        return self._placed(entry)
+        entry = Entry(name=" ".join(name.split()), **request, **answer)
+        append(self.board, entry)
+        others = [e for e in read(self.board)[0] if e.challenge == self.task.name]
+        places = [(e, rank) for e, rank in ranked(others) if rank is not None]
+        rank = next((rank for e, rank in places if e == entry), None)
+        return replace(entry, rank=rank, board=len(places))
 
     def leaderboard(self, path: str | Path | None = None) -> Leaderboard:
-        """The board, best first, as a DataFrame that shows itself with a picture.
-
-        Parameters
-        ----------
-        path
-            A file; default this challenge's, or where it has none, the entries made here.
-
-        Raises
-        ------
-        FileNotFoundError
-            There is no such file.
-        ValueError
-            There is no entry yet.
-        """
-        path = self.board if path is None else path
-        if path is not None:
-            return leaderboard(path, self.task.name)
-        if not self._entries:
-            raise ValueError("no entry yet: challenge.enter(name, strategy=..., budget=...)")
-        return as_board(self._entries, self.task)
+        """The board of this challenge, or that of another file; see `leaderboard`."""
+        return leaderboard(path or self.board, self.task.name)
 
     def verify(
         self, path: str | Path | None = None, *, own_code: bool = False, progress: bool = True
     ) -> Leaderboard:
-        """Measure every entry of the board again and rank by that; see `verify` of this package.
-
-        Raises
-        ------
-        ValueError
-            This challenge has no file, and none is given.
-        """
-        path = self.board if path is None else path
-        if path is None:
-            raise ValueError("which board? give its file: challenge.verify('workshop.jsonl')")
-        return verify(path, self.task.name, own_code=own_code, progress=progress)
+        """Measure every entry of the board again and rank by that; see `verify`."""
+        return verify(path or self.board, self.task.name, own_code=own_code, progress=progress)
 
     def __repr__(self) -> str:
-        task = self.task
-        return (
-            f"{task.name}: {task.question} Limits: {task.peak_bytes / MB:g} MB of experts at the "
-            f"peak, KL below {task.kl:g}; on an emulated {task.device}."
-        )
+        return f"{self.task.name}: {self.task.question} {self.task.limits}"
 
     def _repr_html_(self) -> str:
         task = self.task
-        return (
-            f"<p><b>{escape(task.name)}</b> · {escape(task.question)}<br>Limits: "
-            f"{task.peak_bytes / MB:g} MB of experts at the peak, KL below {task.kl:g}; on an "
-            f"emulated {escape(task.device)}.<br><i>{escape(task.hint)}</i></p>"
-        )
-
-    def _placed(self, entry: Entry) -> Entry:
-        """The entry with its rank on the board now."""
-        others = self._entries
-        if self.board is not None:
-            others = [e for e in read(self.board)[0] if e.challenge == self.task.name]
-        places = [(e, rank) for e, rank in ranked(others) if rank is not None]
-        rank = next((r for e, r in places if e == entry), None)
-        return replace(entry, rank=rank, board=len(places))
+        name, question, hint = map(escape, (task.name, task.question, task.hint))
+        return f"<p><b>{name}</b> · {question}<br>{task.limits}<br><i>{hint}</i></p>"
 
 
-def _strategy(words: Any) -> dict[str, Any]:
-    if not isinstance(words, str):
-        raise ValueError(  # noqa: TRY004, one kind of error for all that is refused
-            f"strategy={words!r}: write its name ('hobbit'); parts of your own are given one by "
-            "one: evict=MyClass"
-        )
-    return contender(words)
-
-
-def _as_text(
-    settings: dict[str, Any],
-) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+def _as_text(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
     """Settings that JSON can carry, and the decisions that come as code."""
     plain, own = {}, {}
     for key, value in settings.items():

@@ -7,20 +7,52 @@ the figures whenever it is read; whether the figures are true is for `verify`.
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
+import reprlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from moelab.bench.papers.contenders import ROLES
-from moelab.course.challenge.tasks import TASKS, Task
+import fastjsonschema
+
+from moelab.bench.contenders import ROLES
+from moelab.course.challenge.own_code import RIGHTS
+from moelab.course.challenge.tasks import MB, TASKS, Task
 
 FORMAT = 1
 LONGEST_LINE = 200_000
-_PLAIN = (str, int, float, bool, type(None))
 _MOST = 1e15
 _NUMBERS = ("tokens_per_s", "bytes_per_token", "peak_resident_bytes", "kl")
+_OF_NOW = ("rank", "board", "verified", "claimed")
+"""What an entry is at the moment, on a board or after `verify`; no line of a file says it."""
+
+_TEXT, _NUMBER = {"type": "string"}, {"type": "number"}
+_PLAIN = {"type": ["string", "number", "boolean", "null"]}
+
+
+def _object(*needed: str, more: Any = False, **fields: Any) -> dict[str, Any]:
+    fields = {"type": "object", "properties": fields, "required": needed}
+    return fields | {"additionalProperties": more}
+
+
+_VALUES = _object(more=_PLAIN)
+_CLASS = _object("class", "source", **{"class": _TEXT, "source": _TEXT})
+SCHEMA = _object(
+    *("format", "challenge", "name", "settings", "figures"),
+    format={"const": FORMAT},
+    challenge={"enum": list(TASKS)},
+    quick={"type": "boolean"},
+    figures=_object(*_NUMBERS, more=_PLAIN, **dict.fromkeys(_NUMBERS, _NUMBER)),
+    own=_object(**dict.fromkeys(ROLES, _CLASS)),
+    **dict.fromkeys(("name", "made"), _TEXT),
+    **dict.fromkeys(("settings", "versions", "machine"), _VALUES),
+    **{name: {} for name in _OF_NOW},
+)
+"""A line of a board."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +73,10 @@ class Entry:
         See `moelab.course.challenge.scoring.measure`.
     made, versions, machine
         When and with what.
-    rank
-        On the board at that moment; None where it has none.
-    board
-        How many ranked then.
+    rank, board
+        Its rank (None: it has none) and how many ranked, on the board at that moment.
+    verified, claimed
+        Of one that `verify` measured again: ``"yes"`` or why not, and the figures of the file.
     """
 
     challenge: str
@@ -58,6 +90,8 @@ class Entry:
     machine: dict[str, Any] = field(default_factory=dict)
     rank: int | None = None
     board: int = 0
+    verified: str = ""
+    claimed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def task(self) -> Task:
@@ -75,6 +109,11 @@ class Entry:
         return not self.failures
 
     @property
+    def ranks(self) -> bool:
+        """Whether it takes part: both limits hold, it is no trial, and not found wrong."""
+        return self.accepted and not self.quick and self.verified in ("", "yes")
+
+    @property
     def request(self) -> dict[str, Any]:
         """What the scoring process needs to measure it again."""
         names = ("challenge", "settings", "own", "quick")
@@ -84,42 +123,65 @@ class Entry:
     def code(self) -> str:
         """The line that enters the same again."""
         words = [repr(self.name), *(f"{k}={v!r}" for k, v in self.settings.items())]
-        words += [f"{role}={part['class']}" for role, part in self.own.items()]
-        return f"moelab.challenge({self.challenge!r}).enter({', '.join(words)})"
+        return f"moelab.challenge({self.challenge!r}).enter({', '.join(words + self._classes)})"
 
     @property
     def words(self) -> str:
         """The settings in a few words, for a table."""
         shown = [f"{k}={v}" for k, v in self.settings.items() if k != "strategy"]
-        shown += [f"{role}={part['class']}" for role, part in self.own.items()]
-        return ", ".join([str(self.settings.get("strategy", "lru")), *shown])
+        return ", ".join([str(self.settings.get("strategy", "lru")), *shown, *self._classes])
+
+    @property
+    def _classes(self) -> list[str]:
+        return [f"{role}={part['class']}" for role, part in self.own.items()]
 
     def line(self) -> str:
         """As a line of the file."""
-        facts = asdict(self)
-        del facts["rank"], facts["board"]
-        return json.dumps({"format": FORMAT} | facts, ensure_ascii=False) + "\n"
+        kept = {name: value for name, value in asdict(self).items() if name not in _OF_NOW}
+        return json.dumps({"format": FORMAT} | kept, ensure_ascii=False) + "\n"
+
+    @property
+    def verdict(self) -> str:
+        """One line: the rank, or why there is none."""
+        if not self.accepted:
+            return "disqualified"
+        if self.quick:
+            return "both limits kept; a quick trial does not rank"
+        if self.rank is None:
+            return "both limits kept; an earlier entry of the same name is better"
+        return f"rank {self.rank} of {self.board}"
+
+    def _measured(self) -> list[tuple[str, str]]:
+        """Names and values of what was measured, and with which settings."""
+        f, task = self.figures, self.task
+        speeds = f"({f['tokens_per_s_min']:.3g} to {f['tokens_per_s_max']:.3g})"
+        kls = f"(held-out {f['kl_held_out']:.4f}, own text {f['kl_written']:.4f})"
+        peak = f"{f['peak_resident_bytes'] / MB:.2f} MB of {task.peak_bytes / MB:g} MB"
+        return [
+            ("speed", f"{f['tokens_per_s']:.3g} tokens/s {speeds}"),
+            ("read", f"{f['bytes_per_token'] / 1000:.3g} kB per token"),
+            ("peak memory", peak),
+            ("KL", f"{f['kl']:.4f}, below {task.kl:g} asked for {kls}"),
+            ("hit ratio", f"{f['hit_ratio']:.0%}"),
+            ("settings", self.words + (f" ({RIGHTS})" if self.own else "")),
+        ]
 
     def __repr__(self) -> str:
-        from moelab.course.challenge.look import entry_words
-
-        return entry_words(self)
+        rows = [f"{self.challenge} · {self.name}: {self.verdict}"]
+        rows += [f"  {name}: {value}" for name, value in self._measured()]
+        return "\n".join([*rows, *(f"  failed: {failure}" for failure in self.failures)])
 
     def _repr_html_(self) -> str:
-        from moelab.course.challenge.look import entry_html
-
-        return entry_html(self)
-
-
-def touch(path: str | Path) -> None:
-    """Begin the file if there is none.
-
-    Raises
-    ------
-    OSError
-        It could not be appended to.
-    """
-    Path(path).open("ab").close()
+        left = "style='text-align:left'"
+        rows = "".join(
+            f"<tr><th {left}>{escape(name)}</th><td {left}>{escape(value)}</td></tr>"
+            for name, value in self._measured()
+        )
+        failed = "".join(f"<br>✗ {escape(failure)}" for failure in self.failures)
+        return (
+            f"<div><p><b>{escape(self.name)}</b> · {escape(self.challenge)}: "
+            f"<b>{escape(self.verdict)}</b>{failed}</p><table>{rows}</table></div>"
+        )
 
 
 def append(path: str | Path, entry: Entry) -> None:
@@ -157,42 +219,27 @@ def read(path: str | Path) -> tuple[list[Entry], list[str]]:
         if line.strip():
             try:
                 entries.append(_entry(line))
-            except (ValueError, TypeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 faults.append(f"line {number}: {error}")
     return entries, faults
+
+
+@functools.cache
+def _schema() -> Callable[[Any], Any]:
+    return fastjsonschema.compile(SCHEMA)  # pyright: ignore[reportReturnType]
 
 
 def _entry(line: bytes) -> Entry:
     if len(line) > LONGEST_LINE:
         raise ValueError(f"{len(line)} bytes; {LONGEST_LINE} at most")
-    facts = json.loads(line)
-    if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
-        raise ValueError(f"not an entry of format {FORMAT}")
-    entry = Entry(**{k: v for k, v in facts.items() if k not in ("rank", "board")})
-    for name in ("challenge", "name", "made"):
-        _must(isinstance(getattr(entry, name), str), f"{name} must be a text")
-    if entry.challenge not in TASKS:
-        raise ValueError(f"unknown challenge {entry.challenge!r}")
-    _must(isinstance(entry.quick, bool), "quick must be true or false")
-    for name in ("settings", "figures", "own", "versions", "machine"):
-        _must(isinstance(getattr(entry, name), dict), f"{name} must be an object")
-    for name in ("settings", "figures", "versions", "machine"):
-        for key, value in getattr(entry, name).items():
-            _must(isinstance(value, _PLAIN), f"{name}.{key} must be a number or a text")
-    for role, part in entry.own.items():
-        _must(role in ROLES, f"own.{role}: no decision of that name")
-        fit = isinstance(part, dict) and part.keys() == {"class", "source"}
-        _must(fit and all(isinstance(v, str) for v in part.values()), f"own.{role} is no class")
+    found = json.loads(line)
+    try:
+        _schema()(found)
+    except fastjsonschema.JsonSchemaValueException as error:
+        words = error.message.removeprefix("data.").replace("data ", "an entry ", 1)
+        raise ValueError(f"{words}; this is {reprlib.repr(error.value)}") from None
     for name in _NUMBERS:
-        _must(_is_number(entry.figures.get(name)), f"figures.{name} must be a finite number")
-    return entry
-
-
-def _is_number(value: Any) -> bool:
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return plain and abs(value) < _MOST
-
-
-def _must(holds: bool, words: str) -> None:
-    if not holds:
-        raise ValueError(words)
+        if not abs(value := found["figures"][name]) < _MOST:  # NaN too
+            raise ValueError(f"figures.{name} must be a finite number; this is {value}")
+    del found["format"]
+    return Entry(**{name: value for name, value in found.items() if name not in _OF_NOW})

@@ -1,11 +1,10 @@
-"""The scoring process: settings come in as JSON, measured figures go out.
+"""The scoring process: settings go in as JSON, measured figures come out.
 
-It is started anew for every entry, isolated from the user's environment (`process`), and takes
-everything but the settings from the installed package: the task by its name, prompts, seed, texts.
-Peak memory is what the arena held and, recounted apart from it, what the event log says; the larger
-one counts. The timed runs are the ones judged: the logits that each of their tokens was drawn from
-are kept, and compared with full precision when the run is over, so that the stopwatch sees none of
-it. An entry's own parts are made anew for every lab: nothing they remember outlives a run.
+It is started anew for every entry, isolated from the user's environment, and takes everything but
+the settings from the installed package: the task by its name, prompts, seed, texts. The timed runs
+are the ones judged: the logits that each of their tokens was drawn from are kept, and compared with
+full precision when the run is over, so that the stopwatch sees none of it. An entry's own parts are
+made anew for every lab: nothing they remember outlives a run.
 """
 
 from __future__ import annotations
@@ -13,33 +12,110 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 import moelab
-from moelab.bench.papers.measured import Extent, score
-from moelab.bench.papers.tables import circumstances
+from moelab.bench.papers.results import Extent, score
+from moelab.bench.tables import circumstances
 from moelab.course.challenge import own_code
 from moelab.course.challenge.tasks import FIXED, Task, find
 from moelab.engine.generation import Reference
 from moelab.runs.quality import kl_divergence
-from moelab.scheduling.events import CODES
 
+KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_CACHE_HOME", "MOELAB_CACHE", "LD_LIBRARY_PATH")
+"""What the process sees of the environment: where things lie, nothing that changes what they do."""
+MOST_SECONDS = 900
+_CODE = (  # of the caller's moelab, whichever is installed
+    "import sys; sys.path.insert(0, sys.argv.pop()); "
+    "from moelab.course.challenge.scoring import main; main()"
+)
 Tell = Callable[[str], None]
 
 
+def scored(request: dict[str, Any], tell: Tell = lambda _: None) -> dict[str, Any]:
+    """The answer of a fresh scoring process: ``figures``, ``made``, ``versions``, ``machine``.
+
+    Parameters
+    ----------
+    request, tell
+        As `measure` takes them.
+
+    Raises
+    ------
+    ValueError
+        The entry was refused; the message is the engine's own.
+    RuntimeError
+        The process ended without an answer, or took longer than a quarter of an hour.
+    """
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    answer: dict[str, Any] = {}
+    with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+") as noise:
+        json.dump(request, given)
+        given.seek(0)
+        with subprocess.Popen(  # noqa: S603, this Python and our own words
+            [sys.executable, "-I", "-c", _CODE, str(Path(moelab.__file__).parent.parent)],
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=noise,
+            env=environment,
+            cwd=tempfile.gettempdir(),
+            encoding="utf-8",
+        ) as process:
+            too_long = threading.Timer(MOST_SECONDS, process.kill)
+            too_long.start()
+            try:
+                for line in process.stdout or ():
+                    answer = json.loads(line)
+                    if "step" in answer:
+                        tell(answer["step"])
+            finally:
+                too_long.cancel()
+                process.kill()
+        noise.seek(0)
+        last = noise.read()[-2000:]
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    if "figures" not in answer:
+        raise RuntimeError(f"the scoring process ended without an answer; it said: {last}")
+    return answer
+
+
+def main() -> None:
+    """In the process: serve one request from stdin, answer on stdout in lines of JSON."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # a policy's print goes to stderr
+
+    def say(**words: Any) -> None:
+        print(json.dumps(words), file=answers, flush=True)
+
+    try:
+        figures = measure(json.load(sys.stdin), lambda words: say(step=words))
+    except ValueError as error:
+        say(error=str(error))
+    except Exception as error:  # noqa: BLE001, told to the one who asked, whatever it is
+        say(error=f"{type(error).__name__}: {error}")
+    else:
+        say(figures=figures, **circumstances())
+
+
 def measure(request: dict[str, Any], tell: Tell = lambda _: None) -> dict[str, Any]:
-    """Measure an entry.
+    """Measure an entry, in this process.
 
     Parameters
     ----------
     request
         ``challenge`` (name), ``settings`` (for ``lab.update``), ``own`` (decision -> ``class`` and
-        ``source``), ``quick``.
+        ``source``), ``quick``; plain values only.
     tell
         Called with a few words before each step.
 
@@ -48,8 +124,7 @@ def measure(request: dict[str, Any], tell: Tell = lambda _: None) -> dict[str, A
     dict
         tokens_per_s (median, and _min and _max), bytes_per_token, hit_ratio, stall_share (medians),
         peak_resident_bytes (largest), kl (the larger of kl_held_out and of kl_written, that of the
-        text written in the timed runs), same_top1,
-        text (a digest of all tokens written).
+        text written in the timed runs), same_top1, text (a digest of all tokens written).
 
     Raises
     ------
@@ -60,12 +135,12 @@ def measure(request: dict[str, Any], tell: Tell = lambda _: None) -> dict[str, A
     task = task.quick() if request.get("quick") else task
     if fixed := [name for name in FIXED if name in request["settings"]]:  # of a file's line
         raise ValueError(f"{fixed[0]} is fixed in a challenge")
-    prompts, runs = _prompts(task), []
     tell("quality on held-out texts")
     with _opened(task, request, verify=True) as lab:
         quality = score(lab, Extent(task.tokens, task.prompts, task.texts, task.scored))
-    for number, prompt in enumerate(prompts, start=1):
-        tell(f"timed run {number} of {len(prompts)}")
+    runs = []
+    for number, prompt in enumerate(_prompts(task), start=1):
+        tell(f"timed run {number} of {task.prompts}")
         runs.append(_run(task, request, prompt))
     return _figures(quality, runs)
 
@@ -80,11 +155,9 @@ def _opened(task: Task, request: dict[str, Any], *, verify: bool = False) -> moe
         "demo", budget="100%", measure_kl=False, seed=task.seed, verify=verify, progress=False
     )
     try:
-        own = {
-            role: own_code.make(part["class"], part["source"])
-            for role, part in request.get("own", {}).items()
-        }
-        lab.update(device=task.device, **request["settings"], **own)
+        own = request.get("own", {}).items()
+        parts = {role: own_code.make(part["class"], part["source"]) for role, part in own}
+        lab.update(device=task.device, **request["settings"], **parts)
     except BaseException:
         lab.close()
         raise
@@ -108,54 +181,24 @@ def _run(task: Task, request: dict[str, Any], prompt: str) -> dict[str, Any]:
         context = [*run._ids, *run.tokens[:-1]]
         full = Reference(engine).logits(context, keep=len(logits))
     kl = float(kl_divergence(full, torch.stack(logits)).mean())
-    more = {"kl": kl, "written": list(run.tokens), "recounted_bytes": peak_of_log(run)}
-    return run.summary() | more
-
-
-def peak_of_log(run: moelab.Run) -> int:
-    """Most bytes resident at a time, counted from a run's event log alone."""
-    nbytes, events = run.trace.shape.nbytes, run.log.records()
-    begun = sum(nbytes[bits] for _, bits in run.trace.resident)
-    comes = np.isin(events["kind"], [CODES["load"], CODES["prefetch"]])
-    sign = comes.astype(np.int64) - (events["kind"] == CODES["evict"])
-    moved = sign * [nbytes.get(int(bits), 0) for bits in events["bits"]]
-    return int(begun + max(0, moved.cumsum().max(initial=0)))
+    return run.summary() | {"kl": kl, "written": list(run.tokens)}
 
 
 def _figures(quality: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    speeds = [run["tokens_per_s"] for run in runs]
+    columns = {name: [run[name] for run in runs] for name in runs[0]}
     medians = ("tokens_per_s", "bytes_per_token", "hit_ratio", "stall_share")
-    kl_written = float(np.mean([run["kl"] for run in runs]))
-    text = json.dumps([run["written"] for run in runs]).encode()
-    return {name: float(np.median([run[name] for run in runs])) for name in medians} | {
-        "tokens_per_s_min": min(speeds),
-        "tokens_per_s_max": max(speeds),
-        "peak_resident_bytes": max(
-            max(run["peak_resident_bytes"], run["recounted_bytes"]) for run in runs
-        ),
-        "kl": float(np.maximum(quality["kl_mean"], kl_written)),
-        "kl_held_out": quality["kl_mean"],
-        "kl_written": kl_written,
-        "same_top1": quality["same_top1"],
-        "text": hashlib.sha256(text).hexdigest()[:16],
-    }
-
-
-def main() -> None:
-    """Serve one request from stdin; answer on stdout in lines of JSON, whatever the code prints."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # a policy's print goes to stderr
-
-    def say(**words: Any) -> None:
-        print(json.dumps(words), file=answers, flush=True)
-
-    try:
-        figures = measure(json.load(sys.stdin), lambda words: say(step=words))
-    except Exception as error:  # noqa: BLE001, told to the one who asked, whatever it is
-        say(
-            error=f"{error}"
-            if isinstance(error, ValueError)
-            else f"{type(error).__name__}: {error}"
-        )
-    else:
-        say(figures=figures, **circumstances())
+    figures = {name: float(np.median(columns[name])) for name in medians}
+    kl_written = float(np.mean(columns["kl"]))
+    return (
+        figures
+        | {
+            "tokens_per_s_min": min(columns["tokens_per_s"]),
+            "tokens_per_s_max": max(columns["tokens_per_s"]),
+            "peak_resident_bytes": max(columns["peak_resident_bytes"]),
+            "kl": float(np.maximum(quality["kl_mean"], kl_written)),  # NaN if either is
+            "kl_held_out": quality["kl_mean"],
+            "kl_written": kl_written,
+            "same_top1": quality["same_top1"],
+            "text": hashlib.sha256(json.dumps(columns["written"]).encode()).hexdigest()[:16],
+        }
+    )

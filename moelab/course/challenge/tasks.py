@@ -3,8 +3,7 @@
 The scoring process reads them from here by name; a `Task` that was edited elsewhere changes
 nothing. Both limits are on measured figures: bytes of resident experts at their peak, and KL
 against full precision, the worse of two: on held-out texts, and on the text the entry wrote in the
-very runs that are timed (a policy that behaves only while it is examined gains nothing). Own code
-runs with the rights of who runs it: `own_code` is a fence against accidents and easy tricks.
+very runs that are timed (a policy that behaves only while it is examined gains nothing).
 """
 
 from __future__ import annotations
@@ -25,34 +24,30 @@ class Task:
     ----------
     name, question, hint
         For people.
-    device
-        Emulated, the same for everybody.
-    goal
-        The figure that ranks; ``best`` is ``"most"`` or ``"fewest"``.
+    goal, best
+        The figure that ranks, and whether the ``"most"`` or the ``"fewest"`` of it wins.
     unit, scale
         How the goal is shown: the figure divided by ``scale``, then ``unit``.
-    peak_bytes
-        Resident experts may take at most so many bytes at any moment.
-    kl
-        Mean KL in nats a token must stay below this.
+    peak_bytes, kl
+        Limits: bytes of resident experts at any moment, and mean KL in nats a token.
+    device, seed
+        Emulated, the same for everybody; of sampling, with the model's own settings.
     prompts, tokens
         Runs, each of another domain, and tokens of each; medians of these are the figures.
     texts, scored
         Held-out texts (at most), and tokens of each.
-    seed
-        Of sampling, with the model's own settings.
     """
 
     name: str
     question: str
     hint: str
-    device: str
     goal: str
     best: str
     unit: str
     scale: float
     peak_bytes: int
     kl: float
+    device: str = "sd_card"
     prompts: int = 3
     tokens: int = 32
     texts: int = 6
@@ -62,6 +57,14 @@ class Task:
     def quick(self) -> Task:
         """The same in a few seconds: it shows that an entry works and never ranks."""
         return replace(self, prompts=1, tokens=6, texts=2, scored=8)
+
+    @property
+    def limits(self) -> str:
+        """Both limits and the device, as a sentence."""
+        return (
+            f"Limits: {self.peak_bytes / MB:g} MB of experts at the peak, KL below {self.kl:g}; "
+            f"on an emulated {self.device}."
+        )
 
     def goal_words(self, figures: dict[str, Any]) -> str:
         """The goal's figure with its unit: ``"92 tokens/s"``."""
@@ -77,12 +80,7 @@ class Task:
         return (-value if self.best == "most" else value, figures["kl"])
 
     def failures(self, figures: dict[str, Any]) -> list[str]:
-        """The limits that do not hold, each with the numbers; empty where all do.
-
-        Parameters
-        ----------
-        figures
-            As `moelab.course.challenge.scoring.measure` gives them.
+        """The limits that do not hold for what `scoring.measure` gave, each with the numbers.
 
         Examples
         --------
@@ -105,7 +103,6 @@ _ALL = (
         name="six megabytes",
         question="All experts take 21 MB. Fit under 6 MB and write the most tokens per second.",
         hint="A byte that is never read costs no time: what else can shrink besides the cache?",
-        device="sd_card",
         goal="tokens_per_s",
         best="most",
         unit="tokens/s",
@@ -117,7 +114,6 @@ _ALL = (
         name="spare the card",
         question="Every byte read costs energy. Under 4 MB, read the fewest bytes per token.",
         hint="Nothing that fits whole is good enough here. Who should stay, and at which bits?",
-        device="sd_card",
         goal="bytes_per_token",
         best="fewest",
         unit="kB/token",

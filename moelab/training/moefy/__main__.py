@@ -18,7 +18,7 @@ import typer
 
 import moelab
 from moelab import demo
-from moelab.offered import DELTA
+from moelab.catalogue import DELTA
 from moelab.training.moefy import Student, load_delta, save_delta, smollm2
 from moelab.training.moefy.card import card
 from moelab.training.moefy.checkpoints import averaged

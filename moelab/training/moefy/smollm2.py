@@ -18,8 +18,7 @@ import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from moelab import offered
-from moelab.offered import wheel_file
+from moelab import catalogue
 from moelab.training.moefy.export import load_delta, materialise
 
 __all__ = ["DTYPE", "PROMPTS", "build", "load_dense", "read_gguf"]
@@ -52,7 +51,7 @@ def load_dense() -> tuple[Any, Any]:
     ImportError
         The wheel or the reader of its format is not installed; the message holds the command.
     """
-    return read_gguf(wheel_file())
+    return read_gguf(catalogue.wheel_file())
 
 
 def read_gguf(file: Path) -> tuple[Any, Any]:
@@ -119,7 +118,7 @@ def build(
     --------
     >>> moelab.open(smollm2.build(top_k=4))  # half the neurons active  # doctest: +SKIP
     """
-    delta, top_k = delta or offered.DELTA, offered.TOP_K if top_k is None else top_k
+    delta, top_k = delta or catalogue.DELTA, catalogue.TOP_K if top_k is None else top_k
     if top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1, and at most the number of experts")
     if not delta.is_file():
@@ -127,12 +126,12 @@ def build(
             f"{delta} is not there: this copy of moelab came without it; install moelab again, or "
             "give the delta of a model of your own"
         )
-    folder = offered.folder(delta, top_k)
-    if offered.is_built(folder):
+    folder = catalogue.folder(delta, top_k)
+    if catalogue.is_built(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")), _steps(progress) as step:
-        if not offered.is_built(folder):
+        if not catalogue.is_built(folder):
             step("reading SmolLM2-135M (half a minute)")
             model, tokenizer = load_dense()
             step("making experts of it")

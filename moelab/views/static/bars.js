@@ -1,44 +1,96 @@
-// Latency of each token, split into compute and the causes of waiting; settings changed during
-// the run are marks on the time axis, and KL, where measured, is a lane below on a log scale.
+// Latency of each token, split into compute, deciding and the causes of waiting; settings changed
+// during the run are marks on the time axis, and a KL that is measured is a lane on a log scale.
+
+import { hatch, Sheet, triangle } from "./canvas.js";
+import { HATCHED } from "./colours.js";
+import { h, legendKey, markup } from "./element.js";
+import { nice, onLogScale, quantile, within } from "./numbers.js";
 
 const STEPS = [12, 8, 6, 5, 4, 3, 2, 1.5];
-const KL_LOW = 1e-4,
-  KL_HIGH = 1;
-const klHeight = (x) =>
-  Math.min(1, Math.max(0, Math.log(Math.max(x, 1e-12) / KL_LOW) / Math.log(KL_HIGH / KL_LOW)));
+/** Where the scale of KLs begins and ends. */
+export const KL_ENDS = { low: 1e-4, high: 1 };
 
-class LatencyBars {
+/**
+ * @typedef {object} BarsLayout where the bars of a frame stand, px
+ * @property {number} left
+ * @property {number} top
+ * @property {number} width of the plot
+ * @property {number} step from bar to bar
+ * @property {number} shown so many bars
+ * @property {number} begin the first one's index in the frame
+ * @property {number} base the axis
+ * @property {number} lane height of the KL's lane; 0: there is none
+ * @property {number} gap above that lane
+ * @property {number} tall height of a full bar
+ */
+
+/**
+ * The newest tokens that have room, or those around the moment shown.
+ * @returns {BarsLayout}
+ */
+export function layoutOf({ count, tokens, past, first }, width, height) {
+  const box = { left: 38, top: 30, width: width - 44 };
+  const hasKl = count > 0 && tokens.kl.some(Number.isFinite),
+    lane = hasKl ? 34 : 0,
+    gap = lane ? 14 : 0;
+  const step = STEPS.find((s) => s * count <= box.width) ?? STEPS.at(-1),
+    shown = Math.min(count, Math.floor(box.width / step));
+  const middle = past ? past.token - first - Math.floor(shown / 2) : count - shown,
+    base = height - 18 - lane - gap;
+  const begin = within(middle, 0, count - shown);
+  return { ...box, step, shown, begin, base, lane, gap, tall: base - box.top };
+}
+
+/** The top of the axis, ms: it stays until bars outgrow it or are much lower. */
+export function scaleOf(total, before) {
+  const want = total.length
+    ? nice(Math.max(0.5, 1.15 * quantile(total, 0.96)), [1, 1.5, 2, 3, 4, 5, 6, 8, 10])
+    : 10;
+  return want > before || want < 0.6 * before ? want : before;
+}
+
+/** What a bar is made of, from below: [name, column of the figures]. */
+export const partsOf = ({ columns, causes }) => [
+  ["compute", "compute_ms"],
+  ...(columns.includes("deciding_ms") ? [["deciding", "deciding_ms"]] : []),
+  ...causes.map((cause) => [cause, cause]),
+];
+
+export class LatencyBars {
   /** `onPick(token)` is called for a token that is clicked, and while the pointer drags. */
   constructor(look, cursor, options, onPick) {
-    Object.assign(this, { look, cursor, layers: options.layers });
-    this.parts = ["compute", ...options.causes];
-    this.sheet = new Sheet("Latency of each token; arrow keys move from token to token, Enter shows why", () =>
-      this.draw(),
+    this.look = look;
+    this.cursor = cursor;
+    this.layers = options.layers;
+    this.parts = partsOf(options);
+    this.scale = 0;
+    this.sheet = new Sheet(
+      "Latency of each token; arrow keys move from token to token, Enter shows why",
+      () => this.draw(),
     );
     this.legend = h("div", { class: "moe-legend" });
-    this.node = h(
-      "section",
-      { class: "moe-panel moe-bars", "aria-label": "Latency per token" },
-      h("header", {}, h("h3", {}, "Latency per token"), this.legend),
-      this.sheet.box,
-    );
-    this.scale = 0;
-    const canvas = this.sheet.node;
-    canvas.addEventListener("pointermove", (e) => {
-      const token = this.tokenAt(e.offsetX);
-      if (!(e.buttons & 1)) cursor.set(token, e);
-      else if (token !== null) onPick(token);
+    this.node = markup`
+      <section class="moe-panel moe-bars" aria-label="Latency per token">
+        <header><h3>Latency per token</h3>${this.legend}</header>
+        ${this.sheet.box}
+      </section>`;
+    this.sheet.on({
+      pointermove: (e) => {
+        const token = this.tokenAt(e.offsetX);
+        if (!(e.buttons & 1)) cursor.set(token, e);
+        else if (token !== null) onPick(token);
+      },
+      pointerdown: (e) => {
+        const token = this.tokenAt(e.offsetX);
+        if (e.button !== 0 || token === null) return;
+        e.target.setPointerCapture(e.pointerId); // the drag may leave the chart
+        cursor.set(null);
+        onPick(token);
+      },
+      pointerleave: () => cursor.set(null),
+      blur: () => cursor.set(null),
+      keydown: (e) => cursor.key(e, () => this.placeOf(cursor.at)),
     });
-    canvas.addEventListener("pointerdown", (e) => {
-      const token = this.tokenAt(e.offsetX);
-      if (e.button !== 0 || token === null) return;
-      canvas.setPointerCapture(e.pointerId); // the drag may leave the chart
-      cursor.set(null);
-      onPick(token);
-    });
-    canvas.addEventListener("pointerleave", () => cursor.set(null));
-    canvas.addEventListener("blur", () => cursor.set(null));
-    canvas.addEventListener("keydown", (e) => cursor.key(e, () => this.placeOf(cursor.at)));
   }
 
   show(frame) {
@@ -49,70 +101,21 @@ class LatencyBars {
   }
 
   layout() {
-    const { count, tokens } = this.frame,
-      box = { left: 38, right: 6, top: 30 };
-    const hasKl = count > 0 && tokens.kl.some(Number.isFinite);
-    const lane = hasKl ? 34 : 0,
-      gap = lane ? 14 : 0;
-    const width = this.sheet.width - box.left - box.right;
-    const step = STEPS.find((s) => s * count <= width) ?? STEPS.at(-1);
-    const shown = Math.min(count, Math.floor(width / step));
-    const base = this.sheet.height - 18 - lane - gap;
-    const { past, first } = this.frame,
-      middle = past ? past.token - first - Math.floor(shown / 2) : count - shown;
-    return {
-      ...box,
-      width,
-      step,
-      shown,
-      begin: Math.max(0, Math.min(count - shown, middle)),
-      base,
-      lane,
-      gap,
-      tall: base - box.top,
-    };
-  }
-
-  fitScale(total) {
-    const want = total.length
-      ? nice(Math.max(0.5, 1.15 * quantile(total, 0.96)), [1, 1.5, 2, 3, 4, 5, 6, 8, 10])
-      : 10;
-    if (want > this.scale || want < 0.6 * this.scale) this.scale = want;
+    return layoutOf(this.frame, this.sheet.width, this.sheet.height);
   }
 
   draw() {
     if (!this.frame || !this.sheet.width) return;
     const g = this.sheet.begin(),
-      ink = this.look.ink,
-      at = this.layout();
+      { ink } = this.look,
+      at = this.layout(),
+      w = Math.max(1, at.step - (at.step >= 3 ? 1 : 0));
     const { tokens, first } = this.frame;
     const prompt = first + at.begin === 0 && at.shown > 4 ? 1 : 0; // token 0 waits for all of it
-    this.fitScale(tokens.total_ms.subarray(at.begin + prompt));
+    this.scale = scaleOf(tokens.total_ms.subarray(at.begin + prompt), this.scale);
     this.drawAxes(g, at);
     this.drawChanges(g, at);
-    const y = (ms) => at.tall * Math.min(1, ms / this.scale),
-      w = Math.max(1, at.step - (at.step >= 3 ? 1 : 0));
-    const sums = new Float32Array(at.shown);
-    for (const part of this.parts) {
-      const values = part === "compute" ? tokens.compute_ms : tokens[part];
-      g.fillStyle = ink[part];
-      const late = part === "prefetch late" ? hatch(g, ink.ground, 3) : null;
-      for (let i = 0; i < at.shown; i++) {
-        const low = y(sums[i]),
-          high = y((sums[i] += values[at.begin + i]));
-        if (!(high > low)) continue;
-        const bar = [at.left + i * at.step, at.base - high, w, high - low];
-        g.fillRect(...bar); // one by one: a path of hundreds of boxes is far slower to fill
-        if (!late) continue;
-        g.fillStyle = late;
-        g.fillRect(...bar);
-        g.fillStyle = ink[part];
-      }
-    }
-    g.fillStyle = ink.text;
-    sums.forEach((sum, i) => {
-      if (sum > this.scale) this.drawCut(g, at.left + i * at.step + w / 2, at.top);
-    });
+    this.drawParts(g, at, w);
     if (at.lane) this.drawKl(g, at, tokens.kl, w);
     this.drawOrigins(g, at);
     if (this.frame.past) this.drawNow(g, at);
@@ -120,10 +123,44 @@ class LatencyBars {
       const x = at.left + (this.cursor.at - first - at.begin + 0.5) * at.step - 0.5;
       g.fillStyle = ink.text;
       g.globalAlpha = 0.75;
-      if (x >= at.left) g.fillRect(x - 0.5, at.top - 4, 1, at.base - at.top + 4 + at.gap + at.lane);
+      if (x >= at.left) g.fillRect(x - 0.5, at.top - 4, 1, this.reach(at));
       g.globalAlpha = 1;
     }
-    this.node.dataset.bars = at.shown;
+    this.node.dataset.bars = `${at.shown}`;
+  }
+
+  /** From above the bars to below the last lane. */
+  reach(at) {
+    return at.base - at.top + 4 + at.gap + at.lane;
+  }
+
+  drawParts(g, at, w) {
+    const { ink } = this.look,
+      y = (ms) => at.tall * Math.min(1, ms / this.scale),
+      sums = new Float32Array(at.shown);
+    for (const [part, column] of this.parts) {
+      const values = this.frame.tokens[column],
+        over = HATCHED[part],
+        lines = over && hatch(g, over.lines(ink), 3, over.way);
+      g.fillStyle = ink[part];
+      for (let i = 0; i < at.shown; i++) {
+        const low = y(sums[i]),
+          high = y((sums[i] += values[at.begin + i]));
+        if (!(high > low)) continue;
+        /** @type {[number, number, number, number]} */
+        const bar = [at.left + i * at.step, at.base - high, w, high - low];
+        g.fillRect(...bar); // one by one: a path of hundreds of boxes is far slower to fill
+        if (!lines) continue;
+        g.fillStyle = lines;
+        g.fillRect(...bar);
+        g.fillStyle = ink[part];
+      }
+    }
+    g.fillStyle = ink.text;
+    sums.forEach((sum, i) => {
+      const x = at.left + i * at.step + w / 2; // a bar taller than the axis ends in an arrow head
+      if (sum > this.scale) triangle(g, [x - 3, at.top - 1], [x + 3, at.top - 1], [x, at.top - 6]);
+    });
   }
 
   /** The moment shown: what came after it is faint. */
@@ -131,28 +168,15 @@ class LatencyBars {
     const { past, first } = this.frame,
       { ink } = this.look,
       part = (past.layer + 1) / (this.layers + 1),
-      x = Math.round(at.left + (past.token - first - at.begin + part) * at.step);
+      x = Math.round(at.left + (past.token - first - at.begin + part) * at.step),
+      right = at.left + at.shown * at.step;
     g.globalAlpha = 0.62;
     g.fillStyle = ink.ground;
-    const right = at.left + at.shown * at.step;
-    g.fillRect(x + 1, at.top - 4, Math.max(0, right - x), at.base - at.top + 4 + at.gap + at.lane);
+    g.fillRect(x + 1, at.top - 4, Math.max(0, right - x), this.reach(at));
     g.globalAlpha = 1;
     g.fillStyle = ink.text;
-    g.fillRect(x - 0.5, at.top - 4, 1.5, at.base - at.top + 4 + at.gap + at.lane);
-    g.beginPath();
-    g.moveTo(x - 5, at.top - 9);
-    g.lineTo(x + 5.5, at.top - 9);
-    g.lineTo(x + 0.25, at.top - 2);
-    g.fill();
-  }
-
-  /** A bar that is taller than the axis ends in an arrow head. */
-  drawCut(g, x, y) {
-    g.beginPath();
-    g.moveTo(x - 3, y - 1);
-    g.lineTo(x + 3, y - 1);
-    g.lineTo(x, y - 6);
-    g.fill();
+    g.fillRect(x - 0.5, at.top - 4, 1.5, this.reach(at));
+    triangle(g, [x - 5, at.top - 9], [x + 5.5, at.top - 9], [x + 0.25, at.top - 2]);
   }
 
   drawAxes(g, at) {
@@ -174,7 +198,7 @@ class LatencyBars {
       start = first + at.begin;
     for (let t = Math.ceil(start / every) * every; t < first + count; t += every) {
       const x = at.left + (t - start + 0.5) * at.step;
-      if (x < at.left + at.width - 8) g.fillText(t, x, this.sheet.height - 6);
+      if (x < at.left + at.width - 8) g.fillText(`${t}`, x, this.sheet.height - 6);
     }
     g.textAlign = "right";
     if (!count) g.fillText("token", at.left + at.width, this.sheet.height - 6);
@@ -232,7 +256,8 @@ class LatencyBars {
     for (let i = 0; i < at.shown; i++) {
       const x = values[at.begin + i];
       if (!Number.isFinite(x)) continue;
-      spots.rect(at.left + i * at.step + w / 2 - r, low - klHeight(x) * at.lane - r, 2 * r, 2 * r);
+      const y = low - onLogScale(x, KL_ENDS) * at.lane;
+      spots.rect(at.left + i * at.step + w / 2 - r, y - r, 2 * r, 2 * r);
     }
     g.fill(spots);
   }
@@ -267,19 +292,12 @@ class LatencyBars {
   }
 
   relabel() {
-    this.legend.replaceChildren(
-      ...this.parts.map((part) =>
-        h(
-          "span",
-          { class: "moe-key" },
-          h("i", {
-            class: `moe-cell ${part === "prefetch late" ? "late" : ""}`,
-            style: `--c:${this.look.ink[part]};--f:100%`,
-          }),
-          part,
-        ),
-      ),
-    );
+    const swatch = (part) =>
+      h("i", {
+        class: `moe-cell ${part === "deciding" ? "deciding" : part in HATCHED ? "late" : ""}`,
+        style: `--c:${this.look.ink[part]};--f:100%`,
+      });
+    this.legend.replaceChildren(...this.parts.map(([part]) => legendKey(swatch(part), part)));
     this.draw();
   }
 

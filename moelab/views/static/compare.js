@@ -1,140 +1,114 @@
-// The drawer of pinned runs: a table to sort, memory against speed with KL as colour and size, and
-// the code of each run. Two runs that are ticked are shown beside each other (whatif.js).
+// The drawer of saved runs: a table to sort, memory against speed (scatter.js), and the code of each
+// run. Two runs that are ticked are shown beside each other (beside.js).
 
-/** How a figure of Run.summary is called and written. */
-const FIGURE = {
-  tokens_per_s: ["tokens/s", rate],
-  hit_ratio: ["hit ratio", percent],
-  byte_hit_ratio: ["byte hit ratio", percent],
-  bytes_per_token: ["read/token", bytes],
-  stall_share: ["stall share", percent],
-  kl_mean: ["mean KL", kl],
-  peak: ["peak MB", (x) => fixed(x / 1e6, 2)],
-  peak_resident_bytes: ["peak memory", bytes],
-  budget_bytes: ["budget at the end", bytes],
-  setup_ms: ["set-up", millis],
-  ttft_ms: ["first token", millis],
-  tpot_ms_median: ["per token, median", millis],
-  tpot_ms_p99: ["per token, 99 %", millis],
-};
-const COLUMNS_OF_RUNS = "tokens_per_s hit_ratio bytes_per_token stall_share peak kl_mean".split(" ");
-const figureIn = (key, x) =>
-  x === null || x === undefined ? "–" : typeof x === "number" ? (FIGURE[key]?.[1] ?? String)(x) : x;
-const titleOf = (key) => FIGURE[key]?.[0] ?? key;
+import { Beside } from "./beside.js";
+import { still } from "./colours.js";
+import { button, cross, focused, h, keep, markup, say, voice } from "./element.js";
+import { COLUMNS_OF_RUNS, Scatter } from "./scatter.js";
+import { titleOf, written } from "./numbers.js";
+import { WhatIf } from "./whatif.js";
 
-/** KL below the limit: as fine as so many bits' colour, drawn with this radius. */
-const KL_STEPS = [
-  [1e-3, 16, 5, "KL < 0.001"],
-  [1e-2, 8, 7, "< 0.01"],
-  [1e-1, 4, 9, "< 0.1"],
-  [Infinity, 2, 11, "0.1 or more"],
-];
-/** Tops of an axis whose quarters are round. */
-const QUARTERED = [1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10];
-const MARKS = {
-  measured: (r) => `M${-r} 0a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0z`,
-  emulated: (r) => `M0 ${-1.25 * r}L${1.25 * r} 0L0 ${1.25 * r}L${-1.25 * r} 0z`,
-  "page cache": (r) => `M${-r * 0.9} ${-r * 0.9}h${1.8 * r}v${1.8 * r}h${-1.8 * r}z`,
-};
+const BEST = "No other run on this device beats it";
 
-function svg(tag, props = {}, ...children) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [key, value] of Object.entries(props)) {
-    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else if (value !== undefined && value !== false) node.setAttribute(key, value);
-  }
-  node.append(...children);
-  return node;
+/** The other way where it is sorted by this key already, then as saved. @returns {[string, number]} */
+export const nextSort = ([by, way], key) =>
+  by === key && way < 0 ? ["", 1] : [key, by === key ? -1 : 1];
+
+/** The runs in the order of a column; what is not known comes last. */
+export function sorted(runs, [key, way]) {
+  const value = (run) => run[key] ?? Infinity * way;
+  return key ? runs.toSorted((a, b) => (value(a) < value(b) ? -way : way)) : runs;
 }
 
-const button = (words, props) => h("button", { type: "button", ...props }, words);
+/** Take a name or put it back; the third one takes the first's place. */
+export const ticked = (names, name) =>
+  names.includes(name) ? names.filter((n) => n !== name) : [...names, name].slice(-2);
 
-class Runs {
+/** What a run was, under its name. */
+export function aboutRun({ name, settings, changes, tokens, prompt }) {
+  const then = changes ? `, then changed ${changes}×` : "",
+    asked = JSON.stringify(prompt.length > 36 ? `${prompt.slice(0, 35)}…` : prompt),
+    more = `${name.startsWith(settings) ? "" : settings}${then}`.replace(/^, /, "");
+  return `${more ? `${more} · ` : ""}${tokens} tokens of ${asked}`;
+}
+
+export class Runs {
   constructor(model, options, stage) {
-    Object.assign(this, { model, stage, ticked: [], sort: ["", 1], drawn: "", told: {} });
-    const ask = (what, more = {}) => model.send({ do: "runs", ask: what, ...more });
-    this.ask = ask;
-    this.toggle = button("Runs", { onclick: () => this.open(this.node.hidden || !this.inSight(), true) });
-    this.ask_ = button("What if", {
-      onclick: () => this.wonder(this.whatIf.node.hidden),
-      title: "Make a run again with the settings as they are now",
+    this.model = model;
+    this.saved = [];
+    this.ticked = [];
+    /** @type {[string, number]} column and direction */
+    this.sort = ["", 1];
+    this.drawn = "";
+    this.told = {};
+    this.ask = (what, more = {}) => model.send({ do: "runs", ask: what, ...more });
+    this.toggle = button("Saved runs", {
+      onclick: () => this.open(this.node.hidden || !this.inSight(), true),
     });
-    const pin = () => {
-      ask("pin");
-      this.open(true);
-    };
+    this.wonder = button("What if", {
+      title: "Make a run again with the settings as they are now",
+      onclick: () => this.wondered(this.whatIf.node.hidden),
+    });
+    const save = button("Save", {
+      title: "Keep the newest run to compare it with others",
+      onclick: () => {
+        this.ask("pin");
+        this.open(true);
+      },
+    });
     this.export = new Export(model);
-    this.bar = h(
-      "span",
-      { class: "moe-keep" },
-      button("Pin", { onclick: pin, title: "Keep the newest run to compare it with others" }),
-      this.ask_,
-      this.export.node,
-      this.toggle,
-    );
+    this.bar = h("span", { class: "moe-keep" }, save, this.wonder, this.export.node, this.toggle);
     this.fault = h("p", { class: "moe-refused", role: "alert", hidden: true });
-    this.voice = h("span", { class: "moe-voice", role: "status", "aria-live": "polite" });
-    this.none = h(
-      "p",
-      { class: "moe-soft" },
-      "Nothing is pinned yet. Pin keeps the newest run; What if makes it again with other settings.",
-    );
+    this.voice = voice();
+    this.none = markup`
+      <p class="moe-soft">Nothing is saved yet. Save keeps the newest run; What if makes it again
+        with other settings.</p>`;
     this.hint = h("span", { class: "moe-soft" });
-    this.table = h("table", { class: "moe-pins" });
+    this.table = h("table", { class: "moe-table" });
     this.scatter = new Scatter(stage, (name) => this.tick(name));
     this.code = new CodeBox();
-    this.whatIf = new WhatIf(model, options, stage, ask);
-    this.beside = new Beside(() => this.tick(null));
+    this.whatIf = new WhatIf(model, options, stage, this.ask);
+    this.beside = new Beside(() => {
+      this.ticked = [];
+      this.sync();
+    });
     this.scroll = h("div", { class: "moe-scroll" });
     this.both = h("div", { class: "moe-both" }, this.scroll, this.scatter.node);
-    this.node = h(
-      "section",
-      { class: "moe-runs", "aria-label": "Runs", hidden: true },
-      h(
-        "header",
-        {},
-        h("h3", {}, "Runs"),
-        this.hint,
-        this.fault,
-        this.voice,
-        button("×", { class: "moe-close", "aria-label": "Close runs", onclick: () => this.open(false) }),
-      ),
-      this.none,
-      this.both,
-      this.code.node,
-      this.beside.node,
-    );
+    const close = cross("Close saved runs", () => this.open(false));
+    this.node = markup`
+      <section class="moe-runs" aria-label="Saved runs" hidden>
+        <header><h3>Saved runs</h3>${[this.hint, this.fault, this.voice, close]}</header>
+        ${[this.none, this.both, this.code.node, this.beside.node]}
+      </section>`;
     this.heard = (content) => {
-      if (content.beside) this.beside.show(content.beside, this.pinned);
+      if (content.beside) this.beside.show(content.beside, this.saved);
       if (content.since) this.whatIf.since(content.since);
     };
     model.on("msg:custom", this.heard);
   }
 
   /** Open or close the drawer; what is open stays so when the page is loaded again. */
-  open(wanted, scroll) {
-    this.model.set("form", { ...this.model.get("form"), runs: wanted });
-    this.model.save_changes();
+  open(wanted, scroll = false) {
+    keep(this.model, { runs: wanted });
     this.setOpen(wanted, !this.whatIf.node.hidden);
-    const smooth = still() ? "auto" : "smooth";
-    if (wanted && scroll) this.node.scrollIntoView({ block: "nearest", behavior: smooth });
-    if (!wanted && this.node.contains(document.activeElement)) this.toggle.focus();
+    const behavior = still() ? "auto" : "smooth";
+    if (wanted && scroll) this.node.scrollIntoView({ block: "nearest", behavior });
+    if (!wanted && focused(this.node)) this.toggle.focus();
   }
 
   setOpen(wanted, wonders) {
     this.node.hidden = !wanted;
     this.whatIf.node.hidden = !wonders;
-    this.toggle.setAttribute("aria-expanded", wanted);
-    this.ask_.setAttribute("aria-expanded", wonders);
+    this.toggle.setAttribute("aria-expanded", `${wanted}`);
+    this.wonder.setAttribute("aria-expanded", `${wonders}`);
     this.sync();
   }
 
   /** Open or close what stands below the settings: what if they had been these? */
-  wonder(wanted) {
-    this.model.set("form", { ...this.model.get("form"), whatif: wanted });
-    this.model.save_changes();
+  wondered(wanted) {
+    keep(this.model, { whatif: wanted });
     this.setOpen(!this.node.hidden, wanted);
-    if (!wanted && document.activeElement === document.body) this.ask_.focus();
+    if (!wanted && document.activeElement === document.body) this.wonder.focus();
   }
 
   /** Whether enough of the drawer is on the screen to be seen. */
@@ -144,8 +118,8 @@ class Runs {
   }
 
   sync() {
-    const { pinned = [], again = {}, error = "" } = this.model.get("runs") ?? {};
-    say(this.toggle, pinned.length ? `Runs (${pinned.length})` : "Runs");
+    const { pinned: saved = [], again = {}, error = "" } = this.model.get("runs") ?? {};
+    say(this.toggle, saved.length ? `Saved runs (${saved.length})` : "Saved runs");
     if (again.state === "done" && this.told.state === "running") {
       this.ticked = again.names;
       this.told = again;
@@ -155,107 +129,98 @@ class Runs {
     this.told = again;
     say(this.fault, error);
     this.fault.hidden = !error;
-    this.node.dataset.pinned = pinned.length;
-    if (!this.whatIf.node.hidden) this.whatIf.sync(pinned, again);
+    this.node.dataset.saved = saved.length;
+    if (!this.whatIf.node.hidden) this.whatIf.sync(saved, again);
     if (this.node.hidden) return;
-    const known = pinned.map(({ name }) => name);
+    const known = saved.map(({ name }) => name);
     this.ticked = this.ticked.filter((name) => known.includes(name));
-    const key = JSON.stringify([pinned, this.ticked, this.sort]);
+    const key = JSON.stringify([saved, this.ticked, this.sort]);
     if (key === this.drawn) return;
     this.drawn = key;
-    this.pinned = pinned.map((run, i) => ({ ...run, number: i + 1 }));
-    this.none.hidden = Boolean(pinned.length);
-    say(this.hint, pinned.length > 1 ? "tick two to see them beside each other" : "");
-    this.both.hidden = !pinned.length;
+    this.saved = saved.map((run, i) => ({ ...run, number: i + 1 }));
+    this.none.hidden = Boolean(saved.length);
+    say(this.hint, saved.length > 1 ? "tick two to see them beside each other" : "");
+    this.both.hidden = !saved.length;
     this.draw();
-    this.scatter.show(this.pinned, this.ticked);
-    this.code.sync(this.pinned);
+    this.scatter.show(this.saved, this.ticked);
+    this.code.sync(this.saved);
     if (this.ticked.length === 2) this.ask("beside", { names: this.ticked });
     else this.beside.node.hidden = true;
   }
 
-  /** Take a run to look at beside another, or put it back; the third one takes the first's place. */
   tick(name) {
-    const there = this.ticked.includes(name);
-    this.ticked =
-      name === null ? [] : there ? this.ticked.filter((n) => n !== name) : [...this.ticked, name].slice(-2);
+    this.ticked = ticked(this.ticked, name);
     this.sync();
   }
 
-  order() {
-    const [key, way] = this.sort,
-      value = ({ [key]: x }) => (x === null ? Infinity * way : x);
-    return key ? this.pinned.toSorted((a, b) => (value(a) < value(b) ? -way : way)) : this.pinned;
-  }
-
   draw() {
-    const focus = this.table.contains(document.activeElement) && document.activeElement.dataset.f;
-    const head = h("tr", {}, h("th", {}, h("span", { class: "moe-voice" }, "beside")));
-    head.append(this.heading("name", "run"));
-    for (const key of COLUMNS_OF_RUNS) head.append(this.heading(key, titleOf(key)));
-    head.append(this.heading("timing", "timing"), h("th", {}, h("span", { class: "moe-voice" }, "actions")));
-    const rows = this.order().map((run) => this.row(run));
+    const focus = focused(this.table)?.dataset.f;
+    const headings = COLUMNS_OF_RUNS.map((key) => this.heading(key, titleOf(key))),
+      rows = sorted(this.saved, this.sort).map((run) => this.row(run));
     this.table.replaceChildren(
-      h("caption", { class: "moe-voice" }, "Pinned runs"),
-      h("thead", {}, head),
+      h("caption", { class: "moe-voice" }, "Saved runs"),
+      markup`
+        <thead><tr>
+          <th><span class="moe-voice">beside</span></th>
+          ${[this.heading("name", "run"), ...headings, this.heading("timing", "timing")]}
+          <th><span class="moe-voice">actions</span></th>
+        </tr></thead>`,
       h("tbody", {}, ...rows),
     );
     if (!this.table.parentNode) this.scroll.append(this.table); // an empty table is no table
-    if (focus) this.table.querySelector(`[data-f="${focus}"]`)?.focus();
+    if (focus) /** @type {HTMLElement} */ (this.table.querySelector(`[data-f="${focus}"]`))?.focus();
   }
 
   heading(key, words) {
     const [by, way] = this.sort,
-      sorted = by !== key ? "none" : way > 0 ? "ascending" : "descending",
+      order = by !== key ? "none" : way > 0 ? "ascending" : "descending",
       onclick = () => {
-        this.sort = by === key && way < 0 ? ["", 1] : [key, by === key ? -1 : 1];
+        this.sort = nextSort(this.sort, key);
         this.sync();
       };
-    const arrow = { none: "", ascending: " ▲", descending: " ▼" }[sorted];
-    return h("th", { scope: "col", "aria-sort": sorted }, button(words + arrow, { onclick, "data-f": `by ${key}` }));
+    const arrow = { none: "", ascending: " ▲", descending: " ▼" }[order],
+      sort = button(words + arrow, { onclick, "data-f": `by ${key}` });
+    return h("th", { scope: "col", "aria-sort": order }, sort);
   }
 
   row(run) {
     const { name, number, best } = run,
       f = (what) => ({ "data-f": `${what} ${number}` });
     const box = h("input", {
-      type: "checkbox",
-      "aria-label": `${name} beside another`,
+      ...{ type: "checkbox", "aria-label": `${name} beside another`, ...f("tick") },
       title: "Tick two runs to see them beside each other",
       onchange: () => this.tick(name),
-      ...f("tick"),
     });
     box.checked = this.ticked.includes(name);
     const rename = h("input", {
-      type: "text",
-      value: name,
-      "aria-label": `Name of run ${number}`,
+      ...{ type: "text", value: name, "aria-label": `Name of run ${number}`, ...f("name") },
       onchange: () => rename.value.trim() && this.ask("rename", { name, new: rename.value }),
       onkeydown: (e) => {
         if (e.key === "Escape") rename.value = name;
         if (e.key === "Escape" || e.key === "Enter") rename.blur();
       },
-      ...f("name"),
     });
-    const changed = run.changes ? `, then changed ${run.changes}×` : "",
-      prompt = JSON.stringify(run.prompt.length > 36 ? `${run.prompt.slice(0, 35)}…` : run.prompt),
-      more = `${name.startsWith(run.settings) ? "" : run.settings}${changed}`.replace(/^, /, "");
-    const about = `${more ? `${more} · ` : ""}${run.tokens} tokens of ${prompt}`;
-    const star = best && h("b", { class: "moe-best", title: "No other run on this device beats it" }, "★");
-    return h(
-      "tr",
-      { "data-name": name, class: box.checked ? "on" : "" },
-      h("td", {}, box),
-      h("th", { scope: "row" }, numberOf(number), rename, star || "", h("small", { title: about }, about)),
-      ...COLUMNS_OF_RUNS.map((key) => h("td", { "data-key": key }, figureIn(key, run[key]))),
-      h("td", {}, timingBadge(run)),
-      h(
-        "td",
-        { class: "moe-does" },
-        button("code", { onclick: () => this.code.open(run), "aria-label": `Code of ${name}`, ...f("code") }),
-        button("unpin", { onclick: () => this.ask("unpin", { name }), "aria-label": `Unpin ${name}`, ...f("unpin") }),
-      ),
+    const does = (words, label, onclick) =>
+      button(words, { onclick, "aria-label": `${label} ${name}`, ...f(words) });
+    const code = does("code", "Code of", () => this.code.open(run)),
+      remove = does("remove", "Remove", () => this.ask("unpin", { name }));
+    const about = aboutRun(run),
+      star = best && h("b", { class: "moe-best", title: BEST }, "★"),
+      badge = h("b", { class: "moe-badge", title: run.device }, run.timing);
+    badge.classList.toggle("emulated", run.emulated);
+    const cells = COLUMNS_OF_RUNS.map((key) =>
+      h("td", { "data-key": key }, written(key, run[key])),
     );
+    return markup`
+      <tr data-name="${name}" class="${box.checked ? "on" : ""}">
+        <td>${box}</td>
+        <th scope="row">
+          <b class="moe-number">${number}</b>${[rename, star]}<small title="${about}">${about}</small>
+        </th>
+        ${cells}
+        <td>${badge}</td>
+        <td class="moe-does">${[code, remove]}</td>
+      </tr>`;
   }
 
   close() {
@@ -267,7 +232,9 @@ class Runs {
 /** Save the newest run as a page that needs neither kernel nor network. */
 class Export {
   constructor(model) {
-    Object.assign(this, { model, said: h("span", { role: "status" }) });
+    this.model = model;
+    this.asked = false;
+    this.said = h("span", { role: "status" });
     const title = "Save the newest run as one HTML file that works without a kernel or a network";
     this.go = button("Export", { title, onclick: () => this.ask() });
     this.node = h("span", {}, this.go, this.said);
@@ -296,27 +263,20 @@ class Export {
   }
 }
 
-const numberOf = (n) => h("b", { class: "moe-number" }, `${n}`);
-
-function timingBadge({ timing, device, emulated }) {
-  const node = h("b", { class: `moe-badge ${emulated ? "emulated" : ""}` }, timing);
-  node.title = device;
-  return node;
-}
-
 /** The code that makes a run again, copied at once where the browser lets us. */
 class CodeBox {
   constructor() {
+    this.run = null;
     this.title = h("b");
     this.said = h("span", { class: "moe-soft", role: "status" });
     this.body = h("pre", { tabindex: 0, "aria-label": "Code that makes this run again" });
-    const close = () => this.open(null);
-    this.node = h(
-      "div",
-      { class: "moe-copy", hidden: true },
-      h("header", {}, this.title, this.said, button("copy", { onclick: () => this.copy() }), button("×", { class: "moe-close", "aria-label": "Close code", onclick: close })),
-      this.body,
-    );
+    const copy = button("copy", { onclick: () => this.copy() }),
+      close = cross("Close code", () => this.open(null));
+    this.node = markup`
+      <div class="moe-copy" hidden>
+        <header>${[this.title, this.said, copy, close]}</header>
+        ${this.body}
+      </div>`;
   }
 
   open(run) {
@@ -328,8 +288,8 @@ class CodeBox {
     this.copy();
   }
 
-  sync(pinned) {
-    if (this.run && !pinned.some(({ code }) => code === this.run.code)) this.open(null);
+  sync(saved) {
+    if (this.run && !saved.some(({ code }) => code === this.run.code)) this.open(null);
   }
 
   async copy() {
@@ -341,144 +301,4 @@ class CodeBox {
       say(this.said, "selected: press Ctrl+C");
     }
   }
-}
-
-/** Memory across, speed up; colour and size are the KL, the shape says how it was timed. */
-class Scatter {
-  constructor(stage, choose) {
-    Object.assign(this, { stage, choose, runs: [], ticked: [] });
-    this.sheet = svg("svg", { role: "group", "aria-label": "Pinned runs: memory against speed" });
-    this.legend = h("div", { class: "moe-legend" });
-    this.box = h("div", { class: "moe-plane" }, this.sheet);
-    this.node = h("div", { class: "moe-scatter" }, this.box, this.legend);
-    this.watch = new ResizeObserver(() => this.draw());
-    this.watch.observe(this.box);
-    this.themed = new MutationObserver(() => this.draw());
-    this.themed.observe(stage.root, { attributes: true, attributeFilter: ["data-theme"] });
-  }
-
-  show(runs, ticked) {
-    Object.assign(this, { runs, ticked });
-    this.draw();
-  }
-
-  draw() {
-    const { clientWidth: wide, clientHeight: tall } = this.box;
-    if (!wide || !this.runs.length) return;
-    const focus = this.sheet.contains(document.activeElement) && document.activeElement.dataset.name;
-    const left = 42,
-      right = wide - 18,
-      top = 20,
-      bottom = tall - 34;
-    const most = (key) => nice(1.12 * Math.max(1e-9, ...this.runs.map((run) => run[key] ?? 0)), QUARTERED);
-    const [m, s] = [most("peak"), most("tokens_per_s")];
-    const x = (v) => left + ((right - left) * v) / m,
-      y = (v) => bottom - ((bottom - top) * v) / s;
-    const text = (at, up, words, more) => svg("text", { x: at, y: up, ...more }, words);
-    const parts = [0, 0.25, 0.5, 0.75, 1].flatMap((share) => [
-      svg("path", { d: `M${left} ${y(s * share)}H${right}`, class: "grid" }),
-      svg("path", { d: `M${x(m * share)} ${top}V${bottom}`, class: "grid" }),
-      text(left - 6, y(s * share) + 4, +(s * share).toPrecision(3), { "text-anchor": "end" }),
-      text(x(m * share), bottom + 14, +((m * share) / 1e6).toPrecision(3), { "text-anchor": "middle" }),
-    ]);
-    parts.push(text(right, bottom + 30, "peak memory of experts, MB", { "text-anchor": "end" }));
-    parts.push(text(4, 9, "tokens/s", {}));
-    for (const line of this.fronts()) {
-      const d = line.map((run) => `${x(run.peak)} ${y(run.tokens_per_s)}`).join("L");
-      parts.push(svg("path", { d: `M${d}`, class: "front" }));
-    }
-    const placed = [];
-    for (const run of this.runs) {
-      const at = { run, x: x(run.peak), y: y(run.tokens_per_s), ...stepOf(run.kl_mean) };
-      at.down = placed.filter((p) => Math.hypot(p.x - at.x, p.y - at.y) < 16).length; // numbers apart
-      placed.push(at);
-    }
-    placed.sort((a, b) => b.r - a.r); // a small mark is not hidden by a large one
-    this.sheet.setAttribute("viewBox", `0 0 ${wide} ${tall}`);
-    this.sheet.replaceChildren(...parts, ...placed.map((at) => this.point(at)));
-    if (focus) [...this.sheet.querySelectorAll("g")].find((g) => g.dataset.name === focus)?.focus();
-    this.relabel();
-  }
-
-  /** The runs no other beats, a line for each device. */
-  fronts() {
-    const best = this.runs.filter((run) => run.best).toSorted((a, b) => a.peak - b.peak);
-    return Object.values(Object.groupBy(best, (run) => `${run.timing} ${run.device}`));
-  }
-
-  point({ run, x, y, r, down }) {
-    const on = this.ticked.includes(run.name);
-    const words = [
-      ...COLUMNS_OF_RUNS.map((key) => [titleOf(key), figureIn(key, run[key])]),
-      [run.timing, run.device],
-      ...(run.best ? [["★", "not beaten on its device"]] : []),
-    ];
-    const tip = () => {
-      const box = node.getBoundingClientRect();
-      this.stage.tip.show(box.right, box.top, `${run.number}  ${run.name}`, words);
-    };
-    const hide = () => this.stage.tip.hide();
-    const choose = () => this.choose(run.name);
-    const node = svg(
-      "g",
-      {
-        transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`,
-        class: `point${run.best ? " best" : ""}${on ? " on" : ""}`,
-        tabindex: 0,
-        role: "button",
-        "aria-pressed": on,
-        "aria-label": `${run.name}: ${words.map((pair) => pair.join(" ")).join(", ")}`,
-        "data-name": run.name,
-        onpointerenter: tip,
-        onpointerleave: hide,
-        onfocus: tip,
-        onblur: hide,
-        onclick: choose,
-        onkeydown: (e) => {
-          if (e.key !== "Enter" && e.key !== " ") return;
-          e.preventDefault();
-          choose();
-        },
-      },
-      ...(run.best ? [svg("path", { d: MARKS[timingOf(run)](r + 3.5), class: "ring" })] : []),
-      mark(run, this.stage.look),
-      svg("text", { x: 18, y: 4 + 11 * down }, run.number),
-    );
-    return node;
-  }
-
-  relabel() {
-    const { look } = this.stage,
-      key = (run, words, name = "") =>
-        h("span", { class: `moe-key ${name}` }, svg("svg", { viewBox: "-13 -13 26 26", class: "moe-mark" }, mark(run, look)), words);
-    const timings = Object.keys(MARKS).filter((timing) => this.runs.some((run) => timingOf(run) === timing));
-    const unknown = this.runs.some((run) => run.kl_mean === null);
-    this.legend.replaceChildren(
-      ...timings.map((timing) => key({ timing, kl_mean: 1e-3 }, timing, "shape")),
-      ...KL_STEPS.map(([below, , , words]) => key({ timing: timings[0], kl_mean: below === Infinity ? 1 : below / 2 }, words)),
-      ...(unknown ? [key({ timing: timings[0], kl_mean: null }, "KL not measured")] : []),
-      h("span", {}, "★ ringed, dotted line: beaten by no other run on its device"),
-      ...(timings.length > 1 ? [h("span", {}, "speeds of different shapes are not one clock's")] : []),
-    );
-  }
-
-  close() {
-    this.watch.disconnect();
-    this.themed.disconnect();
-  }
-}
-
-const timingOf = ({ timing }) => (timing in MARKS ? timing : "measured");
-
-function stepOf(x) {
-  const [, bits, r] = KL_STEPS.find(([below]) => (x ?? 0) < below);
-  return { bits, r };
-}
-
-/** A run's mark: hollow where the KL is not known. */
-function mark(run, look) {
-  const { bits, r } = stepOf(run.kl_mean),
-    known = run.kl_mean !== null;
-  const fill = known ? look.tiers[bits] : "transparent";
-  return svg("path", { d: MARKS[timingOf(run)](r), fill, class: known ? "" : "hollow" });
 }

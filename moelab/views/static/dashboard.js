@@ -1,42 +1,44 @@
 // The dashboard: the controls above the stage; decodes the newest frame once per animation frame,
 // hands it to the stage and acknowledges it.
 
+import { DARK, STRONG } from "./colours.js";
+import { Runs } from "./compare.js";
+import { h, keep } from "./element.js";
+import { ModelPick } from "./model.js";
+import { array, byName } from "./recording.js";
+import { Settings } from "./settings.js";
+import { KernelSource } from "./source.js";
+import { headOf, rootOf, modelShape, Stage } from "./stage.js";
+import { Why } from "./why.js";
+
 const MAP = {
-  bits: Uint8Array,
-  in_flight: Uint8Array,
-  loaded: Int32Array,
-  used: Int32Array,
-  uses: Int32Array,
+  ...{ bits: Uint8Array, in_flight: Uint8Array },
+  ...{ loaded: Int32Array, used: Int32Array, uses: Int32Array },
 };
 
-function decode(frame, options) {
-  const values = array(Float32Array, frame.values),
-    tokens = {};
-  options.columns.forEach((name, c) => {
-    tokens[name] = values.subarray(c * frame.count, (c + 1) * frame.count);
-  });
+/** A frame with its arrays as such. */
+export function decode(frame, { columns, causes }) {
   const map = Object.fromEntries(
     Object.entries(MAP).map(([name, Type]) => [name, array(Type, frame.map[name])]),
   );
-  return { ...frame, tokens, map, causes: options.causes, newest: frame.first + frame.count - 1 };
+  const tokens = byName(frame.columns ?? columns, array(Float32Array, frame.values));
+  return { ...frame, tokens, map, causes, newest: frame.first + frame.count - 1 };
 }
 
 const ACKNOWLEDGE_MS = 250;
+/** Attributes of the page's body by which JupyterLab and VS Code change their theme. */
+const THEMED = ["class", "data-jp-theme-light", "data-jp-theme-name", "data-vscode-theme-kind"];
 
 class View {
   constructor(model, el) {
     const options = model.get("options");
-    Object.assign(this, {
-      model,
-      options,
-      queued: 0,
-      id: `${Date.now()}-${Math.random()}`,
-    });
+    this.model = model;
+    this.options = options;
+    this.queued = this.acking = 0;
+    this.frame = null;
+    this.id = `${Date.now()}-${Math.random()}`;
     // JupyterLab's shortcuts would take the arrow keys (and "x") away from sliders and selects.
-    this.root = h("div", {
-      class: "moe-dash",
-      role: "region",
-      "aria-label": `moelab dashboard of ${options.name}`,
+    this.root = rootOf(`moelab dashboard of ${options.name}`, {
       "data-lm-suppress-shortcuts": "true",
       onkeydown: (e) => e.stopPropagation(),
     });
@@ -45,34 +47,17 @@ class View {
     this.stage = new Stage(this.root, options, {
       source: new KernelSource(model, () => this.stage.queue()),
       why: new Why(model, () => this.stage.map.describe()),
-      shade: (shade) => {
-        model.set("form", { ...model.get("form"), shade });
-        model.save_changes();
-      },
+      shade: (shade) => keep(model, { shade }),
       canLive: true,
     });
     this.runs = new Runs(model, options, this.stage);
     this.pick = new ModelPick(model);
-    const { architecture, layers, experts, top_k } = options;
-    const shape = `${architecture} · ${layers} layers × ${experts} experts, top ${top_k}`;
+    const shape = h("span", { class: "moe-soft" }, modelShape(options));
     this.root.prepend(
-      h(
-        "header",
-        { class: "moe-head" },
-        h("h2", {}, "moelab"),
-        this.pick.pick,
-        h("span", { class: "moe-soft" }, shape),
-        this.stage.status,
-        this.runs.bar,
-      ),
-      this.pick.line,
-      this.settings.node,
-      this.runs.whatIf.node,
-      this.stage.figures.node,
-      this.stage.timeline.node,
-      this.stage.main,
-      this.runs.node,
-      this.settings.fault.node,
+      headOf(this.pick.pick, shape, this.stage.status, this.runs.bar),
+      ...[this.pick.line, this.settings.node, this.runs.whatIf.node],
+      ...[this.stage.figures.node, this.stage.timeline.node, this.stage.main],
+      ...[this.runs.node, this.settings.fault.node],
     );
     this.connect();
   }
@@ -99,19 +84,10 @@ class View {
       this.handlers[event] = mine;
       model.on(event, mine);
     }
-    this.watch = new MutationObserver(() => this.repaint());
-    this.watch.observe(document.body, {
-      attributes: true,
-      attributeFilter: [
-        "class",
-        "data-jp-theme-light",
-        "data-jp-theme-name",
-        "data-vscode-theme-kind",
-      ],
-    });
-    this.schemes = [matchMedia("(prefers-color-scheme: dark)"), STRONG];
-    this.onScheme = () => this.repaint();
-    for (const scheme of this.schemes) scheme.addEventListener("change", this.onScheme);
+    this.repaint = () => this.stage.repaint();
+    this.watch = new MutationObserver(this.repaint);
+    this.watch.observe(document.body, { attributeFilter: THEMED });
+    for (const scheme of [DARK, STRONG]) scheme.addEventListener("change", this.repaint);
     this.placed = new ResizeObserver(() => {
       this.repaint();
       this.settings.sync();
@@ -174,7 +150,7 @@ class View {
     this.runs.setOpen(Boolean(runs), Boolean(whatif));
     this.settings.ask.sync();
     this.settings.decisions.setOpen(Boolean(decisions));
-    this.stage.setMode(shade === "kl" ? "kl" : "cost");
+    this.stage.text.setMode(shade === "kl" ? "kl" : "cost");
   }
 
   errorChanged() {
@@ -183,16 +159,12 @@ class View {
     this.settings.showError(error.text ? error : { where: "run", text: ended }, run);
   }
 
-  repaint() {
-    this.stage.repaint();
-  }
-
   close() {
     this.closed = true;
     for (const [event, handler] of Object.entries(this.handlers)) this.model.off(event, handler);
     this.watch.disconnect();
     this.placed.disconnect();
-    for (const scheme of this.schemes) scheme.removeEventListener("change", this.onScheme);
+    for (const scheme of [DARK, STRONG]) scheme.removeEventListener("change", this.repaint);
     for (const part of [this.stage, this.settings, this.runs]) part.close();
     cancelAnimationFrame(this.queued);
     this.model.send({ do: "gone", view: this.id });

@@ -1,52 +1,39 @@
 // The strategy, opened up: one drop-down per decision, each offering that part of every strategy,
 // and the parameters of the parts chosen. Folded away it is one line that explains the strategy.
 
-class Decisions {
+import { button, optionsOf, h, markup, say, unique } from "./element.js";
+import { PartParameters } from "./parameters.js";
+
+export class Decisions {
   constructor(options, { change, settle, toggled }) {
-    const id = `moe-${Math.random().toString(36).slice(2)}`;
+    const id = unique();
     this.options = options;
     this.about = h("span", { class: "moe-about", id: `${id}-about` });
-    this.button = h(
-      "button",
-      {
-        type: "button",
-        class: "moe-disclose",
-        "aria-controls": id,
-        onclick: () => toggled(this.panel.hidden),
-      },
-      "decisions",
-    );
+    this.button = button("decisions", {
+      ...{ class: "moe-disclose", "aria-controls": id },
+      onclick: () => toggled(this.panel.hidden),
+    });
     this.selects = {};
-    const fields = options.decisions.map((decision) => this.field(decision, change));
-    this.parameters = new Parameters(change, settle);
-    this.panel = h(
-      "div",
-      { class: "moe-decide", id, hidden: true },
-      h("div", { class: "moe-five" }, ...fields),
-      this.parameters.node,
-    );
+    this.parameters = new PartParameters(change, settle);
+    this.panel = markup`
+      <div class="moe-decide" id="${id}" hidden>
+        <div class="moe-five">${options.decisions.map((d) => this.field(d, change))}</div>
+        ${this.parameters.node}
+      </div>`;
     this.line = h("div", { class: "moe-line" }, this.button, this.about);
-    this.node = h(
-      "div",
-      { class: "moe-strategy", role: "group", "aria-label": "Strategy" },
-      this.line,
-      this.panel,
-    );
+    this.node = markup`
+      <div role="group" aria-label="Strategy">${[this.line, this.panel]}</div>`;
     this.setOpen(false);
   }
 
   field({ role, question, choices }, change) {
-    const name = `decide_${role}`;
-    const entries = choices.map((c) => h("option", { value: c.value, title: c.text }, c.title));
-    const own = h("option", { value: "own", disabled: true, hidden: true });
-    const node = h(
-      "select",
-      { name, title: question, onchange: () => change({ [role]: node.value }, name) },
-      own,
-      ...entries,
-    );
+    const name = `decide_${role}`,
+      onchange = () => change({ [role]: node.value }, name),
+      own = h("option", { value: "own", disabled: true, hidden: true }),
+      parts = optionsOf(choices.map((c) => [c.value, c.title, { title: c.text }]));
+    const node = h("select", { name, title: question, onchange }, own, ...parts);
     this.selects[role] = { node, own };
-    return h("label", { class: "moe-field" }, h("span", { title: question }, role), node);
+    return markup`<label class="moe-field"><span title="${question}">${role}</span>${node}</label>`;
   }
 
   setOpen(open) {

@@ -1,10 +1,21 @@
 // An expert's life on the time axis of the bars below it: when it came and left (above), at how
 // many bits it was resident (the band), and when it was used (below).
 
+import { Sheet, stamp } from "./canvas.js";
+import { FILL } from "./colours.js";
+import { within } from "./numbers.js";
+import { KINDS } from "./recording.js";
+/** @import { Recording } from "./recording.js" */
+
 const LANE = { marks: 10, top: 20, tall: 16, uses: 47, height: 56 };
 
-/** All that happened to one expert, and the spans in which it was resident (in tokens). */
-function lifeOf(recording, layer, expert) {
+/**
+ * All that happened to one expert, and the spans in which it was resident (in tokens).
+ * @param {Recording} recording
+ * @param {number} layer
+ * @param {number} expert
+ */
+export function lifeOf(recording, layer, expert) {
   const { events, rows, layers, start } = recording,
     happened = [],
     spans = [];
@@ -35,29 +46,35 @@ function lifeOf(recording, layer, expert) {
   return { happened, spans, before };
 }
 
-class Lane {
+export class Lane {
   /** `axis()` is the layout of the bars; `pick(event)` is called for what is clicked. */
   constructor(look, axis, pick) {
-    Object.assign(this, { look, axis, pick, chosen: null });
+    this.look = look;
+    this.axis = axis;
+    this.pick = pick;
+    this.chosen = this.life = null;
     this.sheet = new Sheet("", () => this.draw());
     this.sheet.box.style.height = `${LANE.height}px`;
     const canvas = this.sheet.node;
-    canvas.setAttribute("role", "application");
     canvas.setAttribute("aria-roledescription", "time line");
-    canvas.addEventListener("click", (e) => {
-      const one = this.nearest(e.offsetX, e.offsetY);
-      if (one) this.choose(one);
+    this.sheet.on({
+      click: (e) => {
+        const one = this.nearest(e.offsetX, e.offsetY);
+        if (one) this.choose(one);
+      },
+      pointermove: (e) => {
+        canvas.style.cursor = this.nearest(e.offsetX, e.offsetY) ? "pointer" : "";
+      },
+      keydown: (e) => this.key(e),
     });
-    canvas.addEventListener("pointermove", (e) => {
-      canvas.style.cursor = this.nearest(e.offsetX, e.offsetY) ? "pointer" : "";
-    });
-    canvas.addEventListener("keydown", (e) => this.key(e));
   }
 
   show(life, frame, expert) {
-    if (life !== this.life)
-      this.chosen = life.happened.find((o) => o.row === this.chosen?.row) ?? null;
-    Object.assign(this, { life, frame, expert });
+    const { chosen } = this;
+    if (life !== this.life) this.chosen = life.happened.find((o) => o.row === chosen?.row) ?? null;
+    this.life = life;
+    this.frame = frame;
+    this.expert = expert;
     this.name();
     this.draw();
   }
@@ -65,16 +82,19 @@ class Lane {
   name() {
     const { layer, expert } = this.expert;
     const at = this.chosen ? `: ${happening(this.chosen)}` : "";
-    this.sheet.node.setAttribute(
-      "aria-label",
+    this.sheet.name(
       `Life of expert ${expert} of layer ${layer}${at}; arrow keys move from event to event, Enter goes there`,
     );
   }
 
-  choose(one) {
+  mark(one) {
     this.chosen = one;
     this.name();
     this.draw();
+  }
+
+  choose(one) {
+    this.mark(one);
     this.pick(one);
   }
 
@@ -91,11 +111,8 @@ class Lane {
     else if (goal === undefined) return;
     event.preventDefault();
     event.stopPropagation();
-    const one = happened[Math.max(0, Math.min(happened.length - 1, goal))];
-    if (goal === undefined || !one) return;
-    this.chosen = one;
-    this.name();
-    this.draw();
+    const one = happened[within(goal, 0, happened.length - 1)];
+    if (one) this.mark(one);
   }
 
   /** The last event before the moment shown. */
@@ -198,10 +215,11 @@ function shapeOf({ kind, lower, cause }) {
 
 function happening({ kind, token, at, bits, lower, cause }) {
   const where = at < 0 ? `before token ${token}` : `token ${token}, layer ${at}`;
+  const known = cause && cause !== "on demand";
   if (kind === "evict") return `evicted, ${where}`;
   if (kind === "load") return `loaded at ${bits} bit and used, ${where}`;
   if (kind === "prefetch") return `prefetched at ${bits} bit, ${where}`;
   if (kind === "hit")
-    return `${lower ? "downgrade, " : ""}hit${cause && cause !== "on demand" ? ` (${cause})` : ""} at ${bits} bit, ${where}`;
+    return `${lower ? "downgrade, " : ""}hit${known ? ` (${cause})` : ""} at ${bits} bit, ${where}`;
   return `${kind}, ${where}`;
 }

@@ -1,6 +1,11 @@
 // One expert's life: figures, its lane over the tokens, and for an eviction why it had to leave:
 // the strategy's own terms for it and for those that stayed.
 
+import { cross, h, icon, markup, say } from "./element.js";
+import { Lane, lifeOf } from "./lane.js";
+import { percent, plural, short } from "./numbers.js";
+import { filledBar, shareOf } from "./why.js";
+
 const CAUSES = {
   room: "to make room",
   upgrade: "replaced by a copy with more bits",
@@ -12,33 +17,24 @@ const CAUSES = {
   failed: "its prefetch failed",
 };
 
-class Life {
+export class Life {
   constructor(look, axis, layers, { go, reason, close }) {
-    Object.assign(this, { go, reason, layers, of: null });
+    this.go = go;
+    this.reason = reason;
+    this.layers = layers;
+    this.of = null;
     this.title = h("h3");
-    this.facts = h("span", { class: "moe-soft" });
+    this.summary = h("span", { class: "moe-soft" });
     this.lane = new Lane(look, axis, (one) => this.pick(one));
     this.why = h("div", { class: "moe-leaving", hidden: true });
-    this.node = h(
-      "section",
-      { class: "moe-panel moe-life", "aria-label": "Life of an expert", hidden: true },
-      h(
-        "header",
-        {},
-        this.title,
-        this.facts,
-        h(
-          "button",
-          { type: "button", class: "moe-close", "aria-label": "Close this life", onclick: close },
-          "×",
-        ),
-      ),
-      this.lane.sheet.box,
-      this.why,
-    );
+    this.node = markup`
+      <section class="moe-panel moe-life" aria-label="Life of an expert" hidden>
+        <header>${[this.title, this.summary, cross("Close this life", close)]}</header>
+        ${[this.lane.sheet.box, this.why]}
+      </section>`;
   }
 
-  /** Whose life is shown; null for nobody's. */
+  /** Whose life is shown; null: none. */
   choose(layer, expert) {
     this.of = layer === null ? null : { layer, expert, layers: this.layers };
     this.told = this.lane.chosen = null;
@@ -73,22 +69,19 @@ class Life {
       before && "there before this run",
       `resident ${percent(share)}`,
     ];
-    say(this.facts, parts.filter(Boolean).join(" · "));
-    this.facts.title = `${this.facts.textContent} of the time`;
+    say(this.summary, parts.filter(Boolean).join(" · "));
+    this.summary.title = `${this.summary.textContent} of the time`;
     Object.assign(this.node.dataset, { evictions: count("evict"), loads: count("load") });
   }
 
   pick(one) {
     this.go(one.token, one.at);
     this.why.hidden = one.kind !== "evict";
-    this.node.dataset.event = one.row;
+    this.node.dataset.event = `${one.row}`;
     if (one.kind !== "evict") return;
     const where = one.at < 0 ? `Before token ${one.token}` : `Token ${one.token}, layer ${one.at}`,
       title = `${where}: evicted, ${CAUSES[one.cause] ?? one.cause}`;
-    this.why.replaceChildren(
-      h("strong", {}, title),
-      h("span", { class: "moe-soft" }, " asking the strategy …"),
-    );
+    this.why.replaceChildren(...told(title, "asking the strategy …"));
     this.reason(one.row).then((answer) => {
       if (this.lane.chosen?.row === one.row) this.why.replaceChildren(...drawLeft(title, answer));
     });
@@ -99,55 +92,37 @@ class Life {
   }
 }
 
+const told = (title, words) => [
+  h("strong", {}, title),
+  h("span", { class: "moe-soft" }, ` ${words}`),
+];
+
 /** A table of the strategy's terms: who left first, then who stayed, nearest to going first. */
 function drawLeft(title, { policy, terms, texts, victim, survivors, error }) {
-  const head = h("strong", {}, title);
-  if (error || !terms?.length || !victim) {
-    const words = error || (policy ? `${policy}: no terms decided this` : "not recorded");
-    return [head, h("span", { class: "moe-soft" }, ` ${words}`)];
-  }
+  if (error || !terms?.length || !victim)
+    return told(title, error || (policy ? `${policy}: no terms decided this` : "not recorded"));
   const rows = [victim, ...survivors],
-    values = terms.map((_, i) => rows.map((row) => row[3 + i]).filter(Number.isFinite)),
-    low = values.map((v) => Math.min(...v)),
-    high = values.map((v) => Math.max(...v));
-  const cell = (x, i) => {
-    const share = Number.isFinite(x) && high[i] > low[i] ? (x - low[i]) / (high[i] - low[i]) : 1;
-    const fill = h("i", {
-      class: "moe-bar",
-      "aria-hidden": true,
-      style: `--p:${(100 * share).toFixed(1)}%`,
-    });
-    return h("td", {}, fill, h("span", {}, short(x)));
-  };
-  const line = ([layer, expert, bits, ...x], n) =>
-    h(
-      "tr",
-      { class: n ? "" : "victim" },
-      h("td", {}, icon(n ? "hit" : "evict"), n ? "stayed" : "left"),
-      h("th", { scope: "row" }, `layer ${layer}, expert ${expert}`),
-      h("td", {}, `${bits} bit`),
-      ...x.map(cell),
-    );
-  const heads = terms.map((name, i) =>
-    h("th", { scope: "col", title: texts?.[i] || undefined }, name),
-  );
+    values = terms.map((_, i) => rows.map((row) => row[3 + i]).filter(Number.isFinite));
+  const cell = (x, i) =>
+    h("td", {}, filledBar(shareOf(x, Math.min(...values[i]), Math.max(...values[i]))), short(x));
+  const line = ([layer, expert, bits, ...x], n) => markup`
+    <tr class="${n ? "" : "victim"}">
+      <td>${icon(n ? "hit" : "evict")}${n ? "stayed" : "left"}</td>
+      <th scope="row">layer ${layer}, expert ${expert}</th>
+      <td>${bits} bit</td>
+      ${x.map(cell)}
+    </tr>`;
+  const heads = terms.map((name, i) => h("th", { scope: "col", title: texts?.[i] || false }, name));
   const words = terms.flatMap((name, i) =>
-    texts?.[i] ? [h("b", {}, name), ` ${texts[i]}`, " · "] : [],
+    texts?.[i] ? [" · ", h("b", {}, name), ` ${texts[i]}`] : [],
   );
-  words.pop();
   return [
-    head,
-    h("span", { class: "moe-soft" }, ` by ${policy}`),
-    h(
-      "table",
-      {},
-      h(
-        "thead",
-        {},
-        h("tr", {}, h("th"), h("th", { scope: "col" }, "expert"), h("th", {}, ""), ...heads),
-      ),
-      h("tbody", {}, ...rows.map(line)),
-    ),
-    h("small", { class: "moe-soft" }, ...words),
+    ...told(title, `by ${policy}`),
+    markup`
+      <table>
+        <thead><tr><th></th><th scope="col">expert</th><th></th>${heads}</tr></thead>
+        <tbody>${rows.map(line)}</tbody>
+      </table>`,
+    h("small", { class: "moe-soft" }, ...words.slice(1)),
   ];
 }

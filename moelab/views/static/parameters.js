@@ -1,42 +1,38 @@
 // The parameters of the parts now chosen: each a slider with its number, or a drop-down, and the
 // line that explains it. They come and go with the parts.
 
+import { optionsOf, h, Hold, markup, unique } from "./element.js";
+
 class Parameter {
   constructor({ roles, name, text, low, high, step, choices }, change, settle) {
-    const id = `moe-${Math.random().toString(36).slice(2)}`,
+    const id = unique(),
       of = roles.length > 1 ? "" : `${roles[0]} `, // one object may take several decisions
       label = { name, "aria-label": of + name, "aria-describedby": id };
     this.send = (value) => change({ [name]: value });
     if (choices.length) {
-      const entries = choices.map((value) => h("option", { value }, value));
       const onchange = () => this.send(this.input.value);
-      this.input = h("select", { ...label, onchange }, ...entries);
+      this.input = h("select", { ...label, onchange }, ...optionsOf(choices.map((c) => [c])));
     } else {
       const range = { min: low, max: high, step };
       this.input = h("input", { type: "range", ...label, ...range, oninput: () => this.slid() });
       this.number = h("input", {
-        type: "number",
-        ...{ ...label, ...range, name: `${name}_number`, step: "any" },
+        ...{ type: "number", ...label, ...range, name: `${name}_number`, step: "any" },
         oninput: () => (this.typing = true),
         onchange: () => this.typed(),
         onblur: () => (this.typing = false),
       });
       this.hold = new Hold(this.input, settle);
     }
-    const track = this.number ? h("span", { class: "moe-track" }, this.input) : this.input;
-    this.node = h(
-      "div",
-      { class: `moe-parameter${this.number ? "" : " choice"}` },
-      h("span", { title: name }, name),
-      track,
-      ...(this.number ? [this.number] : []),
-      h("small", { id, title: text }, h("b", {}, of && `${of.trim()}: `), text),
-    );
+    this.node = markup`
+      <div class="moe-parameter ${this.number ? "" : "choice"}">
+        <span title="${name}">${name}</span>
+        ${[this.input, this.number ?? null]}
+        <small id="${id}" title="${text}"><b>${of && `${of.trim()}: `}</b>${text}</small>
+      </div>`;
   }
 
   slid() {
     this.number.value = this.input.value;
-    this.paint();
     this.send(Number(this.input.value));
   }
 
@@ -45,17 +41,10 @@ class Parameter {
     if (this.number.value !== "") this.send(Number(this.number.value));
   }
 
-  paint() {
-    const { min, max, value } = this.input;
-    this.input.style.setProperty("--v", (value - min) / (max - min || 1));
-  }
-
   sync(value) {
     if (this.hold?.held) return;
     this.input.value = value;
-    if (!this.number) return;
-    if (!this.typing) this.number.value = +value.toPrecision(3);
-    this.paint();
+    if (this.number && !this.typing) this.number.value = `${+value.toPrecision(3)}`;
   }
 
   close() {
@@ -63,9 +52,12 @@ class Parameter {
   }
 }
 
-class Parameters {
+export class PartParameters {
   constructor(change, settle) {
-    Object.assign(this, { change, settle, fields: {}, signature: "" });
+    this.change = change;
+    this.settle = settle;
+    this.fields = {};
+    this.signature = "";
     this.node = h("div", { class: "moe-parameters", role: "group", "aria-label": "Parameters" });
   }
 

@@ -1,8 +1,9 @@
 // A recorded run as typed arrays: read from an exported page (base64) or from the kernel's answers
 // (buffers), which may bring later rows of events piece by piece.
 
-const KINDS = ["hit", "load", "prefetch", "downgrade", "skip", "substitute", "evict", "stall"];
-const [HIT, LOAD, PREFETCH, DOWNGRADE, SKIP, SUBSTITUTE, EVICT, STALL] = KINDS.keys();
+export const KINDS = ["hit", "load", "prefetch", "downgrade", "skip", "substitute", "evict", "stall"];
+/** The code of each kind in the events. */
+export const KIND = Object.fromEntries(KINDS.map((kind, code) => [kind, code]));
 const EVENTS = {
   token: Int32Array,
   at: Int16Array,
@@ -20,17 +21,13 @@ const START = { layer: Int16Array, expert: Int16Array, bits: Uint8Array };
 const GATES = { expert: Int16Array, weight: Float32Array, wanted: Int16Array };
 
 /** A typed array from whatever a host makes of bytes (DataView, Uint8Array or ArrayBuffer). */
-function array(Type, raw) {
+export function array(Type, raw) {
   const view = ArrayBuffer.isView(raw) ? raw : new Uint8Array(raw ?? 0);
   return new Type(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
 }
 
-function unpack(base64) {
-  const text = atob(base64),
-    out = new Uint8Array(text.length);
-  for (let i = 0; i < text.length; i++) out[i] = text.charCodeAt(i);
-  return out;
-}
+/** Bytes from base64. @param {string} base64 */
+export const unpack = (base64) => Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
 
 /** A column as a typed array: base64, bytes or a plain list. */
 function column(Type, raw) {
@@ -39,8 +36,26 @@ function column(Type, raw) {
   return array(Type, typeof raw === "string" ? unpack(raw) : raw);
 }
 
+/** @returns {Record<string, any>} */
+const columns = (types, raw) =>
+  Object.fromEntries(Object.entries(types).map(([name, Type]) => [name, column(Type, raw[name])]));
+
+/**
+ * The figures of tokens by their columns' names; recordings from before the strategy's own time
+ * was taken have none of it: it is nothing there.
+ * @param {string[]} names
+ * @param {Float32Array} values [C, T], a row for each name
+ * @returns {Record<string, Float32Array>}
+ */
+export function byName(names, values) {
+  const count = values.length / names.length,
+    tokens = { deciding_ms: new Float32Array(count) };
+  names.forEach((name, c) => (tokens[name] = values.subarray(c * count, (c + 1) * count)));
+  return tokens;
+}
+
 /** Put what came as buffers where their keys say. */
-function withBuffers(answer, buffers = []) {
+export function withBuffers(answer, buffers = []) {
   (answer.buffers ?? []).forEach((path, i) => {
     const last = path.at(-1),
       owner = path.slice(0, -1).reduce((node, key) => (node[key] ??= {}), answer);
@@ -49,11 +64,10 @@ function withBuffers(answer, buffers = []) {
   return answer;
 }
 
-class Recording {
+export class Recording {
+  /** @param {any} answer a recording's document */
   constructor(answer) {
-    this.events = Object.fromEntries(
-      Object.entries(EVENTS).map(([k, Type]) => [k, new Type(1024)]),
-    );
+    this.events = columns(EVENTS, Object.fromEntries(Object.keys(EVENTS).map((k) => [k, []])));
     this.rows = 0;
     this.take(answer);
   }
@@ -62,38 +76,31 @@ class Recording {
   take(answer) {
     const { model, events } = answer,
       from = answer.from ?? 0;
-    Object.assign(this, { document: answer, model, run: answer.run ?? 0 });
-    Object.assign(this, { layers: model.layers, experts: model.experts, pieces: answer.pieces });
+    this.document = answer;
+    this.model = model;
+    this.run = answer.run ?? 0;
+    this.layers = model.layers;
+    this.experts = model.experts;
+    this.pieces = answer.pieces;
     this.count = this.pieces.length;
-    const values = column(Float32Array, answer.values),
-      each = values.length / answer.columns.length;
-    this.tokens = {};
-    answer.columns.forEach((name, c) => {
-      this.tokens[name] = values.subarray(c * each, (c + 1) * each);
-    });
-    this.start = this.columns(START, answer.start);
-    this.gates = { K: answer.gates.K, ...this.columns(GATES, answer.gates) };
+    this.tokens = byName(answer.columns, column(Float32Array, answer.values));
+    this.start = columns(START, answer.start);
+    /** @type {Record<string, any>} */
+    this.gates = { K: answer.gates.K, ...columns(GATES, answer.gates) };
     this.causes = events.causes;
-    const fresh = this.columns(EVENTS, events),
+    const fresh = columns(EVENTS, events),
       rows = from + fresh.token.length;
     for (const [name, Type] of Object.entries(EVENTS)) {
       if (this.events[name].length < rows) {
-        const wider = new Type(Math.max(rows, 2 * this.events[name].length));
+        const wider = new Type(Math.max(rows, 2 * this.events[name].length, 1024));
         wider.set(this.events[name]);
         this.events[name] = wider;
       }
       this.events[name].set(fresh[name], from);
     }
     this.rows = rows;
-    for (const part of [answer.events, answer.start, answer.gates]) drop(part);
-    answer.values = null; // decoded: nothing is kept twice
+    for (const part of ["events", "start", "gates", "values"]) delete answer[part]; // decoded
     return from;
-  }
-
-  columns(types, raw) {
-    return Object.fromEntries(
-      Object.entries(types).map(([name, Type]) => [name, column(Type, raw[name])]),
-    );
   }
 
   /** How many rows belong to (token, layer) or to what came before. */
@@ -119,8 +126,6 @@ class Recording {
   }
 }
 
-function drop(part) {
-  for (const [name, value] of Object.entries(part)) {
-    if (typeof value === "string" || ArrayBuffer.isView(value)) delete part[name];
-  }
-}
+/** Waiting of token i, all causes together, ms. */
+export const waitOf = (tokens, causes, i) =>
+  causes.reduce((total, cause) => total + tokens[cause][i], 0);

@@ -1,13 +1,23 @@
 // The settings: native inputs, each of which changes the lab at once. What is shown is what holds;
 // a value the lab refuses stays in the thumb only while it is being dragged.
 
+import { Budget } from "./budget.js";
+import { Decisions } from "./decisions.js";
+import { h, keep, markup, optionsOf, say, showBadge } from "./element.js";
+import { Fault } from "./fault.js";
+import { Prompt } from "./prompt.js";
+
 const THROTTLE_MS = 50;
 const UNANSWERED_MS = 1000;
 
 /** Sends changes at most every 50 ms: of each setting the newest, one unanswered at a time. */
-class Sender {
+export class Sender {
   constructor(model) {
-    Object.assign(this, { model, waiting: {}, n: Date.now(), sentAt: 0, timer: 0 });
+    this.model = model;
+    this.waiting = {};
+    this.n = Date.now();
+    this.sentAt = 0;
+    this.timer = undefined;
   }
 
   /** `where` is the control that asked: an error is drawn there. */
@@ -42,79 +52,74 @@ class Sender {
   }
 }
 
-class Settings {
+export class Settings {
   constructor(model, options) {
-    Object.assign(this, { model, options, sender: new Sender(model) });
+    this.model = model;
+    this.options = options;
+    this.sender = new Sender(model);
     this.measure = h("input", {
-      type: "checkbox",
-      name: "measure_kl",
+      ...{ type: "checkbox", name: "measure_kl" },
       onchange: () => this.sender.change({ measure_kl: this.measure.checked }),
     });
-    this.ask = new Ask(model, options, this.measure);
+    this.ask = new Prompt(model, options, this.measure);
     const change = (changes, where) => this.sender.change(changes, where),
       settle = () => this.sync();
     this.budget = new Budget(options, (budget) => change({ budget }), settle);
-    this.decisions = new Decisions(options, {
-      change,
-      settle,
-      toggled: (decisions) => this.ask.write({ decisions }),
-    });
+    const toggled = (decisions) => keep(model, { decisions });
+    this.decisions = new Decisions(options, { change, settle, toggled });
     this.fault = new Fault(() => model.send({ do: "dismiss" }));
     this.strategy = this.presets();
-    this.decisions.line.prepend(h("label", { class: "moe-pick" }, "Strategy ", this.strategy));
-    const { ask, decisions } = this;
-    this.node = h("div", { class: "moe-controls" }, ask.node, this.row(), decisions.node);
+    this.decisions.line.prepend(
+      markup`<label class="moe-pick">Strategy ${this.strategy}</label>`,
+    );
+    this.node = markup`
+      <div class="moe-controls">${[this.ask.node, this.row(), this.decisions.node]}</div>`;
   }
 
   /** One preset per strategy, by group; `own` stands for a mix or one made in a notebook cell. */
   presets() {
-    const node = this.select("strategy", []);
-    node.setAttribute("aria-describedby", this.decisions.about.id);
     this.own = h("option", { value: "own", disabled: true, hidden: true });
-    node.append(this.own);
-    for (const { group, entries } of this.options.presets) {
-      const these = entries.map((p) => h("option", { value: p.name, title: p.text }, p.title));
-      node.append(h("optgroup", { label: group }, ...these));
-    }
+    const groups = this.options.presets.map(({ group, entries }) =>
+      groupOf(group, entries.map((p) => [p.name, p.title, { title: p.text }])),
+    );
+    const node = this.select("strategy", [this.own, ...groups]);
+    node.setAttribute("aria-describedby", this.decisions.about.id);
     return node;
   }
 
   row() {
-    const { tiers } = this.options,
+    const { tiers, devices } = this.options,
       bits = tiers.map((b) => [b, `${b} bit`]),
       lower = bits.filter(([b]) => b < Math.max(...tiers)),
-      layers = [1, 2, 3].map((n) => [n, `${n} layer${n > 1 ? "s" : ""}`]);
-    this.bits = this.select("bits", bits, Number);
-    this.low_bits = this.select("low_bits", [["", "off"], ...lower], (x) => (x ? Number(x) : null));
-    this.prefetch = this.select("prefetch", [[0, "off"], ...layers], Number);
-    this.device = this.select("device", []);
-    for (const knob of ["low_bits", "prefetch"]) {
-      this[knob].append(h("option", { value: "unread", hidden: true }, "–"));
-    }
-    for (const emulated of [false, true]) {
-      const these = this.options.devices.filter((d) => d.emulated === emulated),
-        label = emulated ? "emulated" : "measured";
-      const entries = these.map((d) => h("option", { value: d.name }, d.title));
-      this.device.append(h("optgroup", { label }, ...entries));
-    }
+      layers = [1, 2, 3].map((n) => [n, `${n} layer${n > 1 ? "s" : ""}`]),
+      unread = ["unread", "–", { hidden: true }];
+    const lows = optionsOf([["", "off"], ...lower, unread]),
+      depths = optionsOf([[0, "off"], ...layers, unread]);
+    this.bits = this.select("bits", optionsOf(bits), Number);
+    this.low_bits = this.select("low_bits", lows, (x) => (x ? Number(x) : null));
+    this.prefetch = this.select("prefetch", depths, Number);
+    const measured = devices.filter((d) => !d.emulated),
+      emulated = devices.filter((d) => d.emulated),
+      names = (these) => these.map((d) => [d.name, d.title]);
+    this.device = this.select("device", [
+      ...[groupOf("measured", names(measured)), groupOf("emulated", names(emulated))],
+    ]);
     this.badge = h("b", { class: "moe-badge" });
-    const field = (words, input, ...more) =>
-      h("label", { class: "moe-field" }, h("span", {}, words, ...more), input);
-    return h(
-      "div",
-      { class: "moe-row moe-set" },
-      this.budget.node,
-      field("Bits", this.bits),
-      field("Low bits", this.low_bits),
-      field("Prefetch ahead", this.prefetch),
-      field("Device", this.device, this.badge),
-    );
+    const field = (words, ...more) =>
+      markup`<label class="moe-field"><span>${words}${more.slice(1)}</span>${more[0]}</label>`;
+    return markup`
+      <div class="moe-row moe-set">
+        ${this.budget.node}
+        ${field("Bits", this.bits)}
+        ${field("Low bits", this.low_bits)}
+        ${field("Prefetch ahead", this.prefetch)}
+        ${field("Device", this.device, this.badge)}
+      </div>`;
   }
 
-  select(name, pairs, parse = (x) => x) {
-    const onchange = () => this.sender.change({ [name]: parse(node.value) });
-    const entries = pairs.map(([value, words]) => h("option", { value }, words));
-    const node = h("select", { name, onchange }, ...entries);
+  select(name, entries, parse = (x) => x) {
+    const onchange = () => this.sender.change({ [name]: parse(node.value) }),
+      node = h("select", { name, onchange }, ...entries);
     return node;
   }
 
@@ -145,11 +150,12 @@ class Settings {
 
   /** Draw an error by the control it is about; an empty one clears it. */
   showError({ where = "", text = "" }, run) {
-    const about = { budget: this.budget.slider, run: this.ask.prompt };
-    for (const name of ["bits", "low_bits", "strategy", "device", "prefetch"]) {
-      about[name] = this[name];
-    }
-    Object.assign(about, Object.fromEntries(this.decisions.controls()));
+    const { bits, low_bits, strategy, device, prefetch } = this;
+    const about = {
+      ...{ budget: this.budget.slider, run: this.ask.prompt },
+      ...{ bits, low_bits, strategy, device, prefetch },
+      ...Object.fromEntries(this.decisions.controls()),
+    };
     for (const [name, control] of Object.entries(about)) {
       if (text && name === where) control.setAttribute("aria-invalid", "true");
       else control.removeAttribute("aria-invalid");
@@ -164,3 +170,5 @@ class Settings {
     this.decisions.close();
   }
 }
+
+const groupOf = (label, entries) => h("optgroup", { label }, ...optionsOf(entries));

@@ -1,12 +1,21 @@
 // Where a recording comes from: the kernel, which is asked for what is new, or an exported file.
 
+import { Recording, withBuffers } from "./recording.js";
+import { Replay } from "./replay.js";
+
 const ASK_MS = 500;
 const GIVE_UP_MS = 8000;
 
-class KernelSource {
+export class KernelSource {
   /** `changed()` is called when an answer has come. */
   constructor(model, changed) {
-    Object.assign(this, { model, changed, asked: 0, waiting: new Map(), held: null });
+    this.model = model;
+    this.changed = changed;
+    this.asked = 0;
+    this.unanswered = this.running = false;
+    this.waiting = new Map();
+    this.held = this.frame = null;
+    this.fault = "";
     this.hear = (answer, buffers) => this.heard(answer, buffers);
     model.on("msg:custom", this.hear);
   }
@@ -26,7 +35,7 @@ class KernelSource {
     const { held, frame } = this;
     if (!frame?.run) return null;
     const here = held?.recording.run === frame.run,
-      behind = !here || held.recording.count < frame.newest + 1 || (!frame.running && held.running);
+      behind = !here || held.recording.count < frame.newest + 1 || (!frame.running && this.running);
     if (behind) this.ask();
     return here && (token === undefined || token < held.recording.count) ? held : null;
   }
@@ -41,7 +50,8 @@ class KernelSource {
       }, ASK_MS);
       return;
     }
-    Object.assign(this, { asked: now, unanswered: true });
+    this.asked = now;
+    this.unanswered = true;
     const { run = null, rows = 0 } = this.held?.recording ?? {};
     this.model.send({ do: "recording", have: { run, events: rows } });
   }
@@ -56,8 +66,8 @@ class KernelSource {
         // An answer to another view of this widget may begin behind what is held here.
         if (recording.from > (more ? this.held.recording.rows : 0)) return;
         if (more) this.held.extend(recording);
-        else this.held = new Past(new Recording(recording));
-        this.held.running = recording.running ?? this.frame?.running;
+        else this.held = new Replay(new Recording(recording));
+        this.running = recording.running ?? this.frame?.running;
       }
       this.changed();
     }
@@ -85,9 +95,9 @@ class KernelSource {
   }
 }
 
-class FileSource {
+export class FileSource {
   constructor(recording) {
-    this.held = new Past(recording);
+    this.held = new Replay(recording);
     this.reasons = recording.document.evictions ?? {};
   }
 

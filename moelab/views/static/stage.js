@@ -1,50 +1,69 @@
 // The views that draw a frame, live or past, and what ties them together: one cursor, one moment,
 // one chosen expert. The dashboard and an exported page both stand on it.
 
-class Stage {
+import { Blame } from "./blame.js";
+import { LatencyBars } from "./bars.js";
+import { CacheMap } from "./cache_map.js";
+import { inkOf, STRONG, themeOf, TIERS } from "./colours.js";
+import { h, markup, say, showBadge, voice } from "./element.js";
+import { Life } from "./life.js";
+import { plural } from "./numbers.js";
+import { costliest, digest } from "./replay.js";
+import { RunningFigures } from "./running.js";
+import { TokenText } from "./text.js";
+import { Timeline } from "./timeline.js";
+import { Cursor, Tip } from "./tip.js";
+import { Travel } from "./travel.js";
+
+/** The element of a dashboard, and its first line. */
+export const rootOf = (words, props = {}) =>
+  h("div", { class: "moe-dash", role: "region", "aria-label": words, ...props });
+export const modelShape = ({ architecture, layers, experts, top_k }) =>
+  `${architecture} · ${layers} layers × ${experts} experts, top ${top_k}`;
+export const headOf = (...parts) =>
+  markup`<header class="moe-head"><h2>moelab</h2>${parts}</header>`;
+
+export class Stage {
   /**
    * `source` has the recording; `why` may be null; `shade(mode)` keeps how tokens are shaded.
    */
   constructor(root, options, { source, why, shade, canLive }) {
-    Object.assign(this, {
-      root,
-      options,
-      source,
-      why,
-      canLive,
-      look: {},
-      frame: null,
-      live: null,
-      queued: 0,
-    });
+    this.root = root;
+    this.options = options;
+    this.source = source;
+    this.canLive = canLive;
+    this.look = { theme: "", strong: false, ink: {}, tiers: {} };
+    this.frame = this.live = null;
+    this.queued = 0;
+    this.closed = false;
     this.repaint();
+    const { look } = this,
+      go = (token, layer = null) => this.travel.go(token, layer),
+      choose = (layer, expert) => this.choose(layer, expert);
     this.tip = new Tip(root);
-    this.cursor = new Cursor(this.tip);
-    const go = (token, layer) => this.travel.go(token, layer);
-    this.travel = new Travel(source, options.layers, () => this.queue());
-    this.figures = new Figures();
-    this.map = new CacheMap(this.look, this.tip, why, options, (l, e) => this.choose(l, e));
-    this.bars = new LatencyBars(this.look, this.cursor, options, (token) => go(token, null));
-    this.text = new TokenText(this.look, this.cursor, shade, (token) => go(token, null));
+    this.cursor = new Cursor(this.tip, {
+      enter: go,
+      scrub: (tokens) => this.travel.at && this.travel.step(tokens),
+    });
+    this.figures = new RunningFigures();
+    this.map = new CacheMap(look, this.tip, why, options, choose);
+    this.bars = new LatencyBars(look, this.cursor, options, go);
+    this.text = new TokenText(look, this.cursor, shade, go);
     this.timeline = new Timeline({
-      layers: options.layers,
-      ...{ canLive, go },
+      ...{ layers: options.layers, canLive, go },
       live: () => this.travel.live(),
       play: () => this.travel.toggle(),
       costliest: () => this.goCostliest(),
     });
-    this.travel.played = (on) => this.timeline.playing(on);
+    this.travel = new Travel(
+      ...[source, options.layers, () => this.queue(), (on) => this.timeline.playing(on)],
+    );
     this.blame = new Blame(options.layers, this.tip, {
-      choose: (l, e) => this.choose(l, e),
-      close: canLive ? () => this.leave() : null,
+      ...{ choose, close: canLive ? () => this.leave() : null },
     });
-    this.life = new Life(this.look, () => this.bars.layout(), options.layers, {
-      go,
-      reason: (row) => source.reason(row),
-      close: () => this.choose(null),
+    this.life = new Life(look, () => this.bars.layout(), options.layers, {
+      ...{ go, reason: (row) => source.reason(row), close: () => this.choose(null) },
     });
-    this.cursor.scrub = (tokens) => this.travel.at && this.travel.step(tokens);
-    this.cursor.enter = (token) => go(token, null);
     this.cursor.views.push(
       () => this.bars.draw(),
       () => this.text.mark(this.cursor.at),
@@ -52,22 +71,17 @@ class Stage {
     this.origin = h("b", { class: "moe-badge" });
     this.count = h("span", { class: "moe-soft", "aria-hidden": true });
     this.state = h("span", { class: "moe-doing", role: "status", "aria-live": "polite" });
-    this.voice = h("span", { class: "moe-voice", role: "status", "aria-live": "polite" });
-    this.status = h(
-      "span",
-      { class: "moe-state" },
-      this.origin,
-      this.count,
-      this.state,
-      this.voice,
-    );
-    this.main = h(
-      "div",
-      { class: "moe-main" },
-      h("div", { class: "moe-left" }, this.map.node, this.life.node, this.bars.node),
-      h("div", { class: "moe-right" }, this.text.node, this.blame.node),
-    );
-    root.addEventListener("keydown", (e) => this.key(e));
+    this.voice = voice();
+    this.status = markup`
+      <span class="moe-state">${[this.origin, this.count, this.state, this.voice]}</span>`;
+    this.main = markup`
+      <div class="moe-main">
+        <div class="moe-left">${[this.map.node, this.life.node, this.bars.node]}</div>
+        <div class="moe-right">${[this.text.node, this.blame.node]}</div>
+      </div>`;
+    root.addEventListener("keydown", (e) => {
+      if (e.key === "Escape" && !e.defaultPrevented) this.leave();
+    });
   }
 
   /** A live frame has come. */
@@ -104,11 +118,10 @@ class Stage {
     } else if (!travel.wanted && this.live) {
       this.blame.node.hidden = true;
       this.show(this.live);
-    } else if (travel.wanted)
-      say(
-        this.state,
-        this.source.fault ? `no recording: ${this.source.fault}` : "reading the recording",
-      );
+    } else if (travel.wanted) {
+      const { fault } = this.source;
+      say(this.state, fault ? `no recording: ${fault}` : "reading the recording");
+    }
     this.showLife(past);
   }
 
@@ -143,7 +156,8 @@ class Stage {
     this.timeline.tell(counts, past.recording.settings(token)?.short);
     say(this.count, "");
     say(this.state, `past: token ${token}`);
-    const said = `token ${token}, layer ${layer}: ${held} experts resident, ${plural(counts.hit, "hit")}, ${plural(counts.load, "load")}`;
+    const now = [`${held} experts resident`, plural(counts.hit, "hit"), plural(counts.load, "load")],
+      said = `token ${token}, layer ${layer}: ${now.join(", ")}`;
     clearTimeout(this.speaking);
     this.speaking = setTimeout(() => say(this.voice, said), 300);
   }
@@ -162,13 +176,10 @@ class Stage {
 
   goCostliest() {
     const past = this.source.past();
-    if (past) this.travel.go(past.costliest(), null);
-    else if (this.live?.count) this.travel.go(costliestOf(this.live), null);
-  }
-
-  key(event) {
-    if (event.key !== "Escape" || event.defaultPrevented) return;
-    this.leave();
+    if (past) return this.travel.go(past.costliest(), null);
+    const { tokens, causes, first = 0, count = 0 } = this.live ?? {};
+    const begin = first === 0 && count > 1 ? 1 : 0;
+    if (count) this.travel.go(first + costliest(tokens, causes, count, begin), null);
   }
 
   /** One step back: the expert first, then the past. */
@@ -177,15 +188,13 @@ class Stage {
     else this.choose(null);
   }
 
-  setMode(mode) {
-    this.text.setMode(mode);
-  }
-
   repaint() {
     const theme = themeOf(this.root);
-    if (theme === this.look.theme && STRONG.matches === this.look.strong) return;
-    this.root.dataset.theme = theme;
-    Object.assign(this.look, { theme, strong: STRONG.matches, ink: inkOf(theme), tiers: TIERS[theme] });
+    const { look } = this,
+      strong = STRONG.matches;
+    if (theme === look.theme && strong === look.strong && look.ink.ground) return;
+    this.root.dataset.theme = theme; // the style sheet then has this theme's ink
+    Object.assign(look, { theme, strong, ink: inkOf(this.root), tiers: TIERS[theme] });
     this.map?.relabel();
     this.bars?.relabel();
     this.text?.shade();
@@ -203,15 +212,4 @@ class Stage {
 
 function stateOf({ running, error, stopped, run }) {
   return running ? "running" : error ? "failed" : stopped ? "stopped" : run ? "finished" : "ready";
-}
-
-/** The decoded token of a live frame that waited longest. */
-function costliestOf({ tokens, causes, first, count }) {
-  let most = -1,
-    at = 0;
-  for (let i = count > 1 && first === 0 ? 1 : 0; i < count; i++) {
-    const wait = causes.reduce((sum, cause) => sum + tokens[cause][i], 0);
-    if (wait > most) [most, at] = [wait, i];
-  }
-  return first + at;
 }

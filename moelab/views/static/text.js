@@ -1,5 +1,9 @@
 // The text as it comes, each token shaded by what it cost or by its KL against full precision.
 
+import { KL_ENDS } from "./bars.js";
+import { h, markup, say, unique } from "./element.js";
+import { millis, nice, onLogScale, quantile } from "./numbers.js";
+
 const REVEAL_MS = 120;
 // What is faint costs nothing per token where the browser knows highlights; elsewhere nothing is.
 const faint = globalThis.Highlight && CSS.highlights ? new Highlight() : null;
@@ -7,71 +11,67 @@ if (faint) CSS.highlights.set("moe-later", faint);
 
 const PARAGRAPH = 40; // tokens at least
 
-class TokenText {
+/** The ends of the shades: what is left pale, what is full. */
+export function shadesOf(mode, total_ms) {
+  if (mode === "kl") return KL_ENDS;
+  const high = total_ms.length ? nice(Math.max(0.2, quantile(total_ms, 0.97))) : 10;
+  return { low: Math.min(high / 4, nice(0.5 * quantile(total_ms, 0.1))), high };
+}
+
+/** How strong the shade of a value is, %. */
+export const strengthOf = (x, ends) =>
+  Number.isFinite(x) ? Math.round(68 * onLogScale(x, ends)) : 0;
+
+export class TokenText {
   /** `onShade(mode)` and `onPick(token)` are called where somebody chooses. */
   constructor(look, cursor, onShade, onPick) {
-    Object.assign(this, { look, cursor, onPick, spans: [], run: null, follow: true, mode: "cost" });
-    this.prompt = h("span", { class: "moe-prompt" });
-    this.body = h(
-      "div",
-      {
-        class: "moe-text",
-        tabindex: 0,
-        role: "group",
-        "aria-label":
-          "Generated text; arrow keys move from token to token, Enter shows what a token cost and why",
-      },
-      h("div", {}, this.prompt),
-    );
+    this.look = look;
+    this.cursor = cursor;
+    this.onPick = onPick;
+    this.spans = [];
+    this.run = this.frame = null;
+    this.first = 0;
+    this.follow = true;
+    this.mode = "cost";
     this.later = new Range();
+    this.prompt = h("span", { class: "moe-prompt" });
+    this.body = markup`
+      <div class="moe-text" tabindex="0" role="group"
+        aria-label="Generated text; arrow keys move from token to token, Enter shows what a token cost and why">
+        <div>${this.prompt}</div>
+      </div>`;
     this.scale = h("span", { class: "moe-scale" });
-    const pick = (mode, words) => {
-      const input = h("input", {
-        type: "radio",
-        name: `shade-${Math.random()}`,
-        value: mode,
-        onchange: () => onShade(mode),
-      });
-      return [input, h("label", {}, input, words)];
-    };
-    const [cost, costLabel] = pick("cost", "cost"),
-      [quality, qualityLabel] = pick("kl", "KL");
-    quality.name = cost.name;
-    this.radios = { cost, kl: quality };
-    this.node = h(
-      "section",
-      { class: "moe-panel moe-words", "aria-label": "Text" },
-      h(
-        "header",
-        {},
-        h("h3", {}, "Text"),
-        h(
-          "span",
-          { class: "moe-switch", role: "radiogroup", "aria-label": "Shade tokens by" },
-          costLabel,
-          qualityLabel,
-        ),
-        this.scale,
-      ),
-      this.body,
-    );
+    const name = unique(),
+      radio = (value) => h("input", { type: "radio", name, value, onchange: () => onShade(value) });
+    this.radios = { cost: radio("cost"), kl: radio("kl") };
+    this.node = markup`
+      <section class="moe-panel moe-words" aria-label="Text">
+        <header>
+          <h3>Text</h3>
+          <span class="moe-switch" role="radiogroup" aria-label="Shade tokens by">
+            <label>${this.radios.cost}cost</label>
+            <label>${this.radios.kl}KL</label>
+          </span>
+          ${this.scale}
+        </header>
+        ${this.body}
+      </section>`;
     this.listen();
   }
 
   listen() {
-    const { body, cursor } = this;
+    const { body, cursor } = this,
+      under = ({ target }) => (target.dataset?.token === undefined ? null : +target.dataset.token);
     body.addEventListener("scroll", () => {
       this.follow = body.scrollTop + body.clientHeight > body.scrollHeight - 24;
     });
-    body.addEventListener("pointermove", (e) =>
-      cursor.set(e.target.dataset?.token === undefined ? null : +e.target.dataset.token, e),
-    );
+    body.addEventListener("pointermove", (e) => cursor.set(under(e), e));
     body.addEventListener("pointerleave", () => cursor.set(null));
     body.addEventListener("click", (e) => {
       const marking = !getSelection().isCollapsed; // text is being marked, to be copied
-      if (e.target.dataset?.token === undefined || marking) return;
+      if (under(e) === null || marking) return;
       cursor.set(null);
-      this.onPick(+e.target.dataset.token);
+      this.onPick(under(e));
     });
     body.addEventListener("blur", () => cursor.set(null));
     body.addEventListener("keydown", (e) => cursor.key(e, () => this.placeOf(cursor.at)));
@@ -101,9 +101,9 @@ class TokenText {
     if (this.follow && !frame.past) this.body.scrollTop = this.body.scrollHeight;
   }
 
-  /** Where the next token goes; after a line's end a new block, so that older ones are not laid out again. */
+  /** Where the next token goes; after a line's end a new block: older ones are not laid out again. */
   paragraph() {
-    const last = this.body.lastChild;
+    const last = this.body.lastElementChild;
     if (last.childElementCount < PARAGRAPH || !last.lastChild.textContent.endsWith("\n"))
       return last;
     return this.body.appendChild(h("div"));
@@ -138,31 +138,22 @@ class TokenText {
   shade(begin = 0) {
     if (!this.frame) return;
     const { tokens, count } = this.frame,
-      byKl = this.mode === "kl";
-    let low = KL_LOW,
-      high = KL_HIGH;
-    if (!byKl) {
-      high = count ? nice(Math.max(0.2, quantile(tokens.total_ms, 0.97))) : 10;
-      low = Math.min(high / 4, nice(0.5 * quantile(tokens.total_ms, 0.1)));
-    }
-    const key = `${this.mode} ${low} ${high} ${this.look.theme}`;
+      byKl = this.mode === "kl",
+      ends = shadesOf(this.mode, tokens.total_ms);
+    const key = `${this.mode} ${ends.low} ${ends.high} ${this.look.theme}`;
     if (key !== this.shaded) {
       begin = 0;
       this.shaded = key;
-      this.drawScale(byKl, low, high);
+      this.drawScale(byKl, ends.low, ends.high);
     }
-    const values = byKl ? tokens.kl : tokens.total_ms,
-      colour = byKl ? "var(--moe-kl)" : "var(--moe-cost)";
+    const values = byKl ? tokens.kl : tokens.total_ms;
     for (let i = begin; i < this.spans.length; i++) {
-      const x = values[i],
-        part = Number.isFinite(x) ? Math.log(Math.max(x, 1e-12) / low) / Math.log(high / low) : 0;
-      const strength = Math.round(68 * Math.min(1, Math.max(0, part)));
+      const strength = strengthOf(values[i], ends);
       this.spans[i].style.background = strength
-        ? `color-mix(in srgb, ${colour} ${strength}%, transparent)`
+        ? `color-mix(in srgb, var(--moe-${this.mode}) ${strength}%, transparent)`
         : "";
     }
     const missing = byKl && count > 0 && !tokens.kl.some(Number.isFinite);
-    this.scale.classList.toggle("missing", missing);
     if (missing) {
       say(this.scale, "not measured in this run");
       this.shaded = null;
@@ -198,85 +189,5 @@ class TokenText {
     span?.scrollIntoView({ block: "nearest" });
     const box = (span ?? this.body).getBoundingClientRect();
     return [box.right, box.bottom];
-  }
-}
-
-/**
- * The token that text and bars point at together, with its figures in the tooltip. `enter(token)`
- * goes there and `scrub(tokens)` moves on from there, in the past.
- */
-class Cursor {
-  constructor(tip) {
-    Object.assign(this, { tip, at: null, views: [] });
-  }
-
-  set(token, event, where) {
-    const changed = token !== this.at;
-    this.at = token;
-    if (changed) this.views.forEach((view) => view());
-    if (token === null) {
-      if (changed) this.tip.hide();
-      return;
-    }
-    const [x, y] = where ?? [event.clientX, event.clientY];
-    this.tip.show(x, y, ...this.describe(token));
-  }
-
-  key(event, place) {
-    if (event.key === "Escape") {
-      this.set(null);
-      return;
-    }
-    const step = { ArrowLeft: -1, ArrowRight: 1, Home: -1e9, End: 1e9 }[event.key];
-    if (!this.frame?.count) return;
-    if (event.key === "Enter" && this.at !== null) {
-      event.preventDefault();
-      const token = this.at;
-      this.set(null);
-      this.enter(token);
-      return;
-    }
-    if (step === undefined) return;
-    event.preventDefault();
-    if (this.frame.past) {
-      this.set(null);
-      this.scrub(step);
-      return;
-    }
-    const { first, count } = this.frame;
-    const next = Math.min(
-      first + count - 1,
-      Math.max(first, this.at === null ? first + count - 1 : this.at + step),
-    );
-    this.at = next;
-    this.set(next, null, place());
-    this.views.forEach((view) => view());
-  }
-
-  describe(token) {
-    const { tokens, texts, first, causes } = this.frame,
-      i = token - first,
-      t = tokens;
-    const waits = causes
-      .filter((c) => t[c][i] >= 0.005)
-      .map((c) => [`stall: ${c}`, millis(t[c][i])]);
-    const some = (name) => (t[name][i] ? [[name, `${t[name][i]}`]] : []);
-    return [
-      `token ${token} ${JSON.stringify(texts[i])}`,
-      [
-        ["latency", millis(t.total_ms[i])],
-        ["compute", millis(t.compute_ms[i])],
-        ...waits,
-        ["read", bytes(t.bytes[i])],
-        ["hits", `${t.hits[i]}`],
-        ["loads", `${t.loads[i]}`],
-        ...some("prefetches"),
-        ...some("downgrades"),
-        ...some("skips"),
-        ...some("substitutes"),
-        ["KL", Number.isFinite(t.kl[i]) ? kl(t.kl[i]) : "not measured"],
-        ["resident", `${bytes(t.resident_bytes[i])} of ${bytes(t.budget_bytes[i])}`],
-      ],
-    ];
   }
 }

@@ -2,16 +2,25 @@
 // load is) and is painted again only where that differs from what is there: of 48 x 128 experts a
 // token changes a few hundred.
 
+import { hatch } from "./canvas.js";
+import { FILL, still } from "./colours.js";
+
 const FLASH_MS = 450;
 const FLASH_STEPS = 4;
-const FADE_MS = 120;
+export const FADE_MS = 120;
 const IN_FLIGHT = 1 << 5, // bits take the five below
   USED = 1 << 6,
   FRESH = 7; // the flash's step stands above this many bits
 
-class Tiles {
+export class Tiles {
   constructor(look, sheet, { layers, experts, tiers }) {
-    Object.assign(this, { look, sheet, layers, experts, tiers, fading: false });
+    this.look = look;
+    this.sheet = sheet;
+    this.layers = layers;
+    this.experts = experts;
+    this.tiers = tiers;
+    this.fading = false;
+    this.x = this.w = this.y = this.t = new Float64Array();
     const n = layers * experts;
     this.flashed = new Float64Array(n).fill(-1e9);
     this.painted = new Int16Array(n).fill(-1);
@@ -26,17 +35,10 @@ class Tiles {
     const left = 22,
       w = (width - left - 2) / this.experts,
       t = (height - 16) / this.layers,
-      snap = (x) => Math.round(x * ratio) / ratio,
-      gapOf = (size) => (Math.min(w, t) > 9 ? 2 : size > 4 ? 1 : 0), // thin columns would look uneven
-      starts = (n, from, size) => Float64Array.from({ length: n }, (_, i) => snap(from + i * size)),
-      sizes = (n, from, size) =>
-        Float64Array.from({ length: n }, (_, i) => snap(from + (i + 1) * size) - snap(from + i * size) - gapOf(size)),
-      gap = gapOf(t);
-    this.at = { width, height, ratio, left, w, t, gap };
-    this.x = starts(this.experts, left, w);
-    this.w = sizes(this.experts, left, w);
-    this.y = starts(this.layers, 0, t);
-    this.t = sizes(this.layers, 0, t);
+      gapOf = (size) => (Math.min(w, t) > 9 ? 2 : size > 4 ? 1 : 0); // thin columns would look uneven
+    [this.x, this.w] = spread(this.experts, left, w, gapOf(w), ratio);
+    [this.y, this.t] = spread(this.layers, 0, t, gapOf(t), ratio);
+    this.at = { width, height, ratio, left, w, t, gap: gapOf(t) };
     return this.at;
   }
 
@@ -150,4 +152,11 @@ class Tiles {
       },
     );
   }
+}
+
+/** Where n cells begin and how large they are, on whole pixels of a screen of this ratio. */
+export function spread(n, from, size, gap, ratio) {
+  const snap = (i) => Math.round((from + i * size) * ratio) / ratio,
+    each = (value) => Float64Array.from({ length: n }, (_, i) => value(i));
+  return [each(snap), each((i) => snap(i + 1) - snap(i) - gap)];
 }

@@ -1,30 +1,36 @@
 // Time travel: which moment is shown, live or past; asks the source for the recording, steps and
 // plays. The views are drawn by whoever owns it, at most once per animation frame.
 
+import { still } from "./colours.js";
+import { within } from "./numbers.js";
+
 const SWEEP = 6; // stops at a token while playing: its layers, or some of them
 const STOP_MS = 70;
 const STEP_MS = 600; // with reduced motion: token by token
 
-class Travel {
-  /** `source.recording()` has the Past there is, or asks for it; `draw()` draws when it can. */
-  constructor(source, layers, draw) {
-    Object.assign(this, { source, layers, draw, at: null, wanted: null });
+export class Travel {
+  /**
+   * `source.past()` has the replay there is, or asks for it; `draw()` draws when it can, and
+   * `played(on)` is told when playing begins and ends.
+   */
+  constructor(source, layers, draw, played) {
+    this.source = source;
+    this.layers = layers;
+    this.draw = draw;
+    this.played = played;
+    this.at = this.wanted = null;
+    this.timer = 0;
   }
 
   /** Show a moment; null keeps the token or the layer that is shown. */
   go(token, layer, { play = false } = {}) {
     if (!play) this.pause();
-    const last = this.source.count() - 1;
-    const now = this.wanted ?? this.at ?? { token: last, layer: this.layers - 1 };
-    const inside = (x, low, high) => Math.max(low, Math.min(high, x));
+    const last = this.source.count() - 1,
+      end = this.layers - 1,
+      now = this.wanted ?? this.at ?? { token: last, layer: end };
     this.wanted = {
-      token: token === null ? now.token : inside(token, 0, Math.max(0, last)),
-      layer:
-        layer === null
-          ? token === null
-            ? now.layer
-            : this.layers - 1
-          : inside(layer, -1, this.layers - 1),
+      token: token === null ? now.token : within(token, 0, Math.max(0, last)),
+      layer: layer !== null ? within(layer, -1, end) : token === null ? now.layer : end,
     };
     if (last >= 0) this.draw();
     else this.wanted = null;
@@ -41,7 +47,7 @@ class Travel {
     this.draw();
   }
 
-  /** The Past at the moment wanted, or null while it is not there (it has been asked for). */
+  /** The replay at the moment wanted, or null while it is not there (it has been asked for). */
   arrive() {
     const past = this.source.past(this.wanted?.token);
     if (past && this.wanted) {
@@ -73,12 +79,12 @@ class Travel {
       else return this.pause();
       return this.tick();
     }, wait);
-    this.played?.(true);
+    this.played(true);
   }
 
   pause() {
     clearTimeout(this.timer);
     this.timer = 0;
-    this.played?.(false);
+    this.played(false);
   }
 }

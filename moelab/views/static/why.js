@@ -1,13 +1,18 @@
 // Why a resident expert would stay or go: the lab is asked while the pointer rests on its cell,
 // and again when a new frame has come. One question at a time: the kernel may be busy.
 
+import { h, markup } from "./element.js";
+import { short } from "./numbers.js";
+
 const REST_MS = 90;
 const AGAIN_MS = 500;
 const PATIENCE_MS = 5000;
 
-class Why {
+export class Why {
   constructor(model, changed) {
-    Object.assign(this, { model, key: "", asked: 0, timer: 0 });
+    this.model = model;
+    this.asked = 0;
+    this.forget();
     this.heard = ({ why }) => {
       if (why === undefined) return;
       this.asked = 0;
@@ -41,7 +46,9 @@ class Why {
 
   forget() {
     clearTimeout(this.timer);
-    Object.assign(this, { key: "", timer: 0, seq: undefined, answer: undefined });
+    this.key = "";
+    this.timer = 0;
+    this.seq = this.answer = undefined;
   }
 
   close() {
@@ -50,24 +57,30 @@ class Why {
   }
 }
 
-/** Terms as rows of name, bar and number; a bar spans this layer's residents, lowest to highest. */
-function drawWhy({ policy, terms, error }) {
-  const rows = terms.flatMap(({ name, value, low, high, text }) => {
-    const share = value === null || !(high > low) ? 1 : (value - low) / (high - low);
-    const fill = h("i", { style: `width:${(100 * share).toFixed(1)}%` });
-    return [
-      h("dt", {}, name),
-      h("dd", { class: "moe-term", "aria-hidden": true }, fill),
-      h("dd", {}, short(value)),
-      h("dd", { class: "moe-term-text", hidden: !text }, text),
-    ];
+/** How far along from the lowest to the highest a value lies; all of it where they do not differ. */
+export const shareOf = (value, low, high) =>
+  Number.isFinite(value) && high > low ? (value - low) / (high - low) : 1;
+
+/** A bar that is filled to a share. */
+export const filledBar = (share, name = "") =>
+  h("i", {
+    ...{ class: `moe-bar ${name}`, "aria-hidden": true },
+    style: `--p:${(100 * share).toFixed(1)}%`,
   });
-  return h(
-    "div",
-    { class: "moe-why" },
-    h("strong", {}, "Stay or go"),
-    h("span", {}, error || policy),
-    h("dl", {}, ...rows),
-    h("small", { hidden: !rows.length }, "each bar: lowest to highest resident of this layer"),
-  );
+
+/** Terms as rows of name, bar and number; a bar spans this layer's residents, lowest to highest. */
+export function drawWhy({ policy, terms, error }) {
+  const rows = terms.flatMap(({ name, value, low, high, text }) => [
+    h("dt", {}, name),
+    h("dd", { class: "moe-term", "aria-hidden": true }, filledBar(shareOf(value, low, high))),
+    h("dd", {}, short(value)),
+    h("dd", { class: "moe-term-text", hidden: !text }, text),
+  ]);
+  return markup`
+    <div class="moe-why">
+      <strong>Stay or go</strong>
+      <span>${error || policy}</span>
+      <dl>${rows}</dl>
+      ${rows.length > 0 && h("small", {}, "each bar: lowest to highest resident of this layer")}
+    </div>`;
 }

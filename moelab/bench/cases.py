@@ -1,0 +1,140 @@
+"""A case: a contender at a budget on a device, and what its runs say, as one row of figures.
+
+Every run opens the model anew, so that it starts with an empty cache and no run helps the next;
+repeats go through all cases in rotated order, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import moelab
+from moelab.bench.contenders import contender
+
+PROMPT = "Once upon a time there was a man who"
+COUNTED = {
+    "stalls": "kind == 'stall' and dur_ms > 0 and token > 0",
+    "stalls_in_prompt": "kind == 'stall' and dur_ms > 0 and token == 0",
+    "high": "kind == 'load' and bits >= bits_asked and token > 0",
+    "low": "kind == 'load' and bits < bits_asked and token > 0",
+    "skipped": "kind == 'skip' and token > 0",
+    "prefetches": "kind == 'prefetch' and token > 0",
+    "prefetches_used": "kind == 'hit' and cause == 'prefetched' and token > 0",
+}
+"""Events of a run: a miss came high (at the bits asked for), low, or was skipped."""
+MEANS = (*COUNTED, "downgrades", "skips", "substitutes", "tokens_above_budget")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to be: a contender at a budget on a device."""
+
+    strategy: str
+    budget: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.strategy}, {self.budget}, {self.device}"
+
+
+@contextmanager
+def opened(model: str | Path, case: Case, *, seed: int = 0) -> Iterator[moelab.Lab]:
+    """A model with an empty cache, set as the case says."""
+    with moelab.open(model, budget="100%", measure_kl=False, seed=seed, progress=False) as lab:
+        settle(lab, case)
+        yield lab
+
+
+def settle(lab: moelab.Lab, case: Case) -> moelab.Settings:
+    """Set an open lab as the case says, whatever it was set to before.
+
+    Raises
+    ------
+    ValueError
+        The case is refused; the message begins with it.
+    """
+    plain = {"bits": max(lab.info()["tiers"]), "budget": "100%", "device": "disk"}
+    changes = contender(case.strategy) | {"budget": case.budget, "device": case.device}
+    try:
+        lab.update(strategy=moelab.strategies.lru(), **plain)
+        return lab.update(**changes)
+    except ValueError as error:
+        raise ValueError(f"{case}: {error}") from error
+
+
+def rotated(cases: Sequence[Case], repeats: int) -> Iterator[Case]:
+    """All cases ``repeats`` times, each time beginning elsewhere."""
+    for repeat in range(repeats):
+        start = repeat * len(cases) // repeats
+        yield from (*cases[start:], *cases[:start])
+
+
+def measure(
+    model: str | Path, case: Case, prompt: str, *, tokens: int, seed: int, **how: Any
+) -> dict[str, Any]:
+    """Run a case once; its `run_figures`. ``how`` goes to ``lab.generate``."""
+    with opened(model, case, seed=seed) as lab:
+        return run_figures(
+            lab.generate(prompt, max_new_tokens=tokens, ignore_eos=True, measure_kl=False, **how)
+        )
+
+
+def run_figures(run: moelab.Run) -> dict[str, Any]:
+    """A run's summary, and what its events say: the numbers of `COUNTED`, and the budget kept."""
+    events, tokens, shape = run.events, run.per_token.iloc[1:], run.trace.shape
+    resident = sum(shape.nbytes[bits] for _, bits in run.trace.resident)
+    budgets = [token.budget_bytes for token in run.token_reports]
+    return run.summary() | {
+        "generated": list(run.tokens),
+        "compute_ms": float(tokens["compute_ms"].median()),
+        "stall_ms": float(tokens["stall_ms"].mean()),
+        "tokens_above_budget": above_budget(events, resident, shape.nbytes, budgets),
+        **{name: len(events.query(which)) for name, which in COUNTED.items()},
+    }
+
+
+def above_budget(
+    events: pd.DataFrame, resident: int, nbytes: Mapping[int, int], budgets: Sequence[int]
+) -> int:
+    """Tokens in which the experts took more than the budget, counted from the log alone.
+
+    Parameters
+    ----------
+    events
+        Of a run, in order.
+    resident
+        Bytes of the experts in memory when the run began.
+    nbytes
+        Of an expert by its bits.
+    budgets
+        Of each token.
+    """
+    above = set[int]()
+    for token, kind, bits in zip(events["token"], events["kind"], events["bits"], strict=True):
+        if kind in ("load", "prefetch", "evict"):
+            resident += nbytes[bits] * (-1 if kind == "evict" else 1)
+        if resident > budgets[token]:
+            above.add(token)
+    return len(above)
+
+
+def row(case: Case, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A case's runs as one row: medians, `MEANS` as means, the largest memory, both speeds."""
+    out: dict[str, Any] = {**vars(case), "repeats": len(runs)}
+    for name, first in runs[0].items():
+        values = [run[name] for run in runs]
+        if isinstance(first, str):
+            out.setdefault(name, first)
+        elif isinstance(first, (int, float)) and None not in values:
+            of_all = max if name == "peak_resident_bytes" else np.median
+            of_all = np.mean if name in MEANS else of_all
+            out[name] = first if len(set(values)) == 1 else float(of_all(values))
+    speeds = [run["tokens_per_s"] for run in runs]
+    return out | {"tokens_per_s_min": min(speeds), "tokens_per_s_max": max(speeds)}

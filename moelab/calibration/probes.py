@@ -1,0 +1,148 @@
+"""Probe texts through the whole model: its loss at any bits, its routing; and its experts' norms.
+
+Everything here works outside budget, cache and clock: a text goes through the model in one pass,
+each expert at the tier that is asked for, read through the page cache.
+
+T tokens, L layers, E experts, K active, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from moelab.engine.generation import Stream
+from moelab.runs.quality import kl_divergence
+from moelab.scheduling.stream import Key
+from moelab.scheduling.trace import LayerInput, Trace
+from moelab.store.codecs import decode
+
+if TYPE_CHECKING:
+    from moelab.lab import Lab
+
+
+def texts_of(lab: Lab, texts: Sequence[str] | None) -> list[str]:
+    """The texts given, or the model's own probes.
+
+    Raises
+    ------
+    ValueError
+        There are none.
+    """
+    found = list(texts) if texts is not None else list(lab.probes().values())
+    if not found:
+        raise ValueError(
+            "this model brings no probe texts; give texts=[...], a few hundred words will do"
+        )
+    return found
+
+
+def digest_of(texts: Sequence[str]) -> str:
+    """A fingerprint of texts, for `made_from`."""
+    return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
+
+
+class Evaluator:
+    """Quality of the model with each expert at bits of its own, on a few texts.
+
+    Parameters
+    ----------
+    lab
+        Nothing may run in it.
+    texts
+        Default: the model's own probe texts.
+    max_tokens
+        Tokens taken of each text.
+    """
+
+    def __init__(
+        self, lab: Lab, texts: Sequence[str] | None = None, *, max_tokens: int = 64
+    ) -> None:
+        self._engine = lab._engine
+        self._ids = [lab._encode(t)[:max_tokens] for t in texts_of(lab, texts)]
+        self._full: list[torch.Tensor] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens predicted: all but the first of each text."""
+        return sum(len(ids) - 1 for ids in self._ids)
+
+    def loss(self, bits: Callable[[Key], int] | None = None) -> float:
+        """Mean next-token loss in nats; ``bits`` from (layer, expert) to a tier, 0 for nothing."""
+        total = 0.0
+        for ids, logits in zip(self._ids, self._logits(bits), strict=True):
+            targets = torch.tensor(ids[1:])
+            total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        return total / self.tokens
+
+    def kl(self, bits: Callable[[Key], int] | None = None) -> float:
+        """Mean KL(full || degraded) in nats."""
+        if self._full is None:
+            self._full = self._logits(None)
+        pairs = zip(self._full, self._logits(bits), strict=True)
+        return sum(float(kl_divergence(f, d).sum()) for f, d in pairs) / self.tokens
+
+    def _logits(self, bits: Callable[[Key], int] | None) -> list[torch.Tensor]:
+        """Logits ``[T - 1, V]`` of each text."""
+        with self._engine.full_precision(bits):
+            return [Stream(self._engine).forward(ids, keep=len(ids))[:-1] for ids in self._ids]
+
+
+def record(
+    lab: Lab, texts: Sequence[str] | None = None, *, tokens: int = 64, look_ahead: int = 0
+) -> Trace:
+    """The routing of texts at full precision, as if decoded token by token; no settings in it.
+
+    Parameters
+    ----------
+    texts
+        Default: the model's own probe texts. The first token of each counts as its prompt.
+    tokens
+        Taken of each text.
+    look_ahead
+        Record what the routers of so many coming layers say, too.
+
+    Returns
+    -------
+    Trace
+        With the norms of the layers' inputs; give ``strategy`` and ``knobs`` to `replay`.
+    """
+    engine, trace = lab._engine, Trace(lab._shape)
+    for text in texts_of(lab, texts):
+        ids = lab._encode(text)[:tokens]
+        with engine.full_precision(), engine.listening(look_ahead) as steps:
+            Stream(engine).forward(ids)
+        for token in range(len(ids)):
+            trace.steps += [_one_token(given, token) for given in steps]
+    return trace
+
+
+def _one_token(given: LayerInput, token: int) -> LayerInput:
+    """One token's part of a layer that was asked about many."""
+    ahead = tuple(
+        a._replace(experts=a.experts[token], weights=a.weights[token]) for a in given.look_ahead
+    )
+    return dataclasses.replace(
+        given,
+        experts=given.experts[token : token + 1],
+        weights=given.weights[token : token + 1],
+        prefill=token == 0,
+        look_ahead=ahead if token else (),
+        norms=None if given.norms is None else given.norms[token : token + 1],
+    )
+
+
+def expert_norms(lab: Lab) -> list[list[float]]:
+    """Frobenius norm of every expert's weights at the best tier, ``[L][E]``."""
+    store, best = lab._store, max(lab._store.tiers)
+
+    def norm(layer: int, expert: int) -> float:
+        tensors = decode(store.read(layer, expert, best), store.layout, best)
+        return float(sum(t.square().sum() for t in tensors.values()) ** 0.5)
+
+    counts = enumerate(store.experts_per_layer)
+    return [[norm(layer, expert) for expert in range(count)] for layer, count in counts]

@@ -1,0 +1,255 @@
+"""Exercises of notebooks 00, 01, 05 and 08: the live lab, a policy of one's own, devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import moelab
+from moelab.course.verdict import (
+    RefusedError,
+    Said,
+    a_number,
+    belady,
+    exercise,
+    given,
+    hit_ratio,
+    is_run,
+    judged,
+    kl_of,
+    opened,
+    recorded,
+    settings,
+    written,
+)
+from moelab.store.devices import DEVICES, Device
+
+TOKENS = 16
+"""Of a run to be judged."""
+LIVE_LESS, CARD_LESS = 4, 10
+"""Times fewer bytes a token: at the same budget, and on the SD card."""
+SPARED, HIDDEN = 0.05, 0.12
+"""The share of bytes that a what-if spares, and of waiting that looking ahead hides."""
+ROOMS = (18, 24, 36)
+"""Experts in memory at which an eviction rule is tried."""
+FEWER, MORE = 0.25, 0.2
+"""Loads on demand that prefetching spares, and bytes it may read more."""
+KL_BORNE, NEAR = 0.05, 0.25
+"""The KL borne, and the tolerance of a bandwidth."""
+PROMPT = "It is a truth universally acknowledged, that"
+
+
+@exercise("00.1")
+def experts_of_a_token(answer: Any) -> Said:
+    """How many of all experts one token uses."""
+    count = a_number(answer, "experts of one token, all layers together")
+    with opened() as lab:
+        info = lab.info()
+        run = lab.generate("The", max_new_tokens=4, ignore_eos=True)
+    served = run.events.query("token == 3 and kind in ('hit', 'load')")
+    used = len(served[["layer", "expert"]].drop_duplicates())
+    if count != used:
+        return False, (
+            f"a token did not use {count:g}. Move along a row of the cache map after a run: a dot "
+            "marks what the newest token used. Then count the rows."
+        )
+    return True, (
+        f"{used} of {info['layers'] * info['experts_per_layer']}: {info['layers']} layers, "
+        f"{info['top_k']} in each. The others could have stayed on disk."
+    )
+
+
+@exercise("00.2")
+def stop_the_waiting(answer: Any) -> Said:
+    """A run that reads a quarter of the bytes with no more memory than at the start."""
+    run = is_run(given(answer, moelab.Lab, "the lab itself: lab").run, least=TOKENS)
+    with opened() as lab:
+        allowed = lab.settings.budget_bytes
+        plain = lab.generate(run.prompt, max_new_tokens=len(run.token_reports), ignore_eos=True)
+    was, now = (r.summary()["bytes_per_token"] / 1e3 for r in (plain, run))
+    most = max(token.budget_bytes for token in run.token_reports[1:])
+    return judged(
+        f"your last run read {now:.0f} kB a token, at 16 bit and LRU it would be {was:.0f}",
+        (most > allowed, f"But it took {most / 1e6:.2f} MB; keep to {allowed / 1e6:.2f} MB."),
+        (now > was / LIVE_LESS, f"Make it {LIVE_LESS} times less: what makes an expert smaller?"),
+        right="The same memory holds more experts when each is smaller.",
+    )
+
+
+@exercise("01.1")
+def the_longest_wait(answer: Any, *, run: moelab.Run) -> Said:
+    """(token, layer, expert) of the longest single wait of the decoded tokens."""
+    given(answer, tuple, "(token, layer, expert)", length=3)
+    events = is_run(run, least=TOKENS).events.query("kind == 'stall' and token > 0")
+    waits = events.set_index(["token", "layer", "expert"])["dur_ms"].groupby(level=[0, 1, 2]).sum()
+    if waits.empty:
+        raise RefusedError("nothing waited in this run; take a slower device")
+    mine = f"{waits[answer]:.1f} ms" if answer in waits.index else "not at all"
+    return judged(
+        f"{answer} waited {mine}, the longest wait took {waits.max():.1f} ms",
+        (answer != waits.idxmax(), "Click the tallest bar, or sort run.blame(token)."),
+        right="Nothing waited longer.",
+    )
+
+
+@exercise("01.2")
+def spare_bytes_same_text(answer: Any) -> Said:
+    """A what-if that reads less and writes the same text, with no more memory."""
+    from moelab.runs.compare import Comparison
+
+    recordings = given(answer, Comparison, "what lab.what_if(run, ...) returns").recordings
+    if len(recordings) != 2:
+        raise RefusedError(f"these are {len(recordings)} runs; a what-if compares two")
+    was, then = (recording.document for recording in recordings.values())
+    if len(was["ids"]) < TOKENS:
+        raise RefusedError(f"the run has {len(was['ids'])} tokens; take one of {TOKENS}")
+    first, second = was["summary"], then["summary"]
+    spared = 1 - second["bytes_per_token"] / first["bytes_per_token"]
+    at = answer.diverges_at
+    return judged(
+        f"{first['bytes_per_token'] / 1e3:.0f} kB a token as it was, "
+        f"{second['bytes_per_token'] / 1e3:.0f} then ({-spared:+.0%})",
+        (second["budget_bytes"] > first["budget_bytes"], "But that takes more memory."),
+        (at is not None, f"But the texts part at token {at}. Which decision leaves them alone?"),
+        (spared < SPARED, f"Spare {SPARED:.0%}: who should leave when the memory is full?"),
+        right="Every token is the same.",
+    )
+
+
+@exercise("05.1")
+def beats_lfu(answer: Any) -> Said:
+    """An `Evict` that hits more often than LFU, on average over three budgets."""
+    both = _with("evict", answer), moelab.strategies.lfu()
+    with opened() as lab:
+        trace, one = recorded(lab), lab._shape.nbytes[16]
+    hits = np.array([[hit_ratio(trace, s, room * one, 16) for s in both] for room in ROOMS])
+    rows = [
+        f"{room} experts: {mine:.1%}, LFU {lfu:.1%}, Belady {belady(trace, room):.1%}"
+        for room, (mine, lfu) in zip(ROOMS, hits, strict=True)
+    ]
+    mine, lfu = hits.mean(axis=0)
+    return judged(
+        f"yours hits {mine:.1%} on average, LFU {lfu:.1%} ({'; '.join(rows)})",
+        (mine <= lfu, "Beat LFU on average: think of whose turn comes last."),
+    )
+
+
+@exercise("05.2")
+def guesses_that_pay(answer: Any) -> Said:
+    """A `Prefetch` that spares loads without reading much more."""
+    from moelab.strategies import Prefetch
+
+    strategies = [_with("prefetch", part) for part in (Prefetch(), answer)]
+    with opened() as lab:
+        trace, knobs = recorded(lab, look_ahead=3), lab.settings.knobs()
+    none, mine = (moelab.replay(trace, strategy, knobs) for strategy in strategies)
+    fewer = 1 - mine.counts["load"] / none.counts["load"]
+    more = mine.bytes / none.bytes - 1
+    return judged(
+        f"loads on demand: {none.counts['load']} without, {mine.counts['load']} with yours "
+        f"({-fewer:+.0%}); {mine.counts['prefetch']} prefetches, bytes read {more:+.0%}",
+        (fewer < FEWER, f"Spare {FEWER:.0%} or more: who is asked early and not there yet?"),
+        (more > MORE, f"Read {MORE:.0%} more at most: leave out the doubtful guesses."),
+    )
+
+
+@exercise("05.3")
+def half_way_to_belady(answer: Any) -> Said:
+    """A head start λ that hits half-way between LRU and Belady at a small KL."""
+    lam = a_number(answer, "λ from 0 to 1")
+    with opened(route="cache_prior") as lab:
+        lab.update(lam=lam)
+        led, kl = written(lab, PROMPT, 40).summary()["hit_ratio"], kl_of(lab)
+    with opened() as lab:
+        plain = written(lab, PROMPT, 40)
+        best = belady(plain.trace, lab.info()["budget_experts"])
+    lru = plain.summary()["hit_ratio"]
+    half = (lru + best) / 2
+    return judged(
+        f"λ = {lam:g} hits {led:.1%} at KL {kl:.3f}; LRU {lru:.1%}, Belady on LRU's own "
+        f"routing {best:.1%}",
+        (led < half, f"Half-way is {half:.1%}: lead the router more."),
+        (kl > KL_BORNE, f"KL is to stay under {KL_BORNE}: lead it less."),
+        right="Belady's bound holds for a fixed routing; yours is not.",
+    )
+
+
+def _with(role: str, part: Any) -> moelab.Strategy:
+    """LRU, nothing ahead, with one part taken by the answer."""
+    from moelab.strategies import Prefetch, lru
+
+    try:
+        return lru().replace(prefetch=Prefetch()).replace(**{role: part})
+    except TypeError as error:
+        raise RefusedError(str(error)) from error
+
+
+@exercise("08.1")
+def bus_and_cpu_even(answer: Any, *, run: moelab.Run) -> Said:
+    """The bandwidth (bytes a second) at which reading takes as long as computing."""
+    bandwidth = a_number(answer, "bytes a second")
+    decoded = is_run(run, least=8).per_token.iloc[1:]
+    compute, read = decoded["compute_ms"], float(decoded["bytes"].mean())
+    if bandwidth <= 0:
+        raise RefusedError("a bandwidth is above 0")
+    bus = 1e3 * read / bandwidth
+    low, high = sorted((float(compute.median()), float(compute.mean())))
+    near = low * (1 - NEAR) <= bus <= high * (1 + NEAR)
+    return judged(
+        f"at {bandwidth / 1e6:.0f} MB/s the {read / 1e6:.2f} MB of a token take {bus:.1f} ms, "
+        f"and it computes for {low:.1f} ms",
+        (not near, "Divide a token's bytes by the time it computes."),
+        right="A slower device is the limit itself, behind a faster one it is the CPU.",
+    )
+
+
+@exercise("08.2")
+def bear_the_sd_card(answer: Any) -> Said:
+    """Settings that read a tenth on the SD card, in a quarter of the memory, at a small KL."""
+    ours = settings(answer, '{"bits": 8}') | {"device": "sd_card"}
+    with opened(device="sd_card") as lab:
+        quarter, plain = lab.settings.budget_bytes, _ten_tokens(lab).summary()
+    with opened(**ours) as lab:
+        if lab.settings.budget_bytes > quarter:
+            raise RefusedError(f"keep to a quarter of the memory, {quarter / 1e6:.2f} MB")
+        mine, kl = _ten_tokens(lab).summary(), kl_of(lab)
+    was, now = plain["bytes_per_token"] / 1e3, mine["bytes_per_token"] / 1e3
+    return judged(
+        f"{now:.0f} kB a token instead of {was:.0f}, {mine['tpot_ms_median']:.0f} ms instead of "
+        f"{plain['tpot_ms_median']:.0f}, KL {kl:.3f}",
+        (now > was / CARD_LESS, f"Read {CARD_LESS} times less: what makes an expert smaller?"),
+        (kl > KL_BORNE, f"KL is to stay under {KL_BORNE}."),
+    )
+
+
+@exercise("08.3")
+def a_device_for_guesses(answer: Any) -> Said:
+    """A device of one's own on which looking one layer ahead spares some of the waiting."""
+    device = given(answer, Device, what := 'a device, Device("mine", 1e9, 0.1, 8)')
+    if device.bandwidth_bytes_s is None:
+        raise RefusedError(f"give {what}; this is {answer!r}")
+    if device.latency_ms > 50 or device.bandwidth_bytes_s < 5e6:
+        raise RefusedError("a class cannot wait for that: 50 ms and 5 MB/s are the limits")
+    name, waits = "exercise 08.3", []
+    DEVICES[name] = device
+    try:
+        for layers in (0, 1):
+            with opened(device=name, prefetch=layers) as lab:
+                stalls = _ten_tokens(lab).per_token["stall_ms"].iloc[1:]
+                waits.append(float(stalls.median()))
+    finally:
+        del DEVICES[name]
+    without, ahead = waits
+    spared = 1 - ahead / without if without else 0.0
+    return judged(
+        f"{without:.1f} ms of waiting a token without looking ahead, {ahead:.1f} ms with it "
+        f"({-spared:+.0%})",
+        (without < 1, "There is next to nothing to spare. Make it slower, but how?"),
+        (spared < HIDDEN, "Is its bus busy all the time? Guesses need room."),
+        right="Latency can be hidden, a full bus cannot.",
+    )
+
+
+def _ten_tokens(lab: moelab.Lab) -> moelab.Run:
+    return written(lab, lab.prompts()["novel"][1], 11)

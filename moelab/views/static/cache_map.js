@@ -1,0 +1,244 @@
+// The cache map: layers down, experts across. Colour and fill are the resident bits; an orange
+// frame flashes where an expert was loaded, a dot marks what the newest token used.
+
+import { Sheet, stamp, triangle } from "./canvas.js";
+import { FILL } from "./colours.js";
+import { h, icon, legendKey, markup } from "./element.js";
+import { percent, short } from "./numbers.js";
+import { MARKS } from "./replay.js";
+import { FADE_MS, Tiles } from "./tiles.js";
+import { drawWhy } from "./why.js";
+
+/** Twenty pixels a layer where there are few; never fewer than six. */
+const tallFor = (layers) => Math.max(Math.min(208, Math.max(138, layers * 20)), layers * 6);
+
+export class CacheMap {
+  /** `onPick(layer, expert)` is called for an expert that is clicked. */
+  constructor(look, tip, why, options, onPick) {
+    this.look = look;
+    this.tip = tip;
+    this.why = why;
+    this.layers = options.layers;
+    this.experts = options.experts;
+    this.tiers = options.tiers;
+    this.onPick = onPick;
+    this.at = this.chosen = null;
+    this.sheet = new Sheet(
+      "Cache map: layers by experts, arrow keys move, Enter shows a life",
+      () => this.draw(),
+    );
+    this.sheet.box.style.height = `${tallFor(this.layers) + 16}px`;
+    this.tiles = new Tiles(look, this.sheet, options);
+    this.seen = new Int32Array(this.layers * this.experts).fill(-1);
+    this.legend = h("div", { class: "moe-legend" });
+    this.node = markup`
+      <section class="moe-panel moe-map" aria-label="Cache map">
+        <header>
+          <h3>Cache map</h3>
+          <span class="moe-soft">layers × experts; click one to see its life</span>
+        </header>
+        ${this.sheet.box}
+        ${this.legend}
+      </section>`;
+    this.sheet.on({
+      pointermove: (e) => this.point(this.cellAt(e.offsetX, e.offsetY), e),
+      pointerleave: () => this.point(null),
+      blur: () => this.point(null),
+      click: (e) => this.pick(this.cellAt(e.offsetX, e.offsetY)),
+      keydown: (e) => this.key(e),
+    });
+  }
+
+  key(event) {
+    const { experts } = this;
+    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -experts, ArrowDown: experts }[event.key];
+    if (event.key === "Escape") this.point(null);
+    if (event.key === "Enter") this.pick(this.at);
+    if (step === undefined) return;
+    event.preventDefault();
+    const next = this.at === null ? 0 : this.at + step;
+    if (next >= 0 && next < this.seen.length) this.point(next);
+  }
+
+  pick(cell) {
+    if (cell !== null) this.onPick(Math.floor(cell / this.experts), cell % this.experts);
+  }
+
+  /** The expert whose life is shown; null: none. */
+  choose(cell) {
+    this.chosen = cell;
+    this.draw();
+  }
+
+  show(frame) {
+    const past = frame.past || this.frame?.past,
+      fresh = frame.run !== this.run || past,
+      now = performance.now(),
+      { loaded } = frame.map,
+      { flashed } = this.tiles;
+    this.run = frame.run;
+    for (let i = 0; i < loaded.length; i++) {
+      if (loaded[i] !== this.seen[i] && loaded[i] >= 0 && !fresh) flashed[i] = now;
+      else if (frame.past) flashed[i] = -1e9;
+      this.seen[i] = loaded[i];
+    }
+    this.frame = frame;
+    if (past) this.draw();
+    else this.update();
+    if (this.at !== null) this.describe();
+  }
+
+  /** Draw all of it: what lies on the cells or beside them has changed. */
+  draw() {
+    if (!this.frame || !this.sheet.width) return;
+    this.g = this.sheet.begin();
+    this.tiles.cleared();
+    this.update();
+    this.drawAxes(this.g, this.tiles.grid());
+  }
+
+  /** Draw the cells that have changed. */
+  update() {
+    const { g, tiles } = this;
+    if (!g || !this.frame) return;
+    tiles.paint(g, this.frame);
+    if (this.frame.past) this.drawPast(g, (i) => tiles.box(i), tiles.grid());
+    for (const [cell, line] of [
+      [this.chosen, 2.5],
+      [this.at, 2],
+    ]) {
+      if (cell === null) continue;
+      g.strokeStyle = this.look.ink.text;
+      g.lineWidth = line;
+      const [x, y, w, t] = tiles.box(cell);
+      g.strokeRect(x - 1, y - 1, w + 2, t + 2);
+    }
+    clearTimeout(this.timer);
+    if (tiles.fading) this.timer = setTimeout(() => this.update(), FADE_MS); // mostly a frame is first
+  }
+
+  /** What the token shown did by then: loaded and prefetched experts, those that left, the layer. */
+  drawPast(g, box, grid) {
+    const { marks } = this.frame.map,
+      { ink } = this.look,
+      line = Math.max(1, Math.min(2.5, grid.w / 5, grid.t / 5)),
+      size = Math.max(4, Math.min(9, grid.w * 0.8, grid.t * 0.8));
+    g.lineWidth = line;
+    for (let i = 0; i < marks.length; i++) {
+      if (!marks[i]) continue;
+      const [x, y, w, t] = box(i);
+      if (marks[i] === MARKS.evict) {
+        g.fillStyle = ink.soft;
+        const aside = w > 16 ? w - size * 0.6 : w / 2; // the middle says what was used
+        stamp(g, "evict", x + aside, y + t / 2, size);
+        continue;
+      }
+      g.strokeStyle = marks[i] === MARKS.load ? ink.load : ink.prefetch;
+      g.setLineDash(marks[i] === MARKS.load ? [] : [3, 2]);
+      g.strokeRect(x + line / 2, y + line / 2, w - line, t - line);
+    }
+    g.setLineDash([]);
+    const { layer } = this.frame.past,
+      y = (layer + 1) * grid.t - grid.gap / 2;
+    g.fillStyle = ink.text;
+    g.fillRect(2, Math.max(0.5, y - 0.75), grid.left + this.experts * grid.w - 2, 1.5);
+    triangle(g, [0, y - 5], [6, y], [0, y + 5]);
+  }
+
+  drawAxes(g, grid) {
+    g.fillStyle = this.look.ink.soft;
+    g.font = this.sheet.font(2);
+    g.textAlign = "right";
+    const down = Math.ceil(13 / grid.t),
+      across = [1, 2, 4, 8, 16, 32].find((n) => n * grid.w >= 22) ?? 64;
+    for (let l = 0; l < this.layers; l += down)
+      g.fillText(`${l}`, grid.left - 6, Math.max(5, (l + 0.5) * grid.t));
+    g.textAlign = "center";
+    for (let e = 0; e < this.experts; e += across) {
+      g.fillText(`${e}`, grid.left + (e + 0.5) * grid.w, this.layers * grid.t + 8);
+    }
+  }
+
+  cellAt(x, y) {
+    const { left, w, t } = this.tiles.grid();
+    const e = Math.floor((x - left) / w),
+      l = Math.floor(y / t);
+    return e >= 0 && e < this.experts && l >= 0 && l < this.layers ? l * this.experts + e : null;
+  }
+
+  point(at, event) {
+    if (at === this.at && !event) return;
+    this.at = at;
+    if (at === null) {
+      this.tip.hide();
+      this.why?.forget();
+      this.draw();
+      return;
+    }
+    const canvas = this.sheet.node.getBoundingClientRect(),
+      { left, w, t } = this.tiles.grid();
+    this.where = event
+      ? [event.clientX, event.clientY]
+      : [
+          canvas.left + left + ((at % this.experts) + 1) * w,
+          canvas.top + (Math.floor(at / this.experts) + 0.5) * t,
+        ];
+    this.draw();
+    this.describe();
+  }
+
+  describe() {
+    if (!this.frame || this.at === null) return;
+    const { bits, in_flight: flight, used, loaded, uses } = this.frame.map,
+      i = this.at;
+    const layer = Math.floor(i / this.experts),
+      row = uses.subarray(layer * this.experts, (layer + 1) * this.experts);
+    const total = row.reduce((a, b) => a + b, 0),
+      rank = row.filter((n) => n > uses[i]).length + 1;
+    const token = (n, never = "never") => (n < 0 ? never : `token ${n}`);
+    const rows = [
+      ["resident", bits[i] ? `${bits[i]} bit${flight[i] ? ", in flight" : ""}` : "no"],
+      [
+        "uses",
+        `${uses[i]}${total ? ` (${percent(uses[i] / total)}, rank ${rank} of ${this.experts})` : ""}`,
+      ],
+      ["last used", token(used[i], "not in this run")],
+      ["last load", token(loaded[i], bits[i] ? "before this run" : "not in this run")],
+    ];
+    const expert = i % this.experts,
+      title = `layer ${layer}, expert ${expert}`,
+      ask = bits[i] && this.why && !this.frame.past,
+      why = ask ? this.why.about(layer, expert, this.frame.seq) : undefined;
+    const extra = [this.popularity(row, expert), ...(why ? [drawWhy(why)] : [])];
+    this.tip.show(...this.where, title, rows, extra);
+    const terms = (why?.terms ?? []).map((t) => [`${why.policy}, ${t.name}`, short(t.value)]);
+    this.sheet.name(`${title}: ${[...rows, ...terms].map((r) => r.join(" ")).join(", ")}`);
+  }
+
+  /** How often this layer's experts were used, as a row of bars. */
+  popularity(row, expert) {
+    const most = Math.max(1, ...row),
+      bar = (n, e) =>
+        h("i", { style: `height:${Math.max(4, (100 * n) / most)}%`, class: e === expert ? "on" : "" });
+    return markup`<div class="moe-popular" aria-hidden="true">${[...row].map(bar)}</div>`;
+  }
+
+  relabel() {
+    const key = (words, name, style) => legendKey(h("i", { class: `moe-cell ${name}`, style }), words),
+      left = legendKey(icon("evict"), "left");
+    left.classList.add("moe-only-past");
+    this.legend.replaceChildren(
+      ...this.tiers.map((b) =>
+        key(`${b} bit`, "", `--c:${this.look.tiers[b]};--f:${100 * FILL[b]}%`),
+      ),
+      ...[key("loaded", "loaded"), key("in flight", "flight"), key("used now", "used"), left],
+    );
+    this.draw();
+  }
+
+  close() {
+    clearTimeout(this.timer);
+    this.why?.close();
+    this.sheet.close();
+  }
+}

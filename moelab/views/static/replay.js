@@ -1,0 +1,206 @@
+// The cache as it was at any token and layer: the events are applied in order, and a checkpoint
+// every so many rows makes the way back short. It makes frames of the same shape as live ones.
+
+import { KIND, KINDS, waitOf } from "./recording.js";
+/** @import { Recording } from "./recording.js" */
+
+const EVERY_ROWS = 16384;
+const WINDOW = 1500; // tokens a frame carries at most, in whole strides: as a live one
+const STRIDE = 250;
+const RECENT = 16;
+/** Marks on the map: what the token did to a cell. */
+export const MARKS = { load: 1, prefetch: 2, evict: 3 };
+
+export class Replay {
+  /** @param {Recording} recording */
+  constructor(recording) {
+    this.recording = recording;
+    const n = recording.layers * recording.experts;
+    this.state = {
+      row: 0,
+      bits: new Uint8Array(n),
+      loaded: new Int32Array(n).fill(-1),
+      used: new Int32Array(n).fill(-1),
+      uses: new Int32Array(n),
+      landed: new Float32Array(n),
+    };
+    const { layer, expert, bits } = recording.start;
+    bits.forEach((b, i) => {
+      this.state.bits[layer[i] * recording.experts + expert[i]] = b;
+    });
+    this.checkpoints = [structuredClone(this.state)];
+  }
+
+  /** Take in a later answer; what was worked out from rows that came anew is forgotten. */
+  extend(answer) {
+    const from = this.recording.take(answer);
+    this.checkpoints = this.checkpoints.filter((c) => c.row <= from);
+    if (this.state.row > from) this.state = structuredClone(this.checkpoints.at(-1));
+  }
+
+  /** The state after the rows before `end`. */
+  seek(end) {
+    if (end < this.state.row)
+      this.state = structuredClone(this.checkpoints.findLast((c) => c.row <= end));
+    while (this.state.row < end) {
+      const next = this.checkpoints.at(-1).row + EVERY_ROWS;
+      this.apply(this.state.row < next ? Math.min(end, next) : end);
+      if (this.state.row === next) this.checkpoints.push(structuredClone(this.state));
+    }
+    return this.state;
+  }
+
+  apply(end) {
+    const { events, experts } = this.recording,
+      { bits, loaded, used, uses, landed } = this.state;
+    const { token, layer, expert, kind, start_ms, dur_ms } = events;
+    for (let i = this.state.row; i < end; i++) {
+      const what = kind[i],
+        c = layer[i] * experts + expert[i];
+      if (what === KIND.evict) bits[c] = landed[c] = 0;
+      if (what === KIND.load || what === KIND.prefetch) {
+        bits[c] = events.bits[i];
+        loaded[c] = token[i];
+        landed[c] = start_ms[i] + dur_ms[i];
+      }
+      if (what === KIND.hit || what === KIND.load || what === KIND.substitute) {
+        used[c] = token[i];
+        uses[c] += 1;
+      }
+    }
+    this.state.row = end;
+  }
+
+  /** When the rows before `row` had been decided, ms: what happened next was noted at once. */
+  clock(row) {
+    const { kind, start_ms } = this.recording.events;
+    for (let i = row; i < Math.min(row + 256, this.recording.rows); i++) {
+      if (kind[i] !== KIND.load && kind[i] !== KIND.prefetch) return start_ms[i];
+    }
+    return Infinity;
+  }
+
+  /** A frame as a live one, of the moment when `layer` of `token` had been decided. */
+  frame(token, layer) {
+    const { recording } = this,
+      { document, count } = recording,
+      end = recording.upTo(token, layer),
+      { bits, loaded, used, uses, landed } = this.seek(end),
+      now = this.clock(end);
+    const in_flight = bits.map((b, c) => (b && landed[c] > now ? 1 : 0));
+    const first = count <= WINDOW ? 0 : this.windowAt(token),
+      shown = Math.min(WINDOW, count - first);
+    const tokens = Object.fromEntries(
+      Object.entries(recording.tokens).map(([k, v]) => [k, v.subarray(first, first + shown)]),
+    );
+    const whole = layer === recording.layers - 1 ? token + 1 : token; // tokens that had ended
+    const origins = document.origins.filter((o, i) => i === 0 || o.token <= token);
+    const since = origins.at(-1).token;
+    return {
+      run: recording.run,
+      prompt: document.messages.length ? `${document.prompt}\n` : document.prompt,
+      error: document.error,
+      causes: recording.model.causes,
+      texts: recording.pieces.slice(first, first + shown),
+      changes: document.marks,
+      ...{ first, count: shown, tokens, origins, newest: token, past: { token, layer } },
+      map: { bits, in_flight, loaded, used, uses, marks: this.marks(token, end) },
+      resident: this.resident(bits, token),
+      recent: this.figures(Math.max(since, whole - RECENT), whole),
+      whole: this.figures(since, whole),
+    };
+  }
+
+  /** The same first token for many neighbours, so that text is not built anew at each step. */
+  windowAt(token) {
+    const half = WINDOW / 2;
+    return Math.min(
+      STRIDE * Math.ceil((this.recording.count - WINDOW) / STRIDE),
+      Math.max(0, half * Math.floor((token - half / 2) / half)),
+    );
+  }
+
+  /** What the token had done to each cell by then. */
+  marks(token, end) {
+    const { events, layers, experts } = this.recording,
+      marks = new Uint8Array(layers * experts);
+    for (let i = this.recording.upTo(token - 1, layers); i < end; i++) {
+      const mark = MARKS[KINDS[events.kind[i]]];
+      if (mark) marks[events.layer[i] * experts + events.expert[i]] = mark;
+    }
+    return marks;
+  }
+
+  resident(bits, token) {
+    const { expert_bytes } = this.recording.model,
+      budget_bytes = this.recording.tokens.budget_bytes[token];
+    let experts = 0,
+      held = 0;
+    for (const b of bits) {
+      if (!b) continue;
+      experts += 1;
+      held += expert_bytes[b];
+    }
+    return { experts, bytes: held, budget_bytes };
+  }
+
+  /** Running figures of the tokens from `begin` to before `end`, as the kernel works them out. */
+  figures(begin, end) {
+    const { tokens, model } = this.recording,
+      from = Math.max(1, begin); // token 0 carries the prefill: only its KL counts
+    const sum = (name, a = from) => {
+      let total = 0;
+      for (let i = a; i < end; i++) total += tokens[name][i];
+      return total;
+    };
+    const ratio = (over, under) => (under ? over / under : null);
+    const decoded = Math.max(0, end - from),
+      time = sum("total_ms"),
+      hits = sum("hits"),
+      asked = hits + sum("loads") + sum("skips") + sum("substitutes");
+    const kls = tokens.kl.subarray(begin, end).filter(Number.isFinite);
+    return {
+      tokens: Math.max(0, end - begin),
+      tokens_per_s: ratio(1e3 * decoded, time),
+      hit_ratio: ratio(hits, asked),
+      bytes_per_token: ratio(sum("bytes"), decoded),
+      stall_share: ratio(model.causes.reduce((total, cause) => total + sum(cause), 0), time),
+      kl_mean: kls.length ? kls.reduce((a, b) => a + b, 0) / kls.length : null,
+    };
+  }
+
+  /** What the token had cost when this layer had been decided. */
+  counts(token, layer) {
+    const { events, layers } = this.recording,
+      out = Object.fromEntries(KINDS.map((kind) => [kind, 0]));
+    out.bytes = 0;
+    const end = this.recording.upTo(token, layer);
+    for (let i = this.recording.upTo(token - 1, layers); i < end; i++) {
+      const kind = events.kind[i];
+      out[KINDS[kind]] += 1;
+      if (kind === KIND.load || kind === KIND.prefetch) out.bytes += events.bytes[i];
+    }
+    return out;
+  }
+
+  costliest() {
+    const { tokens, count, model } = this.recording;
+    return costliest(tokens, model.causes, count, Math.min(1, count - 1));
+  }
+}
+
+/** The token from `begin` on that waited longest: 1 leaves out the prefill. */
+export function costliest(tokens, causes, count, begin) {
+  let at = Math.max(0, begin);
+  for (let i = at + 1; i < count; i++) {
+    if (waitOf(tokens, causes, i) > waitOf(tokens, causes, at)) at = i;
+  }
+  return at;
+}
+
+/** A short digest of what is resident, for tests and for whoever compares two pictures (FNV-1a). */
+export function digest(bits) {
+  let hash = 0x811c9dc5;
+  for (const b of bits) hash = Math.imul(hash ^ b, 0x01000193) >>> 0;
+  return hash.toString(16).padStart(8, "0");
+}

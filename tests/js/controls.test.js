@@ -1,0 +1,100 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { budgetInWords, placed } from "../../moelab/views/static/budget.js";
+import { aboutRun, nextSort, sorted, ticked } from "../../moelab/views/static/compare.js";
+import { fronts, stepOf, topOf } from "../../moelab/views/static/scatter.js";
+import { Sender } from "../../moelab/views/static/settings.js";
+import { Travel } from "../../moelab/views/static/travel.js";
+
+test("a budget in bytes, of all, in experts", () => {
+  const of = { layers: 2, experts: 8, expert_bytes: { 4: 1e5 }, all_experts_bytes: 6.4e6 };
+  assert.equal(budgetInWords(8e5, 4, of), "800 kB · 13 % · 8 experts at 4 bit");
+  assert.match(budgetInWords(6.4e6, 4, of), /all 16 experts/);
+});
+
+test("labels of ticks that would touch are pushed apart, inside the slider", () => {
+  const [a, b] = placed([0.1, 0.12], [60, 60], 300);
+  assert.equal(b - a, 68);
+  assert.equal(placed([1], [60], 300)[0], 240);
+});
+
+/** Let time go by; timers may set others. */
+function pass(mock, ms) {
+  for (let at = 0; at < ms; at += 10) mock.timers.tick(10);
+}
+
+test("changes are sent one at a time, of each setting the newest", ({ mock }) => {
+  mock.timers.enable({ apis: ["setTimeout", "Date"], now: 1e6 });
+  const sent = [],
+    model = { get: () => ({ answered: sent.at(-1)?.n ?? -1 }), send: (m) => sent.push(m) };
+  const sender = new Sender(model);
+  for (const bits of [16, 8, 4]) sender.change({ bits });
+  sender.change({ device: "disk" });
+  assert.deepEqual(sent.map((m) => m.changes), [{ bits: 16 }]);
+  assert.ok(!sender.settled());
+  pass(mock, 1000);
+  assert.deepEqual(sent.map((m) => m.changes), [{ bits: 16 }, { bits: 4 }, { device: "disk" }]);
+  assert.ok(sender.settled());
+});
+
+test("an unanswered change holds the next one back for a second", ({ mock }) => {
+  mock.timers.enable({ apis: ["setTimeout", "Date"], now: 1e6 });
+  const sent = [],
+    sender = new Sender({ get: () => ({}), send: (m) => sent.push(m) });
+  sender.change({ bits: 16 });
+  sender.change({ bits: 8 });
+  pass(mock, 900);
+  assert.equal(sent.length, 1);
+  pass(mock, 200);
+  assert.equal(sent.length, 2);
+});
+
+test("a moment stays within the run, and live is the newest again", () => {
+  const held = { recording: { count: 10 } },
+    travel = new Travel({ count: () => 10, past: () => held }, 6, () => {}, () => {});
+  const at = (token, layer) => {
+    travel.go(token, layer);
+    assert.equal(travel.arrive(), held);
+    return travel.at;
+  };
+  assert.deepEqual(at(99, null), { token: 9, layer: 5 });
+  assert.deepEqual(at(3, 2), { token: 3, layer: 2 });
+  assert.deepEqual(at(null, -4), { token: 3, layer: -1 });
+  travel.step(2);
+  travel.arrive();
+  assert.deepEqual(travel.at, { token: 5, layer: 5 });
+  travel.live();
+  assert.equal(travel.at, null);
+});
+
+test("runs are sorted by a column, then the other way, then as they were saved", () => {
+  const runs = [{ kl: 2 }, { kl: null }, { kl: 1 }],
+    by = (sort) => sorted(runs, sort).map(({ kl }) => kl);
+  let sort = nextSort(["", 1], "kl");
+  assert.deepEqual(by(sort), [1, 2, null]);
+  sort = nextSort(sort, "kl");
+  assert.deepEqual(by(sort), [2, 1, null]);
+  assert.deepEqual(by(nextSort(sort, "kl")), [2, null, 1]);
+});
+
+test("two runs are ticked at most", () => {
+  assert.deepEqual(["a", "b", "c", "b"].reduce(ticked, []), ["c"]);
+});
+
+test("a run says what its name does not", () => {
+  const run = { name: "lru, disk", settings: "lru", changes: 0, tokens: 5, prompt: "Once" };
+  assert.equal(aboutRun(run), '5 tokens of "Once"');
+  const more = { ...run, name: "mine", changes: 2 };
+  assert.equal(aboutRun(more), 'lru, then changed 2× · 5 tokens of "Once"');
+});
+
+test("the plane's axes hold every run, and KL has four steps", () => {
+  assert.equal(topOf([{ peak: 3e6 }, { peak: null }], "peak"), 4e6);
+  assert.deepEqual([null, 0.005, 0.05, 3].map((x) => stepOf(x).bits), [16, 8, 4, 2]);
+});
+
+test("runs no other beats make a line for each device", { skip: !Object.groupBy }, () => {
+  const run = (device, peak, best) => ({ device, peak, best, timing: "measured" });
+  const lines = fronts([run("a", 2, true), run("b", 1, true), run("a", 1, true), run("a", 3, false)]);
+  assert.deepEqual(lines.map((line) => line.map(({ peak }) => peak)), [[1, 2], [1]].toReversed());
+});
