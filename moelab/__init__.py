@@ -27,6 +27,8 @@ _HOMES = {
     "replay": "moelab.replays.replay",
     "moefy": "moelab.training.moefy",
     "compare": "moelab.runs.compare",
+    "report": "moelab.views.export",
+    "charts": "moelab.views.charts",
     "challenge": "moelab.course.challenge",
     "devices": "moelab.store.devices",
     "strategies": "moelab.strategies",
@@ -42,7 +44,7 @@ def __getattr__(name: str) -> Any:
     home = import_module(_HOMES[name])
     if _HOMES[name] == f"moelab.{name}":
         return home
-    return globals().setdefault(name, getattr(home, name))
+    return globals().setdefault(name, getattr(home, name, home))
 
 
 def __dir__() -> list[str]:

@@ -30,9 +30,8 @@ from moelab.engine.engine import Engine
 from moelab.engine.generation import Sampling
 from moelab.engine.routed import shape_of
 from moelab.models.chat import Messages, encode, has_template, messages
-from moelab.runs.quality import Score
+from moelab.runs.quality import Score, score_ids
 from moelab.runs.run import Asked, Run
-from moelab.runs.scoring import score_ids
 from moelab.runs.session import Changes, Session
 from moelab.settings import Settings
 from moelab.spelling import shown
@@ -41,7 +40,7 @@ from moelab.store.store import Store
 if TYPE_CHECKING:
     from moelab.runs.compare import Comparison
     from moelab.runs.recording import Recording
-    from moelab.runs.saved import Pins
+    from moelab.runs.saved import SavedRuns
     from moelab.widgets.dashboard import Dashboard
 
 
@@ -74,7 +73,7 @@ class Lab:
         weakref.finalize(self, self._engine.loader.close)
         self._strategies = strategies or Strategies(store)
         self._session = Session(self._engine, self._strategies)
-        self._lock, self._pins = threading.Lock(), None
+        self._lock, self._saved = threading.Lock(), None
 
     # -- settings ---------------------------------------------------------------------------
 
@@ -395,16 +394,16 @@ class Lab:
         return WhatIf(self, run, changes).compare()
 
     @property
-    def pins(self) -> Pins:
-        """The runs pinned by `pin`, by name; saved and loaded with ``lab.pins.save(folder)``."""
-        from moelab.runs.saved import Pins
+    def saved(self) -> SavedRuns:
+        """The runs saved by `save_run`, by name; ``lab.saved.save(folder)`` writes them."""
+        from moelab.runs.saved import SavedRuns
 
         with self._lock:
-            if self._pins is None:  # an empty one counts as false
-                self._pins = Pins()
-            return self._pins
+            if self._saved is None:  # an empty one counts as false
+                self._saved = SavedRuns()
+            return self._saved
 
-    def pin(self, run: Run | Recording | None = None, name: str = "") -> str:
+    def save_run(self, run: Run | Recording | None = None, name: str = "") -> str:
         """Put a run beside others, to compare: the newest by default; returns its name.
 
         Raises
@@ -415,13 +414,15 @@ class Lab:
         Examples
         --------
         >>> run = lab.generate("The", max_new_tokens=4)
-        >>> lab.pin(name="first")
+        >>> lab.save_run(name="first")
         'first'
         """
         run = run or self.run
         if run is None:
-            raise ValueError("there is no run to pin yet; lab.generate(prompt) makes one")
-        return self.pins.add(run, name)
+            raise ValueError("there is no run to save yet; lab.generate(prompt) makes one")
+        return self.saved.add(run, name)
+
+    pins, pin = saved, save_run  # their names up to version 0.3
 
     def prompts(self) -> dict[str, list[str]]:
         """Prompts by domain; empty for models that bring none."""

@@ -17,9 +17,11 @@ import moelab
 from moelab.engine.generation import Sampling
 from moelab.engine.log import EventLog
 from moelab.runs.run import Asked, Likeliest, Run
+from moelab.scheduling.events import CAUSE, CODES
 from moelab.scheduling.stream import Shape
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.settings import Settings
+from moelab.spelling import differences
 from moelab.strategies import make
 
 EXPERT_BYTES = {16: 221_184, 8: 118_784, 4: 65_536, 3: 49_152, 2: 36_864}
@@ -32,6 +34,7 @@ class FakeReport:
     token: int
     text: str
     compute_ms: float = 0.0
+    deciding_ms: float = 0.0
     stall_ms: dict[str, float] = field(default_factory=dict)
     bytes: int = 0
     hits: int = 0
@@ -47,7 +50,7 @@ class FakeReport:
 
     @property
     def total_ms(self) -> float:
-        return self.compute_ms + sum(self.stall_ms.values())
+        return self.compute_ms + self.deciding_ms + sum(self.stall_ms.values())
 
 
 class FakeRun:
@@ -57,12 +60,12 @@ class FakeRun:
 
     def __init__(self, lab, prompt, max_new_tokens, token_ms):
         self.request = Asked(prompt, max_new_tokens, Sampling())
-        self.log, self.trace = EventLog(), Trace(lab._shape, resident=list(lab._cache.items()))
+        self.log, self.trace = EventLog(), Trace(lab._shape, resident=lab._resident())
         self.history, self.tokens, self.likeliest = [(0, lab.settings)], [], []
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
         self.token_reports, self.changes, self.outpaced = [], [], set()
         self.error = None
-        self.fail_at = None
+        self.fail_at, self.hold_at, self.go_on = lab.fail_at, lab.hold_at, threading.Event()
         self._lab, self._token_ms = lab, token_ms
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="fake-run", daemon=True)
@@ -96,6 +99,8 @@ class FakeRun:
         for token in range(self.max_new_tokens):
             if self._stop.is_set():
                 return
+            if token == self.hold_at:
+                self.go_on.wait(60)
             if token == self.fail_at:
                 self.error = RuntimeError("store is truncated: experts-4.bin, layer 2, expert 7")
                 return
@@ -141,7 +146,7 @@ class FakeLab:
         self.layers, self.experts, self.top_k, self.token_ms = layers, experts, top_k, token_ms
         self._shape = Shape((experts,) * layers, top_k, EXPERT_BYTES)
         self.settings = Settings(int(budget * self._all(16)), 16, make("lru"), seed=seed)
-        self.run = None
+        self.run = self.fail_at = self.hold_at = None  # at which token its next run fails, or waits
         self.updates, self.asked_why, self.asked_info = [], 0, 0
         self._rng = np.random.default_rng(seed)
         self._lock = threading.RLock()
@@ -162,13 +167,12 @@ class FakeLab:
     def update(self, **changes):
         settings = self.settings.change(self._shape, **changes)
         self.updates.append(changes)
-        before, after = self.settings.shown(), settings.shown()
+        changed = differences(self.settings, settings)
         with self._lock:
             self.settings = settings
             if self.run is not None and self.run.running:
-                shown = {k: v for k, v in after.items() if before[k] != v}
                 token = len(self.run.token_reports)
-                self.run.changes.append((token, shown))
+                self.run.changes.append((token, changed))
                 self.run.history.append((token, settings))
             self._evict(-1)
         return settings
@@ -179,6 +183,9 @@ class FakeLab:
             order = list(self._cache)
         since = {k: float(len(order) - i) for i, k in enumerate(order) if k[0] == layer}
         return {k[1]: {"uses since": n, "bits": 16.0} for k, n in since.items()}
+
+    def _resident(self):
+        return [(self._shape.key(*place), bits) for place, bits in self._cache.items()]
 
     def _least(self, bits):
         return self.top_k * EXPERT_BYTES[bits]
@@ -243,7 +250,8 @@ class FakeLab:
     def _note(self, kind, at, key, bits, cause=""):
         if self.run is not None:
             token, asked = len(self.run.token_reports), self.settings.bits
-            self.run.log.add(token, at, *key, kind, asked, bits, EXPERT_BYTES[bits], 0, 0, cause)
+            row = (CODES[kind], *key, asked, bits, CAUSE[cause], key[1])
+            self.run.log.add(token, at, row, EXPERT_BYTES[bits], 0.0)
 
     def step(self, token, text):
         """One token: route, hit or load, and what it would have cost."""

@@ -13,7 +13,7 @@ import pytest
 
 from browser import ARTIFACTS, shot
 from fake_lab import FakeLab
-from moelab.runs.saved import Pins
+from moelab.runs.saved import SavedRuns
 from moelab.widgets import Dashboard
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -88,8 +88,8 @@ class Bare:
     def go_back(self):
         """Show the first tokens, with an expert's life beside: the kernel sends its recording."""
         told = []
-        self.dashboard._past._send = lambda content, raw=(): told.append((content, raw))
-        self.dashboard._past.recording({"have": {}})
+        self.dashboard._queries._send = lambda content, raw=(): told.append((content, raw))
+        self.dashboard._queries.hear({"do": "recording"})
         while not told:
             time.sleep(0.01)
         content, raw = told[0]
@@ -102,14 +102,14 @@ class Bare:
         assert self.root.get_attribute("data-past") == "0"
 
     def compare(self):
-        """Open the drawer of runs, with two pinned and beside each other."""
-        self.lab.pins, told = Pins(), []
+        """Open the drawer of runs, with two saved and beside each other."""
+        self.lab.saved, told = SavedRuns(), []
         for device in "disk", "hdd":
             self.lab.update(device=device)
             run = self.lab.start("Once upon a time", max_new_tokens=20, measure_kl=True)
             run.join()
-            self.lab.pins.add(run)
-        runs = self.dashboard._runs
+            self.lab.saved.add(run)
+        runs = self.dashboard._drawer
         runs._send = told.append
         runs.refresh()
         set_to = "([name, value]) => model.set(name, value)"
@@ -117,7 +117,7 @@ class Bare:
         self.page.evaluate("model.set('form', { ...model.get('form'), runs: true, whatif: true })")
         for box in self.root.locator(".moe-table input[type=checkbox]").all():
             box.check()
-        runs.hear({"ask": "beside", "names": list(self.lab.pins)})
+        runs.hear({"ask": "beside", "names": list(self.lab.saved)})
         self.page.evaluate("content => model.hear(content, [])", told[-1])
         self.root.locator(".moe-beside").wait_for()
 

@@ -1,4 +1,4 @@
-"""What a user may rely on of comparisons and pinned runs."""
+"""What a user may rely on of comparisons and saved runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 import moelab
 from moelab.runs.compare import Comparison
-from moelab.runs.saved import Pins
+from moelab.runs.saved import SavedRuns
 from moelab.scheduling.stream import Shape
 from moelab.settings import Settings
-from moelab.spelling import _word, changed, opened, short
+from moelab.spelling import _word, changed, opened, short, shown, shown_strategy
 from moelab.strategies import Evict, make
-from moelab.widgets.pins import Runs
+from moelab.widgets.drawer import Drawer
 
 SHAPE = Shape((12,) * 8, 2, {16: 221184, 8: 118784, 4: 65536, 3: 49152, 2: 36864})
 START = Settings(5_308_416, 16, make("lru"))
@@ -147,13 +147,13 @@ def test_code_has_the_settings_and_what_changed_at_which_token():
 
 
 class Own(Evict):
-    def priority(self, key, view):
-        return 0
+    def score(self, view):
+        return 0 * view.last_use
 
 
 def words(settings):
-    shown = settings.shown() | settings.shown_strategy()
-    return {k: v for k, v in shown.items() if k != "strategy"}  # a mix of a mix is named otherwise
+    told = shown(settings) | shown_strategy(settings.strategy)
+    return {k: v for k, v in told.items() if k != "strategy"}  # a mix of a mix is named otherwise
 
 
 def test_settings_spelled_as_code_lead_to_the_same_settings():
@@ -167,13 +167,13 @@ def test_settings_spelled_as_code_lead_to_the_same_settings():
         {"prefetch": "moe_infinity"},
         {"strategy": "lru"},
         {"bits": 4, "device": "sd_card", "seed": 5, "measure_kl": True},
-        {"keep": {(5, 3): 8}},
+        {"pin": {(5, 3): 8}},
         {"strategy": "hobbit"},
         {"bits": 4},
         {"strategy": "swapmoe"},
         {"evict": Own()},
         {"strategy": "edgemoe"},
-        {"keep": {}, "low_bits": 2},
+        {"pin": {}},
     ]
     now = START
     for step in steps:
@@ -205,8 +205,8 @@ def again(code):
 
 
 def test_settings_are_told_in_a_few_words():
-    settings = START.change(SHAPE, strategy="hobbit", device="sd_card", keep={(5, 3): 8})
-    assert short(settings, SHAPE) == "hobbit, 25 %, 16/4 bit, SD card, expert 5.3 kept at 8 bit"
+    settings = START.change(SHAPE, strategy="hobbit", device="sd_card", pin={(5, 3): 8})
+    assert short(settings, SHAPE) == "hobbit, 25 %, 16/4 bit, SD card, expert 5.3 pinned at 8 bit"
     assert short(START, SHAPE) == "lru, 25 %, 16 bit, disk"
 
 
@@ -219,22 +219,22 @@ def test_a_value_is_spelled_so_that_python_reads_it_back(value):
 
 
 @pytest.fixture(scope="module")
-def pinned(demo_store):
+def saved_runs(demo_store):
     with moelab.open("demo", budget="25%", measure_kl=False, progress=False) as lab:
         run = lab.generate(
             "Once upon a time", max_new_tokens=10, seed=2, changes={5: {"bits": 4, "evict": "lfu"}}
         )
-        lab.pin(run, "a quarter")
+        lab.save_run(run, "a quarter")
         lab.update(budget="50%")
         lab.generate("Once upon a time", max_new_tokens=6)
-        lab.pin()
+        lab.save_run()
         yield lab, run
 
 
-def test_copied_code_makes_the_same_run_again(pinned):
-    lab, run = pinned
+def test_copied_code_makes_the_same_run_again(saved_runs):
+    lab, run = saved_runs
     names = {}
-    exec(lab.pins.compare().code("a quarter"), names)
+    exec(lab.saved.compare().code("a quarter"), names)
     with names["lab"]:
         assert names["run"].tokens == run.tokens
         mine, theirs = (
@@ -243,23 +243,23 @@ def test_copied_code_makes_the_same_run_again(pinned):
         assert mine[mine["kind"] != 7].tolist() == theirs[theirs["kind"] != 7].tolist()
 
 
-def test_pinned_runs_are_named_renamed_saved_and_loaded(pinned, tmp_path):
-    lab, run = pinned
-    assert list(lab.pins) == ["a quarter", "lru*, 50 %, 4 bit, disk"]
-    files = lab.pins.save(tmp_path / "pins")
+def test_saved_runs_are_named_renamed_saved_and_loaded(saved_runs, tmp_path):
+    lab, run = saved_runs
+    assert list(lab.saved) == ["a quarter", "lru*, 50 %, 4 bit, disk"]
+    files = lab.saved.save(tmp_path / "saved")
     assert files[0].name == "a quarter.moelab.json.gz"
-    other = Pins()
-    assert other.load(tmp_path / "pins") == ["a quarter", "lru , 50 %, 4 bit, disk"]
+    other = SavedRuns()
+    assert other.load(tmp_path / "saved") == ["a quarter", "lru , 50 %, 4 bit, disk"]
     assert other["a quarter"].document["ids"] == run.tokens
     assert other.run("a quarter") is None
-    assert lab.pins.run("a quarter") is run
+    assert lab.saved.run("a quarter") is run
     assert other.add(run, "a quarter") == "a quarter (2)"
     assert other.rename("a quarter (2)", "another") == "another"
     assert list(other)[-1] == "another"
     other.remove("another")
-    with pytest.raises(KeyError, match="no run is pinned as 'another'; there are 'a quarter'"):
+    with pytest.raises(KeyError, match="no run is saved as 'another'; there are 'a quarter'"):
         other.remove("another")
-    with pytest.raises(ValueError, match="a pinned run needs a name"):
+    with pytest.raises(ValueError, match="a saved run needs a name"):
         other.rename("a quarter", " ")
     with pytest.raises(ValueError, match="no recording"):
         other.load(tmp_path)
@@ -267,8 +267,8 @@ def test_pinned_runs_are_named_renamed_saved_and_loaded(pinned, tmp_path):
     assert table.loc["tokens", "a quarter"] == len(run.tokens)
 
 
-def test_a_runs_memory_is_its_own_whatever_was_resident_before(pinned):
-    lab, _ = pinned
+def test_a_runs_memory_is_its_own_whatever_was_resident_before(saved_runs):
+    lab, _ = saved_runs
     before = lab.settings
     lab.update(budget="100%", bits=16)
     lab.generate("Once upon a time", max_new_tokens=6)
@@ -280,8 +280,8 @@ def test_a_runs_memory_is_its_own_whatever_was_resident_before(pinned):
     lab.update(budget=before.budget_bytes, bits=before.bits)
 
 
-def test_what_if_and_compare_show_two_texts(pinned):
-    lab, run = pinned
+def test_what_if_and_compare_show_two_texts(saved_runs):
+    lab, run = saved_runs
     beside = lab.what_if(run, bits=2)
     assert beside.names == ["as it was", "bits=2"]
     assert beside.texts()["as it was"] == run.text
@@ -292,17 +292,17 @@ def test_what_if_and_compare_show_two_texts(pinned):
     assert len(same.names) == 2
 
 
-def test_the_drawer_tells_of_pins_does_a_what_if_and_says_what_is_refused(pinned):
-    lab, run = pinned
+def test_the_drawer_tells_of_saved_runs_does_a_what_if_and_says_what_is_refused(saved_runs):
+    lab, run = saved_runs
     told, sent = [], []
-    runs = Runs(lambda: lab, told.append, sent.append)
+    runs = Drawer(lambda: lab, told.append, sent.append)
     runs.refresh()
     runs.refresh()
     assert len(told) == 1, "nothing new is not told again"
     first = told[0]["pinned"][0]
     assert first["name"] == "a quarter"
     assert first["tokens_per_s"] == run.summary()["tokens_per_s"]
-    assert first["code"] == lab.pins.compare().code("a quarter")
+    assert first["code"] == lab.saved.compare().code("a quarter")
     json.dumps(told)
 
     lab.update(budget="60%")
@@ -316,15 +316,15 @@ def test_the_drawer_tells_of_pins_does_a_what_if_and_says_what_is_refused(pinned
     assert told[-1]["again"]["state"] == "done", told[-1]
     assert told[-1]["again"]["names"][0] == "a quarter"
     name = told[-1]["again"]["names"][1]
-    assert name == "what if budget=12.7 MB, keep={(2, 5): 8}"
+    assert name == "what if pin={(2, 5): 8}, budget=12.7 MB"
     runs.hear({"ask": "beside", "names": ["a quarter", name]})
     assert sent[-1]["beside"]["names"] == ["a quarter", name]
     json.dumps(sent)
 
-    lab.update(keep={(2, 5): 8})
+    lab.update(pin={(2, 5): 8})
     for ask, words in (
         ({"ask": "whatif", "of": "a quarter", "keep": [99, 0, 8]}, "no expert 0 in layer 99"),
-        ({"ask": "unpin", "name": "nobody"}, "no run is pinned as 'nobody'"),
+        ({"ask": "unpin", "name": "nobody"}, "no run is saved as 'nobody'"),
         ({"ask": "whatif", "of": name}, "nothing differs from that run yet"),
     ):
         runs.hear(ask)
@@ -334,17 +334,17 @@ def test_the_drawer_tells_of_pins_does_a_what_if_and_says_what_is_refused(pinned
     assert name not in [row["name"] for row in told[-1]["pinned"]]
 
 
-def test_a_lab_has_one_set_of_pins_also_while_it_is_empty(demo_lab):
-    assert demo_lab.pins is demo_lab.pins
+def test_a_lab_has_one_set_of_saved_runs_also_while_it_is_empty(demo_lab):
+    assert demo_lab.saved is demo_lab.saved
 
 
-def test_a_run_is_pinned_once_unless_it_is_given_another_name(pinned):
-    _, run = pinned
-    pins = Pins()
-    first = pins.add(run)
-    assert pins.add(run) == first
-    assert pins.add(run, "again") == "again"
-    assert list(pins) == [first, "again"]
+def test_a_run_is_saved_once_unless_it_is_given_another_name(saved_runs):
+    _, run = saved_runs
+    saved = SavedRuns()
+    first = saved.add(run)
+    assert saved.add(run) == first
+    assert saved.add(run, "again") == "again"
+    assert list(saved) == [first, "again"]
 
 
 def test_low_bits_that_are_not_below_the_bits_are_spelled_out():

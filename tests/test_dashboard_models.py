@@ -9,7 +9,7 @@ import moelab
 from fake_lab import FakeLab
 from moelab import catalogue
 from moelab.demo import smollm2
-from moelab.runs.saved import Pins
+from moelab.runs.saved import SavedRuns
 from moelab.widgets import Dashboard
 
 
@@ -217,18 +217,18 @@ def test_the_same_refusal_reaches_the_drop_down_each_time(dashboard, monkeypatch
     assert told == ["no model '/etc' is offered here; open it with moelab.open"] * 2
 
 
-def test_pinned_runs_are_those_of_the_model_shown(dashboard, monkeypatch):
+def test_saved_runs_are_those_of_the_model_shown(dashboard, monkeypatch):
     other = Chatty()
     monkeypatch.setattr(moelab, "open", lambda name, **_: other)
     for lab, name in (dashboard.first, "mine"), (other, "its own"):
-        lab.pins = Pins()
+        lab.saved = SavedRuns()
         run = FakeLab.start(lab, "Hi", max_new_tokens=2)
         run.join()
-        lab.pins.add(run, name)
-    dashboard._runs.refresh()
+        lab.saved.add(run, name)
+    dashboard._drawer.refresh()
     before = [row["name"] for row in dashboard.runs["pinned"]]
     chosen(dashboard, "smollm2-moe")
-    dashboard._runs.refresh()
+    dashboard._drawer.refresh()
     assert (before, [row["name"] for row in dashboard.runs["pinned"]]) == (["mine"], ["its own"])
 
 

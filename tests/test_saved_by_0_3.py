@@ -90,7 +90,7 @@ def test_a_recording_says_what_it_said(saved, file):
 
 def test_pins_of_0_3_are_saved_runs(saved, demo_lab):
     assert len(demo_lab.pins.load(saved / "recordings" / "pins")) == 2
-    assert len(demo_lab.pins.compare().table) == 2
+    assert len(demo_lab.pins.compare().names) == 2
 
 
 def test_the_code_of_settings_still_makes_them(saved):

@@ -14,11 +14,11 @@ import pytest
 import moelab
 from browser import kernel, shot
 from moelab.runs.schema import EVENTS, encoded, pack
-from moelab.runs.snapshot import Recorder
+from moelab.runs.snapshot import RunReader
 from moelab.runs.tokens import COLUMNS, STALLS
 from moelab.scheduling.events import CODES
 from moelab.views.page import html
-from moelab.widgets.past import with_buffers
+from moelab.widgets.queries import with_buffers
 from test_accessibility import Bare
 from test_browser import Dash, dash, theme  # noqa: F401 the second is a fixture
 
@@ -494,6 +494,6 @@ def test_an_answer_to_another_view_leaves_no_hole_in_this_ones_past(page):
 
 def answer(bare, *, rows):
     """What the kernel sends to a view that holds so many events."""
-    content, raw = with_buffers(Recorder(bare.lab.run).read(rows))
-    content["recording"] |= {"run": bare.dashboard.frame["run"], "from": rows, "running": False}
-    return [content, [base64.b64encode(bytes(b)).decode() for b in raw]]
+    content, raw = with_buffers(RunReader(bare.lab.run).read(rows))
+    content |= {"run": bare.dashboard.frame["run"], "from": rows, "running": False}
+    return [{"recording": content}, [base64.b64encode(bytes(b)).decode() for b in raw]]

@@ -56,7 +56,7 @@ def blame(recording: Recording, token: int) -> pd.DataFrame:
         "kl": None if math.isnan(kl) else kl,
         "served": document["top"]["served"][token],
         "full": document["top"]["full"][token],
-        "total_ms": float(values[0]),
+        "total_ms": float(values[COLUMNS.index("total_ms")]),
         "evict_ms": float(late["dur_ms"].sum()),
     }
     return frame
@@ -66,28 +66,28 @@ def _layer(
     layer: int, rows: np.ndarray, chosen: dict[int, float], wanted: list[int]
 ) -> list[tuple]:
     """The experts of one layer: those chosen by falling weight, then others of a prompt."""
-    facts: dict[int, dict[str, Any]] = {}
+    outcomes: dict[int, dict[str, Any]] = {}
     waits: dict[int, float] = defaultdict(float)
     stand_ins, last = [], ""
     for r in rows:
         kind, expert = KINDS[r["kind"]], int(r["expert"])
         if kind in ("hit", "load", "skip"):
             outcome = "prefetched" if r["cause"] == PREFETCHED else kind
-            facts[expert] = _fact(r, outcome, -1 if kind == "skip" else expert)
+            outcomes[expert] = _outcome(r, outcome, -1 if kind == "skip" else expert)
         elif kind == "substitute":
             stand_ins.append(r)
         elif kind == "downgrade" and last != "substitute":  # noted right behind what it is about
-            facts[expert]["outcome"] = "downgrade"
+            outcomes[expert]["outcome"] = "downgrade"
         elif kind == "stall" and r["cause"] != EVICTED_LATE:
             waits[expert] += float(r["dur_ms"])
         last = kind
-    missing = sorted(chosen.keys() - facts.keys(), key=lambda e: -chosen[e])
+    missing = sorted(chosen.keys() - outcomes.keys(), key=lambda e: -chosen[e])
     if len(missing) == len(stand_ins):  # asked in this order; of a prompt some are not known
         for expert, r in zip(missing, stand_ins, strict=True):
-            facts[expert] = _fact(r, "substitute", int(r["expert"]))
+            outcomes[expert] = _outcome(r, "substitute", int(r["expert"]))
     instead = iter(e for e in wanted if e not in chosen)  # a mask or a bias steered the router
     out = []
-    for expert, f in sorted(facts.items(), key=lambda item: -chosen.get(item[0], 0.0)):
+    for expert, f in sorted(outcomes.items(), key=lambda item: -chosen.get(item[0], 0.0)):
         asked = expert
         if expert in chosen and expert not in wanted:
             asked = next(instead, expert)
@@ -97,7 +97,7 @@ def _layer(
     return out
 
 
-def _fact(r: np.void, outcome: str, served: int) -> dict[str, Any]:
+def _outcome(r: np.void, outcome: str, served: int) -> dict[str, Any]:
     return {
         "outcome": outcome,
         "served": served,

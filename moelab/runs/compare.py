@@ -23,17 +23,12 @@ TIMED = ("tokens_per_s", "setup_ms", "ttft_ms", "tpot_ms_median", "tpot_ms_p99",
 """Figures that hang on the device."""
 
 MEMORY, SPEED = "peak memory of experts, MB", "tokens/s"
-_STYLE = """<style>
-.moe-compared { font: 13px/1.5 var(--jp-ui-font-family, system-ui, sans-serif); max-width: 1100px; }
-.moe-compared .texts { display: grid; gap: 12px; margin: 8px 0;
-  grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); }
-.moe-compared figure { margin: 0; padding: 6px 10px; border: 1px solid #8888; border-radius: 6px; }
-.moe-compared figcaption { font-weight: 650; }
-.moe-compared pre { margin: 4px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-.moe-compared .given { opacity: 0.65; }
-.moe-compared mark { color: #000; background: #f0b429; border-bottom: 3px solid #a35200; }
-.moe-compared .since { text-decoration: underline dotted #a35200; }
-</style>"""
+_TEXT = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"}
+_LOOKS: list[Any] = [
+    {"selector": ".given", "props": "opacity: 0.65"},
+    {"selector": "mark", "props": "color: #000; background: #f0b429; border-bottom: solid #a35200"},
+    {"selector": ".since", "props": "text-decoration: underline dotted #a35200"},
+]
 
 
 class Comparison:
@@ -71,7 +66,8 @@ class Comparison:
         frame = pd.DataFrame(columns, dtype=object)
         if len(columns) == 2:
             a, b = columns.values()
-            frame["difference"] = [self._difference(key, a.get(key), b.get(key)) for key in a]
+            # Runs of two versions may not have the same figures.
+            frame["difference"] = [self._difference(k, a.get(k), b.get(k)) for k in frame.index]
         frame.columns.name = "figure"
         return frame
 
@@ -97,20 +93,12 @@ class Comparison:
         Only runs on the same device, timed the same way, are held against each other; a KL that
         one of the two did not measure does not count.
         """
-        points = {
-            name: (_origin(doc), [m, None if s is None else -s, k])
-            for name, doc in self._documents.items()
-            for m, s, k in [_point(doc)]
-        }
-        return [
-            name
-            for name, (origin, mine) in points.items()
-            if not any(
-                origin == other and _beats(theirs, mine)
-                for who, (other, theirs) in points.items()
-                if who != name
-            )
-        ]
+        points = self.points()
+        worse = points[[MEMORY, SPEED, "KL"]].to_numpy() * (1, -1, 1)  # NaN: not known
+        apart = worse[:, None] - worse[None]  # [run, other, figure]
+        timing = points["timing"].to_numpy()
+        beats = (timing[:, None] == timing) & (apart < 0).any(-1) & ~(apart > 0).any(-1)
+        return points["run"][~beats.any(0)].tolist()
 
     def code(self, name: str) -> str:
         """Code that makes this run again: the settings, and what was changed at which token.
@@ -131,29 +119,22 @@ class Comparison:
 
         A dotted line joins the runs that no other beats (`front`). Hollow: KL was not measured.
         """
+        import moelab
+
+        return moelab.charts.memory_and_speed(self)
+
+    def points(self) -> pd.DataFrame:
+        """What `figure` draws: run, memory in MB, speed, KL (NaN: not measured) and timing."""
         import pandas as pd
 
-        from moelab.views import charts
-
-        rows = []
+        points = []
         for name, doc in self._documents.items():
-            memory, speed, kl = _point(doc)
-            rows.append((name, memory / 1e6, speed, kl, " on ".join(_origin(doc))))
-        frame = pd.DataFrame(rows, columns=["run", MEMORY, SPEED, "KL", "timing"])
-        frame["KL"] = frame["KL"].astype(float)
-        title = "Memory, speed and quality"
-        figure = charts.scatter(frame, MEMORY, SPEED, color="timing", label="run", title=title)
-        groups = [rows for _, rows in frame.groupby("timing", sort=False)]
-        for trace, points in zip(figure.data, groups, strict=True):
-            _shade(trace, points["KL"].to_numpy(), frame["KL"].to_numpy())
-        for i, points in enumerate(groups):
-            best = points.loc[points["run"].isin(self.front())].sort_values(by=MEMORY)
-            line = {"dash": "dot", "color": "#808890", "width": 1.5}
-            words = {"name": "not beaten", "hoverinfo": "skip", "showlegend": i == 0}
-            figure.add_scatter(x=best[MEMORY], y=best[SPEED], mode="lines", line=line, **words)
-        below = {"orientation": "h", "y": -0.2, "title": {"text": ""}, "itemsizing": "constant"}
-        figure.update_layout(legend=below)
-        return figure
+            s, timing = doc["summary"], " on ".join(_origin(doc))
+            points.append(
+                (name, s["peak_resident_bytes"] / 1e6, s["tokens_per_s"], s["kl_mean"], timing)
+            )
+        frame = pd.DataFrame(points, columns=["run", MEMORY, SPEED, "KL", "timing"])
+        return frame.astype({MEMORY: float, SPEED: float, "KL": float})
 
     def __repr__(self) -> str:
         at = self.diverges_at
@@ -166,10 +147,13 @@ class Comparison:
         words = "All tokens are the same." if at is None else f"First different token: {at}."
         if not self.same_device:
             words += " Times come from different devices or ways of timing: see the row timing."
-        texts = "".join(_figure(name, doc, at) for name, doc in self._documents.items())
-        table = self.table().map(_cell).to_html(border=0)
-        head = f"<p role='status'>{words}</p><div class='texts'>{texts}</div>"
-        return f"{_STYLE}<div class='moe-compared'>{head}{table}</div>"
+        table = self.table()
+        table.loc["text"] = {name: _marked(doc, at) for name, doc in self._documents.items()}
+        text, rest = (["text"], slice(None)), (table.index[:-1], slice(None))
+        style = table.loc[["text", *table.index[:-1]]].style.format(_cell, rest, escape="html")
+        style = style.format(None, text, na_rep="").set_properties(text, **_TEXT)
+        style = style.format_index(escape="html", axis=1).set_table_styles(_LOOKS)
+        return f"<p role='status'>{words}</p>{style.to_html()}"
 
     def _difference(self, key: str, a: Any, b: Any) -> float | None:
         numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (a, b))
@@ -249,54 +233,20 @@ def _origin(doc: Mapping[str, Any]) -> tuple[str, str]:
     return str(doc["summary"]["timing"]), str(doc["summary"]["device"])
 
 
-def _point(doc: Mapping[str, Any]) -> tuple[float, float, float | None]:
-    """Memory, speed, KL of a run."""
-    s = doc["summary"]
-    return s["peak_resident_bytes"], s["tokens_per_s"], s["kl_mean"]
-
-
-def _beats(a: Sequence[float | None], b: Sequence[float | None]) -> bool:
-    """Whether ``a`` is nowhere above ``b`` and somewhere below, where both are known."""
-    known = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    return all(x <= y for x, y in known) and any(x < y for x, y in known)
-
-
 def _parting(a: Sequence[int], b: Sequence[int]) -> int | None:
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
     return min(len(a), len(b)) if same is None and len(a) != len(b) else same
 
 
-def _shade(trace: Any, kl: np.ndarray, every: np.ndarray) -> None:
-    """Colour and size of markers by KL, on a logarithmic scale from 1e-5; hollow where unknown."""
-    known = np.log10(np.maximum(every[np.isfinite(every)], 1e-5))
-    low, high = (known.min(), known.max()) if len(known) else (0.0, 0.0)
-    high = max(high, low + 1.0)
-    depth = np.log10(np.maximum(np.nan_to_num(kl, nan=1e-5), 1e-5))
-    there = np.isfinite(kl)
-    ticks = np.arange(np.ceil(low), high + 0.01)
-    trace.marker.symbol = [trace.marker.symbol[0] + ("" if k else "-open") for k in there]
-    trace.marker.size = np.where(there, 11 + 15 * (depth - low) / (high - low), 11).tolist()
-    trace.marker.color = np.where(there, depth, low).tolist()
-    words = [f"{10.0**t:.0e}" for t in ticks]
-    bar = {"title": {"text": "mean KL"}, "tickvals": ticks.tolist(), "ticktext": words}
-    trace.marker.update(colorscale="Cividis", cmin=low, cmax=high, showscale=True, colorbar=bar)
-    trace.customdata = [f"{k:.3g}" if np.isfinite(k) else "not measured" for k in kl]
-    trace.hovertemplate = (
-        f"%{{text}}<br>{MEMORY} %{{x:.3g}}<br>{SPEED} %{{y:.3g}}<br>KL %{{customdata}}"
-        "<extra>%{fullData.name}</extra>"
-    )
-
-
-def _figure(name: str, doc: Mapping[str, Any], at: int | None) -> str:
-    """One text as HTML: the first different token is marked, what follows is underlined."""
+def _marked(doc: Mapping[str, Any], at: int | None) -> str:
+    """Prompt and text as HTML: the first different token is marked, what follows is underlined."""
     pieces = list(map(escape, doc["pieces"]))
     body = "".join(pieces)
     if at is not None:
         before, here, after = "".join(pieces[:at]), "".join(pieces[at : at + 1]), pieces[at + 1 :]
         mark = f"<mark title='token {at}: the first that differs'>{here or '∎'}</mark>"
         body = f"{before}{mark}<span class='since'>{''.join(after)}</span>"
-    prompt = f"<span class='given'>{escape(doc['prompt'])}</span>"
-    return f"<figure><figcaption>{escape(name)}</figcaption><pre>{prompt}{body}</pre></figure>"
+    return f"<span class='given'>{escape(doc['prompt'])}</span>{body}"
 
 
 def _cell(value: Any) -> str:

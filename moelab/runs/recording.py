@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+import moelab
 from moelab.replays.why import by_row, until
 from moelab.runs.blame import blame
-from moelab.runs.schema import EVENTS, GATES, decoded, encoded, pack, replaced, unpack
+from moelab.runs.schema import EVENTS, GATES, decoded, embedded, encoded, pack, unpack
+from moelab.runs.snapshot import RunReader
 from moelab.runs.tokens import COLUMNS
 from moelab.scheduling.events import CAUSE, CAUSES, CODES, DTYPE, KINDS, NONE
+from moelab.store.paths import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,9 +62,7 @@ class Recording:
     @classmethod
     def of(cls, run: Run) -> Self:
         """What a run has been so far."""
-        from moelab.runs.snapshot import Recorder
-
-        read = Recorder(run).read()
+        read = RunReader(run).read()
         events, gates = read["events"], read["gates"]
         columns = {name: encoded(events[name], dtype) for name, dtype in EVENTS.items()}
         known = [name for name in GATES if gates[name] is not None]
@@ -84,7 +85,7 @@ class Recording:
         path = Path(path)
         if not path.name.endswith(SUFFIX):
             path = path.with_name(path.name + SUFFIX)
-        replaced(path, self.packed())
+        write_atomically(path, self.packed())
         return path
 
     def packed(self) -> bytes:
@@ -107,8 +108,6 @@ class Recording:
         path = Path(path)
         data = path.read_bytes()
         if data[:1] == b"<":
-            from moelab.views.page import embedded
-
             try:
                 found = embedded(data.decode("utf-8", "replace"))
             except ValueError as e:
@@ -148,9 +147,7 @@ class Recording:
         ImportError
             A library that was asked for is missing; the message has the command that installs it.
         """
-        from moelab.views.export import report
-
-        return report(self, Path(path), png=png, csv=csv, parquet=parquet)
+        return moelab.report(self, path, png=png, csv=csv, parquet=parquet)
 
     # -- looking ----------------------------------------------------------------------------
 
@@ -292,9 +289,7 @@ class Recording:
         return {name: flat.reshape(m["layers"], m["experts"]) for name, flat in found.items()}
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, str]:
-        from moelab.views.report import Report
-
-        return Report.of(self)._repr_mimebundle_(**kwargs)
+        return moelab.report(self)._repr_mimebundle_(**kwargs)
 
     def __repr__(self) -> str:
         d = self.document

@@ -1,8 +1,8 @@
-"""The document of a recording: its fields, how it is packed, and how a broken one is told.
+"""A recording as a file: its fields, how it is packed, and how a broken file is refused.
 
-A document is plain JSON but for long columns of numbers, which are little-endian arrays in base64.
-Packed it is JSON in gzip: never pickle, so a file from a stranger can be read. `unpack` believes
-nothing: every field is looked at before anybody draws it, and an error names file and field.
+It is plain JSON but for long columns of numbers, which are little-endian arrays in base64. Packed
+it is JSON in gzip: never pickle, so a file from a stranger can be read. `unpack` believes nothing:
+every field is checked before anybody draws it, and an error names file and field.
 
 T tokens, L layers, K active experts.
 """
@@ -15,9 +15,9 @@ import functools
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import fastjsonschema
@@ -50,6 +50,12 @@ MOST_BYTES = 512 * 2**20
 """A document larger than this is refused before it is unpacked whole."""
 
 MOST_EXPERTS = 2**20
+LATER_COLUMNS = {"deciding_ms"}
+"""Columns of a token that older files lack; they are 0 there."""
+
+RECORDING = '<script id="moelab-recording" type="application/gzip;base64">'
+"""What an exported page holds its recording in, base64 of the packed one."""
+
 _AGAIN = "record it again with run.save(path)"
 
 # -- the fields, as a JSON schema -----------------------------------------------------------------
@@ -58,7 +64,7 @@ _TEXT, _FLAG, _FIGURE = {"type": "string"}, {"type": "boolean"}, {"type": ["numb
 _INDEX = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _SIZE = {"type": "integer", "minimum": 1, "maximum": 2**15 - 1}
 _WORDS = {"type": "object", "additionalProperties": _TEXT}
-_NUMBER = {"type": "number"}
+_NUMBER, _BYTES = {"type": "number"}, {"type": "integer", "minimum": 1}
 _SUMMED = (
     *("tokens", "tokens_per_s", "setup_ms", "ttft_ms", "tpot_ms_median", "tpot_ms_p99"),
     *("hit_ratio", "byte_hit_ratio", "bytes_per_token", "stall_share", "downgrades", "skips"),
@@ -66,7 +72,7 @@ _SUMMED = (
 )
 
 
-def _list(of: dict[str, Any], **limits: int) -> dict[str, Any]:
+def _list(of: Any, **limits: Any) -> dict[str, Any]:
     return {"type": "array", "items": of, **limits}
 
 
@@ -75,33 +81,27 @@ def _object(optional: tuple[str, ...] = (), /, **fields: Any) -> dict[str, Any]:
     return {"type": "object", "properties": fields, "required": needed}
 
 
-_PAIR = {"type": "array", "items": [_TEXT, {"type": "number"}], "minItems": 2, "maxItems": 2}
-_WHO = {"type": "array", "items": [_INDEX, _INDEX, _INDEX], "additionalItems": _FIGURE}
-_WHO |= {"minItems": 3}
+_PAIR = _list([_TEXT, _NUMBER], minItems=2, maxItems=2)
+_WHO = _list([_INDEX, _INDEX, _INDEX], additionalItems=_FIGURE, minItems=3)
 _EVICTION = _object(
-    policy=_TEXT,
-    error=_TEXT,
-    terms=_list(_TEXT),
-    texts=_list(_TEXT),
+    **dict.fromkeys(("policy", "error"), _TEXT),
+    **dict.fromkeys(("terms", "texts"), _list(_TEXT)),
     victim=_WHO,
     survivors=_list(_WHO, maxItems=8),
 )
-_CHANGE = {"type": "array", "items": [_INDEX, _WORDS], "minItems": 2, "maxItems": 2}
+_CHANGE = _list([_INDEX, _WORDS], minItems=2, maxItems=2)
 _SETTING = _object(token=_INDEX, shown=_WORDS, code=_TEXT, update=_TEXT, short=_TEXT, about=_TEXT)
 SCHEMA = _object(
     ("evictions",),
     format={"const": FORMAT},
     moelab=_TEXT,
     model=_object(
-        name=_TEXT,
-        architecture=_TEXT,
-        layers=_SIZE,
-        experts=_SIZE,
-        top_k=_SIZE,
+        **dict.fromkeys(("name", "architecture"), _TEXT),
+        **dict.fromkeys(("layers", "experts", "top_k"), _SIZE),
         tiers=_list(_SIZE, minItems=1),
         causes=_list(_TEXT),
-        expert_bytes={"type": "object", "additionalProperties": {"type": "integer", "minimum": 1}},
-        all_experts_bytes={"type": "integer", "minimum": 1},
+        expert_bytes={"type": "object", "additionalProperties": _BYTES},
+        all_experts_bytes=_BYTES,
     ),
     prompt=_TEXT,
     messages=_list(_WORDS),
@@ -111,7 +111,7 @@ SCHEMA = _object(
     pieces=_list(_TEXT),
     ids=_list(_INDEX),
     error=_TEXT,
-    columns={"const": list(COLUMNS)},
+    columns=_list({"enum": list(COLUMNS)}, uniqueItems=True),
     values=_TEXT,
     changes=_list(_CHANGE),
     marks=_list(_object(first=_INDEX, last=_INDEX, keys=_list(_TEXT), label=_TEXT)),
@@ -122,19 +122,11 @@ SCHEMA = _object(
     gates=_object(K=_SIZE, expert=_TEXT, weight=_TEXT, wanted={"type": ["string", "null"]}),
     top=_object(
         served=_list(_list(_PAIR, maxItems=5)),
-        full=_list({"type": ["array", "null"], "items": _PAIR, "maxItems": 5}),
+        full=_list(_list(_PAIR, maxItems=5) | {"type": ["array", "null"]}),
     ),
-    evictions={
-        "type": "object",
-        "patternProperties": {"^[0-9]{1,9}$": _EVICTION},
-        "additionalProperties": False,
-    },
-    summary=_object(
-        kl_mean=_FIGURE,
-        device=_TEXT,
-        timing=_TEXT,
-        **dict.fromkeys(_SUMMED, _NUMBER),
-    ),
+    evictions={"type": "object", "patternProperties": {"^[0-9]{1,9}$": _EVICTION}}
+    | {"additionalProperties": False},
+    summary=_object(kl_mean=_FIGURE, device=_TEXT, timing=_TEXT, **dict.fromkeys(_SUMMED, _NUMBER)),
 )
 
 
@@ -151,34 +143,28 @@ def encoded(values: np.ndarray, dtype: str) -> str:
     return base64.b64encode(np.ascontiguousarray(values, dtype).tobytes()).decode()
 
 
-def decoded(text: str, dtype: str) -> np.ndarray:
+def decoded(text: str, dtype: str, field: str = "it", length: int | None = None) -> np.ndarray:
     """A column from its text.
 
     Raises
     ------
     ValueError
-        It is not base64, or not a whole number of values.
+        It is not base64, not a whole number of values, or not ``length`` of them.
     """
     try:
-        return np.frombuffer(base64.b64decode(text, validate=True), dtype)
+        values = np.frombuffer(base64.b64decode(text, validate=True), dtype)
     except (binascii.Error, ValueError) as e:
-        raise ValueError(f"is not a column of {np.dtype(dtype).name} in base64 ({e})") from None
+        kind = np.dtype(dtype).name
+        raise ValueError(f"{field} is not a column of {kind} in base64 ({e})") from None
+    if length is not None:
+        _long(field, values, length)
+    return values
 
 
 def pack(document: dict[str, Any]) -> bytes:
     """The document as a file's bytes; the same document gives the same bytes."""
     text = json.dumps(document, allow_nan=False, separators=(",", ":"))
     return gzip.compress(text.encode(), compresslevel=6, mtime=0)
-
-
-def replaced(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: an interrupted writing leaves what was there."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def unpack(data: bytes, name: str) -> dict[str, Any]:
@@ -200,8 +186,28 @@ def unpack(data: bytes, name: str) -> dict[str, Any]:
         document = json.loads(_text(data), parse_constant=_refused)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
         raise ValueError(f"{name} is cut off or no moelab recording ({e}); {_AGAIN}") from None
-    check(document, name)
+    try:
+        _schema()(document)
+        _complete(document)
+        _columns(document)
+    except (fastjsonschema.JsonSchemaValueException, ValueError) as e:
+        raise ValueError(f"{name}: {str(e).removeprefix('data.')}; {_AGAIN}") from None
     return document
+
+
+def embedded(page: str) -> bytes | None:
+    """The packed recording inside an exported page; None where there is none.
+
+    Raises
+    ------
+    ValueError
+        It is there, but is not base64: the file is damaged.
+    """
+    found = re.search(re.escape(RECORDING) + r"([^<]*)</script>", page)
+    try:
+        return found and base64.b64decode(found[1], validate=True)
+    except binascii.Error as e:
+        raise ValueError(f"the recording inside the page is damaged: {e}") from e
 
 
 def _refused(word: str) -> float:
@@ -215,24 +221,21 @@ def _text(data: bytes) -> bytes:
     return text
 
 
-def check(document: Any, name: str) -> None:
-    """Refuse a document that is not what `moelab.runs.snapshot` writes.
-
-    Raises
-    ------
-    ValueError
-        With the name of the file and of the first field that is wrong.
-    """
-    try:
-        _schema()(document)
-        _columns(document)
-    except (fastjsonschema.JsonSchemaValueException, ValueError) as e:
-        raise ValueError(f"{name}: {str(e).removeprefix('data.')}; {_AGAIN}") from None
+def _complete(d: dict[str, Any]) -> None:
+    """Give an older file the columns of tokens that came later."""
+    if missing := set(COLUMNS) - LATER_COLUMNS - set(d["columns"]):
+        raise ValueError(f"columns must have {min(missing)}")
+    names, tokens = d["columns"], len(d["pieces"])
+    rows = decoded(d["values"], "<f4", "values", len(names) * tokens).reshape(len(names), tokens)
+    if names != list(COLUMNS):
+        known = dict.fromkeys(COLUMNS, np.zeros(tokens)) | dict(zip(names, rows, strict=True))
+        values = np.array([known[name] for name in COLUMNS])
+        d |= {"values": encoded(values, "<f4"), "columns": list(COLUMNS)}
 
 
 def _columns(d: dict[str, Any]) -> None:
     """What a schema cannot say: lengths that must agree, numbers that must be in range."""
-    m, tokens, start = d["model"], len(d["pieces"]), d["start"]
+    m, tokens, start, gates = d["model"], len(d["pieces"]), d["start"], d["gates"]
     if sorted(m["expert_bytes"]) != sorted(map(str, m["tiers"])):
         raise ValueError("model.expert_bytes must name the tiers")
     _within("model.experts", [m["layers"] * m["experts"]], 1, MOST_EXPERTS)
@@ -245,13 +248,13 @@ def _columns(d: dict[str, Any]) -> None:
         _long(f"start.{field}", start[field], len(start["bits"]))
         _within(f"start.{field}", start[field], 0, most)
     _among("start.bits", start["bits"], m["tiers"])
-    _column(d, "", "values", "<f4", len(COLUMNS) * tokens)
     _events(d["events"], m, tokens)
-    for name in [name for name in GATES if d["gates"][name] is not None]:
-        size = tokens * m["layers"] * d["gates"]["K"]
-        values = _column(d["gates"], "gates.", name, GATES[name], size)
-        if name != "weight":
-            _within(f"gates.{name}", values, -1, m["experts"])
+    for name, dtype in GATES.items():
+        if gates[name] is not None:
+            size = tokens * m["layers"] * gates["K"]
+            values = decoded(gates[name], dtype, f"gates.{name}", size)
+            if name != "weight":
+                _within(f"gates.{name}", values, -1, m["experts"])
     for row, entry in d.get("evictions", {}).items():
         _within(f"evictions.{row}", [int(row)], 0, d["events"]["count"])
         for who in (entry["victim"], *entry["survivors"], ["", "", "", *entry["texts"]]):
@@ -259,7 +262,7 @@ def _columns(d: dict[str, Any]) -> None:
 
 
 def _events(e: dict[str, Any], m: dict[str, Any], tokens: int) -> None:
-    columns = {name: _column(e, "events.", name, t, e["count"]) for name, t in EVENTS.items()}
+    rows = {n: decoded(e[n], dtype, f"events.{n}", e["count"]) for n, dtype in EVENTS.items()}
     limits = {
         "token": max(1, tokens),
         "layer": m["layers"],
@@ -269,29 +272,20 @@ def _events(e: dict[str, Any], m: dict[str, Any], tokens: int) -> None:
         "cause": len(e["causes"]),
     }
     for field, most in limits.items():
-        _within(f"events.{field}", columns[field], 0, most)
-    _within("events.at", columns["at"], -1, m["layers"])
+        _within(f"events.{field}", rows[field], 0, most)
+    _within("events.at", rows["at"], -1, m["layers"])
     for field in ("bits", "bits_asked"):
-        _among(f"events.{field}", columns[field], [0, *m["tiers"]])
+        _among(f"events.{field}", rows[field], [0, *m["tiers"]])
     for field in ("start_ms", "dur_ms"):
-        if not np.isfinite(columns[field]).all():
+        if not np.isfinite(rows[field]).all():
             raise ValueError(f"events.{field} must be finite")
-    if (np.diff(columns["token"].astype(np.int64) * (m["layers"] + 1) + columns["at"]) < 0).any():
+    if (np.diff(rows["token"].astype(np.int64) * (m["layers"] + 1) + rows["at"]) < 0).any():
         raise ValueError("events.token must be in the order of decisions")
 
 
 def _long(field: str, values: Any, length: int) -> None:
     if len(values) != length:
         raise ValueError(f"{field} has {len(values)} values, {length} are expected")
-
-
-def _column(owner: dict[str, Any], at: str, name: str, dtype: str, length: int) -> np.ndarray:
-    try:
-        values = decoded(owner[name], dtype)
-    except ValueError as e:
-        raise ValueError(f"{at}{name} {e}") from None
-    _long(at + name, values, length)
-    return values
 
 
 def _within(field: str, values: Any, low: int, most: int) -> None:

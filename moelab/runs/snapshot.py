@@ -1,18 +1,16 @@
-"""A run read into the document of a recording, also while the run goes on.
+"""A run read into the fields of a recording, also while the run goes on.
 
 Columns of numbers are arrays here; `moelab.runs.recording` and the dashboard pack them, each in
-its own way. Only tokens that are complete are told of: their events, gates and figures, all or
-none.
+its own way. Only complete tokens are read: their events, gates and figures, all or none.
 
-T tokens, L layers, K active experts, N events.
+T tokens, C columns of a token, L layers, K active experts, N events.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,19 +18,18 @@ import numpy as np
 import moelab
 from moelab.runs.schema import EVENTS, FORMAT
 from moelab.runs.tokens import COLUMNS, STALLS, row, titled
+from moelab.runs.words import in_words, merge_changes, plain, sentence
 from moelab.scheduling.events import AHEAD, CAUSES
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.spelling import changed, opened, short, shown, shown_strategy
 from moelab.store.devices import DEVICES
-from moelab.views.report import sentence
-from moelab.widgets.frame import in_words, merge_changes
 
 if TYPE_CHECKING:
     from moelab.runs.run import Run
     from moelab.settings import Settings
 
 
-class Recorder:
+class RunReader:
     """Reads one run; what was read once is not read again.
 
     Parameters
@@ -44,22 +41,38 @@ class Recorder:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._lock = threading.Lock()
+        self._reports: list[Any] = []
+        self._rows = np.empty((64, len(COLUMNS)), "<f4")  # [T and room for more, C]
         self._gates: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []  # [L, K] each
         self._served: list[list] = []
         self._full: list[list | None] = []
         self._settings: list[dict[str, Any]] = []
         self._texts: dict[int, str] = {}
 
+    def tokens(self) -> tuple[list[Any], np.ndarray]:
+        """Token reports by now, and their figures [T, C]; reads new ones and those put right."""
+        with self._lock:
+            reports = list(self.run.token_reports)
+            if len(reports) > len(self._rows):
+                more = np.empty((len(reports), len(COLUMNS)), "<f4")
+                self._rows = np.concatenate((self._rows, more))
+            for i, report in enumerate(reports):
+                if i == len(self._reports):
+                    self._reports.append(report)
+                elif self._reports[i] is report:
+                    continue
+                self._reports[i], self._rows[i] = report, row(report)
+            return reports, self._rows[: len(reports)].copy()
+
     def read(self, start: int = 0) -> dict[str, Any]:
         """The document by now, with the events from row ``start`` on; without ``evictions``."""
+        run = self.run
+        reports, values = self.tokens()
         with self._lock:
-            run = self.run
-            reports = list(run.token_reports)
             tokens = len(reports)
             ended = tokens or 1
             history = [entry for entry in run.history if entry[0] < ended]
             changes = [change for change in run.changes if change[0] < ended]
-            values = np.array([row(r) for r in reports], "<f4").reshape(-1, len(COLUMNS))
             return {
                 "format": FORMAT,
                 "moelab": moelab.__version__,
@@ -76,13 +89,16 @@ class Recorder:
                 "values": np.ascontiguousarray(values.T),  # [C, T]
                 "changes": [list(change) for change in changes],
                 "marks": merge_changes(changes),
-                "origins": _origins(reports, history, run.outpaced),
+                "origins": origins(
+                    [r.device for r in reports] or [s.device for _, s in history[-1:]] or ["disk"],
+                    run.outpaced,
+                ),
                 "settings": self._settings_of(history),
                 "start": _start(run.trace),
                 "events": self._events(start, tokens),
                 "gates": self._gates_of(tokens),
                 "top": self._top(tokens),
-                "summary": {name: _plain(value) for name, value in run.summary().items()},
+                "summary": {name: plain(value) for name, value in run.summary().items()},
             }
 
     def _model(self) -> dict[str, Any]:
@@ -190,25 +206,12 @@ def _last(
     return expert, weight, wanted if steered else None
 
 
-def _origins(
-    reports: Sequence[Any], history: Sequence[tuple[int, Settings]], outpaced: set[str]
-) -> list[dict[str, Any]]:
-    """From which token on the times come from which device."""
-    names = [r.device for r in reports] or [history[-1][1].device if history else "disk"]
-    starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
-    return [
-        {
-            "token": i,
-            "device": names[i],
-            "title": titled(DEVICES[names[i]].title, outpaced=names[i] in outpaced),
-            "emulated": DEVICES[names[i]].emulated,
-        }
-        for i in starts
-    ]
-
-
-def _plain(value: Any) -> Any:
-    """A figure as JSON has it."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
+def origins(names: Sequence[str], outpaced: Collection[str] = ()) -> list[dict[str, Any]]:
+    """From which token on the times come from which device, given each token's device."""
+    found: list[dict[str, Any]] = []
+    for token, name in enumerate(names):
+        if not found or name != found[-1]["device"]:
+            title = titled(DEVICES[name].title, outpaced=name in outpaced)
+            emulated = bool(DEVICES[name].emulated)
+            found.append({"token": token, "device": name, "title": title, "emulated": emulated})
+    return found

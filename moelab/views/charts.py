@@ -8,15 +8,20 @@ words are a middle grey, so that it reads on a light and on a dark page.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 
+from moelab.runs.compare import MEMORY, SPEED
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from moelab.runs.compare import Comparison
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808890")
 """Okabe-Ito without yellow, which no light page shows, and black, which no dark one does."""
@@ -28,7 +33,6 @@ SYMBOLS = (
 HATCHES = ("", "/", ".", "x", "\\", "-", "|", "+")
 HEIGHT, TALLEST = 400, 620
 INK, GRID, PAPER = "#757d86", "rgba(128,136,144,0.3)", "rgba(0,0,0,0)"
-STROKE = "#ffffff"
 FEW = 12
 """As many different whole numbers still get a tick each."""
 Mark: TypeAlias = "float | tuple[float, str]"
@@ -53,28 +57,24 @@ def heat_map(
     >>> heat_map([[0.1, 0.2], [0.0, 0.4]], title="importance", unit="nats").layout.title.text
     'importance'
     """
-    graph = _plotly()
     table = np.asarray(values, dtype=float)  # [rows, columns]
     if table.ndim != 2 or not table.size:
         raise ValueError(f"values has shape {table.shape}: need a table [rows][columns]")
     rows, columns = table.shape
-    told = f"{y} %{{y}}, {x} %{{x}}: %{{z:.4g}} {unit}<extra></extra>"
-    figure = graph.Figure(
-        graph.Heatmap(
-            z=table,
-            x=list(range(columns)),
-            y=list(range(rows)),
-            colorscale="Cividis",
-            colorbar={"title": {"text": unit}, **_ticks(table)},
-            hovertemplate=told,
-            xgap=1,
-            ygap=1,
-        )
+    figure = _express().imshow(
+        table,
+        labels={"x": x, "y": y, "color": unit},
+        title=title,
+        aspect="auto",
+        color_continuous_scale="Cividis",
+        height=min(TALLEST, max(260, 140 + 30 * rows)),
+        template=_template(),
     )
-    _dress(figure, title, x, y, height=min(TALLEST, max(260, 140 + 30 * rows)))
+    told = f"{y} %{{y}}, {x} %{{x}}: %{{z:.4g}} {unit}<extra></extra>"
+    figure.update_traces(hovertemplate=told, xgap=1, ygap=1)
+    figure.update_layout(coloraxis_colorbar=_ticks(table))
     figure.update_xaxes(showgrid=False, dtick=max(1, columns // 16))
-    figure.update_yaxes(showgrid=False, autorange="reversed", dtick=max(1, rows // 16))
-    return figure
+    return figure.update_yaxes(showgrid=False, dtick=max(1, rows // 16))
 
 
 def curve(
@@ -106,28 +106,18 @@ def curve(
     >>> len(curve(frame, "K", "loss", title="K to loss", mark=(1, "chosen")).data)
     1
     """
-    graph = _plotly()
-    figure = graph.Figure()
-    for i, (name, rows) in enumerate(_groups(frame, (x, y), color)):
-        ordered = rows.sort_values(x)
-        figure.add_scatter(
-            x=ordered[x],
-            y=ordered[y],
-            name=name,
-            mode="lines+markers" if len(ordered) <= 40 else "lines",
-            line={"color": _pick(COLOURS, i), "dash": _pick(DASHES, i), "width": 2.5},
-            marker={"symbol": _pick(SYMBOLS, i), "size": 8},
-            showlegend=color is not None,
-        )
+    dashes = {"line_dash": color, "line_dash_sequence": DASHES}
+    looks = {"symbol": color, "symbol_sequence": SYMBOLS, **dashes}
+    figure = _drawn("line", frame, x, y, color, title=title, log_x=log_x, markers=True, **looks)
+    figure.update_traces(line_width=2.5, marker_size=8)
+    figure.for_each_trace(lambda t: t.update(mode="lines") if len(t.x) > 40 else None)
     for one in mark if isinstance(mark, list) else [] if mark is None else [mark]:
         at, words = one if isinstance(one, tuple) else (one, f"{one:.4g}")
         figure.add_vline(x=at, line={"color": INK, "dash": "dash", "width": 1.5})
         place = math.log10(at) if log_x else at  # a note, unlike a line, wants the power of ten
         beside = {"y": 1, "yref": "paper", "xanchor": "left", "showarrow": False}
         figure.add_annotation(x=place, text=words, **beside)
-    _dress(figure, title, x, y, legend=color)
-    figure.update_xaxes(**({"type": "log"} if log_x else _ticks(frame[x])))
-    return figure
+    return figure if log_x else figure.update_xaxes(**_ticks(frame[x]))
 
 
 def bars(
@@ -153,27 +143,18 @@ def bars(
     Examples
     --------
     >>> frame = pd.DataFrame({"rung": ["on demand", "+ 4 bit"], "s/token": [0.079, 0.039]})
-    >>> bars(frame, "rung", "s/token", title="EdgeMoE's ladder").data[0].text
-    ('0.079', '0.039')
+    >>> list(bars(frame, "rung", "s/token", title="EdgeMoE's ladder").data[0].text)
+    ['0.079', '0.039']
     """
-    graph = _plotly()
-    figure = graph.Figure()
-    for i, (name, rows) in enumerate(_groups(frame, (x, y, *([text] if text else [])), color)):
-        words = rows[text].astype(str) if text else rows[y].map("{:.3g}".format)
-        figure.add_bar(
-            x=rows[x],
-            y=rows[y],
-            name=name,
-            text=list(words),
-            textposition="outside",
-            cliponaxis=False,
-            marker={"color": _pick(COLOURS, i), "pattern": _hatched(i)},
-            showlegend=color is not None,
-        )
-    _dress(figure, title, x, y, legend=color)
-    figure.update_layout(barmode="group")
-    figure.update_xaxes(type="category", showgrid=False)
-    return figure
+    words = {"text": text or frame[y].map("{:.3g}".format)} if y in frame else {}
+    hatches = {"pattern_shape": color, "pattern_shape_sequence": HATCHES}
+    figure = _drawn("bar", frame, x, y, color, title=title, **words, **hatches)
+    style = {"textposition": "outside", "cliponaxis": False}
+    figure.update_traces(
+        marker_pattern={"fillmode": "replace", "fgcolor": "#fff", "size": 6}, **style
+    )
+    figure.for_each_trace(lambda t: t.update(marker_pattern_bgcolor=t.marker.color))
+    return figure.update_xaxes(type="category", showgrid=False)
 
 
 def scatter(
@@ -209,26 +190,12 @@ def scatter(
     >>> len(scatter(frame, "speed", "KL", color="who", title="who is where").data)
     2
     """
-    graph = _plotly()
-    shapes = {} if symbol is None else {s: _pick(SYMBOLS, i) for i, s in _listed(frame, symbol)}
-    figure = graph.Figure()
-    wanted = [x, y, *(column for column in (symbol, label) if column)]
-    for i, (name, rows) in enumerate(_groups(frame, wanted, color)):
-        markers = [_pick(SYMBOLS, i)] if symbol is None else [shapes[str(s)] for s in rows[symbol]]
-        figure.add_scatter(
-            x=rows[x],
-            y=rows[y],
-            name=name,
-            mode="markers+text" if label else "markers",
-            text=None if label is None else list(rows[label].astype(str)),
-            textposition="top center",
-            marker={"color": _pick(COLOURS, i), "symbol": markers, "size": 11},
-            showlegend=label != color,
-        )
-    _dress(figure, title, x, y, height=480, legend=color)
-    figure.update_xaxes(type="log" if log_x else "linear")
-    figure.update_yaxes(type="log" if log_y else "linear")
-    return figure
+    looks = {"symbol": symbol or color, "symbol_sequence": SYMBOLS, "text": label}
+    logs = {"log_x": log_x, "log_y": log_y}
+    figure = _drawn("scatter", frame, x, y, color, title=title, height=480, **looks, **logs)
+    return figure.update_traces(
+        marker_size=11, textposition="top center", showlegend=label != color
+    )
 
 
 def compare(rows: Sequence[tuple[str, Any, Any]], *, title: str) -> pd.DataFrame:
@@ -248,47 +215,96 @@ def compare(rows: Sequence[tuple[str, Any, Any]], *, title: str) -> pd.DataFrame
     return frame
 
 
+def memory_and_speed(comparison: Comparison) -> go.Figure:
+    """See `moelab.runs.compare.Comparison.figure`."""
+    frame = comparison.points()
+    title = "Memory, speed and quality"
+    figure = scatter(frame, MEMORY, SPEED, color="timing", label="run", title=title)
+    groups = [rows for _, rows in frame.groupby("timing", sort=False)]
+    known = np.log10(frame["KL"].dropna().clip(1e-5))
+    low, high = (known.min(), known.max()) if len(known) else (0.0, 0.0)
+    high = max(high, low + 1.0)
+    ticks = np.arange(np.ceil(low), high + 0.01)
+    words = [f"{10.0**t:.0e}" for t in ticks]
+    bar = {"title": {"text": "mean KL"}, "tickvals": ticks.tolist(), "ticktext": words}
+    scale = {"colorscale": "Cividis", "cmin": low, "cmax": high, "showscale": True, "colorbar": bar}
+    traces: list[Any] = list(figure.data)
+    for i, (trace, rows) in enumerate(zip(traces, groups, strict=True)):
+        there = rows["KL"].notna()
+        depth: Any = np.log10(rows["KL"].fillna(10.0**low).clip(1e-5))
+        shape = trace.marker.symbol
+        trace.marker.symbol = [shape if k else f"{shape}-open" for k in there]
+        trace.marker.size = (11 + 15 * (depth - low) / (high - low)).where(there, 11).tolist()
+        trace.marker.update(color=depth.tolist(), **scale)
+        trace.customdata = [
+            f"{kl:.3g}" if k else "not measured" for kl, k in zip(rows["KL"], there, strict=True)
+        ]
+        trace.hovertemplate = (
+            f"%{{text}}<br>{MEMORY} %{{x:.3g}}<br>{SPEED} %{{y:.3g}}<br>KL %{{customdata}}"
+            "<extra>%{fullData.name}</extra>"
+        )
+        best = rows.loc[rows["run"].isin(comparison.front())].sort_values(by=MEMORY)
+        line = {"dash": "dot", "color": "#808890", "width": 1.5}
+        front = {"name": "not beaten", "hoverinfo": "skip", "showlegend": i == 0}
+        figure.add_scatter(x=best[MEMORY], y=best[SPEED], mode="lines", line=line, **front)
+    below = {"orientation": "h", "y": -0.2, "title": {"text": ""}, "itemsizing": "constant"}
+    return figure.update_layout(legend=below)
+
+
 # -- inside -------------------------------------------------------------------------------------
 
 
-def _plotly() -> Any:
+@functools.cache
+def _template() -> Any:
+    """What all figures share."""
+    from plotly.graph_objects import layout as made
+
+    axis = {"gridcolor": GRID, "linecolor": INK, "tickcolor": INK, "ticks": "outside"}
+    axis |= {"automargin": True, "zeroline": False}
+    shared = {
+        "title": {"x": 0.01, "xanchor": "left", "font": {"size": 16}},
+        "margin": {"l": 70, "r": 20, "t": 56, "b": 68},
+        "paper_bgcolor": PAPER,
+        "plot_bgcolor": PAPER,
+        "font": {"color": INK, "size": 13, "family": "system-ui, sans-serif"},
+        "legend": {"bgcolor": PAPER},
+        "hoverlabel": {"font": {"size": 13}},
+        "barmode": "group",
+        "xaxis": axis,
+        "yaxis": axis,
+    }
+    return made.Template(layout=shared)
+
+
+def _express() -> Any:
     try:
-        import plotly.graph_objects as graph
+        import plotly.express as px
     except ImportError as error:
         raise ImportError(
             "charts need plotly, which is not installed here; run: pip install 'moelab[lab]'"
         ) from error
-    return graph
+    return px
 
 
-def _dress(
-    figure: go.Figure,
-    title: str,
-    x: str,
-    y: str,
-    *,
-    height: int = HEIGHT,
-    legend: str | None = None,
-) -> None:
-    figure.update_layout(
-        template="none",
-        title={"text": title, "x": 0.01, "xanchor": "left", "font": {"size": 16}},
-        height=height,
-        margin={"l": 70, "r": 20, "t": 56, "b": 68},
-        paper_bgcolor=PAPER,
-        plot_bgcolor=PAPER,
-        font={"color": INK, "size": 13, "family": "system-ui, sans-serif"},
-        legend={"bgcolor": PAPER, "title": {"text": legend}},
-        hoverlabel={"font": {"size": 13}},
+def _drawn(
+    kind: str, frame: pd.DataFrame, x: str, y: str, color: str | None, **options: Any
+) -> go.Figure:
+    """A figure of plotly express in the looks of all; groups in the order of the frame."""
+    px, columns = _express(), [x, y, color, *map(options.get, ("text", "symbol"))]
+    for column in columns:
+        if isinstance(column, str) and column not in frame:
+            raise ValueError(f"no column {column!r}; there are {', '.join(map(str, frame))}")
+    orders = {}
+    if color is not None:
+        frame = frame.assign(**{color: frame[color].astype(str)})  # numbers would be a scale
+        orders = {color: list(dict.fromkeys(frame[color]))}
+    if kind == "line":
+        frame = frame.sort_values(x, kind="stable")
+    options = {"height": HEIGHT, "color_discrete_sequence": COLOURS, **options}
+    draw = getattr(px, kind)
+    return draw(
+        frame, x=x, y=y, color=color, category_orders=orders, template=_template(), **options
     )
-    axis: dict[str, Any] = {
-        "gridcolor": GRID,
-        "linecolor": INK,
-        "ticks": "outside",
-        "tickcolor": INK,
-    }
-    figure.update_xaxes(title={"text": x}, automargin=True, zeroline=False, **axis)
-    figure.update_yaxes(title={"text": y}, automargin=True, zeroline=False, **axis)
 
 
 def _ticks(values: Any) -> dict[str, Any]:
@@ -300,35 +316,6 @@ def _ticks(values: Any) -> dict[str, Any]:
     if not 1 < len(found) <= FEW or (found % 1).any() or np.diff(found).min() < np.ptp(found) / 25:
         return {}
     return {"tickmode": "array", "tickvals": found.tolist()}
-
-
-def _groups(
-    frame: pd.DataFrame, columns: Sequence[str], color: str | None
-) -> Iterator[tuple[str, pd.DataFrame]]:
-    wanted = [*columns, *([color] if color else [])]
-    if missing := [column for column in wanted if column not in frame]:
-        raise ValueError(f"no column {missing[0]!r}; there are {', '.join(map(str, frame))}")
-    if color is None:
-        yield "", frame
-        return
-    for name, rows in frame.groupby(color, sort=False, observed=True):
-        yield str(name), rows
-
-
-def _listed(frame: pd.DataFrame, column: str) -> Iterator[tuple[int, str]]:
-    if column not in frame:
-        raise ValueError(f"no column {column!r}; there are {', '.join(map(str, frame))}")
-    return enumerate(map(str, frame[column].unique()))
-
-
-def _hatched(index: int) -> dict[str, Any]:
-    """A bar's hatch: white strokes on the bar's own colour."""
-    shape = _pick(HATCHES, index)
-    return {"shape": shape, "fgcolor": STROKE, "bgcolor": _pick(COLOURS, index), "size": 6}
-
-
-def _pick(values: Sequence[str], index: int) -> str:
-    return values[index % len(values)]
 
 
 def _word(value: Any) -> str:

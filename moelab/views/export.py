@@ -8,43 +8,66 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
-from moelab.runs.schema import replaced
+from moelab.store.paths import write_atomically
 from moelab.views import page
-from moelab.views.png import png as drawn
 from moelab.views.report import Report
 
 if TYPE_CHECKING:
     from moelab.runs.recording import Recording
+    from moelab.runs.run import Run
 
-LIBRARIES = {"png": ("resvg_py", "resvg-py"), "parquet": ("pyarrow", "pyarrow")}
-"""What a kind of file needs: the module, and the name it is installed by."""
+LIBRARIES = {"png": "matplotlib", "parquet": "pyarrow"}
+"""What a kind of file needs."""
 
 
+@overload
+def report(run: Run | Recording, path: None = None) -> Report: ...
+@overload
 def report(
-    recording: Recording,
-    path: Path,
+    run: Run | Recording,
+    path: str | Path,
     *,
     png: bool | None = None,
     csv: bool = True,
     parquet: bool | None = None,
-) -> list[Path]:
-    """See `moelab.Recording.report`."""
+) -> list[Path]: ...
+def report(
+    run: Run | Recording,
+    path: str | Path | None = None,
+    *,
+    png: bool | None = None,
+    csv: bool = True,
+    parquet: bool | None = None,
+) -> Report | list[Path]:
+    """A run as a picture, or with ``path`` as the files of `moelab.Recording.report`.
+
+    Examples
+    --------
+    >>> moelab.report(run)  # doctest: +SKIP
+    >>> moelab.report(run, "run.html")  # doctest: +SKIP
+    """
+    from moelab.runs.compare import recorded
+
+    recording = recorded(run)
+    if path is None:
+        return Report.of(recording)
     png, parquet = _wanted("png", png), _wanted("parquet", parquet)
+    path = Path(path)
     path = path if path.suffix in (".html", ".htm") else path.with_name(path.name + ".html")
-    replaced(path, as_page(recording).encode())
+    write_atomically(path, as_page(recording).encode())
     written = [path]
     if png:
         written.append(path.with_suffix(".png"))
-        written[-1].write_bytes(drawn(Report.of(recording).svg()))
-    tables = {"events": recording.events, "tokens": recording.per_token}
-    for name, table in tables.items() if csv else ():
-        written.append(path.with_suffix(f".{name}.csv"))
-        table.to_csv(written[-1], index=False)
-    for name, table in tables.items() if parquet else ():
-        written.append(path.with_suffix(f".{name}.parquet"))
-        table.to_parquet(written[-1], index=False)
+        written[-1].write_bytes(Report.of(recording).png())
+    for name, table in {"events": recording.events, "tokens": recording.per_token}.items():
+        if csv:
+            written.append(path.with_suffix(f".{name}.csv"))
+            table.to_csv(written[-1], index=False)
+        if parquet:
+            written.append(path.with_suffix(f".{name}.parquet"))
+            table.to_parquet(written[-1], index=False)
     return written
 
 
@@ -57,8 +80,8 @@ def as_page(recording: Recording) -> str:
 
 def _wanted(kind: str, asked: bool | None) -> bool:
     """Whether to write such a file; refused where it was asked for and its library is missing."""
-    module, name = LIBRARIES[kind]
-    there = importlib.util.find_spec(module) is not None
+    name = LIBRARIES[kind]
+    there = importlib.util.find_spec(name) is not None
     if asked and not there:
         raise ImportError(f"{kind}=True needs {name}: pip install {name}; or {kind}=False")
     return there if asked is None else asked

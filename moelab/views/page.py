@@ -8,17 +8,17 @@ Where scripts do not run the static picture stays.
 from __future__ import annotations
 
 import base64
-import binascii
-import re
 from html import escape
 
 import moelab
+from moelab.runs.schema import RECORDING, embedded
 from moelab.views.scripts import PAGE_STYLES, script, styles
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 """Of the page's contents: nothing can be fetched, whatever is inside."""
 
-RECORDING = '<script id="moelab-recording" type="application/gzip;base64">'
+__all__ = ["embedded", "html"]
+
 TOO_OLD = (
     "This browser cannot draw the recording: it needs Chrome 97, Firefox 113, Safari 16.4 or newer."
 )
@@ -66,20 +66,3 @@ def html(packed: bytes, *, title: str, picture: str = "") -> str:
 </body>
 </html>
 """
-
-
-def embedded(text: str) -> bytes | None:
-    """The packed document inside an exported page; None where there is none.
-
-    Raises
-    ------
-    ValueError
-        It is there, but is not base64: the file is damaged.
-    """
-    found = re.search(re.escape(RECORDING) + r"([^<]*)</script>", text)
-    if found is None:
-        return None
-    try:
-        return base64.b64decode(found[1], validate=True)
-    except binascii.Error as e:
-        raise ValueError(f"the recording inside the page is damaged: {e}") from e

@@ -1,214 +1,306 @@
-"""The views of the dashboard as SVG, drawn by hand: cache map, latency bars, shaded text.
+"""A frame drawn by matplotlib: cache map, latency bars, memory, KL and text, as SVG or PNG.
 
-Each function takes a frame and the y it begins at, and returns markup and the height it took.
-Colours, fill and hatches are those of the live view on a light page (static/look.js).
+Colours are Okabe-Ito's and viridis', those of the live view on a light page (static/), and never
+the only cue: tiers differ by how full a cell is, causes of waiting by hatch. The picture has its
+own light ground and asks for no font that matplotlib does not bring; in the SVG, text stays text.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from html import escape
+import io
+import re
+import textwrap
+import threading
+import unicodedata
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from moelab.runs.tokens import COLUMNS, STALLS
-from moelab.widgets.frame import MAP_TYPES
+from moelab.runs.tokens import COLUMNS
 
-WIDTH, MARGIN, AXIS = 960, 20, 34
+WIDTH, LEFT, RIGHT, DPI = 960, 60, 20, 100  # pixels of the picture, its margins, and an inch
 TIERS = {16: "#482475", 8: "#355f8d", 4: "#21918c", 3: "#44bf70", 2: "#9bd93c"}
 FILL = {16: 1.0, 8: 0.74, 4: 0.5, 3: 0.36, 2: 0.24}
-PARTS = dict(
-    zip(("compute", *STALLS), ("#56a0d3", "#d55e00", "url(#moe-late)", "#a8518a"), strict=True)
-)
 COST, KL, TEXT, SOFT, LINE, CELL = "#d55e00", "#00795a", "#1f2328", "#656d76", "#d0d7de", "#f0f2f5"
-HATCH = (
-    '<defs><pattern id="moe-late" width="4" height="4" patternUnits="userSpaceOnUse" '
-    'patternTransform="rotate(45)"><rect width="4" height="4" fill="#fff"/>'
-    '<rect width="2.4" height="4" fill="#e69f00"/></pattern></defs>'
-)
-KL_LOW, KL_HIGH = 1e-4, 1.0
+PARTS = {
+    "compute": ("#56a0d3", "", TEXT),
+    "deciding": ("#f0e442", "\\\\\\\\\\", TEXT),
+    "on demand": ("#d55e00", "", "w"),
+    "prefetch late": ("#e69f00", "/////", "w"),
+    "evict": ("#a8518a", "xxxx", "w"),
+}
+"""What a token's time goes into: colour, hatch and the colour of its lines."""
+
+EMULATED = "#a35200"
+CHAR, ROW = 7.25, 18.0  # one character of the text, in pixels
+_MONO = "'DejaVu Sans Mono', Menlo, 'Liberation Mono', 'Courier New', monospace"
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Helvetica", "Arial", "sans-serif"],
+    "svg.hashsalt": "moelab",  # the same frame gives the same bytes
+    "font.size": 8.6,
+    "legend.fontsize": 8,
+    "legend.handleheight": 1,
+    "text.color": TEXT,
+    "text.parse_math": False,
+    "axes.edgecolor": LINE,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "hatch.linewidth": 0.5,
+}
+_LOCK = threading.Lock()  # matplotlib's settings belong to the process
 
 
-def words(
-    x: float, y: float, text: object, *, fill: str = TEXT, size: int = 12, anchor: str = "start",
-    weight: int = 400,
-) -> str:  # fmt: skip
-    """One line of text; ``y`` is its base line."""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}" font-size="{size}" text-anchor="{anchor}" '
-        f'font-weight="{weight}">{clean(str(text))}</text>'
-    )
+def picture(
+    frame: Mapping[str, Any], model: Mapping[str, Any], head: tuple[str, ...], kind: str
+) -> bytes:
+    """The whole picture.
+
+    Parameters
+    ----------
+    frame, model
+        As `moelab.views.report.Report` has them.
+    head
+        Title, figures and settings, in words.
+    kind
+        ``"svg"`` or ``"png"``, which has twice the size in pixels.
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed; the message has the command that installs it.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as e:
+        raise ImportError("a picture needs matplotlib: pip install matplotlib") from e
+    file = io.BytesIO()
+    with _LOCK, mpl.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font lacks: the SVG has them
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
+        kinds = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else None
+        _drawn(frame, model, head).savefig(file, format=kind, dpi=2 * DPI, metadata=kinds)
+    if kind == "png":
+        return file.getvalue()
+    svg = file.getvalue().decode()
+    svg = re.sub(r"'DejaVu Sans Mono'(?:, monospace)?", _MONO, svg[svg.index("<svg") :])
+    tenths = (r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]))
+    return re.sub(*tenths, svg).encode()
 
 
-def box(x: float, y: float, wide: float, tall: float, fill: str, opacity: float = 1) -> str:
-    """One filled rectangle."""
-    see = f'" fill-opacity="{opacity:.2f}' if opacity < 1 else ""
-    size = f'width="{wide:.1f}" height="{tall:.1f}"'
-    return f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="{fill}{see}"/>'
+def _drawn(frame: Mapping[str, Any], model: Mapping[str, Any], head: tuple[str, ...]) -> Any:
+    """The figure: lanes under each other, each with a gap above for its title."""
+    from matplotlib.figure import Figure
+
+    columns = np.frombuffer(frame["values"], "<f4").reshape(len(COLUMNS), frame["count"])
+    values: dict[str, np.ndarray] = dict(zip(COLUMNS, columns, strict=True))  # [T] each
+    pieces = [clean(piece) for piece in (frame["prompt"], *frame["texts"])]
+    rows = lay_out(pieces, columns=int((WIDTH - LEFT - RIGHT) / CHAR))
+    lines = [line for words in head[1:] for line in textwrap.wrap(words, 135)]
+    map_px = model["layers"] * min(22.0, max(5.0, 240 / model["layers"]))
+    lanes = {"map": (70 + 17 * len(lines), map_px), "bars": (66, 120)}  # gap above, height
+    if frame["count"]:
+        lanes["memory"] = 14, 34
+        if np.isfinite(values["kl"]).any():
+            lanes["kl"] = 18, 34
+    lanes["text"] = 42, ROW * len(rows)
+    ratios = [pixels for lane in lanes.values() for pixels in lane] + [RIGHT]
+    figure = Figure((WIDTH / DPI, sum(ratios) / DPI), dpi=DPI)
+    spec = figure.add_gridspec(len(ratios), height_ratios=ratios, top=1, bottom=0, hspace=0)
+    spec.update(left=LEFT / WIDTH, right=1 - RIGHT / WIDTH)
+    axes = {name: figure.add_subplot(spec[2 * i + 1]) for i, name in enumerate(lanes)}
+    for lane in axes.values():
+        lane.set(xticks=[], yticks=[], xlim=(0, max(frame["count"], 40)))
+        lane.spines[["top", "right", "left"]].set_visible(False)
+        lane.tick_params(length=0)
+    _head(figure, frame["origins"][-1], head[0], lines)
+    _map(axes["map"], frame, model)
+    _bars(axes["bars"], values)
+    _marks(axes["bars"], frame)
+    if "memory" in axes:
+        _memory(axes["memory"], values)
+    if "kl" in axes:
+        at = np.arange(frame["count"]) + 0.43
+        axes["kl"].plot(at, values["kl"].clip(1e-4, 1), "_", c=KL, ms=3)
+        axes["kl"].set(yscale="log", ylim=(1e-4, 1))
+        axes["kl"].set_yticks([1e-4, 1e-2, 1], ["10⁻⁴", "KL", "1"])
+        axes["kl"].minorticks_off()
+    _text(axes["text"], values["total_ms"], rows)
+    return figure
+
+
+def _head(figure: Any, origin: Mapping[str, Any], title: str, lines: list[str]) -> None:
+    def say(x: float, y: float, words: str, **style: Any) -> None:
+        figure.text(x / WIDTH, 1 - y / DPI / figure.get_figheight(), words, **style)
+
+    say(RIGHT, 27, title, size=10, weight="bold")
+    for i, line in enumerate(lines):
+        say(RIGHT, 48 + 17 * i, line, color=SOFT if i else TEXT)
+    name, colour, dash = ("measured", KL, "-")
+    if origin["emulated"]:
+        name, colour, dash = ("emulated", EMULATED, "--")
+    edge = {"boxstyle": "round,pad=0.35,rounding_size=0.9", "fc": "none", "ec": colour, "ls": dash}
+    style = {"ha": "right", "color": colour, "weight": "bold", "bbox": edge}
+    say(WIDTH - RIGHT - 8, 27, f"{name}: {origin['title']}", **style)
+
+
+def _title(
+    axes: Any, words: str, legend: Iterable[tuple[str, str, str, str]] = (), up: int = 6
+) -> None:
+    """Above the lane: its title, and beside it the legend (words, colour, hatch, its colour)."""
+    from matplotlib.patches import Patch
+
+    axes.set_title(words, loc="left", size=8.6, weight="bold", pad=up * 72 / DPI)
+    handles = [Patch(fc=c, hatch=h, ec=e, lw=0, label=label) for label, c, h, e in legend]
+    tight = {"frameon": False, "borderpad": 0, "borderaxespad": 0, "handlelength": 1, "ncols": 9}
+    at = 0.16, 1 + (up - 3) / axes.bbox.height
+    axes.legend(handles=handles, bbox_to_anchor=at, loc="lower left", labelcolor=SOFT, **tight)
+
+
+def _map(axes: Any, frame: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Layers down, experts across: colour and fill are the resident bits."""
+    from matplotlib.colors import to_rgb
+
+    layers, experts = model["layers"], model["experts"]
+    bits = np.frombuffer(frame["map"]["bits"], "<u1").reshape(layers, experts)  # [L, E]
+    blocks = {tier: "▁▂▃▄▅▆▇█"[round(8 * share) - 1] for tier, share in FILL.items()}
+    legend = ((f"{t} bit {blocks[t]}", TIERS[t], "", "w") for t in model["tiers"])
+    _title(axes, "Cache map", legend)
+    tall, wide = 12, 8  # dots of a cell
+    full = np.select([bits == tier for tier in FILL], list(FILL.values()), 0.0)
+    colours = np.full((256, 3), to_rgb(CELL))
+    colours[list(TIERS)] = [to_rgb(colour) for colour in TIERS.values()]
+    filled = np.arange(tall, 0, -1)[:, None] <= np.rint(tall * full)[:, None, :]  # [L, dots, E]
+    dots = np.where(filled[..., None], colours[bits][:, None], to_rgb(CELL))
+    dots = np.repeat(dots[:, :, :, None], wide, axis=3)  # [L, dots, E, dots, 3]
+    dots[:, -1], dots[:, :, :, -1] = 1.0, 1.0
+    dots = dots.reshape(tall * layers, wide * experts, 3)
+    axes.imshow(dots, extent=(0, experts, layers, 0), aspect="auto", interpolation="none")
+    axes.set_xlim(0, experts)
+    axes.spines["bottom"].set_visible(False)
+    shown = range(0, layers, -(-13 * layers // int(axes.bbox.height)))
+    axes.set_yticks(np.array(shown) + 0.5, map(str, shown))
+
+
+def _steps(axes: Any, tops: Any, edges: Any, base: Any, **look: Any) -> None:
+    """As ``axes.stairs``, which takes a second to find the limits of long ones."""
+    from matplotlib.patches import StepPatch
+
+    axes.add_artist(StepPatch(tops, edges, baseline=base, **look))
+
+
+def _bars(axes: Any, values: Mapping[str, np.ndarray]) -> None:
+    """One bar a token, stacked by cause."""
+    from matplotlib.ticker import MaxNLocator
+
+    total, count = values["total_ms"], len(values["total_ms"])
+    _title(axes, "Latency per token", ((part, *look) for part, look in PARTS.items()), up=44)
+    if not count:
+        axes.text(0, 0.5, "no token yet", color=SOFT)
+        return
+    gaps = count <= 300  # between tokens, where there is room
+    edges = np.append(np.add.outer(np.arange(count), (0, 0.86)[: 1 + gaps]).ravel(), count)
+    axes.grid(visible=True)
+    axes.set_ylim(0, 1.15 * max(0.5, float(np.quantile(total, 0.96))))
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+    axes.text(-0.006, 1.04, "ms", transform=axes.transAxes, ha="right", color=SOFT, size=7)
+    below = np.zeros(count)
+    for part, (colour, hatch, lines) in PARTS.items():
+        spent = values.get(f"{part}_ms", values.get(part))
+        if spent is None or not spent.any():
+            continue
+        tops, bases = (np.repeat(v, 1 + gaps) for v in (below + spent, below))
+        if gaps:
+            tops[1::2] = np.nan
+        _steps(axes, tops, edges, bases, fc=colour, hatch=hatch, ec=lines, lw=0)
+        below = below + spent
+
+
+def _memory(axes: Any, values: Mapping[str, np.ndarray]) -> None:
+    held, budget = values["resident_bytes"] / 1e6, values["budget_bytes"] / 1e6
+    edges, most = np.arange(len(held) + 1), max(float(budget.max()), float(held.max()), 1e-6)
+    _steps(axes, held, edges, 0, fc="#b8c0c8", lw=0)
+    _steps(axes, budget, edges, None, fill=False, ec=TEXT, ls="--", lw=0.8)
+    axes.set_ylim(0, 1.15 * most)
+    axes.set_yticks([0, most], ["0", f"{most:.3g}"])
+    words = "experts in memory, MB; dashed: budget"
+    axes.text(1, 1.04, words, transform=axes.transAxes, ha="right", color=SOFT, size=7)
+
+
+def _marks(axes: Any, frame: Mapping[str, Any]) -> None:
+    """Settings changed during the run, labelled as far as there is room."""
+    ends, most = [-1e9, -1e9], axes.get_xlim()[1]
+    step = axes.bbox.width / most
+    for change in frame["changes"]:
+        x = change["last"] - frame["first"]
+        if x < 0:
+            continue
+        wide = 6.4 * len(change["label"]) / step
+        at = min(x, most - wide)
+        row = next((i for i, end in enumerate(ends) if end + 10 / step < at), None)
+        axes.axvline(x, color=TEXT, linewidth=0.8, linestyle=(0, (3, 2)))
+        if row is not None:
+            ends[row] = at + wide
+            place = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
+            axes.annotate(change["label"], (at, 1), (0, 13 - 9 * row), size=8, **place)
+
+
+def _text(axes: Any, total_ms: np.ndarray, rows: list[list[tuple[str, int]]]) -> None:
+    """Prompt and text on a grid of characters, each token shaded by its cost."""
+    from matplotlib.colors import to_rgb
+
+    high = max(0.2, float(np.quantile(total_ms, 0.97))) if len(total_ms) else 1.0
+    low = min(high / 4, float(np.quantile(total_ms, 0.1))) if len(total_ms) else 0.25
+    shades = np.log(np.maximum(total_ms, 1e-6) / low) / np.log(high / low)
+    shades = np.append(0.0, 0.62 * shades.clip(0, 1))  # of the prompt, then of each token
+    _title(axes, "Text, shaded by cost")
+    axes.set_axis_off()
+    columns = axes.bbox.width / CHAR
+    grid = np.zeros((len(rows), int(columns), 4))
+    grid[..., :3] = to_rgb(COST)
+    mono = {"family": "DejaVu Sans Mono", "size": 72 * CHAR / 0.602 / DPI}
+    for y, row in enumerate(rows):
+        pieces = np.array([piece for _, piece in row], int)[: int(columns)]
+        grid[y, : len(pieces), 3] = shades[pieces]
+        for colour, of_prompt in ((SOFT, True), (TEXT, False)):
+            mine = (letter if (piece == 0) == of_prompt else " " for letter, piece in row)
+            words = "".join(mine).rstrip().replace(" ", "\u00a0")  # SVG would drop spaces
+            axes.text(0, y + 0.72, words, color=colour, **mono)
+    extent = (0, int(columns), len(rows), 0)
+    axes.imshow(grid, extent=extent, aspect="auto", interpolation="none")
+    axes.set_xlim(0, columns)
 
 
 def clean(text: str) -> str:
-    """Text as markup: escaped, and without the characters that XML does not have."""
-    return escape("".join(c if c.isprintable() or c == " " else "\ufffd" for c in text))
+    """Text without the characters that XML does not have; line ends and tabs stay."""
+    text = text.replace("\r\n", "\n")
+    return "".join(c if c.isprintable() or c in " \n\t" else "\ufffd" for c in text)
 
 
-def values_of(frame: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The token columns by name, each [T]."""
-    rows = np.frombuffer(frame["values"], "<f4").reshape(len(COLUMNS), frame["count"])  # [C, T]
-    return dict(zip(COLUMNS, rows, strict=True))
+def lay_out(pieces: Iterable[str], *, columns: int) -> list[list[tuple[str, int]]]:
+    r"""Rows of (character, index of its piece), broken at ``columns`` and at line ends.
 
-
-def cache_map(
-    frame: Mapping[str, Any], options: Mapping[str, Any], top: float
-) -> tuple[str, float]:
-    """Layers down, experts across: colour and fill are the resident bits."""
-    shape = layers, experts = options["layers"], options["experts"]
-    bits = np.frombuffer(frame["map"]["bits"], MAP_TYPES["bits"]).reshape(shape)  # [L, E]
-    left, y0 = MARGIN + AXIS, top + 26
-    wide, tall = (WIDTH - left - MARGIN) / experts, min(22.0, max(5.0, 240 / layers))
-    gap = 2.0 if tall > 9 else 0.6
-    out = [words(MARGIN, top + 16, "Cache map", weight=650), *_tier_legend(options, top + 16)]
-    for layer, e in np.ndindex(shape):
-        x, y, tier = left + e * wide, y0 + layer * tall, int(bits[layer, e])
-        cell = box(x, y, wide - gap, tall - gap, CELL)
-        if tier:
-            full = (tall - gap) * FILL[tier]
-            cell += box(x, y + tall - gap - full, wide - gap, full, TIERS[tier])
-        out.append(cell)
-    for layer in range(0, layers, math.ceil(13 / tall)):
-        y = y0 + (layer + 0.5) * tall + 3
-        out.append(words(left - 6, y, layer, anchor="end", fill=SOFT, size=10))
-    return "".join(out), 26 + layers * tall
-
-
-def _tier_legend(options: Mapping[str, Any], y: float) -> Iterator[str]:
-    for i, tier in enumerate(options["tiers"]):
-        x, full = MARGIN + 150 + 62 * i, 12 * FILL[tier]
-        yield box(x, y - 10, 10, 12, CELL) + box(x, y + 2 - full, 10, full, TIERS[tier])
-        yield words(x + 15, y, f"{tier} bit", fill=SOFT, size=11)
-
-
-def latency_bars(frame: Mapping[str, Any], top: float) -> tuple[str, float]:
-    """One bar a token, compute and stalls by cause, with the settings changed on the way."""
-    out = [words(MARGIN, top + 16, "Latency per token", weight=650)]
-    x = MARGIN + 150.0
-    for part, colour in PARTS.items():
-        out.append(box(x, top + 6, 10, 12, colour))
-        out.append(words(x + 15, top + 16, part, fill=SOFT, size=11))
-        x += 36 + 6 * len(part)
-    if not frame["count"]:
-        return "".join([*out, words(MARGIN + 150, top + 44, "no token yet", fill=SOFT)]), 44
-    values, left, y0, tall = values_of(frame), MARGIN + AXIS, top + 50, 120.0
-    step = (WIDTH - left - MARGIN) / max(frame["count"], 40)
-    scale = round_up(1.15 * max(0.5, float(np.quantile(values["total_ms"], 0.96))))
-    out.append(words(left - 6, y0 - 10, "ms", anchor="end", fill=SOFT, size=10))
-    out += _rules(y0, tall, [(share, f"{scale * share:.3g}") for share in (0, 0.5, 1)])
-    below = np.zeros(frame["count"])
-    for part, colour in PARTS.items():
-        above = below + values["compute_ms" if part == "compute" else part]
-        low, high = (y0 + tall * (1 - np.minimum(1, v / scale)) for v in (below, above))
-        thick = step * 0.86
-        boxes = "".join(
-            f"M{left + i * step:.1f} {low[i]:.1f}h{thick:.2f}V{high[i]:.1f}h{-thick:.2f}z"
-            for i in np.flatnonzero(low - high > 0.05)
-        )
-        out.append(f'<path d="{boxes}" fill="{colour}"/>')
-        below = above
-    out += _marks(frame, y0, tall, step)
-    lane = list(_kl_lane(values["kl"], y0 + tall + 14, step))
-    return "".join([*out, *lane]), 50 + tall + (60 if lane else 10)
-
-
-def round_up(x: float) -> float:
-    """The next of 1, 1.5, 2, 3, 4, 5, 6, 8, 10 … at or above x."""
-    ten = 10.0 ** math.floor(math.log10(x))
-    return ten * next(m for m in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if m * ten >= x * 0.9999)
-
-
-def _rules(y0: float, tall: float, labels: Iterable[tuple[float, str]]) -> Iterator[str]:
-    left = MARGIN + AXIS
-    for share, label in labels:
-        y = y0 + tall * (1 - share)
-        yield box(left, y, WIDTH - left - MARGIN, 0.8, LINE)
-        yield words(left - 6, y + 4, label, anchor="end", fill=SOFT, size=10)
-
-
-def _marks(frame: Mapping[str, Any], y0: float, tall: float, step: float) -> Iterator[str]:
-    """Settings changed during the run, labelled as far as there is room."""
-    ends = [-1e9, -1e9]
-    for change in frame["changes"]:
-        x = MARGIN + AXIS + (change["last"] - frame["first"]) * step
-        if x < MARGIN + AXIS:
-            continue
-        wide = 6.0 * len(change["label"])
-        at = min(x, WIDTH - MARGIN - wide)
-        row = next((i for i, end in enumerate(ends) if end + 10 < at), None)
-        up = y0 if row is None else y0 - 16 + 12 * row
-        line = f"M{x:.1f} {up:.1f}V{y0 + tall:.1f}"
-        yield f'<path d="{line}" stroke="{TEXT}" stroke-dasharray="3 2"/>'
-        if row is not None:
-            ends[row] = at + wide
-            yield words(at, up - 3, change["label"], size=11)
-
-
-def _kl_lane(kl: np.ndarray, y0: float, step: float) -> Iterator[str]:
-    """KL of each token on a log scale, where it was measured."""
-    shown = np.flatnonzero(np.isfinite(kl))
-    if not len(shown):
-        return
-    yield from _rules(y0, 34, ((0, "10⁻⁴"), (0.5, "KL"), (1, "1")))
-    share = np.log(np.maximum(kl, 1e-12) / KL_LOW) / math.log(KL_HIGH / KL_LOW)
-    y, left = y0 + 34 * (1 - np.clip(share, 0, 1)), MARGIN + AXIS
-    spots = "".join(f"M{left + (i + 0.43) * step - 1.5:.1f} {y[i]:.1f}h3" for i in shown)
-    yield f'<path d="{spots}" stroke="{KL}" stroke-width="3"/>'
-
-
-def shaded_text(frame: Mapping[str, Any], top: float) -> tuple[str, float]:
-    """Prompt and text on a grid of characters, each token shaded by its cost."""
-    char, line = 7.25, 18.0
-    total = values_of(frame)["total_ms"]
-    high = max(0.2, float(np.quantile(total, 0.97))) if len(total) else 1.0
-    low = min(high / 4, float(np.quantile(total, 0.1))) if len(total) else 0.25
-    shades = np.log(np.maximum(total, 1e-6) / low) / math.log(high / low)
-    out, text, y = [words(MARGIN, top + 16, "Text, shaded by cost", weight=650)], [], top
-    pieces = [frame["prompt"], *frame["texts"]]
-    for token, piece, column, row in lay_out(pieces, columns=int((WIDTH - 2 * MARGIN) / char)):
-        x, y, wide = MARGIN + column * char, top + 42 + row * line, len(piece) * char
-        shade = 0.62 * min(1.0, float(shades[token - 1])) if token else 0.0
-        if shade > 0.02:
-            out.append(box(x, y - 13, wide, line - 1, COST, shade))
-        fill = f' fill="{SOFT}"' if not token else ""
-        place = f'x="{x:.1f}" y="{y:.1f}" textLength="{wide:.1f}"'
-        kept = clean(piece).replace(" ", "\u00a0")  # SVG would drop the spaces at both ends
-        text.append(f"<text {place}{fill}>{kept}</text>")
-    style = "font-family:ui-monospace,Menlo,Consolas,monospace"
-    return f'{"".join(out)}<g style="{style}">{"".join(text)}</g>', y - top + 8
-
-
-def lay_out(pieces: Iterable[str], *, columns: int) -> Iterator[tuple[int, str, int, int]]:
-    r"""Break pieces of text at ``columns`` characters and at line ends.
-
-    Yields
-    ------
-    tuple
-        Index of the piece, text without line ends, column and row it begins at.
+    A wide character (Chinese, say) takes two places: the second one is empty.
 
     Examples
     --------
-    >>> list(lay_out(["ab", "cd\ne"], columns=3))
-    [(0, 'ab', 0, 0), (1, 'c', 2, 0), (1, 'd', 0, 1), (1, 'e', 0, 2)]
+    >>> lay_out(["ab", "c\ne"], columns=3)
+    [[('a', 0), ('b', 0), ('c', 1)], [('e', 1)]]
     """
-    column = row = 0
+    rows: list[list[tuple[str, int]]] = [[]]
     for index, piece in enumerate(pieces):
-        for i, part in enumerate(piece.expandtabs(4).split("\n")):
-            if i:
-                column, row = 0, row + 1
-            rest = part
-            while rest:
-                if column >= columns:
-                    column, row = 0, row + 1
-                now, rest = rest[: columns - column], rest[columns - column :]
-                yield index, now, column, row
-                column += len(now)
+        for letter in piece.expandtabs(4):
+            if letter == "\n" or len(rows[-1]) >= columns:
+                rows.append([])
+            if letter != "\n":
+                rows[-1].append((letter, index))
+                rows[-1] += [("", index)] * (unicodedata.east_asian_width(letter) in "WF")
+    return rows

@@ -1,42 +1,29 @@
-"""A picture of a run that outlives the kernel: one SVG with its map, bars, text and figures.
+"""A picture of a run that outlives the kernel: its map, bars, text and figures.
 
-It shows the run's own settings and what was resident when it ended, whatever came later.
-
-It needs no script, no style sheet and no network, so a saved notebook still shows it. As HTML it
-is an image with the picture inside its address: notebooks that are not trusted drop inline SVG. It
-brings its own light ground and reads the same on a dark page.
+It shows the run's own settings and what was resident when it ended, whatever came later. It needs
+no script, no style sheet and no network, so a saved notebook still shows it. As HTML it is an image
+with the picture inside its address, because notebooks that are not trusted drop inline SVG; where
+matplotlib is missing it is a table of the figures.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from moelab.runs.tokens import figures
-from moelab.views.picture import (
-    HATCH,
-    KL,
-    LINE,
-    MARGIN,
-    SOFT,
-    WIDTH,
-    cache_map,
-    latency_bars,
-    shaded_text,
-    words,
-)
-from moelab.views.png import png
-from moelab.widgets.decisions import about, spelled
-from moelab.widgets.frame import LONGEST
+from moelab.runs.words import number, size
+from moelab.views.picture import WIDTH, picture
 
 if TYPE_CHECKING:
     from moelab.runs.recording import Recording
 
-EMULATED = "#a35200"
+LONGEST = 1500
+"""Tokens that are drawn at most, the newest ones."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,32 +69,30 @@ class Report:
         return f"<Report of {self.model['name']}: {self.figures()}>"
 
     def _repr_mimebundle_(self, **_kwargs: Any) -> dict[str, str]:
-        svg = self.svg()
-        drawn = {"text/html": self.html(), "image/svg+xml": svg, "text/plain": repr(self)}
-        with contextlib.suppress(ImportError):  # for hosts that show neither of the others
-            drawn["image/png"] = base64.b64encode(png(svg)).decode()
+        drawn = {"text/html": self.html(), "text/plain": repr(self)}
+        with contextlib.suppress(ImportError):  # for hosts that show no HTML
+            drawn["image/svg+xml"] = self.svg()
+            drawn["image/png"] = base64.b64encode(self.png()).decode()
         return drawn
 
     def html(self) -> str:
-        """The picture as an image that says its content to a screen reader."""
+        """The picture as an image that says its content to a screen reader; else a table."""
+        try:
+            data = base64.b64encode(self.svg().encode()).decode()
+        except ImportError:
+            said = zip(("model", "figures", "settings", "times"), self._head(), strict=False)
+            rows = "".join(f"<tr><th>{name}</th><td>{escape(t)}</td></tr>" for name, t in said)
+            return f"<table>{rows}</table>"
         label = escape(f"moelab report. {self.settings}. {self.figures()}.", quote=True)
-        data = base64.b64encode(self.svg().encode()).decode()
         return f'<img alt="{label}" width="{WIDTH}" src="data:image/svg+xml;base64,{data}"/>'
 
     def svg(self) -> str:
-        """The picture alone."""
-        parts, y = list(self._head()), 74.0
-        for draw in (self._map, self._bars, self._text):
-            markup, tall = draw(y)
-            parts.append(markup)
-            y += tall + 18
-        style = "font-family:system-ui,Helvetica,Arial,sans-serif;font-variant-numeric:tabular-nums"
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y:.0f}" '
-            f'width="100%" style="max-width:{WIDTH}px;{style}" font-size="12">{HATCH}'
-            f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{y - 1:.0f}" rx="8" '
-            f'fill="#fff" stroke="{LINE}"/>{"".join(parts)}</svg>'
-        )
+        """The picture alone; ImportError where matplotlib is missing."""
+        return picture(self.frame, self.model, self._head(), "svg").decode()
+
+    def png(self) -> bytes:
+        """The picture at twice its size in pixels; ImportError where matplotlib is missing."""
+        return picture(self.frame, self.model, self._head(), "png")
 
     def figures(self) -> str:
         """The running figures, in words; never over two devices."""
@@ -120,57 +105,8 @@ class Report:
             f"stall share {number(w['stall_share'], '.0%')}, mean KL {number(w['kl_mean'])}{since}"
         )
 
-    def _head(self) -> Iterator[str]:
-        o, origin = self.model, self.frame["origins"][-1]
-        shape = f"{o['layers']} layers x {o['experts']} experts, top {o['top_k']}"
-        yield words(MARGIN, 27, f"{o['name']} · {o['architecture']} · {shape}", size=14, weight=650)
-        kind, colour, dash = ("measured", KL, "none")
-        if origin["emulated"]:
-            kind, colour, dash = ("emulated", EMULATED, "4 2")
-        label = f"{kind}: {origin['title']}"
-        wide = 7.2 * len(label) + 18
-        yield (
-            f'<rect x="{WIDTH - MARGIN - wide:.1f}" y="13" width="{wide:.1f}" height="19" '
-            f'rx="9.5" fill="none" stroke="{colour}" stroke-dasharray="{dash}"/>'
-        )
-        middle = WIDTH - MARGIN - wide / 2
-        yield words(middle, 26.5, label, anchor="middle", fill=colour, weight=600)
-        yield words(MARGIN, 48, self.figures())
-        yield words(MARGIN, 65, self.settings, fill=SOFT)
-
-    def _map(self, top: float) -> tuple[str, float]:
-        return cache_map(self.frame, self.model, top)
-
-    def _bars(self, top: float) -> tuple[str, float]:
-        return latency_bars(self.frame, top)
-
-    def _text(self, top: float) -> tuple[str, float]:
-        return shaded_text(self.frame, top)
-
-
-def sentence(settings: Any, expert_bytes: Mapping[int, int], all_experts_bytes: int) -> str:
-    """Settings in one line: ``budget 5.31 MB = 25% = 24 experts, 16 bit, LRU``."""
-    budget, name = settings.budget_bytes, settings.strategy.name
-    experts = budget // expert_bytes[settings.bits]
-    low = f", low bits {settings.low_bits}" if settings.low_bits else ""
-    ahead = f", prefetch {settings.prefetch} ahead" if settings.prefetch else ""
-    strategy = about(settings.strategy) if name.endswith("*") else spelled(name)
-    return (
-        f"budget {size(budget)} = {budget / all_experts_bytes:.0%} = {experts} experts, "
-        f"{settings.bits} bit{low}, {strategy}{ahead}"
-    )
-
-
-def size(nbytes: float | None) -> str:
-    """Bytes in words: ``5.31 MB``."""
-    if nbytes is None:
-        return "-"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.3g} {unit}"
-    return f"{nbytes:.0f} B"
-
-
-def number(value: float | None, form: str = ".3g") -> str:
-    """A figure, or a dash where there is none."""
-    return "-" if value is None else format(value, form)
+    def _head(self) -> tuple[str, ...]:
+        """Title, figures and settings."""
+        m = self.model
+        shape = f"{m['layers']} layers x {m['experts']} experts, top {m['top_k']}"
+        return f"{m['name']} · {m['architecture']} · {shape}", self.figures(), self.settings

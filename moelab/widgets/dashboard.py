@@ -17,13 +17,16 @@ from typing import Any, ClassVar
 import anywidget
 import traitlets
 
-from moelab.views.report import Report, sentence
+import moelab
+from moelab.runs.snapshot import RunReader
+from moelab.runs.words import in_words, sentence
+from moelab.views.report import Report
 from moelab.views.scripts import STYLES, script, styles
-from moelab.widgets.frame import Framer, controls, in_words, options
+from moelab.widgets.cells import take_place
+from moelab.widgets.drawer import Drawer
+from moelab.widgets.frame import Framer, controls, options
 from moelab.widgets.models import Models
-from moelab.widgets.past import Past
-from moelab.widgets.pins import Runs
-from moelab.widgets.places import take_place
+from moelab.widgets.queries import RunQueries
 from moelab.widgets.why import reasons
 
 FRAMES_PER_S = 12.0
@@ -35,7 +38,7 @@ PATIENCE_S = 0.3
 """Without an acknowledgement (a busy kernel, no browser) a frame goes out this often."""
 
 IDLE_S = 0.25
-LOOK_S = 0.004
+CHECK_S = 0.004
 """How often it is looked for the first token under new settings, which is shown at once."""
 
 
@@ -67,25 +70,24 @@ class Dashboard(anywidget.AnyWidget):
     _newest: ClassVar[Any] = None
 
     def __init__(self, lab: Any) -> None:
-        import moelab
-
-        info = lab.info()
         self._lab_ref, self._held = weakref.ref(lab), lab
         self._framer: Framer | None = None
         self._mine: Any = None  # the run that was started here, weakly
         Dashboard._newest = weakref.ref(self)
-        self._told: tuple[Any, dict[str, Any]] = (None, {})
+        self._told: tuple[Any, dict[str, Any]] = (None, {})  # controls, and of which settings
         self._seq = self._acked = -1
         self._sent_at = 0.0
         self._awaited = False  # the first token under new settings
         self._views: set[str] = set()
-        self._past = Past(self._newest_run, self.send)
-        self._runs = Runs(lambda: self._lab, lambda told: self.set_trait("runs", told), self.send)
+        self._queries = RunQueries(self._newest_run, self.send)
+        self._drawer = Drawer(
+            lambda: self._lab, lambda told: self.set_trait("runs", told), self.send
+        )
         self._lock = threading.RLock()  # over traits, frames and the thread: callbacks come anyhow
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._answered = -1
-        offered = options(lab, info, moelab.devices())
+        offered = _offered(lab)
         super().__init__(
             options=offered,
             controls=self._controls(),
@@ -98,20 +100,20 @@ class Dashboard(anywidget.AnyWidget):
     # -- what the view says ---------------------------------------------------------------------
 
     def _on_message(self, _widget: Any, content: dict[str, Any], _buffers: Any) -> None:
+        if content.get("do") == "ack":
+            self._acked = max(self._acked, int(content["seq"]))
+            return
         answer = {
-            "ack": self._ack,
             "hello": self._hello,
             "gone": self._gone,
             "update": self._update,
             "why": self._why,
-            "recording": self._past.recording,
-            "eviction": self._past.eviction,
-            "page": self._past.page,
-            "runs": self._runs.hear,
+            **dict.fromkeys(("recording", "eviction", "page"), self._queries.hear),
+            "runs": self._drawer.hear,
             "model": self._models.choose,
-            "dismiss": self._dismiss,
             "run": self._start_run,
-            "stop": self._stop_run,
+            "stop": lambda _: self._lab.run and self._lab.run.stop(),
+            "dismiss": lambda _: self._clear_error(),
         }.get(content.get("do", ""))
         if answer is None:
             return
@@ -119,11 +121,8 @@ class Dashboard(anywidget.AnyWidget):
             answer(content)
         except Exception as error:  # noqa: BLE001 whatever it is, the user must see it
             self._show_error(content.get("where", "run"), error)
-        if content["do"] not in ("ack", "gone", "why", "recording", "eviction", "page"):
+        if content["do"] in ("hello", "update", "runs", "model", "dismiss", "run", "stop"):
             self._wake.set()
-
-    def _ack(self, content: dict[str, Any]) -> None:
-        self._acked = max(self._acked, int(content["seq"]))
 
     def _hello(self, content: dict[str, Any]) -> None:
         with self._lock:
@@ -149,9 +148,6 @@ class Dashboard(anywidget.AnyWidget):
             self._answered = max(self._answered, int(content.get("n", -1)))
             self.controls = self._controls()
 
-    def _dismiss(self, _content: dict[str, Any]) -> None:
-        self._clear_error()
-
     def _why(self, content: dict[str, Any]) -> None:
         self.send({"why": reasons(self._lab, int(content["layer"]), int(content["expert"]))})
 
@@ -162,10 +158,6 @@ class Dashboard(anywidget.AnyWidget):
         run = self._lab.start(asked["prompt"], max_new_tokens=length, **chat)
         self._mine = weakref.ref(run)
         self._clear_error()
-
-    def _stop_run(self, _content: dict[str, Any]) -> None:
-        if self._lab.run is not None:
-            self._lab.run.stop()
 
     def _show_error(self, where: str, error: Exception) -> None:
         self.error = {"where": where, "text": in_words(error)}
@@ -197,7 +189,7 @@ class Dashboard(anywidget.AnyWidget):
         """End the publisher thread and leave the page."""
         self.stop()
         self._let_go()
-        self._past.close()
+        self._queries.close()
         self._models.close()
         super().close()
 
@@ -208,17 +200,10 @@ class Dashboard(anywidget.AnyWidget):
 
     def _show(self, lab: Any) -> None:
         """Show another lab from now on; a run that was started here ends."""
-        import moelab
-
         with self._lock:
-            run = self._mine and self._mine()
-            if run is not None:
-                run.stop()
-            self._runs.stop()
-            self._past.forget()
+            self._leave()
             self._lab_ref, self._held = weakref.ref(lab), lab
-            self._framer, self._told = None, (None, {})
-            offered = options(lab, lab.info(), moelab.devices())
+            offered = _offered(lab)
             with self.hold_sync():
                 self.options, self.controls = offered, self._controls()
                 self.form, self.error = {**self.form, **_first_form(offered)}, {}
@@ -232,31 +217,33 @@ class Dashboard(anywidget.AnyWidget):
         return lab
 
     def _let_go(self) -> None:
-        """Nobody looks and a newer dashboard is there: the lab may go, and what it held with it.
+        """No view is left and a newer dashboard is there: the lab may go, with what it holds.
 
         Jupyter keeps every widget that was ever made; as long as somebody else keeps the lab, a
-        view that comes back finds all as it was. A run nobody can see or stop any more ends.
+        view that comes back finds all as it was.
         """
         with self._lock:
             self._models.leave()
-            run = self._mine and self._mine()
-            if run is not None:
-                run.stop()
-            self._runs.stop()
-            self._held = self._framer = None
-            self._past.forget()
-            self._told = None, {}
+            self._leave()
+            self._held = None
             self.frame = {}
+
+    def _leave(self) -> None:
+        """Forget the lab's runs; what was started here ends, as nobody could stop it any more."""
+        run = self._mine and self._mine()
+        if run is not None:
+            run.stop()
+        self._drawer.stop()
+        self._queries.forget()
+        self._framer, self._told = None, (None, {})
 
     def _frames(self) -> Framer:
         """What builds the frames; kept for as long as the lab is."""
-        import moelab
-
-        framer = self._framer or Framer(self._lab, self._lab.info(), moelab.devices())
+        framer = self._framer or Framer(self._lab, self._lab.info())
         self._framer = framer if self._held is not None else None
         return framer
 
-    def _newest_run(self) -> tuple[int, Any]:
+    def _newest_run(self) -> tuple[int, RunReader | None]:
         with self._lock:
             return self._frames().newest()
 
@@ -266,7 +253,7 @@ class Dashboard(anywidget.AnyWidget):
             begun = time.monotonic()
             try:
                 self._offer(at_once=at_once)
-                self._runs.refresh()
+                self._drawer.refresh()
                 if self.error.get("where") == "dashboard":
                     self._clear_error()
             except Exception as error:  # noqa: BLE001 a view that stands still must say why
@@ -283,7 +270,7 @@ class Dashboard(anywidget.AnyWidget):
         so that none is sent while it is awaited, unless its own time has come.
         """
         while (left := until - time.monotonic()) > 0:
-            if wake.wait(min(left, LOOK_S) if self._awaited else left):
+            if wake.wait(min(left, CHECK_S) if self._awaited else left):
                 wake.clear()
                 if not self._awaited:
                     return False
@@ -336,8 +323,7 @@ class Dashboard(anywidget.AnyWidget):
 
     def report(self) -> Report:
         """Return a picture of the newest run, or of what holds now, which needs no kernel."""
-        _, run = self._newest_run()
-        if run is not None:
+        if (run := self._lab.run) is not None:
             return Report.of(run.recording())
         info = self._lab.info()
         words = sentence(self._lab.settings, info["expert_bytes"], info["all_experts_bytes"])
@@ -353,6 +339,10 @@ class Dashboard(anywidget.AnyWidget):
             old.close()
         data, metadata = bundle
         return {**self.report()._repr_mimebundle_(), **data}, metadata
+
+
+def _offered(lab: Any) -> dict[str, Any]:
+    return options(lab, lab.info(), moelab.devices())
 
 
 def _first_form(offered: dict[str, Any]) -> dict[str, Any]:

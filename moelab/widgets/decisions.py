@@ -3,16 +3,16 @@
 The choices of the five drop-downs are the distinct parts (by class) of all named strategies; each
 stands for ``lab.update(<decision>=<name of a strategy that has it>)``. A part that no named
 strategy has, such as a learner's own class, is shown by its class name. Everything here is words
-about strategies: nothing decides, nothing is kept but the named strategies, built once.
+about strategies: nothing decides.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 from moelab import strategies
+from moelab.runs.words import about, first_line, named, spelled
 from moelab.scheduling.strategy import Parameter, Strategy, part_title
 
 QUESTIONS = {
@@ -26,18 +26,12 @@ SWITCHES = ("low_bits", "depth")
 """Parameters with a control of their own; where they are off, their part does nothing."""
 
 
-@functools.cache
-def named() -> dict[str, Strategy]:
-    """Every strategy that has a name, as made without a calibration."""
-    return {name: strategies.make(name) for name in strategies.NAMES}
-
-
 def presets() -> list[dict[str, Any]]:
     """The strategies to choose from, by group: name, how it is written, one line about it."""
     return [
         {
             "group": group,
-            "entries": [{"name": n, "title": t, "text": _about(n)} for n, t in of.items()],
+            "entries": [{"name": n, "title": t, "text": about(named()[n])} for n, t in of.items()],
         }
         for group, of in strategies.GROUPS.items()
     ]
@@ -75,7 +69,7 @@ def decisions() -> list[dict[str, Any]]:
                 {
                     "value": name,
                     "title": part_title(named()[name].parts[role]),
-                    "text": _first_line(kind),
+                    "text": first_line(kind),
                 }
                 for kind, name in kinds.items()
             ],
@@ -110,26 +104,6 @@ def chosen(strategy: Strategy) -> dict[str, Any]:
     }
 
 
-def about(strategy: Strategy) -> str:
-    """One line about a strategy; of a mix, what differs from the strategy it was made from."""
-    base = strategy.name.rstrip("*")
-    if base not in named():
-        return "a strategy of your own"
-    other = [
-        f"{role}: {part_title(part)}"
-        for role, part in strategy.parts.items()
-        if type(part) is not type(named()[base].parts[role])
-    ]
-    return f"{spelled(base)} but for {'; '.join(other)}" if other else _about(base)
-
-
-def spelled(name: str) -> str:
-    """A strategy's name as its authors write it; a mix goes by what it was made from."""
-    base = name.rstrip("*")
-    words = next((of[base] for of in strategies.GROUPS.values() if base in of), base)
-    return words if base == name else f"{words}, mixed"
-
-
 def _having(strategy: Strategy, parameter: Parameter) -> list[str]:
     """The decisions whose part has this parameter: one object may take several."""
     parts = strategy.parts.items()
@@ -147,11 +121,3 @@ def _shown(roles: list[str], parameter: Parameter, value: Any) -> dict[str, Any]
         "choices": list(parameter.choices),
         "value": value if parameter.choices else float(value),
     }
-
-
-def _about(name: str) -> str:
-    return _first_line(strategies.maker(name))
-
-
-def _first_line(what: Any) -> str:
-    return (inspect.getdoc(what) or "").partition("\n")[0].replace("`", "")

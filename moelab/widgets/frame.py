@@ -11,27 +11,24 @@ together: every figure covers the tokens since the device last changed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from moelab.runs.tokens import COLUMNS, STALLS, figures, row, titled
+from moelab.runs.snapshot import RunReader, origins
+from moelab.runs.tokens import COLUMNS, STALLS, figures
+from moelab.runs.words import in_words, merge_changes
+from moelab.views.report import LONGEST
 from moelab.widgets import decisions
 
 RECENT_TOKENS = 16
 """The large figures cover this many tokens, so that they follow a slider."""
 
-LONGEST = 1500
-"""Tokens a frame carries at most; older ones leave the picture."""
-
 STRIDE = 250
 """So many leave at a time: where the first one changes, the text has to be laid out anew."""
 
 _NUMBERS = itertools.count(1)  # of runs, over all labs: a dashboard may change from one to another
-
-LABEL = 48
-"""Characters of a mark on the time axis; a strategy changes many settings at once."""
 
 MAP_TYPES = {"bits": "<u1", "in_flight": "<u1", "loaded": "<i4", "used": "<i4", "uses": "<i4"}
 
@@ -85,35 +82,33 @@ class Framer:
         Read through `settings`, `cache_map` and `run` only.
     info
         The lab's `info`, for what never changes: the bytes of an expert at each tier.
-    devices
-        By name: a title, and whether it is emulated.
     """
 
-    def __init__(self, lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> None:
-        self._lab, self._devices, self._each = lab, devices, info["expert_bytes"]
-        self._run: Any = None
+    def __init__(self, lab: Any, info: Mapping[str, Any]) -> None:
+        self._lab, self._each = lab, info["expert_bytes"]
         self._number = 0
-        self._reports: list[Any] = []
-        self._rows = np.empty((64, len(COLUMNS)), np.float32)  # [T and room for more, C]
+        self._reader: RunReader | None = None
 
-    def newest(self) -> tuple[int, Any]:
+    def newest(self) -> tuple[int, RunReader | None]:
         """The lab's newest run and its number, which no other has; (0, None) where none is yet."""
         run = self._lab.run
-        if run is not self._run:
-            self._run = run
-            self._number = 0 if run is None else next(_NUMBERS)
-            self._reports = []
-        return self._number, run
+        if run is None:
+            self._number, self._reader = 0, None
+        elif self._reader is None or run is not self._reader.run:
+            self._number, self._reader = next(_NUMBERS), RunReader(run)
+        return self._number, self._reader
 
     def build(self) -> dict[str, Any]:
         """One frame of what is true now; JSON but for the arrays, which are bytes."""
-        _, run = self.newest()
+        _, reader = self.newest()
+        run: Any = None if reader is None else reader.run
         running = run is not None and bool(run.running)  # asked first: then no token is missed
-        self._read(list(run.token_reports) if run is not None else [])
-        origins = self._origins()
-        first = -(-max(0, len(self._reports) - LONGEST) // STRIDE) * STRIDE
-        values = self._rows[first : len(self._reports)]  # [T, C]
-        since = max(0, origins[-1]["token"] - first)
+        reports, rows = ([], np.empty((0, len(COLUMNS)))) if reader is None else reader.tokens()
+        devices = [report.device for report in reports] or [self._lab.settings.device]
+        began = origins(devices, () if run is None else run.outpaced)
+        first = -(-max(0, len(reports) - LONGEST) // STRIDE) * STRIDE
+        values = rows[first:]  # [T, C]
+        since = max(0, began[-1]["token"] - first)
         recent = max(since, len(values) - RECENT_TOKENS)
         cells = self._lab.cache_map()
         return {
@@ -124,80 +119,18 @@ class Framer:
             "prompt": "" if run is None else run.prompt + "\n" * bool(run.request.messages),
             "first": first,
             "count": len(values),
-            "texts": [report.text for report in self._reports[first:]],
+            "texts": [report.text for report in reports[first:]],
             "values": np.ascontiguousarray(values.T, "<f4").tobytes(),  # [C, T]
-            "changes": merge_changes(run.changes if run is not None else []),
-            "origins": origins,
+            "changes": merge_changes([] if run is None else run.changes),
+            "origins": began,
             "map": {k: np.ascontiguousarray(cells[k], t).tobytes() for k, t in MAP_TYPES.items()},
             "resident": self._resident(cells["bits"]),
             "recent": figures(values[recent:], first=first + recent),
             "whole": figures(values[since:], first=first + since),
         }
 
-    def _read(self, reports: list[Any]) -> None:
-        """Take new reports, and those the run has put right since."""
-        if len(reports) > len(self._rows):
-            more = np.empty((len(reports), len(COLUMNS)), np.float32)
-            self._rows = np.concatenate((self._rows, more))
-        for i, report in enumerate(reports):
-            if i == len(self._reports):
-                self._reports.append(report)
-            elif self._reports[i] is report:
-                continue
-            self._reports[i], self._rows[i] = report, row(report)
-
     def _resident(self, bits: np.ndarray) -> dict[str, int]:
         tiers, counts = np.unique(bits[bits > 0], return_counts=True)
         total = sum(self._each[int(b)] * int(n) for b, n in zip(tiers, counts, strict=True))
         budget = int(self._lab.settings.budget_bytes)
         return {"experts": int(counts.sum()), "bytes": total, "budget_bytes": budget}
-
-    def _origins(self) -> list[dict[str, Any]]:
-        """From which token on the times come from which device."""
-        origins: list[dict[str, Any]] = []
-        for token, report in enumerate(self._reports):
-            if not origins or report.device != origins[-1]["device"]:
-                origins.append({"token": token, **self._origin(report.device)})
-        return origins or [{"token": 0, **self._origin(self._lab.settings.device)}]
-
-    def _origin(self, name: str) -> dict[str, Any]:
-        device, run = self._devices[name], self._run
-        title = titled(device.title, outpaced=run is not None and name in run.outpaced)
-        return {"device": name, "title": title, "emulated": bool(device.emulated)}
-
-
-def merge_changes(
-    changes: Sequence[tuple[int, Mapping[str, Any]]], *, gap: int = 8
-) -> list[dict[str, Any]]:
-    """Marks of the time axis: a slider drag is one mark with the value it ended on.
-
-    Changes of the same settings at most ``gap`` tokens apart are one mark.
-
-    Examples
-    --------
-    >>> merge_changes([(3, {"bits": "8"}), (5, {"bits": "4"})])
-    [{'first': 3, 'last': 5, 'keys': ['bits'], 'label': 'bits 4'}]
-    """
-    marks: list[dict[str, Any]] = []
-    for token, changed in list(changes):
-        keys = sorted(changed)
-        before = marks[-1] if marks else None
-        if before and before["keys"] == keys and token - before["last"] <= gap:
-            before |= {"last": token, "label": _label(changed)}
-        else:
-            marks.append({"first": token, "last": token, "keys": keys, "label": _label(changed)})
-    return marks
-
-
-def _label(changed: Mapping[str, Any]) -> str:
-    words = (f"{k.removesuffix('_bytes').replace('_', ' ')} {v}" for k, v in changed.items())
-    label = ", ".join(words)
-    return label if len(label) <= LABEL else label[: LABEL - 1].rstrip(" ,") + "…"
-
-
-def in_words(error: BaseException) -> str:
-    """Say an exception as a sentence: moelab's own errors are, others get their type's name."""
-    text = str(error).strip()
-    if isinstance(error, (ValueError, RuntimeError)) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

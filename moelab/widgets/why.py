@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from moelab.runs.words import in_words, plain
 from moelab.scheduling.strategy import part_title
-from moelab.widgets.frame import in_words
 
 
 def reasons(lab: Any, layer: int, expert: int) -> dict[str, Any]:
@@ -25,25 +25,17 @@ def reasons(lab: Any, layer: int, expert: int) -> dict[str, Any]:
         terms = lab.why(layer)
     except Exception as error:  # noqa: BLE001 whatever it is, the user must see it
         return answer | {"error": in_words(error)}
-    return answer | {
-        "terms": [
+    told = []
+    for name, value in terms.get(expert, {}).items():
+        every = [other[name] for other in terms.values() if name in other]
+        finite = [float(x) for x in every if math.isfinite(x)]  # JSON has no others
+        told.append(
             {
                 "name": name,
                 "text": texts.get(name, ""),
-                "value": _number(value),
-                **_range(name, terms.values()),
+                "value": plain(float(value)),
+                "low": min(finite, default=None),
+                "high": max(finite, default=None),
             }
-            for name, value in terms.get(expert, {}).items()
-        ]
-    }
-
-
-def _range(name: str, others: Any) -> dict[str, float | None]:
-    values = [_number(terms[name]) for terms in others if name in terms]
-    finite = [value for value in values if value is not None]
-    return {"low": min(finite, default=None), "high": max(finite, default=None)}
-
-
-def _number(value: float) -> float | None:
-    """A number as JSON has it: infinite and undefined ones are not."""
-    return float(value) if math.isfinite(value) else None
+        )
+    return answer | {"terms": told}

@@ -1,4 +1,4 @@
-"""Which notebook cell shows which dashboard: where a cell is run again, its old one is nobody's.
+"""Which notebook cell shows which dashboard: when a cell is run again, its old one is closed.
 
 Jupyter keeps every widget for good, in the kernel and in the page, and with it all it holds.
 Where the notebook says which cell is being run (JupyterLab, Notebook 7 and VS Code do), what that

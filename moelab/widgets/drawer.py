@@ -1,14 +1,12 @@
-"""The dashboard's drawer of runs: what is pinned, two of them beside each other, and what if.
+"""The dashboard's drawer of saved runs: a row each, two of them beside each other, and what if.
 
-The trait ``runs`` holds what the drawer shows: a row for each pinned run, and the what-if that is
-under way or was last. The view's questions come to `hear` on any thread; a what-if works in a
-thread of its own, and how far it is goes out with the dashboard's frames. What is refused is shown
-in the drawer.
+The trait ``runs`` holds what the drawer shows: the rows, and the what-if that is under way or was
+last. The view's questions come to `hear` on any thread; a what-if works in a thread of its own,
+and how far it is goes out with the dashboard's frames. What is refused is shown in the drawer.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -16,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from moelab.runs.compare import Comparison, code_of
 from moelab.runs.what_if import WhatIf, since
+from moelab.runs.words import in_words, plain
 from moelab.spelling import changed
-from moelab.widgets.frame import in_words
 
 if TYPE_CHECKING:
     from moelab.settings import Settings
@@ -26,13 +24,13 @@ FIGURES = ("tokens_per_s", "hit_ratio", "bytes_per_token", "stall_share", "kl_me
 IDLE: dict[str, Any] = {"state": "", "words": "", "done": 0, "total": 0, "error": ""}
 
 
-class Runs:
+class Drawer:
     """Answers the drawer of one dashboard.
 
     Parameters
     ----------
     lab
-        Gives the lab, whose pins these are.
+        Gives the lab whose saved runs these are.
     publish
         Takes what the drawer is to show.
     send
@@ -50,15 +48,15 @@ class Runs:
         self._what: WhatIf | None = None
         self._again, self._error = dict(IDLE), ""
         self._shown: tuple[int, list[dict[str, Any]]] = (-1, [])
-        self._of_pins: Any = None
+        self._of_saved: Any = None
         self._told: dict[str, Any] = {}
 
     def hear(self, content: Mapping[str, Any]) -> None:
         """Do what the view asks."""
-        answer = {
-            "pin": self._pin,
-            "unpin": lambda c: self._lab().pins.remove(c["name"]),
-            "rename": lambda c: self._lab().pins.rename(c["name"], c["new"]),
+        answer = {  # "pin" and "pinned" are the scripts' words for saving
+            "pin": lambda _: self._lab().save_run(),
+            "unpin": lambda c: self._lab().saved.remove(c["name"]),
+            "rename": lambda c: self._lab().saved.rename(c["name"], c["new"]),
             "beside": self._beside,
             "since": self._since,
             "whatif": self._begin,
@@ -75,14 +73,14 @@ class Runs:
 
     def refresh(self) -> None:
         """Publish what is new; the dashboard calls this as often as it looks for a new frame."""
-        pins = getattr(self._lab(), "pins", None)
-        if pins is None:
+        saved = getattr(self._lab(), "saved", None)
+        if saved is None:
             return
         with self._lock:
-            if pins is not self._of_pins:  # another model is shown
-                self._of_pins, self._shown, self._again = pins, (-1, []), dict(IDLE)
-            if pins.version != self._shown[0]:
-                self._shown = pins.version, rows(pins)
+            if saved is not self._of_saved:  # another model is shown
+                self._of_saved, self._shown, self._again = saved, (-1, []), dict(IDLE)
+            if saved.version != self._shown[0]:
+                self._shown = saved.version, rows(saved)
             what = self._what
             if what is not None and what.run is not None:
                 self._again["done"] = len(what.run.tokens)
@@ -98,32 +96,22 @@ class Runs:
 
     # -- what the view asks ---------------------------------------------------------------------
 
-    def _pin(self, _content: Mapping[str, Any]) -> None:
-        self._lab().pin()
-
     def _beside(self, content: Mapping[str, Any]) -> None:
-        pins = self._lab().pins
-        beside = Comparison({name: pins[name] for name in content["names"]})
-        table = beside.table()
-        figures = [key for key in table.index if key != "settings"]
-        names = beside.names
-        self._send(
-            {
-                "beside": {
-                    "names": names,
-                    "at": beside.diverges_at,
-                    "same_device": beside.same_device,
-                    "prompts": [pins[n].document["prompt"] for n in names],
-                    "pieces": [pins[n].document["pieces"] for n in names],
-                    "settings": [pins[n].document["settings"][0]["short"] for n in names],
-                    "changes": [len(pins[n].document["settings"]) - 1 for n in names],
-                    "figures": [
-                        [key, *(_plain(table.loc[key, c]) for c in table.columns)]
-                        for key in figures
-                    ],
-                }
-            }
-        )
+        saved = self._lab().saved
+        beside = Comparison({name: saved[name] for name in content["names"]})
+        table = beside.table().drop("settings")
+        documents = [recording.document for recording in beside.recordings.values()]
+        told = {
+            "names": beside.names,
+            "at": beside.diverges_at,
+            "same_device": beside.same_device,
+            "prompts": [d["prompt"] for d in documents],
+            "pieces": [d["pieces"] for d in documents],
+            "settings": [d["settings"][0]["short"] for d in documents],
+            "changes": [len(d["settings"]) - 1 for d in documents],
+            "figures": [list(map(plain, row)) for row in table.itertuples()],
+        }
+        self._send({"beside": told})
 
     def _since(self, content: Mapping[str, Any]) -> None:
         """What a what-if would change now, in words."""
@@ -143,7 +131,7 @@ class Runs:
         changes = since(run, lab.settings)
         if content.get("keep"):  # the expert chosen on the cache map
             layer, expert, bits = map(int, content["keep"])
-            changes["keep"] = {**lab.settings.strategy.keep, (layer, expert): bits}
+            changes["pin"] = {**lab.settings.strategy.pinned, (layer, expert): bits}
         if not changes:
             raise ValueError(
                 "nothing differs from that run yet: change a setting above, or choose an expert in "
@@ -158,9 +146,9 @@ class Runs:
         thread.start()
 
     def _of(self, content: Mapping[str, Any]) -> Any:
-        """The run it is about: a pinned one by name, else the newest."""
+        """The run it is about: a saved one by name, else the newest."""
         lab, name = self._lab(), content.get("of", "")
-        run = lab.pins.run(name) if name else lab.run
+        run = lab.saved.run(name) if name else lab.run
         if run is None and name:
             raise ValueError(f"{name!r} was loaded from a file: run its code here to ask what if")
         if run is None:
@@ -168,12 +156,12 @@ class Runs:
         return run
 
     def _work(self, what: WhatIf, words: str) -> None:
-        """Make the second run and pin both; in a thread of its own."""
+        """Make the second run and save both; in a thread of its own."""
         try:
             second = what.go()
-            pins = what.lab.pins
-            mine = (n for n in pins if pins.run(n) is what.was)
-            names = [next(mine, None) or pins.add(what.was), pins.add(second, f"what if {words}")]
+            saved = what.lab.saved
+            mine = (n for n in saved if saved.run(n) is what.was)
+            names = [next(mine, None) or saved.add(what.was), saved.add(second, f"what if {words}")]
             done = len(second.tokens)
             ended = {"state": "done", "words": words, "done": done, "total": done, "names": names}
         except BaseException as error:  # noqa: BLE001 a thread has nobody else to tell
@@ -189,18 +177,18 @@ def spoken(old: Settings, new: Settings) -> str:
     return re.sub(nbytes, lambda m: f"budget={int(m[1]) / 1e6:.3g} MB", changed(old, new))
 
 
-def rows(pins: Any) -> list[dict[str, Any]]:
-    """A row for each pinned run."""
-    if not len(pins):
+def rows(saved: Any) -> list[dict[str, Any]]:
+    """A row for each saved run."""
+    if not len(saved):
         return []
-    front = pins.compare().front()
-    return [_row(name, pins, name in front) for name in pins]
+    front = saved.compare().front()
+    return [_row(name, saved, name in front) for name in saved]
 
 
-def _row(name: str, pins: Any, best: bool) -> dict[str, Any]:
+def _row(name: str, saved: Any, best: bool) -> dict[str, Any]:
     import moelab
 
-    doc = pins[name].document
+    doc = saved[name].document
     summary = doc["summary"]
     device = moelab.devices().get(summary["device"])
     return {
@@ -209,19 +197,14 @@ def _row(name: str, pins: Any, best: bool) -> dict[str, Any]:
         "changes": len(doc["settings"]) - 1,
         "prompt": doc["prompt"],
         "tokens": len(doc["ids"]),
-        **{key: _plain(summary[key]) for key in FIGURES},
+        **{key: plain(summary[key]) for key in FIGURES},
         "peak": summary["peak_resident_bytes"],
         "device": device.title if device else summary["device"],
         "emulated": summary["timing"] == "emulated",
         "best": best,
         "code": code_of(doc),
-        "again": pins.run(name) is not None,
+        "again": saved.run(name) is not None,
     }
-
-
-def _plain(value: Any) -> Any:
-    """A cell of a table as JSON has it."""
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _words(error: BaseException) -> str:
