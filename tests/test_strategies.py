@@ -17,7 +17,8 @@ from moelab.replays.replay import replay
 from moelab.scheduling.budget import minimum_budget
 from moelab.scheduling.scheduler import parameters_of
 from moelab.scheduling.strategy import ROLES, Knobs, Route, Strategy
-from moelab.scheduling.trace import Trace
+from moelab.scheduling.stream import LookAhead
+from moelab.scheduling.trace import LayerInput, Trace
 from moelab.strategies import NAMES, Evict, Precision, make, maker
 from moelab.strategies.basics import TierPair
 from toy_engine import NBYTES, SHAPE, Toy
@@ -182,6 +183,57 @@ def test_each_decision_alone_goes_into_plain_lru(name, role):
 def test_a_name_that_is_unknown_is_refused_with_those_that_are_known():
     with pytest.raises(ValueError, match="unknown strategy 'nonsense'.*moe_infinity"):
         make("nonsense")
+
+
+# -- exact counts -------------------------------------------------------------------------------
+
+COUNTED = ("hit", "load", "evict", "skip", "prefetch")
+COUNTS = {
+    "on_demand": ((0, 464, 464, 0, 0), (0, 464, 464, 0, 0)),
+    "lru": ((338, 126, 125, 0, 0), (423, 41, 36, 0, 0)),
+    "lfu": ((365, 99, 98, 0, 0), (429, 35, 30, 0, 0)),
+    "layer_lru": ((332, 132, 132, 0, 0), (398, 66, 62, 0, 0)),
+    "in_ram": ((338, 126, 126, 0, 0), (421, 43, 43, 0, 0)),
+    "edgemoe": ((387, 77, 138, 0, 62), (431, 33, 33, 0, 5)),
+    "hobbit": ((359, 95, 261, 10, 171), (425, 34, 129, 5, 100)),
+    "moe_apex": ((381, 76, 227, 7, 156), (433, 29, 100, 2, 77)),
+    "swapmoe": ((335, 129, 134, 0, 5), (409, 55, 75, 0, 20)),
+    "static_pruning": ((332, 132, 132, 0, 0), (387, 77, 77, 0, 0)),
+    "mixtral_offloading": ((403, 61, 208, 0, 147), (442, 22, 97, 0, 79)),
+    "moe_infinity": ((361, 103, 121, 0, 19), (420, 44, 40, 0, 1)),
+    "adapmoe": ((380, 56, 162, 28, 106), (427, 24, 81, 13, 61)),
+    "cache_prior": ((338, 126, 125, 0, 0), (423, 41, 36, 0, 0)),
+    "drop_if_cold": ((347, 72, 71, 45, 0), (425, 24, 19, 15, 0)),
+}
+"""With room for 9 and for 13 of 24 experts. Version 0.3 decided the same."""
+
+
+def texts() -> Trace:
+    """Two texts of 30 tokens, of experts with favourites; the gates ahead are often right."""
+    rng, trace = random.Random(0), Trace(SHAPE)
+    favour = [[2 * rng.random() for _ in range(n)] for n in SHAPE.experts]
+
+    def top(scores: list[float]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        first = 0.5 + 0.5 * rng.random()
+        return tuple(sorted(range(6), key=lambda e: -scores[e])[:2]), (first, 1 - first)
+
+    for token in range(60):
+        said = [[f + rng.random() for f in row] for row in favour]
+        for layer in range(SHAPE.layers):
+            experts, weights = top(said[layer])
+            ahead = tuple(
+                LookAhead(coming, *top([x + rng.random() / 2 for x in said[coming]]))
+                for coming in range(layer + 1, SHAPE.layers)
+            )
+            given = LayerInput(layer, (experts,), (weights,), token % 30 == 0, ahead)
+            trace.steps.append(given)
+    return trace
+
+
+@every_strategy
+def test_hits_loads_evictions_skips_and_prefetches_of_one_stream_are_exactly_these(name):
+    done = [replay(texts(), make(name), Knobs(room * 1600)).counts for room in (9, 13)]
+    assert tuple(tuple(counts[kind] for kind in COUNTED) for counts in done) == COUNTS[name]
 
 
 # -- the same on the engine ----------------------------------------------------------------------
