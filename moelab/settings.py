@@ -35,7 +35,7 @@ has them: accepted there, with a warning where they ask for something."""
 
 _ONE = 'one precision; precision="hobbit" has two'
 _WHOSE = {
-    **{name: _ONE for name in ("low_bits", "t1", "t2")},
+    **dict.fromkeys(("low_bits", "t1", "t2"), _ONE),
     "depth": 'no look-ahead through routers; prefetch="hobbit" has',
 }
 

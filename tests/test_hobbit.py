@@ -16,11 +16,12 @@ from moelab.engine.log import EventLog
 from moelab.replays.replay import replay
 from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.events import Decision
-from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.events import CODES, Decision
+from moelab.scheduling.scheduler import Scheduler, parameters_of
 from moelab.scheduling.strategy import Knobs, LookAhead, Request, Shape, View
 from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.victims import Victims
 from moelab.strategies.basics import LFU, LRU, TierPair
 from moelab.strategies.hobbit import (
     FourTerms,
@@ -30,19 +31,50 @@ from moelab.strategies.hobbit import (
     miss_shares,
 )
 from moelab.strategies.moe_apex import CostAndDistance, moe_apex
+from toy_engine import NBYTES, SHAPE, decided
 
-NBYTES = {16: 1600, 8: 800, 4: 400, 2: 200}
-SHAPE = Shape((6, 6, 6, 6), 2, NBYTES)
 ROOMY = 24 * 1600
 
 
-def knobs(**changes) -> Knobs:
-    return Knobs(**({"budget_bytes": ROOMY, "low_bits": 4} | changes))
+def knobs(budget_bytes: int = ROOMY, bits: int = 16) -> Knobs:
+    return Knobs(budget_bytes, bits)
 
 
-def view_at(token: int, layer: int, **changes) -> View:
+def view_at(token: int, layer: int, low: int | None = 4, **changes) -> View:
     k = knobs(**changes)
-    return View(SHAPE, k, Cache(SHAPE, k.budget_bytes), token=token, layer=layer)
+    view = View(SHAPE, k, Cache(SHAPE, k.budget_bytes))
+    view.token, view.layer, view.precision = token, layer, TierPair(low)
+    return view
+
+
+def use(view: View, place: tuple[int, int], token: int, bits: int = 16) -> None:
+    """The expert serves ``token``; 16 bit are asked for."""
+    view.token = view.cache.token = token
+    view.cache.use(SHAPE.key(*place), high=bits >= 16)
+
+
+def terms(evict, place: tuple[int, int], view: View) -> list[float]:
+    """Its terms by hand, and last its score: the priority that is told is what decides."""
+    key = SHAPE.key(*place)
+    *found, told = (float(values[key]) for values in evict.terms(view).values())
+    assert told == evict.score(view)[key]
+    return [*found, told]
+
+
+def leaving(evict, view: View, *places: tuple[int, int]) -> list[tuple[int, int]]:
+    """These experts in the order in which they leave."""
+    mask = np.zeros(SHAPE.n, np.bool_)
+    mask[[SHAPE.key(*place) for place in places]] = True
+    view.cache.bits[mask] = 16
+    return [SHAPE.place(k) for k in Victims(view.cache, evict.score(view), mask).allowed(0)]
+
+
+def resident(s: Scheduler) -> dict[tuple[int, int], int]:
+    return {SHAPE.place(key): bits for key, bits in s.cache.items()}
+
+
+def warm(s: Scheduler, *places: tuple[int, int], bits: int = 16) -> None:
+    s.warm((SHAPE.key(*place), bits) for place in places)
 
 
 def step(layer: int, experts, weights, *, ahead=(), prefill=False) -> LayerInput:
@@ -50,7 +82,7 @@ def step(layer: int, experts, weights, *, ahead=(), prefill=False) -> LayerInput
 
 
 def decisions(plan) -> list[tuple[str, int, int]]:
-    return [(d.kind, d.expert, d.bits) for d in plan.decisions(NBYTES)]
+    return [(d.kind, d.expert, d.bits) for d in decided(plan)]
 
 
 # -- token level: high, low or skip, on a miss ---------------------------------------------------
@@ -68,12 +100,13 @@ def test_the_score_is_the_sum_of_the_weights_before():
 )
 def test_up_to_t1_high_up_to_t2_low_then_skip(score, bits):
     request = Request(3, 0.1, 1, score)
-    assert TierPair().tier(request, 16, view_at(0, 0)) == bits
+    assert TierPair(4).tier(request, 16, view_at(0, 0)) == bits
+    assert TierPair().tier(request, 16, view_at(0, 0)) == 16  # one precision
 
 
 @pytest.mark.parametrize(("high", "low"), [(16, 4), (8, 2), (16, 8), (4, 2)])
 def test_any_pair_of_tiers(high, low):
-    s = Scheduler(SHAPE, hobbit(), knobs(bits=high, low_bits=low))
+    s = Scheduler(SHAPE, hobbit(low=low), knobs(bits=high))
     assert decisions(s.step(step(0, (1, 2), (0.75, 0.25)))) == [
         ("load", 1, high),
         ("load", 2, low),
@@ -82,7 +115,7 @@ def test_any_pair_of_tiers(high, low):
 
 
 @pytest.mark.parametrize(
-    ("resident", "score", "outcome"),
+    ("have", "score", "outcome"),
     [
         (16, 0.5, "hit at 16"),  # a high copy serves any request
         (16, 0.75, "hit at 16"),
@@ -95,18 +128,20 @@ def test_any_pair_of_tiers(high, low):
         (0, 0.95, "skip at 0"),
     ],
 )
-def test_which_copy_satisfies_which_request(resident, score, outcome):
+def test_which_copy_satisfies_which_request(have, score, outcome):
     s = Scheduler(SHAPE, hobbit(), knobs())
-    s.warm([((0, 1), 16)] + ([((0, 2), resident)] if resident else []))
+    warm(s, (0, 1))
+    if have:
+        warm(s, (0, 2), bits=have)
     plan = s.step(step(0, (1, 2), (score, 1 - score)))
     kind, _, bits = next(d for d in decisions(plan) if d[:2] not in {("hit", 1), ("evict", 2)})
     assert f"{kind} at {bits}" == outcome
-    assert s.cache.bits((0, 2)) == bits
+    assert resident(s).get((0, 2), 0) == bits
 
 
 def test_a_high_load_replaces_the_low_copy():
     s = Scheduler(SHAPE, hobbit(), knobs())
-    s.warm([((0, 2), 4)])
+    warm(s, (0, 2), bits=4)
     assert ("evict", 2, 4) in decisions(s.step(step(0, (2, 1), (0.6, 0.4))))
     assert s.cache.used_bytes == 2 * 1600
 
@@ -135,7 +170,7 @@ def test_the_miss_penalty_is_one_for_high_and_the_ratio_of_bytes_for_low():
 def test_the_miss_penalty_reads_the_events_of_a_run_too():
     log = EventLog()
     for kind, bits in (("load", 16), ("load", 4), ("skip", 0), ("stall", 16)):
-        log.add(1, 0, 0, 0, kind, 16, bits, 0, 0.0, 0.0, "")
+        log.add(1, 0, (CODES[kind], 0, 0, 16, bits, 0, 0), 0, 0.0)
     assert miss_penalty(log.frame().itertuples(), NBYTES) == 1.25
     assert miss_shares(log.frame().itertuples())["skip"] == pytest.approx(1 / 3)
 
@@ -149,22 +184,18 @@ def ahead(layer: int, *experts: int, first: float = 0.6) -> LookAhead:
 
 def fetched(s: Scheduler, *looks: LookAhead) -> list[tuple]:
     plan = s.step(step(0, (0, 1), (0.5, 0.5), ahead=looks))
-    return [(f.key, f.bits) for f in plan.fetches]
-
-
-def resident(*keys: tuple[int, int], bits: int = 16) -> list:
-    return [(key, bits) for key in keys]
+    return [((d.layer, d.expert), d.bits) for d in decided(plan, "prefetch")]
 
 
 def test_it_stops_at_the_first_layer_with_one_missing():
-    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=3))
-    s.warm(resident((1, 2)))
+    s = Scheduler(SHAPE, hobbit(depth=3), knobs())
+    warm(s, (1, 2))
     assert fetched(s, ahead(1, 2, 3), ahead(2, 4, 5), ahead(3, 0, 1)) == [((1, 3), 16)]
 
 
 def test_it_goes_one_layer_further_while_all_are_resident():
-    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=3))
-    s.warm(resident((1, 2), (1, 3)))
+    s = Scheduler(SHAPE, hobbit(depth=3), knobs())
+    warm(s, (1, 2), (1, 3))
     assert fetched(s, ahead(1, 2, 3), ahead(2, 4, 5), ahead(3, 0, 1)) == [
         ((2, 4), 16),
         ((2, 5), 16),
@@ -174,100 +205,99 @@ def test_it_goes_one_layer_further_while_all_are_resident():
 
 
 def test_it_looks_no_further_than_the_depth_set():
-    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=2))
-    assert s.depth(0, prefill=False) == 2
-    assert s.depth(2, prefill=False) == 1
-    assert s.depth(0, prefill=True) == 0
+    s = Scheduler(SHAPE, hobbit(depth=2), knobs())
+    assert s.look_ahead(0, prefill=False) == 2
+    assert s.look_ahead(2, prefill=False) == 1
+    assert s.look_ahead(0, prefill=True) == 0
 
 
 def test_a_low_copy_is_missing_where_a_high_one_is_wanted():
-    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=2))
-    s.warm([((1, 2), 16), ((1, 3), 4)])
+    s = Scheduler(SHAPE, hobbit(depth=2), knobs())
+    warm(s, (1, 2))
+    warm(s, (1, 3), bits=4)
     assert fetched(s, ahead(1, 2, 3, first=0.75), ahead(2, 4, 5)) == [((2, 4), 16), ((2, 5), 16)]
-    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=2))
-    s.warm([((1, 2), 16), ((1, 3), 4)])
+    s = Scheduler(SHAPE, hobbit(depth=2), knobs())
+    warm(s, (1, 2))
+    warm(s, (1, 3), bits=4)
     assert fetched(s, ahead(1, 2, 3, first=0.55), ahead(2, 4, 5)) == [((1, 3), 16)]
 
 
 def test_prefetches_come_at_mixed_precision_and_the_unimportant_not_at_all():
-    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=1))
+    s = Scheduler(SHAPE, hobbit(depth=1), knobs())
     assert fetched(s, ahead(1, 2, 3, first=0.75)) == [((1, 2), 16), ((1, 3), 4)]
-    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=2))
-    s.warm(resident((1, 2)))
+    s = Scheduler(SHAPE, hobbit(depth=2), knobs())
+    warm(s, (1, 2))
     assert fetched(s, ahead(1, 2, 3, first=0.95), ahead(2, 4, 5)) == [((2, 4), 16), ((2, 5), 16)]
 
 
 def test_predicted_experts_are_protected_while_others_can_go():
-    four = knobs(budget_bytes=5 * 1600, low_bits=None, prefetch=1)
-    s = Scheduler(SHAPE, hobbit(weights=(0, 0, 0, 1)), four)
-    s.warm(resident((1, 4), (1, 5), (2, 0), (3, 3)))
+    strategy = hobbit(weights=(0, 0, 0, 1), depth=1).tuned(low_bits=None)
+    s = Scheduler(SHAPE, strategy, knobs(5 * 1600))
+    warm(s, (1, 4), (1, 5), (2, 0), (3, 3))
     fetched(s, ahead(1, 4, 5))  # loads (0, 0), (0, 1): (3, 3) is farthest and leaves
-    assert set(s.cache) == {(0, 0), (0, 1), (1, 4), (1, 5), (2, 0)}
+    assert set(resident(s)) == {(0, 0), (0, 1), (1, 4), (1, 5), (2, 0)}
     plan = s.step(step(0, (2, 3), (0.5, 0.5)))
-    assert {d.key for x in plan.serves for d in x.drops} == {(2, 0), (0, 0)}
+    assert {(d.layer, d.expert) for d in decided(plan, "evict")} == {(2, 0), (0, 0)}
 
 
 def test_the_gates_protect_what_they_find_resident():
-    s = Scheduler(SHAPE, hobbit(weights=(1, 0, 0, 0)), knobs(budget_bytes=4 * 1600, low_bits=None))
-    s.change(dataclasses.replace(s.view.knobs, prefetch=1))
-    s.warm(resident((1, 4), (1, 5)))
+    strategy = hobbit(weights=(1, 0, 0, 0), depth=0).tuned(low_bits=None)
+    s = Scheduler(SHAPE, strategy, knobs(4 * 1600))
+    s.change(s.view.knobs, strategy.tuned(depth=1))
+    warm(s, (1, 4), (1, 5))
     fetched(s, ahead(1, 4, 5))
-    assert s._shelter() == {(1, 4), (1, 5)}
+    assert {SHAPE.place(k) for k in np.flatnonzero(s.view.protected)} == {(1, 4), (1, 5)}
 
 
 def test_with_one_precision_every_predicted_expert_is_wanted_high():
-    s = Scheduler(SHAPE, hobbit(), knobs(prefetch=2, low_bits=None))
-    s.warm(resident((1, 2)))
+    s = Scheduler(SHAPE, hobbit(depth=2).tuned(low_bits=None), knobs())
+    warm(s, (1, 2))
     assert fetched(s, ahead(1, 2, 3, first=0.95), ahead(2, 0, 1)) == [((1, 3), 16)]
 
 
 def test_a_trace_that_knows_more_gates_than_wanted_changes_nothing():
     looks = (ahead(1, 2, 3), ahead(2, 4, 5))
     for depth, layers in ((0, []), (1, []), (2, [(2, 4), (2, 5)])):
-        s = Scheduler(SHAPE, hobbit(), knobs(prefetch=depth))
-        s.warm(resident((1, 2), (1, 3)))
+        s = Scheduler(SHAPE, hobbit(depth=depth), knobs())
+        warm(s, (1, 2), (1, 3))
         assert [key for key, _ in fetched(s, *looks)] == layers
 
 
 # -- sequence level: the four terms --------------------------------------------------------------
 
 
-def with_history(evict, *, low: int = 4):
-    """Expert (2, 5): used high in token 0, low in token 2. Returns the view of token 3, layer 3."""
-    view = view_at(0, 2)
-    evict.used((2, 5), 16, view)
-    view.token = 2
-    evict.used((2, 5), low, view)
+def with_history(*, second: int = 4, low: int | None = 4) -> View:
+    """Expert (2, 5): used high in token 0, at ``second`` bits in token 2; now token 3, layer 3."""
+    view = view_at(0, 2, low)
+    use(view, (2, 5), 0)
+    use(view, (2, 5), 2, second)
     view.token, view.layer = 3, 3
     return view
 
 
 def test_each_term_by_hand():
-    evict = FourTerms(0.4, 0.3, 0.2, 0.1)
-    view = with_history(evict)
     # T = 4 (tokens 0 to 3), R = 3 (the third), F = 2, H = 1; ((2 - 3 + 4) mod 4) / 4 = 3/4
-    assert evict.terms((2, 5), view) == (3 / 4, 2 / 4, 1 / 4, 1 - 3 / 4)
-    assert evict.priority((2, 5), view) == pytest.approx(0.3 + 0.15 + 0.05 + 0.025)
-    why = evict.why((2, 5), view)
-    assert list(why.values()) == pytest.approx([0.3, 0.15, 0.05, 0.025, 0.525])
-    assert list(why)[-1] == "priority"
+    evict, view = FourTerms(0.4, 0.3, 0.2, 0.1), with_history()
+    by_hand = [0.4 * 3 / 4, 0.3 * 2 / 4, 0.2 * 1 / 4, 0.1 * (1 - 3 / 4)]
+    assert terms(evict, (2, 5), view) == pytest.approx([*by_hand, sum(by_hand)])
+    assert list(evict.terms(view))[-1] == "priority"
 
 
 @pytest.mark.parametrize(("layer", "near"), [(1, 1.0), (2, 3 / 4), (3, 2 / 4), (0, 1 / 4)])
 def test_the_sooner_its_layer_comes_the_longer_it_stays(layer, near):
     """Seen from layer 1 of 4."""
-    assert FourTerms().terms((layer, 0), view_at(5, 1))[3] == near
+    assert terms(FourTerms(0, 0, 0, 1), (layer, 0), view_at(5, 1))[3] == near
 
 
 def test_an_expert_never_used_has_only_its_nearness():
-    assert FourTerms().terms((0, 0), view_at(0, 0)) == (0, 0, 0, 1)  # T is never 0
+    assert terms(FourTerms(), (0, 0), view_at(0, 0)) == [0, 0, 0, 0.25, 0.25]  # T is never 0
 
 
-def test_the_terms_stay_between_zero_and_one():
-    evict, view = FourTerms(), view_at(0, 0)
-    for view.token in range(5):
-        evict.used((0, 0), 16, view)
-    assert evict.terms((0, 0), view) == (1, 1, 1, 1)
+def test_the_terms_stay_between_zero_and_their_weights():
+    view = view_at(0, 0)
+    for token in range(5):
+        use(view, (0, 0), token)
+    assert terms(FourTerms(), (0, 0), view) == [0.25, 0.25, 0.25, 0.25, 1]
 
 
 def test_weights_count_by_their_ratio():
@@ -286,34 +316,29 @@ def test_weights_count_by_their_ratio():
 )
 def test_a_single_weight_is_the_policy_of_that_name(weights, victim):
     """0 was used longest ago, 1 least often, 2 least often at high precision."""
-    evict, view = FourTerms(*weights), view_at(0, 0)
+    view = view_at(0, 0)
     uses = [(0, 16), (0, 16), (0, 16), (0, 16), (2, 4), (2, 4), (2, 16), (1, 16), (1, 16)]
-    for view.token, (expert, bits) in enumerate(uses):
-        evict.used((0, expert), bits, view)
-    for expert in (0, 1, 2):
-        view.cache.add((0, expert), 16)
-    assert evict.victim(lambda _: True, view) == (0, victim)
-    assert evict.victim(lambda k: k != (0, victim), view) != (0, victim)
-    assert evict.victim(lambda _: False, view) is None
+    for token, (expert, bits) in enumerate(uses):
+        use(view, (0, expert), token, bits)
+    assert leaving(FourTerms(*weights), view, (0, 0), (0, 1), (0, 2))[0] == (0, victim)
 
 
 def test_the_farthest_layer_leaves():
-    evict, view = FourTerms(0, 0, 0, 1), view_at(0, 2)
-    for layer in range(4):
-        view.cache.add((layer, 0), 16)
-    assert evict.victim(lambda _: True, view) == (1, 0)
+    every = [(layer, 0) for layer in range(4)]
+    gone = leaving(FourTerms(0, 0, 0, 1), view_at(0, 2), *every)
+    assert gone == [(1, 0), (0, 0), (3, 0), (2, 0)]
 
 
 @pytest.mark.parametrize("evict", [FourTerms(), CostAndDistance()])
 def test_records_outlive_the_copy_and_end_with_the_sequence(evict):
-    view = with_history(evict)
-    evict.gone((2, 5))
-    assert evict.uses[2, 5] == 2
-    before = evict.priority((2, 5), view)
-    evict.new_sequence()
-    assert evict.priority((2, 5), view) < before
-    assert evict.uses[2, 5] == 0
-    assert (2, 5) not in evict.last
+    view, key = with_history(), SHAPE.key(2, 5)
+    before = evict.score(view)[key]
+    view.cache.add(key, 16)
+    view.cache.remove(key)
+    assert evict.score(view)[key] == before
+    view.cache.new_sequence()
+    assert evict.score(view)[key] < before
+    assert view.uses[key] == view.high_uses[key] == view.last_token[key] == 0
 
 
 def test_a_new_prompt_resets_the_records_but_not_the_cache():
@@ -322,50 +347,45 @@ def test_a_new_prompt_resets_the_records_but_not_the_cache():
     for layer in range(4):
         s.step(step(layer, (0, 1), (0.5, 0.5)))
     s.end_of_token()
-    assert s.why((0, 0))["frequency (LFU)"] > 0
+    assert s.why(0)[0]["frequency (LFU)"] > 0
     s.new_sequence()
-    assert s.why((0, 0))["frequency (LFU)"] == s.why((0, 0))["recency (LRU)"] == 0
-    assert (0, 0) in s.cache
+    assert s.why(0)[0]["frequency (LFU)"] == s.why(0)[0]["recency (LRU)"] == 0
 
 
 def test_every_resident_expert_says_why():
-    s = Scheduler(SHAPE, hobbit(), knobs(budget_bytes=8 * 1600, prefetch=1))
+    s = Scheduler(SHAPE, hobbit(depth=1), knobs(8 * 1600))
     for layer in range(4):
         look = () if layer == 3 else (ahead(layer + 1, 2, 3),)
         s.step(step(layer, (0, 1), (0.75, 0.25), ahead=look))
-    for key in s.cache:
-        *terms, total = s.why(key).values()
-        assert len(terms) == 4
-        assert sum(terms) == pytest.approx(total)
+    told = {(layer, e): why for layer in range(4) for e, why in s.why(layer).items()}
+    assert told.keys() == resident(s).keys()
+    for why in told.values():
+        *found, total = why.values()
+        assert len(found) == 4
+        assert sum(found) == pytest.approx(total)
 
 
 # -- MoE-APEX ------------------------------------------------------------------------------------
 
 
 def test_moe_apex_by_hand():
-    evict = CostAndDistance()
-    view = with_history(evict)
+    evict, view = CostAndDistance(), with_history()
     # C = 1 + 400/1600 * 1; D = 3 + 0.1, for it was used in token 2, the pass before
-    assert evict.terms((2, 5), view) == pytest.approx((1.25 / 4, 1 / 3.1))
-    assert evict.priority((2, 5), view) == pytest.approx(1.25 / 4 + 1 / 3.1)
-    assert list(evict.why((2, 5), view).values())[-1] == evict.priority((2, 5), view)
+    assert terms(evict, (2, 5), view) == pytest.approx([1.25 / 4, 1 / 3.1, 1.25 / 4 + 1 / 3.1])
     view.token = 4  # two passes ago now
-    assert evict.terms((2, 5), view) == (1.25 / 5, 0)
-    assert evict.terms((0, 0), view) == (0, 0)  # never used
+    assert terms(evict, (2, 5), view) == [1.25 / 5, 0, 1.25 / 5]
+    assert terms(evict, (0, 0), view) == [0, 0, 0]  # never used
 
 
 @pytest.mark.parametrize(("layer", "distance"), [(3, 0.1), (0, 1.1), (1, 2.1), (2, 3.1)])
 def test_the_distance_of_moe_apex_is_never_zero(layer, distance):
-    evict, view = CostAndDistance(), view_at(0, 3)
-    evict.used((layer, 0), 16, view)
-    assert evict.terms((layer, 0), view)[1] == pytest.approx(1 / distance)
+    view = view_at(0, 3)
+    use(view, (layer, 0), 0)
+    assert terms(CostAndDistance(), (layer, 0), view)[1] == pytest.approx(1 / distance)
 
 
 def test_moe_apex_with_one_precision_counts_uses():
-    evict = CostAndDistance()
-    view = with_history(evict, low=16)
-    view.knobs = knobs(low_bits=None)
-    assert evict.terms((2, 5), view)[0] == 2 / 4
+    assert terms(CostAndDistance(), (2, 5), with_history(second=16, low=None))[0] == 2 / 4
 
 
 # -- two caches ----------------------------------------------------------------------------------
@@ -379,7 +399,7 @@ def test_the_high_cache_is_the_larger_and_together_they_are_the_budget():
     )
     apex = moe_apex().allocate
     assert (apex.tier_bytes(16, view), apex.tier_bytes(4, view)) == (12800, 3200)
-    view.knobs = knobs(low_bits=None)
+    view.precision = TierPair(None)
     assert TwoCaches().tier_bytes(16, view) is None  # one precision, one pool
     with pytest.raises(ValueError, match=r"high_share=0.3: 0.5 to 0.95"):
         TwoCaches(0.3)
@@ -388,7 +408,7 @@ def test_the_high_cache_is_the_larger_and_together_they_are_the_budget():
 @pytest.mark.parametrize("share", [0.5, 0.75, 0.95])
 @pytest.mark.parametrize(("high", "low"), [(16, 4), (8, 2), (16, 8), (4, 2)])
 def test_each_cache_holds_what_a_token_needs_at_the_least_budget(share, high, low):
-    strategy, k = hobbit(high_share=share), knobs(bits=high, low_bits=low)
+    strategy, k = hobbit(high_share=share, low=low), knobs(bits=high)
     need = minimum_budget(SHAPE, strategy, k)
     assert need == 2 * NBYTES[high] + 2 * NBYTES[low]  # top-2 in each
     with pytest.raises(BudgetError):
@@ -416,14 +436,15 @@ pairs = st.tuples(
     depth=st.integers(0, 3),
 )
 def test_neither_cache_ever_exceeds_its_share(tokens, budget, share, maker, depth):
-    strategy = maker().replace(allocate=TwoCaches(share))
-    s = Scheduler(SHAPE, strategy, knobs(budget_bytes=budget, prefetch=depth))
+    strategy = maker(depth=depth).replace(allocate=TwoCaches(share))
+    s = Scheduler(SHAPE, strategy, knobs(budget))
     for t, layers in enumerate(tokens):
         for layer, (experts, weights, guess) in enumerate(layers):
             looks = tuple(ahead(layer + i, *guess) for i in range(1, depth + 1) if layer + i < 4)
             s.step(step(layer, experts, weights, ahead=looks, prefill=t == 0))
             for bits in (16, 4):
-                held = sum(NBYTES[b] for b in s.cache.values() if b == bits)
+                held = sum(NBYTES[b] for b in resident(s).values() if b == bits)
+                assert held == s.cache.tier_bytes[bits]
                 assert held <= s.strategy.allocate.tier_bytes(bits, s.view)
             assert s.cache.used_bytes <= budget
         s.end_of_token()
@@ -434,11 +455,14 @@ def test_neither_cache_ever_exceeds_its_share(tokens, budget, share, maker, dept
 
 @pytest.mark.parametrize("maker", [hobbit, moe_apex])
 def test_a_profile_gives_thresholds_and_what_is_given_wins(maker):
-    assert maker().preset == {"low_bits": 4, "t1": 0.6, "t2": 0.9, "prefetch": 2}
+    def chosen(strategy):
+        values = parameters_of(strategy)
+        return strategy.bits, *(values[name] for name in ("low_bits", "t1", "t2", "depth"))
+
+    assert chosen(maker()) == (None, 4, 0.6, 0.9, 2)
     profile = {"t1": 0.5, "t2": 0.8, "weights": [0.5, 0.5, 0, 0]}
-    assert maker(profile).preset["t1"] == 0.5
-    got = maker(profile, t1=0.7, depth=1, high=8, low=2).preset
-    assert got == {"bits": 8, "low_bits": 2, "t1": 0.7, "t2": 0.8, "prefetch": 1}
+    assert chosen(maker(profile)) == (None, 4, 0.5, 0.8, 2)
+    assert chosen(maker(profile, t1=0.7, depth=1, high=8, low=2)) == (8, 2, 0.7, 0.8, 1)
     assert maker(profile).name == maker.__name__
 
 
@@ -472,7 +496,7 @@ def test_thresholds_put_the_misses_where_the_paper_wants_them():
     trace, k = random_texts(150), knobs(budget_bytes=8 * 1600)
 
     def outcome(t1, t2):
-        return calibration.decide(trace, hobbit(), dataclasses.replace(k, t1=t1, t2=t2))
+        return calibration.decide(trace, hobbit(t1=t1, t2=t2, depth=0), k)
 
     t1, t2 = calibration.thresholds(trace, outcome)
     assert 0.5 < t1 < t2 < 1
@@ -483,13 +507,15 @@ def test_thresholds_put_the_misses_where_the_paper_wants_them():
 
 def test_thresholds_where_everything_fits_after_its_first_use():
     trace, k = random_texts(20), knobs(budget_bytes=40 * 1600)
-    t1, t2 = calibration.thresholds(trace, lambda *_: calibration.decide(trace, hobbit(), k))
+    t1, t2 = calibration.thresholds(
+        trace, lambda t1, t2: calibration.decide(trace, hobbit(t1=t1, t2=t2, depth=0), k)
+    )
     assert 0 <= t1 <= t2 <= 1
 
 
 def test_deciding_a_trace_counts_what_a_replay_decides_but_not_the_prompts():
-    trace, k = random_texts(12), knobs(budget_bytes=6 * 1600)
-    out, again = calibration.decide(trace, hobbit(), k), replay(trace, hobbit(), k)
+    trace, k, strategy = random_texts(12), knobs(budget_bytes=6 * 1600), hobbit(depth=0)
+    out, again = calibration.decide(trace, strategy, k), replay(trace, strategy, k)
     assert out.tokens == 2 * 11
     assert len(out.missed) == again.counts["load"] + again.counts["skip"]
     assert out.shares["skip"] == again.counts["skip"] / len(out.missed)
@@ -515,10 +541,11 @@ def test_where_all_weights_are_as_good_the_search_keeps_them_equal():
 
 def test_the_search_learns_from_a_trace_that_frequency_pays():
     """Two experts of each layer are used half the time, the rest once in a while."""
-    trace, k = random_texts(30, hot=0.5), knobs(budget_bytes=10 * 1600, low_bits=None)
+    trace, k = random_texts(30, hot=0.5), knobs(budget_bytes=10 * 1600)
 
     def penalty(weights=calibration.EQUAL, **parts) -> float:
-        return calibration.decide(trace, hobbit(weights=weights).replace(**parts), k).penalty
+        strategy = hobbit(weights=weights).tuned(low_bits=None).replace(**parts)
+        return calibration.decide(trace, strategy, k).penalty
 
     found, seen = calibration.least_penalty(penalty)
     assert found[1] + found[2] > found[0]
@@ -585,7 +612,7 @@ def test_a_run_serves_high_low_and_not_at_all_within_two_caches(demo_lab, maker)
     nbytes, cache = demo_lab.info()["expert_bytes"], demo_lab._engine.scheduler.cache
     view, allocate = demo_lab._engine.scheduler.view, demo_lab._engine.scheduler.strategy.allocate
     for bits in (16, 4):
-        held = sum(nbytes[b] for b in cache.values() if b == bits)
+        held = sum(nbytes[b] for _, b in cache.items() if b == bits)
         assert 0 < held <= allocate.tier_bytes(bits, view)
     lows = run.events.query("token == 0 and kind == 'load' and bits < bits_asked")
     assert lows.empty  # the prompt comes high

@@ -11,7 +11,7 @@ from moelab.calibration.adapmoe import costs_of_first_only, hit_ratios, tau_for
 from moelab.replays.replay import replay
 from moelab.scheduling.budget import minimum_budget
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.scheduler import Scheduler, parameters_of
 from moelab.scheduling.strategy import Knobs, LookAhead, Request, Shape, View
 from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import LayerInput, Trace
@@ -22,15 +22,14 @@ from moelab.strategies.drop_if_cold import DropIfCold, drop_if_cold
 from moelab.strategies.in_ram import in_ram
 from moelab.strategies.mixtral_offloading import mixtral_offloading
 from moelab.strategies.moe_infinity import LeastActivated, NearestSequence, moe_infinity
+from toy_engine import NBYTES, decided
 
-NBYTES = {16: 1600, 8: 800, 4: 400}
 SHAPE = Shape((4, 4, 4), 2, NBYTES)
 ROOMY = 12 * 1600
 
 
-def view(**knobs) -> View:
-    settings = Knobs(**({"budget_bytes": ROOMY} | knobs))
-    return View(SHAPE, settings, Cache(SHAPE, settings.budget_bytes))
+def view(budget_bytes: int = ROOMY) -> View:
+    return View(SHAPE, Knobs(budget_bytes), Cache(SHAPE, budget_bytes))
 
 
 def prompt(layer: int, *tokens: tuple[int, ...]) -> LayerInput:
@@ -42,7 +41,11 @@ def step(layer: int, *experts: int, weights=(0.7, 0.3), ahead=()) -> LayerInput:
 
 
 def did(plan) -> list[tuple[str, int]]:
-    return [(d.kind, d.expert) for d in plan.decisions(NBYTES)]
+    return [(d.kind, d.expert) for d in decided(plan)]
+
+
+def places(guesses) -> list[tuple[int, int]]:
+    return [(g.layer, g.expert) for g in guesses]
 
 
 # -- MoE-Infinity ------------------------------------------------------------------------------
@@ -78,31 +81,32 @@ def test_the_nearest_sequence_is_by_cosine_over_the_layers_seen_so_far():
 
 
 def test_what_is_compared_is_this_token_or_on_request_this_sequence():
-    part, at = NearestSequence(guesses=1), view(prefetch=1)
+    part, at = NearestSequence(guesses=1), view()
     for sequence in (A, B):
         seen(part, sequence, at).new_sequence()
     seen(part, A, at)  # the prompt is like A, the token that follows like B
     part.observe(step(0, 3, 2), at)
-    assert [g.key for g in part.predict(0, (), at)] == [(1, 0)]
+    assert places(part.predict(0, (), at)) == [(1, 0)]
     part.match = "sequence"
-    assert [g.key for g in part.predict(0, (), at)] == [(1, 2)]
+    assert places(part.predict(0, (), at)) == [(1, 2)]
 
 
 def test_prefetch_priority_is_share_times_layer_proximity():
-    part, at = NearestSequence(), view(prefetch=2)
+    part, at = NearestSequence(depth=2), view()
     seen(part, A, at).new_sequence()
     part.observe(step(0, 0, 1), at)
     # layer 1: p(2) = 1, proximity 1 - 1/3; layer 2: p(3) = 2/3, p(1) = 1/3, proximity 1 - 2/3
     got = part.predict(0, (), at)
-    assert [g.key for g in got] == [(1, 2), (2, 3), (2, 1)]  # 0.667, 0.222, 0.111
+    assert places(got) == [(1, 2), (2, 3), (2, 1)]  # 0.667, 0.222, 0.111
     assert [g.weight for g in got] == pytest.approx([1, 2 / 3, 1 / 3])
     assert [g.rank for g in got] == [0, 0, 1]
     assert part.predict(2, (), at) == []  # the last layer has nobody ahead
-    assert part.predict(0, (), view(prefetch=0)) == []
+    part.depth = 0
+    assert part.predict(0, (), at) == []
 
 
 def test_without_an_earlier_sequence_nothing_is_guessed():
-    part, at = NearestSequence(), view(prefetch=2)
+    part, at = NearestSequence(depth=2), view()
     part.observe(step(0, 0, 1), at)
     assert part.predict(0, (), at) == []
 
@@ -119,16 +123,16 @@ def test_a_full_collection_gives_up_the_sequence_nearest_to_the_new_one():
 def test_the_least_activated_leave_and_late_layers_before_early_ones():
     part, at = LeastActivated(), view()
     seen(part, A, at)
-    terms = part.why((2, 3), at)
-    assert terms["activation ratio"] == pytest.approx(2 / 3)
-    assert terms["layer decay"] == pytest.approx(1 / 3)
-    assert part.priority((2, 3), at) == pytest.approx(2 / 9, abs=1e-5)
-    keys = [(0, 0), (0, 1), (2, 3), (0, 3), (2, 0)]  # 2/3, 1/3, 2/9, ε, ε/3
-    assert sorted(keys, key=lambda k: -part.priority(k, at)) == keys
+    terms, key = part.terms(at), SHAPE.key(2, 3)
+    assert terms["activation ratio"][key] == pytest.approx(2 / 3)
+    assert terms["layer decay"][key] == pytest.approx(1 / 3)
+    assert terms["priority"][key] == part.score(at)[key] == pytest.approx(2 / 9, abs=1e-5)
+    best = [(0, 0), (0, 1), (2, 3), (0, 3), (2, 0)]  # 2/3, 1/3, 2/9, ε, ε/3
+    assert sorted(best, key=lambda place: -part.score(at)[SHAPE.key(*place)]) == best
 
 
 def test_moe_infinity_learns_from_the_first_sequence_and_prefetches_in_the_second():
-    s = Scheduler(SHAPE, moe_infinity(guesses=1), Knobs(4 * 1600, prefetch=1))
+    s = Scheduler(SHAPE, moe_infinity(guesses=1), Knobs(4 * 1600))
     first = [did(s.step(step(layer, layer, layer + 1))) for layer in range(3)]
     assert not any(kind == "prefetch" for layer in first for kind, _ in layer)
     s.new_sequence()
@@ -143,19 +147,20 @@ def test_moe_infinity_learns_from_the_first_sequence_and_prefetches_in_the_secon
 
 
 def test_mixtral_offloading_keeps_equal_shares_and_asks_the_next_gate():
-    s = Scheduler(SHAPE, mixtral_offloading(guesses=1), Knobs(9 * 1600, prefetch=1))
+    s = Scheduler(SHAPE, mixtral_offloading(guesses=1), Knobs(9 * 1600))
     plan = s.step(step(0, 0, 1, ahead=[LookAhead(1, (3, 2), (0.6, 0.4))]))
     assert did(plan) == [("load", 0), ("load", 1), ("prefetch", 3)]  # the likeliest only
     s.step(step(0, 2, 3))
     assert s.cache.layer_bytes == [3 * 1600, 1600, 0]  # three experts a layer
-    assert set(s.cache) == {(0, 1), (0, 2), (0, 3), (1, 3)}  # least recently used left
+    left = [SHAPE.place(key) for key, _ in s.cache.items()]  # the least recently used has left
+    assert sorted(left) == [(0, 1), (0, 2), (0, 3), (1, 3)]
 
 
 def test_mixtral_offloading_comes_with_one_layer_ahead_and_two_guesses():
     strategy = mixtral_offloading()
-    assert strategy.preset == {"prefetch": 1}
+    assert parameters_of(strategy) == {"depth": 1, "guesses": 2}
     guesses = strategy.prefetch.predict(0, [LookAhead(1, (3, 2, 0), (0.5, 0.3, 0.2))], view())
-    assert [g.key for g in guesses] == [(1, 3), (1, 2)]
+    assert places(guesses) == [(1, 3), (1, 2)]
 
 
 # -- AdapMoE -----------------------------------------------------------------------------------
@@ -266,13 +271,13 @@ def test_the_cost_of_the_first_expert_only_is_what_the_engine_would_lose(demo_la
 def test_resident_experts_get_a_head_start_of_lambda_while_decoding():
     s = Scheduler(SHAPE, cache_prior(lam=0.25), Knobs(ROOMY))
     s.step(step(1, 0, 2))
-    assert s.bias(1) == [0.25, 0, 0.25, 0]
-    assert s.bias(0) == [0, 0, 0, 0]
+    assert s.bias(1).tolist() == [0.25, 0, 0.25, 0]
+    assert s.bias(0).tolist() == [0, 0, 0, 0]
     s.new_sequence()  # a prompt is coming: routed as the router says
     assert s.bias(1) is None
     s.step(prompt(0, (0, 2)))
     s.end_of_token()  # the first decoded token is coming, from its first layer on
-    assert s.bias(0) == [0.25, 0, 0.25, 0]
+    assert s.bias(0).tolist() == [0.25, 0, 0.25, 0]
     assert CachePrior(0.0).bias(0, view()) is None
 
 
@@ -295,15 +300,15 @@ def test_a_missing_expert_below_f_over_k_is_dropped_and_the_first_never_is():
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_everything_is_loaded_before_the_first_token_and_never_again(bits):
     s = Scheduler(SHAPE, in_ram(), Knobs(12 * NBYTES[bits], bits=bits))
-    assert len(s.begin().fetches) == 12
-    assert {f.bits for f in s.begin().fetches} == set()  # nothing left to load
+    assert [(d.kind, d.bits) for d in decided(s.begin())] == [("prefetch", bits)] * 12
+    assert s.begin().rows == []  # nothing left to load
     assert s.cache.used_bytes == 12 * NBYTES[bits]
     assert did(s.step(step(2, 0, 3))) == [("hit", 0), ("hit", 3)]
 
 
 def test_where_not_all_fit_every_layer_gets_as_many():
     s = Scheduler(SHAPE, in_ram(), Knobs(7 * 1600))
-    assert [f.key for f in s.begin().fetches] == [
+    assert places(decided(s.begin())) == [
         (0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 2),
     ]  # fmt: skip
     assert did(s.step(step(0, 0, 3))) == [("hit", 0), ("evict", 0), ("load", 3)]

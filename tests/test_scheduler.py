@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import random
+import sys
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,13 +15,15 @@ from moelab.replays.bounds import belady_hits
 from moelab.replays.replay import replay
 from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.scheduler import Scheduler
-from moelab.scheduling.strategy import Knobs, LookAhead, Route, Shape
+from moelab.scheduling.scheduler import Scheduler, parameters_of
+from moelab.scheduling.strategy import Knobs, LookAhead, Route, Shape, Strategy
 from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import Change, LayerInput, Trace
-from moelab.strategies import NAMES, Evict, lru, make
+from moelab.scheduling.victims import Victims
+from moelab.strategies import NAMES, Allocate, Evict, Prefetch, lru, make
+from test_imports import modules
+from toy_engine import NBYTES, decided, enough
 
-NBYTES = {16: 1600, 8: 800, 4: 400, 2: 200}
 SHAPE = Shape((6, 6, 6), 2, NBYTES)
 
 
@@ -32,7 +37,12 @@ def knobs(**changes) -> Knobs:
 
 
 def kinds(plan) -> list[tuple[str, int]]:
-    return [(d.kind, d.expert) for d in plan.decisions(NBYTES)]
+    return [(d.kind, d.expert) for d in decided(plan)]
+
+
+def resident(s: Scheduler) -> dict[tuple[int, int], int]:
+    """(layer, expert) -> bits of what is in memory, least recently used first."""
+    return {s.shape.place(key): bits for key, bits in s.cache.items()}
 
 
 def token(scheduler: Scheduler, *layers: tuple[int, ...]) -> list[list[tuple[str, int]]]:
@@ -95,7 +105,7 @@ def test_unimportance_is_the_sum_of_the_weights_ranked_before():
 
 @pytest.mark.parametrize(("first", "kind"), [(0.55, "load"), (0.75, "downgrade"), (0.95, "skip")])
 def test_a_tier_pair_serves_misses_high_low_or_not_at_all(first, kind):
-    s = Scheduler(SHAPE, lru(), knobs(low_bits=4))
+    s = Scheduler(SHAPE, lru().tuned(low_bits=4), knobs())
     plan = s.step(step(0, 1, 2, weights=(first, 1 - first)))
     second = [d for d in plan.decisions(NBYTES) if d.expert == 2]
     assert second[-1].kind == kind
@@ -106,17 +116,17 @@ def test_a_tier_pair_serves_misses_high_low_or_not_at_all(first, kind):
 
 
 def test_a_low_copy_serves_a_low_request_and_a_high_copy_any():
-    s = Scheduler(SHAPE, lru(), knobs(low_bits=4))
+    s = Scheduler(SHAPE, lru().tuned(low_bits=4), knobs())
     s.step(step(0, 1, 2, weights=(0.75, 0.25)))  # 1 high, 2 low
     again = kinds(s.step(step(0, 1, 2, weights=(0.75, 0.25))))
     assert again == [("hit", 1), ("hit", 2), ("downgrade", 2)]
     swapped = kinds(s.step(step(0, 2, 1, weights=(0.75, 0.25))))
     assert swapped == [("hit", 1), ("evict", 2), ("load", 2)]
-    assert s.cache.bits((0, 2)) == 16
+    assert resident(s)[0, 2] == 16
 
 
 def test_precision_rules_rest_during_prefill():
-    s = Scheduler(SHAPE, lru(), knobs(low_bits=4))
+    s = Scheduler(SHAPE, lru().tuned(low_bits=4), knobs())
     prompt = LayerInput(0, ((1, 2), (1, 3)), ((0.99, 0.01), (0.99, 0.01)), prefill=True)
     assert kinds(s.step(prompt)) == [("load", 1), ("load", 2), ("load", 3)]
 
@@ -124,55 +134,52 @@ def test_precision_rules_rest_during_prefill():
 def test_a_prompt_larger_than_the_budget_goes_in_waves():
     s = Scheduler(SHAPE, lru(), knobs(budget_bytes=2 * 1600))
     prompt = LayerInput(0, ((0, 1), (2, 3), (4, 5)), ((0.5, 0.5),) * 3, prefill=True)
-    plan = s.step(prompt)
-    assert [x.served for x in plan.serves] == [0, 1, 2, 3, 4, 5]
-    assert [len(x.drops) for x in plan.serves] == [0, 0, 1, 1, 1, 1]
+    did = kinds(s.step(prompt))
+    assert [kind for kind, _ in did] == ["load", "load"] + ["evict", "load"] * 4
+    assert [expert for kind, expert in did if kind == "load"] == [0, 1, 2, 3, 4, 5]
     assert s.cache.used_bytes == 2 * 1600
 
 
 def test_look_ahead_fetches_what_the_next_router_names_and_protects_it():
-    s = Scheduler(SHAPE, lru(), knobs(budget_bytes=6 * 1600, prefetch=1))
-    assert s.depth(0, prefill=False) == 1
-    assert s.depth(2, prefill=False) == 0  # the last layer has nobody ahead
-    assert s.depth(0, prefill=True) == 0
+    s = Scheduler(SHAPE, lru().tuned(depth=1), knobs(budget_bytes=6 * 1600))
+    assert s.look_ahead(0, prefill=False) == 1
+    assert s.look_ahead(2, prefill=False) == 0  # the last layer has nobody ahead
+    assert s.look_ahead(0, prefill=True) == 0
     plan = s.step(step(0, 0, 1, ahead=[LookAhead(1, (4, 5), (0.6, 0.4))]))
     assert kinds(plan)[-2:] == [("prefetch", 4), ("prefetch", 5)]
+    assert {s.shape.place(int(k)) for k in np.flatnonzero(s.view.protected)} == {(1, 4), (1, 5)}
     plan = s.step(step(1, 4, 5))
-    assert [(x.load, x.cause) for x in plan.serves] == [(False, "prefetched")] * 2
+    assert [(d.kind, d.cause) for d in decided(plan)] == [("hit", "prefetched")] * 2
+    assert not s.view.protected.any()  # their layer has come
 
 
 def test_a_prefetch_never_evicts_what_this_layer_needs():
-    s = Scheduler(SHAPE, lru(), knobs(budget_bytes=2 * 1600, prefetch=1))
+    s = Scheduler(SHAPE, lru().tuned(depth=1), knobs(budget_bytes=2 * 1600))
     plan = s.step(step(0, 0, 1, ahead=[LookAhead(1, (4, 5), (0.6, 0.4))]))
-    assert plan.fetches == []
-    assert set(s.cache) == {(0, 0), (0, 1)}
+    assert kinds(plan) == [("load", 0), ("load", 1)]
+    assert set(resident(s)) == {(0, 0), (0, 1)}
 
 
 def test_fewer_bits_let_go_of_copies_above_them():
     s = Scheduler(SHAPE, lru(), knobs())
     token(s, (0, 1), (2, 3), (4, 5))
-    drops = s.change(knobs(bits=4))
-    assert {d.cause for d in drops} == {"bits"}
-    assert len(drops) == 6
+    assert [(d.kind, d.cause) for d in decided(s.change(knobs(bits=4)))] == [("evict", "bits")] * 6
     assert kinds(s.step(step(0, 0, 1))) == [("load", 0), ("load", 1)]
-    assert s.cache.bits((0, 0)) == 4
+    assert resident(s)[0, 0] == 4
 
 
 def test_a_smaller_budget_evicts_at_once_by_the_strategy():
     s = Scheduler(SHAPE, lru(), knobs())
     token(s, (0, 1), (2, 3), (4, 5))
-    assert [d.key for d in s.change(knobs(budget_bytes=2 * 1600))] == [
-        (0, 0),
-        (0, 1),
-        (1, 2),
-        (1, 3),
-    ]
+    plan = s.change(knobs(budget_bytes=2 * 1600))
+    assert [(d.layer, d.expert) for d in decided(plan, "evict")] == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    assert len(plan.rows) == 4
 
 
 def test_a_stand_in_serves_a_missing_expert():
     class Nearest(Route):
         def stand_in(self, request, view):
-            return next((e for layer, e in view.cache if layer == view.layer), None)
+            return next((int(view.index_of[k]) for k in view.residents(view.layer)), None)
 
     s = Scheduler(SHAPE, lru().replace(route=Nearest()), knobs())
     s.step(step(0, 1, 2))
@@ -193,53 +200,140 @@ def test_a_budget_below_one_tokens_need_is_refused_with_the_number_that_would_do
 
 def test_the_cache_refuses_what_does_not_fit():
     cache = Cache(SHAPE, 1600)
-    cache.add((0, 0), 16)
+    cache.add(0, 16)
     with pytest.raises(AssertionError, match="needs 200 bytes, 0 are free"):
-        cache.add((0, 1), 2)
+        cache.add(1, 2)
 
 
 def test_a_policy_in_under_ten_lines():
     class LowestIndexStays(Evict):
-        def priority(self, key, view):
-            return -key[1]
+        def score(self, view):
+            return -view.index_of
 
     strategy = lru().replace(evict=LowestIndexStays(), name="mine")
     s = Scheduler(Shape((6,), 1, NBYTES), strategy, knobs(budget_bytes=2 * 1600))
     for expert in (5, 1):
         s.step(step(0, expert))
     assert kinds(s.step(step(0, 2))) == [("evict", 5), ("load", 2)]
-    assert s.why((0, 1)) == {"priority": -1}
+    assert s.why(0) == {1: {"score": -1}, 2: {"score": -2}}
 
 
-def test_a_policy_that_ignores_what_is_allowed_is_named():
-    class Newest(Evict):
-        def victim(self, allowed, view):
-            return list(view.cache)[-1]
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [
+        ([1.0, 2.0], r"Wrong.score returned float64 of shape \(2,\).*shape \(6,\)"),
+        (["a"] * 6, r"Wrong.score returned <U1.*one number for each expert"),
+        ([float("nan")] * 6, "not a number"),
+    ],
+)
+def test_scores_that_are_not_one_number_for_each_expert_are_refused(scores, told):
+    class Wrong(Evict):
+        def score(self, view):
+            return np.array(scores)
 
-    s = Scheduler(
-        Shape((6,), 2, NBYTES), lru().replace(evict=Newest()), knobs(budget_bytes=2 * 1600)
-    )
+    strategy = lru().replace(evict=Wrong())
+    s = Scheduler(Shape((6,), 2, NBYTES), strategy, knobs(budget_bytes=2 * 1600))
     s.step(step(0, 0, 1))
-    with pytest.raises(ValueError, match=r"Newest.victim chose expert \(0, 2\).*allowed"):
+    with pytest.raises(ValueError, match=told):
         s.step(step(0, 2, 3))
 
 
+@pytest.mark.parametrize(
+    ("role", "base", "method", "now"),
+    [
+        ("evict", Evict, "priority", r"score\(self, view\)"),
+        ("evict", Evict, "victim", r"score\(self, view\)"),
+        ("evict", Evict, "used", r"observe\(self, given, view\)"),
+        ("evict", Evict, "loaded", r"observe\(self, given, view\)"),
+        ("evict", Evict, "gone", "view.bits"),
+        ("evict", Evict, "why", r"terms\(self, view\)"),
+        ("prefetch", Prefetch, "depth", r"look_ahead\(self, view\)"),
+    ],
+)
+def test_a_policy_of_version_0_3_is_refused_with_what_to_define_instead(role, base, method, now):
+    old = type("Old", (base,), {method: lambda self, *_: 0})()
+    told = rf"{role}=Old\(\) defines {method}\(\), as in moelab 0.3; define instead: .*{now}"
+    with pytest.raises(TypeError, match=told):
+        lru().replace(**{role: old})
+
+
+def test_bits_of_one_expert_are_refused_with_what_to_define_instead():
+    class Old(Allocate):
+        def bits(self, key, view):
+            return 4
+
+    with pytest.raises(TypeError, match=r"Old\(\) defines bits\(key, view\), as in moelab 0.3"):
+        lru().replace(allocate=Old())
+
+
 def test_a_guess_that_finds_no_room_drops_nothing():
-    s = Scheduler(SHAPE, lru(), knobs(budget_bytes=2 * 1600 + 400, low_bits=4, prefetch=1))
+    s = Scheduler(SHAPE, lru().tuned(low_bits=4, depth=1), knobs(budget_bytes=2 * 1600 + 400))
     s.step(step(1, 4, 5, weights=(0.25, 0.75)))  # 5 high, 4 low
-    assert s.cache.bits((1, 4)) == 4
+    assert resident(s)[1, 4] == 4
     s.step(step(0, 0, 1, weights=(0.5, 0.5)))
-    held = dict(s.cache)
+    held = resident(s)
     plan = s.step(step(0, 0, 1, weights=(0.5, 0.5), ahead=[LookAhead(1, (4,), (1.0,))]))
-    assert plan.fetches == [] == plan.after
-    assert dict(s.cache) == held
+    assert kinds(plan) == [("hit", 0), ("hit", 1)]
+    assert resident(s) == held
 
 
 def test_a_part_that_is_no_part_is_refused():
-    with pytest.raises(TypeError, match="must be an object with.*victim"):
+    with pytest.raises(TypeError, match="must be an object with.*score"):
         lru().replace(evict=object())
     with pytest.raises(TypeError):
         lru().replace(evict=Evict)  # the class, not an object
+
+
+def test_scheduling_imports_numpy_and_the_standard_library_and_nothing_else():
+    allowed = {*sys.stdlib_module_names, "numpy"}
+    found = {(path, name) for path, names in modules("scheduling") for name in names}
+    assert len(found) > 50
+    assert not {
+        (path, name)
+        for path, name in found
+        if name.split(".")[0] not in allowed and not name.startswith("moelab.scheduling")
+    }
+
+
+# -- who leaves: a selection that must equal a sort -----------------------------------------------
+
+FLAGS = (0, Cache.NEEDED, Cache.PROTECTED, Cache.PINNED, Cache.NEEDED | Cache.PROTECTED)
+
+
+@st.composite
+def crowds(draw):
+    """A cache of n experts, some held, with scores that tie often, and who may go."""
+    n = draw(st.integers(1, 90))
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    cache = Cache(Shape((n,), 1, NBYTES), n * 1600)
+    for key in rng.sample(range(n), rng.randint(1, n)):  # the order of their last use
+        cache.add(key, rng.choice((16, 4)))
+    cache.held[:] = [rng.choice(FLAGS) for _ in range(n)]
+    spread = draw(st.sampled_from((1, 3, 1000)))
+    score = np.array([rng.randrange(spread) for _ in range(n)], draw(st.sampled_from("fiu")) + "8")
+    if score.dtype.kind == "f":
+        score[[rng.random() < 0.1 for _ in range(n)]] = rng.choice((np.inf, -np.inf))
+    return cache, score, (cache.bits > 0) & (np.array(rng.choices((True, False), (5, 1), k=n)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(crowds(), st.sampled_from(FLAGS), st.lists(st.tuples(st.integers(0, 12), st.booleans())))
+def test_they_leave_by_score_and_among_equals_by_their_last_use(crowd, held, turns):
+    """One layer's step: some are evicted, some held from then on, and more are asked for."""
+    cache, score, mask = crowd
+    victims = Victims(cache, score, mask)
+
+    def in_order() -> list[int]:
+        keys = np.flatnonzero(mask & (cache.bits > 0) & (cache.held & held == 0)).tolist()
+        return sorted(keys, key=lambda k: (score[k], cache.last_use[k]))
+
+    for count, protects in turns:
+        for want, key in zip(in_order()[:count], victims.allowed(held), strict=False):
+            assert key == want
+            cache.remove(key)
+        for key in in_order()[:1] if protects else ():
+            cache.held[key] |= Cache.PROTECTED
+    assert list(victims.allowed(held)) == in_order()
 
 
 # -- properties over random streams and random changes of settings -----------------------------
@@ -262,52 +356,53 @@ def streams(draw):
 
 @st.composite
 def random_knobs(draw):
+    """Settings, and parameters for a strategy that has them."""
     bits = draw(st.sampled_from((16, 8, 4)))
-    return Knobs(
-        budget_bytes=draw(st.integers(6 * NBYTES[bits], 20 * 1600)),
-        bits=bits,
-        low_bits=draw(st.sampled_from((None, 4, 2))),
-        prefetch=draw(st.integers(0, 2)),
-    )
+    budget = draw(st.integers(6 * NBYTES[bits], 20 * 1600))
+    return Knobs(budget, bits), {
+        "low_bits": draw(st.sampled_from((None, 4, 2))),
+        "depth": draw(st.integers(0, 2)),
+    }
 
 
-def run_stream(name: str, first: Knobs, stream) -> tuple[list, Trace, int]:
+def chosen(name: str, setting) -> tuple[Strategy, Knobs]:
+    now, values = setting
+    strategy = make(name)
+    strategy = strategy.tuned(**{n: v for n, v in values.items() if n in strategy.parameters})
+    return strategy, enough(strategy, now, SHAPE)
+
+
+def run_stream(name: str, first, stream) -> tuple[list, Trace, int]:
     """Drive a scheduler; check after every decision that decisions and cache agree."""
-    first = enough(name, first)
-    s, trace, decided, held = Scheduler(SHAPE, make(name), first), Trace(SHAPE), [], {}
-    trace.changes.append(Change(0, first, name))
+    strategy, now = chosen(name, first)
+    s, trace, done, held = Scheduler(SHAPE, strategy, now), Trace(SHAPE), [], {}
+    trace.changes.append(Change(0, now, name, True, parameters_of(strategy)))
     s.new_sequence()
-    decided += obeyed(held, s.begin(), s)
+    done += obeyed(held, s.begin(), s)
     for what, *rest in stream:
         if what == "knobs":
             fresh, name = rest[1] != name, rest[1]
-            now = enough(name, rest[0])
-            for drop in s.change(now, make(name) if fresh else None):
-                assert held.pop(drop.key) == drop.bits
-            trace.changes.append(Change(len(trace.steps), now, name, fresh))
-            decided += obeyed(held, s.begin(), s)
+            other, now = chosen(name, rest[0])
+            strategy = other if fresh else strategy.tuned(**parameters_of(other))
+            done += obeyed(held, s.change(now, strategy), s)
+            values = parameters_of(strategy)
+            trace.changes.append(Change(len(trace.steps), now, name, fresh, values))
+            done += obeyed(held, s.begin(), s)
         else:
             for given_layer in layer_inputs(what, rest[0], s):
                 trace.steps.append(given_layer)
-                decided += obeyed(held, s.step(given_layer), s)
+                done += obeyed(held, s.step(given_layer), s)
             s.end_of_token()
         assert sum(NBYTES[b] for b in held.values()) <= s.cache.budget_bytes
-    return decided, trace, len(held)
-
-
-def enough(name: str, now: Knobs) -> Knobs:
-    """The settings with a budget that the strategy takes."""
-    least = minimum_budget(SHAPE, make(name), now)
-    return dataclasses.replace(now, budget_bytes=max(now.budget_bytes, least))
+    return done, trace, len(held)
 
 
 def obeyed(held: dict, plan, s: Scheduler) -> list:
     """The decisions of a plan, carried out; the cache must show the same in the end."""
-    decisions = list(plan.decisions(NBYTES))
-    for d in decisions:
-        obey(held, d, s.cache.budget_bytes)
-    assert held == dict(s.cache)
-    return decisions
+    for d in decided(plan):
+        obey(held, d, sys.maxsize if plan.layer < 0 else s.cache.budget_bytes)
+    assert held == resident(s)
+    return decided(plan)
 
 
 def layer_inputs(what, layers, s):
@@ -315,7 +410,9 @@ def layer_inputs(what, layers, s):
         if what == "prompt":
             yield LayerInput(i, tuple(row), ((0.7, 0.3),) * len(row), prefill=True)
         else:
-            ahead = (LookAhead(i + 1, row[2], (0.8, 0.2)),) if s.depth(i, prefill=False) else ()
+            ahead = (
+                (LookAhead(i + 1, row[2], (0.8, 0.2)),) if s.look_ahead(i, prefill=False) else ()
+            )
             yield LayerInput(i, (row[0],), (row[1],), look_ahead=ahead)
 
 
@@ -341,16 +438,16 @@ def test_the_budget_holds_after_every_decision_whatever_changes(name, first, str
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(NAMES), first=random_knobs(), stream=streams())
 def test_a_replay_decides_the_same_again(name, first, stream):
-    decided, trace, _ = run_stream(name, first, stream)
+    done, trace, _ = run_stream(name, first, stream)
     again = replay(trace, strategies={n: make(n) for n in NAMES})
-    assert again.decisions == decided
+    assert again.decisions == done
 
 
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(("lru", "lfu")), stream=streams())
 def test_belady_is_at_least_as_good_as_any_policy(name, stream):
     first = Knobs(budget_bytes=5 * 1600)
-    _, trace, _ = run_stream(name, first, [s for s in stream if s[0] == "token"])
+    _, trace, _ = run_stream(name, (first, {}), [s for s in stream if s[0] == "token"])
     hits, asked = belady_hits(trace, 5)
     got = replay(trace, make(name), first)
     assert got.counts["hit"] <= hits <= asked
@@ -361,9 +458,31 @@ def test_a_trace_survives_the_disk(tmp_path):
         SHAPE,
         [step(0, 1, 2, ahead=[LookAhead(1, (3,), (0.5,))])],
         [Change(0, knobs(), "lru", parameters={})],
-        [((0, 3), 4)],
+        [(3, 4)],
     )
     assert Trace.load(trace.save(tmp_path / "t.json")) == trace
     (tmp_path / "bad.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match=r"bad.json is not a moelab trace"):
         Trace.load(tmp_path / "bad.json")
+
+
+def test_a_trace_of_version_0_3_is_decided_as_if_its_settings_were_parameters(tmp_path):
+    """There a key was (layer, expert), and T1, T2, low bits and the depth were settings."""
+    rows = [
+        [i % 3, [[i % 5, 5]], [[0.8, 0.2]], False, [], None, None, None, [], []] for i in range(9)
+    ]
+    old = {"budget_bytes": 9600, "bits": 16, "low_bits": 4, "t1": 0.5, "t2": 0.85, "prefetch": 1}
+    doc = {
+        "format": 3,
+        "shape": {"experts": SHAPE.experts, "top_k": 2, "nbytes": NBYTES},
+        "steps": rows,
+        "changes": [[0, old, "lru", True, {}, [[[1, 2], 8]]]],
+        "resident": [[[2, 5], 4]],
+    }
+    (tmp_path / "old.json").write_text(json.dumps(doc))
+    trace = Trace.load(tmp_path / "old.json")
+    assert trace.resident == [(SHAPE.key(2, 5), 4)]
+    assert trace.changes[0].parameters == {"low_bits": 4, "t1": 0.5, "t2": 0.85, "depth": 1}
+    done = replay(trace, strategies={"lru": lru()}).decisions
+    assert done[0][:5] == ("prefetch", 1, 2, 8, 8)  # the pin
+    assert [d.bits for d in done if d.kind == "load" and d.expert == 5] == [4, 4]

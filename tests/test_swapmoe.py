@@ -30,6 +30,7 @@ from moelab.strategies.swapmoe_planner import (
     uniform,
     usable,
 )
+from toy_engine import decided
 
 B = 1600  # bytes of an expert at 16 bit
 SHAPE = Shape((6, 6), 2, {16: B, 4: 400})
@@ -58,20 +59,37 @@ def told(
 
 
 def fetched(plan) -> list[int]:
-    return [f.key[1] for f in plan.fetches]
+    return [d.expert for d in decided(plan, "prefetch")]
 
 
-def dropped(plan) -> list[int]:
-    drops = [d for f in plan.fetches for d in f.drops] + list(plan.after)
-    return [d.key[1] for d in drops]
+def evicted(plan) -> list[int]:
+    return [d.expert for d in decided(plan, "evict")]
+
+
+def places(plan, kind: str = "prefetch") -> list[tuple[int, int]]:
+    return [(d.layer, d.expert) for d in decided(plan, kind)]
+
+
+def keys(s: Scheduler, plan) -> set[int]:
+    """What a plan fetches."""
+    return {s.shape.key(*place) for place in places(plan)}
 
 
 def residents(s: Scheduler, layer: int = 0) -> set[int]:
-    return {e for lay, e in s.cache if lay == layer}
+    return set(s.view.index_of[s.view.residents(layer)].tolist())
+
+
+def visible(s: Scheduler, layer: int = 0) -> list[int]:
+    """The experts that the mask lets the router choose."""
+    return np.flatnonzero(s.mask(layer)).tolist()
 
 
 def virtual(s: Scheduler):
     return s.strategy.route
+
+
+def importance(s: Scheduler) -> list[float]:
+    return virtual(s).terms(s.view)["importance since the update"].tolist()
 
 
 # -- importance --------------------------------------------------------------
@@ -83,15 +101,15 @@ def test_importance_is_norm_of_the_input_times_gate_times_norm_of_the_expert():
     s = begun(ONE_LAYER, 4, swapmoe(profile, f=100))
     s.step(told(0, 5, 4, wanted=(0, 1), norm=10.0, gates=(0.75, 0.25)))
     s.step(told(0, 5, 4, wanted=(1, 5), norm=2.0, gates=(0.5, 0.5)))
-    got = [virtual(s)._importance[0][e] for e in range(6)]
-    assert got == pytest.approx([10 * 0.75 * 1, 10 * 0.25 * 2 + 2 * 0.5 * 2, 0, 0, 0, 2 * 0.5 * 6])
-    assert s.why((0, 5))["importance since the update"] == pytest.approx(6)
+    by_hand = [10 * 0.75 * 1, 10 * 0.25 * 2 + 2 * 0.5 * 2, 0, 0, 0, 2 * 0.5 * 6]
+    assert importance(s) == pytest.approx(by_hand)
+    assert s.why(0)[5]["importance since the update"] == 6
 
 
 def test_a_prompt_counts_every_token_of_it():
     s = begun(ONE_LAYER, 4, swapmoe(f=100))
     s.step(LayerInput(0, ((0, 1), (0, 2)), ((1, 1), (0.5, 1)), True, norms=(1.0, 4.0)))
-    assert virtual(s)._importance[0] == [1 + 4 * 0.5, 1, 4, 0, 0, 0]
+    assert importance(s) == [1 + 4 * 0.5, 1, 4, 0, 0, 0]
     assert virtual(s)._inputs[0] == 2
 
 
@@ -106,7 +124,7 @@ def test_an_absent_expert_comes_back_because_the_router_is_asked_without_the_mas
 def test_scored_by_the_masked_choice_it_would_never_come_back():
     s = begun(ONE_LAYER, 3, swapmoe(f=2))
     plans = [s.step(told(0, 0, 1, gates=(0.9, 0.1))) for _ in range(40)]
-    assert not any(p.fetches for p in plans)
+    assert not any(map(fetched, plans))
     assert residents(s) == {0, 1, 2}
 
 
@@ -115,7 +133,7 @@ def test_what_an_update_forgets_and_what_carry_keeps():
         s = begun(ONE_LAYER, 3, swapmoe(f=4, carry=carry))
         for norm, expert in [(5.0, 5)] * 4 + [(1.0, 4)] * 4:
             s.step(told(0, 0, 1, wanted=(expert, 0), norm=norm, gates=(0.9, 0.1)))
-        assert virtual(s)._order[0][0] == first
+        assert virtual(s).order(0, s.view)[0] == first
 
 
 # -- when --------------------------------------------------------------
@@ -127,7 +145,7 @@ def test_the_virtual_experts_are_renewed_every_f_tokens(f):
     when = []
     for token in range(24):
         wanted = (3 + token // f % 3, 0, 1)  # another expert in each stretch of f tokens
-        if s.step(told(0, 0, 1, wanted=wanted, gates=(0.8, 0.1, 0.1))).fetches:
+        if fetched(s.step(told(0, 0, 1, wanted=wanted, gates=(0.8, 0.1, 0.1)))):
             when.append(token + 1)
     assert when == list(range(f, 25, f))
 
@@ -140,7 +158,7 @@ def test_the_virtual_experts_are_renewed_every_f_sequences():
         s.step(LayerInput(0, ((0, 1),), ((0.5, 0.5),), True, norms=(1.0,)))
         for _ in range(5):
             wanted = (3 + sequence // 2, 0)
-            if s.step(told(0, 0, 1, wanted=wanted, gates=(0.9, 0.1))).fetches:
+            if fetched(s.step(told(0, 0, 1, wanted=wanted, gates=(0.9, 0.1)))):
                 when.append(sequence)
     assert when == [2, 4]  # before the third and the fifth, with what the sequences before said
 
@@ -172,7 +190,7 @@ def exchanging(swaps: int, slots: int = 5) -> tuple[Scheduler, list[list[int]]]:
     for token in range(40):
         wanted = (6 + token % 5, 11) if token < 20 else (11, 6)
         plan = s.step(told(0, 0, 1, wanted=wanted, in_flight=flying))
-        flying = [f.key for f in plan.fetches]
+        flying = keys(s, plan)
         out.append(fetched(plan))
     return s, out
 
@@ -194,23 +212,23 @@ def test_a_newcomer_is_seen_by_the_router_only_when_it_has_landed():
     s = begun(ONE_LAYER, 3, swapmoe(f=1))
     plan = s.step(told(0, 0, 1, wanted=(5, 0), gates=(0.9, 0.1)))
     assert fetched(plan) == [5]
-    assert s.mask(0) == [True, True, False, False, False, False]
-    s.step(told(0, 0, 1, wanted=(5, 0), gates=(0.9, 0.1), in_flight=[(0, 5)]))
-    assert not s.mask(0)[5]
+    assert visible(s) == [0, 1]
+    s.step(told(0, 0, 1, wanted=(5, 0), gates=(0.9, 0.1), in_flight=[5]))
+    assert visible(s) == [0, 1]
     s.step(told(0, 0, 1, wanted=(5, 0), gates=(0.9, 0.1)))
-    assert s.mask(0) == [True, True, False, False, False, True]
+    assert visible(s) == [0, 1, 5]
 
 
 def test_what_is_on_its_way_does_not_leave():
     """To evict a copy that is being read the engine would have to wait for it."""
     s = begun(ONE_LAYER, 4, swapmoe(f=1, swaps=8))
-    flying: set = set()
+    flying: set[int] = set()
     rng = random.Random(0)
     for _ in range(200):
         given = told(0, 0, 1, wanted=rng.sample(range(6), 2), in_flight=sorted(flying))
         plan = s.step(given)
-        assert not flying & {(0, e) for e in dropped(plan)}
-        flying |= {f.key for f in plan.fetches}
+        assert not flying & set(evicted(plan))
+        flying |= keys(s, plan)
         flying = {k for k in flying if rng.random() < 0.8}
 
 
@@ -225,19 +243,19 @@ def test_with_room_for_everybody_there_is_no_mask():
 def test_with_exactly_top_k_and_no_free_slot_nothing_is_swapped():
     s = begun(SHAPE, 4, swapmoe(f=1))
     for layer in (0, 1):
-        assert not s.step(told(layer, 0, 1, wanted=(5, 4))).fetches
+        assert not fetched(s.step(told(layer, 0, 1, wanted=(5, 4))))
 
 
 def test_with_top_k_and_a_free_slot_the_newcomer_lands_before_the_old_one_leaves():
     s = begun(SHAPE, 5, swapmoe(f=1))
     assert (residents(s, 0), residents(s, 1)) == ({0, 1}, {0, 1})
     plan = s.step(told(0, 0, 1, wanted=(5, 0), gates=(0.9, 0.1)))
-    assert (fetched(plan), dropped(plan)) == ([5], [])
+    assert (fetched(plan), evicted(plan)) == ([5], [])
     assert sum(s.mask(0)) == 2
-    assert not s.step(told(1, 0, 1, wanted=(5, 0), in_flight=[(0, 5)])).fetches  # slot taken
+    assert not fetched(s.step(told(1, 0, 1, wanted=(5, 0), in_flight=[5])))  # slot taken
     plan = s.step(told(0, 0, 1, wanted=(5, 0), gates=(0.9, 0.1)))
-    assert (fetched(plan), dropped(plan)) == ([], [1])
-    assert s.mask(0) == [True, False, False, False, False, True]
+    assert (fetched(plan), evicted(plan)) == ([], [1])
+    assert visible(s) == [0, 5]
     assert fetched(s.step(told(1, 0, 1, wanted=(5, 0)))) == [5]  # now it is the other layer's
 
 
@@ -245,7 +263,7 @@ def masked_choice(s: Scheduler, layer: int, rng: random.Random) -> tuple[tuple, 
     """(served, wanted) of a router that the mask bound."""
     count, top_k = s.shape.experts[layer], s.shape.top_k
     wanted = tuple(rng.sample(range(count), top_k))
-    mask = s.mask(layer) or [True] * count
+    mask = [True] * count if s.mask(layer) is None else s.mask(layer)
     allowed = [e for e in range(count) if mask[e]]
     assert len(allowed) >= top_k
     served = [e for e in wanted if mask[e]] + [e for e in allowed if e not in wanted]
@@ -258,16 +276,17 @@ def test_no_expert_is_ever_loaded_on_demand_whatever_changes(seed):
     rng = random.Random(seed)
     shape = Shape((8, 6, 8), 2, {16: B, 8: 800, 4: 400})
     s = begun(shape, rng.randint(6, 22), swapmoe(f=rng.choice((1, 3, 7)), swaps=rng.randint(1, 4)))
-    flying: set = set()
+    flying: set[int] = set()
     for step in range(300):
         layer = step % 3
         served, wanted = masked_choice(s, layer, rng)
-        flying &= set(s.cache)
+        flying = {key for key in flying if key in s.cache}
         given = told(layer, *served, wanted=wanted, norm=rng.random() + 0.1, in_flight=flying)
         plan = s.step(dataclasses.replace(given, prefill=rng.random() < 0.05))
-        assert [(x.load, x.served in served) for x in plan.serves] == [(False, True)] * 2
-        assert not flying & {(layer, e) for e in dropped(plan)}
-        flying |= {f.key for f in plan.fetches}
+        assert sorted(places(plan, "hit")) == sorted((layer, e) for e in served)
+        assert not decided(plan, "load", "skip", "substitute", "downgrade")
+        assert not flying & {shape.key(*place) for place in places(plan, "evict")}
+        flying |= keys(s, plan)
         flying = {k for k in flying if rng.random() < 0.7}
         assert s.cache.used_bytes <= s.cache.budget_bytes
         if layer == 2 and rng.random() < 0.1:
@@ -286,7 +305,7 @@ def test_an_update_under_way_when_a_sequence_begins_is_not_waited_for():
     s.step(told(0, 0, 1, wanted=(5, 4), gates=(0.6, 0.4)))
     assert residents(s) == {0, 1, 2, 5}
     s.new_sequence()
-    assert s.begin().fetches == []
+    assert s.begin().rows == []
     assert fetched(s.step(told(0, 0, 1, wanted=(5, 4)))) == [4]
 
 
@@ -294,8 +313,8 @@ def test_every_layer_begins_with_its_most_important_experts_and_keeps_the_learnt
     profile = {"norms": [[1, 2, 3, 4, 5, 6]] * 2, "importance": [[9, 1, 8, 1, 7, 1]] * 2}
     s = Scheduler(SHAPE, swapmoe(profile, f=1), Knobs(6 * B))
     plan = s.begin()
-    assert [f.key for f in plan.fetches] == [(0, 0), (1, 0), (0, 2), (1, 2), (0, 4), (1, 4)]
-    assert {f.cause for f in plan.fetches} == {"set-up"}
+    assert places(plan) == [(0, 0), (1, 0), (0, 2), (1, 2), (0, 4), (1, 4)]
+    assert {d.cause for d in decided(plan)} == {"set-up"}
     for _ in range(3):
         s.step(told(0, 0, 2, wanted=(5, 0), gates=(0.9, 0.1)))
     assert residents(s) == {0, 2, 5}
@@ -319,7 +338,7 @@ def test_a_part_of_it_alone_falls_back_to_the_router():
     s = Scheduler(SHAPE, lru().replace(route=swapmoe().route), Knobs(8 * B))
     assert s.mask(0) is None  # nothing is resident yet: the router chooses, and it is loaded
     s.step(told(0, 3, 4))
-    assert s.mask(0) == [False, False, False, True, True, False]
+    assert visible(s) == [3, 4]
 
 
 # -- in the engine -------------------------------------------------------------------------
@@ -399,10 +418,9 @@ def test_static_pruning_keeps_the_largest_experts_for_ever():
         for _ in range(50):
             first, second = sorted(kept)[:2]
             plan = s.step(told(0, first, second, wanted=(2, 3)))
-            assert not plan.fetches
-            assert not plan.after
+            assert not decided(plan, "prefetch", "evict")
         assert residents(s) == kept
-        assert s.mask(0) == [e in kept for e in range(6)]
+        assert visible(s) == sorted(kept)
 
 
 def test_static_pruning_changes_its_mind_at_once_when_told_to():
@@ -569,7 +587,7 @@ def test_the_profiling_renews_a_layer_as_the_strategy_does(f, n):
         view = View(shape, Knobs(n * B), Cache(shape, n * B))
         assert set(part.order(0, view)[:n]) == set(chosen)
         for e in chosen:
-            view.cache.add((0, e), 16)  # every swap has landed
+            view.cache.add(e, 16)  # every swap has landed
         wanted = np.flatnonzero(scores[token])
         part.observe(told(0, 0, 1, wanted=wanted, gates=scores[token, wanted]), view)
 

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
-from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.budget import minimum_budget
+from moelab.scheduling.events import Decision
+from moelab.scheduling.plan import LayerPlan
+from moelab.scheduling.scheduler import Scheduler, parameters_of
 from moelab.scheduling.strategy import Knobs, LookAhead, Shape, Strategy
 from moelab.scheduling.trace import Change, LayerInput, Trace
 
 NBYTES = {16: 1600, 8: 800, 4: 400, 2: 200}
 SHAPE = Shape((6, 6, 6, 6), 2, NBYTES)
+
+
+def decided(plan: LayerPlan, *kinds: str) -> list[Decision]:
+    """A plan's decisions in words, all or those of these kinds."""
+    return [d for d in plan.decisions(NBYTES) if not kinds or d.kind in kinds]
+
+
+def enough(strategy: Strategy, knobs: Knobs, shape: Shape = SHAPE) -> Knobs:
+    """The settings with a budget that the strategy takes."""
+    need = minimum_budget(shape, strategy, knobs)
+    return dataclasses.replace(knobs, budget_bytes=max(knobs.budget_bytes, need))
 
 
 class Toy:
@@ -19,15 +34,15 @@ class Toy:
         self.rng = random.Random(seed)
         self.scheduler = Scheduler(SHAPE, strategy, knobs)
         self.template = strategy
-        self.held: dict = {}
-        self.flying: set = set()
-        self.decided: list = []
+        self.held: dict[int, int] = {}
+        self.flying: set[int] = set()
+        self.decided: list[Decision] = []
         self.trace = Trace(SHAPE)
         self.favour = [[self.rng.random() for _ in range(n)] for n in SHAPE.experts]
 
     def sequence(self, tokens: int, *, changes=None) -> Trace:
         s = self.scheduler
-        self.trace = Trace(SHAPE, resident=list(s.cache.items()))
+        self.trace = Trace(SHAPE, resident=s.cache.items())
         self._record(s.strategy.fresh())
         self.decided = []
         s.new_sequence()
@@ -46,15 +61,13 @@ class Toy:
         """Other settings, another strategy, or other parameters of this one."""
         s, old = self.scheduler, self.template
         self.template = (strategy or old).tuned(**tune)
-        for drop in s.change(knobs or s.view.knobs, self.template):
-            assert self.held.pop(drop.key) == drop.bits
-            self.flying.discard(drop.key)
+        self._obey(s.change(enough(self.template, knobs or s.view.knobs), self.template))
         self._record(self.template, fresh=not self.template.shares(old))
         self._obey(s.begin(), waits=True)
 
     def _record(self, strategy: Strategy, *, fresh: bool = True) -> None:
         knobs, at = self.scheduler.view.knobs, len(self.trace.steps)
-        values = {name: value for name, (_, _, value) in strategy.parameters.items()}
+        values = parameters_of(strategy)
         self.trace.changes.append(Change(at, knobs, strategy.name, fresh, values, strategy))
 
     def _route(self, layer: int, tokens: int, *, prefill: bool) -> LayerInput:
@@ -67,19 +80,20 @@ class Toy:
             scores = [f + rng.random() for f in self.favour[layer]]
             spread = max(scores) - min(scores)
             free.append(self._top(scores, scores))
-            place = [x + spread * b for x, b in zip(scores, bias or [0.0] * count, strict=True)]
+            lead = [0.0] * count if bias is None else bias
+            place = [x + spread * b for x, b in zip(scores, lead, strict=True)]
             place = [x if mask is None or mask[e] else -1e9 for e, x in enumerate(place)]
             chosen.append(self._top(place, scores))
             assert mask is None or all(mask[e] for e, _ in chosen[-1])
         ahead = ()
-        for coming in range(layer + 1, layer + 1 + s.depth(layer, prefill=prefill)):
+        for coming in range(layer + 1, layer + 1 + s.look_ahead(layer, prefill=prefill)):
             guess = [f + rng.random() for f in self.favour[coming]]
             experts, weights = zip(*self._top(guess, guess), strict=True)
             ahead += (LookAhead(coming, experts, weights),)
         told = (mask is not None or bias is not None) and "wanted" in observes
         flying = tuple(k for k in sorted(self.flying) if rng.random() < 0.5)
         self.flying.intersection_update(flying)  # the others have landed
-        late = tuple(k for k in flying if k[0] == layer and rng.random() < 0.5)
+        late = tuple(k for k in flying if SHAPE.place(k)[0] == layer and rng.random() < 0.5)
         return LayerInput(
             layer,
             tuple(tuple(e for e, _ in row) for row in chosen),
@@ -99,11 +113,11 @@ class Toy:
         total = sum(scores[e] for e in best)
         return [(e, scores[e] / total) for e in best]
 
-    def _obey(self, plan, *, waits: bool = False) -> None:
+    def _obey(self, plan: LayerPlan, *, waits: bool = False) -> None:
         """Do what an engine does; the budget holds after every single decision."""
         s = self.scheduler
-        for d in plan.decisions(NBYTES):
-            key = (d.layer, d.expert)
+        for d in decided(plan):
+            key = SHAPE.key(d.layer, d.expert)
             if d.kind in ("load", "prefetch"):
                 assert key not in self.held
                 self.held[key] = d.bits
@@ -114,9 +128,11 @@ class Toy:
             elif d.kind in ("hit", "substitute"):
                 assert self.held[key] == d.bits
                 self.flying.discard(key)  # it was waited for
-            assert sum(NBYTES[b] for b in self.held.values()) <= s.cache.budget_bytes
+            if plan.layer >= 0 or d.kind != "evict":  # a smaller budget: the evictions answer it
+                assert sum(NBYTES[b] for b in self.held.values()) <= s.cache.budget_bytes
             self.decided.append(d)
-        assert self.held == dict(s.cache)
+        assert self.held == dict(s.cache.items())
+        assert sum(NBYTES[b] for b in self.held.values()) <= s.cache.budget_bytes
         for layer in range(SHAPE.layers):
             share = s.strategy.allocate.layer_bytes(layer, s.view)
             assert share is None or s.cache.layer_bytes[layer] <= share
