@@ -11,10 +11,18 @@ from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Allocate, Prediction, Prefetch, Route
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.settings import Settings
-from moelab.strategies import Evict, Parameter, hobbit, lfu, lru, make, swapmoe
-from test_scheduler import NBYTES, SHAPE, kinds, knobs, step, token
+from moelab.strategies import Evict, Parameter, hobbit, lru, make, swapmoe
+from test_scheduler import NBYTES, SHAPE, kinds, knobs, resident, step, token
 
 PLENTY = SHAPE.all_bytes(16)
+
+
+def keys(*places) -> tuple[int, ...]:
+    return tuple(SHAPE.key(*place) for place in places)
+
+
+def flying(s: Scheduler) -> set[tuple[int, int]]:
+    return {SHAPE.place(key) for key in s.view.in_flight.nonzero()[0]}
 
 
 def some(**changes) -> Settings:
@@ -56,7 +64,7 @@ def test_a_parameter_is_a_setting():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"w_lru": 0.3}, "unknown setting 'w_lru'.*parameters of 'lru': none"),
+        ({"w_lru": 0.3}, "unknown setting 'w_lru'.*parameters of 'lru': depth, low_bits, t1, t2"),
         ({"strategy": "hobbit", "w_lru": 7}, "w_lru=7: from 0 to 1"),
         ({"strategy": "hobbit", "w_lru": "much"}, "w_lru='much'"),
         ({"evict": "nobody"}, "unknown strategy 'nobody'"),
@@ -77,14 +85,14 @@ def test_a_decision_must_be_one():
 
 
 def test_the_parts_that_stay_keep_what_they_have_learnt():
-    s = Scheduler(SHAPE, lfu(), knobs())
+    s = Scheduler(SHAPE, make("edgemoe"), knobs())
     template = s.strategy
     token(s, (0, 1), (2, 3), (4, 5))
-    uses = s.strategy.evict._uses
+    live = s.strategy.evict
     s.change(knobs(), template.replace(prefetch=Prefetch()))
-    assert s.strategy.evict._uses is uses
-    s.change(knobs(), lfu())
-    assert s.strategy.evict._uses == {}
+    assert s.strategy.evict is live
+    s.change(knobs(), make("edgemoe"))
+    assert s.strategy.evict is not live
 
 
 def test_tuning_keeps_what_has_been_learnt():
@@ -143,11 +151,11 @@ class Tiers(Allocate):
 
 
 def test_a_tier_keeps_to_its_share():
-    s = Scheduler(SHAPE, lru().replace(allocate=Tiers()), knobs(low_bits=4))
+    s = Scheduler(SHAPE, lru().replace(allocate=Tiers()).tuned(low_bits=4), knobs())
     for experts in ((0, 1), (2, 3), (4, 5)):
         s.step(step(0, *experts, weights=(0.75, 0.25)))
         assert max(s.cache.tier_bytes[16] / 1600, s.cache.tier_bytes[4] / 400) <= 2
-    assert dict(s.cache) == {(0, 2): 16, (0, 3): 4, (0, 4): 16, (0, 5): 4}
+    assert resident(s) == {(0, 2): 16, (0, 3): 4, (0, 4): 16, (0, 5): 4}
 
 
 def test_shares_that_no_budget_can_satisfy_are_refused():
@@ -163,24 +171,23 @@ class Start(Prefetch):
     """Two experts before anything else."""
 
     def begin(self, view):
-        return [Prediction((2, 5)), Prediction((1, 4))]
+        return [Prediction(2, 5), Prediction(1, 4)]
 
 
 def test_a_set_up_comes_before_the_first_token_and_only_once():
     s = Scheduler(SHAPE, lru().replace(prefetch=Start()), knobs())
-    plan = s.begin()
-    assert [(f.key, f.bits, f.cause) for f in plan.fetches] == [
-        ((2, 5), 16, "set-up"),
-        ((1, 4), 16, "set-up"),
+    assert [(d.layer, d.expert, d.bits, d.cause) for d in s.begin().decisions(NBYTES)] == [
+        (2, 5, 16, "set-up"),
+        (1, 4, 16, "set-up"),
     ]
-    assert s.begin().fetches == []
+    assert s.begin().rows == []
 
 
 def test_a_set_up_lets_go_of_others_but_never_of_its_own():
     s = Scheduler(SHAPE, lru().replace(prefetch=Start()), knobs(budget_bytes=2 * 1600))
     s.step(step(0, 0, 1))
     assert [k for k, _ in kinds(s.begin())] == ["evict", "prefetch"] * 2
-    assert set(s.cache) == {(2, 5), (1, 4)}
+    assert set(resident(s)) == {(2, 5), (1, 4)}
 
 
 class Eager(Prefetch):

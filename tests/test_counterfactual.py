@@ -15,6 +15,7 @@ from moelab.scheduling.events import KINDS
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.stream import Knobs, Shape
 from moelab.scheduling.trace import LayerInput, Trace
+from moelab.spelling import shown_strategy
 from moelab.strategies import NAMES, Evict, make
 
 PROMPT = "Once upon a time"
@@ -127,8 +128,8 @@ def test_changes_on_the_way_stay_and_the_override_lies_on_top(demo_lab):
 
 def test_a_policy_of_ones_own_can_be_tried(demo_lab):
     class LowestIndex(Evict):
-        def priority(self, key, view):
-            return -key[1]
+        def score(self, view):
+            return -view.index_of
 
     run = demo_lab.generate(PROMPT, max_new_tokens=8)
     second = again(demo_lab, run, evict=LowestIndex())
@@ -148,7 +149,7 @@ def kept_throughout(run, keep):
         assert not (after.kind == "evict").any()
         assert not after.kind.isin(["load", "prefetch", "downgrade", "skip"]).any()
         assert set(after[after.kind.isin(["hit", "substitute"])].bits) <= {bits}
-        start = dict(run.trace.resident).get((layer, expert))
+        start = dict(run.trace.resident).get(run.trace.shape.key(layer, expert))
         set_up = mine[(mine["at"] < 0) & (mine.kind == "prefetch")]
         assert start == bits or list(set_up.bits) == [bits]
 
@@ -158,7 +159,7 @@ def test_a_kept_expert_stays_at_its_bits_within_the_budget(demo_lab, strategy):
     demo_lab.update(strategy=strategy, budget="15%")
     run = demo_lab.generate(PROMPT, max_new_tokens=10)
     keep = {(5, 3): 8, (0, 0): 16}
-    second = again(demo_lab, run, keep=keep)
+    second = again(demo_lab, run, pin=keep)
     kept_throughout(second, keep)
     budget = second.history[0][1].budget_bytes
     assert 0 < second.summary()["peak_resident_bytes"] <= budget
@@ -168,7 +169,7 @@ def test_a_kept_expert_stays_at_its_bits_within_the_budget(demo_lab, strategy):
 
 
 def test_what_is_kept_is_kept_in_a_replay_from_a_file_too(demo_lab, tmp_path):
-    demo_lab.update(keep={(2, 1): 8, (3, 4): 16}, budget="8%")
+    demo_lab.update(pin={(2, 1): 8, (3, 4): 16}, budget="8%")
     run = demo_lab.generate(PROMPT, max_new_tokens=6)
     loaded = Trace.load(run.trace.save(tmp_path / "trace.json"))
     again = replay(loaded, strategies={"lru": make("lru")})
@@ -178,25 +179,25 @@ def test_what_is_kept_is_kept_in_a_replay_from_a_file_too(demo_lab, tmp_path):
 def test_a_budget_that_cannot_hold_what_is_to_be_kept_is_refused(demo_lab):
     run = demo_lab.generate(PROMPT, max_new_tokens=3)
     keep = {(layer, 3): 16 for layer in range(6)}
-    with pytest.raises(BudgetError, match=r"beside 6 kept experts: .* raise it to (\d+) bytes"):
-        demo_lab.what_if(run, keep=keep, budget="6%")
+    with pytest.raises(BudgetError, match=r"beside 6 pinned experts: .* raise it to (\d+) bytes"):
+        demo_lab.what_if(run, pin=keep, budget="6%")
     for wrong, words in (
         ({(0, 99): 8}, "no expert 99 in layer 0"),
         ({(0, 1): 5}, "5 bit is not in this store"),
         ({0: 8}, r"write \{\(layer, expert\): bits\}"),
     ):
         with pytest.raises(ValueError, match=words):
-            demo_lab.what_if(run, keep=wrong)
+            demo_lab.what_if(run, pin=wrong)
 
 
 def test_keep_outlives_another_choice_of_strategy_until_it_is_lifted(demo_lab):
-    demo_lab.update(keep={(1, 2): 4})
+    demo_lab.update(pin={(1, 2): 4})
     demo_lab.update(strategy="hobbit", w_lru=0.4)
-    assert demo_lab.settings.strategy.keep == {(1, 2): 4}
+    assert demo_lab.settings.strategy.pinned == {(1, 2): 4}
     assert demo_lab.cache_map()["bits"][1, 2] == 4
-    assert demo_lab.settings.shown_strategy()["keep"] == "1.2 at 4 bit"
-    demo_lab.update(keep={})
-    assert demo_lab.settings.strategy.keep == {}
+    assert shown_strategy(demo_lab.settings.strategy)["pin"] == "1.2 at 4 bit"
+    demo_lab.update(pin={})
+    assert demo_lab.settings.strategy.pinned == {}
 
 
 SHAPE = Shape((6, 6, 6), 2, {16: 1600, 8: 800, 4: 400, 2: 200})
@@ -205,24 +206,21 @@ SHAPE = Shape((6, 6, 6), 2, {16: 1600, 8: 800, 4: 400, 2: 200})
 @pytest.mark.parametrize("name", NAMES)
 def test_every_strategy_keeps_what_it_is_told_to_at_the_least_budget(name):
     keep = {(0, 5): 16, (1, 0): 4, (2, 3): 8}
-    strategy = dataclasses.replace(make(name), keep=keep)
-    low = 4 if name == "hobbit" else None
-    least = minimum_budget(SHAPE, strategy, Knobs(10**6, 8, low))
-    assert least > minimum_budget(SHAPE, make(name), Knobs(10**6, 8, low))
+    strategy = dataclasses.replace(make(name), pinned=keep)
+    least = minimum_budget(SHAPE, strategy, Knobs(10**6, 8))
+    assert least > minimum_budget(SHAPE, make(name), Knobs(10**6, 8))
     with pytest.raises(BudgetError):
-        Scheduler(SHAPE, strategy, Knobs(least - 1, 8, low))
-    scheduler, rng = (
-        Scheduler(SHAPE, strategy, Knobs(least, 8, low, prefetch=2)),
-        np.random.default_rng(3),
-    )
+        Scheduler(SHAPE, strategy, Knobs(least - 1, 8))
+    scheduler, rng = Scheduler(SHAPE, strategy, Knobs(least, 8)), np.random.default_rng(3)
     scheduler.begin()
     for _ in range(40):
         for layer in range(3):
-            mask = scheduler.mask(layer) or [True] * 6
+            mask = scheduler.mask(layer)
+            mask = [True] * 6 if mask is None else mask
             experts = rng.permutation(np.flatnonzero(mask))[:2].tolist()
             given = LayerInput(layer, (tuple(experts),), ((0.7, 0.3)[: len(experts)],))
             scheduler.step(given)
-            assert {k: scheduler.cache.bits(k) for k in keep} == keep
+            assert {k: scheduler.cache.bits[SHAPE.key(*k)] for k in keep} == keep
             assert scheduler.cache.used_bytes <= least
         scheduler.end_of_token()
 
@@ -248,7 +246,7 @@ def test_it_can_be_stopped_and_answers_why_meanwhile(demo_lab):
     thread.start()
     while what.run is None or not what.run.tokens:
         pass
-    layer, expert = next(iter(demo_lab._engine.resident))
+    layer, expert = demo_lab._shape.place(next(iter(demo_lab._engine.resident)))
     assert demo_lab.why(layer, expert), "hovering over the map does not have to wait"
     with pytest.raises(RuntimeError, match="a run is going on"):
         demo_lab.start(PROMPT)

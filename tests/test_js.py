@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import moelab
-from moelab.runs.tokens import CAUSES, figures
+from moelab.runs.tokens import STALLS, figures
 from moelab.views.scripts import STATIC, script
 
 TESTS = Path(__file__).parent / "js"
@@ -56,7 +56,7 @@ def recorded(demo_store, tmp_path_factory):
     moments = [
         (t, layer) for t in (3, TOKENS - 1, 0, 7, TOKENS // 2) for layer in range(-1, layers)
     ]
-    waits = recording.per_token[list(CAUSES)].sum(axis=1)[1:]
+    waits = recording.per_token[list(STALLS)].sum(axis=1)[1:]
     lives = events[events.kind.isin(["load", "evict"])].groupby(["layer", "expert"]).kind
     said = {
         "document": recording.document,

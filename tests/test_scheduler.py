@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import Change, LayerInput, Trace
 from moelab.scheduling.victims import Victims
 from moelab.strategies import NAMES, Allocate, Evict, Prefetch, lru, make
-from test_imports import modules
 from toy_engine import NBYTES, decided, enough
 
 SHAPE = Shape((6, 6, 6), 2, NBYTES)
@@ -282,17 +280,6 @@ def test_a_part_that_is_no_part_is_refused():
         lru().replace(evict=object())
     with pytest.raises(TypeError):
         lru().replace(evict=Evict)  # the class, not an object
-
-
-def test_scheduling_imports_numpy_and_the_standard_library_and_nothing_else():
-    allowed = {*sys.stdlib_module_names, "numpy"}
-    found = {(path, name) for path, names in modules("scheduling") for name in names}
-    assert len(found) > 50
-    assert not {
-        (path, name)
-        for path, name in found
-        if name.split(".")[0] not in allowed and not name.startswith("moelab.scheduling")
-    }
 
 
 # -- who leaves: a selection that must equal a sort -----------------------------------------------
