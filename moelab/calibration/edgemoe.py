@@ -73,12 +73,7 @@ class Measured:
     """
 
     def __init__(
-        self,
-        evaluator: Evaluator,
-        best: int,
-        kept: Kept,
-        done: Callable[[], object],
-        on: str = "",
+        self, evaluator: Evaluator, best: int, kept: Kept, done: Callable[[], object], on: str = ""
     ) -> None:
         self._evaluator, self._kept, self._done, self._on = evaluator, kept, done, on
         self._known: dict[str, float] = {}

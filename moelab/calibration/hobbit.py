@@ -124,9 +124,7 @@ def thresholds(trace: Trace, outcome: Callable[[float, float], Outcome]) -> tupl
 # -- the weights ---------------------------------------------------------------------------------
 
 
-def least_penalty(
-    penalty: Callable[[Weights], float],
-) -> tuple[Weights, dict[Weights, float]]:
+def least_penalty(penalty: Callable[[Weights], float]) -> tuple[Weights, dict[Weights, float]]:
     """The weights of least penalty, and the penalty of every point that was looked at.
 
     A grid in quarters over the simplex (35 points), then from the best one steps of an eighth and
