@@ -11,10 +11,8 @@ import pytest
 
 import moelab
 from moelab import bench, cli
-from moelab.bench import tables
-from moelab.bench.cases import Case, above_budget, opened, run_figures, settle
-from moelab.bench.contenders import ROLES
-from moelab.bench.papers import edgemoe, everyone, hobbit, picture, suite, swapmoe
+from moelab.bench.cases import ROLES, Case, above_budget, opened, run_figures, settle
+from moelab.bench.papers import edgemoe, everyone, hobbit, suite, swapmoe
 from moelab.bench.papers.results import FULL, QUICK, Ratio, Results
 
 TABLES = Path(__file__).parent.parent / "notebooks" / "PAPERS_MEASURED.md"
@@ -333,15 +331,6 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_kept_tables_alone(
     assert "was here before" in readme.read_text()
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    there = tmp_path / "x.md"
-    there.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        tables.write_whole(there, "new \ud800")
-    assert there.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [there]
-
-
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
     """The one line that the command line answers with."""
@@ -400,7 +389,7 @@ DEVICES = {"nvme": "NVMe & co", "sd_card": "SD card"}
 
 
 def drawn(points=POINTS):
-    return picture.draw(points, title="all <of> them", unchanged=1e-6, devices=DEVICES)
+    return everyone.draw(points, "all <of> them", DEVICES)
 
 
 def spots(axes) -> list[tuple[float, float]]:
@@ -422,7 +411,7 @@ def test_what_leaves_the_output_as_it_is_lies_below_the_plot():
 
 
 def test_every_point_is_named_and_the_figure_reads_in_the_dark():
-    text = picture.scatter(POINTS, title="all <of> them", unchanged=1e-6, devices=DEVICES)
+    text = everyone.scatter(POINTS, "all <of> them", DEVICES)
     root = ET.fromstring(text)
     words = ["".join(t.itertext()).strip() for t in root.iter(f"{SVG}text")]
     assert sorted(w for w in words if w in {p["strategy"] for p in POINTS}) == sorted(

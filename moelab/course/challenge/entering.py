@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from moelab.bench.contenders import ROLES, contender
+from moelab.bench.cases import ROLES, contender
 from moelab.course.challenge import own_code
 from moelab.course.challenge.board import Leaderboard, leaderboard, ranked, verify
 from moelab.course.challenge.entries import Entry, append, read
