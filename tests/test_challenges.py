@@ -128,7 +128,7 @@ def test_a_policy_that_behaves_only_while_it_is_examined_gains_nothing(demo_stor
         parts.append(make(name, source))
         return parts[-1]
 
-    monkeypatch.setattr(own_code, "make", kept)
+    monkeypatch.setattr(scoring, "make", kept)
     plain, counts = sly(10**6), len(parts)
     assert counts == 2  # one for the held-out texts, one for the run
     for honest in range(1, 3):  # what it counted in one lab is not there in the next
@@ -137,7 +137,7 @@ def test_a_policy_that_behaves_only_while_it_is_examined_gains_nothing(demo_stor
     assert skipping["bytes_per_token"] == 0
     assert skipping["kl_written"] > SIX.kl
     one = make("Sly", SLY.replace("HONEST", "2"))  # one object for all labs: it remembers
-    monkeypatch.setattr(own_code, "make", lambda *_: one)
+    monkeypatch.setattr(scoring, "make", lambda *_: one)
     caught = sly(2)
     assert caught["kl_held_out"] == plain["kl_held_out"] < SIX.kl
     assert caught["bytes_per_token"] == 0
@@ -291,7 +291,7 @@ def test_a_policy_may_come_from_a_file(tmp_path):
         "from moelab.strategies import Evict\nclass Mine(Evict):\n"
         "    def score(self, view):\n        return view.last_use\n"
     )
-    from moelab.course.challenge.entering import _as_text
+    from moelab.course.challenge import _as_text
 
     plain, own = _as_text({"strategy": "lru", "evict": f"{file}:Mine"})
     assert plain == {"strategy": "lru"}
@@ -391,7 +391,7 @@ def test_a_wrong_field_costs_only_its_own_line(tmp_path, wrong):
 
 
 def test_a_board_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("moelab.course.challenge.entering.scored", None)  # nothing may be started
+    monkeypatch.setattr("moelab.course.challenge.scored", None)  # nothing may be started
     for board, error in ("no/b.jsonl", FileNotFoundError), (".", IsADirectoryError):
         with pytest.raises(error):
             moelab.challenge(SIX.name, board=tmp_path / board).enter("A", budget="5MB")

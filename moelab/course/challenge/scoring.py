@@ -26,7 +26,7 @@ import torch
 import moelab
 from moelab.bench.papers.results import Extent, score
 from moelab.bench.tables import circumstances
-from moelab.course.challenge import own_code
+from moelab.course.challenge.own_code import make
 from moelab.course.challenge.tasks import FIXED, Task, find
 from moelab.engine.generation import Reference
 from moelab.runs.quality import kl_divergence
@@ -156,7 +156,7 @@ def _opened(task: Task, request: dict[str, Any], *, verify: bool = False) -> moe
     )
     try:
         own = request.get("own", {}).items()
-        parts = {role: own_code.make(part["class"], part["source"]) for role, part in own}
+        parts = {role: make(part["class"], part["source"]) for role, part in own}
         lab.update(device=task.device, **request["settings"], **parts)
     except BaseException:
         lab.close()
