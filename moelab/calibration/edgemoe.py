@@ -56,20 +56,10 @@ CURVE_POINTS = 8
 
 
 class Measured:
-    """The loss of an assignment of bits; each is measured once, and kept on disk.
+    """The loss of an assignment of bits; each is measured once and kept on disk by its name.
 
-    Parameters
-    ----------
-    evaluator
-        Gives the mean NLL for key -> bits.
-    best
-        Bits of full precision.
-    kept
-        An interrupted calibration goes on from there.
-    done
-        Called once for each name (a progress bar).
-    on
-        Which texts these are; part of the name on disk.
+    The evaluator gives the mean NLL for key -> bits, ``best`` are the bits of full precision,
+    ``done`` is called once for each name (a progress bar), ``on`` begins the names on disk.
     """
 
     def __init__(
@@ -103,13 +93,11 @@ class Measured:
 
 def importance(loss: Measured, experts: Sequence[int], low: int, others: int) -> list[list[float]]:
     """Loss with one expert at ``low`` while all others are at ``others`` bits, ``[S][E]``."""
-    return [
-        [
-            loss(f"importance {layer}.{e}", lambda key, at=(layer, e): low if key == at else others)
-            for e in range(count)
-        ]
-        for layer, count in enumerate(experts)
-    ]
+
+    def one(*at: int) -> float:
+        return loss("importance {}.{}".format(*at), lambda key: low if key == at else others)
+
+    return [[one(layer, e) for e in range(count)] for layer, count in enumerate(experts)]
 
 
 def sensitivity(
@@ -169,8 +157,7 @@ def accuracy(table: PathTable, run: Trace) -> dict[str, Any]:
         known key has two, one, no previous layers.
     """
     shape, most = run.shape, max(run.shape.experts)
-    found, known = Counter[int](), Counter[int | None]()
-    asked, of_layer = Counter[int](), Counter[int]()
+    found, known, asked, of_layer = Counter[int](), Counter(), Counter[int](), Counter[int]()
     for layer, before, chosen in sightings(run.steps):
         known[table.known(layer, before)] += 1
         place = {e: n for n, (e, _) in enumerate(table.probabilities(layer, before))}
@@ -251,10 +238,9 @@ def make(
         evaluator = Evaluator(lab, held_out, max_tokens=made["max_tokens"])
         loss = Measured(evaluator, best, kept, bar.update, "held out: ")
         bits = Sensitivity.of(data).bits(tolerated)
-        data["held_out"] = {
-            "levels": {str(level): loss.level(level) for level in levels},
-            "assigned": loss(f"assigned for {tolerated}", bits.__getitem__),
-        }
+        assigned = loss(f"assigned for {tolerated}", bits.__getitem__)
+        of_levels = {str(level): loss.level(level) for level in levels}
+        data["held_out"] = {"levels": of_levels, "assigned": assigned}
         walked = once(kept, "paths", lambda: paths(lab, counted, held_out))
         bar.total = bar.n + 1
         bar.update()

@@ -29,7 +29,6 @@ from moelab.calibration.profile import Kept, once
 from moelab.scheduling.events import LOAD, SKIP
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, Strategy
-from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import Trace
 from moelab.settings import parse_budget
 from moelab.strategies.basics import LFU, LRU
@@ -52,24 +51,12 @@ Weights = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one strategy did over the decoded tokens of a trace.
-
-    Attributes
-    ----------
-    tokens
-        How many.
-    missed
-        Unimportance score s of every request that missed.
-    shares
-        Of the misses: loaded high, loaded low, skipped.
-    penalty
-        Miss penalty per token.
-    """
+    """What one strategy did over the decoded tokens of a trace."""
 
     tokens: int
-    missed: list[float]
-    shares: dict[str, float]
-    penalty: float
+    missed: list[float]  # unimportance s of every request that missed
+    shares: dict[str, float]  # of the misses: loaded high, loaded low, skipped
+    penalty: float  # miss penalty per token
 
 
 def decide(trace: Trace, strategy: Strategy, knobs: Knobs) -> Outcome:
@@ -173,7 +160,7 @@ def gate_accuracy(trace: Trace) -> dict[str, dict[str, Any]]:
     for i, given in enumerate(trace.steps):
         for ahead in given.look_ahead:
             far = ahead.layer - given.layer
-            guess = [r.expert for r in ranked(ahead.experts, ahead.weights)]
+            guess = [r.expert for r in ahead.requests()]
             truth = [r.expert for r in trace.steps[i + far].requests()]
             if guess and truth:
                 rows = first.setdefault(far, [[] for _ in range(trace.shape.layers - far)])
@@ -228,15 +215,9 @@ def made_from(
         raise ValueError(f"high={best}, low={low}: choose two of {tiers}, the lower as low")
     if depth not in range(AHEAD + 1):
         raise ValueError(f"depth={depth!r}: layers to look ahead, 0 to {AHEAD}")
-    return {
-        "max_tokens": max_tokens,
-        "budget_bytes": parse_budget(budget, lab._shape),
-        "high": best,
-        "low": low,
-        "high_share": high_share,
-        "depth": depth,
-        "shares": SHARES,
-    }
+    made = {"max_tokens": max_tokens, "budget_bytes": parse_budget(budget, lab._shape)}
+    made |= {"high": best, "low": low, "high_share": high_share, "depth": depth}
+    return made | {"shares": SHARES}
 
 
 def make(
@@ -282,12 +263,8 @@ def make(
         for on in (trace, held_out)
     ]
     t1_all, t2_all = quantiles(scores(trace))
-    return {
-        "t1": t1,
-        "t2": t2,
-        "weights": list(weights),
-        "t1_all": t1_all,
-        "t2_all": t2_all,
+    found = {"t1": t1, "t2": t2, "weights": list(weights), "t1_all": t1_all, "t2_all": t2_all}
+    return found | {
         "calibration": _judged(*judged[0]),
         "held_out": _judged(*judged[1]),
         "gates": gate_accuracy(held_out),

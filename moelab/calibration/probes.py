@@ -49,14 +49,7 @@ def digest_of(texts: Sequence[str]) -> str:
 class Evaluator:
     """Quality of the model with each expert at bits of its own, on a few texts.
 
-    Parameters
-    ----------
-    lab
-        Nothing may run in it.
-    texts
-        Default: the model's own probe texts.
-    max_tokens
-        Tokens taken of each text.
+    Nothing may run in the lab. By default on the model's own probe texts, so many tokens of each.
     """
 
     def __init__(
@@ -124,15 +117,17 @@ def record(
 def _one_token(given: LayerInput, token: int) -> LayerInput:
     """One token's part of a layer that was asked about many."""
     ahead = tuple(
-        a._replace(experts=a.experts[token], weights=a.weights[token]) for a in given.look_ahead
+        dataclasses.replace(a, experts=a.experts[token], weights=a.weights[token])
+        for a in given.look_ahead
     )
+    own = slice(token, token + 1)
     return dataclasses.replace(
         given,
-        experts=given.experts[token : token + 1],
-        weights=given.weights[token : token + 1],
+        experts=given.experts[own],
+        weights=given.weights[own],
         prefill=token == 0,
         look_ahead=ahead if token else (),
-        norms=None if given.norms is None else given.norms[token : token + 1],
+        norms=None if given.norms is None else given.norms[own],
     )
 
 
