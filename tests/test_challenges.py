@@ -36,18 +36,10 @@ class Hoarder(Evict):
 
 
 def figures(**changes) -> dict:
-    fixed = {
-        "tokens_per_s": 50.0,
-        "tokens_per_s_min": 49.0,
-        "tokens_per_s_max": 51.0,
-        "bytes_per_token": 100_000.0,
-        "peak_resident_bytes": 3_500_000,
-        "hit_ratio": 0.8,
-        "kl": 0.01,
-        "kl_held_out": 0.01,
-        "kl_written": 0.004,
-    }
-    return fixed | changes
+    speeds = {"tokens_per_s": 50.0, "tokens_per_s_min": 49.0, "tokens_per_s_max": 51.0}
+    kls = {"kl": 0.01, "kl_held_out": 0.01, "kl_written": 0.004}
+    rest = {"bytes_per_token": 1e5, "peak_resident_bytes": 3_500_000, "hit_ratio": 0.8}
+    return speeds | kls | rest | changes
 
 
 def entry(name: str, challenge: str = SIX.name, **changes) -> Entry:
@@ -69,31 +61,26 @@ def test_limits_are_judged_by_measured_figures_and_the_answer_has_the_numbers():
     assert len(SIX.failures(figures(kl=float("nan")))) == 1
 
 
-def test_the_goal_ranks_equal_ones_by_kl_and_each_name_once():
+def test_the_goal_ranks_equal_ones_by_kl_each_name_once_and_a_quick_trial_never():
     fast, same, worse = entry("A", tokens_per_s=92.4), entry("B", tokens_per_s=91.9), entry("B")
     kinder = replace(same, figures=same.figures | {"kl": 0.002})
     places = ranked([worse, fast, kinder, entry("C", tokens_per_s=500.0, kl=0.2)])
     assert [(e.name, rank) for e, rank in places] == [("B", 1), ("A", 2), ("B", None), ("C", None)]
     thrifty = ranked([entry("A", CARD.name), entry("B", CARD.name, bytes_per_token=78_000.0)])
     assert [e.name for e, _ in thrifty] == ["B", "A"]
-
-
-def test_a_quick_trial_never_ranks():
     assert ranked([entry("A", quick=True)])[0][1] is None
 
 
 # -- scoring ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def too_much(demo_store) -> Entry:
-    """Experts left out, and a budget above the limit; scored here to save starting a process."""
-    settings = {"strategy": "static_pruning", "budget": "9MB"}
-    request = {"challenge": SIX.name, "settings": settings, "quick": True}
-    return Entry(name="greedy", figures=scoring.measure(request), **request)
+def request(settings: dict, **more) -> dict:
+    return {"challenge": SIX.name, "settings": settings, "quick": True, **more}
 
 
-def test_an_entry_beyond_its_limits_is_refused_with_the_numbers(too_much):
+def test_an_entry_beyond_its_limits_is_refused_with_the_numbers(demo_store):
+    wanted = request({"strategy": "static_pruning", "budget": "9MB"})
+    too_much = Entry(name="greedy", figures=scoring.measure(wanted), **wanted)
     peak, kl = too_much.figures["peak_resident_bytes"], too_much.figures["kl"]
     assert not too_much.accepted
     assert SIX.peak_bytes < peak <= 9_000_000
@@ -118,9 +105,7 @@ class Sly(Precision):
 def test_a_policy_that_behaves_only_while_it_is_examined_gains_nothing(demo_store, monkeypatch):
     def sly(honest: int) -> dict:
         own = {"precision": {"class": "Sly", "source": SLY.replace("HONEST", str(honest))}}
-        settings = {"strategy": "lru", "budget": "5.9MB"}
-        request = {"challenge": SIX.name, "settings": settings, "own": own, "quick": True}
-        return scoring.measure(request)
+        return scoring.measure(request({"strategy": "lru", "budget": "5.9MB"}, own=own))
 
     parts, make = [], own_code.make
 
@@ -145,13 +130,11 @@ def test_a_policy_that_behaves_only_while_it_is_examined_gains_nothing(demo_stor
 
 
 def test_the_kl_of_a_timed_run_is_the_one_a_run_measures_token_by_token(demo_store):
-    settings = {"strategy": "static_pruning", "budget": "5MB"}
-    request = {"challenge": SIX.name, "settings": settings, "quick": True}
-    task = SIX.quick()
+    wanted, task = request({"strategy": "static_pruning", "budget": "5MB"}), SIX.quick()
     prompt = scoring._prompts(task)[0]
-    with scoring._opened(task, request) as lab:
+    with scoring._opened(task, wanted) as lab:
         run = lab.generate(prompt, max_new_tokens=task.tokens, ignore_eos=True, measure_kl=True)
-    timed = scoring._run(task, request, prompt)
+    timed = scoring._run(task, wanted, prompt)
     assert timed["written"] == list(run.tokens)
     assert timed["kl"] == pytest.approx(run.summary()["kl_mean"], rel=1e-3)
     assert timed["kl"] > 0.001
@@ -159,9 +142,8 @@ def test_the_kl_of_a_timed_run_is_the_one_a_run_measures_token_by_token(demo_sto
 
 @pytest.mark.parametrize("name", ["seed", "measure_kl", "device"])
 def test_a_line_of_a_file_cannot_set_what_is_fixed(name):
-    request = {"challenge": SIX.name, "settings": {"budget": "5MB", name: 1}}
     with pytest.raises(ValueError, match=f"{name} is fixed"):
-        scoring.measure(request)
+        scoring.measure(request({"budget": "5MB", name: 1}))
 
 
 @pytest.fixture(scope="module")
@@ -171,13 +153,10 @@ def board(tmp_path_factory, demo_store):
     patch = pytest.MonkeyPatch()
     lie = {"kl_mean": 0.0, "bytes_per_token": 0.0, "peak_resident_bytes": 1, "tokens_per_s": 1e9}
     patch.setattr(moelab.Run, "summary", lambda self: lie)
-    patch.setattr(
-        "moelab.bench.papers.results.score", lambda *_: {"kl_mean": 0.0, "same_top1": 1.0}
-    )
+    perfect = {"kl_mean": 0.0, "same_top1": 1.0}
+    patch.setattr("moelab.bench.papers.results.score", lambda *_: perfect)
     patch.setattr("moelab.runs.quality.kl_divergence", lambda *_: 0.0)
-    patch.setattr(
-        "moelab.course.challenge.scoring.measure", lambda *_: figures(bytes_per_token=0.0)
-    )
+    patch.setattr(scoring, "measure", lambda *_: figures(bytes_per_token=0.0))
     patch.setitem(TASKS, CARD.name, replace(CARD, device="disk", seed=5))
     patch.setenv("PYTHONPATH", str(path.parent))
     (path.parent / "sitecustomize.py").write_text("raise SystemExit('patched')")
@@ -192,8 +171,7 @@ def board(tmp_path_factory, demo_store):
 
 def test_what_is_patched_in_the_notebook_has_no_effect_on_the_score(board):
     _, made = board
-    request = made.request
-    here = scoring.measure(request)  # unpatched, in this process
+    here = scoring.measure(made.request)  # unpatched, in this process
     for name in ("bytes_per_token", "peak_resident_bytes", "hit_ratio", "text"):
         assert made.figures[name] == here[name], name
     assert made.figures["kl"] == pytest.approx(here["kl"], rel=1e-3)
@@ -273,9 +251,8 @@ def test_own_code_that_fails_is_told_in_one_line(text, message):
 
 def test_own_code_the_engine_has_no_use_for_is_told_with_its_kind(demo_store):
     own = {"evict": {"class": "A", "source": "class A: pass"}}
-    request = {"challenge": SIX.name, "settings": {"budget": "5MB"}, "quick": True}
     with pytest.raises(TypeError, match="Evict"):
-        scoring.measure(request | {"own": own})
+        scoring.measure(request({"budget": "5MB"}, own=own))
 
 
 @pytest.mark.parametrize("part", [moelab.strategies.lru().evict, moelab.strategies.lfu().evict])
@@ -335,15 +312,6 @@ def test_several_people_append_to_one_board_at_once(tmp_path):
     entries, faults = read(path)
     assert faults == []
     assert len({e.name for e in entries}) == len(entries) == 100
-
-
-def test_a_board_saved_by_version_0_3_is_read(tmp_path):
-    path = tmp_path / "board.jsonl"
-    saved = {"format": 1, "challenge": SIX.name, "name": "Ada", "settings": {"strategy": "lru"}}
-    saved |= {"figures": figures(), "quick": False, "made": "2026-11-26", "versions": {}}
-    own = {"evict": {"class": "KeepTheFirst", "source": "class KeepTheFirst: ..."}}
-    path.write_text(json.dumps(saved | {"own": own, "machine": {"cores": 2}}) + "\n")
-    assert list(leaderboard(path)["settings"]) == ["lru, evict=KeepTheFirst"]
 
 
 def test_a_torn_or_foreign_line_is_named_and_costs_nobody_else_their_entry(tmp_path):

@@ -60,12 +60,6 @@ def test_the_page_fetches_nothing_from_the_internet():
     assert not re.search(r"https?:|//\w", "".join(file.read_text("utf-8") for file in template))
 
 
-def test_without_voila_the_command_to_install_it_is_told(monkeypatch):
-    monkeypatch.setattr(serving.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'moelab\[serve\]'"):
-        serving.serve()
-
-
 def test_a_notebook_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"there is no notebook .*x\.ipynb"):
         serving.serve(tmp_path / "x.ipynb")

@@ -176,24 +176,13 @@ def above_budget(
 ) -> int:
     """Tokens in which the experts took more than the budget, counted from the log alone.
 
-    Parameters
-    ----------
-    events
-        Of a run, in order.
-    resident
-        Bytes of the experts in memory when the run began.
-    nbytes
-        Of an expert by its bits.
-    budgets
-        Of each token.
+    From a run's events in order, the bytes of the experts in memory when it began, those of an
+    expert by its bits, and the budget of each token.
     """
-    above = set[int]()
-    for token, kind, bits in zip(events["token"], events["kind"], events["bits"], strict=True):
-        if kind in ("load", "prefetch", "evict"):
-            resident += nbytes[bits] * (-1 if kind == "evict" else 1)
-        if resident > budgets[token]:
-            above.add(token)
-    return len(above)
+    sign = events["kind"].map({"load": 1, "prefetch": 1, "evict": -1})
+    held = resident + (sign * events["bits"].map(nbytes)).fillna(0).cumsum()
+    above = held > events["token"].map(dict(enumerate(budgets)))
+    return events["token"][above].nunique()
 
 
 def row(case: Case, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -187,10 +187,9 @@ def _run(task: Task, request: dict[str, Any], prompt: str) -> dict[str, Any]:
 def _figures(quality: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     columns = {name: [run[name] for run in runs] for name in runs[0]}
     medians = ("tokens_per_s", "bytes_per_token", "hit_ratio", "stall_share")
-    figures = {name: float(np.median(columns[name])) for name in medians}
     kl_written = float(np.mean(columns["kl"]))
     return (
-        figures
+        {name: float(np.median(columns[name])) for name in medians}
         | {
             "tokens_per_s_min": min(columns["tokens_per_s"]),
             "tokens_per_s_max": max(columns["tokens_per_s"]),
