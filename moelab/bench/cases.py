@@ -179,10 +179,9 @@ def above_budget(
     From a run's events in order, the bytes of the experts in memory when it began, those of an
     expert by its bits, and the budget of each token.
     """
-    sign = events["kind"].map({"load": 1, "prefetch": 1, "evict": -1})
-    held = resident + (sign * events["bits"].map(nbytes)).fillna(0).cumsum()
-    above = held > events["token"].map(dict(enumerate(budgets)))
-    return events["token"][above].nunique()
+    sign = events["kind"].map({"load": 1, "prefetch": 1, "evict": -1}.get).fillna(0)
+    held = resident + (sign * events["bits"].map(lambda bits: nbytes.get(bits, 0))).cumsum()
+    return len(set(events.loc[held > events["token"].map(budgets.__getitem__), "token"]))
 
 
 def row(case: Case, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -27,13 +27,13 @@ from tqdm.auto import tqdm
 from moelab.calibration.hobbit import gate_accuracy
 from moelab.calibration.probes import Evaluator, record
 from moelab.calibration.profile import Kept, once
-from moelab.scheduling.strategy import Key
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.strategies.edgemoe import (
     TOLERATED,
     Before,
     Experts,
     PathTable,
+    Place,
     Sensitivity,
     activated,
     assign,
@@ -69,11 +69,11 @@ class Measured:
         self._known: dict[str, float] = {}
         self._full = self._nll("full", lambda _: best)
 
-    def __call__(self, name: str, bits: Callable[[Key], int]) -> float:
+    def __call__(self, name: str, bits: Callable[[Place], int]) -> float:
         """Relative rise of perplexity; ``name`` says which assignment it is."""
         return math.exp(self._nll(name, bits) - self._full) - 1
 
-    def curve(self, order: Sequence[Key], low: int, high: int, k: int) -> float:
+    def curve(self, order: Sequence[Place], low: int, high: int, k: int) -> float:
         """Loss with the ``k`` first of ``order`` at ``low`` and the others at ``high``."""
         if k in (0, len(order)):
             return self.level(low if k else high)
@@ -83,7 +83,7 @@ class Measured:
         """Loss with every expert at ``bits``."""
         return self(f"level {bits}", lambda _: bits)
 
-    def _nll(self, name: str, bits: Callable[[Key], int]) -> float:
+    def _nll(self, name: str, bits: Callable[[Place], int]) -> float:
         if name not in self._known:
             measure = partial(self._evaluator.loss, bits)
             self._known[name] = once(self._kept, self._on + name, measure)

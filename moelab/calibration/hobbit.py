@@ -229,8 +229,11 @@ def make(
     -------
     dict
         ``t1``, ``t2``, ``weights``; ``t1_all``, ``t2_all`` quantiles over all requests instead of
-        misses; ``calibration`` and ``held_out``, see `_judged`; ``gates``, see `gate_accuracy`;
-        ``search`` every point looked at, (w_lru, w_lfu, w_lhu, w_fld, miss penalty per token).
+        misses; ``gates``, see `gate_accuracy`; ``search`` every point looked at, (w_lru, w_lfu,
+        w_lhu, w_fld, miss penalty per token). ``calibration`` and ``held_out`` are what was done
+        over those texts: ``tokens``; with prefetching off ``shares`` of the misses, ``missed`` (101
+        quantiles of their s) and ``penalty`` per token of hobbit, equal (weights), lru, lfu;
+        ``penalty_ahead`` with it on.
     """
     halves = zip(*map(_halves, texts), strict=True)
     trace, held_out = (
@@ -257,16 +260,29 @@ def make(
 
         weights, seen = least_penalty(penalty)
         bar.total = bar.n
-    contenders = _contenders(weights, share)
-    judged = [
-        [{n: decided(on, s, t1, t2, ahead) for n, s in contenders.items()} for ahead in (0, depth)]
-        for on in (trace, held_out)
-    ]
+    strategy = hobbit(weights=weights, high_share=share)
+    evicts = {"equal": FourTerms(*EQUAL), "lru": LRU(), "lfu": LFU()}
+    contenders = {"hobbit": strategy} | {n: strategy.replace(evict=e) for n, e in evicts.items()}
+
+    def judged(on: Trace) -> dict[str, Any]:
+        alone, ahead = (
+            {n: decided(on, s, t1, t2, layers) for n, s in contenders.items()}
+            for layers in (0, depth)
+        )
+        missed = np.quantile(alone["hobbit"].missed or [0.0], np.linspace(0, 1, 101))
+        return {
+            "tokens": alone["hobbit"].tokens,
+            "shares": alone["hobbit"].shares,
+            "missed": missed.round(4).tolist(),
+            "penalty": {name: out.penalty for name, out in alone.items()},
+            "penalty_ahead": {name: out.penalty for name, out in ahead.items()},
+        }
+
     t1_all, t2_all = quantiles(scores(trace))
     found = {"t1": t1, "t2": t2, "weights": list(weights), "t1_all": t1_all, "t2_all": t2_all}
     return found | {
-        "calibration": _judged(*judged[0]),
-        "held_out": _judged(*judged[1]),
+        "calibration": judged(trace),
+        "held_out": judged(held_out),
         "gates": gate_accuracy(held_out),
         "search": [[*point, value] for point, value in sorted(seen.items())],
     }
@@ -277,26 +293,3 @@ def _halves(text: str) -> tuple[str, str]:
     middle = text.find(" ", len(text) // 2)
     cut = len(text) // 2 if middle < 0 else middle
     return text[:cut], text[cut:]
-
-
-def _contenders(weights: Weights, share: float) -> dict[str, Strategy]:
-    """The calibrated strategy, and others that differ in who leaves."""
-    strategy = hobbit(weights=weights, high_share=share)
-    evicts = {"equal": FourTerms(*EQUAL), "lru": LRU(), "lfu": LFU()}
-    return {"hobbit": strategy} | {n: strategy.replace(evict=e) for n, e in evicts.items()}
-
-
-def _judged(alone: dict[str, Outcome], ahead: dict[str, Outcome]) -> dict[str, Any]:
-    """What each contender did over a trace, with prefetching off and on.
-
-    ``tokens``; with prefetching off ``shares`` of the misses, ``missed`` (101 quantiles of their s)
-    and ``penalty`` per token of hobbit, equal (weights), lru, lfu; ``penalty_ahead`` with it on.
-    """
-    ours = alone["hobbit"]
-    return {
-        "tokens": ours.tokens,
-        "shares": ours.shares,
-        "missed": np.quantile(ours.missed or [0.0], np.linspace(0, 1, 101)).round(4).tolist(),
-        "penalty": {name: out.penalty for name, out in alone.items()},
-        "penalty_ahead": {name: out.penalty for name, out in ahead.items()},
-    }
