@@ -48,6 +48,23 @@ def entry(name: str, challenge: str = SIX.name, **changes) -> Entry:
     return Entry(challenge, name, settings, figures(**changes), **own)
 
 
+@pytest.fixture
+def kept(tmp_path):
+    """A board's file, which gets entries and whole lines."""
+    path = tmp_path / "board.jsonl"
+
+    def keep(*lines: Entry | str):
+        for line in lines:
+            if isinstance(line, Entry):
+                append(path, line)
+            else:
+                with path.open("a") as file:
+                    file.write(line)
+        return path
+
+    return keep
+
+
 # -- the rules ----------------------------------------------------------------------------------
 
 
@@ -189,12 +206,10 @@ def test_a_class_of_ones_own_is_sent_as_text_with_what_it_uses(board):
     assert list(policy.score(SimpleNamespace(last_use=[0, 0]))) == [0, -2]
 
 
-def test_a_forged_entry_is_exposed_by_measuring_it_again(board):
-    path, made = board
-    forged = path.with_name("forged.jsonl")
-    append(forged, made)
+def test_a_forged_entry_is_exposed_by_measuring_it_again(board, kept):
+    _, made = board
     lie = made.figures | {"bytes_per_token": 10.0, "kl": 1e-6}
-    append(forged, replace(made, name="Mallory", figures=lie))
+    forged = kept(made, replace(made, name="Mallory", figures=lie))
     claimed = leaderboard(forged)
     assert claimed["KL"].min() == 1e-6  # the file says so
     assert claimed["rank"].isna().all()  # quick ones
@@ -314,13 +329,9 @@ def test_several_people_append_to_one_board_at_once(tmp_path):
     assert len({e.name for e in entries}) == len(entries) == 100
 
 
-def test_a_torn_or_foreign_line_is_named_and_costs_nobody_else_their_entry(tmp_path):
-    path = tmp_path / "board.jsonl"
-    append(path, entry("A"))
-    with path.open("a") as file:
-        file.write('{"format": 1, "challenge": "nine lives"}\n{"format": 1, "na')
-    append(path, entry("B", tokens_per_s=60.0))
-    board = leaderboard(path)
+def test_a_torn_or_foreign_line_is_named_and_costs_nobody_else_their_entry(kept):
+    torn = '{"format": 1, "challenge": "nine lives"}\n{"format": 1, "na'
+    board = leaderboard(kept(entry("A"), torn, entry("B", tokens_per_s=60.0)))
     assert list(board["name"]) == ["B", "A"]
     assert [fault.split(":")[0] for fault in board.faults] == ["line 2", "line 3"]
     assert "line 3" in board._repr_html_()
@@ -347,13 +358,9 @@ def test_a_torn_or_foreign_line_is_named_and_costs_nobody_else_their_entry(tmp_p
     ],
     ids=str,
 )
-def test_a_wrong_field_costs_only_its_own_line(tmp_path, wrong):
-    path = tmp_path / "board.jsonl"
-    append(path, entry("A"))
-    with path.open("a") as file:
-        file.write(json.dumps(json.loads(entry("B").line()) | wrong) + "\n" + "[" * 100_000 + "\n")
-    append(path, entry("C", tokens_per_s=60.0))
-    board = leaderboard(path)
+def test_a_wrong_field_costs_only_its_own_line(kept, wrong):
+    lines = json.dumps(json.loads(entry("B").line()) | wrong) + "\n" + "[" * 100_000 + "\n"
+    board = leaderboard(kept(entry("A"), lines, entry("C", tokens_per_s=60.0)))
     assert list(board["name"]) == ["C", "A"]
     assert [fault.split(":")[0] for fault in board.faults] == ["line 2", "line 3"]
 
@@ -365,24 +372,17 @@ def test_a_board_that_cannot_be_written_is_told_before_anything_is_measured(tmp_
             moelab.challenge(SIX.name, board=tmp_path / board).enter("A", budget="5MB")
 
 
-def test_the_file_cannot_declare_a_verdict_or_a_rank(tmp_path):
-    path = tmp_path / "board.jsonl"
+def test_the_file_cannot_declare_a_verdict_or_a_rank(kept):
     facts = json.loads(entry("A", kl=0.9).line()) | {"rank": 1, "board": 1}
-    path.write_text(json.dumps(facts) + "\n")
-    board = leaderboard(path)
+    board = leaderboard(kept(json.dumps(facts) + "\n"))
     assert board["rank"].isna().all()
     assert "KL 0.9000 is 0.8500 above" in board.loc[0, "limits"]
 
 
-def test_a_board_shows_itself_as_table_and_picture_without_script(tmp_path):
-    path = tmp_path / "board.jsonl"
-    append(path, entry("<b>Ada</b>"))
-    append(path, entry("Bob", kl=0.9))
-    board = leaderboard(path)
+def test_a_board_shows_itself_as_table_and_picture_without_script(kept):
+    board = leaderboard(kept(entry("<b>Ada</b>"), entry("Bob", kl=0.9)))
     html = board._repr_html_()
-    assert "<script" not in html
-    assert "<b>Ada" not in html
-    assert "NA&gt;" not in html
+    assert not any(words in html for words in ("<script", "<b>Ada", "NA&gt;"))
     assert "data:image/svg+xml;base64," in html
     assert "1. &lt;b&gt;Ada" in board.svg()
     assert "url(#h" in board.svg()  # hatched: a second cue for what does not rank
@@ -390,20 +390,16 @@ def test_a_board_shows_itself_as_table_and_picture_without_script(tmp_path):
     assert "1" in board.to_csv()
 
 
-def test_boards_of_several_challenges_are_asked_for_by_name(tmp_path):
-    path = tmp_path / "board.jsonl"
-    append(path, entry("A"))
-    append(path, entry("B", CARD.name))
+def test_boards_of_several_challenges_are_asked_for_by_name(kept):
+    path = kept(entry("A"), entry("B", CARD.name))
     with pytest.raises(ValueError, match="several challenges"):
         leaderboard(path)
     assert list(leaderboard(path, CARD.name)["name"]) == ["B"]
     assert list(moelab.challenge(SIX.name, board=path).leaderboard()["name"]) == ["A"]
 
 
-def test_a_terminal_prints_the_challenges_and_a_board(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "board.jsonl"
-    append(path, entry("Ada"))
-    for words, seen in (["list"], "spare the card"), (["board", str(path)], "Ada"):
+def test_a_terminal_prints_the_challenges_and_a_board(kept, monkeypatch, capsys):
+    for words, seen in (["list"], "spare the card"), (["board", str(kept(entry("Ada")))], "Ada"):
         monkeypatch.setattr(sys, "argv", ["moelab", "challenge", *words])
         with pytest.raises(SystemExit) as end:
             cli.main()
