@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import moelab
-from moelab import bench, cli
+from moelab import bench
 from moelab.bench.cases import ROLES, Case, above_budget, opened, run_figures, settle
 from moelab.bench.papers import edgemoe, everyone, hobbit, suite, swapmoe
 from moelab.bench.papers.results import FULL, QUICK, Ratio, Results
@@ -311,22 +311,6 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_kept_tables_alone(
     assert "was here before" in readme.read_text()
 
 
-@pytest.fixture
-def refused(monkeypatch, capsys, tmp_path):
-    """The one line that the command line answers with."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "plain.md").write_text("no markers\n")
-
-    def call(*words: str) -> str:
-        monkeypatch.setattr("sys.argv", ["moelab", "bench", *words])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert end.value.code == 2
-        return capsys.readouterr().err
-
-    return call
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -339,8 +323,14 @@ def refused(monkeypatch, capsys, tmp_path):
         (["--suite", "scheduler", "--tables", "plain.md"], "add --suite papers"),
     ],
 )
-def test_what_a_suite_cannot_do_is_said_before_anything_is_measured(refused, words, message):
-    assert message in refused(*words)
+def test_what_a_suite_cannot_do_is_said_before_anything_is_measured(
+    call, monkeypatch, tmp_path, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.md").write_text("no markers\n")
+    code, _, err = call("bench", *words)
+    assert code == 2
+    assert message in err
 
 
 def test_the_kept_tables_are_those_that_the_suite_writes():

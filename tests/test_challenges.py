@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,9 +12,8 @@ import pandas as pd
 import pytest
 
 import moelab
-from moelab import cli
 from moelab.course.challenge import Entry, leaderboard, own_code, scoring, verify
-from moelab.course.challenge.board import as_board, differences, ranked
+from moelab.course.challenge.board import differences, ranked
 from moelab.course.challenge.entries import append, read
 from moelab.course.challenge.tasks import TASKS
 from moelab.strategies import Evict
@@ -398,11 +396,10 @@ def test_boards_of_several_challenges_are_asked_for_by_name(kept):
     assert list(moelab.challenge(SIX.name, board=path).leaderboard()["name"]) == ["A"]
 
 
-def test_a_terminal_prints_the_challenges_and_a_board(kept, monkeypatch, capsys):
-    for words, seen in (["list"], "spare the card"), (["board", str(kept(entry("Ada")))], "Ada"):
-        monkeypatch.setattr(sys, "argv", ["moelab", "challenge", *words])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert not end.value.code
-        assert seen in capsys.readouterr().out
-    assert len(as_board([entry("A")], SIX)) == 1
+def test_a_terminal_prints_the_challenges_and_a_board(kept, call):
+    code, out, _ = call("challenge", "list")
+    assert not code
+    assert "spare the card" in out
+    code, out, _ = call("challenge", "board", kept(entry("Ada")))
+    assert not code
+    assert "Ada" in out

@@ -69,27 +69,21 @@ def tasks(results: Results) -> list[Task]:
 
 
 def _measure_routing(results: Results) -> None:
-    from moelab.calibration.hobbit import gate_accuracy
+    """The gates; the miss penalty of a token with prefetching off, where who leaves is all."""
+    from moelab.calibration.hobbit import decide, gate_accuracy
     from moelab.calibration.probes import record
 
     tokens = 12 if results.extent.quick else TEXT_TOKENS
+    budgets = results.extent.choose(BUDGETS[:1], BUDGETS)
+    penalties: dict[str, dict[str, float]] = {budget: {} for budget in budgets}
     with moelab.open(results.model, measure_kl=False, progress=False) as lab:
         trace = record(lab, unseen(lab), tokens=tokens, look_ahead=3)
         results.found["gates"] = gate_accuracy(trace)
-        budgets = results.extent.choose(BUDGETS[:1], BUDGETS)
-        results.found["penalties"] = {b: _penalties(lab, trace, b) for b in budgets}
-
-
-def _penalties(lab: moelab.Lab, trace: moelab.Trace, budget: str) -> dict[str, float]:
-    """Miss penalty of a token on one recorded stream, prefetching off: who leaves is all."""
-    from moelab.calibration.hobbit import decide
-
-    found = {}
-    for name, words in PENALISED.items():
-        settle(lab, Case(words, budget, "disk"))
-        now = lab.update(prefetch=0)
-        found[name] = decide(trace, now.strategy, now.knobs()).penalty
-    return found
+        for budget, (name, words) in itertools.product(budgets, PENALISED.items()):
+            settle(lab, Case(words, budget, "disk"))
+            now = lab.update(prefetch=0)
+            penalties[budget][name] = decide(trace, now.strategy, now.knobs()).penalty
+    results.found["penalties"] = penalties
 
 
 # -- the tables -----------------------------------------------------------------------------------

@@ -43,27 +43,21 @@ class Suite:
 
     def record(self) -> dict[str, Any]:
         """Everything as plain values for JSON."""
-        results = self.results
-        return {
-            "suite": "papers",
-            "model": results.model,
-            "complete": self.complete,
-            **self.circumstances,
-            "tokens": results.extent.tokens,
-            "repeats": results.extent.repeats,
-            "prompts": list(results.prompts),
-            "seed": results.seed,
-            "cases": list(results.rows(list(results.runs)).values()),
-            "found": results.found,
-            "sections": {
-                name: {
-                    "title": report.title,
-                    "tables": {table.caption: as_rows(table.frame) for table in report.tables},
-                    "theirs_and_ours": [row._asdict() for row in report.versus],
-                }
-                for name, report in self.reports.items()
-            },
+        results, extent = self.results, self.results.extent
+        sections = {
+            name: {
+                "title": report.title,
+                "tables": {table.caption: as_rows(table.frame) for table in report.tables},
+                "theirs_and_ours": [row._asdict() for row in report.versus],
+            }
+            for name, report in self.reports.items()
         }
+        what = {"suite": "papers", "model": results.model, "complete": self.complete}
+        how = {"tokens": extent.tokens, "repeats": extent.repeats}
+        how |= {"prompts": list(results.prompts), "seed": results.seed}
+        cases = list(results.rows(list(results.runs)).values())
+        found = {"cases": cases, "found": results.found, "sections": sections}
+        return what | self.circumstances | how | found
 
     def markdown(self, picture: str | None = None) -> str:
         """The report; ``picture`` is the link to the figure for all."""
