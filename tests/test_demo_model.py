@@ -162,10 +162,10 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tiny_corpus, tmp_path):
     first = Training(tiny_corpus, TINY, tmp_path / "halves")
     step = first._step
 
-    def interrupted(sampler):
+    def interrupted():
         if first.at.steps == 17:
             signal.raise_signal(signal.SIGINT)
-        return step(sampler)
+        return step()
 
     first._step = interrupted
     assert not first.train(progress=False)
@@ -186,12 +186,12 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tiny_corpus, tmp_path):
 
 def test_a_new_target_bends_the_learning_rate_from_where_it_is(tiny_corpus, tmp_path):
     run = Training(tiny_corpus, TINY, tmp_path)
-    run.at.tokens, run.at.steps = TINY.tokens // 2, 20
+    run.at.seen, run.at.steps = TINY.tokens // 2, 20
     run.save()
     after = Training(tiny_corpus, replace(TINY, tokens=2 * TINY.tokens), tmp_path).at
     assert after.target == 2 * TINY.tokens
     assert after.lr(TINY) == pytest.approx(TINY.lr / 2)
-    after.tokens = after.target
+    after.seen = after.target
     assert after.lr(TINY) == 0
     with pytest.raises(ValueError, match="only `tokens` may change"):
         Training(tiny_corpus, replace(TINY, lr=1e-4), tmp_path)
