@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from moelab import demo
 from moelab.training import card as measuring
 from moelab.training.corpus import END, PAD, SOURCES, Sampler, save_tokens, split
-from moelab.training.held_out import PROMPTS
+from moelab.training.held_out import passage
 from moelab.training.train import Recipe, Training, build_model, step_loss
 
 TINY = Recipe(
@@ -89,10 +89,19 @@ def test_every_domain_has_prompts_and_a_probe(shipped):
     assert set(demo.prompts()) == set(demo.probes()) == set(demo.DOMAINS) == set(SOURCES)
     for domain in demo.DOMAINS:
         assert len(demo.prompts()[domain]) >= 2
-        assert demo.prompts()[domain] == list(PROMPTS[domain])
         assert 250 <= len(tokenizer(demo.probes()[domain]).input_ids) <= 550
         for text in (*demo.prompts()[domain], demo.probes()[domain]):
             assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_a_probe_is_cut_again_where_it_stands_in_the_validation_text():
+    documents = ["Of others.", "It says: one. Two words. Then no more.\nThe end of it."]
+    assert passage(documents, "one. Two", 12) == "one. Two words."
+    assert passage(documents, "Two words.", 14) == "Two words. Then no more."
+    for probe in demo.probes().values():
+        assert passage([f"Before. {probe} \n And after."], probe[:60], len(probe) - 1) == probe
+    with pytest.raises(ValueError, match="no validation document has 9 characters from 'Three'"):
+        passage(documents, "Three", 9)
 
 
 def test_probe_perplexities_are_those_of_the_card(shipped, card):
@@ -106,7 +115,8 @@ def test_the_card_says_what_was_measured(card):
     from moelab.training.page import curve_svg, render
 
     assert (demo.HERE / "CARD.md").read_text("utf-8") == render(card)
-    assert (demo.HERE / "curve.svg").read_text("utf-8") == curve_svg(card["training"]["curve"])
+    for drawn in (demo.HERE / "curve.svg").read_text("utf-8"), curve_svg(card["training"]["curve"]):
+        assert all(f">{domain} " in drawn for domain in demo.DOMAINS)
     shipped = json.loads((demo.checkpoint() / "training.json").read_text())
     assert card["training"] == shipped
     assert card["bits"]["16"]["kl_mean"] <= 1e-6
