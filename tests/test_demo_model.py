@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from moelab import demo
 from moelab.training import card as measuring
-from moelab.training.corpus import END, PAD, SOURCES, Sampler, save_tokens, split
+from moelab.training.corpus import END, PAD, Sampler, save_tokens, split
+from moelab.training.domains import SOURCES
 from moelab.training.held_out import passage
 from moelab.training.train import Recipe, Training, build_model, step_loss
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from moelab.demo import DOMAINS, prompts
 from moelab.store.codecs import GROUP
-from moelab.training.corpus import SOURCES
+from moelab.training.domains import SOURCES
 from moelab.training.markdown import percent, table
 
 LENGTH, PERPLEXITY_WINDOWS, ROUTING_WINDOWS = 256, 40, 8
