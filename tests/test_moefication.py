@@ -19,6 +19,7 @@ from moelab.demo.mixture import stock
 from moelab.training.moefy import (
     Course,
     Shape,
+    card,
     compare,
     load_delta,
     materialise,
@@ -27,7 +28,6 @@ from moelab.training.moefy import (
     save_delta,
 )
 from moelab.training.moefy.calibrate import calibrated, low_rank_map
-from moelab.training.moefy.card import card
 from moelab.training.moefy.distillation import Targets, averaged, divergence
 from moelab.training.moefy.grouping import group_neurons
 from moelab.training.moefy.student import route, set_top_k
