@@ -137,8 +137,8 @@ def trace_of(routing: Routing, shape: Shape) -> Trace:
     index, weight = (part.flatten(1, 2) for part in (routing.experts, routing.weights))
     for token in range(index.shape[1]):
         for layer in range(len(index)):
-            row = [(tuple(part[layer, token].tolist()),) for part in (index, weight)]
-            trace.steps.append(LayerInput(layer, *row))
+            row, weights = (tuple(part[layer, token].tolist()) for part in (index, weight))
+            trace.steps.append(LayerInput(layer, (row,), (weights,)))
     return trace
 
 
@@ -161,16 +161,12 @@ def bits_cost(folder: Path, texts: dict[str, list[str]]) -> dict[str, dict[str, 
     with moelab.open(folder, strategy="lru", budget="100%", progress=False) as lab:
         for bits in tqdm(codecs.TIERS, "bits"):
             lab.update(bits=bits)
-            scores = [
-                (domain, lab.score(text, max_tokens=LENGTH + 1, progress=False))
+            each: Any = pd.DataFrame(
+                {"domain": domain, "log": math.log(s.perplexity), "kl": s.kl_mean, "same": s.same_top1}
                 for domain, parts in texts.items()
-                for text in parts
-            ]
-            each = pd.DataFrame(
-                {"log": math.log(s.perplexity), "kl": s.kl_mean, "same": s.same_top1}
-                for _, s in scores
+                for s in (lab.score(t, max_tokens=LENGTH + 1, progress=False) for t in parts)
             )
-            logs = each["log"].groupby([domain for domain, _ in scores], sort=False).mean()
+            logs = each.groupby("domain", sort=False)["log"].mean()
             out[str(bits)] = {
                 "perplexity": {d: round(math.exp(log), 3) for d, log in logs.items()},
                 "perplexity_geometric_mean": round(math.exp(logs.mean()), 3),

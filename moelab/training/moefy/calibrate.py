@@ -74,15 +74,15 @@ def calibrated(
         masked = ours.mlp.masked(x)
         missing = target - ours.mlp.down(masked)
         scale = weight.sqrt().view(*x.shape[:2], 1)
-        scaled = ((part * scale).flatten(0, 1) for part in (masked, missing))
-        low_rank = low_rank_map(*scaled, len(ours.mlp.down.a))
-        for matrix, fitted in zip((ours.mlp.down.a, ours.mlp.down.b), low_rank, strict=True):
-            matrix.copy_(fitted)
+        x, y = ((part * scale).flatten(0, 1) for part in (masked, missing))
+        low, high = low_rank_map(x, y, len(ours.mlp.down.a))
+        ours.mlp.down.a.copy_(low)
+        ours.mlp.down.b.copy_(high)
         output = ours.mlp.down(masked)
         stream = stream + output
         ours.mlp.top_k = max(top_ks)
-        left = ((part * scale).square().mean() for part in (missing, target - output))
-        bar.set_postfix(zip(("error", "corrected"), (f"{e:.3f}" for e in left), strict=True))
+        before, after = ((p * scale).square().mean() for p in (missing, target - output))
+        bar.set_postfix(error=f"{before:.3f}", corrected=f"{after:.3f}")
     return student
 
 
