@@ -162,7 +162,12 @@ def bits_cost(folder: Path, texts: dict[str, list[str]]) -> dict[str, dict[str, 
         for bits in tqdm(codecs.TIERS, "bits"):
             lab.update(bits=bits)
             each: Any = pd.DataFrame(
-                {"domain": domain, "log": math.log(s.perplexity), "kl": s.kl_mean, "same": s.same_top1}
+                {
+                    "domain": domain,
+                    "log": math.log(s.perplexity),
+                    "kl": s.kl_mean,
+                    "same": s.same_top1,
+                }
                 for domain, parts in texts.items()
                 for s in (lab.score(t, max_tokens=LENGTH + 1, progress=False) for t in parts)
             )
