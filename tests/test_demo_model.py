@@ -10,6 +10,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
@@ -216,12 +217,21 @@ def test_leakage_counts_repeated_passages():
     assert measuring.leakage(train, train[100:400]) == 1
 
 
-@pytest.mark.parametrize("module", ["train", "card", "held_out"])
-def test_command_lines_explain_themselves(module):
-    app = import_module(f"moelab.training.{module}").app
+@pytest.mark.parametrize(
+    ("module", "option"),
+    [
+        ("train", "--data"),
+        ("card", "--data"),
+        ("held_out", "--data"),
+        ("moefy.__main__", "--delta"),
+    ],
+)
+def test_command_lines_explain_themselves(module, option):
+    app = typer.Typer()
+    app.command()(import_module(f"moelab.training.{module}").main)
     shown = CliRunner().invoke(app, ["--help"])
     assert shown.exit_code == 0
-    assert "--data" in shown.output
+    assert option in shown.output
 
 
 def test_without_debian_the_message_says_what_to_do(monkeypatch, tmp_path):

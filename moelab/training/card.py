@@ -284,8 +284,5 @@ def main(
     print(f"wrote {out / 'CARD.md'}")
 
 
-app = typer.Typer(add_completion=False)
-app.command()(main)
-
 if __name__ == "__main__":
-    app()
+    typer.run(main)

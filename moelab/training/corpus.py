@@ -114,12 +114,12 @@ class Corpus:
     @classmethod
     def load(cls, folder: Path) -> Corpus:
         """Read what `prepare` wrote."""
-        meta = json.loads((folder / "corpus.json").read_text())
+        shares = json.loads((folder / "corpus.json").read_text())["shares"]
 
         def part(name: str) -> dict[str, np.ndarray]:
-            return {d: np.load(folder / "tokens" / f"{d}.{name}.npy") for d in meta["shares"]}
+            return {d: np.load(folder / "tokens" / f"{d}.{name}.npy") for d in shares}
 
-        return cls(part("train"), part("validation"), meta["shares"], folder)
+        return cls(part("train"), part("validation"), shares, folder)
 
 
 class Sampler:
@@ -190,12 +190,7 @@ def save_tokens(
             ids = [np.array([*e.ids, 0], dtype=np.uint16) for e in tokenizer.encode_batch(texts)]
             np.save(folder / "tokens" / f"{domain}.{name}.npy", np.concatenate(ids))
         (folder / "tokens" / f"{domain}.validation.json").write_text(json.dumps(parts[1]))
-    meta = {
-        "shares": shares,
-        "documents": {d: [len(part) for part in parts] for d, parts in documents.items()},
-        "characters": {d: [sum(map(len, p)) for p in parts] for d, parts in documents.items()},
-    }
-    (folder / "corpus.json").write_text(json.dumps(meta, indent=1) + "\n")
+    (folder / "corpus.json").write_text(json.dumps({"shares": shares}, indent=1) + "\n")
     return Corpus.load(folder)
 
 

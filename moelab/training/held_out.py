@@ -47,8 +47,5 @@ def main(
     print(f"wrote {path}")
 
 
-app = typer.Typer(add_completion=False)
-app.command()(main)
-
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Trained = Iterable[tuple[str, torch.nn.Parameter]]
 
 
 @dataclass
@@ -81,7 +82,7 @@ def run(
 def save(
     path: Path,
     delta: Mapping[str, torch.Tensor],
-    trained: Iterable[tuple[str, torch.nn.Parameter]],
+    trained: Trained,
     adam: torch.optim.Optimizer,
     state: State,
 ) -> None:
@@ -115,10 +116,7 @@ def part(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def put_moments(
-    tensors: Mapping[str, torch.Tensor],
-    trained: Iterable[tuple[str, torch.nn.Parameter]],
-    adam: torch.optim.Optimizer,
-    steps: int,
+    tensors: Mapping[str, torch.Tensor], trained: Trained, adam: torch.optim.Optimizer, steps: int
 ) -> None:
     """Give the optimiser a checkpoint's moments back."""
     for name, parameter in trained:

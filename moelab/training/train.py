@@ -1,15 +1,11 @@
 """Train the bundled model from nothing: packages → text → tokens → `Qwen3MoeForCausalLM`.
 
-`python -m moelab.training.train` does all of it in one process, with torch's threads: the stock
-model, its autograd and `torch.optim.AdamW`.  Loss and gradients of a batch of 4096 tokens take 1.2
+`python -m moelab.training.train` does all of it in one process: a batch of 4096 tokens takes 1.2
 seconds of processor time.  Where other work needs the cores, one thread (`--threads 1`) is faster
-than several that wait for each other.  Stop it with Ctrl-C (or `kill`) and start it again: it goes
-on where it was.  With another `--tokens` the learning rate then runs in a straight line from where
-it is to 0 at the new end.
-
+than several that wait for each other.  Stopped with Ctrl-C and started again it goes on where it
+was; with another `--tokens` the learning rate then falls in a straight line to 0 at the new end.
 `Recipe` holds everything that decides the result.  The bundled model took two runs: one from
-random weights, one that began with the first one's (`--init`, see CARD.md).  State is safetensors
-and json, nothing is pickled.
+random weights, one that began with the first one's (`--init`, see CARD.md).
 """
 
 from __future__ import annotations
@@ -295,8 +291,5 @@ def main(
         print(f"interrupted at {training.at.seen:,} tokens; run the same command to go on")
 
 
-app = typer.Typer(add_completion=False)
-app.command()(main)
-
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -44,8 +44,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """All experts at fewer and fewer bits; then strategies that give up precision, or experts."""
 
-app = typer.Typer(add_completion=False)
-
 
 class Kept(UserDict):
     """What was measured of one delta, by name; every entry is at once in the file."""
@@ -65,7 +63,6 @@ class Kept(UserDict):
         beside.replace(self._path)
 
 
-@app.command()
 def main(
     held_out: Annotated[Path, typer.Argument(help="Folder of held-out texts, DOMAIN.txt each.")],
     card_file: Annotated[Path, typer.Option("--card", help="To write.")] = Path("CARD.md"),
@@ -144,4 +141,4 @@ def _in_the_lab(delta: Path, name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

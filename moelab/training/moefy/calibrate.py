@@ -1,11 +1,10 @@
 """A first mixture without gradients through the model: one pass over some text, layer by layer.
 
-Teacher and student walk through the text together. At each layer the student's neurons are grouped,
-a router is fitted to keep what the layer's output needs, and a low-rank correction of the down
-projection makes up for as much of the rest as a linear map can. Each layer is fitted on what the
-student's own earlier layers feed it, so errors do not pile up unseen, and a token's error counts
-relative to its residual stream, because all that reads the stream normalises it first (a few
-tokens' streams are a thousand times longer than the others').
+At each layer the student's neurons are grouped, a router is fitted to keep what the layer's output
+needs, and a low-rank correction of the down projection makes up for as much of the rest as a linear
+map can. Each layer is fitted on what the student's own earlier layers feed it, and a token's error
+counts relative to its residual stream, because all that reads the stream normalises it first (a
+few tokens' streams are a thousand times longer than the others').
 
 Letters: T tokens, D model width, F neurons, E experts, R rank.
 """
