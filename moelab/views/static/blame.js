@@ -117,6 +117,6 @@ function line([text, p], most, piece, of) {
   return h(
     "li",
     { class: taken ? "taken" : "", title: taken && "the token taken" },
-    ...[h("code", {}, shown), filledBar(p / most, of), h("span", {}, chance(p))],
+    h("code", {}, shown), filledBar(p / most, of), h("span", {}, chance(p)),
   );
 }

@@ -20,7 +20,7 @@ export class Chips {
     this.at = [0, 0];
     this.K = this.top = this.turn = 0;
     this.node = h("div", {
-      ...{ class: "moe-chips", role: "grid", "aria-label": "Experts used" },
+      class: "moe-chips", role: "grid", "aria-label": "Experts used",
       onkeydown: (e) => this.key(e),
       onpointerleave: () => tip.hide(),
       onscroll: () => {
@@ -54,11 +54,11 @@ export class Chips {
     const node = h(
       "button",
       {
-        ...{ type: "button", class: "moe-chip", role: "gridcell", tabindex: -1 },
+        type: "button", class: "moe-chip", role: "gridcell", tabindex: -1,
         onclick: () => this.choose(layer, made.chip.expert),
         onpointermove: (e) => this.explain(made, e.clientX, e.clientY),
       },
-      ...[parts.icon, parts.name, ...words],
+      parts.icon, parts.name, ...words,
     );
     const made = { node, chip: null, ...parts };
     return made;

@@ -12,8 +12,8 @@ import { headOf, rootOf, modelShape, Stage } from "./stage.js";
 import { Why } from "./why.js";
 
 const MAP = {
-  ...{ bits: Uint8Array, in_flight: Uint8Array },
-  ...{ loaded: Int32Array, used: Int32Array, uses: Int32Array },
+  bits: Uint8Array, in_flight: Uint8Array,
+  loaded: Int32Array, used: Int32Array, uses: Int32Array,
 };
 
 /** A frame with its arrays as such. */
@@ -55,9 +55,9 @@ class View {
     const shape = h("span", { class: "moe-soft" }, modelShape(options));
     this.root.prepend(
       headOf(this.pick.pick, shape, this.stage.status, this.runs.bar),
-      ...[this.pick.line, this.settings.node, this.runs.whatIf.node],
-      ...[this.stage.figures.node, this.stage.timeline.node, this.stage.main],
-      ...[this.runs.node, this.settings.fault.node],
+      this.pick.line, this.settings.node, this.runs.whatIf.node,
+      this.stage.figures.node, this.stage.timeline.node, this.stage.main,
+      this.runs.node, this.settings.fault.node,
     );
     this.connect();
   }
@@ -120,15 +120,10 @@ class View {
     this.settings.ask.showRunning(frame.running);
     this.errorChanged();
     Object.assign(this.root.dataset, {
-      seq: frame.seq,
-      run: frame.run,
-      token: frame.newest,
-      under: frame.tokens.budget_bytes.at(-1) ?? "",
-      running: frame.running,
-      kl: frame.recent.kl_mean ?? "",
-      stall: frame.recent.stall_share ?? "",
-      rate: frame.recent.tokens_per_s ?? "",
-      emulated: frame.origins.at(-1).emulated,
+      seq: frame.seq, run: frame.run, token: frame.newest,
+      under: frame.tokens.budget_bytes.at(-1) ?? "", running: frame.running,
+      kl: frame.recent.kl_mean ?? "", stall: frame.recent.stall_share ?? "",
+      rate: frame.recent.tokens_per_s ?? "", emulated: frame.origins.at(-1).emulated,
       changes: frame.changes.length,
     });
     this.acknowledge(frame.seq);

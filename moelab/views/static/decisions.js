@@ -10,7 +10,7 @@ export class Decisions {
     this.options = options;
     this.about = h("span", { class: "moe-about", id: `${id}-about` });
     this.button = button("decisions", {
-      ...{ class: "moe-disclose", "aria-controls": id },
+      class: "moe-disclose", "aria-controls": id,
       onclick: () => toggled(this.panel.hidden),
     });
     this.selects = {};

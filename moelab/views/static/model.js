@@ -7,7 +7,7 @@ export class ModelPick {
   constructor(model) {
     this.model = model;
     this.pick = h("select", {
-      ...{ class: "moe-model", "aria-label": "Model" },
+      class: "moe-model", "aria-label": "Model",
       onchange: () => model.send({ do: "model", name: this.pick.value, where: "run" }),
     });
     this.words = h("span", { role: "status" });

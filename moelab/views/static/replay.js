@@ -17,12 +17,8 @@ export class Replay {
     this.recording = recording;
     const n = recording.layers * recording.experts;
     this.state = {
-      row: 0,
-      bits: new Uint8Array(n),
-      loaded: new Int32Array(n).fill(-1),
-      used: new Int32Array(n).fill(-1),
-      uses: new Int32Array(n),
-      landed: new Float32Array(n),
+      row: 0, bits: new Uint8Array(n), loaded: new Int32Array(n).fill(-1),
+      used: new Int32Array(n).fill(-1), uses: new Int32Array(n), landed: new Float32Array(n),
     };
     const { layer, expert, bits } = recording.start;
     bits.forEach((b, i) => {
@@ -103,7 +99,7 @@ export class Replay {
       causes: recording.model.causes,
       texts: recording.pieces.slice(first, first + shown),
       changes: document.marks,
-      ...{ first, count: shown, tokens, origins, newest: token, past: { token, layer } },
+      first, count: shown, tokens, origins, newest: token, past: { token, layer },
       map: { bits, in_flight, loaded, used, uses, marks: this.marks(token, end) },
       resident: this.resident(bits, token),
       recent: this.figures(Math.max(since, whole - RECENT), whole),

@@ -58,7 +58,7 @@ export class Settings {
     this.options = options;
     this.sender = new Sender(model);
     this.measure = h("input", {
-      ...{ type: "checkbox", name: "measure_kl" },
+      type: "checkbox", name: "measure_kl",
       onchange: () => this.sender.change({ measure_kl: this.measure.checked }),
     });
     this.ask = new Prompt(model, options, this.measure);
@@ -102,7 +102,7 @@ export class Settings {
       emulated = devices.filter((d) => d.emulated),
       names = (these) => these.map((d) => [d.name, d.title]);
     this.device = this.select("device", [
-      ...[groupOf("measured", names(measured)), groupOf("emulated", names(emulated))],
+      groupOf("measured", names(measured)), groupOf("emulated", names(emulated)),
     ]);
     this.badge = h("b", { class: "moe-badge" });
     const field = (words, ...more) =>
@@ -152,8 +152,8 @@ export class Settings {
   showError({ where = "", text = "" }, run) {
     const { bits, low_bits, strategy, device, prefetch } = this;
     const about = {
-      ...{ budget: this.budget.slider, run: this.ask.prompt },
-      ...{ bits, low_bits, strategy, device, prefetch },
+      budget: this.budget.slider, run: this.ask.prompt,
+      bits, low_bits, strategy, device, prefetch,
       ...Object.fromEntries(this.decisions.controls()),
     };
     for (const [name, control] of Object.entries(about)) {

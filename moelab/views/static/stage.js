@@ -50,24 +50,21 @@ export class Stage {
     this.bars = new LatencyBars(look, this.cursor, options, go);
     this.text = new TokenText(look, this.cursor, shade, go);
     this.timeline = new Timeline({
-      ...{ layers: options.layers, canLive, go },
+      layers: options.layers, canLive, go,
       live: () => this.travel.live(),
       play: () => this.travel.toggle(),
       costliest: () => this.goCostliest(),
     });
     this.travel = new Travel(
-      ...[source, options.layers, () => this.queue(), (on) => this.timeline.playing(on)],
+      source, options.layers, () => this.queue(), (on) => this.timeline.playing(on),
     );
     this.blame = new Blame(options.layers, this.tip, {
-      ...{ choose, close: canLive ? () => this.leave() : null },
+      choose, close: canLive ? () => this.leave() : null,
     });
     this.life = new Life(look, () => this.bars.layout(), options.layers, {
-      ...{ go, reason: (row) => source.reason(row), close: () => this.choose(null) },
+      go, reason: (row) => source.reason(row), close: () => this.choose(null),
     });
-    this.cursor.views.push(
-      () => this.bars.draw(),
-      () => this.text.mark(this.cursor.at),
-    );
+    this.cursor.views.push(() => this.bars.draw(), () => this.text.mark(this.cursor.at));
     this.origin = h("b", { class: "moe-badge" });
     this.count = h("span", { class: "moe-soft", "aria-hidden": true });
     this.state = h("span", { class: "moe-doing", role: "status", "aria-live": "polite" });
@@ -141,9 +138,7 @@ export class Stage {
     showBadge(this.origin, device, `${kind}: ${device.title}`);
     this.root.classList.toggle("past", Boolean(at));
     Object.assign(this.root.dataset, {
-      resident: frame.resident.experts,
-      bits: digest(frame.map.bits),
-      past: at ? at.token : "",
+      resident: frame.resident.experts, bits: digest(frame.map.bits), past: at ? at.token : "",
       layer: at ? at.layer : "",
     });
     if (!at) this.text.show(frame);

@@ -13,7 +13,7 @@ export class Timeline {
     this.layers = layers;
     const slider = (name, words, max, oninput) =>
       h("input", {
-        ...{ type: "range", name, min: 0, max, step: 1, "aria-label": words, oninput },
+        type: "range", name, min: 0, max, step: 1, "aria-label": words, oninput,
         onkeydown: (e) => {
           if (e.key === "PageUp" || e.key === "PageDown") e.stopPropagation();
         },
