@@ -1,15 +1,50 @@
-// The dashboard: the controls above the stage; decodes the newest frame once per animation frame,
-// hands it to the stage and acknowledges it.
+// The dashboard: which model is shown, and the controls above the stage; decodes the newest frame
+// once per animation frame, hands it to the stage and acknowledges it.
 
 import { DARK, STRONG } from "./colours.js";
 import { Runs } from "./compare.js";
-import { h, keep } from "./element.js";
-import { ModelPick } from "./model.js";
+import { button, h, keep, markup, optionsOf, say } from "./element.js";
 import { array, byName } from "./recording.js";
 import { Settings } from "./settings.js";
 import { KernelSource } from "./source.js";
 import { headOf, rootOf, modelShape, Stage } from "./stage.js";
 import { Why } from "./why.js";
+
+export class ModelPick {
+  constructor(model) {
+    this.model = model;
+    this.pick = h("select", {
+      class: "moe-model", "aria-label": "Model",
+      onchange: () => model.send({ do: "model", name: this.pick.value, where: "run" }),
+    });
+    this.words = h("span", { role: "status" });
+    const onclick = () => {
+      model.send({ do: "model", stop: true, where: "run" });
+      say(this.words, "stopping after this step …");
+    };
+    this.stop = button("Cancel", { title: "Keep the model shown", onclick });
+    this.line = markup`<div class="moe-opening">${[this.words, this.stop]}</div>`;
+    this.sync();
+  }
+
+  sync() {
+    const told = this.model.get("models") ?? {},
+      { now = "", offered = [], opening = "", error = "", stopped = "" } = told;
+    const called = (name, missing) => (missing ? `${name} (not installed)` : name),
+      entries = offered.map(({ name, missing }) => [name, called(name, missing), { title: missing }]);
+    this.pick.replaceChildren(...optionsOf(entries));
+    this.pick.value = now;
+    const { activeElement: at } = document,
+      held = at === this.pick || at === this.stop;
+    this.pick.disabled = Boolean(opening);
+    this.stop.hidden = !opening;
+    const words = opening ? `${opening} …` : error || stopped;
+    this.line.hidden = !words;
+    if (held) (opening ? this.stop : this.pick).focus();
+    this.line.classList.toggle("bad", Boolean(error));
+    say(this.words, words);
+  }
+}
 
 const MAP = {
   bits: Uint8Array, in_flight: Uint8Array,

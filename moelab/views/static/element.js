@@ -129,16 +129,17 @@ export function showBadge(node, device, words) {
 export class Hold {
   constructor(slider, settle) {
     this.held = false;
+    this.listening = new AbortController();
     slider.addEventListener("pointerdown", () => (this.held = true));
-    this.release = () => {
+    const release = () => {
       if (!this.held) return;
       this.held = false;
       settle();
     };
-    for (const end of ENDS) document.addEventListener(end, this.release, true);
+    const how = { capture: true, signal: this.listening.signal };
+    for (const end of ["pointerup", "pointercancel"]) document.addEventListener(end, release, how);
   }
   close() {
-    for (const end of ENDS) document.removeEventListener(end, this.release, true);
+    this.listening.abort();
   }
 }
-const ENDS = ["pointerup", "pointercancel"];

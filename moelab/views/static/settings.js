@@ -1,11 +1,48 @@
 // The settings: native inputs, each of which changes the lab at once. What is shown is what holds;
-// a value the lab refuses stays in the thumb only while it is being dragged.
+// a value the lab refuses stays in the thumb only while it is being dragged, and what was refused
+// is said in a box under the control it is about.
 
 import { Budget } from "./budget.js";
 import { Decisions } from "./decisions.js";
-import { h, keep, markup, optionsOf, say, showBadge } from "./element.js";
-import { Fault } from "./fault.js";
+import { cross, h, keep, markup, optionsOf, say, showBadge } from "./element.js";
+import { within } from "./numbers.js";
 import { Prompt } from "./prompt.js";
+
+export class Fault {
+  constructor(dismissed) {
+    this.words = h("span");
+    const close = () => {
+      this.dismissed = this.key;
+      this.node.hidden = true;
+      dismissed();
+    };
+    this.node = markup`
+      <div class="moe-error" role="alert" hidden>${[this.words, cross("Dismiss", close)]}</div>`;
+  }
+
+  /** Say it under `control`; a fault of the same `key` stays away once it is dismissed. */
+  show(text, control, key) {
+    this.control = control;
+    this.key = key;
+    if (!text) this.dismissed = null;
+    say(this.words, text);
+    this.node.hidden = !text || key === this.dismissed;
+    this.place();
+  }
+
+  place() {
+    if (this.node.hidden) return;
+    const root = this.node.offsetParent?.getBoundingClientRect();
+    if (!root) return;
+    const of = this.control.getBoundingClientRect();
+    const wide = this.node.offsetWidth,
+      left = within(of.left - root.left, 14, root.width - wide - 14);
+    const tip = of.left - root.left - left + Math.min(of.width / 2, 24);
+    this.node.style.left = `${left}px`;
+    this.node.style.top = `${of.bottom - root.top + 9}px`;
+    this.node.style.setProperty("--tip", `${within(tip, 8, wide - 16)}px`);
+  }
+}
 
 const THROTTLE_MS = 50;
 const UNANSWERED_MS = 1000;

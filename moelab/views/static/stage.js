@@ -11,9 +11,8 @@ import { plural } from "./numbers.js";
 import { costliest, digest } from "./replay.js";
 import { RunningFigures } from "./running.js";
 import { TokenText } from "./text.js";
-import { Timeline } from "./timeline.js";
+import { Timeline, Travel } from "./timeline.js";
 import { Cursor, Tip } from "./tip.js";
-import { Travel } from "./travel.js";
 
 /** The element of a dashboard, and its first line. */
 export const rootOf = (words, props = {}) =>
@@ -24,9 +23,7 @@ export const headOf = (...parts) =>
   markup`<header class="moe-head"><h2>moelab</h2>${parts}</header>`;
 
 export class Stage {
-  /**
-   * `source` has the recording; `why` may be null; `shade(mode)` keeps how tokens are shaded.
-   */
+  /** `source` has the recording; `why` may be null; `shade(mode)` keeps how tokens are shaded. */
   constructor(root, options, { source, why, shade, canLive }) {
     this.root = root;
     this.options = options;
