@@ -81,11 +81,11 @@ export function fillBox(g, fill, x, y, wide, tall, alpha = 1) {
   g.globalAlpha = 1;
 }
 
-/** Write words that end, begin or have their middle at x. */
-export function fillWords(g, ink, align, words, x, y) {
+/** Write words that end, begin or have their middle at x, no wider than `most`. */
+export function fillWords(g, ink, align, words, x, y, most = Infinity) {
   g.fillStyle = ink;
   g.textAlign = align;
-  g.fillText(words, x, y);
+  g.fillText(words, x, y, most);
 }
 
 /** Fill the triangle of three corners. */

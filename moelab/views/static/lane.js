@@ -172,7 +172,7 @@ export class Lane {
     const { ink } = this.look;
     fillBox(g, ink.cell, axis.left, LANE.top, Math.max(0, right - axis.left), LANE.tall);
     g.font = this.sheet.font(2);
-    fillWords(g, ink.soft, "right", "in/out", axis.left - 6, LANE.marks);
+    fillWords(g, ink.soft, "right", "in/out", axis.left - 6, LANE.marks, axis.left - 8);
     fillWords(g, ink.soft, "right", "bits", axis.left - 6, LANE.top + LANE.tall / 2);
     fillWords(g, ink.soft, "right", "used", axis.left - 6, LANE.uses);
   }
