@@ -133,13 +133,11 @@ export class Chips {
     if (!step) return;
     event.preventDefault();
     event.stopPropagation();
-    const [down, across] = step;
-    this.focusable(
-      within(this.at[0] + down, 0, this.layers - 1),
-      within(this.at[1] + across, 0, this.K - 1),
-    );
-    this.fillRow(this.at[0]);
-    this.rows[this.at[0]].cells[this.at[1]].node.focus();
+    const layer = within(this.at[0] + step[0], 0, this.layers - 1),
+      k = within(this.at[1] + step[1], 0, this.K - 1);
+    this.focusable(layer, k);
+    this.fillRow(layer);
+    this.rows[layer].cells[k].node.focus();
   }
 
   /** One chip is reached by Tab, the others by the arrow keys. */

@@ -32,9 +32,8 @@ export const still = () => MOTION.matches;
 
 /** Light or dark, from the colour the widget really has; it has none before it is on the page. */
 export function themeOf(root) {
-  const [r, g, b] = (
-    getComputedStyle(root).backgroundColor.match(/[\d.]+/g) ?? [255, 255, 255]
-  ).map(Number);
+  const parts = getComputedStyle(root).backgroundColor.match(/[\d.]+/g) ?? [255, 255, 255],
+    [r, g, b] = parts.map(Number);
   return 0.299 * r + 0.587 * g + 0.114 * b < 128 ? "dark" : "light";
 }
 

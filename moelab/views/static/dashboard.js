@@ -53,9 +53,8 @@ const MAP = {
 
 /** A frame with its arrays as such. */
 export function decode(frame, { columns, causes }) {
-  const map = Object.fromEntries(
-    Object.entries(MAP).map(([name, Type]) => [name, array(Type, frame.map[name])]),
-  );
+  const cells = Object.entries(MAP).map(([name, Type]) => [name, array(Type, frame.map[name])]),
+    map = Object.fromEntries(cells);
   const tokens = byName(frame.columns ?? columns, array(Float32Array, frame.values));
   return { ...frame, tokens, map, causes, newest: frame.first + frame.count - 1 };
 }

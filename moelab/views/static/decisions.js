@@ -103,8 +103,7 @@ export class Decisions {
         ${this.parameters.node}
       </div>`;
     this.line = h("div", { class: "moe-line" }, this.button, this.about);
-    this.node = markup`
-      <div role="group" aria-label="Strategy">${[this.line, this.panel]}</div>`;
+    this.node = markup`<div role="group" aria-label="Strategy">${[this.line, this.panel]}</div>`;
     this.setOpen(false);
   }
 

@@ -25,10 +25,8 @@ export class Prompt {
       type: "number", min: 1, max: MOST_TOKENS, step: 1,
       onchange: () => keep(model, { max_new_tokens: this.count() }),
     });
-    this.chat = h("input", {
-      type: "checkbox", name: "chat",
-      onchange: () => keep(model, { chat: this.chat.checked }),
-    });
+    const onchange = () => keep(model, { chat: this.chat.checked });
+    this.chat = h("input", { type: "checkbox", name: "chat", onchange });
     this.limit = h("output", { class: "moe-limit" });
     this.go = button("Run", { class: "moe-run", onclick: () => this.run() });
     this.halt = button("Stop", { onclick: () => model.send({ do: "stop", where: "run" }) });

@@ -94,10 +94,8 @@ export class Settings {
     this.model = model;
     this.options = options;
     this.sender = new Sender(model);
-    this.measure = h("input", {
-      type: "checkbox", name: "measure_kl",
-      onchange: () => this.sender.change({ measure_kl: this.measure.checked }),
-    });
+    const onchange = () => this.sender.change({ measure_kl: this.measure.checked });
+    this.measure = h("input", { type: "checkbox", name: "measure_kl", onchange });
     this.ask = new Prompt(model, options, this.measure);
     const change = (changes, where) => this.sender.change(changes, where),
       settle = () => this.sync();
@@ -106,9 +104,7 @@ export class Settings {
     this.decisions = new Decisions(options, { change, settle, toggled });
     this.fault = new Fault(() => model.send({ do: "dismiss" }));
     this.strategy = this.presets();
-    this.decisions.line.prepend(
-      markup`<label class="moe-pick">Strategy ${this.strategy}</label>`,
-    );
+    this.decisions.line.prepend(markup`<label class="moe-pick">Strategy ${this.strategy}</label>`);
     this.node = markup`
       <div class="moe-controls">${[this.ask.node, this.row(), this.decisions.node]}</div>`;
   }
@@ -135,12 +131,11 @@ export class Settings {
     this.bits = this.select("bits", optionsOf(bits), Number);
     this.low_bits = this.select("low_bits", lows, (x) => (x ? Number(x) : null));
     this.prefetch = this.select("prefetch", depths, Number);
-    const measured = devices.filter((d) => !d.emulated),
-      emulated = devices.filter((d) => d.emulated),
-      names = (these) => these.map((d) => [d.name, d.title]);
-    this.device = this.select("device", [
-      groupOf("measured", names(measured)), groupOf("emulated", names(emulated)),
-    ]);
+    const clock = (words, emulated) => {
+      const these = devices.filter((d) => d.emulated === emulated);
+      return groupOf(words, these.map((d) => [d.name, d.title]));
+    };
+    this.device = this.select("device", [clock("measured", false), clock("emulated", true)]);
     this.badge = h("b", { class: "moe-badge" });
     const field = (words, ...more) =>
       markup`<label class="moe-field"><span>${words}${more.slice(1)}</span>${more[0]}</label>`;

@@ -38,10 +38,8 @@ export class Stage {
       go = (token, layer = null) => this.travel.go(token, layer),
       choose = (layer, expert) => this.choose(layer, expert);
     this.tip = new Tip(root);
-    this.cursor = new Cursor(this.tip, {
-      enter: go,
-      scrub: (tokens) => this.travel.at && this.travel.step(tokens),
-    });
+    const scrub = (tokens) => this.travel.at && this.travel.step(tokens);
+    this.cursor = new Cursor(this.tip, { enter: go, scrub });
     this.figures = new RunningFigures();
     this.map = new CacheMap(look, this.tip, why, options, choose);
     this.bars = new LatencyBars(look, this.cursor, options, go);
@@ -55,9 +53,8 @@ export class Stage {
     this.travel = new Travel(
       source, options.layers, () => this.queue(), (on) => this.timeline.playing(on),
     );
-    this.blame = new Blame(options.layers, this.tip, {
-      choose, close: canLive ? () => this.leave() : null,
-    });
+    const close = canLive ? () => this.leave() : null;
+    this.blame = new Blame(options.layers, this.tip, { choose, close });
     this.life = new Life(look, () => this.bars.layout(), options.layers, {
       go, reason: (row) => source.reason(row), close: () => this.choose(null),
     });

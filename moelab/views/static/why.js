@@ -62,11 +62,10 @@ export const shareOf = (value, low, high) =>
   Number.isFinite(value) && high > low ? (value - low) / (high - low) : 1;
 
 /** A bar that is filled to a share. */
-export const filledBar = (share, name = "") =>
-  h("i", {
-    ...{ class: `moe-bar ${name}`, "aria-hidden": true },
-    style: `--p:${(100 * share).toFixed(1)}%`,
-  });
+export function filledBar(share, name = "") {
+  const style = `--p:${(100 * share).toFixed(1)}%`;
+  return h("i", { class: `moe-bar ${name}`, "aria-hidden": true, style });
+}
 
 /** Terms as rows of name, bar and number; a bar spans this layer's residents, lowest to highest. */
 export function drawWhy({ policy, terms, error }) {
