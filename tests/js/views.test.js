@@ -2,11 +2,11 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { layoutOf, partsOf, scaleOf } from "../../moelab/views/static/bars.js";
 import { chance } from "../../moelab/views/static/blame.js";
+import { shareOf } from "../../moelab/views/static/element.js";
 import { spread } from "../../moelab/views/static/tiles.js";
 import { shadesOf, strengthOf } from "../../moelab/views/static/text.js";
 import { inLayer } from "../../moelab/views/static/timeline.js";
 import { describeToken } from "../../moelab/views/static/tip.js";
-import { shareOf } from "../../moelab/views/static/why.js";
 
 const frame = (count, more = {}) => ({
   ...{ count, first: 0, past: null },

@@ -2,18 +2,17 @@
 // precision (both top fives side by side), and the experts it used: one row a layer, one chip an
 // expert. With few experts a chip says all in words; with many it is a shape and a number.
 
-import { cross, h, icon, markup, say, shape } from "./element.js";
+import { cross, filledBar, h, icon, markup, say, shape } from "./element.js";
 import { bytes, kl, millis, rate, within } from "./numbers.js";
 import { brief, inWords, outcomes, wordOf } from "./outcomes.js";
 import { waitOf } from "./recording.js";
-import { filledBar } from "./why.js";
 
 const WORDY = 2; // experts a layer, up to which a chip has room for words
 const FEW_ROWS = 16; // more than can be seen at once
 const ROW_PX = 25;
 const SEEN_PX = 300; // all three as history.css has it
 
-export class Chips {
+class Chips {
   /** `choose(layer, expert)` is called for a chip that is clicked. */
   constructor(layers, tip, choose) {
     this.layers = layers;

@@ -7,7 +7,7 @@ import { h, icon, legendKey, markup } from "./element.js";
 import { percent, short } from "./numbers.js";
 import { MARKS } from "./replay.js";
 import { FADE_MS, Tiles } from "./tiles.js";
-import { drawWhy } from "./why.js";
+import { drawWhy } from "./tip.js";
 
 /** Twenty pixels a layer where there are few; never fewer than six. */
 const tallFor = (layers) => Math.max(Math.min(208, Math.max(138, layers * 20)), layers * 6);

@@ -81,8 +81,8 @@ export function fillBox(g, fill, x, y, wide, tall, alpha = 1) {
   g.globalAlpha = 1;
 }
 
-/** Write words that end, begin or have their middle at x, no wider than `most`. */
-export function fillWords(g, ink, align, words, x, y, most = Infinity) {
+/** Write words that end, begin or have their middle at x, no wider than `most`, where it is given. */
+export function fillWords(g, ink, align, words, x, y, most) {
   g.fillStyle = ink;
   g.textAlign = align;
   g.fillText(words, x, y, most);

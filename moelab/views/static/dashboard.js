@@ -8,9 +8,9 @@ import { array, byName } from "./recording.js";
 import { Settings } from "./settings.js";
 import { KernelSource } from "./source.js";
 import { headOf, rootOf, modelShape, Stage } from "./stage.js";
-import { Why } from "./why.js";
+import { Why } from "./tip.js";
 
-export class ModelPick {
+class ModelPick {
   constructor(model) {
     this.model = model;
     this.pick = h("select", {
@@ -52,7 +52,7 @@ const MAP = {
 };
 
 /** A frame with its arrays as such. */
-export function decode(frame, { columns, causes }) {
+function decode(frame, { columns, causes }) {
   const cells = Object.entries(MAP).map(([name, Type]) => [name, array(Type, frame.map[name])]),
     map = Object.fromEntries(cells);
   const tokens = byName(frame.columns ?? columns, array(Float32Array, frame.values));

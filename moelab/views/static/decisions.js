@@ -52,7 +52,7 @@ class Parameter {
   }
 }
 
-export class PartParameters {
+class PartParameters {
   constructor(change, settle) {
     this.change = change;
     this.settle = settle;

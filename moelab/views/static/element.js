@@ -111,6 +111,16 @@ export function shape(node, kind) {
 /** A key of a legend. */
 export const legendKey = (swatch, words) => markup`<span class="moe-key">${swatch}${words}</span>`;
 
+/** How far along from the lowest to the highest a value lies; all of it where they do not differ. */
+export const shareOf = (value, low, high) =>
+  Number.isFinite(value) && high > low ? (value - low) / (high - low) : 1;
+
+/** A bar that is filled to a share. */
+export function filledBar(share, name = "") {
+  const style = `--p:${(100 * share).toFixed(1)}%`;
+  return h("i", { class: `moe-bar ${name}`, "aria-hidden": true, style });
+}
+
 /** Say where times come from; measured and emulated never look alike. */
 export function showBadge(node, device, words) {
   node.classList.toggle("emulated", device.emulated);

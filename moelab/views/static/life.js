@@ -1,10 +1,9 @@
 // One expert's life: figures, its lane over the tokens, and for an eviction why it had to leave:
 // the strategy's own terms for it and for those that stayed.
 
-import { cross, h, icon, markup, say } from "./element.js";
+import { cross, filledBar, h, icon, markup, say, shareOf } from "./element.js";
 import { Lane, lifeOf } from "./lane.js";
 import { percent, plural, short } from "./numbers.js";
-import { filledBar, shareOf } from "./why.js";
 
 const CAUSES = {
   room: "to make room",

@@ -8,7 +8,7 @@ import { cross, h, keep, markup, optionsOf, say, showBadge } from "./element.js"
 import { within } from "./numbers.js";
 import { Prompt } from "./prompt.js";
 
-export class Fault {
+class Fault {
   constructor(dismissed) {
     this.words = h("span");
     const close = () => {

@@ -23,7 +23,7 @@ const TILES = [
 ];
 const MEMORY = "Bytes of resident experts, loads in flight included, of the budget";
 
-export class RunningFigures {
+class RunningFigures {
   constructor() {
     this.tiles = TILES.map(([key, name, title]) => ({ key, ...tile(name, title) }));
     this.memory = tile("resident", MEMORY);
