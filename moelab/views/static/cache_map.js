@@ -170,7 +170,8 @@ export class CacheMap {
     }
     const canvas = this.sheet.node.getBoundingClientRect(),
       [x, y, w, t] = this.tiles.box(at);
-    this.where = event ? [event.clientX, event.clientY] : [canvas.left + x + w, canvas.top + y + t / 2];
+    const beside = [canvas.left + x + w, canvas.top + y + t / 2];
+    this.where = event ? [event.clientX, event.clientY] : beside;
     this.describe();
   }
 
@@ -209,11 +210,12 @@ export class CacheMap {
   }
 
   relabel() {
-    const key = (words, name, style) => legendKey(h("i", { class: `moe-cell ${name}`, style }), words),
+    const { tiers } = this.look,
+      key = (words, name, style) => legendKey(h("i", { class: `moe-cell ${name}`, style }), words),
       left = legendKey(icon("evict"), "left");
     left.classList.add("moe-only-past");
     this.legend.replaceChildren(
-      ...this.tiers.map((b) => key(`${b} bit`, "", `--c:${this.look.tiers[b]};--f:${100 * FILL[b]}%`)),
+      ...this.tiers.map((b) => key(`${b} bit`, "", `--c:${tiers[b]};--f:${100 * FILL[b]}%`)),
       key("loaded", "loaded"), key("in flight", "flight"), key("used now", "used"), left,
     );
     this.draw();

@@ -81,7 +81,7 @@ export function fillBox(g, fill, x, y, wide, tall, alpha = 1) {
   g.globalAlpha = 1;
 }
 
-/** Write words that end, begin or have their middle at x, no wider than `most`, where it is given. */
+/** Write words that end, begin or have their middle at x, no wider than `most` if it is given. */
 export function fillWords(g, ink, align, words, x, y, most) {
   g.fillStyle = ink;
   g.textAlign = align;

@@ -1,5 +1,5 @@
-// The drawer of saved runs: a table to sort, memory against speed (scatter.js), and the code of each
-// run. Two runs that are ticked are shown beside each other (beside.js).
+// The drawer of saved runs: a table to sort, memory against speed (scatter.js), and the code of
+// each run. Two runs that are ticked are shown beside each other (beside.js).
 
 import { Beside } from "./beside.js";
 import { still } from "./colours.js";

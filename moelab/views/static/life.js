@@ -91,7 +91,8 @@ export class Life {
   }
 }
 
-const told = (title, words) => [h("strong", {}, title), h("span", { class: "moe-soft" }, " ", words)];
+const told = (title, words) =>
+  [h("strong", {}, title), h("span", { class: "moe-soft" }, ` ${words}`)];
 
 /** A table of the strategy's terms: who left first, then who stayed, nearest to going first. */
 function drawLeft(title, { policy, terms, texts, victim, survivors, error }) {

@@ -10,7 +10,8 @@ import { KIND } from "./recording.js";
  * `from` where the copy served came from; `bits` were served (0: not known), `asked` asked for and
  * `bytes` read on demand, after a `wait` in ms; expert `by` stood in, or `instead` was wanted.
  * @typedef {{ layer: number, expert: number, weight: number, kind: string, from?: string,
- *   bits: number, asked: number, bytes: number, wait: number, by?: number, instead?: number }} Outcome
+ *   bits: number, asked: number, bytes: number, wait: number, by?: number, instead?: number
+ * }} Outcome
  */
 
 /**

@@ -52,8 +52,8 @@ class RunningFigures {
 function tile(name, title) {
   const value = h("b", {}, "–"),
     small = h("small");
-  const node = markup`<div class="moe-tile" title="${title}"><span>${name}</span>${[value, small]}</div>`;
-  return { node, value, small };
+  const parts = [h("span", {}, name), value, small];
+  return { node: h("div", { class: "moe-tile", title }, ...parts), value, small };
 }
 
 /** The element of a dashboard, and its first line. */
