@@ -252,6 +252,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
         yield opened
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_package(files, wheel):
     inside = set(wheel.namelist())
     package = {str(f.relative_to(TOP)) for f in files if f.is_relative_to(TOP / "moelab")}
@@ -261,6 +262,7 @@ def test_the_wheel_holds_every_file_of_the_package(files, wheel):
     assert "moelab/demo/model/model.safetensors" in inside
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_nothing_else(files, wheel):
     known = {str(f.relative_to(TOP)) for f in files}
     known |= {f"moelab/{name}" for name in known if name.startswith("notebooks/")}
