@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import gc
 import math
 import re
@@ -18,12 +19,13 @@ import moelab
 from fake_lab import FakeLab
 from moelab import strategies
 from moelab.runs.tokens import COLUMNS, figures
-from moelab.runs.words import about, in_words, merge_changes
+from moelab.spelling import about, in_words, merge_changes
 from moelab.strategies import Evict, Parameter, Precision
 from moelab.views.picture import lay_out
-from moelab.widgets import Dashboard, cells, decisions, frame
+from moelab.widgets import Dashboard, frame
+from moelab.widgets import dashboard as module
 from moelab.widgets.frame import Framer
-from moelab.widgets.why import reasons
+from moelab.widgets.queries import explained_now as reasons
 
 
 def wait_until(condition, seconds=20.0):
@@ -103,12 +105,13 @@ class TestFrame:
         assert shown["resident"]["experts"] == (bits > 0).sum()
         assert shown["resident"]["bytes"] == (bits == 16).sum() * 221_184
 
-    def test_a_report_put_right_later_is_read_again(self, lab):
+    def test_a_report_put_right_later_is_read_again(self, lab, monkeypatch):
         run = lab.start("Once", max_new_tokens=4)
         run.join()
-        framer = framer_of(lab)
+        framer, reports = framer_of(lab), run.token_reports
         framer.build()
-        run.token_reports[1] = type(run.token_reports[1])(1, " put right", bytes=7)
+        reports[1] = dataclasses.replace(reports[1], text=" put right", bytes=7)
+        monkeypatch.setattr(type(run), "token_reports", reports)
         shown = framer.build()
         assert shown["texts"][1] == " put right"
         assert column(shown, "bytes")[1] == 7
@@ -285,17 +288,17 @@ class TestDecisions:
 
     @pytest.mark.parametrize("name", strategies.NAMES)
     def test_what_a_strategy_is_made_of_is_shown_and_can_be_chosen(self, lab, name):
-        now = decisions.chosen(strategies.make(name))
-        offered = {d["role"]: {c["value"]: c for c in d["choices"]} for d in decisions.decisions()}
+        now = frame.chosen(strategies.make(name))
+        offered = {d["role"]: {c["value"]: c for c in d["choices"]} for d in frame.decisions()}
         for role, part in now["parts"].items():
             assert offered[role][part["value"]]["title"] == part["title"], role
         assert now["about"] == next(
-            p["text"] for g in decisions.presets() for p in g["entries"] if p["name"] == name
+            p["text"] for g in frame.presets() for p in g["entries"] if p["name"] == name
         )
 
     @pytest.mark.parametrize("name", strategies.NAMES)
     def test_its_parameters_are_explained_and_within_their_range(self, lab, name):
-        for p in decisions.chosen(strategies.make(name))["parameters"]:
+        for p in frame.chosen(strategies.make(name))["parameters"]:
             assert p["text"], p["name"]
             assert p["value"] in p["choices"] or p["low"] <= p["value"] <= p["high"], p["name"]
 
@@ -412,7 +415,7 @@ class TestWhy:
 
     def test_asking_all_the_time_harms_no_run(self, demo_lab):
         """Each eviction policy is asked by others while a run goes on, and decides all the same."""
-        evict = next(d for d in decisions.decisions() if d["role"] == "evict")
+        evict = next(d for d in frame.decisions() if d["role"] == "evict")
         for name in [choice["value"] for choice in evict["choices"]]:
             strategy = strategies.make(name)  # as without a calibration
             demo_lab.update(strategy=strategy, budget="50%")
@@ -571,8 +574,8 @@ class TestLife:
 
     def test_what_a_cell_showed_is_closed_when_it_is_run_again(self, lab, monkeypatch):
         where = {}
-        monkeypatch.setattr(cells, "_here", lambda: (where["cell"], where["execution"]))
-        monkeypatch.setattr(cells, "_cells", {})
+        monkeypatch.setattr(module, "_here", lambda: (where["cell"], where["execution"]))
+        monkeypatch.setattr(module, "_cells", {})
         shown = [Dashboard(lab) for _ in range(4)]
 
         def run(cell, execution, *dashboards):

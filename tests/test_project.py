@@ -198,8 +198,9 @@ def test_the_code_of_the_readme_runs(readme, tmp_path, monkeypatch, capsys):
 
 
 EXAMPLES = (
-    *("lab", "recording", "comparison", "pins", "spelling", "health", "course", "charts"),
-    *("challenges", "challenges.tasks", "challenges.own_code", "challenges.entering"),
+    *("lab", "health", "spelling", "runs.recording", "runs.compare", "runs.tokens", "views.charts"),
+    *("views.report", "views.picture", "course", "course.challenge", "course.challenge.tasks"),
+    *("course.challenge.own_code", "course.challenge.entering"),
     *("store.codecs", "strategies", "bench.contenders"),
 )
 

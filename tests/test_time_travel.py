@@ -17,7 +17,7 @@ from moelab.runs.schema import EVENTS, encoded, pack
 from moelab.runs.snapshot import RunReader
 from moelab.runs.tokens import COLUMNS, STALLS
 from moelab.scheduling.events import CODES
-from moelab.views.page import html
+from moelab.views.report import html
 from moelab.widgets.queries import with_buffers
 from test_accessibility import Bare
 from test_browser import Dash, dash, theme  # noqa: F401 the second is a fixture

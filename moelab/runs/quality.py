@@ -65,15 +65,7 @@ class Scorer:
         return kl
 
     def score(self) -> Score:
-        """The sum.
-
-        Raises
-        ------
-        ValueError
-            Nothing was added: the text is shorter than two tokens.
-        """
-        if not self._kl:
-            raise ValueError("nothing to score: the text needs at least two tokens")
+        """The sum."""
         full, degraded = (math.exp(float(np.mean(x))) for x in zip(*self._nll, strict=True))
         return Score(
             tokens=len(self._kl),
@@ -88,7 +80,7 @@ class Scorer:
 
 
 def score_ids(engine: Engine, texts: Sequence[Sequence[int]], *, progress: bool = True) -> Score:
-    """Score token ids ``[text][position]`` teacher-forced.
+    """Score token ids ``[text][position]`` teacher-forced, two or more of each text.
 
     An emulated device is not waited for, unless the strategy goes by what has landed.
     """

@@ -9,6 +9,7 @@ refuse is drawn beside the control, because print and raise in a callback are in
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import weakref
@@ -19,15 +20,13 @@ import traitlets
 
 import moelab
 from moelab.runs.snapshot import RunReader
-from moelab.runs.words import in_words, sentence
+from moelab.spelling import in_words, sentence
 from moelab.views.report import Report
 from moelab.views.scripts import STYLES, script, styles
-from moelab.widgets.cells import take_place
 from moelab.widgets.drawer import Drawer
 from moelab.widgets.frame import Framer, controls, options
 from moelab.widgets.models import Models
-from moelab.widgets.queries import RunQueries
-from moelab.widgets.why import reasons
+from moelab.widgets.queries import RunQueries, explained_now
 
 FRAMES_PER_S = 12.0
 IN_FLIGHT = 8
@@ -149,7 +148,7 @@ class Dashboard(anywidget.AnyWidget):
             self.controls = self._controls()
 
     def _why(self, content: dict[str, Any]) -> None:
-        self.send({"why": reasons(self._lab, int(content["layer"]), int(content["expert"]))})
+        self.send({"why": explained_now(self._lab, int(content["layer"]), int(content["expert"]))})
 
     def _start_run(self, content: dict[str, Any]) -> None:
         asked = content["form"]
@@ -335,7 +334,7 @@ class Dashboard(anywidget.AnyWidget):
         if bundle is None:
             return None
         self.start()
-        for old in take_place(self):
+        for old in _take_place(self):
             old.close()
         data, metadata = bundle
         return {**self.report()._repr_mimebundle_(), **data}, metadata
@@ -354,3 +353,38 @@ def _first_form(offered: dict[str, Any]) -> dict[str, Any]:
         "shade": "cost",
         "decisions": False,
     }
+
+
+# -- which cell shows which dashboard -------------------------------------------------------------
+
+_cells: dict[str, tuple[str, weakref.WeakSet[Dashboard]]] = {}
+"""By cell: the execution that showed them, and what it showed.
+
+Jupyter keeps every widget for good, in the kernel and in the page, and with it all it holds. Where
+the notebook says which cell is being run (JupyterLab, Notebook 7 and VS Code do), what that cell
+showed before can be closed; where it does not, nothing is.
+"""
+
+
+def _take_place(shown: Dashboard) -> list[Dashboard]:
+    """Note that it is in the cell being run; what the cell's former run alone showed."""
+    cell, execution = _here()
+    if not cell:
+        return []
+    before, former = _cells.get(cell, ("", weakref.WeakSet()))
+    if execution != before:
+        _cells[cell] = execution, weakref.WeakSet()
+    _cells[cell][1].add(shown)
+    still = {one for _, here in _cells.values() for one in here}
+    return [old for old in former if old not in still]
+
+
+def _here() -> tuple[str, str]:
+    """Ids of the cell and of its execution; empty where there is none or nobody tells."""
+    kernel = sys.modules.get("ipykernel.zmqshell")
+    shell = kernel and kernel.ZMQInteractiveShell._instance
+    if not shell:
+        return "", ""
+    asked = shell.get_parent() or {}
+    cell = asked.get("metadata", {}).get("cellId")
+    return cell or "", asked.get("header", {}).get("msg_id", "")

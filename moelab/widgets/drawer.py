@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab.runs.compare import Comparison, code_of
 from moelab.runs.what_if import WhatIf, since
-from moelab.runs.words import in_words, plain
-from moelab.spelling import changed
+from moelab.spelling import changed, in_words, plain
 
 if TYPE_CHECKING:
     from moelab.settings import Settings

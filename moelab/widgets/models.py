@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moelab.catalogue import SMOLLM2, offered
-from moelab.runs.words import in_words
+from moelab.spelling import in_words
 
 ROOMY = "75%"
 """Of its 16 experts a layer 8 are used for each token: with 25 % every request would be a miss."""
