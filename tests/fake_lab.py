@@ -190,8 +190,8 @@ class FakeLab:
             log.add(token, plan.layer, row, nbytes, 0.0)
             if kind == e.LOAD:
                 wait = nbytes / (device.bandwidth_bytes_s or 1.2e9) + device.latency_ms * 1e-4
-                causes = {e.ON_DEMAND: wait * (0.5 if guessed else 1.0), e.EVICTED_LATE: 1e-4}
-                for cause, seconds in (
-                    causes | {e.LATE: 0.3 * wait} if guessed else causes
-                ).items():
+                causes = {e.ON_DEMAND: wait, e.EVICTED_LATE: 1e-4}
+                if guessed:
+                    causes |= {e.ON_DEMAND: 0.5 * wait, e.LATE: 0.3 * wait}
+                for cause, seconds in causes.items():
                     log.stall(token, plan.layer, (layer, expert), tuple(bits), cause, 0.0, seconds)

@@ -23,7 +23,16 @@ from moelab.scheduling.stream import Shape
 STALLS = ("on demand", "prefetch late", "evict")
 """What a token may wait for."""
 
-COUNTS = ("bytes", "hits", "loads", "prefetches", "downgrades", "skips", "substitutes")
+COUNTED = {
+    "hits": e.HIT,
+    "loads": e.LOAD,
+    "prefetches": e.PREFETCH,
+    "downgrades": e.DOWNGRADE,
+    "skips": e.SKIP,
+    "substitutes": e.SUBSTITUTE,
+}
+COUNTS = ("bytes", *COUNTED)
+NOTED = ("text", "kl", "resident_bytes", "budget_bytes", "device")
 COLUMNS = (
     *("total_ms", "compute_ms", "deciding_ms", *STALLS, "kl", *COUNTS),
     *("resident_bytes", "budget_bytes"),
@@ -142,24 +151,15 @@ class Tokens:
         total, deciding = 1e3 * noted.seconds, 1e3 * noted.deciding
         return TokenReport(
             token=token,
-            text=noted.text,
             total_ms=total,
             compute_ms=total - deciding - sum(stall_ms.values()),
             deciding_ms=deciding,
             stall_ms=stall_ms,
             bytes=load_bytes + int(nbytes[kind == e.PREFETCH].sum()),
             hit_bytes=int(nbytes[(kind == e.HIT) | (kind == e.SUBSTITUTE)].sum()),
-            hits=int(counts[e.HIT]),
-            loads=int(counts[e.LOAD]),
-            prefetches=int(counts[e.PREFETCH]),
-            downgrades=int(counts[e.DOWNGRADE]),
-            skips=int(counts[e.SKIP]),
-            substitutes=int(counts[e.SUBSTITUTE]),
-            kl=noted.kl,
-            resident_bytes=noted.resident_bytes,
-            budget_bytes=noted.budget_bytes,
-            device=noted.device,
             load_bytes=load_bytes,
+            **{name: int(counts[code]) for name, code in COUNTED.items()},
+            **{name: getattr(noted, name) for name in NOTED},
         )
 
 
