@@ -63,10 +63,8 @@ class FakeRun(Run):
             if self.stopped or self.error:
                 break
             with lab._lock:
-                noted = lab.step(token)
-                self.likeliest.append(Likeliest(served=()))
-                self._add(token, noted)
-            self._stop.wait(noted.seconds * lab.token_ms)
+                seconds = lab.step(token)
+            self._stop.wait(seconds * lab.token_ms)
         self._done.set()
 
 
@@ -149,7 +147,7 @@ class FakeLab:
         return run
 
     def step(self, token):
-        """One token: route, decide, and what that would have cost."""
+        """One token more: route, decide; the seconds that would have cost."""
         run, s = self.run, self.settings
         begun = len(run.log)
         scores = self._popular + self._rng.gumbel(size=self._popular.shape)  # [L, E]
@@ -165,7 +163,10 @@ class FakeLab:
         kl = 0.5 * rough * self._rng.lognormal(0, 1) if s.measure_kl else None
         waits = run.log.records(begun)["dur_ms"].sum() / 1e3
         seconds = float(self._rng.gamma(40, 2.5e-4) + waits)
-        return Noted("", seconds, 0.0, kl, held, s.budget_bytes, s.device, len(run.log))
+        rows = len(run.log)
+        run.likeliest.append(Likeliest(served=()))
+        run._add(token, Noted("", seconds, 0.0, kl, held, s.budget_bytes, s.device, rows))
+        return seconds
 
     def _in_flight(self):
         if not (self.settings.prefetch and self.run is not None and self.run.running):

@@ -79,8 +79,7 @@ class Bare:
 
     def more(self, **changes):
         """A new frame, after one more token."""
-        run = self.lab.run
-        run.token_reports.append(self.lab.step(len(run.token_reports), " more"))
+        self.lab.step(len(self.lab.run.tokens))
         self.dashboard._seq += 1
         frame = {"seq": self.dashboard._seq, **self.dashboard._frames().build(), **changes}
         self.page.evaluate("frame => model.set('frame', frame)", coded(frame))
