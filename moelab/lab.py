@@ -17,13 +17,7 @@ import torch
 
 import moelab
 from moelab.calibration.profile import Profile, Strategies
-from moelab.catalogue import (
-    bundled,
-    compute_dtype,
-    describe,
-    load_tokenizer,
-    model_sampling,
-)
+from moelab.catalogue import bundled, compute_dtype, describe, load_tokenizer, model_sampling
 from moelab.engine.engine import Engine
 from moelab.engine.routed import shape_of
 from moelab.models.chat import Messages, has_template
@@ -57,18 +51,15 @@ class Lab:
         strategies: Strategies | None = None,
         progress: bool = True,
     ) -> None:
-        self._progress = progress
-        self._store = store
+        self._store, self._progress = store, progress
         self.name = name or store.manifest.source
         self._shape = shape_of(store)
-        self._tokenizer = load_tokenizer(store)
-        sampling = model_sampling(store.checkpoint_dir)
+        self._tokenizer = tokenizer = load_tokenizer(store)
         self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
         weakref.finalize(self, self._engine.loader.close)
         self._strategies = strategies or Strategies(store)
-        self._session = Session(
-            self._engine, self._strategies, self._tokenizer, sampling, self.name
-        )
+        sampling = model_sampling(store.checkpoint_dir)
+        self._session = Session(self._engine, self._strategies, tokenizer, sampling, self.name)
         self._encode = self._session.encode
         self._saved = SavedRuns()
 
@@ -258,7 +249,7 @@ class Lab:
     def info(self) -> dict[str, Any]:
         """The model and what fits: sizes in bytes, counts of experts, whether it can chat."""
         found = describe(self.name, self._store, self.settings, self._engine)
-        return {**found, "chat": has_template(self._tokenizer)}
+        return found | {"chat": has_template(self._tokenizer)}
 
     def cache_map(self) -> dict[str, np.ndarray]:
         """What is resident now, arrays ``[L, E]``.
@@ -379,6 +370,8 @@ class Lab:
     def dashboard(self) -> Dashboard:
         """The live view: show it as the last line of a notebook cell."""
         return moelab.Dashboard(self)
+
+    closed = property(lambda self: self._session.closed, doc="Whether `close` was called.")
 
     def close(self) -> None:
         """Stop the run, the loader and let go of the experts' memory."""

@@ -71,6 +71,8 @@ class FakeRun(Run):
 class FakeLab:
     """The part of `Lab` that the dashboard may use."""
 
+    closed = False
+
     def __init__(self, *, layers=8, experts=32, top_k=4, token_ms=1.0, budget=0.25, seed=0):
         self.token_ms, self._lock = token_ms, threading.RLock()
         self._shape = Shape((experts,) * layers, top_k, EXPERT_BYTES)

@@ -306,7 +306,7 @@ def test_the_drawer_tells_of_saved_runs_does_a_what_if_and_says_what_is_refused(
     runs.refresh()
     runs.refresh()
     assert len(told) == 1, "nothing new is not told again"
-    first = told[0]["pinned"][0]
+    first = told[0]["saved"][0]
     assert first["name"] == "a quarter"
     assert first["tokens_per_s"] == run.summary()["tokens_per_s"]
     assert first["code"] == lab.saved.compare().code("a quarter")
@@ -331,14 +331,14 @@ def test_the_drawer_tells_of_saved_runs_does_a_what_if_and_says_what_is_refused(
     lab.update(pin={(2, 5): 8})
     for ask, words in (
         ({"ask": "whatif", "of": "a quarter", "keep": [99, 0, 8]}, "no expert 0 in layer 99"),
-        ({"ask": "unpin", "name": "nobody"}, "no run is saved as 'nobody'"),
+        ({"ask": "remove", "name": "nobody"}, "no run is saved as 'nobody'"),
         ({"ask": "whatif", "of": name}, "nothing differs from that run yet"),
     ):
         runs.hear(ask)
         assert words in told[-1]["error"]
-    runs.hear({"ask": "unpin", "name": name})
+    runs.hear({"ask": "remove", "name": name})
     assert told[-1]["error"] == ""
-    assert name not in [row["name"] for row in told[-1]["pinned"]]
+    assert name not in [row["name"] for row in told[-1]["saved"]]
 
 
 def test_a_run_is_saved_once_unless_it_is_given_another_name(saved_runs):

@@ -228,10 +228,10 @@ def test_saved_runs_are_those_of_the_model_shown(dashboard, other):
         run.join()
         lab.saved.add(run, name)
     dashboard._drawer.refresh()
-    before = [row["name"] for row in dashboard.runs["pinned"]]
+    before = [row["name"] for row in dashboard.runs["saved"]]
     chosen(dashboard, "smollm2-moe")
     dashboard._drawer.refresh()
-    assert (before, [row["name"] for row in dashboard.runs["pinned"]]) == (["mine"], ["its own"])
+    assert (before, [row["name"] for row in dashboard.runs["saved"]]) == (["mine"], ["its own"])
 
 
 def test_a_model_this_copy_of_moelab_came_without_is_not_offered(dashboard, monkeypatch):

@@ -87,11 +87,9 @@ class Dashboard(anywidget.AnyWidget):
         self._thread: threading.Thread | None = None
         self._answered = -1
         offered = _offered(lab)
+        frame = {"seq": self._next(), **self._frames().build()}
         super().__init__(
-            options=offered,
-            controls=self._controls(),
-            form=_first_form(offered),
-            frame=self._next_frame(),
+            options=offered, controls=self._controls(), form=_first_form(offered), frame=frame
         )
         self._models = Models(lab, self._show, lambda told: self.set_trait("models", told))
         self.on_msg(self._on_message)
@@ -206,7 +204,7 @@ class Dashboard(anywidget.AnyWidget):
             with self.hold_sync():
                 self.options, self.controls = offered, self._controls()
                 self.form, self.error = {**self.form, **_first_form(offered)}, {}
-                self.frame = self._next_frame()
+                self.frame = {"seq": self._next(), **self._frames().build()}
 
     @property
     def _lab(self) -> Any:
@@ -286,29 +284,23 @@ class Dashboard(anywidget.AnyWidget):
         token, settings = run.history[-1]
         return settings is self._lab.settings and len(run.token_reports) > token
 
-    def _offer(self, *, at_once: bool = False) -> bool:
-        """Publish what is new if a frame is due; return whether one went out."""
+    def _offer(self, *, at_once: bool) -> None:
+        """Publish what is new if a frame is due."""
         with self._lock:
             now = time.monotonic()
             behind = self._seq - self._acked >= IN_FLIGHT
             wait = PATIENCE_S if behind else 0.5 / FRAMES_PER_S
             if now - self._sent_at < wait and not at_once:
-                return False
-            told = self._controls()
-            if told != self.controls:
+                return
+            if (told := self._controls()) != self.controls:
                 self.controls = told
             frame = self._frames().build()
-            if frame == {k: v for k, v in self.frame.items() if k != "seq"}:
-                return False
-            self._seq += 1
-            self._sent_at = now
-            self.frame = {"seq": self._seq, **frame}
-            return True
+            if frame != {k: v for k, v in self.frame.items() if k != "seq"}:
+                self._sent_at, self.frame = now, {"seq": self._next(), **frame}
 
-    def _next_frame(self) -> dict[str, Any]:
-        with self._lock:
-            self._seq += 1
-            return {"seq": self._seq, **self._frames().build()}
+    def _next(self) -> int:
+        self._seq += 1
+        return self._seq
 
     def _controls(self) -> dict[str, Any]:
         """What holds now; worked out anew only where the settings have changed."""

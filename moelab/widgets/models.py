@@ -114,11 +114,7 @@ class Models:
         import moelab
 
         first = self._first()
-        if (
-            first is not None
-            and not getattr(first, "_closed", False)
-            and name == first.info()["name"]
-        ):
+        if first is not None and name == first.info()["name"] and not first.closed:
             return first
         options = {"budget": ROOMY} if name == SMOLLM2 else {}
         return moelab.open(name, progress=self._step, **options)
