@@ -20,17 +20,12 @@ from moelab.engine.log import EventLog
 from moelab.scheduling import events as e
 from moelab.scheduling.stream import Shape
 
-STALLS = ("on demand", "prefetch late", "evict")
+_WAITS = (e.ON_DEMAND, e.LATE, e.EVICTED_LATE)
+STALLS = tuple(e.CAUSES[code] for code in _WAITS)
 """What a token may wait for."""
 
-COUNTED = {
-    "hits": e.HIT,
-    "loads": e.LOAD,
-    "prefetches": e.PREFETCH,
-    "downgrades": e.DOWNGRADE,
-    "skips": e.SKIP,
-    "substitutes": e.SUBSTITUTE,
-}
+COUNTED = {"hits": e.HIT, "loads": e.LOAD, "prefetches": e.PREFETCH, "downgrades": e.DOWNGRADE}
+COUNTED |= {"skips": e.SKIP, "substitutes": e.SUBSTITUTE}
 COUNTS = ("bytes", *COUNTED)
 NOTED = ("text", "kl", "resident_bytes", "budget_bytes", "device")
 COLUMNS = (
@@ -138,29 +133,38 @@ class Tokens:
     def _fold(self, token: int) -> TokenReport:
         noted = self._noted[token]
         first = self._noted[token - 1].rows if token else 0
-        rows = self._log.records(first, noted.rows)
-        rows = rows[rows["at"] >= 0]  # between tokens: not attributed to a token
-        kind, nbytes = rows["kind"], rows["bytes"]
-        counts = np.bincount(kind, minlength=len(e.KINDS))
-        stall_ms = {}
-        for cause in (e.ON_DEMAND, e.LATE, e.EVICTED_LATE):
-            here = (kind == e.STALL) & (rows["cause"] == cause)
-            if here.any():
-                stall_ms[e.CAUSES[cause]] = float(rows["dur_ms"][here].sum())
-        load_bytes = int(nbytes[kind == e.LOAD].sum())
+        sums = tally(self._log.records(first, noted.rows))
         total, deciding = 1e3 * noted.seconds, 1e3 * noted.deciding
         return TokenReport(
             token=token,
             total_ms=total,
-            compute_ms=total - deciding - sum(stall_ms.values()),
+            compute_ms=total - deciding - sum(sums["stall_ms"].values()),
             deciding_ms=deciding,
-            stall_ms=stall_ms,
-            bytes=load_bytes + int(nbytes[kind == e.PREFETCH].sum()),
-            hit_bytes=int(nbytes[(kind == e.HIT) | (kind == e.SUBSTITUTE)].sum()),
-            load_bytes=load_bytes,
-            **{name: int(counts[code]) for name, code in COUNTED.items()},
+            **sums,
             **{name: getattr(noted, name) for name in NOTED},
         )
+
+
+def tally(rows: np.ndarray) -> dict[str, Any]:
+    """Counts, bytes and stalls of the events of one token, by the names of `TokenReport`.
+
+    Parameters
+    ----------
+    rows
+        Records of `moelab.scheduling.events.DTYPE`; those between tokens are left out.
+    """
+    rows = rows[rows["at"] >= 0]
+    kind, nbytes = rows["kind"], rows["bytes"]
+    counts = np.bincount(kind, minlength=len(e.KINDS)).tolist()
+    read = [int(nbytes[kind == code].sum()) for code in (e.LOAD, e.PREFETCH)]
+    waits = {e.CAUSES[c]: (kind == e.STALL) & (rows["cause"] == c) for c in _WAITS}
+    return {
+        "stall_ms": {n: float(rows["dur_ms"][w].sum()) for n, w in waits.items() if w.any()},
+        "bytes": sum(read),
+        "hit_bytes": int(nbytes[(kind == e.HIT) | (kind == e.SUBSTITUTE)].sum()),
+        "load_bytes": read[0],
+        **{name: counts[code] for name, code in COUNTED.items()},
+    }
 
 
 def row(report: Any) -> tuple[float, ...]:
