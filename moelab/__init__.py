@@ -27,7 +27,7 @@ _HOMES = {
     "replay": "moelab.replays.replay",
     "moefy": "moelab.training.moefy",
     "compare": "moelab.runs.compare",
-    "report": "moelab.views.export",
+    "report": "moelab.views.report",
     "charts": "moelab.views.charts",
     "challenge": "moelab.course.challenge",
     "devices": "moelab.store.devices",

@@ -359,8 +359,6 @@ def _word(value: Any) -> str:
 
 
 def _size(nbytes: float) -> str:
-    """Bytes for people, with the exact count where it is one."""
-    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= step:
-            return f"{nbytes / step:.3g} {unit}"
-    return f"{nbytes:.0f} B"
+    from moelab.spelling import size
+
+    return size(nbytes)

@@ -102,7 +102,7 @@ def serve(
         raise ImportError("Voila is not installed here; run: pip install 'moelab[serve]'")
     import psutil
 
-    from moelab.checks import memory_limit_bytes
+    from moelab.health import memory_limit_bytes
 
     if notebook is not None and not notebook.is_file():
         raise ValueError(f"there is no notebook {notebook}")

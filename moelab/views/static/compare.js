@@ -51,7 +51,7 @@ export class Runs {
     const save = button("Save", {
       title: "Keep the newest run to compare it with others",
       onclick: () => {
-        this.ask("pin");
+        this.ask("save");
         this.open(true);
       },
     });
@@ -117,7 +117,7 @@ export class Runs {
   }
 
   sync() {
-    const { pinned: saved = [], again = {}, error = "" } = this.model.get("runs") ?? {};
+    const { saved = [], again = {}, error = "" } = this.model.get("runs") ?? {};
     say(this.toggle, saved.length ? `Saved runs (${saved.length})` : "Saved runs");
     if (again.state === "done" && this.told.state === "running") {
       this.ticked = again.names;
@@ -202,7 +202,7 @@ export class Runs {
     const does = (words, label, onclick) =>
       button(words, { onclick, "aria-label": `${label} ${name}`, ...f(words) });
     const code = does("code", "Code of", () => this.code.open(run)),
-      remove = does("remove", "Remove", () => this.ask("unpin", { name }));
+      remove = does("remove", "Remove", () => this.ask("remove", { name }));
     const about = aboutRun(run),
       star = best && h("b", { class: "moe-best", title: BEST }, "★"),
       badge = h("b", { class: "moe-badge", title: run.device }, run.timing);
