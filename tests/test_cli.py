@@ -36,20 +36,6 @@ def store(checkpoint, tmp_path_factory) -> Path:
     return moelab.pack(checkpoint, made, tiers=(16, 4), progress=False)
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, output, errors)."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moelab", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
-
-
 def table(out: str) -> dict[str, str]:
     """The last block of `name  value` lines."""
     lines = out.rstrip().rsplit("\n\n", maxsplit=1)[-1].splitlines()
