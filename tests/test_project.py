@@ -215,6 +215,7 @@ def test_the_code_of_readme_and_contributing_runs(
         opened.close()
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_docstrings_say_what_happens(demo_lab, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo_lab.update(measure_kl=True)
