@@ -312,7 +312,7 @@ class Lab:
         run
             A run of this lab that has ended.
         changes
-            As in `update`; ``keep={(5, 3): 8}`` keeps expert 3 of layer 5 resident at 8 bit.
+            As in `update`; ``pin={(5, 3): 8}`` keeps expert 3 of layer 5 resident at 8 bit.
 
         Returns
         -------
