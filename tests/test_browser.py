@@ -451,8 +451,8 @@ def test_a_policy_of_ones_own_is_shown_and_can_be_tuned(dash):
 class Homely(Evict):
     parameters = (Parameter("near", "how much a low index counts", low=0, high=4, step=1),)
     near = 1
-    def priority(self, key, view):
-        return -self.near * key[1]
+    def score(self, view):
+        return -self.near * view.index_of
 lab.update(evict=Homely())"""
     assert "Error" not in kernel(dash.page, own)
     chosen = dash.root.locator("select[name=decide_evict]")
