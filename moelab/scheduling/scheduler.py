@@ -18,6 +18,7 @@ import numpy as np
 from moelab.scheduling import events as e
 from moelab.scheduling.budget import BudgetError, asked_bits, check_budget
 from moelab.scheduling.cache import Cache
+from moelab.scheduling.parts import Part
 from moelab.scheduling.plan import LayerPlan
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Key, Knobs, Request, Shape, View
@@ -50,7 +51,7 @@ class Scheduler:
         self._ahead = bytearray(shape.n)  # prefetched and not used yet
         self._needed: list[Key] = []  # flagged as needed by the layer at work
         self._score: np.ndarray | None = None  # of the layer at work, once asked
-        self._victims: dict[tuple[Limit, int], Victims] = {}
+        self._victims: dict[Limit, Victims] = {}  # likewise
         self._index_of = shape.index_of.tolist()
         self._layer_of = shape.layer_of.tolist()
         check_budget(shape, strategy, knobs)
@@ -181,6 +182,9 @@ class Scheduler:
         shape, view, cache = self.shape, self.view, self.cache
         self.strategy = strategy
         self._observes = strategy.observes
+        self._observers = [
+            p.observe for p in strategy.objects if type(p).observe is not Part.observe
+        ]
         view.precision = strategy.precision
         view.asked = asked_bits(strategy, view)
         view.asked.flags.writeable = False
@@ -207,8 +211,8 @@ class Scheduler:
             for key in given.unread:
                 if key in cache:
                     self._evict(key, e.UNREAD, plan)
-        for part in self.strategy.objects:
-            part.observe(given, view)
+        for observe in self._observers:
+            observe(given, view)
 
     def _serve(
         self, given: LayerInput, plan: LayerPlan, skips: list[e.Row]
@@ -275,7 +279,7 @@ class Scheduler:
         served = {row[2] for row in plan.rows if row[0] in (e.HIT, e.LOAD, e.SUBSTITUTE)}
         mask = np.zeros(self.shape.n, np.bool_)
         mask[[self.shape.offset[plan.layer] + expert for expert in served]] = True
-        mask &= limit.mask(self.cache, _PINNED)
+        mask &= limit.mask(self.cache)
         victims = Victims(self.cache, scores(self.strategy.evict, self.view), mask)
         key = next(victims.allowed(_PINNED), None)
         if key is None:
@@ -330,12 +334,17 @@ class Scheduler:
             inside = [k for k in going if limit.holds(k, bits_of[k])]
             left = lack - sum(sizes[bits_of[k]] for k in inside)
             left -= sizes[have] if have and limit.holds(key, have) else 0
-            for other, victims in self._candidates(limit, held, instead):
-                if left <= 0:
-                    break
+            if left <= 0:
+                continue
+            victims = self._among(limit)
+            named = instead >= 0 and bits_of[instead] and limit.holds(instead, bits_of[instead])
+            first = [instead] if named and not self.cache.held_of[instead] & held else []
+            for other in itertools.chain(first, victims.allowed(held)):
                 if other not in going and other != key:
                     going[other] = victims
                     left -= sizes[bits_of[other]]
+                    if left <= 0:
+                        break
             if left > 0:
                 return None
         return list(going.items())
@@ -363,27 +372,22 @@ class Scheduler:
         """Evict until ``lack`` bytes are free; returns what is still lacking."""
         flags = _UNHELD if cause == e.ROOM else _UNHELD[1:]
         for held in flags:
-            for key, victims in self._candidates(limit, held):
+            victims = self._among(limit)
+            for key in victims.allowed(held):
                 lack -= self._evict(key, cause, plan, victims)
                 if lack <= 0:
                     return 0
         return lack
 
-    def _candidates(
-        self, limit: Limit, held: int, instead: Key = -1
-    ) -> Iterable[tuple[Key, Victims]]:
-        """Residents that may go, the lowest score first; asked once for each layer at work."""
-        if (limit, held) not in self._victims:
+    def _among(self, limit: Limit) -> Victims:
+        """The residents within ``limit``, the lowest score first; asked once for each layer."""
+        victims = self._victims.get(limit)
+        if victims is None:
             if self._score is None:
                 self._score = scores(self.strategy.evict, self.view)
-            mask = limit.mask(self.cache, held)
-            self._victims[limit, held] = Victims(self.cache, self._score, mask)
-        victims = self._victims[limit, held]
-        bits = self.cache.bits_of[instead] if instead >= 0 else 0
-        if bits and limit.holds(instead, bits) and not self.cache.held_of[instead] & held:
-            yield instead, victims
-        for key in victims.allowed(held):
-            yield key, victims
+            victims = Victims(self.cache, self._score, limit.mask(self.cache))
+            self._victims[limit] = victims
+        return victims
 
     def _evict(self, key: Key, cause: int, plan: LayerPlan, victims: Victims | None = None) -> int:
         """Let a copy go; returns its bytes. ``victims``: among whom it was chosen."""
