@@ -23,13 +23,7 @@ from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.scheduling.victims import Victims
 from moelab.strategies.basics import LFU, LRU, TierPair
-from moelab.strategies.hobbit import (
-    FourTerms,
-    TwoCaches,
-    hobbit,
-    miss_penalty,
-    miss_shares,
-)
+from moelab.strategies.hobbit import FourTerms, TwoCaches, hobbit, miss_penalty, miss_shares
 from moelab.strategies.moe_apex import CostAndDistance, moe_apex
 from toy_engine import NBYTES, SHAPE, decided
 
@@ -311,8 +305,7 @@ def test_weights_count_by_their_ratio():
 
 
 @pytest.mark.parametrize(
-    ("weights", "victim"),
-    [((1, 0, 0, 0), 0), ((0, 1, 0, 0), 1), ((0, 0, 1, 0), 2)],
+    ("weights", "victim"), [((1, 0, 0, 0), 0), ((0, 1, 0, 0), 1), ((0, 0, 1, 0), 2)]
 )
 def test_a_single_weight_is_the_policy_of_that_name(weights, victim):
     """0 was used longest ago, 1 least often, 2 least often at high precision."""

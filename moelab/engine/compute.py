@@ -198,12 +198,7 @@ class TorchBatch(PrefillBatch):
     """Experts of any kind: decoded to tensors and run by the family's own forward."""
 
     def __init__(
-        self,
-        compute: ExpertCompute,
-        layer: int,
-        x: torch.Tensor,
-        routed: Routed,
-        scale_input: bool,
+        self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed, scale_input: bool
     ) -> None:
         self._dtype, self._scale_input = x.dtype, scale_input
         self._module = compute.adapter.layers[layer].module

@@ -20,14 +20,7 @@ from moelab.models.routing import RouterTap
 from moelab.models.skeleton import load_skeleton
 from moelab.models.undecorated import Choice
 
-__all__ = [
-    "Adapter",
-    "MoELayer",
-    "attach",
-    "expert_forward",
-    "find_moe",
-    "load_skeleton",
-]
+__all__ = ["Adapter", "MoELayer", "attach", "expert_forward", "find_moe", "load_skeleton"]
 
 # T tokens, E experts, K active experts per token, D model width.
 
