@@ -34,7 +34,7 @@ from moelab.strategies.edgemoe import (
     edgemoe,
     mixed,
 )
-from toy_engine import NBYTES, decided
+from toy_engine import NBYTES, decided, places
 
 SHAPE = Shape((6, 6, 6), 2, NBYTES)
 PROMPT = "Elizabeth was not at all surprised to hear that"
@@ -59,7 +59,7 @@ def kinds(plan) -> list[tuple[str, tuple[int, int]]]:
 
 
 def preloaded(plan) -> list[tuple[int, int]]:
-    return [(d.layer, d.expert) for d in decided(plan, "prefetch")]
+    return places(decided(plan, "prefetch"))
 
 
 def view(layer: int = 0, **changes) -> View:

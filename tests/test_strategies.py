@@ -171,6 +171,14 @@ def test_any_part_of_one_works_with_any_part_of_another(seed):
         assert replay(trace).decisions == toy.decided, strategy.name
 
 
+def test_what_goes_at_the_start_of_a_text_does_not_hang_on_where_the_last_one_ended():
+    """Nearness counts from the layer at work, and room is made before there is one."""
+    parts = {"evict": make("hobbit").evict, "prefetch": make("in_ram").prefetch}
+    toy = Toy(make("lru").replace(**parts), Knobs(6 * 1600), 0)
+    for _ in range(2):
+        assert replay(toy.sequence(3)).decisions == toy.decided
+
+
 @pytest.mark.parametrize("role", ROLES)
 @every_strategy
 def test_each_decision_alone_goes_into_plain_lru(name, role):

@@ -30,7 +30,7 @@ from moelab.strategies.swapmoe_planner import (
     uniform,
     usable,
 )
-from toy_engine import decided
+from toy_engine import decided, places
 
 B = 1600  # bytes of an expert at 16 bit
 SHAPE = Shape((6, 6), 2, {16: B, 4: 400})
@@ -66,13 +66,9 @@ def evicted(plan) -> list[int]:
     return [d.expert for d in decided(plan, "evict")]
 
 
-def places(plan, kind: str = "prefetch") -> list[tuple[int, int]]:
-    return [(d.layer, d.expert) for d in decided(plan, kind)]
-
-
 def keys(s: Scheduler, plan) -> set[int]:
     """What a plan fetches."""
-    return {s.shape.key(*place) for place in places(plan)}
+    return {s.shape.key(*place) for place in places(decided(plan, "prefetch"))}
 
 
 def residents(s: Scheduler, layer: int = 0) -> set[int]:
@@ -283,9 +279,9 @@ def test_no_expert_is_ever_loaded_on_demand_whatever_changes(seed):
         flying = {key for key in flying if key in s.cache}
         given = told(layer, *served, wanted=wanted, norm=rng.random() + 0.1, in_flight=flying)
         plan = s.step(dataclasses.replace(given, prefill=rng.random() < 0.05))
-        assert sorted(places(plan, "hit")) == sorted((layer, e) for e in served)
+        assert sorted(places(decided(plan, "hit"))) == sorted((layer, e) for e in served)
         assert not decided(plan, "load", "skip", "substitute", "downgrade")
-        assert not flying & {shape.key(*place) for place in places(plan, "evict")}
+        assert not flying & {shape.key(*place) for place in places(decided(plan, "evict"))}
         flying |= keys(s, plan)
         flying = {k for k in flying if rng.random() < 0.7}
         assert s.cache.used_bytes <= s.cache.budget_bytes
@@ -313,7 +309,7 @@ def test_every_layer_begins_with_its_most_important_experts_and_keeps_the_learnt
     profile = {"norms": [[1, 2, 3, 4, 5, 6]] * 2, "importance": [[9, 1, 8, 1, 7, 1]] * 2}
     s = Scheduler(SHAPE, swapmoe(profile, f=1), Knobs(6 * B))
     plan = s.begin()
-    assert places(plan) == [(0, 0), (1, 0), (0, 2), (1, 2), (0, 4), (1, 4)]
+    assert places(decided(plan, "prefetch")) == [(0, 0), (1, 0), (0, 2), (1, 2), (0, 4), (1, 4)]
     assert {d.cause for d in decided(plan)} == {"set-up"}
     for _ in range(3):
         s.step(told(0, 0, 2, wanted=(5, 0), gates=(0.9, 0.1)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Iterable
+from typing import Any
 
 from moelab.scheduling.budget import minimum_budget
 from moelab.scheduling.events import Decision
@@ -19,6 +21,16 @@ SHAPE = Shape((6, 6, 6, 6), 2, NBYTES)
 def decided(plan: LayerPlan, *kinds: str) -> list[Decision]:
     """A plan's decisions in words, all or those of these kinds."""
     return [d for d in plan.decisions(NBYTES) if not kinds or d.kind in kinds]
+
+
+def places(decisions: Iterable[Any]) -> list[tuple[int, int]]:
+    """(layer, expert) of decisions or predictions."""
+    return [(d.layer, d.expert) for d in decisions]
+
+
+def resident(scheduler: Scheduler) -> dict[tuple[int, int], int]:
+    """(layer, expert) -> bits of what is in memory, least recently used first."""
+    return {scheduler.shape.place(key): bits for key, bits in scheduler.cache.items()}
 
 
 def enough(strategy: Strategy, knobs: Knobs, shape: Shape = SHAPE) -> Knobs:
@@ -121,6 +133,7 @@ class Toy:
             if d.kind in ("load", "prefetch"):
                 assert key not in self.held
                 self.held[key] = d.bits
+                assert sum(NBYTES[b] for b in self.held.values()) <= s.cache.budget_bytes
                 self.flying |= set() if waits or d.kind == "load" else {key}
             elif d.kind == "evict":
                 assert self.held.pop(key) == d.bits
@@ -128,8 +141,6 @@ class Toy:
             elif d.kind in ("hit", "substitute"):
                 assert self.held[key] == d.bits
                 self.flying.discard(key)  # it was waited for
-            if plan.layer >= 0 or d.kind != "evict":  # a smaller budget: the evictions answer it
-                assert sum(NBYTES[b] for b in self.held.values()) <= s.cache.budget_bytes
             self.decided.append(d)
         assert self.held == dict(s.cache.items())
         assert sum(NBYTES[b] for b in self.held.values()) <= s.cache.budget_bytes
