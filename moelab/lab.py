@@ -28,7 +28,6 @@ from moelab.catalogue import (
 )
 from moelab.engine.engine import Engine
 from moelab.engine.generation import Sampling
-from moelab.engine.routed import shape_of
 from moelab.models.chat import Messages, encode, has_template, messages
 from moelab.runs.quality import Score, score_ids
 from moelab.runs.run import Asked, Run
@@ -66,7 +65,7 @@ class Lab:
         self._progress = progress
         self._store = store
         self.name = name or store.manifest.source
-        self._shape = shape_of(store)
+        self._shape = store.shape
         self._tokenizer = load_tokenizer(store)
         self._sampling = model_sampling(store.checkpoint_dir)
         self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))

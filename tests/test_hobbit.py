@@ -17,7 +17,7 @@ from moelab.replays.replay import replay
 from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.cache import Cache
 from moelab.scheduling.events import CODES, Decision
-from moelab.scheduling.scheduler import Scheduler, parameters_of
+from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, LookAhead, Request, Shape, View
 from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import LayerInput, Trace
@@ -445,7 +445,7 @@ def test_neither_cache_ever_exceeds_its_share(tokens, budget, share, maker, dept
 @pytest.mark.parametrize("maker", [hobbit, moe_apex])
 def test_a_profile_gives_thresholds_and_what_is_given_wins(maker):
     def chosen(strategy):
-        values = parameters_of(strategy)
+        values = strategy.values
         return strategy.bits, *(values[name] for name in ("low_bits", "t1", "t2", "depth"))
 
     assert chosen(maker()) == (None, 4, 0.6, 0.9, 2)

@@ -10,16 +10,15 @@ n experts of the model; a key is ``offset[layer] + expert``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from moelab.scheduling import events as e
 from moelab.scheduling.budget import BudgetError, asked_bits, check_budget
 from moelab.scheduling.cache import Cache
+from moelab.scheduling.events import LayerPlan
 from moelab.scheduling.parts import Part
-from moelab.scheduling.plan import LayerPlan
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Key, Knobs, Request, Shape, View
 from moelab.scheduling.trace import LayerInput
@@ -407,8 +406,3 @@ class Scheduler:
         for key in self._needed:
             held_of[key] &= ~_NEEDED
         self._needed.clear()
-
-
-def parameters_of(strategy: Strategy) -> Mapping[str, Any]:
-    """Values of a strategy's parameters by name."""
-    return {name: value for name, (_, _, value) in strategy.parameters.items()}
