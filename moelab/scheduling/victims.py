@@ -60,6 +60,32 @@ def scores(evict: Evicts, view: View) -> np.ndarray:
     return found
 
 
+class Ranking:
+    """The `Victims` within any limit; the evict decision is asked once for a layer at work."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._evict: Evicts | None = None
+        self._score: np.ndarray | None = None
+        self._victims: dict[Limit, Victims] = {}
+
+    def begin(self, evict: Evicts) -> None:
+        """Another layer: nothing of the last one's holds."""
+        self._evict, self._score = evict, None
+        self._victims.clear()
+
+    def within(self, limit: Limit) -> Victims:
+        """The residents that count for a limit, the lowest score first."""
+        victims = self._victims.get(limit)
+        if victims is None:
+            if self._score is None:
+                assert self._evict is not None
+                self._score = scores(self._evict, self._view)
+            cache = self._view.cache
+            victims = self._victims[limit] = Victims(cache, self._score, limit.mask(cache))
+        return victims
+
+
 class Victims:
     """Residents in the order in which they would leave.
 
