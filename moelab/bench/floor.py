@@ -22,6 +22,7 @@ import moelab
 from moelab.engine.engine import Engine
 from moelab.engine.generation import Decoder
 from moelab.engine.memory import Slot
+from moelab.runs.tokens import tally
 
 ROUND = 4
 """Tokens between two readings of the bandwidth."""
@@ -57,11 +58,12 @@ def measure(lab: moelab.Lab, ids: list[int], *, tokens: int = 32, warm: int = 8)
     for i in range(warm + tokens):
         if i >= warm and (i - warm) % ROUND == 0:
             speeds.append(bandwidth(engine, bits))
+        begun = len(engine.log)
         decoder.step([ids[32 + i]])
         if i >= warm:
-            total.update(engine.counts)
-            total["bytes"] += engine.bytes
-            stalls += sum(engine.stall.values())
+            sums = tally(engine.log.records(begun))
+            stalls += sum(sums.pop("stall_ms").values()) / 1e3
+            total.update(sums)
             seconds += decoder.seconds
         engine.end_of_token()
     speed = statistics.harmonic_mean(speeds)
@@ -78,7 +80,7 @@ def measure(lab: moelab.Lab, ids: list[int], *, tokens: int = 32, warm: int = 8)
         "tokens_per_s": round(tokens / seconds, 2),
         "bytes": total["bytes"] // tokens,
         "bandwidth_bytes_s": round(speed),
-        "hit_ratio": round(total["hit"] / (total["hit"] + total["load"] + total["skip"]), 3),
+        "hit_ratio": round(total["hits"] / (total["hits"] + total["loads"] + total["skips"]), 3),
         "peak_resident_bytes": engine.arena.peak_bytes,
         "rss_bytes": psutil.Process().memory_info().rss,
     }

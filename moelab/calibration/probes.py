@@ -17,7 +17,7 @@ import torch
 
 from moelab.engine.generation import Stream
 from moelab.runs.quality import kl_divergence
-from moelab.scheduling.stream import Key
+from moelab.scheduling.stream import LookAhead
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.store.codecs import decode
 
@@ -71,7 +71,7 @@ class Evaluator:
         """Tokens predicted: all but the first of each text."""
         return sum(len(ids) - 1 for ids in self._ids)
 
-    def loss(self, bits: Callable[[Key], int] | None = None) -> float:
+    def loss(self, bits: Callable[[tuple[int, int]], int] | None = None) -> float:
         """Mean next-token loss in nats; ``bits`` from (layer, expert) to a tier, 0 for nothing."""
         total = 0.0
         for ids, logits in zip(self._ids, self._logits(bits), strict=True):
@@ -79,14 +79,14 @@ class Evaluator:
             total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
         return total / self.tokens
 
-    def kl(self, bits: Callable[[Key], int] | None = None) -> float:
+    def kl(self, bits: Callable[[tuple[int, int]], int] | None = None) -> float:
         """Mean KL(full || degraded) in nats."""
         if self._full is None:
             self._full = self._logits(None)
         pairs = zip(self._full, self._logits(bits), strict=True)
         return sum(float(kl_divergence(f, d).sum()) for f, d in pairs) / self.tokens
 
-    def _logits(self, bits: Callable[[Key], int] | None) -> list[torch.Tensor]:
+    def _logits(self, bits: Callable[[tuple[int, int]], int] | None) -> list[torch.Tensor]:
         """Logits ``[T - 1, V]`` of each text."""
         with self._engine.full_precision(bits):
             return [Stream(self._engine).forward(ids, keep=len(ids))[:-1] for ids in self._ids]
@@ -123,9 +123,7 @@ def record(
 
 def _one_token(given: LayerInput, token: int) -> LayerInput:
     """One token's part of a layer that was asked about many."""
-    ahead = tuple(
-        a._replace(experts=a.experts[token], weights=a.weights[token]) for a in given.look_ahead
-    )
+    ahead = tuple(LookAhead(a.layer, a.experts[token], a.weights[token]) for a in given.look_ahead)
     return dataclasses.replace(
         given,
         experts=given.experts[token : token + 1],

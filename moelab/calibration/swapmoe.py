@@ -28,6 +28,7 @@ from moelab.calibration.probes import expert_norms, record
 from moelab.calibration.profile import Kept, once
 from moelab.engine.generation import Decoder, Stream
 from moelab.runs.quality import kl_divergence
+from moelab.runs.tokens import tally
 from moelab.strategies.swapmoe import swapmoe
 from moelab.strategies.swapmoe_planner import Estimates, Plan, plan_within, uniform
 
@@ -184,9 +185,11 @@ def latency(lab: Lab, data: dict[str, Any], ids: Sequence[int], device: str) -> 
         engine.prefill = False
         decoder = Decoder(engine)
         for at, token in enumerate(ids[:TIMED_TOKENS]):
+            begun = len(engine.log)
             decoder.step([token])
             if at > 1:
-                seconds.setdefault(engine.counts["prefetch"], []).append(decoder.seconds)
+                swaps = tally(engine.log.records(begun))["prefetches"]
+                seconds.setdefault(swaps, []).append(decoder.seconds)
             engine.end_of_token()
     base = float(np.median(seconds.pop(0)))
     more = [(s - base) / swaps for swaps, times in seconds.items() for s in times]

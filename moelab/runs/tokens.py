@@ -20,7 +20,8 @@ from moelab.engine.log import EventLog
 from moelab.scheduling import events as e
 from moelab.scheduling.stream import Shape
 
-STALLS = ("on demand", "prefetch late", "evict")
+_WAITS = (e.ON_DEMAND, e.LATE, e.EVICTED_LATE)
+STALLS = tuple(e.CAUSES[code] for code in _WAITS)
 """What a token may wait for."""
 
 COUNTS = ("bytes", "hits", "loads", "prefetches", "downgrades", "skips", "substitutes")
@@ -129,38 +130,47 @@ class Tokens:
     def _fold(self, token: int) -> TokenReport:
         noted = self._noted[token]
         first = self._noted[token - 1].rows if token else 0
-        rows = self._log.records(first, noted.rows)
-        rows = rows[rows["at"] >= 0]  # between tokens: not attributed to a token
-        kind, nbytes = rows["kind"], rows["bytes"]
-        counts = np.bincount(kind, minlength=len(e.KINDS))
-        stall_ms = {}
-        for cause in (e.ON_DEMAND, e.LATE, e.EVICTED_LATE):
-            here = (kind == e.STALL) & (rows["cause"] == cause)
-            if here.any():
-                stall_ms[e.CAUSES[cause]] = float(rows["dur_ms"][here].sum())
-        load_bytes = int(nbytes[kind == e.LOAD].sum())
+        sums = tally(self._log.records(first, noted.rows))
         total, deciding = 1e3 * noted.seconds, 1e3 * noted.deciding
         return TokenReport(
             token=token,
             text=noted.text,
             total_ms=total,
-            compute_ms=total - deciding - sum(stall_ms.values()),
+            compute_ms=total - deciding - sum(sums["stall_ms"].values()),
             deciding_ms=deciding,
-            stall_ms=stall_ms,
-            bytes=load_bytes + int(nbytes[kind == e.PREFETCH].sum()),
-            hit_bytes=int(nbytes[(kind == e.HIT) | (kind == e.SUBSTITUTE)].sum()),
-            hits=int(counts[e.HIT]),
-            loads=int(counts[e.LOAD]),
-            prefetches=int(counts[e.PREFETCH]),
-            downgrades=int(counts[e.DOWNGRADE]),
-            skips=int(counts[e.SKIP]),
-            substitutes=int(counts[e.SUBSTITUTE]),
+            **sums,
             kl=noted.kl,
             resident_bytes=noted.resident_bytes,
             budget_bytes=noted.budget_bytes,
             device=noted.device,
-            load_bytes=load_bytes,
         )
+
+
+def tally(rows: np.ndarray) -> dict[str, Any]:
+    """Counts, bytes and stalls of the events of one token, by the names of `TokenReport`.
+
+    Parameters
+    ----------
+    rows
+        Records of `moelab.scheduling.events.DTYPE`; those between tokens are left out.
+    """
+    rows = rows[rows["at"] >= 0]
+    kind, nbytes = rows["kind"], rows["bytes"]
+    counts = np.bincount(kind, minlength=len(e.KINDS)).tolist()
+    read = [int(nbytes[kind == code].sum()) for code in (e.LOAD, e.PREFETCH)]
+    waits = {e.CAUSES[c]: (kind == e.STALL) & (rows["cause"] == c) for c in _WAITS}
+    return {
+        "stall_ms": {n: float(rows["dur_ms"][w].sum()) for n, w in waits.items() if w.any()},
+        "bytes": sum(read),
+        "hit_bytes": int(nbytes[(kind == e.HIT) | (kind == e.SUBSTITUTE)].sum()),
+        "hits": counts[e.HIT],
+        "loads": counts[e.LOAD],
+        "prefetches": counts[e.PREFETCH],
+        "downgrades": counts[e.DOWNGRADE],
+        "skips": counts[e.SKIP],
+        "substitutes": counts[e.SUBSTITUTE],
+        "load_bytes": read[0],
+    }
 
 
 def row(report: Any) -> tuple[float, ...]:

@@ -122,7 +122,7 @@ class Scheduler:
 
     def new_sequence(self) -> None:
         """A new prompt begins; the cache stays as it is."""
-        self.view.token = 0
+        self.view.token = self.view.layer = 0
         self.view.prefill = True
         self.cache.new_sequence()
         self._prefetched = bytearray(self.shape.n)
