@@ -2,6 +2,7 @@
 #
 #   make lab  [LAB_ARGS="--no-browser --port 8899"]    JupyterLab on the live dashboard, on 127.0.0.1 only
 #   make test [TEST_ARGS="-k store -m 'not browser'"]  the whole suite, on all cores; -n 0: in one process
+#   make quick                                         ruff and the fast tests: under a minute, for the edit loop
 #   make lint                                          ruff and pyright; tsc and eslint where npm is
 #   make pins                                          write binder/pins.txt from what is in .venv
 #   make clean                                         remove .venv and caches
@@ -10,13 +11,16 @@
 
 LAB_ARGS  ?=
 TEST_ARGS ?=
+# Left to `make test`: files that begin processes, fill disks, train, or build many models.
+NOT_QUICK := bench_papers calibration challenges cli counterfactual demo_model faults front_ends moefication \
+    moefication_smollm2 pack serve workers
 BIN       := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test lint pins environment clean
+.PHONY: help lab test quick lint pins environment clean
 
 help:
-	@sed -n '3,7s/^#  *//p' Makefile
+	@sed -n '3,8s/^#  *//p' Makefile
 
 environment:
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" .ci/environment
@@ -27,6 +31,12 @@ lab: environment
 test: environment
 	@echo "moelab: running the tests"
 	@$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 $(TEST_ARGS)
+
+quick: environment
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/python -m pytest -q --numprocesses=logical --maxprocesses=4 \
+	    -m "not browser and not slow and not alone" $(NOT_QUICK:%=--ignore=tests/test_%.py) $(TEST_ARGS)
 
 lint: environment
 	$(BIN)/ruff check .

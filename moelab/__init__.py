@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _HOMES = {
     "open": "moelab.opening",
@@ -27,7 +27,7 @@ _HOMES = {
     "replay": "moelab.replays.replay",
     "moefy": "moelab.training.moefy",
     "compare": "moelab.runs.compare",
-    "report": "moelab.views.export",
+    "report": "moelab.views.report",
     "charts": "moelab.views.charts",
     "challenge": "moelab.course.challenge",
     "devices": "moelab.store.devices",

@@ -217,6 +217,7 @@ def bench(
 ) -> None:
     """Measure strategy x budget x device in one go, or a suite of questions, and print tables."""
     from moelab import bench as measure
+    from moelab.store.paths import write_atomically
 
     for file in (json_file, markdown, tables, picture):
         if file is not None and not file.absolute().parent.is_dir():
@@ -242,9 +243,9 @@ def bench(
         )
         report = measure.as_markdown(measure.report(frame)) + "\n"
     if json_file is not None:
-        measure.write_whole(json_file, measure.as_json(measure.as_record(frame)))
+        write_atomically(json_file, measure.as_json(measure.as_record(frame)).encode())
     if markdown is not None:
-        measure.write_whole(markdown, report)
+        write_atomically(markdown, report.encode())
     print(report, end="")
     _stopped_early(complete=frame.attrs.get("complete", True))
 
@@ -358,8 +359,6 @@ def _word(value: Any) -> str:
 
 
 def _size(nbytes: float) -> str:
-    """Bytes for people, with the exact count where it is one."""
-    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= step:
-            return f"{nbytes / step:.3g} {unit}"
-    return f"{nbytes:.0f} B"
+    from moelab.spelling import size
+
+    return size(nbytes)

@@ -9,41 +9,29 @@
 
 from __future__ import annotations
 
-import threading
-import time
 import weakref
-from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 
+import moelab
 from moelab.calibration.profile import Profile, Strategies
-from moelab.catalogue import (
-    bundled,
-    compute_dtype,
-    describe,
-    load_tokenizer,
-    model_sampling,
-)
+from moelab.catalogue import bundled, compute_dtype, describe, load_tokenizer, model_sampling
 from moelab.engine.engine import Engine
-from moelab.engine.generation import Sampling
-from moelab.models.chat import Messages, encode, has_template, messages
+from moelab.models.chat import Messages, has_template
+from moelab.runs.compare import Comparison, SavedRuns
 from moelab.runs.quality import Score, score_ids
-from moelab.runs.run import Asked, Run
+from moelab.runs.run import Run
 from moelab.runs.session import Changes, Session
+from moelab.runs.what_if import WhatIf
 from moelab.settings import Settings
 from moelab.spelling import shown
 from moelab.store.store import Store
 
 if TYPE_CHECKING:
-    from moelab.runs.compare import Comparison
     from moelab.runs.recording import Recording
-    from moelab.runs.saved import SavedRuns
     from moelab.widgets.dashboard import Dashboard
-
-
-WHY_PATIENCE_S = 10.0
 
 
 class Lab:
@@ -62,17 +50,17 @@ class Lab:
         strategies: Strategies | None = None,
         progress: bool = True,
     ) -> None:
-        self._progress = progress
-        self._store = store
+        self._store, self._progress = store, progress
         self.name = name or store.manifest.source
         self._shape = store.shape
-        self._tokenizer = load_tokenizer(store)
-        self._sampling = model_sampling(store.checkpoint_dir)
+        self._tokenizer = tokenizer = load_tokenizer(store)
         self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
         weakref.finalize(self, self._engine.loader.close)
         self._strategies = strategies or Strategies(store)
-        self._session = Session(self._engine, self._strategies)
-        self._lock, self._saved = threading.Lock(), None
+        sampling = model_sampling(store.checkpoint_dir)
+        self._session = Session(self._engine, self._strategies, tokenizer, sampling, self.name)
+        self._encode = self._session.encode
+        self._saved = SavedRuns()
 
     # -- settings ---------------------------------------------------------------------------
 
@@ -159,41 +147,18 @@ class Lab:
         >>> run.join().changes
         [(4, {'bits': '4'})]
         """
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens!r}: a whole number, 1 or more")
-        for token in changes or {}:
-            if not isinstance(token, int) or token < 0:
-                raise ValueError(f"changes={{{token!r}: ...}}: a key is a token's number from 0")
-        said = messages(self._tokenizer, prompt, chat)
-        text = said[-1]["content"] if said else str(prompt)
-        ids = encode(self._tokenizer, said) if said else self._encode(text)
-        given = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "repetition_penalty": repetition_penalty,
-        }
-        own: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        own["seed"] = self.settings.seed if seed is None else seed
-        sampling = Sampling(**(self._sampling | own))
-        session = self._session
-        session.claim()
-        try:
-            if measure_kl is not None and measure_kl != self.settings.measure_kl:
-                self.update(measure_kl=measure_kl)
-            run = Run(
-                Asked(text, max_new_tokens, sampling, ignore_eos, said),
-                ids,
-                self._tokenizer,
-                set() if ignore_eos else self._eos(chat=bool(said)),
-                self._shape,
-                model=self.name,
-                architecture=self._store.manifest.architecture,
-            )
-            session.start(run, changes or {})
-        except BaseException:
-            session.release()
-            raise
-        return run
+        return self._session.start(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            ignore_eos=ignore_eos,
+            chat=chat,
+            measure_kl=measure_kl,
+            changes=changes,
+            temperature=temperature,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
 
     def generate(self, prompt: str | Messages, **options: Any) -> Run:
         """Generate and wait; options as in `start`. Ctrl-C stops the run."""
@@ -233,10 +198,10 @@ class Lab:
         texts = [text] if text is not None else list(self.probes().values())
         if not texts:
             raise ValueError("this model brings no probe texts; give text=")
-        if any(len(self._encode(t)) < 2 for t in texts):
+        ids = [self._encode(t)[:max_tokens] for t in texts]
+        if min(map(len, ids)) < 2:
             raise ValueError("nothing to score: the text needs at least two tokens")
         bar = self._progress if progress is None else progress
-        ids = [self._encode(t)[:max_tokens] for t in texts]
         with self._session.claimed() as engine:
             return score_ids(engine, ids, progress=bar)
 
@@ -283,7 +248,7 @@ class Lab:
     def info(self) -> dict[str, Any]:
         """The model and what fits: sizes in bytes, counts of experts, whether it can chat."""
         found = describe(self.name, self._store, self.settings, self._engine)
-        return {**found, "chat": has_template(self._tokenizer)}
+        return found | {"chat": has_template(self._tokenizer)}
 
     def cache_map(self) -> dict[str, np.ndarray]:
         """What is resident now, arrays ``[L, E]``.
@@ -296,23 +261,7 @@ class Lab:
         >>> lab.cache_map()["bits"].shape
         (6, 16)
         """
-        shape, cache = self._shape, self._engine.scheduler.cache
-        at = (shape.layer_of, shape.index_of)
-        out = {
-            "bits": np.zeros((shape.layers, max(shape.experts)), np.uint8),
-            "in_flight": np.zeros((shape.layers, max(shape.experts)), bool),
-            "loaded": np.full((shape.layers, max(shape.experts)), -1, np.int32),
-            "used": np.full((shape.layers, max(shape.experts)), -1, np.int32),
-            "uses": np.zeros((shape.layers, max(shape.experts)), np.int32),
-        }
-        flying = np.zeros(shape.n, bool)
-        flying[self._engine.in_flight()] = True
-        out["bits"][at], out["in_flight"][at] = cache.bits, flying & (cache.bits > 0)
-        out["used"][at], out["uses"][at] = cache.last_token - 1, cache.uses
-        if self.run is not None:
-            loaded = self.run.loaded()
-            out["loaded"][at] = loaded
-        return out
+        return self._session.cache_map()
 
     def why(self, layer: int, expert: int | None = None) -> dict[Any, Any]:
         """The evict decision's own terms for resident experts; also during a run.
@@ -337,14 +286,7 @@ class Lab:
         """
         if not 0 <= layer < self._shape.layers:
             raise ValueError(f"there is no layer {layer}; there are 0 to {self._shape.layers - 1}")
-        answer = self._engine.questions.why(layer)
-        give_up = time.monotonic() + WHY_PATIENCE_S
-        while not answer.done():
-            self._session.idle(lambda: self._engine.questions.answer(self._engine.scheduler))
-            if not answer.done() and time.monotonic() > give_up:
-                raise RuntimeError("the lab is busy and did not answer; ask again later")
-            wait([answer], timeout=0.02)
-        terms = answer.result()
+        terms = self._session.why(layer)
         if expert is None:
             return terms
         if expert not in terms:
@@ -369,7 +311,7 @@ class Lab:
         run
             A run of this lab that has ended.
         changes
-            As in `update`; ``keep={(5, 3): 8}`` keeps expert 3 of layer 5 resident at 8 bit.
+            As in `update`; ``pin={(5, 3): 8}`` keeps expert 3 of layer 5 resident at 8 bit.
 
         Returns
         -------
@@ -388,19 +330,12 @@ class Lab:
         >>> lab.what_if(run, strategy="hobbit").diverges_at  # doctest: +SKIP
         17
         """
-        from moelab.runs.what_if import WhatIf
-
         return WhatIf(self, run, changes).compare()
 
     @property
     def saved(self) -> SavedRuns:
         """The runs saved by `save_run`, by name; ``lab.saved.save(folder)`` writes them."""
-        from moelab.runs.saved import SavedRuns
-
-        with self._lock:
-            if self._saved is None:  # an empty one counts as false
-                self._saved = SavedRuns()
-            return self._saved
+        return self._saved
 
     def save_run(self, run: Run | Recording | None = None, name: str = "") -> str:
         """Put a run beside others, to compare: the newest by default; returns its name.
@@ -433,9 +368,9 @@ class Lab:
 
     def dashboard(self) -> Dashboard:
         """The live view: show it as the last line of a notebook cell."""
-        import moelab
-
         return moelab.Dashboard(self)
+
+    closed = property(lambda self: self._session.closed, doc="Whether `close` was called.")
 
     def close(self) -> None:
         """Stop the run, the loader and let go of the experts' memory."""
@@ -451,22 +386,7 @@ class Lab:
         words = ", ".join(f"{k}={v}" for k, v in shown(self.settings).items())
         return f"<Lab {self.name}: {words}>"
 
-    # -- inside -----------------------------------------------------------------------------
-
     def _beside(self, settings: Settings) -> Lab:
         """A second lab on the same store, with memory and weights of its own."""
         dtype = self._engine.model.dtype
         return Lab(self._store, settings, name=self.name, dtype=dtype, strategies=self._strategies)
-
-    def _encode(self, text: str) -> list[int]:
-        ids = self._tokenizer(text)["input_ids"]
-        if not ids:
-            raise ValueError("the prompt is empty; give at least one word")
-        return list(ids)
-
-    def _eos(self, *, chat: bool) -> set[int]:
-        """What ends a text; an answer ends with the tokenizer's own end of a turn as well."""
-        eos = self._engine.model.generation_config.eos_token_id
-        own = self._tokenizer.eos_token_id
-        eos = own if eos is None else eos
-        return (set(eos if isinstance(eos, list) else [eos]) | ({own} if chat else set())) - {None}

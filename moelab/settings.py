@@ -111,9 +111,8 @@ class Settings:
         own = {name: changes.pop(name) for name in fields & changes.keys()}
         pin = changes.pop("pin", None)
         strategy, chosen = self._composed(changes, make or _by_name)
-        if chosen and (
-            strategy.bits or self.strategy.bits
-        ):  # what the old one brought goes with it
+        # What the old one brought goes with it.
+        if chosen and (strategy.bits or self.strategy.bits):
             own.setdefault("bits", strategy.bits or max(shape.nbytes))
         tuned = {k: v for k, v in changes.items() if k not in ("strategy", *ROLES)}
         strategy = self._tuned(strategy, tuned)
@@ -173,9 +172,8 @@ class Settings:
             raise ValueError(f"bits={self.bits!r} is not in this store; choose one of {tiers}")
         for name, (_, parameter, value) in self.strategy.parameters.items():
             if parameter.tier and value is not None and value not in shape.nbytes:
-                raise ValueError(
-                    f"{name}={value!r} is not in this store; choose one of {tiers} or None"
-                )
+                words = f"{name}={value!r} is not in this store; choose one of {tiers} or None"
+                raise ValueError(words)
         find_device(self.device)
         for place, bits in self.strategy.pinned.items():
             _check_pin(place, bits, shape)

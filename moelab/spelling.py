@@ -1,21 +1,28 @@
-"""Settings in words, and as code that makes them again.
+"""How settings, strategies, figures and errors are written: as code that makes them, and in words.
 
 A strategy knows the keywords that made it (`Strategy.keywords`), so code is those keywords written
 down. What it cannot spell: a part of your own is written by its class's name, as if it were made
-without arguments, and what a calibration measured is whatever the store has.
+without arguments, and what a calibration measured is whatever the store has. The words are the same
+in recordings, reports, tables and widgets.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import inspect
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moelab.scheduling.strategy import ROLES, Own, Strategy, part_title
 from moelab.scheduling.stream import Shape
 from moelab.settings import Settings
 from moelab.store.devices import DEVICES
-from moelab.strategies import NAMES, make
+from moelab.strategies import GROUPS, NAMES, make, maker
+
+LABEL = 48
+"""Characters of a mark on the time axis at most; choosing a strategy changes many settings."""
 
 # -- as code --------------------------------------------------------------------------------------
 
@@ -33,6 +40,7 @@ def opened(model: str, settings: Settings) -> str:
     'lab = moelab.open("demo", budget=10_616_832, bits=4, strategy="lru", device="disk", measure_kl=False)'
     """  # noqa: E501
     base, rest = _keywords(settings.strategy)
+    rest |= _low_bits(settings, base, rest)
     first = {
         "budget": settings.budget_bytes,
         "bits": settings.bits,
@@ -60,7 +68,7 @@ def changed(old: Settings, new: Settings) -> str:
     (base0, rest0), (base, rest) = _keywords(old.strategy), _keywords(new.strategy)
     words: dict[str, Any] = {}
     if base != base0:
-        words = {"strategy": base, **rest}
+        words = {"strategy": base, **rest, **_low_bits(new, base, rest)}
         if old.strategy.pinned and not new.strategy.pinned:
             words["pin"] = {}
         words["bits"] = new.bits  # a strategy may bring its own
@@ -69,6 +77,8 @@ def changed(old: Settings, new: Settings) -> str:
         words = back | {n: v for n, v in rest.items() if n not in rest0 or rest0[n] != v}
         known = new.strategy.parameters
         words |= {n: known[n][2] for n in rest0 if n in known and n not in rest}
+        if "precision" in words:
+            words |= _low_bits(new, base, rest)
         if "pin" in rest0 and "pin" not in rest:
             words["pin"] = {}
     if new.budget_bytes != old.budget_bytes:
@@ -84,8 +94,8 @@ def _keywords(strategy: Strategy) -> tuple[str, dict[str, Any]]:
     known, words = strategy.parameters, dict(strategy.keywords)
     base = words.pop("strategy")
     if base not in NAMES:  # one of your own: the nearest that has a name, and its parts
-        base = max(NAMES, key=lambda name: _alike(make(name), strategy))
-        parts = make(base).parts
+        base = max(NAMES, key=lambda name: _alike(named()[name], strategy))
+        parts = named()[base].parts
         for role, part in strategy.parts.items():
             if type(part) is not type(parts[role]):
                 words.setdefault(role, Own(f"{type(part).__name__}()"))
@@ -93,6 +103,13 @@ def _keywords(strategy: Strategy) -> tuple[str, dict[str, Any]]:
     values = {name: known[name][2] for name in words if name in known}
     pin = {"pin": dict(strategy.pinned)} if strategy.pinned else {}
     return base, roles | values | pin
+
+
+def _low_bits(settings: Settings, base: str, words: Mapping[str, Any]) -> dict[str, int]:
+    """The second tier where making the strategy anew under these bits would bring another one."""
+    low, source = settings.low_bits, words.get("precision", base)
+    brought = getattr(named()[source].precision, "low_bits", None) if source in NAMES else None
+    return {"low_bits": low} if low and (low != brought or low >= settings.bits) else {}
 
 
 def _alike(one: Strategy, other: Strategy) -> int:
@@ -170,3 +187,106 @@ def differences(old: Settings, new: Settings) -> dict[str, str]:
         own = {k: v for k, v in shown_strategy(new.strategy).items() if had.get(k) != v}
         found = {k: v for k, v in found.items() if k != "strategy" or not own} | own
     return found
+
+
+@functools.cache
+def named() -> dict[str, Strategy]:
+    """Every strategy that has a name, as made without a calibration."""
+    return {name: make(name) for name in NAMES}
+
+
+def spelled(name: str) -> str:
+    """A strategy's name as its authors write it; a mix goes by what it was made from."""
+    base = name.rstrip("*")
+    words = next((of[base] for of in GROUPS.values() if base in of), base)
+    return words if base == name else f"{words}, mixed"
+
+
+def about(strategy: Strategy) -> str:
+    """One line about a strategy; of a mix, what differs from the strategy it was made from."""
+    base = strategy.name.rstrip("*")
+    if base not in named():
+        return "a strategy of your own"
+    other = [
+        f"{role}: {part_title(part)}"
+        for role, part in strategy.parts.items()
+        if type(part) is not type(named()[base].parts[role])
+    ]
+    if other:
+        return f"{spelled(base)} but for {'; '.join(other)}"
+    return first_line(maker(base))
+
+
+def first_line(what: Any) -> str:
+    """The first line of a docstring, without its markup."""
+    return (inspect.getdoc(what) or "").partition("\n")[0].replace("`", "")
+
+
+def sentence(settings: Any, expert_bytes: Mapping[int, int], all_experts_bytes: int) -> str:
+    """Settings in one line: ``budget 5.31 MB = 25% = 24 experts, 16 bit, LRU``."""
+    budget, name = settings.budget_bytes, settings.strategy.name
+    experts = budget // expert_bytes[settings.bits]
+    low = f", low bits {settings.low_bits}" if settings.low_bits else ""
+    ahead = f", prefetch {settings.prefetch} ahead" if settings.prefetch else ""
+    strategy = about(settings.strategy) if name.endswith("*") else spelled(name)
+    return (
+        f"budget {size(budget)} = {budget / all_experts_bytes:.0%} = {experts} experts, "
+        f"{settings.bits} bit{low}, {strategy}{ahead}"
+    )
+
+
+def size(nbytes: float | None) -> str:
+    """Bytes in words: ``5.31 MB``."""
+    if nbytes is None:
+        return "-"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.3g} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    """A figure, or a dash where there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def plain(value: Any) -> Any:
+    """A figure as JSON has it, which knows neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def merge_changes(
+    changes: Sequence[tuple[int, Mapping[str, Any]]], *, gap: int = 8
+) -> list[dict[str, Any]]:
+    """Marks of the time axis: a slider drag is one mark with the value it ended on.
+
+    Changes of the same settings at most ``gap`` tokens apart are one mark.
+
+    Examples
+    --------
+    >>> merge_changes([(3, {"bits": "8"}), (5, {"bits": "4"})])
+    [{'first': 3, 'last': 5, 'keys': ['bits'], 'label': 'bits 4'}]
+    """
+    marks: list[dict[str, Any]] = []
+    for token, changed in list(changes):
+        keys = sorted(changed)
+        before = marks[-1] if marks else None
+        if before and before["keys"] == keys and token - before["last"] <= gap:
+            before |= {"last": token, "label": _label(changed)}
+        else:
+            marks.append({"first": token, "last": token, "keys": keys, "label": _label(changed)})
+    return marks
+
+
+def _label(changed: Mapping[str, Any]) -> str:
+    words = (f"{k.removesuffix('_bytes').replace('_', ' ')} {v}" for k, v in changed.items())
+    label = ", ".join(words)
+    return label if len(label) <= LABEL else label[: LABEL - 1].rstrip(" ,") + "…"
+
+
+def in_words(error: BaseException) -> str:
+    """Say an exception as a sentence: moelab's own errors are, others get their type's name."""
+    text = str(error).strip()
+    if isinstance(error, (ValueError, RuntimeError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -98,3 +98,18 @@ def demo_lab(demo_store):
 
     with moelab.open("demo", budget="25%", measure_kl=False, progress=False) as lab:
         yield lab
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, output, errors)."""
+    from moelab import cli
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["moelab", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return run

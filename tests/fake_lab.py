@@ -1,15 +1,13 @@
 """A lab with no model: the unit-test double of `moelab.Lab`.
 
-Experts are drawn from a skewed, local random routing, the cache is a plain least-recently-used
-list whatever the strategy says, and a load costs what the named device would take. Figures it shows
-mean nothing; settings are the real ones, so they change and are refused as in a lab.
+Settings, scheduler, log and runs are the real ones. What is made up is the routing (skewed, local,
+random), the text, the KL and the times: a load costs what the named device would take.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -17,192 +15,110 @@ import moelab
 from moelab.engine.generation import Sampling
 from moelab.engine.log import EventLog
 from moelab.runs.run import Asked, Likeliest, Run
-from moelab.scheduling.events import CAUSE, CODES
+from moelab.runs.session import Session
+from moelab.runs.tokens import Noted
+from moelab.scheduling import events as e
+from moelab.scheduling.budget import minimum_budget
+from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.stream import Shape
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Change, LayerInput, Trace
 from moelab.settings import Settings
 from moelab.spelling import differences
 from moelab.strategies import make
 
 EXPERT_BYTES = {16: 221_184, 8: 118_784, 4: 65_536, 3: 49_152, 2: 36_864}
 WORDS = "the experts of a layer wait on disk until a router asks , and then one of them is read .\n"
-DEVICES = moelab.devices()
+KL = {16: 1e-4, 8: 2e-3, 4: 0.03, 3: 0.12, 2: 0.6}
 
 
-@dataclass
-class FakeReport:
-    token: int
-    text: str
-    compute_ms: float = 0.0
-    deciding_ms: float = 0.0
-    stall_ms: dict[str, float] = field(default_factory=dict)
-    bytes: int = 0
-    hits: int = 0
-    loads: int = 0
-    prefetches: int = 0
-    downgrades: int = 0
-    skips: int = 0
-    substitutes: int = 0
-    kl: float | None = None
-    resident_bytes: int = 0
-    budget_bytes: int = 0
-    device: str = "disk"
+class FakeTokenizer:
+    """Token n is the n-th of a few words, again and again."""
 
-    @property
-    def total_ms(self) -> float:
-        return self.compute_ms + self.deciding_ms + sum(self.stall_ms.values())
+    words = WORDS.split(" ")
+
+    def decode(self, ids, **_):
+        return " ".join(self.words[i % len(self.words)] for i in ids)
+
+    def __call__(self, text, **_):
+        return {"input_ids": [0]}
 
 
-class FakeRun:
-    """A thread that makes up tokens until it is stopped; it can be recorded like a real one."""
+class FakeRun(Run):
+    """A run whose tokens a thread makes up until it is stopped."""
 
-    model, architecture, recording = "demo", "Qwen3MoeForCausalLM", Run.recording
-
-    def __init__(self, lab, prompt, max_new_tokens, token_ms):
-        self.request = Asked(prompt, max_new_tokens, Sampling())
-        self.log, self.trace = EventLog(), Trace(lab._shape, resident=lab._resident())
-        self.history, self.tokens, self.likeliest = [(0, lab.settings)], [], []
-        self.prompt, self.max_new_tokens = prompt, max_new_tokens
-        self.token_reports, self.changes, self.outpaced = [], [], set()
-        self.error = None
+    def __init__(self, lab, prompt, max_new_tokens):
+        asked = Asked(prompt, max_new_tokens, Sampling())
+        made_by = {"model": "demo", "architecture": "Qwen3MoeForCausalLM"}
+        super().__init__(asked, [], FakeTokenizer(), set(), lab._shape, **made_by)
+        self._begin(EventLog(), Trace(lab._shape, resident=lab.scheduler.cache.items()))
+        self.history = [(0, lab.settings)]
         self.fail_at, self.hold_at, self.go_on = lab.fail_at, lab.hold_at, threading.Event()
-        self._lab, self._token_ms = lab, token_ms
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="fake-run", daemon=True)
 
-    @property
-    def text(self):
-        return "".join(r.text for r in self.token_reports)
-
-    @property
-    def running(self):
-        return self._thread.is_alive()
-
-    @property
-    def stopped(self):
-        return self._stop.is_set()
-
-    def start(self):
-        self._thread.start()
-        return self
-
-    def stop(self):
-        self._stop.set()
-
-    def join(self, timeout=None):
-        self._thread.join(timeout)
-        if self.error:
-            raise self.error
-
-    def _loop(self):
-        words = WORDS.split(" ")
-        for token in range(self.max_new_tokens):
-            if self._stop.is_set():
-                return
+    def loop(self, lab):
+        for token in range(self.request.max_new_tokens):
             if token == self.hold_at:
                 self.go_on.wait(60)
             if token == self.fail_at:
                 self.error = RuntimeError("store is truncated: experts-4.bin, layer 2, expert 7")
-                return
-            with self._lab._lock:
-                report = self._lab.step(token, (" " if token else "") + words[token % len(words)])
-                report.kl = self._lab.kl() if self._lab.settings.measure_kl else None
-                self.tokens.append(token)
-                self.likeliest.append(Likeliest(served=()))
-                self.token_reports.append(report)
-            self._stop.wait(report.total_ms * self._token_ms / 1e3)
-
-    def summary(self):
-        every = list(self.token_reports)
-        kls = [x.kl for x in every if x.kl is not None]
-        r = every[1:]  # token 0 carries the prefill
-        total = sum(x.total_ms for x in r)
-        hits, loads = sum(x.hits for x in r), sum(x.loads for x in r)
-        times = [x.total_ms for x in r] or [float("nan")]
-        return {
-            "tokens": len(every),
-            "tokens_per_s": len(r) / total * 1e3 if total else 0.0,
-            "ttft_ms": every[0].total_ms if every else 0.0,
-            "tpot_ms_median": float(np.median(times)),
-            "tpot_ms_p99": float(np.quantile(times, 0.99)),
-            "hit_ratio": hits / (hits + loads) if hits + loads else 0.0,
-            "byte_hit_ratio": hits / (hits + loads) if hits + loads else 0.0,
-            "bytes_per_token": sum(x.bytes for x in r) / len(r) if r else 0.0,
-            "stall_share": sum(sum(x.stall_ms.values()) for x in r) / total if total else 0.0,
-            "downgrades": sum(x.downgrades for x in r),
-            "skips": 0,
-            "peak_resident_bytes": max((x.resident_bytes for x in r), default=0),
-            "kl_mean": float(np.mean(kls)) if kls else None,
-            "budget_bytes": self._lab.settings.budget_bytes,
-            "device": self._lab.settings.device,
-            "timing": "fake",
-        }
+            if self.stopped or self.error:
+                break
+            with lab._lock:
+                seconds = lab.step(token)
+            self._stop.wait(seconds * lab.token_ms)
+        self._done.set()
 
 
 class FakeLab:
-    """The part of `Lab` that the dashboard may use, over a made-up cache."""
+    """The part of `Lab` that the dashboard may use."""
+
+    closed = False
 
     def __init__(self, *, layers=8, experts=32, top_k=4, token_ms=1.0, budget=0.25, seed=0):
-        self.layers, self.experts, self.top_k, self.token_ms = layers, experts, top_k, token_ms
+        self.token_ms, self._lock = token_ms, threading.RLock()
         self._shape = Shape((experts,) * layers, top_k, EXPERT_BYTES)
-        self.settings = Settings(int(budget * self._all(16)), 16, make("lru"), seed=seed)
+        budget_bytes = int(budget * self._shape.all_bytes(16))
+        self.settings = Settings(budget_bytes, 16, make("lru"), seed=seed)
+        self.scheduler = Scheduler(self._shape, self.settings.strategy, self.settings.knobs())
+        self.engine = SimpleNamespace(
+            shape=self._shape, scheduler=self.scheduler, in_flight=self._in_flight
+        )
         self.run = self.fail_at = self.hold_at = None  # at which token its next run fails, or waits
-        self.updates, self.asked_why, self.asked_info = [], 0, 0
+        self.updates, self.asked_info = [], 0
         self._rng = np.random.default_rng(seed)
-        self._lock = threading.RLock()
         ranks = np.tile(np.arange(1, experts + 1), (layers, 1))
         self._popular = -0.7 * np.log(self._rng.permuted(ranks, axis=1))  # [L, E], log odds
-        self._clear()
-        self._cache, self._held = OrderedDict(), 0
-
-    def _all(self, bits):
-        return self.layers * self.experts * EXPERT_BYTES[bits]
-
-    def _clear(self):
-        shape = (self.layers, self.experts)
-        self._loaded = np.full(shape, -1, np.int32)
-        self._used = np.full(shape, -1, np.int32)
-        self._uses = np.zeros(shape, np.int32)
 
     def update(self, **changes):
-        settings = self.settings.change(self._shape, **changes)
-        self.updates.append(changes)
-        changed = differences(self.settings, settings)
         with self._lock:
-            self.settings = settings
+            old, new = self.settings, self.settings.change(self._shape, **changes)
+            self.updates.append(changes)
+            other = new.strategy if new.strategy is not old.strategy else None
+            plan, self.settings = self.scheduler.change(new.knobs(), other), new
             if self.run is not None and self.run.running:
-                token = len(self.run.token_reports)
-                self.run.changes.append((token, changed))
-                self.run.history.append((token, settings))
-            self._evict(-1)
-        return settings
+                token = len(self.run.tokens)
+                self.run.changes.append((token, differences(old, new)))
+                self.run.history.append((token, new))
+                self._obey(plan, token)
+                self._begin(token, fresh=not new.strategy.shares(old.strategy))
+            return new
 
     def why(self, layer):
-        self.asked_why += 1
         with self._lock:
-            order = list(self._cache)
-        since = {k: float(len(order) - i) for i, k in enumerate(order) if k[0] == layer}
-        return {k[1]: {"uses since": n, "bits": 16.0} for k, n in since.items()}
-
-    def _resident(self):
-        return [(self._shape.key(*place), bits) for place, bits in self._cache.items()]
-
-    def _least(self, bits):
-        return self.top_k * EXPERT_BYTES[bits]
+            return self.scheduler.why(layer)
 
     def info(self):
         self.asked_info += 1
-        s = self.settings
+        s, shape = self.settings, self._shape
         return {
             "name": "demo",
-            "layers": self.layers,
-            "experts_per_layer": self.experts,
-            "top_k": self.top_k,
+            "layers": shape.layers,
+            "experts_per_layer": max(shape.experts),
+            "top_k": shape.top_k,
             "tiers": tuple(EXPERT_BYTES),
             "expert_bytes": dict(EXPERT_BYTES),
-            "all_experts_bytes": self._all(16),
-            "token_cycle_bytes": self.top_k * self.layers * EXPERT_BYTES[s.bits],
-            "minimum_budget_bytes": self._least(s.bits),
+            "all_experts_bytes": shape.all_bytes(16),
+            "token_cycle_bytes": shape.token_cycle_bytes(s.bits),
+            "minimum_budget_bytes": minimum_budget(shape, s.strategy, s.knobs()),
             "budget_bytes": s.budget_bytes,
             "budget_experts": s.budget_bytes // EXPERT_BYTES[s.bits],
             "architecture": "Qwen3Moe",
@@ -216,19 +132,7 @@ class FakeLab:
 
     def cache_map(self):
         with self._lock:
-            bits = np.zeros((self.layers, self.experts), np.uint8)
-            for key, b in self._cache.items():
-                bits[key] = b
-            in_flight = np.zeros_like(bits, bool)
-            if self.settings.prefetch and self.run is not None and self.run.running:
-                in_flight[:, self._rng.integers(self.experts)] = True
-            return {
-                "bits": bits,
-                "in_flight": in_flight & (bits > 0),
-                "loaded": self._loaded.copy(),
-                "used": self._used.copy(),
-                "uses": self._uses.copy(),
-            }
+            return Session.cache_map(self)  # pyright: ignore[reportArgumentType]
 
     def start(self, prompt, *, max_new_tokens=200, measure_kl=None):
         if not prompt:
@@ -236,70 +140,61 @@ class FakeLab:
         if self.run is not None and self.run.running:
             raise RuntimeError("a run is going on; stop it first")
         if measure_kl is not None:
-            self.settings = replace(self.settings, measure_kl=measure_kl)
-        self._clear()
-        self.run = FakeRun(self, prompt, max_new_tokens, self.token_ms)
-        return self.run.start()
-
-    def _evict(self, at, need=0):
-        while self._cache and self._held + need > self.settings.budget_bytes:
-            key, bits = self._cache.popitem(last=False)
-            self._held -= EXPERT_BYTES[bits]
-            self._note("evict", at, key, bits, "room")
-
-    def _note(self, kind, at, key, bits, cause=""):
-        if self.run is not None:
-            token, asked = len(self.run.token_reports), self.settings.bits
-            row = (CODES[kind], *key, asked, bits, CAUSE[cause], key[1])
-            self.run.log.add(token, at, row, EXPERT_BYTES[bits], 0.0)
-
-    def step(self, token, text):
-        """One token: route, hit or load, and what it would have cost."""
-        report, s = FakeReport(token, text), self.settings
-        device = DEVICES[s.device]
+            self.update(measure_kl=measure_kl)
         with self._lock:
-            scores = self._popular + self._rng.gumbel(size=self._popular.shape)  # [L, E]
-            for layer, chosen in enumerate(np.argsort(-scores)[:, : self.top_k].tolist()):
-                for rank, e in enumerate(chosen):
-                    self._ask(report, layer, e, rank, token)
-                even = (1 / self.top_k,) * self.top_k
-                self.run.trace.steps.append(LayerInput(layer, (tuple(chosen),), (even,), not token))
-            report.resident_bytes = self._held
-        report.budget_bytes, report.device = s.budget_bytes, s.device
-        report.compute_ms = float(self._rng.gamma(40, 0.25))
-        bandwidth = device.bandwidth_bytes_s or 1.2e9
-        wait = report.bytes / bandwidth * 1e3 + report.loads * device.latency_ms * 0.1
-        late = 0.3 * wait if s.prefetch else 0.0
-        report.stall_ms = {"on demand": wait * (0.5 if s.prefetch else 1.0)}
-        report.stall_ms |= {"prefetch late": late, "evict": 0.1 * report.loads}
-        return report
+            self.run = run = FakeRun(self, prompt, max_new_tokens)
+            self.scheduler.new_sequence()
+            self._begin(0)
+        threading.Thread(target=run.loop, args=(self,), name="fake-run", daemon=True).start()
+        return run
 
-    def _ask(self, report, layer, expert, rank, token):
-        s, key = self.settings, (layer, expert)
-        bits = s.low_bits if s.low_bits and rank >= 2 else s.bits
-        report.downgrades += bits != s.bits
-        self._used[key] = token
-        self._uses[key] += 1
-        if self._cache.get(key, 0) >= bits:
-            report.hits += 1
-            self._cache.move_to_end(key)
-            self._note("hit", layer, key, self._cache[key])
-            return
-        if key in self._cache:
-            self._note("evict", layer, key, self._cache[key], "upgrade")
-            self._held -= EXPERT_BYTES[self._cache.pop(key)]
-        self._evict(layer, EXPERT_BYTES[bits])
-        self._note("load", layer, key, bits, "on demand")
-        if s.strategy.name != "on_demand":
-            self._cache[key] = bits
-            self._held += EXPERT_BYTES[bits]
-        else:
-            self._note("evict", layer, key, bits, "not kept")
-        self._loaded[key] = token
-        report.loads += 1
-        report.bytes += EXPERT_BYTES[bits]
+    def step(self, token):
+        """One token more: route, decide; the seconds that would have cost."""
+        run, s = self.run, self.settings
+        begun = len(run.log)
+        scores = self._popular + self._rng.gumbel(size=self._popular.shape)  # [L, E]
+        even = (1 / self._shape.top_k,) * self._shape.top_k
+        for layer, row in enumerate(np.argsort(-scores)[:, : self._shape.top_k].tolist()):
+            given = LayerInput(layer, (tuple(row),), (even,), not token)
+            run.trace.steps.append(given)
+            self._obey(self.scheduler.step(given), token)
+        self.scheduler.end_of_token()
+        held = self.scheduler.cache.used_bytes
+        run.peak_bytes = max(run.peak_bytes, held)
+        rough = KL[s.bits] + KL[s.low_bits or s.bits]
+        kl = 0.5 * rough * self._rng.lognormal(0, 1) if s.measure_kl else None
+        waits = run.log.records(begun)["dur_ms"].sum() / 1e3
+        seconds = float(self._rng.gamma(40, 2.5e-4) + waits)
+        rows = len(run.log)
+        run.likeliest.append(Likeliest(served=()))
+        run._add(token, Noted("", seconds, 0.0, kl, held, s.budget_bytes, s.device, rows))
+        return seconds
 
-    def kl(self):
-        scale = {16: 1e-4, 8: 2e-3, 4: 0.03, 3: 0.12, 2: 0.6}
-        low = self.settings.low_bits or self.settings.bits
-        return float(0.5 * (scale[self.settings.bits] + scale[low]) * self._rng.lognormal(0, 1))
+    def _in_flight(self):
+        if not (self.settings.prefetch and self.run is not None and self.run.running):
+            return []
+        expert = int(self._rng.integers(max(self._shape.experts)))
+        return [self._shape.key(layer, expert) for layer in range(self._shape.layers)]
+
+    def _begin(self, token, *, fresh=True):
+        """What a trace says of settings, and what the strategy wants resident under them."""
+        strategy, knobs, trace = self.settings.strategy, self.settings.knobs(), self.run.trace
+        values = strategy.values
+        change = Change(len(trace.steps), knobs, strategy.name, fresh, values, strategy.fresh())
+        trace.changes.append(change)
+        self._obey(self.scheduler.begin(), token)
+
+    def _obey(self, plan, token):
+        device, log = moelab.devices()[self.settings.device], self.run.log
+        guessed = bool(self.settings.prefetch)
+        for row in plan.rows:
+            kind, layer, expert, *bits, _, _ = row
+            nbytes = EXPERT_BYTES[bits[1]]
+            log.add(token, plan.layer, row, nbytes, 0.0)
+            if kind == e.LOAD:
+                wait = nbytes / (device.bandwidth_bytes_s or 1.2e9) + device.latency_ms * 1e-4
+                causes = {e.ON_DEMAND: wait, e.EVICTED_LATE: 1e-4}
+                if guessed:
+                    causes |= {e.ON_DEMAND: 0.5 * wait, e.LATE: 0.3 * wait}
+                for cause, seconds in causes.items():
+                    log.stall(token, plan.layer, (layer, expert), tuple(bits), cause, 0.0, seconds)

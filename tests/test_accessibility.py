@@ -13,7 +13,7 @@ import pytest
 
 from browser import ARTIFACTS, shot
 from fake_lab import FakeLab
-from moelab.runs.saved import SavedRuns
+from moelab.runs.compare import SavedRuns
 from moelab.widgets import Dashboard
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -79,8 +79,7 @@ class Bare:
 
     def more(self, **changes):
         """A new frame, after one more token."""
-        run = self.lab.run
-        run.token_reports.append(self.lab.step(len(run.token_reports), " more"))
+        self.lab.step(len(self.lab.run.tokens))
         self.dashboard._seq += 1
         frame = {"seq": self.dashboard._seq, **self.dashboard._frames().build(), **changes}
         self.page.evaluate("frame => model.set('frame', frame)", coded(frame))

@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 
 import moelab
-from moelab import bench, cli
-from moelab.bench import tables
-from moelab.bench.cases import Case, above_budget, opened, run_figures, settle
-from moelab.bench.contenders import ROLES
-from moelab.bench.papers import edgemoe, everyone, hobbit, picture, suite, swapmoe
+from moelab import bench
+from moelab.bench.cases import ROLES, Case, above_budget, opened, run_figures, settle
+from moelab.bench.papers import edgemoe, everyone, hobbit, suite, swapmoe
 from moelab.bench.papers.results import FULL, QUICK, Ratio, Results
 
 TABLES = Path(__file__).parent.parent / "notebooks" / "PAPERS_MEASURED.md"
@@ -23,21 +21,23 @@ SVG = "{http://www.w3.org/2000/svg}"
 # -- contenders ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", moelab.strategies.NAMES)
-def test_every_strategy_is_a_contender_and_brings_its_own_settings(name):
-    assert bench.contender(name) == {"strategy": name}
-
-
-def test_any_decision_may_be_taken_from_another_strategy():
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        *((name, {}) for name in moelab.strategies.NAMES),  # brings its own settings
+        (
+            "on_demand + allocate edgemoe + prefetch edgemoe + evict edgemoe",
+            {"allocate": "edgemoe", "prefetch": "edgemoe", "evict": "edgemoe"},
+        ),
+        (
+            "edgemoe + rule=printed + width=2 + tolerated=0.05",
+            {"rule": "printed", "width": 2, "tolerated": 0.05},
+        ),
+    ],
+)
+def test_a_contender_is_a_strategy_with_decisions_of_others_and_parameters(words, settings):
     assert set(ROLES) == {"allocate", "route", "precision", "evict", "prefetch"}
-    told = bench.contender("on_demand + allocate edgemoe + prefetch edgemoe + evict edgemoe")
-    parts = {"allocate": "edgemoe", "prefetch": "edgemoe", "evict": "edgemoe"}
-    assert told == {"strategy": "on_demand"} | parts
-
-
-def test_parameters_are_numbers_or_words():
-    told = bench.contender("edgemoe + rule=printed + width=2 + tolerated=0.05")
-    assert told == {"strategy": "edgemoe", "rule": "printed", "width": 2, "tolerated": 0.05}
+    assert bench.contender(words) == {"strategy": words.split(" + ")[0]} | settings
 
 
 @pytest.mark.parametrize(
@@ -110,10 +110,10 @@ A, B = Case("hobbit", "25%", "nvme"), Case("lru", "25%", "nvme")
 
 def test_a_row_is_the_median_the_mean_of_counts_and_the_largest_memory():
     measured = Results("demo", ["a"], QUICK, runs={A: runs(10, 30, 20)})
+    assert list(measured.rows([A, B])) == [A]
     row = measured.rows([A, B])[A]
     assert (row["tokens_per_s"], row["tokens_per_s_min"], row["tokens_per_s_max"]) == (20, 10, 30)
     assert (row["stalls"], row["peak_resident_bytes"], row["repeats"]) == (2, 30, 3)
-    assert list(measured.rows([A, B])) == [A]
 
 
 def test_ratios_are_taken_prompt_by_prompt():
@@ -124,18 +124,12 @@ def test_ratios_are_taken_prompt_by_prompt():
     assert measured.times_as_fast(A, Case("lfu", "25%", "nvme")) is None
 
 
-def test_a_ratio_is_told_apart_from_1_when_all_pairs_agree():
-    assert Ratio(1.2, 1.1, 1.4).told_apart
-    assert Ratio(0.8, 0.7, 0.9).told_apart
-    assert not Ratio(1.2, 0.9, 1.4).told_apart
-
-
-def test_the_best_ratio_is_one_that_is_told_apart():
+def test_the_best_ratio_is_one_of_which_all_pairs_agree_that_it_is_not_1():
     noisy, sure = ("25%", "nvme", "lru"), ("25%", "sd_card", "lru")
     ratios = {noisy: Ratio(3, 0.5, 4), sure: Ratio(1.2, 1.1, 1.4)}
-    assert hobbit._versus(Results("demo", ["a"], QUICK), ratios)[0].ours == (
-        "1.20x (1.10-1.40) over lru"
-    )
+    assert Ratio(0.8, 0.7, 0.9).told_apart
+    best = hobbit._versus(Results("demo", ["a"], QUICK), ratios)[0]
+    assert best.ours == "1.20x (1.10-1.40) over lru"
     del ratios[sure]
     told = hobbit._versus(Results("demo", ["a"], QUICK), ratios)
     assert [row.ours for row in told[:2]] == ["none is told apart from 1"] * 2
@@ -151,12 +145,15 @@ def test_the_log_says_who_was_above_the_budget(mixed_run):
     start = sum(nbytes[bits] for _, bits in mixed_run.trace.resident)
     budgets = [token.budget_bytes for token in mixed_run.token_reports]
     peak = mixed_run.summary()["peak_resident_bytes"]
-    assert above_budget(mixed_run.events, start, nbytes, budgets) == 0
-    assert above_budget(mixed_run.events, start, nbytes, [peak] * 16) == 0
-    assert above_budget(mixed_run.events, start, nbytes, [peak - 1] * 16) > 0
-    assert above_budget(mixed_run.events, start + budgets[0], nbytes, budgets) == 16
+
+    def above(resident: int, budgets: list[int], events=mixed_run.events) -> int:
+        return above_budget(events, resident, nbytes, budgets)
+
+    assert above(start, budgets) == above(start, [peak] * 16) == 0
+    assert above(start, [peak - 1] * 16) > 0
+    assert above(start + budgets[0], budgets) == 16
     kept = mixed_run.events[mixed_run.events["kind"] != "evict"]  # as if nothing ever left
-    assert above_budget(kept, start, nbytes, budgets) > 0
+    assert above(start, budgets, kept) > 0
 
 
 def test_where_a_rival_is_better_is_said():
@@ -165,11 +162,9 @@ def test_where_a_rival_is_better_is_said():
 
 
 def test_the_same_text_means_every_prompt():
-    other = [*runs(1), *runs(1, text=7)]
-    measured = Results("demo", ["a"], QUICK, runs={A: runs(1, 1), B: other})
-    assert measured.same_text(A, A) is True
-    assert measured.same_text(A, B) is False
-    assert measured.same_text(A, Case("lfu", "25%", "nvme")) is None
+    measured = Results("demo", ["a"], QUICK, runs={A: runs(1, 1), B: [*runs(1), *runs(1, text=7)]})
+    others = (A, B, Case("lfu", "25%", "nvme"))
+    assert [measured.same_text(A, other) for other in others] == [True, False, None]
 
 
 # -- the whole suite, in a minute ---------------------------------------------------------------
@@ -217,18 +212,14 @@ def test_hobbit_meets_everyone_and_its_questions_are_answered(quick):
     text = quick.markdown()
     for note in (hobbit.DISK, hobbit.LIVE, edgemoe.WHY_MORE):
         assert note in text
+    shares = frame(quick, hobbit.NAME, 3)[list(hobbit.PAPER_SHARES)].sum(axis=1)
+    assert shares.tolist() == pytest.approx([1, 1])
     gates = quick.results.found["gates"]
     assert list(gates) == ["+1", "+2", "+3"]
     assert all(0 < right["first"] <= 1 for right in gates.values())
     penalties = quick.results.found["penalties"]["25%"]
     assert set(penalties) == {"HOBBIT", "HOBBIT, equal weights", "LRU", "LFU"}
     assert min(penalties.values()) > 0
-
-
-@pytest.mark.slow
-def test_shares_of_misses_add_up_to_all(quick):
-    shares = frame(quick, hobbit.NAME, 3)
-    assert shares[list(hobbit.PAPER_SHARES)].sum(axis=1).tolist() == pytest.approx([1, 1])
 
 
 @pytest.mark.slow
@@ -241,10 +232,6 @@ def test_swapmoe_never_waits_and_never_exceeds_its_budget(quick):
     assert table.set_index("strategy").loc["on_demand", "stalls a run"] > 0
     whole = swaps.set_index("budget").loc["100%", "KL"]
     assert whole < everyone.UNCHANGED < swaps.set_index("budget").loc["25%", "KL"]
-
-
-@pytest.mark.slow
-def test_the_planner_and_the_even_split_fill_the_same_memory(quick):
     plans = quick.results.found["plans"]["25%"]
     counts = {name: plans[name]["experts"] for name in ("planned", "uniform")}
     assert all(len(experts) == quick.results.info["layers"] for experts in counts.values())
@@ -262,27 +249,18 @@ def test_everyone_is_a_point(quick):
 
 
 @pytest.mark.slow
-def test_the_record_holds_every_case_and_is_plain_json(quick):
-    record = json.loads(json.dumps(quick.record()))
+def test_record_and_report_hold_every_case_and_table(quick):
+    record, text = json.loads(json.dumps(quick.record())), quick.markdown("here.svg")
     assert record["complete"]
     assert len(record["cases"]) == len(quick.results.runs)
-    assert set(record["sections"]) == {s.NAME for s in suite.SECTIONS}
-    for section in record["sections"].values():
-        for row in section["theirs_and_ours"]:
-            assert row["theirs"], row
-            assert row["ours"], row
+    assert list(record["sections"]) == [s.NAME for s in suite.SECTIONS]
+    beside = [r for section in record["sections"].values() for r in section["theirs_and_ours"]]
+    assert all(row["theirs"] and row["ours"] for row in beside)
     assert record["machine"]["cores"] >= 1
-
-
-@pytest.mark.slow
-def test_the_report_has_a_table_for_every_table(quick):
-    text = quick.markdown("here.svg")
-    assert [line for line in text.splitlines() if line.startswith("### ")] == [
-        f"### {report.title}" for report in quick.reports.values()
-    ]
-    for report in quick.reports.values():
-        for table in report.tables:
-            assert f"**{table.caption}**" in text
+    reports = quick.reports.values()
+    assert re.findall("^### .*", text, re.MULTILINE) == [f"### {r.title}" for r in reports]
+    for caption in (table.caption for report in reports for table in report.tables):
+        assert f"**{caption}**" in text
     assert "](here.svg)" in text
     assert "nan" not in text.lower().split()
 
@@ -333,31 +311,6 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_kept_tables_alone(
     assert "was here before" in readme.read_text()
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    there = tmp_path / "x.md"
-    there.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        tables.write_whole(there, "new \ud800")
-    assert there.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [there]
-
-
-@pytest.fixture
-def refused(monkeypatch, capsys, tmp_path):
-    """The one line that the command line answers with."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "plain.md").write_text("no markers\n")
-
-    def call(*words: str) -> str:
-        monkeypatch.setattr("sys.argv", ["moelab", "bench", *words])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert end.value.code == 2
-        return capsys.readouterr().err
-
-    return call
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -370,74 +323,67 @@ def refused(monkeypatch, capsys, tmp_path):
         (["--suite", "scheduler", "--tables", "plain.md"], "add --suite papers"),
     ],
 )
-def test_what_a_suite_cannot_do_is_said_before_anything_is_measured(refused, words, message):
-    assert message in refused(*words)
+def test_what_a_suite_cannot_do_is_said_before_anything_is_measured(
+    call, monkeypatch, tmp_path, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.md").write_text("no markers\n")
+    code, _, err = call("bench", *words)
+    assert code == 2
+    assert message in err
 
 
 def test_the_kept_tables_are_those_that_the_suite_writes():
-    _, begin, rest = TABLES.read_text("utf-8").partition(suite.BEGIN)
-    section, end, _ = rest.partition(suite.END)
-    assert begin
-    assert end
+    _, section, _ = re.split(f"{suite.BEGIN}|{suite.END}", TABLES.read_text("utf-8"))
     assert section.count("### ") == len(suite.SECTIONS)
-    pictures = re.findall(r"\]\(([^)]+\.svg)\)", section)
-    assert len(pictures) == 1
-    assert (TABLES.parent / pictures[0]).is_file()
+    (picture,) = re.findall(r"\]\(([^)]+\.svg)\)", section)
+    assert (TABLES.parent / picture).is_file()
 
 
 # -- the figure ---------------------------------------------------------------------------------
 
-POINTS = [
-    {"strategy": "lru", "device": "nvme", "tokens/s": 40.0, "KL": 0.0},
-    {"strategy": "lfu", "device": "nvme", "tokens/s": 60.0, "KL": 1e-12},
-    {"strategy": "hobbit", "device": "nvme", "tokens/s": 90.0, "KL": 0.002},
-    {"strategy": "swapmoe", "device": "nvme", "tokens/s": 120.0, "KL": 0.9},
-    {"strategy": "hobbit", "device": "sd_card", "tokens/s": 9.0, "KL": 0.002},
-]
-
-
 DEVICES = {"nvme": "NVMe & co", "sd_card": "SD card"}
 
 
+def point(strategy: str, speed: float, kl: float, device: str = "nvme") -> dict:
+    return {"strategy": strategy, "device": device, "tokens/s": speed, "KL": kl}
+
+
+POINTS = [point("lru", 40.0, 0.0), point("lfu", 60.0, 1e-12), point("hobbit", 90.0, 0.002)]
+POINTS += [point("swapmoe", 120.0, 0.9), point("hobbit", 9.0, 0.002, "sd_card")]
+
+
 def drawn(points=POINTS):
-    return picture.draw(points, title="all <of> them", unchanged=1e-6, devices=DEVICES)
+    return everyone.draw(points, "all <of> them", DEVICES)
 
 
 def spots(axes) -> list[tuple[float, float]]:
     return [tuple(spot) for marks in axes.collections for spot in marks.get_offsets()]
 
 
-def test_faster_is_further_right_and_better_is_lower():
-    nvme, card, *_ = drawn().axes
+def test_faster_is_further_right_better_is_lower_and_what_changes_nothing_lies_below():
+    nvme, card, below, _ = drawn().axes
     assert spots(nvme) == [(120.0, 0.9), (90.0, 0.002)]
     assert spots(card) == [(9.0, 0.002)]
     assert nvme.get_ylim() == card.get_ylim()  # panels share the scale of KL
     assert nvme.get_ylim()[0] < nvme.get_ylim()[1]
-
-
-def test_what_leaves_the_output_as_it_is_lies_below_the_plot():
-    _, _, below, _ = drawn().axes
-    assert [x for x, _ in spots(below)] == [60.0, 40.0]  # the faster first
+    assert [x for x, _ in spots(below)] == [60.0, 40.0]  # the output as it is; the faster first
     assert [name.get_text() for name in below.texts] == ["lfu", "lru"]
 
 
 def test_every_point_is_named_and_the_figure_reads_in_the_dark():
-    text = picture.scatter(POINTS, title="all <of> them", unchanged=1e-6, devices=DEVICES)
+    text = everyone.scatter(POINTS, "all <of> them", DEVICES)
     root = ET.fromstring(text)
     words = ["".join(t.itertext()).strip() for t in root.iter(f"{SVG}text")]
-    assert sorted(w for w in words if w in {p["strategy"] for p in POINTS}) == sorted(
-        p["strategy"] for p in POINTS
-    )
+    names = [p["strategy"] for p in POINTS]
+    assert sorted(w for w in words if w in names) == sorted(names)
     assert {"NVMe & co", "SD card", "all <of> them"} <= set(words)
     assert "prefers-color-scheme: dark" in root.find(f"{SVG}style").text
     assert (root.get("role"), root.get("aria-label")) == ("img", "all <of> them")
 
 
 def test_names_do_not_lie_on_one_another():
-    crowd = [
-        {"strategy": f"strategy_{i}", "device": "nvme", "tokens/s": 50.0 + i, "KL": 0.01 + i / 1e3}
-        for i in range(8)
-    ]
+    crowd = [point(f"strategy_{i}", 50.0 + i, 0.01 + i / 1e3) for i in range(8)]
     boxes = [name.get_window_extent() for name in drawn(crowd).axes[0].texts]
     assert len(boxes) == 8
     assert all(boxes[i].count_overlaps(boxes[i + 1 :]) == 0 for i in range(8))

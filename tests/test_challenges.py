@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,9 +12,8 @@ import pandas as pd
 import pytest
 
 import moelab
-from moelab import cli
 from moelab.course.challenge import Entry, leaderboard, own_code, scoring, verify
-from moelab.course.challenge.board import as_board, differences, ranked
+from moelab.course.challenge.board import differences, ranked
 from moelab.course.challenge.entries import append, read
 from moelab.course.challenge.tasks import TASKS
 from moelab.strategies import Evict
@@ -36,24 +34,33 @@ class Hoarder(Evict):
 
 
 def figures(**changes) -> dict:
-    fixed = {
-        "tokens_per_s": 50.0,
-        "tokens_per_s_min": 49.0,
-        "tokens_per_s_max": 51.0,
-        "bytes_per_token": 100_000.0,
-        "peak_resident_bytes": 3_500_000,
-        "hit_ratio": 0.8,
-        "kl": 0.01,
-        "kl_held_out": 0.01,
-        "kl_written": 0.004,
-    }
-    return fixed | changes
+    speeds = {"tokens_per_s": 50.0, "tokens_per_s_min": 49.0, "tokens_per_s_max": 51.0}
+    kls = {"kl": 0.01, "kl_held_out": 0.01, "kl_written": 0.004}
+    rest = {"bytes_per_token": 1e5, "peak_resident_bytes": 3_500_000, "hit_ratio": 0.8}
+    return speeds | kls | rest | changes
 
 
 def entry(name: str, challenge: str = SIX.name, **changes) -> Entry:
     settings = {"strategy": "lru", "budget": "3.9MB", "bits": 4}
     own = {k: changes.pop(k) for k in ("made", "quick", "own", "machine") if k in changes}
     return Entry(challenge, name, settings, figures(**changes), **own)
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A board's file, which gets entries and whole lines."""
+    path = tmp_path / "board.jsonl"
+
+    def keep(*lines: Entry | str):
+        for line in lines:
+            if isinstance(line, Entry):
+                append(path, line)
+            else:
+                with path.open("a") as file:
+                    file.write(line)
+        return path
+
+    return keep
 
 
 # -- the rules ----------------------------------------------------------------------------------
@@ -69,31 +76,26 @@ def test_limits_are_judged_by_measured_figures_and_the_answer_has_the_numbers():
     assert len(SIX.failures(figures(kl=float("nan")))) == 1
 
 
-def test_the_goal_ranks_equal_ones_by_kl_and_each_name_once():
+def test_the_goal_ranks_equal_ones_by_kl_each_name_once_and_a_quick_trial_never():
     fast, same, worse = entry("A", tokens_per_s=92.4), entry("B", tokens_per_s=91.9), entry("B")
     kinder = replace(same, figures=same.figures | {"kl": 0.002})
     places = ranked([worse, fast, kinder, entry("C", tokens_per_s=500.0, kl=0.2)])
     assert [(e.name, rank) for e, rank in places] == [("B", 1), ("A", 2), ("B", None), ("C", None)]
     thrifty = ranked([entry("A", CARD.name), entry("B", CARD.name, bytes_per_token=78_000.0)])
     assert [e.name for e, _ in thrifty] == ["B", "A"]
-
-
-def test_a_quick_trial_never_ranks():
     assert ranked([entry("A", quick=True)])[0][1] is None
 
 
 # -- scoring ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def too_much(demo_store) -> Entry:
-    """Experts left out, and a budget above the limit; scored here to save starting a process."""
-    settings = {"strategy": "static_pruning", "budget": "9MB"}
-    request = {"challenge": SIX.name, "settings": settings, "quick": True}
-    return Entry(name="greedy", figures=scoring.measure(request), **request)
+def request(settings: dict, **more) -> dict:
+    return {"challenge": SIX.name, "settings": settings, "quick": True, **more}
 
 
-def test_an_entry_beyond_its_limits_is_refused_with_the_numbers(too_much):
+def test_an_entry_beyond_its_limits_is_refused_with_the_numbers(demo_store):
+    wanted = request({"strategy": "static_pruning", "budget": "9MB"})
+    too_much = Entry(name="greedy", figures=scoring.measure(wanted), **wanted)
     peak, kl = too_much.figures["peak_resident_bytes"], too_much.figures["kl"]
     assert not too_much.accepted
     assert SIX.peak_bytes < peak <= 9_000_000
@@ -118,9 +120,7 @@ class Sly(Precision):
 def test_a_policy_that_behaves_only_while_it_is_examined_gains_nothing(demo_store, monkeypatch):
     def sly(honest: int) -> dict:
         own = {"precision": {"class": "Sly", "source": SLY.replace("HONEST", str(honest))}}
-        settings = {"strategy": "lru", "budget": "5.9MB"}
-        request = {"challenge": SIX.name, "settings": settings, "own": own, "quick": True}
-        return scoring.measure(request)
+        return scoring.measure(request({"strategy": "lru", "budget": "5.9MB"}, own=own))
 
     parts, make = [], own_code.make
 
@@ -128,7 +128,7 @@ def test_a_policy_that_behaves_only_while_it_is_examined_gains_nothing(demo_stor
         parts.append(make(name, source))
         return parts[-1]
 
-    monkeypatch.setattr(own_code, "make", kept)
+    monkeypatch.setattr(scoring, "make", kept)
     plain, counts = sly(10**6), len(parts)
     assert counts == 2  # one for the held-out texts, one for the run
     for honest in range(1, 3):  # what it counted in one lab is not there in the next
@@ -137,7 +137,7 @@ def test_a_policy_that_behaves_only_while_it_is_examined_gains_nothing(demo_stor
     assert skipping["bytes_per_token"] == 0
     assert skipping["kl_written"] > SIX.kl
     one = make("Sly", SLY.replace("HONEST", "2"))  # one object for all labs: it remembers
-    monkeypatch.setattr(own_code, "make", lambda *_: one)
+    monkeypatch.setattr(scoring, "make", lambda *_: one)
     caught = sly(2)
     assert caught["kl_held_out"] == plain["kl_held_out"] < SIX.kl
     assert caught["bytes_per_token"] == 0
@@ -145,13 +145,11 @@ def test_a_policy_that_behaves_only_while_it_is_examined_gains_nothing(demo_stor
 
 
 def test_the_kl_of_a_timed_run_is_the_one_a_run_measures_token_by_token(demo_store):
-    settings = {"strategy": "static_pruning", "budget": "5MB"}
-    request = {"challenge": SIX.name, "settings": settings, "quick": True}
-    task = SIX.quick()
+    wanted, task = request({"strategy": "static_pruning", "budget": "5MB"}), SIX.quick()
     prompt = scoring._prompts(task)[0]
-    with scoring._opened(task, request) as lab:
+    with scoring._opened(task, wanted) as lab:
         run = lab.generate(prompt, max_new_tokens=task.tokens, ignore_eos=True, measure_kl=True)
-    timed = scoring._run(task, request, prompt)
+    timed = scoring._run(task, wanted, prompt)
     assert timed["written"] == list(run.tokens)
     assert timed["kl"] == pytest.approx(run.summary()["kl_mean"], rel=1e-3)
     assert timed["kl"] > 0.001
@@ -159,9 +157,8 @@ def test_the_kl_of_a_timed_run_is_the_one_a_run_measures_token_by_token(demo_sto
 
 @pytest.mark.parametrize("name", ["seed", "measure_kl", "device"])
 def test_a_line_of_a_file_cannot_set_what_is_fixed(name):
-    request = {"challenge": SIX.name, "settings": {"budget": "5MB", name: 1}}
     with pytest.raises(ValueError, match=f"{name} is fixed"):
-        scoring.measure(request)
+        scoring.measure(request({"budget": "5MB", name: 1}))
 
 
 @pytest.fixture(scope="module")
@@ -171,13 +168,10 @@ def board(tmp_path_factory, demo_store):
     patch = pytest.MonkeyPatch()
     lie = {"kl_mean": 0.0, "bytes_per_token": 0.0, "peak_resident_bytes": 1, "tokens_per_s": 1e9}
     patch.setattr(moelab.Run, "summary", lambda self: lie)
-    patch.setattr(
-        "moelab.bench.papers.results.score", lambda *_: {"kl_mean": 0.0, "same_top1": 1.0}
-    )
+    perfect = {"kl_mean": 0.0, "same_top1": 1.0}
+    patch.setattr("moelab.bench.papers.results.score", lambda *_: perfect)
     patch.setattr("moelab.runs.quality.kl_divergence", lambda *_: 0.0)
-    patch.setattr(
-        "moelab.course.challenge.scoring.measure", lambda *_: figures(bytes_per_token=0.0)
-    )
+    patch.setattr(scoring, "measure", lambda *_: figures(bytes_per_token=0.0))
     patch.setitem(TASKS, CARD.name, replace(CARD, device="disk", seed=5))
     patch.setenv("PYTHONPATH", str(path.parent))
     (path.parent / "sitecustomize.py").write_text("raise SystemExit('patched')")
@@ -192,8 +186,7 @@ def board(tmp_path_factory, demo_store):
 
 def test_what_is_patched_in_the_notebook_has_no_effect_on_the_score(board):
     _, made = board
-    request = made.request
-    here = scoring.measure(request)  # unpatched, in this process
+    here = scoring.measure(made.request)  # unpatched, in this process
     for name in ("bytes_per_token", "peak_resident_bytes", "hit_ratio", "text"):
         assert made.figures[name] == here[name], name
     assert made.figures["kl"] == pytest.approx(here["kl"], rel=1e-3)
@@ -211,12 +204,10 @@ def test_a_class_of_ones_own_is_sent_as_text_with_what_it_uses(board):
     assert list(policy.score(SimpleNamespace(last_use=[0, 0]))) == [0, -2]
 
 
-def test_a_forged_entry_is_exposed_by_measuring_it_again(board):
-    path, made = board
-    forged = path.with_name("forged.jsonl")
-    append(forged, made)
+def test_a_forged_entry_is_exposed_by_measuring_it_again(board, kept):
+    _, made = board
     lie = made.figures | {"bytes_per_token": 10.0, "kl": 1e-6}
-    append(forged, replace(made, name="Mallory", figures=lie))
+    forged = kept(made, replace(made, name="Mallory", figures=lie))
     claimed = leaderboard(forged)
     assert claimed["KL"].min() == 1e-6  # the file says so
     assert claimed["rank"].isna().all()  # quick ones
@@ -273,9 +264,8 @@ def test_own_code_that_fails_is_told_in_one_line(text, message):
 
 def test_own_code_the_engine_has_no_use_for_is_told_with_its_kind(demo_store):
     own = {"evict": {"class": "A", "source": "class A: pass"}}
-    request = {"challenge": SIX.name, "settings": {"budget": "5MB"}, "quick": True}
     with pytest.raises(TypeError, match="Evict"):
-        scoring.measure(request | {"own": own})
+        scoring.measure(request({"budget": "5MB"}, own=own))
 
 
 @pytest.mark.parametrize("part", [moelab.strategies.lru().evict, moelab.strategies.lfu().evict])
@@ -291,7 +281,7 @@ def test_a_policy_may_come_from_a_file(tmp_path):
         "from moelab.strategies import Evict\nclass Mine(Evict):\n"
         "    def score(self, view):\n        return view.last_use\n"
     )
-    from moelab.course.challenge.entering import _as_text
+    from moelab.course.challenge import _as_text
 
     plain, own = _as_text({"strategy": "lru", "evict": f"{file}:Mine"})
     assert plain == {"strategy": "lru"}
@@ -337,22 +327,9 @@ def test_several_people_append_to_one_board_at_once(tmp_path):
     assert len({e.name for e in entries}) == len(entries) == 100
 
 
-def test_a_board_saved_by_version_0_3_is_read(tmp_path):
-    path = tmp_path / "board.jsonl"
-    saved = {"format": 1, "challenge": SIX.name, "name": "Ada", "settings": {"strategy": "lru"}}
-    saved |= {"figures": figures(), "quick": False, "made": "2026-11-26", "versions": {}}
-    own = {"evict": {"class": "KeepTheFirst", "source": "class KeepTheFirst: ..."}}
-    path.write_text(json.dumps(saved | {"own": own, "machine": {"cores": 2}}) + "\n")
-    assert list(leaderboard(path)["settings"]) == ["lru, evict=KeepTheFirst"]
-
-
-def test_a_torn_or_foreign_line_is_named_and_costs_nobody_else_their_entry(tmp_path):
-    path = tmp_path / "board.jsonl"
-    append(path, entry("A"))
-    with path.open("a") as file:
-        file.write('{"format": 1, "challenge": "nine lives"}\n{"format": 1, "na')
-    append(path, entry("B", tokens_per_s=60.0))
-    board = leaderboard(path)
+def test_a_torn_or_foreign_line_is_named_and_costs_nobody_else_their_entry(kept):
+    torn = '{"format": 1, "challenge": "nine lives"}\n{"format": 1, "na'
+    board = leaderboard(kept(entry("A"), torn, entry("B", tokens_per_s=60.0)))
     assert list(board["name"]) == ["B", "A"]
     assert [fault.split(":")[0] for fault in board.faults] == ["line 2", "line 3"]
     assert "line 3" in board._repr_html_()
@@ -379,42 +356,31 @@ def test_a_torn_or_foreign_line_is_named_and_costs_nobody_else_their_entry(tmp_p
     ],
     ids=str,
 )
-def test_a_wrong_field_costs_only_its_own_line(tmp_path, wrong):
-    path = tmp_path / "board.jsonl"
-    append(path, entry("A"))
-    with path.open("a") as file:
-        file.write(json.dumps(json.loads(entry("B").line()) | wrong) + "\n" + "[" * 100_000 + "\n")
-    append(path, entry("C", tokens_per_s=60.0))
-    board = leaderboard(path)
+def test_a_wrong_field_costs_only_its_own_line(kept, wrong):
+    lines = json.dumps(json.loads(entry("B").line()) | wrong) + "\n" + "[" * 100_000 + "\n"
+    board = leaderboard(kept(entry("A"), lines, entry("C", tokens_per_s=60.0)))
     assert list(board["name"]) == ["C", "A"]
     assert [fault.split(":")[0] for fault in board.faults] == ["line 2", "line 3"]
 
 
 def test_a_board_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("moelab.course.challenge.entering.scored", None)  # nothing may be started
+    monkeypatch.setattr("moelab.course.challenge.scored", None)  # nothing may be started
     for board, error in ("no/b.jsonl", FileNotFoundError), (".", IsADirectoryError):
         with pytest.raises(error):
             moelab.challenge(SIX.name, board=tmp_path / board).enter("A", budget="5MB")
 
 
-def test_the_file_cannot_declare_a_verdict_or_a_rank(tmp_path):
-    path = tmp_path / "board.jsonl"
+def test_the_file_cannot_declare_a_verdict_or_a_rank(kept):
     facts = json.loads(entry("A", kl=0.9).line()) | {"rank": 1, "board": 1}
-    path.write_text(json.dumps(facts) + "\n")
-    board = leaderboard(path)
+    board = leaderboard(kept(json.dumps(facts) + "\n"))
     assert board["rank"].isna().all()
     assert "KL 0.9000 is 0.8500 above" in board.loc[0, "limits"]
 
 
-def test_a_board_shows_itself_as_table_and_picture_without_script(tmp_path):
-    path = tmp_path / "board.jsonl"
-    append(path, entry("<b>Ada</b>"))
-    append(path, entry("Bob", kl=0.9))
-    board = leaderboard(path)
+def test_a_board_shows_itself_as_table_and_picture_without_script(kept):
+    board = leaderboard(kept(entry("<b>Ada</b>"), entry("Bob", kl=0.9)))
     html = board._repr_html_()
-    assert "<script" not in html
-    assert "<b>Ada" not in html
-    assert "NA&gt;" not in html
+    assert not any(words in html for words in ("<script", "<b>Ada", "NA&gt;"))
     assert "data:image/svg+xml;base64," in html
     assert "1. &lt;b&gt;Ada" in board.svg()
     assert "url(#h" in board.svg()  # hatched: a second cue for what does not rank
@@ -422,23 +388,18 @@ def test_a_board_shows_itself_as_table_and_picture_without_script(tmp_path):
     assert "1" in board.to_csv()
 
 
-def test_boards_of_several_challenges_are_asked_for_by_name(tmp_path):
-    path = tmp_path / "board.jsonl"
-    append(path, entry("A"))
-    append(path, entry("B", CARD.name))
+def test_boards_of_several_challenges_are_asked_for_by_name(kept):
+    path = kept(entry("A"), entry("B", CARD.name))
     with pytest.raises(ValueError, match="several challenges"):
         leaderboard(path)
     assert list(leaderboard(path, CARD.name)["name"]) == ["B"]
     assert list(moelab.challenge(SIX.name, board=path).leaderboard()["name"]) == ["A"]
 
 
-def test_a_terminal_prints_the_challenges_and_a_board(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "board.jsonl"
-    append(path, entry("Ada"))
-    for words, seen in (["list"], "spare the card"), (["board", str(path)], "Ada"):
-        monkeypatch.setattr(sys, "argv", ["moelab", "challenge", *words])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert not end.value.code
-        assert seen in capsys.readouterr().out
-    assert len(as_board([entry("A")], SIX)) == 1
+def test_a_terminal_prints_the_challenges_and_a_board(kept, call):
+    code, out, _ = call("challenge", "list")
+    assert not code
+    assert "spare the card" in out
+    code, out, _ = call("challenge", "board", kept(entry("Ada")))
+    assert not code
+    assert "Ada" in out

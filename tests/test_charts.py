@@ -40,15 +40,11 @@ def test_every_figure_has_its_title_lets_the_page_through_and_fits_a_laptop(figu
         assert shared.font.color == charts.INK
 
 
-def test_axes_are_named_after_the_columns(figures):
+def test_axes_and_legend_are_named_after_the_columns(figures):
     for name in ("curve", "bars", "scatter"):
         layout = figures[name].layout
-        assert (layout.xaxis.title.text, layout.yaxis.title.text) == ("budget", "speed")
-
-
-def test_a_legend_is_titled_with_its_column(figures):
-    for name in ("curve", "bars", "scatter"):
-        assert figures[name].layout.legend.title.text == "who"
+        titles = (x.title.text for x in (layout.xaxis, layout.yaxis, layout.legend))
+        assert tuple(titles) == ("budget", "speed", "who")
 
 
 def test_a_few_whole_numbers_get_a_tick_each_and_no_fractions():
@@ -60,12 +56,6 @@ def test_a_few_whole_numbers_get_a_tick_each_and_no_fractions():
     assert (whole, broken) == ((0, 1, 2), None)
     bits = charts.heat_map([[2, 4, 4], [4, 2, np.nan]], title="", unit="bits")
     assert bits.layout.coloraxis.colorbar.tickvals == (2, 4)
-
-
-def test_several_marks_stand_at_one_height():
-    marks = [(30, "T1"), (40, "T2")]
-    layout = charts.curve(FRAME, "budget", "speed", title="", mark=marks).layout
-    assert [(a.x, a.y, a.text) for a in layout.annotations] == [(30, 1, "T1"), (40, 1, "T2")]
 
 
 def test_colour_is_never_the_only_cue(figures):
@@ -88,11 +78,8 @@ def test_a_heat_map_shows_layer_0_on_top_and_every_value(figures):
     assert np.asarray(drawn.z).tolist() == np.arange(12).reshape(3, 4).tolist()
     assert figures["heat_map"].layout.yaxis.autorange == "reversed"
     assert figures["heat_map"].layout.coloraxis.colorbar.title.text == "nats"
-
-
-def test_a_tall_heat_map_stays_within_the_limit():
-    figure = charts.heat_map(np.zeros((48, 128)), title="tall", unit="")
-    assert figure.layout.height == charts.TALLEST
+    tall = charts.heat_map(np.zeros((48, 128)), title="tall", unit="")
+    assert tall.layout.height == charts.TALLEST
 
 
 def test_a_curve_is_drawn_from_left_to_right_and_marked(figures):
@@ -100,11 +87,9 @@ def test_a_curve_is_drawn_from_left_to_right_and_marked(figures):
     assert (lru.name, list(lru.x), list(lru.y)) == ("lru", [25, 50], [9.0, 20.0])
     (line,) = figures["curve"].layout.shapes
     assert line.x0 == line.x1 == 30
-    chosen = charts.curve(FRAME, "budget", "speed", title="", mark=(25, "chosen"))
-    assert chosen.layout.annotations[0].text == "chosen"
-
-
-def test_a_logarithmic_curve_keeps_its_mark_where_it_belongs():
+    marks = [(30, "T1"), (40, "T2")]
+    layout = charts.curve(FRAME, "budget", "speed", title="", mark=marks).layout
+    assert [(a.x, a.y, a.text) for a in layout.annotations] == [(30, 1, "T1"), (40, 1, "T2")]
     figure = charts.curve(FRAME, "budget", "speed", title="", mark=(25, "here"), log_x=True)
     assert figure.layout.xaxis.type == "log"
     assert figure.layout.shapes[0].x0 == 25  # plotly takes shapes in data units
@@ -140,9 +125,6 @@ def test_a_comparison_is_a_plain_frame():
 def test_a_missing_column_is_named_with_those_there_are(draw):
     with pytest.raises(ValueError, match=r"no column 'fast'; there are budget, speed, who, where"):
         draw(FRAME, "budget", "fast", title="")
-
-
-def test_a_table_with_no_values_is_refused():
     with pytest.raises(ValueError, match=r"need a table \[rows\]\[columns\]"):
         charts.heat_map([1, 2], title="", unit="")
 

@@ -195,7 +195,7 @@ def test_what_if_makes_the_run_again_and_shows_both(drawer):
     what.get_by_role("combobox", name="Bits it is pinned at").select_option("8")
     again.click()
     drawer.until(lambda: drawer.count() == 3, "made again with an expert pinned")
-    assert any("keep={(" in name for name in drawer.names())
+    assert any("pin={(" in name for name in drawer.names())
     page.keyboard.press("Escape")
 
 
@@ -225,5 +225,5 @@ def test_a_what_if_can_be_stopped_and_a_refusal_is_drawn(drawer):
     again.click()
     refused = drawer.node.get_by_role("alert")
     refused.wait_for()
-    assert "beside 1 kept expert" in refused.inner_text()
+    assert "beside 1 pinned expert" in refused.inner_text()
     canvas.click(position={"x": 60, "y": 30})

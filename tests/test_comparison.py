@@ -10,8 +10,7 @@ import time
 import pytest
 
 import moelab
-from moelab.runs.compare import Comparison
-from moelab.runs.saved import SavedRuns
+from moelab.runs.compare import Comparison, SavedRuns
 from moelab.scheduling.stream import Shape
 from moelab.settings import Settings
 from moelab.spelling import _word, changed, opened, short, shown, shown_strategy
@@ -189,12 +188,8 @@ def again(code):
 
     class Lab:
         def __init__(self, model, *, budget, bits, strategy, **more):
-            start = Settings(10**9, 16, make("lru"))
-            more = {k: v for k, v in more.items() if k not in ("low_bits", "prefetch")} | {
-                k: more[k] for k in ("low_bits", "prefetch") if k in more
-            }
             given = {} if strategy == "lru" else {"strategy": strategy}
-            self.settings = start.change(SHAPE, budget=budget, bits=bits, **given, **more)
+            self.settings = START.change(SHAPE, budget=budget, bits=bits, **given, **more)
 
         def update(self, **changes):
             self.settings = self.settings.change(SHAPE, **changes)
@@ -202,6 +197,18 @@ def again(code):
     names = {"Own": Own, "moelab": type("moelab", (), {"open": Lab})}
     exec(code, names)
     return names["lab"].settings
+
+
+@pytest.mark.parametrize(("first", "then", "low"), [(16, 4, 4), (4, 16, 3), (2, 8, 4)])
+def test_low_bits_that_the_strategy_would_not_bring_are_spelled_out(first, then, low):
+    before = START.change(SHAPE, bits=first)
+    hobbit = before.change(SHAPE, strategy="hobbit").change(SHAPE, bits=then)
+    assert (hobbit.bits, hobbit.low_bits) == (then, low)
+    assert words(again(opened("demo", hobbit))) == words(hobbit)
+    for start in (START, before):
+        update = eval(f"dict({changed(start, hobbit)})")
+        assert words(start.change(SHAPE, **update)) == words(hobbit)
+    assert "low_bits" not in opened("demo", START.change(SHAPE, strategy="hobbit"))
 
 
 def test_settings_are_told_in_a_few_words():
@@ -299,7 +306,7 @@ def test_the_drawer_tells_of_saved_runs_does_a_what_if_and_says_what_is_refused(
     runs.refresh()
     runs.refresh()
     assert len(told) == 1, "nothing new is not told again"
-    first = told[0]["pinned"][0]
+    first = told[0]["saved"][0]
     assert first["name"] == "a quarter"
     assert first["tokens_per_s"] == run.summary()["tokens_per_s"]
     assert first["code"] == lab.saved.compare().code("a quarter")
@@ -324,18 +331,14 @@ def test_the_drawer_tells_of_saved_runs_does_a_what_if_and_says_what_is_refused(
     lab.update(pin={(2, 5): 8})
     for ask, words in (
         ({"ask": "whatif", "of": "a quarter", "keep": [99, 0, 8]}, "no expert 0 in layer 99"),
-        ({"ask": "unpin", "name": "nobody"}, "no run is saved as 'nobody'"),
+        ({"ask": "remove", "name": "nobody"}, "no run is saved as 'nobody'"),
         ({"ask": "whatif", "of": name}, "nothing differs from that run yet"),
     ):
         runs.hear(ask)
         assert words in told[-1]["error"]
-    runs.hear({"ask": "unpin", "name": name})
+    runs.hear({"ask": "remove", "name": name})
     assert told[-1]["error"] == ""
-    assert name not in [row["name"] for row in told[-1]["pinned"]]
-
-
-def test_a_lab_has_one_set_of_saved_runs_also_while_it_is_empty(demo_lab):
-    assert demo_lab.saved is demo_lab.saved
+    assert name not in [row["name"] for row in told[-1]["saved"]]
 
 
 def test_a_run_is_saved_once_unless_it_is_given_another_name(saved_runs):
@@ -345,11 +348,3 @@ def test_a_run_is_saved_once_unless_it_is_given_another_name(saved_runs):
     assert saved.add(run) == first
     assert saved.add(run, "again") == "again"
     assert list(saved) == [first, "again"]
-
-
-def test_low_bits_that_are_not_below_the_bits_are_spelled_out():
-    hobbit = START.change(SHAPE, strategy="hobbit").change(SHAPE, bits=4)
-    assert (hobbit.bits, hobbit.low_bits) == (4, 4)
-    assert "low_bits=4" in opened("demo", hobbit)
-    assert "low_bits=4" in changed(START, hobbit)
-    assert "low_bits" not in opened("demo", START.change(SHAPE, strategy="hobbit"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import gc
 import math
 import re
@@ -18,12 +19,13 @@ import moelab
 from fake_lab import FakeLab
 from moelab import strategies
 from moelab.runs.tokens import COLUMNS, figures
-from moelab.runs.words import about, in_words, merge_changes
+from moelab.spelling import about, in_words, merge_changes
 from moelab.strategies import Evict, Parameter, Precision
 from moelab.views.picture import lay_out
-from moelab.widgets import Dashboard, cells, decisions, frame
+from moelab.widgets import Dashboard, frame
+from moelab.widgets import dashboard as module
 from moelab.widgets.frame import Framer
-from moelab.widgets.why import reasons
+from moelab.widgets.queries import explained_now as reasons
 
 
 def wait_until(condition, seconds=20.0):
@@ -103,12 +105,13 @@ class TestFrame:
         assert shown["resident"]["experts"] == (bits > 0).sum()
         assert shown["resident"]["bytes"] == (bits == 16).sum() * 221_184
 
-    def test_a_report_put_right_later_is_read_again(self, lab):
+    def test_a_report_put_right_later_is_read_again(self, lab, monkeypatch):
         run = lab.start("Once", max_new_tokens=4)
         run.join()
-        framer = framer_of(lab)
+        framer, reports = framer_of(lab), run.token_reports
         framer.build()
-        run.token_reports[1] = type(run.token_reports[1])(1, " put right", bytes=7)
+        reports[1] = dataclasses.replace(reports[1], text=" put right", bytes=7)
+        monkeypatch.setattr(type(run), "token_reports", reports)
         shown = framer.build()
         assert shown["texts"][1] == " put right"
         assert column(shown, "bytes")[1] == 7
@@ -150,12 +153,8 @@ class TestFrame:
     def test_a_slider_drag_is_one_mark(self):
         drag = [(5, {"budget": "8 MB"}), (6, {"budget": "7 MB"}), (9, {"budget": "6 MB"})]
         marks = merge_changes([*drag, (11, {"bits": "4"}), (40, {"bits": "2", "device": "hdd"})])
-        labels = [(m["first"], m["last"], m["label"]) for m in marks]
-        assert labels == [
-            (5, 9, "budget 6 MB"),
-            (11, 11, "bits 4"),
-            (40, 40, "bits 2, device hdd"),
-        ]
+        assert [m["label"] for m in marks] == ["budget 6 MB", "bits 4", "bits 2, device hdd"]
+        assert [(m["first"], m["last"]) for m in marks] == [(5, 9), (11, 11), (40, 40)]
 
     def test_a_mark_that_says_too_much_is_cut(self):
         (mark,) = merge_changes([(5, {"evict": "a policy of many words", "w_lru": "0.25" * 9})])
@@ -191,10 +190,6 @@ class TestActions:
         assert len(lab.run.token_reports) < 5000
         assert not dashboard.error
 
-    def test_stop_without_a_run_is_harmless(self, dashboard):
-        says(dashboard, "stop")
-        assert not dashboard.error
-
     def test_a_refused_setting_is_drawn_by_its_control_until_mended(self, lab, dashboard):
         before = lab.settings
         says(dashboard, "update", changes={"budget": 1000}, n=1)
@@ -222,9 +217,9 @@ class TestActions:
         with pytest.raises(RuntimeError):
             run.join()
 
-    def test_unknown_messages_are_ignored(self, dashboard):
-        says(dashboard, "dance")
-        says(dashboard, "")
+    @pytest.mark.parametrize("message", ["dance", "", "stop"])
+    def test_unknown_messages_and_stop_without_a_run_are_harmless(self, dashboard, message):
+        says(dashboard, message)
         assert not dashboard.error
 
     def test_a_hundred_updates_from_ten_threads(self, lab, dashboard):
@@ -285,17 +280,17 @@ class TestDecisions:
 
     @pytest.mark.parametrize("name", strategies.NAMES)
     def test_what_a_strategy_is_made_of_is_shown_and_can_be_chosen(self, lab, name):
-        now = decisions.chosen(strategies.make(name))
-        offered = {d["role"]: {c["value"]: c for c in d["choices"]} for d in decisions.decisions()}
+        now = frame.chosen(strategies.make(name))
+        offered = {d["role"]: {c["value"]: c for c in d["choices"]} for d in frame.decisions()}
         for role, part in now["parts"].items():
             assert offered[role][part["value"]]["title"] == part["title"], role
         assert now["about"] == next(
-            p["text"] for g in decisions.presets() for p in g["entries"] if p["name"] == name
+            p["text"] for g in frame.presets() for p in g["entries"] if p["name"] == name
         )
 
     @pytest.mark.parametrize("name", strategies.NAMES)
     def test_its_parameters_are_explained_and_within_their_range(self, lab, name):
-        for p in decisions.chosen(strategies.make(name))["parameters"]:
+        for p in frame.chosen(strategies.make(name))["parameters"]:
             assert p["text"], p["name"]
             assert p["value"] in p["choices"] or p["low"] <= p["value"] <= p["high"], p["name"]
 
@@ -322,17 +317,10 @@ class TestDecisions:
         lab.update(evict=Nearest())
         says(dashboard, "update", where="pull", changes={"pull": 1.25}, n=1)
         shown = {p["name"]: p for p in dashboard.controls["parameters"]}
-        assert shown["pull"] | {"value": 0} == {
-            "roles": ["evict"],
-            "name": "pull",
-            "text": "how much nearness counts",
-            "low": 0.0,
-            "high": 2.0,
-            "step": 0.05,
-            "choices": [],
-            "value": 0,
-        }
-        assert shown["pull"]["value"] == lab.settings.strategy.evict.pull == 1.25
+        text = {"name": "pull", "text": "how much nearness counts", "roles": ["evict"]}
+        limits = {"low": 0.0, "high": 2.0, "step": 0.05, "choices": []}
+        assert shown["pull"] == text | limits | {"value": 1.25}
+        assert lab.settings.strategy.evict.pull == 1.25
         assert (shown["order"]["value"], shown["order"]["choices"]) == ("near", ["near", "far"])
         says(dashboard, "update", where="order", changes={"order": "far"}, n=2)
         assert lab.settings.strategy.evict.order == "far"
@@ -388,9 +376,7 @@ class TestWhy:
         assert term["name"] == "uses since"
         assert term["value"] == every[expert]
         assert (term["low"], term["high"]) == (min(every.values()), max(every.values()))
-
-    def test_one_that_is_not_resident_has_no_terms(self, lab):
-        assert reasons(lab, 0, 0)["terms"] == []
+        assert reasons(FakeLab(), 0, 0)["terms"] == [], "it is not resident"
 
     def test_the_view_asks_and_is_answered_once(self, filled, dashboard, monkeypatch):
         sent = []
@@ -400,19 +386,16 @@ class TestWhy:
         assert [m["why"]["expert"] for m in sent] == [expert]
         assert sent[0]["why"]["policy"] == dashboard.controls["parts"]["evict"]["title"]
 
-    def test_a_term_without_bound_is_no_number(self, filled, monkeypatch):
-        layer, expert = self.resident(filled)
-        monkeypatch.setattr(filled, "why", lambda _: {expert: {"priority": math.inf}})
-        (term,) = reasons(filled, layer, expert)["terms"]
+    def test_what_a_policy_of_ones_own_may_say_or_raise_is_told(self, lab, monkeypatch):
+        monkeypatch.setattr(lab, "why", lambda _: {7: {"priority": math.inf}})
+        (term,) = reasons(lab, 0, 7)["terms"]
         assert term["value"] is None  # JSON knows no infinity
-
-    def test_a_fault_of_ones_own_policy_is_said(self, filled, monkeypatch):
-        monkeypatch.setattr(filled, "why", lambda *_: 1 / 0)
-        assert "ZeroDivisionError" in reasons(filled, *self.resident(filled))["error"]
+        monkeypatch.setattr(lab, "why", lambda *_: 1 / 0)
+        assert "ZeroDivisionError" in reasons(lab, 0, 7)["error"]
 
     def test_asking_all_the_time_harms_no_run(self, demo_lab):
         """Each eviction policy is asked by others while a run goes on, and decides all the same."""
-        evict = next(d for d in decisions.decisions() if d["role"] == "evict")
+        evict = next(d for d in frame.decisions() if d["role"] == "evict")
         for name in [choice["value"] for choice in evict["choices"]]:
             strategy = strategies.make(name)  # as without a calibration
             demo_lab.update(strategy=strategy, budget="50%")
@@ -443,17 +426,14 @@ class TestPublishing:
         wait_until(lambda: dashboard.controls["bits"] == 8)
         assert lab.asked_info == before + 1
 
-    def test_a_run_started_from_python_shows_up(self, lab, dashboard):
+    def test_a_run_and_settings_from_python_show_up(self, lab, dashboard):
         dashboard.start()
+        lab.update(bits=4)
+        wait_until(lambda: dashboard.controls["bits"] == 4)
         run = lab.start("From a cell", max_new_tokens=60)
         wait_until(lambda: dashboard.frame["prompt"] == "From a cell")
         run.join()
         wait_until(lambda: tokens(dashboard) == 60 and not dashboard.frame["running"])
-
-    def test_settings_changed_from_python_show_up(self, lab, dashboard):
-        dashboard.start()
-        lab.update(bits=4)
-        wait_until(lambda: dashboard.controls["bits"] == 4)
 
     @pytest.mark.alone
     def test_frames_are_paced_while_they_are_acknowledged(self, lab, dashboard):
@@ -571,8 +551,8 @@ class TestLife:
 
     def test_what_a_cell_showed_is_closed_when_it_is_run_again(self, lab, monkeypatch):
         where = {}
-        monkeypatch.setattr(cells, "_here", lambda: (where["cell"], where["execution"]))
-        monkeypatch.setattr(cells, "_cells", {})
+        monkeypatch.setattr(module, "_here", lambda: (where["cell"], where["execution"]))
+        monkeypatch.setattr(module, "_cells", {})
         shown = [Dashboard(lab) for _ in range(4)]
 
         def run(cell, execution, *dashboards):

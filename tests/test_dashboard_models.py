@@ -9,7 +9,7 @@ import moelab
 from fake_lab import FakeLab
 from moelab import catalogue
 from moelab.demo import smollm2
-from moelab.runs.saved import SavedRuns
+from moelab.runs.compare import SavedRuns
 from moelab.widgets import Dashboard
 
 
@@ -43,6 +43,14 @@ def dashboard(monkeypatch):
     dashboard.first = lab
     yield dashboard
     dashboard.close()
+
+
+@pytest.fixture
+def other(monkeypatch):
+    """What opening a model gives."""
+    other = Chatty()
+    monkeypatch.setattr(moelab, "open", lambda name, **_: other)
+    return other
 
 
 def says(dashboard, do, **content):
@@ -155,9 +163,7 @@ def test_the_same_words_are_said_once(dashboard, monkeypatch):
     assert heard == [2]
 
 
-def test_controls_and_runs_are_those_of_the_model_shown(dashboard, monkeypatch):
-    other = Chatty()
-    monkeypatch.setattr(moelab, "open", lambda name, **_: other)
+def test_controls_and_runs_are_those_of_the_model_shown(dashboard, other):
     chosen(dashboard, "smollm2-moe")
     says(dashboard, "update", changes={"bits": 4})
     says(dashboard, "run", form={"prompt": "Hi", "max_new_tokens": 2, "chat": False})
@@ -167,9 +173,7 @@ def test_controls_and_runs_are_those_of_the_model_shown(dashboard, monkeypatch):
     assert dashboard.lab is other
 
 
-def test_going_back_finds_the_first_lab_as_it_was_and_closes_the_other(dashboard, monkeypatch):
-    other = Chatty()
-    monkeypatch.setattr(moelab, "open", lambda name, **_: other)
+def test_going_back_finds_the_first_lab_as_it_was_and_closes_the_other(dashboard, other):
     chosen(dashboard, "smollm2-moe")
     says(dashboard, "run", form={"prompt": "Hi", "max_new_tokens": 10_000, "chat": True})
     chosen(dashboard, "demo")
@@ -217,19 +221,17 @@ def test_the_same_refusal_reaches_the_drop_down_each_time(dashboard, monkeypatch
     assert told == ["no model '/etc' is offered here; open it with moelab.open"] * 2
 
 
-def test_saved_runs_are_those_of_the_model_shown(dashboard, monkeypatch):
-    other = Chatty()
-    monkeypatch.setattr(moelab, "open", lambda name, **_: other)
+def test_saved_runs_are_those_of_the_model_shown(dashboard, other):
     for lab, name in (dashboard.first, "mine"), (other, "its own"):
         lab.saved = SavedRuns()
         run = FakeLab.start(lab, "Hi", max_new_tokens=2)
         run.join()
         lab.saved.add(run, name)
     dashboard._drawer.refresh()
-    before = [row["name"] for row in dashboard.runs["pinned"]]
+    before = [row["name"] for row in dashboard.runs["saved"]]
     chosen(dashboard, "smollm2-moe")
     dashboard._drawer.refresh()
-    assert (before, [row["name"] for row in dashboard.runs["pinned"]]) == (["mine"], ["its own"])
+    assert (before, [row["name"] for row in dashboard.runs["saved"]]) == (["mine"], ["its own"])
 
 
 def test_a_model_this_copy_of_moelab_came_without_is_not_offered(dashboard, monkeypatch):

@@ -113,7 +113,7 @@ def test_a_change_while_somebody_asks_why_is_obeyed_at_once(lab):
 
 
 def test_nobody_waits_for_an_answer_of_a_closed_or_a_busy_lab(lab, monkeypatch):
-    monkeypatch.setattr("moelab.lab.WHY_PATIENCE_S", 0.1)
+    monkeypatch.setattr("moelab.runs.session.WHY_PATIENCE_S", 0.1)
     text(lab)
     lab._session.claim()  # as a calibration does
     with pytest.raises(RuntimeError, match="busy"):

@@ -14,7 +14,7 @@ import pytest
 
 import moelab
 from conftest import CACHE
-from moelab import checks, health
+from moelab import health
 from moelab.health import Check, Diagnosis
 
 MIXED = Diagnosis(
@@ -49,21 +49,21 @@ def test_where_the_tests_run_nothing_is_wrong(found):
 def test_the_disk_is_measured_through_the_loader_and_nothing_is_left_behind(found):
     assert re.match(r"[\d.]+ MB/s", found["disk"].found)
     assert ("page cache" in found["disk"].found) == (found["disk"].state == "note")
-    assert [p.name for p in checks.cache_dir().iterdir() if p.name.startswith("tmp")] == []
+    assert [p.name for p in health.cache_dir().iterdir() if p.name.startswith("tmp")] == []
 
 
 def test_a_packed_demo_is_checked_blob_by_blob(found, demo_store, tmp_path, monkeypatch):
     assert "checksum" in found["demo"].found
     monkeypatch.setenv("MOELAB_CACHE", str(tmp_path))
-    assert "not packed yet" in states(checks.demo_store)["demo"][1]
+    assert "not packed yet" in states(health.demo_store)["demo"][1]
     broken = tmp_path / demo_store.relative_to(CACHE)
     broken.parent.mkdir(parents=True)
     broken.symlink_to(demo_store)
-    assert "checksum" in states(checks.demo_store)["demo"][1]
+    assert "checksum" in states(health.demo_store)["demo"][1]
     broken.unlink()
     broken.mkdir()
     (broken / "manifest.json").write_text("{}")
-    state, told, mend = states(checks.demo_store)["demo"]
+    state, told, mend = states(health.demo_store)["demo"]
     assert (state, mend) == ("problem", f"rm -r {broken}")
     assert "damaged" in told
 
@@ -79,7 +79,7 @@ def test_a_check_that_fails_is_a_problem_and_the_others_go_on(monkeypatch):
     def second():
         yield Check("second", "ok", "fine")
 
-    monkeypatch.setattr(checks, "CHECKS", (first, second))
+    monkeypatch.setattr(health, "CHECKS", (first, second))
     told = moelab.doctor()
     failed = Check("first", "problem", "cannot be checked: OSError: no such thing")
     assert told.checks == (failed, Check("second", "ok", "fine"))
@@ -88,14 +88,14 @@ def test_a_check_that_fails_is_a_problem_and_the_others_go_on(monkeypatch):
 
 def test_packages_that_are_missing_or_too_old_are_named_with_the_command(monkeypatch):
     wanted = ["numpy>=99", "nosuchthing>=1", 'voila>=0.5; extra == "serve"', 'b>1; extra == "x"']
-    monkeypatch.setattr(checks.metadata, "requires", lambda name: wanted)
-    told = states(checks.packages)
+    monkeypatch.setattr(health.metadata, "requires", lambda name: wanted)
+    told = states(health.packages)
     state, words, mend = told["packages"]
     assert (state, mend) == ("problem", "pip install --upgrade moelab")
     assert words == f"numpy {np.__version__} is not >=99, nosuchthing is missing"
     assert "JupyterLab" not in told
-    monkeypatch.setattr(checks.metadata, "requires", lambda name: ['noone>2; extra == "serve"'])
-    assert states(checks.packages) == {
+    monkeypatch.setattr(health.metadata, "requires", lambda name: ['noone>2; extra == "serve"'])
+    assert states(health.packages) == {
         "Voila": ("note", "noone is missing", "pip install 'moelab[serve]'")
     }
 
@@ -105,24 +105,24 @@ def test_a_cuda_build_of_torch_is_a_note_with_the_way_to_the_small_one(monkeypat
     fake = types.SimpleNamespace(
         __version__="2.13.0+cu130", version=version, get_num_threads=lambda: 10_000
     )
-    monkeypatch.setattr(checks, "import_module", lambda name: fake)
-    told = states(checks.torch)
+    monkeypatch.setattr(health, "import_module", lambda name: fake)
+    told = states(health.torch)
     assert told["torch"][0] == told["threads"][0] == "note"
     assert "torch==2.13.0+cpu --index-url" in told["torch"][2]
     assert re.fullmatch(r"export OMP_NUM_THREADS=\d+", told["threads"][2])
 
 
 def test_kernels_that_compute_wrong_results_are_a_problem(monkeypatch):
-    monkeypatch.setattr(checks, "_kernel_errors", lambda: {16: 0.0, 4: float("nan")})
-    state, words, mend = states(checks.kernels)["kernels"]
+    monkeypatch.setattr(health, "_kernel_errors", lambda: {16: 0.0, 4: float("nan")})
+    state, words, mend = states(health.kernels)["kernels"]
     assert (state, words) == ("problem", "they compute wrong results: 4 bit is off by nan%")
     assert mend
 
 
 def test_the_self_check_of_the_kernels_would_find_a_wrong_one(monkeypatch):
-    errors = checks._kernel_errors()
+    errors = health._kernel_errors()
     assert set(errors) == {16, 8, 4, 3, 2}
-    assert max(errors.values()) < checks.WRONG
+    assert max(errors.values()) < health.WRONG
     kernels = importlib.import_module("moelab.engine.kernels")
     right = kernels.swiglu_experts
 
@@ -131,13 +131,13 @@ def test_the_self_check_of_the_kernels_would_find_a_wrong_one(monkeypatch):
         out[..., 0] += np.abs(out).max()
 
     monkeypatch.setattr(kernels, "swiglu_experts", off)
-    assert min(checks._kernel_errors().values()) > checks.WRONG
+    assert min(health._kernel_errors().values()) > health.WRONG
 
 
 def test_a_cache_that_cannot_be_written_is_a_problem(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MOELAB_CACHE", str(tmp_path / "file" / "cache"))
-    state, _, mend = states(checks.cache_folder)["cache folder"]
+    state, _, mend = states(health.cache_folder)["cache folder"]
     assert state == "problem"
     assert mend.startswith("export MOELAB_CACHE=")
 
@@ -154,14 +154,14 @@ def test_the_limit_of_a_container_is_found(tmp_path, file, groups, limit):
     top = tmp_path / ("memory" if "limit" in file else "")
     (top / "a" / "b").mkdir(parents=True)
     (top / "a" / "b" / file).write_text("max")
-    assert checks.memory_limit_bytes(tmp_path / "groups", tmp_path) is None
+    assert health.memory_limit_bytes(tmp_path / "groups", tmp_path) is None
     (top / "a" / file).write_text(limit)
-    assert checks.memory_limit_bytes(tmp_path / "groups", tmp_path) == 800_000_000
+    assert health.memory_limit_bytes(tmp_path / "groups", tmp_path) == 800_000_000
 
 
 def test_too_little_memory_is_a_problem(monkeypatch):
-    monkeypatch.setattr(checks, "memory_limit_bytes", lambda: 300_000_000)
-    state, words, _ = states(checks.memory)["memory"]
+    monkeypatch.setattr(health, "memory_limit_bytes", lambda: 300_000_000)
+    state, words, _ = states(health.memory)["memory"]
     assert state == "problem"
     assert "limit is 0.30 GB" in words
 
@@ -170,22 +170,22 @@ def test_front_ends_are_told_apart(monkeypatch):
     for name in [n for n in os.environ if n.startswith("VSCODE_")]:
         monkeypatch.delenv(name)
     monkeypatch.delitem(sys.modules, "google.colab", raising=False)
-    assert states(checks.front_end)["front end"][1].startswith("a terminal")
-    monkeypatch.setattr(checks, "_in_kernel", lambda: True)
-    assert states(checks.front_end)["front end"][1].startswith("Jupyter;")
+    assert states(health.front_end)["front end"][1].startswith("a terminal")
+    monkeypatch.setattr(health, "_in_kernel", lambda: True)
+    assert states(health.front_end)["front end"][1].startswith("Jupyter;")
     monkeypatch.setenv("SERVER_SOFTWARE", "voila/0.5")
-    assert states(checks.front_end)["front end"][1].startswith("Voila;")
+    assert states(health.front_end)["front end"][1].startswith("Voila;")
     monkeypatch.delenv("SERVER_SOFTWARE")
     monkeypatch.setenv("VSCODE_PID", "1")
-    state, words, _ = states(checks.front_end)["front end"]
+    state, words, _ = states(health.front_end)["front end"]
     assert (state, words.split(";")[0]) == ("ok", "VS Code")
-    monkeypatch.setattr(checks, "_shared", lambda name: "anywidget" not in name)
-    state, words, mend = states(checks.front_end)["front end"]
+    monkeypatch.setattr(health, "_shared", lambda name: "anywidget" not in name)
+    state, words, mend = states(health.front_end)["front end"]
     assert state == "problem"
     assert "nbextensions/anywidget" in words
     assert "anywidget" in mend
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
-    assert "custom widget manager" in states(checks.front_end)["front end"][1]
+    assert "custom widget manager" in states(health.front_end)["front end"][1]
 
 
 # -- how it is shown ----------------------------------------------------------------------------

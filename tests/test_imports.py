@@ -35,7 +35,7 @@ UPWARDS = (
     ("calibration",),
     ("lab",),
     ("opening",),
-    ("bench", "health", "checks", "widgets"),
+    ("bench", "health", "widgets"),
     ("course",),
     ("cli",),
     ("training", "__main__"),

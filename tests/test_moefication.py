@@ -1,24 +1,21 @@
 """What one may rely on when a dense model is turned into a mixture: on a tiny random Llama."""
 
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import moelab
 from moelab.demo.mixture import stock
 from moelab.training.moefy import (
     Course,
     Shape,
+    card,
     compare,
     load_delta,
     materialise,
@@ -27,7 +24,6 @@ from moelab.training.moefy import (
     save_delta,
 )
 from moelab.training.moefy.calibrate import calibrated, low_rank_map
-from moelab.training.moefy.card import card
 from moelab.training.moefy.distillation import Targets, averaged, divergence
 from moelab.training.moefy.grouping import group_neurons
 from moelab.training.moefy.student import route, set_top_k
@@ -178,6 +174,20 @@ def test_training_goes_on_where_it_was_stopped(dense, ids, tmp_path):
     again = moefy(dense, ids, tmp_path / "b", shape=SHAPE, course=COURSE, progress=False)
     for (name, one), (_, other) in zip(whole.trained(), again.trained(), strict=True):
         assert torch.allclose(one, other, atol=1e-5), name
+
+
+def test_ctrl_c_saves_what_was_learnt_and_reaches_the_caller(dense, ids, tmp_path, monkeypatch):
+    def pressed(student, active):
+        signal.raise_signal(signal.SIGINT)
+        set_top_k(student, active)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moelab.training.moefy.distillation.set_top_k", pressed)
+        with pytest.raises(KeyboardInterrupt, match="stopped after 32 tokens"):
+            moefy(dense, ids, tmp_path, shape=SHAPE, course=COURSE, progress=False)
+    assert averaged(dense, [tmp_path / "checkpoint.safetensors"], SHAPE)[1] == 32
+    moefy(dense, ids, tmp_path, shape=SHAPE, course=COURSE, progress=False)
+    assert averaged(dense, [tmp_path / "checkpoint.safetensors"], SHAPE)[1] == COURSE.tokens
 
 
 def test_the_mean_of_checkpoints_is_the_mean_of_their_parameters(dense, ids, tmp_path):

@@ -253,5 +253,5 @@ def test_a_chat_that_cannot_be_is_refused(lab):
 def test_an_answer_ends_where_the_template_ends_a_turn(lab):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lab._engine.model.generation_config, "eos_token_id", 0)
-        assert lab._eos(chat=True) == {0, TOKENS.index("<|im_end|>")}
-        assert lab._eos(chat=False) == {0}
+        assert lab._session.eos(chat=True) == {0, TOKENS.index("<|im_end|>")}
+        assert lab._session.eos(chat=False) == {0}

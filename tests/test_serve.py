@@ -47,21 +47,17 @@ def test_what_a_visitor_costs_is_said_and_that_too_many_do_not_fit():
     assert "would need 14.0 GB: lower --max-visitors" in serving.announcement(30, 8 * GB)
 
 
-def test_the_small_notebook_is_valid_and_shows_the_dashboard(tmp_path):
-    notebook = nbformat.read(serving.write_notebook(tmp_path), as_version=4)
+def test_the_small_notebook_is_valid_and_shows_the_dashboard():
+    notebook = nbformat.read(serving.NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     assert [cell.cell_type for cell in notebook.cells] == ["markdown", "code"]
     assert notebook.cells[1].source.endswith("lab.dashboard()\n")
 
 
 def test_the_page_fetches_nothing_from_the_internet():
-    assert not re.search(r"https?:|//\w", "".join(serving.TEMPLATE.values()))
-
-
-def test_without_voila_the_command_to_install_it_is_told(monkeypatch):
-    monkeypatch.setattr(serving.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'moelab\[serve\]'"):
-        serving.serve()
+    template = [*(serving.HOME / "voila" / "templates" / "moelab").iterdir()]
+    assert len(template) == 3
+    assert not re.search(r"https?:|//\w", "".join(file.read_text("utf-8") for file in template))
 
 
 def test_a_notebook_that_is_not_there_is_refused(tmp_path):

@@ -13,11 +13,11 @@ import pytest
 
 import moelab
 from browser import kernel, shot
-from moelab.runs.schema import EVENTS, encoded, pack
+from fake_lab import FakeLab
+from moelab.runs.schema import pack
 from moelab.runs.snapshot import RunReader
-from moelab.runs.tokens import COLUMNS, STALLS
 from moelab.scheduling.events import CODES
-from moelab.views.page import html
+from moelab.views.report import html
 from moelab.widgets.queries import with_buffers
 from test_accessibility import Bare
 from test_browser import Dash, dash, theme  # noqa: F401 the second is a fixture
@@ -40,7 +40,7 @@ def as_it_was(events, trace, token, layer):
     """
     bits = np.zeros((trace.shape.layers, max(trace.shape.experts)), np.uint8)
     for key, b in trace.resident:
-        bits[key] = b
+        bits[trace.shape.place(key)] = b
     before = (events["token"] < token) | ((events["token"] == token) & (events["at"] <= layer))
     for e in events[: int(before.sum())]:
         if e["kind"] in (CODES["load"], CODES["prefetch"]):
@@ -304,56 +304,6 @@ def test_a_browser_that_is_too_old_says_so(exported):
 # -- a large model: 48 layers of 128 experts, top 8 ------------------------------------------------
 
 
-def large(tokens=60, layers=48, experts=128, top_k=8):
-    """A made-up recording: random routing, and a cache of a quarter that forgets the oldest."""
-    rng, held, rows = np.random.default_rng(0), {}, []
-    gates = np.zeros((tokens, layers, top_k), "<i2")
-    for token in range(tokens):
-        for layer in range(layers):
-            gates[token, layer] = rng.choice(experts, top_k, replace=False)
-            for expert in gates[token, layer].tolist():
-                here, key = (token, layer, layer, expert), (layer, expert)
-                if key in held:
-                    rows.append((*here, CODES["hit"], 16, 16, 0, len(rows), 0, 0))
-                    continue
-                if len(held) == layers * experts // 4:
-                    old = next(iter(held))
-                    del held[old]
-                    rows.append((token, layer, *old, CODES["evict"], 16, 16, 9, len(rows), 0, 0))
-                held[key] = True
-                rows.append((*here, CODES["load"], 16, 16, 9, len(rows), 1, 0))
-    columns = zip(EVENTS.items(), zip(*rows, strict=True), strict=True)
-    events = {name: encoded(np.array(values), kind) for (name, kind), values in columns}
-    weight, figures = np.full(gates.shape, 1 / top_k), np.ones((len(COLUMNS), tokens))
-    model = {"name": "large", "architecture": "", "layers": layers, "experts": experts}
-    model |= {"top_k": top_k, "tiers": [16], "expert_bytes": {"16": 9}, "causes": list(STALLS)}
-    shown = {"token": 0, "shown": {}, "code": "", "short": "", "about": ""}
-    return {
-        "format": 1,
-        "moelab": "",
-        "prompt": "",
-        "error": "",
-        "max_new_tokens": tokens,
-        "sampling": {},
-        "changes": [],
-        "marks": [],
-        "summary": {},
-        "ignore_eos": True,
-        "messages": [],
-        "model": model | {"all_experts_bytes": 9 * layers * experts},
-        "pieces": [f" word{i}" for i in range(tokens)],
-        "ids": list(range(tokens)),
-        "columns": list(COLUMNS),
-        "values": encoded(figures, "<f4"),
-        "origins": [{"token": 0, "device": "disk", "title": "a disk", "emulated": False}],
-        "settings": [shown],
-        "start": {"layer": [], "expert": [], "bits": []},
-        "events": {"count": len(rows), "causes": [""], **events},
-        "gates": {"K": top_k, "expert": encoded(gates, "<i2"), "weight": encoded(weight, "<f4")},
-        "top": {"served": [[["a", 0.5]]] * tokens, "full": [None] * tokens},
-    }
-
-
 SCRUB = """async (steps) => {
   const sliders = document.querySelectorAll(".moe-dash input[type=range]"); // token and layer
   for (let i = 0; i < steps; i++) {
@@ -373,7 +323,9 @@ def script_ms(trace):
 
 def test_scrubbing_a_large_model_keeps_up_and_keeps_no_memory(chromium, tmp_path):
     path = tmp_path / "large.html"
-    path.write_text(html(pack(large()), title="large"), encoding="utf-8")
+    run = FakeLab(layers=48, experts=128, top_k=8, token_ms=0).start("Once", max_new_tokens=60)
+    page = html(pack(run.join().recording().document), title="large")
+    path.write_text(page, encoding="utf-8")
     context = chromium.new_context(viewport={"width": 1280, "height": 900}, offline=True)
     page = context.new_page()
     faults = []

@@ -4,28 +4,12 @@
 SwapMoE and puts the papers' own figures beside the answers; `deciding` times the scheduler alone.
 """
 
-from moelab.bench.cases import PROMPT, Case
-from moelab.bench.contenders import contender
+from moelab.bench.cases import PROMPT, Case, contender
 from moelab.bench.grid import BUDGETS, DEVICES, STRATEGIES, bench, report
 from moelab.bench.papers.suite import Files, Suite
 from moelab.bench.scheduler import deciding, deciding_report
-from moelab.bench.tables import as_json, as_markdown, as_record, write_whole
+from moelab.bench.tables import as_json, as_markdown, as_record
 
-__all__ = [
-    "BUDGETS",
-    "DEVICES",
-    "PROMPT",
-    "STRATEGIES",
-    "Case",
-    "Files",
-    "Suite",
-    "as_json",
-    "as_markdown",
-    "as_record",
-    "bench",
-    "contender",
-    "deciding",
-    "deciding_report",
-    "report",
-    "write_whole",
-]
+__all__ = ["BUDGETS", "DEVICES", "PROMPT", "STRATEGIES", "Case", "Files", "Suite", "as_json"]
+__all__ += ["as_markdown", "as_record", "bench", "contender", "deciding", "deciding_report"]
+__all__ += ["report"]

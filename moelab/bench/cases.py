@@ -1,11 +1,14 @@
 """A case: a contender at a budget on a device, and what its runs say, as one row of figures.
 
+A contender is written as people say it: ``"lru + look-ahead 2"``, ``"hobbit + evict lru"``.
 Every run opens the model anew, so that it starts with an empty cache and no run helps the next;
 repeats go through all cases in rotated order, so that a machine that slows down slows all of them.
 """
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +19,9 @@ import numpy as np
 import pandas as pd
 
 import moelab
-from moelab.bench.contenders import contender
 
+ROLES = tuple(moelab.strategies.lru().parts)
+"""The five decisions; each may be taken from another strategy."""
 PROMPT = "Once upon a time there was a man who"
 COUNTED = {
     "stalls": "kind == 'stall' and dur_ms > 0 and token > 0",
@@ -30,6 +34,73 @@ COUNTED = {
 }
 """Events of a run: a miss came high (at the bits asked for), low, or was skipped."""
 MEANS = (*COUNTED, "downgrades", "skips", "substitutes", "tokens_above_budget")
+
+
+def contender(text: str) -> dict[str, Any]:
+    """Settings for a contender written in words.
+
+    Parameters
+    ----------
+    text
+        A name of ``moelab.strategies.NAMES``, then any of these, joined by ``+``:
+        ``N bit``, ``mixed HIGH/LOW``, ``look-ahead [layers]``, a decision of another strategy
+        (``evict edgemoe``), or a parameter of the strategy (``rule=printed``).
+
+    Returns
+    -------
+    dict
+        For ``lab.update``: what is not named is the strategy's own.
+
+    Raises
+    ------
+    ValueError
+        The strategy or an addition is not known, or two additions set the same thing.
+
+    Examples
+    --------
+    >>> contender("lru + mixed 16/4")
+    {'strategy': 'lru', 'bits': 16, 'low_bits': 4}
+    >>> contender("on_demand + allocate edgemoe + prefetch edgemoe")
+    {'strategy': 'on_demand', 'allocate': 'edgemoe', 'prefetch': 'edgemoe'}
+    """
+    name, *additions = (part.strip() for part in text.split("+"))
+    settings: dict[str, Any] = {"strategy": _known(name, text)}
+    for addition in additions:
+        for setting, value in _addition(addition, text).items():
+            if setting in settings:
+                raise ValueError(f"{addition!r} in {text!r} sets {setting} a second time")
+            settings[setting] = value
+    return settings
+
+
+def _addition(addition: str, text: str) -> dict[str, Any]:
+    if found := re.fullmatch(r"look-ahead(?: ([1-3]))?", addition):
+        return {"prefetch": int(found[1] or 1)}
+    if found := re.fullmatch(r"mixed (\d+)/(\d+)", addition):
+        return {"bits": int(found[1]), "low_bits": int(found[2])}
+    if found := re.fullmatch(r"(\d+) bit", addition):
+        return {"bits": int(found[1])}
+    if found := re.fullmatch(rf"({'|'.join(ROLES)}) (\w+)", addition):
+        return {found[1]: _known(found[2], text)}
+    if found := re.fullmatch(r"([a-z]\w*) ?= ?([\w.]+)", addition):
+        try:
+            return {found[1]: ast.literal_eval(found[2])}
+        except (SyntaxError, ValueError):  # a word
+            return {found[1]: found[2]}
+    raise ValueError(
+        f"unknown addition {addition!r} in {text!r}; write 'look-ahead', 'look-ahead 2', "
+        "'mixed 16/4', '4 bit', 'evict edgemoe' (or another decision) or 'parameter=value'"
+    )
+
+
+def _known(name: str, text: str) -> str:
+    if name not in moelab.strategies.NAMES:
+        names = ", ".join(moelab.strategies.NAMES)
+        raise ValueError(f"unknown strategy {name!r} in {text!r}; choose one of {names}")
+    return name
+
+
+# -- a case, and its runs ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -105,24 +176,12 @@ def above_budget(
 ) -> int:
     """Tokens in which the experts took more than the budget, counted from the log alone.
 
-    Parameters
-    ----------
-    events
-        Of a run, in order.
-    resident
-        Bytes of the experts in memory when the run began.
-    nbytes
-        Of an expert by its bits.
-    budgets
-        Of each token.
+    From a run's events in order, the bytes of the experts in memory when it began, those of an
+    expert by its bits, and the budget of each token.
     """
-    above = set[int]()
-    for token, kind, bits in zip(events["token"], events["kind"], events["bits"], strict=True):
-        if kind in ("load", "prefetch", "evict"):
-            resident += nbytes[bits] * (-1 if kind == "evict" else 1)
-        if resident > budgets[token]:
-            above.add(token)
-    return len(above)
+    sign = events["kind"].map({"load": 1, "prefetch": 1, "evict": -1}.get).fillna(0)
+    held = resident + (sign * events["bits"].map(lambda bits: nbytes.get(bits, 0))).cumsum()
+    return len(set(events.loc[held > events["token"].map(budgets.__getitem__), "token"]))
 
 
 def row(case: Case, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -68,13 +68,8 @@ def measure(lab: moelab.Lab, ids: list[int], *, tokens: int = 32, warm: int = 8)
         engine.end_of_token()
     speed = statistics.harmonic_mean(speeds)
     compute, disk = seconds - stalls, total["bytes"] / speed
-    per_token = {
-        "token_ms": seconds,
-        "compute_ms": compute,
-        "stall_ms": stalls,
-        "disk_ms": disk,
-        "floor_ms": max(compute, disk),
-    }
+    per_token = {"token_ms": seconds, "compute_ms": compute, "stall_ms": stalls}
+    per_token |= {"disk_ms": disk, "floor_ms": max(compute, disk)}
     return {name: round(1e3 * s / tokens, 2) for name, s in per_token.items()} | {
         "ratio": round(seconds / max(compute, disk), 3),
         "tokens_per_s": round(tokens / seconds, 2),

@@ -117,20 +117,18 @@ def _chosen(scores: np.ndarray, top_k: int) -> tuple[tuple, tuple]:
 # -- what hangs on the scheduler's API ------------------------------------------------------------
 
 
-def _strategy_and_knobs(name: str, budget_bytes: int, look_ahead: int) -> tuple | None:
-    """A strategy that looks ahead so many layers, and its knobs; None where it cannot."""
+def _looking(name: str, look_ahead: int) -> Strategy | None:
+    """A strategy that looks ahead so many layers; None where it cannot."""
     strategy = moelab.strategies.make(name)
     if name in NOT_SWITCHED:
-        return (strategy, Knobs(budget_bytes, 16)) if look_ahead else None
-    if "width" in strategy.parameters and not look_ahead:
-        strategy = strategy.tuned(width=0)
-    if "depth" in strategy.parameters:
-        strategy = strategy.tuned(depth=look_ahead)
-    return strategy, Knobs(budget_bytes, 16)
+        return strategy if look_ahead else None
+    tuned = {"depth": look_ahead} | ({} if look_ahead else {"width": 0})
+    return strategy.tuned(**{n: v for n, v in tuned.items() if n in strategy.parameters})
 
 
-def _scheduler(made: Stream, strategy: Strategy, knobs: Knobs) -> Scheduler:
+def _scheduler(made: Stream, strategy: Strategy, budget: float) -> Scheduler:
     """A scheduler that has read the prompt twice: it has a past, and its cache is full."""
+    knobs = Knobs(round(made.shape.all_bytes(16) * budget / 100), 16)
     live = Scheduler(made.shape, strategy, knobs)
     for _ in range(2):
         live.new_sequence()
@@ -190,7 +188,8 @@ def deciding(*, quick: bool = False, progress: bool = True, **extent: int) -> pd
         for case in tqdm(dict.fromkeys(cases), "scheduler", disable=not progress):
             (*size, budget), name, look_ahead = case
             made = stream(*size, prompt=how["prompt"], tokens=tokens, seed=how["seed"])
-            if found := _measured(made, budget, name, look_ahead, how):
+            if (strategy := _looking(name, look_ahead)) is not None:
+                found = _measured(made, budget, strategy, how)
                 rows.append((*size, budget, name, look_ahead, *found))
         complete = True
     frame = pd.DataFrame(rows, columns=COLUMNS)
@@ -199,15 +198,12 @@ def deciding(*, quick: bool = False, progress: bool = True, **extent: int) -> pd
 
 
 def _measured(
-    made: Stream, budget: float, name: str, look_ahead: int, how: Mapping[str, int]
-) -> tuple[float, float, float] | None:
-    """Milliseconds a token, activations/s, hit ratio; None where there is no such look-ahead."""
-    found = _strategy_and_knobs(name, round(made.shape.all_bytes(16) * budget / 100), look_ahead)
-    if found is None:
-        return None
+    made: Stream, budget: float, strategy: Strategy, how: Mapping[str, int]
+) -> tuple[float, float, float]:
+    """Milliseconds a token, activations/s, hit ratio."""
     runs = []
     for _ in range(how["repeats"]):
-        live = _scheduler(made, *found)
+        live = _scheduler(made, strategy, budget)
         tokens = [_token(live, made, at) for at in range(how["warm"] + how["tokens"])]
         runs.append(np.sum(tokens[how["warm"] :], axis=0))
     seconds, hits, requests = np.median(runs, axis=0).tolist()

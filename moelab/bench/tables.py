@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import re
 from collections.abc import Callable, Mapping
@@ -129,17 +128,6 @@ def circumstances() -> dict[str, Any]:
 def as_json(record: Any) -> str:
     """A record as the text of a JSON file."""
     return json.dumps(record, indent=2) + "\n"
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Write a file that is always whole: beside its place first, then renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, "utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
 
 
 def _processor() -> str:

@@ -58,11 +58,8 @@ def calibrate(
     """
     if name not in NAMES:
         raise ValueError(f"{name!r} has no calibration; these have: {', '.join(NAMES)}")
-    maker, store, used = (
-        import_module(f"moelab.calibration.{name}"),
-        lab._store,
-        texts_of(lab, texts),
-    )
+    maker = import_module(f"moelab.calibration.{name}")
+    store, used = lab._store, texts_of(lab, texts)
     made_from = {"texts": digest_of(used), **maker.made_from(lab, **options)}
     made_from = json.loads(json.dumps(made_from))
     found = None if again else find_profile(store, name, made_from)

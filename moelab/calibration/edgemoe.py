@@ -27,13 +27,13 @@ from tqdm.auto import tqdm
 from moelab.calibration.hobbit import gate_accuracy
 from moelab.calibration.probes import Evaluator, record
 from moelab.calibration.profile import Kept, once
-from moelab.scheduling.strategy import Key
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.strategies.edgemoe import (
     TOLERATED,
     Before,
     Experts,
     PathTable,
+    Place,
     Sensitivity,
     activated,
     assign,
@@ -56,39 +56,24 @@ CURVE_POINTS = 8
 
 
 class Measured:
-    """The loss of an assignment of bits; each is measured once, and kept on disk.
+    """The loss of an assignment of bits; each is measured once and kept on disk by its name.
 
-    Parameters
-    ----------
-    evaluator
-        Gives the mean NLL for key -> bits.
-    best
-        Bits of full precision.
-    kept
-        An interrupted calibration goes on from there.
-    done
-        Called once for each name (a progress bar).
-    on
-        Which texts these are; part of the name on disk.
+    The evaluator gives the mean NLL for key -> bits, ``best`` are the bits of full precision,
+    ``done`` is called once for each name (a progress bar), ``on`` begins the names on disk.
     """
 
     def __init__(
-        self,
-        evaluator: Evaluator,
-        best: int,
-        kept: Kept,
-        done: Callable[[], object],
-        on: str = "",
+        self, evaluator: Evaluator, best: int, kept: Kept, done: Callable[[], object], on: str = ""
     ) -> None:
         self._evaluator, self._kept, self._done, self._on = evaluator, kept, done, on
         self._known: dict[str, float] = {}
         self._full = self._nll("full", lambda _: best)
 
-    def __call__(self, name: str, bits: Callable[[Key], int]) -> float:
+    def __call__(self, name: str, bits: Callable[[Place], int]) -> float:
         """Relative rise of perplexity; ``name`` says which assignment it is."""
         return math.exp(self._nll(name, bits) - self._full) - 1
 
-    def curve(self, order: Sequence[Key], low: int, high: int, k: int) -> float:
+    def curve(self, order: Sequence[Place], low: int, high: int, k: int) -> float:
         """Loss with the ``k`` first of ``order`` at ``low`` and the others at ``high``."""
         if k in (0, len(order)):
             return self.level(low if k else high)
@@ -98,7 +83,7 @@ class Measured:
         """Loss with every expert at ``bits``."""
         return self(f"level {bits}", lambda _: bits)
 
-    def _nll(self, name: str, bits: Callable[[Key], int]) -> float:
+    def _nll(self, name: str, bits: Callable[[Place], int]) -> float:
         if name not in self._known:
             measure = partial(self._evaluator.loss, bits)
             self._known[name] = once(self._kept, self._on + name, measure)
@@ -108,13 +93,11 @@ class Measured:
 
 def importance(loss: Measured, experts: Sequence[int], low: int, others: int) -> list[list[float]]:
     """Loss with one expert at ``low`` while all others are at ``others`` bits, ``[S][E]``."""
-    return [
-        [
-            loss(f"importance {layer}.{e}", lambda key, at=(layer, e): low if key == at else others)
-            for e in range(count)
-        ]
-        for layer, count in enumerate(experts)
-    ]
+
+    def one(*at: int) -> float:
+        return loss("importance {}.{}".format(*at), lambda key: low if key == at else others)
+
+    return [[one(layer, e) for e in range(count)] for layer, count in enumerate(experts)]
 
 
 def sensitivity(
@@ -174,8 +157,7 @@ def accuracy(table: PathTable, run: Trace) -> dict[str, Any]:
         known key has two, one, no previous layers.
     """
     shape, most = run.shape, max(run.shape.experts)
-    found, known = Counter[int](), Counter[int | None]()
-    asked, of_layer = Counter[int](), Counter[int]()
+    found, known, asked, of_layer = Counter[int](), Counter(), Counter[int](), Counter[int]()
     for layer, before, chosen in sightings(run.steps):
         known[table.known(layer, before)] += 1
         place = {e: n for n, (e, _) in enumerate(table.probabilities(layer, before))}
@@ -256,10 +238,9 @@ def make(
         evaluator = Evaluator(lab, held_out, max_tokens=made["max_tokens"])
         loss = Measured(evaluator, best, kept, bar.update, "held out: ")
         bits = Sensitivity.of(data).bits(tolerated)
-        data["held_out"] = {
-            "levels": {str(level): loss.level(level) for level in levels},
-            "assigned": loss(f"assigned for {tolerated}", bits.__getitem__),
-        }
+        assigned = loss(f"assigned for {tolerated}", bits.__getitem__)
+        of_levels = {str(level): loss.level(level) for level in levels}
+        data["held_out"] = {"levels": of_levels, "assigned": assigned}
         walked = once(kept, "paths", lambda: paths(lab, counted, held_out))
         bar.total = bar.n + 1
         bar.update()

@@ -29,7 +29,6 @@ from moelab.calibration.profile import Kept, once
 from moelab.scheduling.events import LOAD, SKIP
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, Strategy
-from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import Trace
 from moelab.settings import parse_budget
 from moelab.strategies.basics import LFU, LRU
@@ -52,24 +51,12 @@ Weights = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one strategy did over the decoded tokens of a trace.
-
-    Attributes
-    ----------
-    tokens
-        How many.
-    missed
-        Unimportance score s of every request that missed.
-    shares
-        Of the misses: loaded high, loaded low, skipped.
-    penalty
-        Miss penalty per token.
-    """
+    """What one strategy did over the decoded tokens of a trace."""
 
     tokens: int
-    missed: list[float]
-    shares: dict[str, float]
-    penalty: float
+    missed: list[float]  # unimportance s of every request that missed
+    shares: dict[str, float]  # of the misses: loaded high, loaded low, skipped
+    penalty: float  # miss penalty per token
 
 
 def decide(trace: Trace, strategy: Strategy, knobs: Knobs) -> Outcome:
@@ -124,9 +111,7 @@ def thresholds(trace: Trace, outcome: Callable[[float, float], Outcome]) -> tupl
 # -- the weights ---------------------------------------------------------------------------------
 
 
-def least_penalty(
-    penalty: Callable[[Weights], float],
-) -> tuple[Weights, dict[Weights, float]]:
+def least_penalty(penalty: Callable[[Weights], float]) -> tuple[Weights, dict[Weights, float]]:
     """The weights of least penalty, and the penalty of every point that was looked at.
 
     A grid in quarters over the simplex (35 points), then from the best one steps of an eighth and
@@ -175,7 +160,7 @@ def gate_accuracy(trace: Trace) -> dict[str, dict[str, Any]]:
     for i, given in enumerate(trace.steps):
         for ahead in given.look_ahead:
             far = ahead.layer - given.layer
-            guess = [r.expert for r in ranked(ahead.experts, ahead.weights)]
+            guess = [r.expert for r in ahead.requests()]
             truth = [r.expert for r in trace.steps[i + far].requests()]
             if guess and truth:
                 rows = first.setdefault(far, [[] for _ in range(trace.shape.layers - far)])
@@ -230,15 +215,9 @@ def made_from(
         raise ValueError(f"high={best}, low={low}: choose two of {tiers}, the lower as low")
     if depth not in range(AHEAD + 1):
         raise ValueError(f"depth={depth!r}: layers to look ahead, 0 to {AHEAD}")
-    return {
-        "max_tokens": max_tokens,
-        "budget_bytes": parse_budget(budget, lab._shape),
-        "high": best,
-        "low": low,
-        "high_share": high_share,
-        "depth": depth,
-        "shares": SHARES,
-    }
+    made = {"max_tokens": max_tokens, "budget_bytes": parse_budget(budget, lab._shape)}
+    made |= {"high": best, "low": low, "high_share": high_share, "depth": depth}
+    return made | {"shares": SHARES}
 
 
 def make(
@@ -250,8 +229,11 @@ def make(
     -------
     dict
         ``t1``, ``t2``, ``weights``; ``t1_all``, ``t2_all`` quantiles over all requests instead of
-        misses; ``calibration`` and ``held_out``, see `_judged`; ``gates``, see `gate_accuracy`;
-        ``search`` every point looked at, (w_lru, w_lfu, w_lhu, w_fld, miss penalty per token).
+        misses; ``gates``, see `gate_accuracy`; ``search`` every point looked at, (w_lru, w_lfu,
+        w_lhu, w_fld, miss penalty per token). ``calibration`` and ``held_out`` are what was done
+        over those texts: ``tokens``; with prefetching off ``shares`` of the misses, ``missed`` (101
+        quantiles of their s) and ``penalty`` per token of hobbit, equal (weights), lru, lfu;
+        ``penalty_ahead`` with it on.
     """
     halves = zip(*map(_halves, texts), strict=True)
     trace, held_out = (
@@ -278,20 +260,29 @@ def make(
 
         weights, seen = least_penalty(penalty)
         bar.total = bar.n
-    contenders = _contenders(weights, share)
-    judged = [
-        [{n: decided(on, s, t1, t2, ahead) for n, s in contenders.items()} for ahead in (0, depth)]
-        for on in (trace, held_out)
-    ]
+    strategy = hobbit(weights=weights, high_share=share)
+    evicts = {"equal": FourTerms(*EQUAL), "lru": LRU(), "lfu": LFU()}
+    contenders = {"hobbit": strategy} | {n: strategy.replace(evict=e) for n, e in evicts.items()}
+
+    def judged(on: Trace) -> dict[str, Any]:
+        alone, ahead = (
+            {n: decided(on, s, t1, t2, layers) for n, s in contenders.items()}
+            for layers in (0, depth)
+        )
+        missed = np.quantile(alone["hobbit"].missed or [0.0], np.linspace(0, 1, 101))
+        return {
+            "tokens": alone["hobbit"].tokens,
+            "shares": alone["hobbit"].shares,
+            "missed": missed.round(4).tolist(),
+            "penalty": {name: out.penalty for name, out in alone.items()},
+            "penalty_ahead": {name: out.penalty for name, out in ahead.items()},
+        }
+
     t1_all, t2_all = quantiles(scores(trace))
-    return {
-        "t1": t1,
-        "t2": t2,
-        "weights": list(weights),
-        "t1_all": t1_all,
-        "t2_all": t2_all,
-        "calibration": _judged(*judged[0]),
-        "held_out": _judged(*judged[1]),
+    found = {"t1": t1, "t2": t2, "weights": list(weights), "t1_all": t1_all, "t2_all": t2_all}
+    return found | {
+        "calibration": judged(trace),
+        "held_out": judged(held_out),
         "gates": gate_accuracy(held_out),
         "search": [[*point, value] for point, value in sorted(seen.items())],
     }
@@ -302,26 +293,3 @@ def _halves(text: str) -> tuple[str, str]:
     middle = text.find(" ", len(text) // 2)
     cut = len(text) // 2 if middle < 0 else middle
     return text[:cut], text[cut:]
-
-
-def _contenders(weights: Weights, share: float) -> dict[str, Strategy]:
-    """The calibrated strategy, and others that differ in who leaves."""
-    strategy = hobbit(weights=weights, high_share=share)
-    evicts = {"equal": FourTerms(*EQUAL), "lru": LRU(), "lfu": LFU()}
-    return {"hobbit": strategy} | {n: strategy.replace(evict=e) for n, e in evicts.items()}
-
-
-def _judged(alone: dict[str, Outcome], ahead: dict[str, Outcome]) -> dict[str, Any]:
-    """What each contender did over a trace, with prefetching off and on.
-
-    ``tokens``; with prefetching off ``shares`` of the misses, ``missed`` (101 quantiles of their s)
-    and ``penalty`` per token of hobbit, equal (weights), lru, lfu; ``penalty_ahead`` with it on.
-    """
-    ours = alone["hobbit"]
-    return {
-        "tokens": ours.tokens,
-        "shares": ours.shares,
-        "missed": np.quantile(ours.missed or [0.0], np.linspace(0, 1, 101)).round(4).tolist(),
-        "penalty": {name: out.penalty for name, out in alone.items()},
-        "penalty_ahead": {name: out.penalty for name, out in ahead.items()},
-    }

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from moelab.engine.generation import Stream
-from moelab.runs.quality import kl_divergence
 from moelab.scheduling.stream import LookAhead
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.store.codecs import decode
 
 if TYPE_CHECKING:
     from moelab.lab import Lab
+    from moelab.strategies.edgemoe import Place
 
 
 def texts_of(lab: Lab, texts: Sequence[str] | None) -> list[str]:
@@ -49,14 +49,7 @@ def digest_of(texts: Sequence[str]) -> str:
 class Evaluator:
     """Quality of the model with each expert at bits of its own, on a few texts.
 
-    Parameters
-    ----------
-    lab
-        Nothing may run in it.
-    texts
-        Default: the model's own probe texts.
-    max_tokens
-        Tokens taken of each text.
+    Nothing may run in the lab. By default on the model's own probe texts, so many tokens of each.
     """
 
     def __init__(
@@ -64,32 +57,16 @@ class Evaluator:
     ) -> None:
         self._engine = lab._engine
         self._ids = [lab._encode(t)[:max_tokens] for t in texts_of(lab, texts)]
-        self._full: list[torch.Tensor] | None = None
 
-    @property
-    def tokens(self) -> int:
-        """Tokens predicted: all but the first of each text."""
-        return sum(len(ids) - 1 for ids in self._ids)
-
-    def loss(self, bits: Callable[[tuple[int, int]], int] | None = None) -> float:
+    def loss(self, bits: Callable[[Place], int] | None = None) -> float:
         """Mean next-token loss in nats; ``bits`` from (layer, expert) to a tier, 0 for nothing."""
         total = 0.0
-        for ids, logits in zip(self._ids, self._logits(bits), strict=True):
-            targets = torch.tensor(ids[1:])
-            total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-        return total / self.tokens
-
-    def kl(self, bits: Callable[[tuple[int, int]], int] | None = None) -> float:
-        """Mean KL(full || degraded) in nats."""
-        if self._full is None:
-            self._full = self._logits(None)
-        pairs = zip(self._full, self._logits(bits), strict=True)
-        return sum(float(kl_divergence(f, d).sum()) for f, d in pairs) / self.tokens
-
-    def _logits(self, bits: Callable[[tuple[int, int]], int] | None) -> list[torch.Tensor]:
-        """Logits ``[T - 1, V]`` of each text."""
         with self._engine.full_precision(bits):
-            return [Stream(self._engine).forward(ids, keep=len(ids))[:-1] for ids in self._ids]
+            for ids in self._ids:
+                logits = Stream(self._engine).forward(ids, keep=len(ids))[:-1]  # [T - 1, V]
+                targets = torch.tensor(ids[1:])
+                total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        return total / sum(len(ids) - 1 for ids in self._ids)
 
 
 def record(
@@ -124,13 +101,14 @@ def record(
 def _one_token(given: LayerInput, token: int) -> LayerInput:
     """One token's part of a layer that was asked about many."""
     ahead = tuple(LookAhead(a.layer, a.experts[token], a.weights[token]) for a in given.look_ahead)
+    own = slice(token, token + 1)
     return dataclasses.replace(
         given,
-        experts=given.experts[token : token + 1],
-        weights=given.weights[token : token + 1],
+        experts=given.experts[own],
+        weights=given.weights[own],
         prefill=token == 0,
         look_ahead=ahead if token else (),
-        norms=None if given.norms is None else given.norms[token : token + 1],
+        norms=None if given.norms is None else given.norms[own],
     )
 
 

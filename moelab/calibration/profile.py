@@ -84,11 +84,7 @@ class Partial(UserDict):
     """What an unfinished calibration has measured so far; survives an interruption.
 
     A mapping from a measurement's name to plain JSON, on disk within a second or so and at `save`.
-
-    Parameters
-    ----------
-    store, name, made_from
-        As of the profile in the making; what was begun from something else is forgotten.
+    What was begun from something else is forgotten.
     """
 
     def __init__(self, store: Store, name: str, made_from: dict[str, Any]) -> None:
@@ -123,13 +119,7 @@ def once(kept: Kept, name: str, measure: Callable[[], Any]) -> Any:
 
 
 class Strategies:
-    """Strategies by name for one store, with the calibrations there are.
-
-    Parameters
-    ----------
-    store
-        The model's.
-    """
+    """Strategies by name for one store, with the calibrations there are."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -204,8 +194,7 @@ def _write(store: Store, name: str, doc: dict[str, Any]) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / name, written(doc).encode())
+            return folder / name
         except OSError as error:
             failed = error
-            continue
-        return folder / name
     raise OSError(f"cannot write {name} beside {store.path} nor into the cache: {failed}")

@@ -61,12 +61,7 @@ def importances(lab: Lab, text: str, tokens: int, norms: Sequence[Sequence[float
 def renewed(scores: np.ndarray, start: np.ndarray, f: int, n: int) -> Iterator[list[int]]:
     """One layer's n virtual experts for each f tokens, as `VirtualExperts` ranks them.
 
-    Parameters
-    ----------
-    scores
-        Importance of each token, ``[T, E]``.
-    start
-        Importance to begin with, ``[E]``.
+    From the importance of each token, ``[T, E]``, and that to begin with, ``[E]``.
     """
     order = sorted(range(len(start)), key=lambda e: -start[e])
     for begin in range(0, len(scores), f):
@@ -80,16 +75,9 @@ def renewed(scores: np.ndarray, start: np.ndarray, f: int, n: int) -> Iterator[l
 
 
 class ShortLayer:
-    """Measures a model of which one layer keeps only a few experts.
+    """Measures a model, at full precision, of which one layer keeps only a few experts.
 
-    Parameters
-    ----------
-    engine
-        At full precision while this works.
-    texts
-        Token ids ``[text][position]``.
-    scores
-        Of each text, see `importances`.
+    From texts as token ids ``[text][position]`` and the `importances` of each.
     """
 
     def __init__(
@@ -135,9 +123,8 @@ class ShortLayer:
 def numbers_kept(top_k: int, experts: int) -> tuple[int, ...]:
     """Where quality is measured: denser where few are kept, because it bends there."""
     parts = (round(experts * part) for part in (1 / 4, 3 / 8, 1 / 2, 3 / 4))
-    return tuple(
-        sorted({top_k, min(top_k + 1, experts), experts, *(n for n in parts if n > top_k)})
-    )
+    more = (n for n in parts if n > top_k)
+    return tuple(sorted({top_k, min(top_k + 1, experts), experts, *more}))
 
 
 # -- 3: latency -------------------------------------------------------------------------------
@@ -204,14 +191,8 @@ def plans(lab: Lab, estimates: Estimates, percent: Sequence[int], nats: float, s
     shape, made = lab._shape, dict[int, Plan]()
     for slots in sorted({part * sum(shape.experts) // 100 for part in percent}):
         if slots >= shape.layers * shape.top_k:
-            made[slots] = plan_within(
-                estimates,
-                slots,
-                shape,
-                nats_per_slowdown=nats,
-                start=list(made.values()),
-                seed=seed,
-            )
+            own = {"nats_per_slowdown": nats, "start": list(made.values()), "seed": seed}
+            made[slots] = plan_within(estimates, slots, shape, **own)
     return {
         str(slots): {
             "f": plan.f,
@@ -254,14 +235,8 @@ def made_from(
     seed
         Of the genetic search.
     """
-    return {
-        "max_tokens": max_tokens,
-        "every": sorted(every),
-        "percent": sorted(percent),
-        "nats_per_slowdown": nats_per_slowdown,
-        "device": device,
-        "seed": seed,
-    }
+    made = {"max_tokens": max_tokens, "every": sorted(every), "percent": sorted(percent)}
+    return made | {"nats_per_slowdown": nats_per_slowdown, "device": device, "seed": seed}
 
 
 def make(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import uuid
 from importlib import util
 from pathlib import Path
@@ -26,37 +25,10 @@ EXTENSIONS = (
     "@jupyter-widgets/jupyterlab-manager",  # for the modules it shares
     "@voila-dashboards/widgets-manager8",
 )
-TEMPLATE = {
-    "conf.json": '{"base_template": "lab"}',
-    # Voila's own template without the style sheets that it fetches from the internet
-    "index.html.j2": """\
-{%- extends 'lab/index.html.j2' -%}
-{%- block notebook_css -%}
-{{ resources.include_js("static/voila-style.js") }}
-{{ spinner.css() }}
-{{ super.super() }}
-<style>
-  #rendered_cells > div { max-width: 1800px; margin: 0 auto; padding: 0 12px }
-  #rendered_cells h1 { font-size: 1.4em; margin: 0 } #rendered_cells p { margin: 4px 0 0 }
-</style>
-{%- endblock notebook_css -%}
-""",
-    "error.html": """\
-<!DOCTYPE html><html lang="en"><meta charset="utf-8">
-<meta name="color-scheme" content="light dark"><title>moelab</title>
-<body style="font: 1.2em system-ui; max-width: 40em; margin: 4em auto; padding: 0 1em">
-<h1>moelab</h1><p role="alert">{{ status_message }}</p></body></html>
-""",
-}
-"""A template of ours: a class without internet sees the page as soon as one with it."""
-WELCOME = """\
-# moelab: a model with its experts on disk
-
-Press **Run**. While the text is written, drag the **budget** to the left: fewer experts stay in
-memory, and tokens begin to wait. Then choose a slower **device**, fewer **bits**, another
-**strategy**. Every change holds from the next token on.
-"""
-LAB = 'import moelab\n\nlab = moelab.open("demo", progress=False)\nlab.dashboard()\n'
+HOME = Path(__file__).parent
+"""Has what Voila looks for: `voila/templates/moelab`, a template that needs no internet."""
+NOTEBOOK = HOME / "voila" / "moelab.ipynb"
+"""What a visitor sees."""
 
 
 def places(max_visitors: int | None, free_bytes: int) -> int:
@@ -91,18 +63,6 @@ def announcement(visitors: int, free_bytes: int) -> str:
     if need > free_bytes:
         told += f". All of them would need {need / 1e9:.1f} GB: lower --max-visitors"
     return told
-
-
-def write_notebook(folder: Path) -> Path:
-    """The small notebook that a visitor sees."""
-    import nbformat
-    from nbformat import v4 as nb
-
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    cells = [nb.new_markdown_cell(WELCOME), nb.new_code_cell(LAB)]
-    made = folder / "moelab.ipynb"
-    nbformat.write(nb.new_notebook(cells=cells, metadata={"kernelspec": kernel}), made)
-    return made
 
 
 def serve(
@@ -142,7 +102,7 @@ def serve(
         raise ImportError("Voila is not installed here; run: pip install 'moelab[serve]'")
     import psutil
 
-    from moelab.checks import memory_limit_bytes
+    from moelab.health import memory_limit_bytes
 
     if notebook is not None and not notebook.is_file():
         raise ValueError(f"there is no notebook {notebook}")
@@ -151,22 +111,11 @@ def serve(
     print(f"moelab: {announcement(visitors, free)}", flush=True)
     if ip not in {"127.0.0.1", "localhost", "::1"}:
         print(f"moelab: listening on {ip}: whoever reaches this machine may use it", flush=True)
-    with tempfile.TemporaryDirectory(prefix="moelab-serve-") as folder:
-        _write_template(Path(folder))
-        if notebook is None:
-            notebook = write_notebook(Path(folder))
-            _warm_up()
-        _run_voila(notebook, visitors, ip, port, open_browser=open_browser)
-
-
-def _write_template(folder: Path) -> None:
-    """Put the template where Voila looks for templates."""
-    home = folder / "voila" / "templates" / "moelab"
-    home.mkdir(parents=True)
-    for name, text in TEMPLATE.items():
-        (home / name).write_text(text, "utf-8")
     more = os.environ.get("JUPYTER_PATH")
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(folder), more)))
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(HOME), more)))
+    if notebook is None:
+        _warm_up()
+    _run_voila(notebook or NOTEBOOK, visitors, ip, port, open_browser=open_browser)
 
 
 def _warm_up() -> None:

@@ -154,7 +154,7 @@ def _config(dense: Any, shape: Shape, top_k: int) -> Any:
     )
     settings: dict[str, Any] = {name: getattr(theirs, name) for name in kept.split()}
     result = Glm4MoeConfig(
-        **{**settings, "head_dim": attention.head_dim},
+        **settings | {"head_dim": attention.head_dim},
         rope_parameters={**theirs.rope_parameters, "partial_rotary_factor": 1.0},
         attention_bias=attention.q_proj.bias is not None,
         moe_intermediate_size=width,
@@ -215,11 +215,8 @@ def _corrected(weight: torch.Tensor, key: str, delta: Delta) -> torch.Tensor:
 
 def _experts(mlp: Any, key: str, delta: Delta) -> dict[str, torch.Tensor]:
     """One layer's tensors under Glm4Moe's names."""
-    order, shared, count = (
-        delta.tensors[f"{key}.order"].long(),
-        delta.shape.shared,
-        delta.shape.experts,
-    )
+    order = delta.tensors[f"{key}.order"].long()
+    shared, count = delta.shape.shared, delta.shape.experts
     gate_up = torch.cat([mlp.gate_proj.weight[order], mlp.up_proj.weight[order]])
     gate, up = _corrected(gate_up, f"{key}.gate_up", delta).chunk(2)  # [F, D]
     down = _corrected(mlp.down_proj.weight[:, order], f"{key}.down", delta)  # [D, F]

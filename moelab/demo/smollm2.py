@@ -94,15 +94,11 @@ def load_dense() -> tuple[Any, Any]:
     if reason := missing():
         raise ImportError(f"{NAME} cannot be built: {reason}")
     file = _wheel_files()[0]
-    local = {"gguf_file": file.name, "local_files_only": True}
+    local: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     tokenizer = hf.AutoTokenizer.from_pretrained(file.parent, **local)
-    read = hf.AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        dtype=torch.float32,
-        device_map="cpu",
-        quantization_config=hf.GgufConfig(dequantize=True),
-        **local,
-    )
+    plain = {"dtype": torch.float32, "quantization_config": hf.GgufConfig(dequantize=True)}
+    options = {"device_map": "cpu", **plain, **local}
+    read = hf.AutoModelForCausalLM.from_pretrained(file.parent, **options)
     settings = read.config.to_dict()
     settings.pop("quantization_config", None)  # the weights are plain float32 now
     with torch.device("meta"):

@@ -98,12 +98,7 @@ class EventLog:
 
     def frame(self) -> pd.DataFrame:
         """All events so far as a DataFrame; ``kind`` and ``cause`` are words."""
-        import pandas as pd
-
-        frame = pd.DataFrame.from_records(self.records(), columns=DTYPE.names)
-        frame["kind"] = pd.Categorical.from_codes(frame["kind"].astype("int8"), categories=KINDS)
-        frame["cause"] = np.array(CAUSES, object)[frame["cause"]]
-        return frame
+        return as_frame(self.records())
 
     def to_perfetto(self, path: str | Path) -> Path:
         """Write loads, prefetches and stalls as Chrome trace JSON (open in ui.perfetto.dev)."""
@@ -126,3 +121,13 @@ class EventLog:
             )
         path.write_text(json.dumps({"traceEvents": out, "displayTimeUnit": "ms"}))
         return path
+
+
+def as_frame(records: np.ndarray) -> pd.DataFrame:
+    """Records of events as a DataFrame; ``kind`` and ``cause`` are words."""
+    import pandas as pd
+
+    frame = pd.DataFrame.from_records(records, columns=DTYPE.names)
+    frame["kind"] = pd.Categorical.from_codes(frame["kind"].astype("int8"), categories=KINDS)
+    frame["cause"] = np.array(CAUSES, object)[frame["cause"]]
+    return frame

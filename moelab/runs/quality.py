@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,66 +46,43 @@ class Score:
     perplexity_ratio: float
 
 
-class Scorer:
-    """Collects (full logits, degraded logits, true next token) and sums them up."""
-
-    def __init__(self) -> None:
-        self._kl: list[float] = []
-        self._same: list[bool] = []
-        self._nll: list[tuple[float, float]] = []
-
-    def add(self, full: torch.Tensor, degraded: torch.Tensor, target: int) -> float:
-        """One position: logits ``[V]`` of both and the token that follows; returns its KL."""
-        kl = float(kl_divergence(full, degraded))
-        self._kl.append(kl)
-        self._same.append(bool(full.argmax() == degraded.argmax()))
-        nll = [-float(torch.log_softmax(x.double(), -1)[target]) for x in (full, degraded)]
-        self._nll.append((nll[0], nll[1]))
-        return kl
-
-    def score(self) -> Score:
-        """The sum.
-
-        Raises
-        ------
-        ValueError
-            Nothing was added: the text is shorter than two tokens.
-        """
-        if not self._kl:
-            raise ValueError("nothing to score: the text needs at least two tokens")
-        full, degraded = (math.exp(float(np.mean(x))) for x in zip(*self._nll, strict=True))
-        return Score(
-            tokens=len(self._kl),
-            kl_mean=float(np.mean(self._kl)),
-            kl_median=float(np.median(self._kl)),
-            kl_p99=float(np.quantile(self._kl, 0.99)),
-            same_top1=float(np.mean(self._same)),
-            perplexity=degraded,
-            perplexity_full=full,
-            perplexity_ratio=degraded / full,
-        )
-
-
 def score_ids(engine: Engine, texts: Sequence[Sequence[int]], *, progress: bool = True) -> Score:
-    """Score token ids ``[text][position]`` teacher-forced.
+    """Score token ids ``[text][position]`` teacher-forced, two or more of each text.
 
     An emulated device is not waited for, unless the strategy goes by what has landed.
     """
     from tqdm.auto import tqdm
 
-    scorer = Scorer()
+    kl, same, nll = [], [], []
     if "in_flight" not in engine.scheduler.strategy.observes:
         engine.loader.use("disk")
     try:
         with tqdm(total=sum(map(len, texts)), disable=not progress, desc="score") as bar:
             for ids in texts:
-                _score(engine, ids, scorer, bar)
+                for full, served, target in _decoded(engine, ids, bar):
+                    kl.append(float(kl_divergence(full, served)))
+                    same.append(bool(full.argmax() == served.argmax()))
+                    logs = [torch.log_softmax(x.double(), -1) for x in (full, served)]
+                    nll.append([-float(log[target]) for log in logs])
     finally:
         engine.loader.use(engine.settings.device)
-    return scorer.score()
+    full, degraded = np.exp(np.mean(nll, axis=0)).tolist()
+    return Score(
+        tokens=len(kl),
+        kl_mean=float(np.mean(kl)),
+        kl_median=float(np.median(kl)),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        same_top1=float(np.mean(same)),
+        perplexity=degraded,
+        perplexity_full=full,
+        perplexity_ratio=degraded / full,
+    )
 
 
-def _score(engine: Engine, ids: Sequence[int], scorer: Scorer, bar: tqdm) -> None:
+def _decoded(
+    engine: Engine, ids: Sequence[int], bar: tqdm
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """At each position: full logits ``[V]``, those served, and the token that follows."""
     from moelab.engine.generation import Decoder, Reference  # the kernels are heavy
 
     engine.new_sequence(record=False)
@@ -119,5 +95,5 @@ def _score(engine: Engine, ids: Sequence[int], scorer: Scorer, bar: tqdm) -> Non
             logits = decoder.step([token])
             engine.end_of_token()
             if start + i + 1 < len(ids):
-                scorer.add(full[i], logits, ids[start + i + 1])
+                yield full[i], logits, ids[start + i + 1]
             bar.update()

@@ -10,6 +10,8 @@ T tokens, L layers, E experts of a layer, K active experts.
 from __future__ import annotations
 
 import functools
+import math
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 import moelab
+from moelab.engine.log import as_frame
 from moelab.replays.why import by_row, until
-from moelab.runs.blame import blame
 from moelab.runs.schema import EVENTS, GATES, decoded, embedded, encoded, pack, unpack
 from moelab.runs.snapshot import RunReader
 from moelab.runs.tokens import COLUMNS
-from moelab.scheduling.events import CAUSE, CAUSES, CODES, DTYPE, KINDS, NONE
+from moelab.scheduling import events as codes
 from moelab.store.paths import write_atomically
 
 if TYPE_CHECKING:
@@ -32,6 +34,13 @@ if TYPE_CHECKING:
 
 SUFFIX = ".moelab.json.gz"
 Evictions = dict[str, dict[str, Any]]
+OUTCOMES = ("skip", "substitute", "downgrade", "load", "prefetched", "hit")
+"""Not served · by another expert · at fewer bits than asked · read now · read ahead · was there."""
+
+_NAMES = (
+    *("layer", "expert", "weight", "outcome", "served", "bits_asked", "bits", "bytes", "cause"),
+    "wait_ms",
+)
 
 
 class Recording:
@@ -71,7 +80,7 @@ class Recording:
             "events": events | columns,
             "gates": gates | {name: encoded(gates[name], GATES[name]) for name in known},
         }
-        rows = np.flatnonzero(events["kind"] == CODES["evict"])
+        rows = np.flatnonzero(events["kind"] == codes.EVICT)
         trace = until(run.trace, len(read["pieces"]))
         return cls(document, lambda: by_row(trace, rows))
 
@@ -167,22 +176,17 @@ class Recording:
     def records(self) -> np.ndarray:
         """The events as records of `moelab.scheduling.events.DTYPE`."""
         e = self.document["events"]
-        out = np.empty(e["count"], DTYPE)
+        out = np.empty(e["count"], codes.DTYPE)
         for name, dtype in EVENTS.items():
             out[name] = decoded(e[name], dtype)
-        codes = np.array([CAUSE.get(word, NONE) for word in (*e["causes"], "")], "u1")
-        out["cause"] = codes[out["cause"]]
+        known = np.array([codes.CAUSE.get(word, codes.NONE) for word in (*e["causes"], "")], "u1")
+        out["cause"] = known[out["cause"]]
         return out
 
     @property
     def events(self) -> pd.DataFrame:
         """Every event; the columns are those of `moelab.scheduling.events.DTYPE`."""
-        import pandas as pd
-
-        frame = pd.DataFrame.from_records(self.records, columns=DTYPE.names)
-        frame["kind"] = pd.Categorical.from_codes(frame["kind"].astype("int8"), categories=KINDS)
-        frame["cause"] = np.array(CAUSES, object)[frame["cause"]]
-        return frame
+        return as_frame(self.records)
 
     @functools.cached_property
     def figures(self) -> np.ndarray:
@@ -225,11 +229,11 @@ class Recording:
         Returns
         -------
         DataFrame
-            ``layer``, ``expert`` (as the router chose), gate ``weight``, ``outcome`` (one of
-            `moelab.runs.blame.OUTCOMES`), ``served`` (the expert that computed, -1: none),
-            ``bits_asked``, ``bits``, ``bytes`` (read on demand), ``wait_ms``, ``cause``. In
-            ``.attrs``: ``kl``, the likeliest tokens ``served`` and at ``full`` precision as
-            [text, probability], ``text``, ``total_ms``, ``evict_ms``.
+            ``layer``, ``expert`` (as the router chose), gate ``weight``, ``outcome`` (the
+            worst that happened, in the order of `OUTCOMES`), ``served`` (the expert that computed,
+            -1: none), ``bits_asked``, ``bits``, ``bytes`` (read on demand), ``wait_ms``,
+            ``cause``. In ``.attrs``: ``kl``, the likeliest tokens ``served`` and at ``full``
+            precision as [text, probability], ``text``, ``total_ms``, ``evict_ms``.
 
         Raises
         ------
@@ -242,7 +246,35 @@ class Recording:
         >>> len(table.query("layer == 0"))
         2
         """
-        return blame(self, token)
+        import pandas as pd
+
+        document, events, gates = self.document, self.records, self.gates
+        count = len(document["pieces"])
+        if not 0 <= token < count:
+            raise ValueError(f"there is no token {token}; there are 0 to {count - 1}")
+        low, high = np.searchsorted(events["token"], (token, token + 1))
+        rows = events[low:high]
+        out = []
+        steered = gates.get("wanted", gates["expert"])[token]
+        for layer, experts in enumerate(gates["expert"][token].tolist()):
+            here = rows[(rows["layer"] == layer) & (rows["at"] == layer)]
+            weights = gates["weight"][token, layer].tolist()
+            chosen = {e: w for e, w in zip(experts, weights, strict=True) if e >= 0}
+            out += _layer(layer, here, chosen, [e for e in steered[layer].tolist() if e >= 0])
+        frame = pd.DataFrame(out, columns=list(_NAMES))
+        values = self.figures[:, token]
+        kl = float(values[COLUMNS.index("kl")])
+        late = rows[(rows["kind"] == codes.STALL) & (rows["cause"] == codes.EVICTED_LATE)]
+        frame.attrs = {
+            "token": token,
+            "text": document["pieces"][token],
+            "kl": None if math.isnan(kl) else kl,
+            "served": document["top"]["served"][token],
+            "full": document["top"]["full"][token],
+            "total_ms": float(values[COLUMNS.index("total_ms")]),
+            "evict_ms": float(late["dur_ms"].sum()),
+        }
+        return frame
 
     def cache_map(self, token: int = -1, layer: int | None = None) -> dict[str, np.ndarray]:
         """What was resident when ``layer`` of ``token`` had been decided, arrays ``[L, E]``.
@@ -278,11 +310,11 @@ class Recording:
         bits, loaded, used = np.zeros(size, np.uint8), *np.full((2, size), -1, np.int32)
         begun = np.array([start["layer"], start["expert"]], np.int64)
         bits[begun[0] * m["experts"] + begun[1]] = start["bits"]
-        coming = np.isin(kind, [CODES["load"], CODES["prefetch"]])
-        moved = coming | (kind == CODES["evict"])
+        coming = np.isin(kind, [codes.LOAD, codes.PREFETCH])
+        moved = coming | (kind == codes.EVICT)
         bits[cell[moved]] = np.where(coming, e["bits"], 0)[moved]  # of several the last one stays
         loaded[cell[coming]] = e["token"][coming]
-        serving = np.isin(kind, [CODES["hit"], CODES["load"], CODES["substitute"]])
+        serving = np.isin(kind, [codes.HIT, codes.LOAD, codes.SUBSTITUTE])
         used[cell[serving]] = e["token"][serving]
         uses = np.bincount(cell[serving], minlength=size).astype(np.int32)
         found = {"bits": bits, "loaded": loaded, "used": used, "uses": uses}
@@ -294,3 +326,49 @@ class Recording:
     def __repr__(self) -> str:
         d = self.document
         return f"<Recording of {d['model']['name']}, {len(d['ids'])} tokens: {self.text[:60]!r}>"
+
+
+def _layer(
+    layer: int, rows: np.ndarray, chosen: dict[int, float], wanted: list[int]
+) -> list[tuple]:
+    """The experts of one layer: those chosen by falling weight, then others of a prompt."""
+    outcomes: dict[int, dict[str, Any]] = {}
+    waits: dict[int, float] = defaultdict(float)
+    stand_ins, last = [], ""
+    for r in rows:
+        kind, expert = codes.KINDS[r["kind"]], int(r["expert"])
+        if kind in ("hit", "load", "skip"):
+            outcome = "prefetched" if r["cause"] == codes.PREFETCHED else kind
+            outcomes[expert] = _outcome(r, outcome, -1 if kind == "skip" else expert)
+        elif kind == "substitute":
+            stand_ins.append(r)
+        elif kind == "downgrade" and last != "substitute":  # noted right behind what it is about
+            outcomes[expert]["outcome"] = "downgrade"
+        elif kind == "stall" and r["cause"] != codes.EVICTED_LATE:
+            waits[expert] += float(r["dur_ms"])
+        last = kind
+    missing = sorted(chosen.keys() - outcomes.keys(), key=lambda e: -chosen[e])
+    if len(missing) == len(stand_ins):  # asked in this order; of a prompt some are not known
+        for expert, r in zip(missing, stand_ins, strict=True):
+            outcomes[expert] = _outcome(r, "substitute", int(r["expert"]))
+    instead = iter(e for e in wanted if e not in chosen)  # a mask or a bias steered the router
+    out = []
+    for expert, f in sorted(outcomes.items(), key=lambda item: -chosen.get(item[0], 0.0)):
+        asked = expert
+        if expert in chosen and expert not in wanted:
+            asked = next(instead, expert)
+            f["outcome"] = "substitute"
+        wait = waits.get(f["served"], 0.0)
+        out.append((layer, asked, chosen.get(expert, math.nan), *f.values(), wait))
+    return out
+
+
+def _outcome(r: np.void, outcome: str, served: int) -> dict[str, Any]:
+    return {
+        "outcome": outcome,
+        "served": served,
+        "bits_asked": int(r["bits_asked"]),
+        "bits": int(r["bits"]),
+        "bytes": int(r["bytes"]) if codes.KINDS[r["kind"]] == "load" else 0,
+        "cause": codes.CAUSES[r["cause"]],
+    }

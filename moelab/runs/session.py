@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import wait
 from typing import Any
 
+import numpy as np
+
 from moelab.engine.engine import Engine
-from moelab.engine.generation import Decoder, Reference, Sampler, likeliest
+from moelab.engine.generation import Decoder, Reference, Sampler, Sampling, likeliest
+from moelab.models.chat import Messages, encode, messages
 from moelab.runs.quality import kl_divergence
-from moelab.runs.run import Likeliest, Run
+from moelab.runs.run import Asked, Likeliest, Run
 from moelab.runs.tokens import Noted
 from moelab.settings import MakeStrategy, Settings
 from moelab.spelling import differences
 
 Changes = Mapping[int, Settings | Mapping[str, Any]]
 """Token -> settings from there on, as a whole or as in ``lab.update``."""
+
+WHY_PATIENCE_S = 10.0
+CLOSED = "this lab is closed; open it again"
 
 
 class Session:
@@ -33,10 +41,22 @@ class Session:
         Freshly opened.
     strategies
         Makes strategies by name, with what was measured of the model.
+    tokenizer, sampling
+        The model's own.
+    name
+        Of the model, for its runs.
     """
 
-    def __init__(self, engine: Engine, strategies: MakeStrategy) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        strategies: MakeStrategy,
+        tokenizer: Any,
+        sampling: Mapping[str, Any],
+        name: str,
+    ) -> None:
         self.engine, self.settings = engine, engine.settings
+        self.tokenizer, self._sampling, self._name = tokenizer, sampling, name
         self.run: Run | None = None
         self.closed = False
         self._strategies = strategies
@@ -46,7 +66,7 @@ class Session:
         """See `moelab.Lab.update`."""
         with self.lock:
             if self.closed:
-                raise RuntimeError("this lab is closed; open it again")
+                raise RuntimeError(CLOSED)
             new = self.settings.change(self.engine.shape, make=self._strategies, **changes)
             if self._busy.acquire(blocking=False):  # no run: obey at once
                 try:
@@ -74,7 +94,7 @@ class Session:
             last._done.wait()
         with self.lock:
             if self.closed:
-                raise RuntimeError("this lab is closed; open it again")
+                raise RuntimeError(CLOSED)
             if not self._busy.acquire(blocking=False):
                 raise RuntimeError("a run is going on; run.stop() it or run.join() first")
 
@@ -106,7 +126,7 @@ class Session:
         """Do something short if nobody is at work; a run that starts now waits for it."""
         with self.lock:
             if self.closed:
-                raise RuntimeError("this lab is closed; open it again")
+                raise RuntimeError(CLOSED)
             if self._busy.acquire(blocking=False):
                 try:
                     work()
@@ -124,17 +144,99 @@ class Session:
         self._busy.acquire()  # for good
         self.engine.close()
 
+    # -- what is in memory --------------------------------------------------------------------
+
+    def cache_map(self) -> dict[str, np.ndarray]:
+        """See `moelab.Lab.cache_map`."""
+        shape, cache = self.engine.shape, self.engine.scheduler.cache
+        flying = np.zeros(shape.n, bool)
+        flying[self.engine.in_flight()] = True
+        loaded = np.full(shape.n, -1, np.int32) if self.run is None else self.run.loaded()
+        found = {  # [n] each, and what stands where a layer has fewer experts than others
+            "bits": (cache.bits.astype(np.uint8), 0),
+            "in_flight": (flying & (cache.bits > 0), False),
+            "loaded": (loaded, -1),
+            "used": ((cache.last_token - 1).astype(np.int32), -1),
+            "uses": (cache.uses.astype(np.int32), 0),
+        }
+        out = {}
+        for name, (values, none) in found.items():
+            out[name] = np.full((shape.layers, max(shape.experts)), none, values.dtype)
+            out[name][shape.layer_of, shape.index_of] = values
+        return out
+
+    def why(self, layer: int) -> dict[int, dict[str, float]]:
+        """The evict decision's terms of each resident expert of a layer; also during a run."""
+        answer = self.engine.questions.why(layer)
+        give_up = time.monotonic() + WHY_PATIENCE_S
+        while not answer.done():
+            self.idle(lambda: self.engine.questions.answer(self.engine.scheduler))
+            if not answer.done() and time.monotonic() > give_up:
+                raise RuntimeError("the lab is busy and did not answer; ask again later")
+            wait([answer], timeout=0.02)
+        return answer.result()
+
     # -- making tokens ------------------------------------------------------------------------
 
-    def start(self, run: Run, changes: Changes) -> None:
-        """Generate in the background; the engine must be claimed and is released at the end."""
-        run.history.append((0, self.settings))
-        self.run = run
-        if self.closed:
-            run.stop()
-        work = threading.Thread(target=self._work, args=(run, dict(changes)), daemon=True)
-        work.name = "moelab-run"
-        work.start()
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text that is to be continued."""
+        if ids := self.tokenizer(text)["input_ids"]:
+            return list(ids)
+        raise ValueError("the prompt is empty; give at least one word")
+
+    def eos(self, *, chat: bool) -> set[int]:
+        """What ends a text; an answer ends with the tokenizer's own end of a turn as well."""
+        eos = self.engine.model.generation_config.eos_token_id
+        own = self.tokenizer.eos_token_id
+        eos = own if eos is None else eos
+        return (set(eos if isinstance(eos, list) else [eos]) | ({own} if chat else set())) - {None}
+
+    def start(
+        self,
+        prompt: str | Messages,
+        *,
+        max_new_tokens: int,
+        ignore_eos: bool,
+        chat: bool | None,
+        measure_kl: bool | None,
+        changes: Changes | None,
+        **sampling: Any,
+    ) -> Run:
+        """See `moelab.Lab.start`; of ``sampling`` None is as the model has it."""
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens!r}: a whole number, 1 or more")
+        for token in changes or {}:
+            if not isinstance(token, int) or token < 0:
+                raise ValueError(f"changes={{{token!r}: ...}}: a key is a token's number from 0")
+        said = messages(self.tokenizer, prompt, chat)
+        text = said[-1]["content"] if said else str(prompt)
+        ids = encode(self.tokenizer, said) if said else self.encode(text)
+        own = {"seed": self.settings.seed} | {k: v for k, v in sampling.items() if v is not None}
+        how = Sampling(**{**self._sampling, **own})
+        run = Run(
+            Asked(text, max_new_tokens, how, ignore_eos, said),
+            ids,
+            self.tokenizer,
+            set() if ignore_eos else self.eos(chat=bool(said)),
+            self.engine.shape,
+            model=self._name,
+            architecture=self.engine.store.manifest.architecture,
+        )
+        self.claim()
+        try:
+            if measure_kl is not None and measure_kl != self.settings.measure_kl:
+                self.update(measure_kl=measure_kl)
+            run.history.append((0, self.settings))
+            self.run = run
+            if self.closed:
+                run.stop()
+            work = threading.Thread(target=self._work, args=(run, dict(changes or {})), daemon=True)
+            work.name = "moelab-run"
+            work.start()
+        except BaseException:
+            self.release()
+            raise
+        return run
 
     def _work(self, run: Run, changes: dict[int, Settings | Mapping[str, Any]]) -> None:
         try:

@@ -18,10 +18,19 @@ import numpy as np
 import moelab
 from moelab.runs.schema import EVENTS, FORMAT
 from moelab.runs.tokens import COLUMNS, STALLS, row, titled
-from moelab.runs.words import in_words, merge_changes, plain, sentence
 from moelab.scheduling.events import AHEAD, CAUSES
 from moelab.scheduling.trace import LayerInput, Trace
-from moelab.spelling import changed, opened, short, shown, shown_strategy
+from moelab.spelling import (
+    changed,
+    in_words,
+    merge_changes,
+    opened,
+    plain,
+    sentence,
+    short,
+    shown,
+    shown_strategy,
+)
 from moelab.store.devices import DEVICES
 
 if TYPE_CHECKING:

@@ -24,7 +24,10 @@ _WAITS = (e.ON_DEMAND, e.LATE, e.EVICTED_LATE)
 STALLS = tuple(e.CAUSES[code] for code in _WAITS)
 """What a token may wait for."""
 
-COUNTS = ("bytes", "hits", "loads", "prefetches", "downgrades", "skips", "substitutes")
+COUNTED = {"hits": e.HIT, "loads": e.LOAD, "prefetches": e.PREFETCH, "downgrades": e.DOWNGRADE}
+COUNTED |= {"skips": e.SKIP, "substitutes": e.SUBSTITUTE}
+COUNTS = ("bytes", *COUNTED)
+NOTED = ("text", "kl", "resident_bytes", "budget_bytes", "device")
 COLUMNS = (
     *("total_ms", "compute_ms", "deciding_ms", *STALLS, "kl", *COUNTS),
     *("resident_bytes", "budget_bytes"),
@@ -134,15 +137,11 @@ class Tokens:
         total, deciding = 1e3 * noted.seconds, 1e3 * noted.deciding
         return TokenReport(
             token=token,
-            text=noted.text,
             total_ms=total,
             compute_ms=total - deciding - sum(sums["stall_ms"].values()),
             deciding_ms=deciding,
             **sums,
-            kl=noted.kl,
-            resident_bytes=noted.resident_bytes,
-            budget_bytes=noted.budget_bytes,
-            device=noted.device,
+            **{name: getattr(noted, name) for name in NOTED},
         )
 
 
@@ -163,13 +162,8 @@ def tally(rows: np.ndarray) -> dict[str, Any]:
         "stall_ms": {n: float(rows["dur_ms"][w].sum()) for n, w in waits.items() if w.any()},
         "bytes": sum(read),
         "hit_bytes": int(nbytes[(kind == e.HIT) | (kind == e.SUBSTITUTE)].sum()),
-        "hits": counts[e.HIT],
-        "loads": counts[e.LOAD],
-        "prefetches": counts[e.PREFETCH],
-        "downgrades": counts[e.DOWNGRADE],
-        "skips": counts[e.SKIP],
-        "substitutes": counts[e.SUBSTITUTE],
         "load_bytes": read[0],
+        **{name: counts[code] for name, code in COUNTED.items()},
     }
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import fmean
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import typer
@@ -55,41 +56,30 @@ def perplexity(model: Any, rows: Tensor) -> float:
     return round(math.exp(torch.stack(losses).mean()), 3)
 
 
-# ------------------------------------------------------------------------------- routing
-
-
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """What the routers saw and chose on one domain's windows."""
 
-    inputs: list[Tensor]  # L of [B, T, D]
-    experts: list[Tensor]  # L of [B, T, K], best first
-    weights: list[Tensor]  # L of [B, T, K]
-
-
-def _routers(model: Any) -> list[Any]:
-    return [layer.mlp.gate for layer in model.model.layers]
+    inputs: Tensor  # [L, B, T, D]
+    weights: Tensor  # [L, B, T, K]
+    experts: Tensor  # [L, B, T, K], best first
 
 
 @torch.no_grad()
 def routing_of(model: Any, rows: Tensor) -> Routing:
     """Run the windows and keep each router's input and choice."""
-    out = Routing([], [], [])
+    seen: list[tuple[Tensor, ...]] = []
 
     def keep(_module: Any, args: tuple[Tensor, ...], result: tuple[Tensor, ...]) -> None:
-        _, weight, index = result
         shape = (len(rows), rows.shape[1] - 1, -1)
-        out.inputs.append(args[0].reshape(shape))
-        out.experts.append(index.reshape(shape))
-        out.weights.append(weight.reshape(shape))
+        seen.append(tuple(values.reshape(shape) for values in (args[0], *result[1:])))
 
-    handles = [router.register_forward_hook(keep) for router in _routers(model)]
+    handles = [layer.mlp.gate.register_forward_hook(keep) for layer in model.model.layers]
     try:
         model.model(rows[:, :-1])
     finally:
         for handle in handles:
             handle.remove()
-    return out
+    return Routing(*map(torch.stack, zip(*seen, strict=True)))
 
 
 def chosen(index: Tensor, experts: int) -> Tensor:
@@ -97,43 +87,33 @@ def chosen(index: Tensor, experts: int) -> Tensor:
     return torch.zeros(*index.shape[:-1], experts).scatter_(-1, index, 1.0)
 
 
-def popularity(routing: Routing, experts: int) -> Tensor:
-    """Share of the activations each expert takes: [L, E]."""
-    return torch.stack([chosen(i, experts).mean((0, 1)) / i.shape[-1] for i in routing.experts])
-
-
-def skew(shares: dict[str, Tensor]) -> dict[str, Any]:
+def skew(routings: dict[str, Routing], experts: int) -> dict[str, Any]:
     """How uneven the routing is, within a domain and between domains."""
-    stacked = torch.stack(list(shares.values()))  # [domain, L, E]
-    experts = stacked.shape[-1]
-    mean = stacked.mean(0)
-    ranked = stacked.sort(-1, descending=True).values
+    means = [chosen(r.experts, experts).mean((1, 2)) for r in routings.values()]
+    shares = torch.stack(means) / next(iter(routings.values())).experts.shape[-1]  # [domain, L, E]
+    mean, quarter = shares.mean(0), experts // 4
 
     def entropy(p: Tensor) -> Tensor:
         return -(p * p.clamp_min(1e-12).log2()).sum(-1)
 
-    quarter = ranked[..., : experts // 4].sum(-1)  # [domain, L]
+    top = shares.topk(quarter, -1)[0].sum(-1)  # [domain, L]
     return {
-        "top_quarter_share": {d: _round(q) for d, q in zip(shares, quarter, strict=True)},
-        "top_quarter_share_all_domains": _round(
-            mean.sort(-1, descending=True).values[:, : experts // 4].sum(-1)
-        ),
-        "busiest_over_mean": _round(mean.max(-1).values * experts),
-        "idlest_over_mean": _round(mean.min(-1).values * experts),
-        "between_domains_bits": _round(entropy(mean) - entropy(stacked).mean(0)),
+        "top_quarter_share": {d: _round(q) for d, q in zip(routings, top, strict=True)},
+        "top_quarter_share_all_domains": _round(mean.topk(quarter, -1)[0].sum(-1)),
+        "busiest_over_mean": _round(mean.amax(-1) * experts),
+        "idlest_over_mean": _round(mean.amin(-1) * experts),
+        "between_domains_bits": _round(entropy(mean) - entropy(shares).mean(0)),
     }
 
 
 def reuse(routings: dict[str, Routing], experts: int) -> list[float]:
     """By layer: the share of a token's experts that the token before used too."""
-    layers = []
-    for i in range(len(next(iter(routings.values())).experts)):
-        rates = []
-        for routing in routings.values():
-            used = chosen(routing.experts[i], experts)
-            rates.append((used[:, 1:] * used[:, :-1]).sum() / used[:, 1:].sum())
-        layers.append(torch.stack(rates).mean())
-    return _round(torch.stack(layers))
+    rates = []
+    for routing in routings.values():
+        used = chosen(routing.experts, experts)  # [L, B, T, E]
+        after = used[:, :, 1:]
+        rates.append((after * used[:, :, :-1]).sum((1, 2, 3)) / after.sum((1, 2, 3)))
+    return _round(torch.stack(rates).mean(0))
 
 
 @torch.no_grad()
@@ -142,40 +122,37 @@ def look_ahead_recall(model: Any, routings: dict[str, Routing], width: int) -> l
 
     It is given the layer before's router input, and names `width` experts.
     """
-    gates, recalls = _routers(model), []
-    for i in range(1, len(gates)):
-        rates = []
-        for routing in routings.values():
-            early = F.linear(routing.inputs[i - 1], gates[i].weight).topk(width, -1).indices
-            named = chosen(early, gates[i].weight.shape[0])
-            rates.append(named.gather(-1, routing.experts[i]).mean())
-        recalls.append(torch.stack(rates).mean())
-    return _round(torch.stack(recalls))
+    gates = torch.stack([layer.mlp.gate.weight for layer in model.model.layers[1:]])  # [L-1, E, D]
+    recalls = []
+    for routing in routings.values():
+        early = torch.einsum("lbtd,led->lbte", routing.inputs[:-1], gates).topk(width, -1).indices
+        named = chosen(early, gates.shape[1])
+        recalls.append(named.gather(-1, routing.experts[1:]).mean((1, 2, 3)))
+    return _round(torch.stack(recalls).mean(0))
 
 
 def trace_of(routing: Routing, shape: Shape) -> Trace:
     """The windows one after the other, a step a token, as the scheduler sees them."""
     trace = Trace(shape)
-    index = torch.stack(routing.experts, 2).flatten(0, 1).tolist()  # [B · T, L, K]
-    weight = torch.stack(routing.weights, 2).flatten(0, 1).tolist()
-    for experts, weights in zip(index, weight, strict=True):
-        for layer, (e, w) in enumerate(zip(experts, weights, strict=True)):
-            trace.steps.append(LayerInput(layer, (tuple(e),), (tuple(w),)))
+    index, weight = (part.flatten(1, 2) for part in (routing.experts, routing.weights))
+    for token in range(index.shape[1]):
+        for layer in range(len(index)):
+            row, weights = (tuple(part[layer, token].tolist()) for part in (index, weight))
+            trace.steps.append(LayerInput(layer, (row,), (weights,)))
     return trace
 
 
-def hit_ratios(routings: dict[str, Routing], shape: Shape, share: float) -> dict[str, float]:
+def hit_ratios(traces: list[Trace], share: float) -> dict[str, float]:
     """Mean over domains, with room for `share` of all experts in one pool; c/N is `share`."""
-    capacity = round(share * sum(shape.experts))
-    knobs = Knobs(capacity * shape.nbytes[16])  # bytes
-    totals = dict.fromkeys((*POLICIES, "belady"), 0.0)
-    for routing in routings.values():
-        trace = trace_of(routing, shape)
-        for name in POLICIES:
-            totals[name] += replay(trace, getattr(strategies, name)(), knobs).hit_ratio
-        hits, asked = belady_hits(trace, capacity)
-        totals["belady"] += hits / asked
-    return {name: round(total / len(routings), 4) for name, total in totals.items()}
+    capacity = round(share * sum(traces[0].shape.experts))
+    knobs = Knobs(capacity * traces[0].shape.nbytes[16])  # bytes
+    found = {
+        name: [replay(trace, getattr(strategies, name)(), knobs).hit_ratio for trace in traces]
+        for name in POLICIES
+    }
+    best = [belady_hits(trace, capacity) for trace in traces]
+    found["belady"] = [hits / asked for hits, asked in best]
+    return {name: round(fmean(ratios), 4) for name, ratios in found.items()}
 
 
 def bits_cost(folder: Path, texts: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
@@ -184,19 +161,22 @@ def bits_cost(folder: Path, texts: dict[str, list[str]]) -> dict[str, dict[str, 
     with moelab.open(folder, strategy="lru", budget="100%", progress=False) as lab:
         for bits in tqdm(codecs.TIERS, "bits"):
             lab.update(bits=bits)
-            scores = {
-                domain: [lab.score(text, max_tokens=LENGTH + 1, progress=False) for text in parts]
+            each: Any = pd.DataFrame(
+                {
+                    "domain": domain,
+                    "log": math.log(s.perplexity),
+                    "kl": s.kl_mean,
+                    "same": s.same_top1,
+                }
                 for domain, parts in texts.items()
-            }
-            logs = {
-                d: np.mean([math.log(s.perplexity) for s in part]) for d, part in scores.items()
-            }
-            every = [score for part in scores.values() for score in part]
+                for s in (lab.score(t, max_tokens=LENGTH + 1, progress=False) for t in parts)
+            )
+            logs = each.groupby("domain", sort=False)["log"].mean()
             out[str(bits)] = {
                 "perplexity": {d: round(math.exp(log), 3) for d, log in logs.items()},
-                "perplexity_geometric_mean": round(math.exp(np.mean(list(logs.values()))), 3),
-                "kl_mean": round(float(np.mean([s.kl_mean for s in every])), 5),
-                "same_top1": round(float(np.mean([s.same_top1 for s in every])), 4),
+                "perplexity_geometric_mean": round(math.exp(logs.mean()), 3),
+                "kl_mean": round(float(each["kl"].mean()), 5),
+                "same_top1": round(float(each["same"].mean()), 4),
                 "expert_bytes": lab._shape.nbytes[bits],
             }
     return out
@@ -234,21 +214,17 @@ def take(folder: Path, corpus: Corpus) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = model.config
-    shape = Shape(
-        (config.num_experts,) * config.num_hidden_layers,
-        config.num_experts_per_tok,
-        {16: 1},
-    )
+    experts, active = config.num_experts, config.num_experts_per_tok
+    shape = Shape((experts,) * config.num_hidden_layers, active, {16: 1})
     rows = {d: evenly_spaced(corpus.validation[d], ROUTING_WINDOWS, LENGTH) for d in DOMAINS}
     print("routing", flush=True)
     routings = {d: routing_of(model, r) for d, r in rows.items()}
-    shares = {d: popularity(r, config.num_experts) for d, r in routings.items()}
-    active = config.num_experts_per_tok
+    traces = [trace_of(routing, shape) for routing in routings.values()]
     return {
         "model": {
             "architecture": type(model).__name__,
             "layers": config.num_hidden_layers,
-            "experts": config.num_experts,
+            "experts": experts,
             "active": active,
             "hidden": config.hidden_size,
             "ffn": config.moe_intermediate_size,
@@ -278,12 +254,12 @@ def take(folder: Path, corpus: Corpus) -> dict[str, Any]:
             for d, t in probes().items()
         },
         "routing": {
-            **skew(shares),
-            "reuse": reuse(routings, config.num_experts),
+            **skew(routings, experts),
+            "reuse": reuse(routings, experts),
             "look_ahead": {
                 str(k): look_ahead_recall(model, routings, k) for k in (active, 2 * active)
             },
-            "hit_ratio": {str(s): hit_ratios(routings, shape, s) for s in SHARES},
+            "hit_ratio": {str(s): hit_ratios(traces, s) for s in SHARES},
         },
         "bits": bits_cost(folder, {d: tokenizer.batch_decode(r) for d, r in rows.items()}),
         "sampling": {
@@ -308,8 +284,5 @@ def main(
     print(f"wrote {out / 'CARD.md'}")
 
 
-app = typer.Typer(add_completion=False)
-app.command()(main)
-
 if __name__ == "__main__":
-    app()
+    typer.run(main)

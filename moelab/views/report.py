@@ -1,29 +1,49 @@
-"""A picture of a run that outlives the kernel: its map, bars, text and figures.
+"""A recording for others: a picture that outlives the kernel, one HTML page, tables.
 
-It shows the run's own settings and what was resident when it ended, whatever came later. It needs
-no script, no style sheet and no network, so a saved notebook still shows it. As HTML it is an image
-with the picture inside its address, because notebooks that are not trusted drop inline SVG; where
-matplotlib is missing it is a table of the figures.
+The picture shows the run's own settings and what was resident when it ended, whatever came later.
+It needs no script, no style sheet and no network, so a saved notebook still shows it. As HTML it is
+an image with the picture inside its address, because notebooks that are not trusted drop inline
+SVG; where matplotlib is missing it is a table of the figures. The page holds the packed recording
+in a script element that no browser runs, and the dashboard's own views; it opens from disk, without
+kernel or network, and `moelab.Recording.load` reads it. Where scripts do not run the picture stays.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
+import moelab
+from moelab.runs.compare import recorded
+from moelab.runs.schema import RECORDING
 from moelab.runs.tokens import figures
-from moelab.runs.words import number, size
+from moelab.spelling import number, size
+from moelab.store.paths import write_atomically
 from moelab.views.picture import WIDTH, picture
+from moelab.views.scripts import PAGE_STYLES, script, styles
 
 if TYPE_CHECKING:
     from moelab.runs.recording import Recording
+    from moelab.runs.run import Run
 
 LONGEST = 1500
 """Tokens that are drawn at most, the newest ones."""
+
+LIBRARIES = {"png": "matplotlib", "parquet": "pyarrow"}
+"""What a kind of file needs."""
+
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+"""Of the page's contents: nothing can be fetched, whatever is inside."""
+
+TOO_OLD = (
+    "This browser cannot draw the recording: it needs Chrome 97, Firefox 113, Safari 16.4 or newer."
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,3 +130,111 @@ class Report:
         m = self.model
         shape = f"{m['layers']} layers x {m['experts']} experts, top {m['top_k']}"
         return f"{m['name']} · {m['architecture']} · {shape}", self.figures(), self.settings
+
+
+@overload
+def report(run: Run | Recording, path: None = None) -> Report: ...
+@overload
+def report(
+    run: Run | Recording,
+    path: str | Path,
+    *,
+    png: bool | None = None,
+    csv: bool = True,
+    parquet: bool | None = None,
+) -> list[Path]: ...
+def report(
+    run: Run | Recording,
+    path: str | Path | None = None,
+    *,
+    png: bool | None = None,
+    csv: bool = True,
+    parquet: bool | None = None,
+) -> Report | list[Path]:
+    """A run as a picture, or with ``path`` as the files of `moelab.Recording.report`.
+
+    Examples
+    --------
+    >>> moelab.report(run)  # doctest: +SKIP
+    >>> moelab.report(run, "run.html")  # doctest: +SKIP
+    """
+    recording = recorded(run)
+    if path is None:
+        return Report.of(recording)
+    png, parquet = _wanted("png", png), _wanted("parquet", parquet)
+    path = Path(path)
+    path = path if path.suffix in (".html", ".htm") else path.with_name(path.name + ".html")
+    write_atomically(path, as_page(recording).encode())
+    written = [path]
+    if png:
+        written.append(path.with_suffix(".png"))
+        written[-1].write_bytes(Report.of(recording).png())
+    for name, table in {"events": recording.events, "tokens": recording.per_token}.items():
+        if csv:
+            written.append(path.with_suffix(f".{name}.csv"))
+            table.to_csv(written[-1], index=False)
+        if parquet:
+            written.append(path.with_suffix(f".{name}.parquet"))
+            table.to_parquet(written[-1], index=False)
+    return written
+
+
+def as_page(recording: Recording) -> str:
+    """The HTML page alone."""
+    tokens, name = len(recording.document["pieces"]), recording.document["model"]["name"]
+    title = f"moelab: {tokens} tokens of {Path(name).name}"
+    return html(recording.packed(), title=title, picture=Report.of(recording).html())
+
+
+def html(packed: bytes, *, title: str, picture: str = "") -> str:
+    """The whole page.
+
+    Parameters
+    ----------
+    packed
+        The recording's document, as JSON in gzip.
+    title
+        Of the page.
+    picture
+        HTML that is shown until the scripts have run, and where they cannot.
+
+    Examples
+    --------
+    >>> from moelab.runs.schema import embedded
+    >>> embedded(html(b"packed", title="a run"))
+    b'packed'
+    """
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="generator" content="moelab {moelab.__version__}">
+<title>{escape(title)}</title>
+<style>
+{styles(PAGE_STYLES)}
+</style>
+</head>
+<body class="moe-page">
+<main id="moelab-page">
+{picture}
+<p id="moelab-note" role="status">{TOO_OLD}</p>
+</main>
+{RECORDING}{base64.b64encode(packed).decode()}</script>
+<script type="module">
+{script("page")}
+</script>
+</body>
+</html>
+"""
+
+
+def _wanted(kind: str, asked: bool | None) -> bool:
+    """Whether to write such a file; refused where it was asked for and its library is missing."""
+    name = LIBRARIES[kind]
+    there = importlib.util.find_spec(name) is not None
+    if asked and not there:
+        raise ImportError(f"{kind}=True needs {name}: pip install {name}; or {kind}=False")
+    return there if asked is None else asked

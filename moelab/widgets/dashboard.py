@@ -9,6 +9,7 @@ refuse is drawn beside the control, because print and raise in a callback are in
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import weakref
@@ -19,15 +20,13 @@ import traitlets
 
 import moelab
 from moelab.runs.snapshot import RunReader
-from moelab.runs.words import in_words, sentence
+from moelab.spelling import in_words, sentence
 from moelab.views.report import Report
 from moelab.views.scripts import STYLES, script, styles
-from moelab.widgets.cells import take_place
 from moelab.widgets.drawer import Drawer
 from moelab.widgets.frame import Framer, controls, options
 from moelab.widgets.models import Models
-from moelab.widgets.queries import RunQueries
-from moelab.widgets.why import reasons
+from moelab.widgets.queries import RunQueries, explained_now
 
 FRAMES_PER_S = 12.0
 IN_FLIGHT = 8
@@ -88,11 +87,9 @@ class Dashboard(anywidget.AnyWidget):
         self._thread: threading.Thread | None = None
         self._answered = -1
         offered = _offered(lab)
+        frame = {"seq": self._next(), **self._frames().build()}
         super().__init__(
-            options=offered,
-            controls=self._controls(),
-            form=_first_form(offered),
-            frame=self._next_frame(),
+            options=offered, controls=self._controls(), form=_first_form(offered), frame=frame
         )
         self._models = Models(lab, self._show, lambda told: self.set_trait("models", told))
         self.on_msg(self._on_message)
@@ -149,7 +146,7 @@ class Dashboard(anywidget.AnyWidget):
             self.controls = self._controls()
 
     def _why(self, content: dict[str, Any]) -> None:
-        self.send({"why": reasons(self._lab, int(content["layer"]), int(content["expert"]))})
+        self.send({"why": explained_now(self._lab, int(content["layer"]), int(content["expert"]))})
 
     def _start_run(self, content: dict[str, Any]) -> None:
         asked = content["form"]
@@ -207,7 +204,7 @@ class Dashboard(anywidget.AnyWidget):
             with self.hold_sync():
                 self.options, self.controls = offered, self._controls()
                 self.form, self.error = {**self.form, **_first_form(offered)}, {}
-                self.frame = self._next_frame()
+                self.frame = {"seq": self._next(), **self._frames().build()}
 
     @property
     def _lab(self) -> Any:
@@ -287,29 +284,23 @@ class Dashboard(anywidget.AnyWidget):
         token, settings = run.history[-1]
         return settings is self._lab.settings and len(run.token_reports) > token
 
-    def _offer(self, *, at_once: bool = False) -> bool:
-        """Publish what is new if a frame is due; return whether one went out."""
+    def _offer(self, *, at_once: bool) -> None:
+        """Publish what is new if a frame is due."""
         with self._lock:
             now = time.monotonic()
             behind = self._seq - self._acked >= IN_FLIGHT
             wait = PATIENCE_S if behind else 0.5 / FRAMES_PER_S
             if now - self._sent_at < wait and not at_once:
-                return False
-            told = self._controls()
-            if told != self.controls:
+                return
+            if (told := self._controls()) != self.controls:
                 self.controls = told
             frame = self._frames().build()
-            if frame == {k: v for k, v in self.frame.items() if k != "seq"}:
-                return False
-            self._seq += 1
-            self._sent_at = now
-            self.frame = {"seq": self._seq, **frame}
-            return True
+            if frame != {k: v for k, v in self.frame.items() if k != "seq"}:
+                self._sent_at, self.frame = now, {"seq": self._next(), **frame}
 
-    def _next_frame(self) -> dict[str, Any]:
-        with self._lock:
-            self._seq += 1
-            return {"seq": self._seq, **self._frames().build()}
+    def _next(self) -> int:
+        self._seq += 1
+        return self._seq
 
     def _controls(self) -> dict[str, Any]:
         """What holds now; worked out anew only where the settings have changed."""
@@ -335,7 +326,7 @@ class Dashboard(anywidget.AnyWidget):
         if bundle is None:
             return None
         self.start()
-        for old in take_place(self):
+        for old in _take_place(self):
             old.close()
         data, metadata = bundle
         return {**self.report()._repr_mimebundle_(), **data}, metadata
@@ -354,3 +345,38 @@ def _first_form(offered: dict[str, Any]) -> dict[str, Any]:
         "shade": "cost",
         "decisions": False,
     }
+
+
+# -- which cell shows which dashboard -------------------------------------------------------------
+
+_cells: dict[str, tuple[str, weakref.WeakSet[Dashboard]]] = {}
+"""By cell: the execution that showed them, and what it showed.
+
+Jupyter keeps every widget for good, in the kernel and in the page, and with it all it holds. Where
+the notebook says which cell is being run (JupyterLab, Notebook 7 and VS Code do), what that cell
+showed before can be closed; where it does not, nothing is.
+"""
+
+
+def _take_place(shown: Dashboard) -> list[Dashboard]:
+    """Note that it is in the cell being run; what the cell's former run alone showed."""
+    cell, execution = _here()
+    if not cell:
+        return []
+    before, former = _cells.get(cell, ("", weakref.WeakSet()))
+    if execution != before:
+        _cells[cell] = execution, weakref.WeakSet()
+    _cells[cell][1].add(shown)
+    still = {one for _, here in _cells.values() for one in here}
+    return [old for old in former if old not in still]
+
+
+def _here() -> tuple[str, str]:
+    """Ids of the cell and of its execution; empty where there is none or nobody tells."""
+    kernel = sys.modules.get("ipykernel.zmqshell")
+    shell = kernel and kernel.ZMQInteractiveShell._instance
+    if not shell:
+        return "", ""
+    asked = shell.get_parent() or {}
+    cell = asked.get("metadata", {}).get("cellId")
+    return cell or "", asked.get("header", {}).get("msg_id", "")

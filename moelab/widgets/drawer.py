@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab.runs.compare import Comparison, code_of
 from moelab.runs.what_if import WhatIf, since
-from moelab.runs.words import in_words, plain
-from moelab.spelling import changed
+from moelab.spelling import changed, in_words, plain
 
 if TYPE_CHECKING:
     from moelab.settings import Settings
@@ -53,9 +52,9 @@ class Drawer:
 
     def hear(self, content: Mapping[str, Any]) -> None:
         """Do what the view asks."""
-        answer = {  # "pin" and "pinned" are the scripts' words for saving
-            "pin": lambda _: self._lab().save_run(),
-            "unpin": lambda c: self._lab().saved.remove(c["name"]),
+        answer = {
+            "save": lambda _: self._lab().save_run(),
+            "remove": lambda c: self._lab().saved.remove(c["name"]),
             "rename": lambda c: self._lab().saved.rename(c["name"], c["new"]),
             "beside": self._beside,
             "since": self._since,
@@ -84,7 +83,7 @@ class Drawer:
             what = self._what
             if what is not None and what.run is not None:
                 self._again["done"] = len(what.run.tokens)
-            told = {"pinned": self._shown[1], "again": dict(self._again), "error": self._error}
+            told = {"saved": self._shown[1], "again": dict(self._again), "error": self._error}
             if told != self._told:
                 self._told = told
                 self._publish(told)
@@ -135,7 +134,7 @@ class Drawer:
         if not changes:
             raise ValueError(
                 "nothing differs from that run yet: change a setting above, or choose an expert in "
-                "the cache map to keep"
+                "the cache map to pin"
             )
         what = WhatIf(lab, run, changes)
         words = spoken(run.history[-1][1], what.settings)

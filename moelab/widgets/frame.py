@@ -1,26 +1,31 @@
-"""What the dashboard shows, as one dict: a frame is a whole picture, never a difference.
+"""What the dashboard shows: what there is to choose, what is chosen, and frames of what happens.
 
-A late view, a reloaded page and the static report all draw the same frame. Arrays travel as raw
-little-endian bytes: the cache map as five [L, E] arrays, the tokens as one [C, T] float32 array
-whose rows are `COLUMNS`. Nothing here knows widgets, threads or clocks.
+The choices of the five drop-downs are the distinct parts (by class) of all named strategies; each
+stands for ``lab.update(<decision>=<name of a strategy that has it>)``. A part that no named
+strategy has, such as a learner's own class, is shown by its class name.
 
-Figures measured on this machine's disk and figures of an emulated device are never averaged
-together: every figure covers the tokens since the device last changed.
+A frame is a whole picture, never a difference: a late view, a reloaded page and the static report
+all draw the same one. Arrays travel as raw little-endian bytes: the cache map as five [L, E]
+arrays, the tokens as one [C, T] float32 array whose rows are `COLUMNS`. Figures measured on this
+machine's disk and figures of an emulated device are never averaged together: every figure covers
+the tokens since the device last changed. Nothing here knows widgets, threads or clocks.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from moelab import strategies
 from moelab.runs.snapshot import RunReader, origins
 from moelab.runs.tokens import COLUMNS, STALLS, figures
-from moelab.runs.words import in_words, merge_changes
+from moelab.scheduling.strategy import Parameter, Strategy, part_title
+from moelab.spelling import about, first_line, in_words, merge_changes, named, spelled
 from moelab.views.report import LONGEST
-from moelab.widgets import decisions
 
 RECENT_TOKENS = 16
 """The large figures cover this many tokens, so that they follow a slider."""
@@ -31,6 +36,17 @@ STRIDE = 250
 _NUMBERS = itertools.count(1)  # of runs, over all labs: a dashboard may change from one to another
 
 MAP_TYPES = {"bits": "<u1", "in_flight": "<u1", "loaded": "<i4", "used": "<i4", "uses": "<i4"}
+
+QUESTIONS = {
+    "allocate": "Before the run: which bits each expert gets, which share of memory each layer",
+    "route": "Each token, each layer: which experts may serve it",
+    "precision": "Each miss: at how many bits the expert is loaded",
+    "evict": "Budget full: who leaves",
+    "prefetch": "Ahead of need: who is fetched before a token asks for it",
+}
+SWITCHES = {"low_bits": "low_bits", "depth": "prefetch"}
+"""Parameters with a control of their own, by its name; where they are off, their part does nothing.
+"""
 
 
 def options(lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,8 +60,8 @@ def options(lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> di
         "tiers": list(info["tiers"]),
         "expert_bytes": {str(bits): int(n) for bits, n in info["expert_bytes"].items()},
         "all_experts_bytes": int(info["all_experts_bytes"]),
-        "presets": decisions.presets(),
-        "decisions": decisions.decisions(),
+        "presets": presets(),
+        "decisions": decisions(),
         "devices": [
             {"name": name, "title": device.title, "emulated": bool(device.emulated)}
             for name, device in devices.items()
@@ -63,13 +79,106 @@ def controls(settings: Any, info: Mapping[str, Any]) -> dict[str, Any]:
         "budget_bytes": int(settings.budget_bytes),
         "bits": settings.bits,
         "low_bits": settings.low_bits,
-        **decisions.chosen(settings.strategy),
+        **chosen(settings.strategy),
         "device": settings.device,
         "prefetch": int(settings.prefetch),
         "measure_kl": bool(settings.measure_kl),
         "budget_experts": int(info["budget_experts"]),
         "minimum_budget_bytes": int(info["minimum_budget_bytes"]),
         "token_cycle_bytes": int(info["token_cycle_bytes"]),
+    }
+
+
+def presets() -> list[dict[str, Any]]:
+    """The strategies to choose from, by group: name, how it is written, one line about it."""
+    return [
+        {
+            "group": group,
+            "entries": [{"name": n, "title": t, "text": about(named()[n])} for n, t in of.items()],
+        }
+        for group, of in strategies.GROUPS.items()
+    ]
+
+
+@functools.cache
+def _distinct() -> dict[str, dict[type, str]]:
+    """Of each decision the distinct parts, and the strategy to name for each.
+
+    Of several strategies with one part, that one is named which has it switched on, so that
+    choosing the part does something.
+    """
+    found: dict[str, dict[type, str]] = {role: {} for role in QUESTIONS}
+    for role, kinds in found.items():
+        for name, strategy in named().items():
+            kind = type(strategy.parts[role])
+            if kind not in kinds or (
+                _is_on(strategy.parts[role]) and not _is_on(named()[kinds[kind]].parts[role])
+            ):
+                kinds[kind] = name
+    return found
+
+
+def _is_on(part: Any) -> bool:
+    return all(getattr(part, p.name) for p in part.parameters if p.name in SWITCHES)
+
+
+def decisions() -> list[dict[str, Any]]:
+    """The five decisions: the question each answers, and the parts to choose from."""
+    return [
+        {
+            "role": role,
+            "question": QUESTIONS[role],
+            "choices": [
+                {
+                    "value": name,
+                    "title": part_title(named()[name].parts[role]),
+                    "text": first_line(kind),
+                }
+                for kind, name in kinds.items()
+            ],
+        }
+        for role, kinds in _distinct().items()
+    ]
+
+
+def chosen(strategy: Strategy) -> dict[str, Any]:
+    """What holds now: the five parts, their parameters, and the switches that none of them has."""
+    known = strategy.parameters
+    off = {*SWITCHES}
+    if "low_bits" in known and known["low_bits"][2] is None:
+        off |= {"t1", "t2"}  # they have no effect
+    parameters = [
+        _shown(_having(strategy, p), p, v) for name, (_, p, v) in known.items() if name not in off
+    ]
+    return {
+        "strategy": strategy.name,
+        "label": spelled(strategy.name),
+        "about": about(strategy),
+        "parts": {
+            role: {"value": _distinct()[role].get(type(part), ""), "title": part_title(part)}
+            for role, part in strategy.parts.items()
+        },
+        "parameters": sorted(parameters, key=lambda p: [*QUESTIONS].index(p["roles"][0])),
+        "unread": [name for has, name in SWITCHES.items() if has not in known],
+    }
+
+
+def _having(strategy: Strategy, parameter: Parameter) -> list[str]:
+    """The decisions whose part has this parameter: one object may take several."""
+    parts = strategy.parts.items()
+    return [role for role, part in parts if parameter in getattr(part, "parameters", ())]
+
+
+def _shown(roles: list[str], parameter: Parameter, value: Any) -> dict[str, Any]:
+    return {
+        "roles": roles,
+        "name": parameter.name,
+        "text": parameter.text,
+        "low": parameter.low,
+        "high": parameter.high,
+        "step": parameter.step,
+        "choices": list(parameter.choices),
+        "value": value if parameter.choices else float(value),
     }
 
 

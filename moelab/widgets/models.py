@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moelab.catalogue import SMOLLM2, offered
-from moelab.runs.words import in_words
+from moelab.spelling import in_words
 
 ROOMY = "75%"
 """Of its 16 experts a layer 8 are used for each token: with 25 % every request would be a miss."""
@@ -114,11 +114,7 @@ class Models:
         import moelab
 
         first = self._first()
-        if (
-            first is not None
-            and not getattr(first, "_closed", False)
-            and name == first.info()["name"]
-        ):
+        if first is not None and name == first.info()["name"] and not first.closed:
             return first
         options = {"budget": ROOMY} if name == SMOLLM2 else {}
         return moelab.open(name, progress=self._step, **options)

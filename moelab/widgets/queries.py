@@ -1,4 +1,4 @@
-"""What the dashboard asks about its newest run: the recording, why an expert went, the page.
+"""What the dashboard asks: the recording of its newest run, why an expert went or stays, the page.
 
 All is worked out by a thread of its own, so that the thread on which the browser's messages come
 is free for the next slider. Of a run that goes on only the events come piece by piece.
@@ -6,6 +6,7 @@ is free for the next slider. Of a run that goes on only the events come piece by
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,10 @@ import numpy as np
 from moelab.replays.why import reasons, until
 from moelab.runs.schema import EVENTS, GATES
 from moelab.runs.snapshot import RunReader
-from moelab.runs.words import in_words
 from moelab.scheduling.events import CODES
-from moelab.views.export import as_page
+from moelab.scheduling.strategy import part_title
+from moelab.spelling import in_words, plain
+from moelab.views.report import as_page
 
 Answer = tuple[dict[str, Any], list[bytes]]
 LARGEST_PAGE = 2_500_000
@@ -146,3 +148,28 @@ def with_buffers(document: dict[str, Any]) -> Answer:
         holder = out[owner[0]] if owner else out
         buffers.append(np.ascontiguousarray(holder.pop(name)).tobytes())
     return out, buffers
+
+
+def explained_now(lab: Any, layer: int, expert: int) -> dict[str, Any]:
+    """Why a resident expert would stay or go: the evict decision's terms, beside its neighbours'.
+
+    Returns
+    -------
+    dict
+        ``terms`` is empty for an expert that is not resident; ``error`` says what a policy of
+        somebody's own raised.
+    """
+    evict = lab.settings.strategy.parts["evict"]
+    policy, texts = part_title(evict), getattr(evict, "explained", {})
+    answer = {"layer": layer, "expert": expert, "policy": policy, "terms": [], "error": ""}
+    try:
+        terms = lab.why(layer)
+    except Exception as error:  # noqa: BLE001 whatever it is, the user must see it
+        return answer | {"error": in_words(error)}
+    for name, value in terms.get(expert, {}).items():
+        every = [other[name] for other in terms.values() if name in other]
+        finite = [float(x) for x in every if math.isfinite(x)]  # JSON has no others
+        told = {"name": name, "text": texts.get(name, ""), "value": plain(float(value))}
+        told |= {"low": min(finite, default=None), "high": max(finite, default=None)}
+        answer["terms"].append(told)
+    return answer

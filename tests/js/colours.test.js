@@ -15,7 +15,7 @@ function colours(selector) {
 }
 const light = { "text-1": "#1f2328", ground: "#ffffff", "on-accent": "#ffffff", ...colours(".moe-dash") };
 const dark = {
-  ...{ ...light, "text-1": "#e6e8eb", ground: "#111111" },
+  ...light, "text-1": "#e6e8eb", ground: "#111111",
   ...colours('.moe-dash[data-theme="dark"]'),
 };
 

@@ -4,7 +4,7 @@ import { budgetInWords, placed } from "../../moelab/views/static/budget.js";
 import { aboutRun, nextSort, sorted, ticked } from "../../moelab/views/static/compare.js";
 import { fronts, stepOf, topOf } from "../../moelab/views/static/scatter.js";
 import { Sender } from "../../moelab/views/static/settings.js";
-import { Travel } from "../../moelab/views/static/travel.js";
+import { Travel } from "../../moelab/views/static/timeline.js";
 
 test("a budget in bytes, of all, in experts", () => {
   const of = { layers: 2, experts: 8, expert_bytes: { 4: 1e5 }, all_experts_bytes: 6.4e6 };

@@ -6,7 +6,7 @@ test("numbers are as long as they are worth reading", () => {
   assert.deepEqual([0.5, 12.34, 123.4].map(n.rate), ["0.50", "12.3", "123"]);
   assert.deepEqual([0.034, 0.34, null].map(n.percent), ["3.4 %", "34 %", "–"]);
   assert.deepEqual([0, 999, 5310, 5.31e6, 53.1e6, 2e9].map(n.bytes), [
-    ...["0 B", "999 B", "5.31 kB", "5.31 MB", "53.1 MB", "2.00 GB"],
+    "0 B", "999 B", "5.31 kB", "5.31 MB", "53.1 MB", "2.00 GB",
   ]);
   assert.equal(n.millis(3.456), "3.46 ms");
   assert.equal(n.short(1234567), "1230000");
@@ -20,7 +20,7 @@ test("what is not there is a dash, whatever it would have been", () => {
 
 test("a KL keeps its magnitude", () => {
   assert.deepEqual([1.5, 0.0123, 0.0034, 5.2e-5, 9.7e-5, 3e-7].map(n.kl), [
-    ...["1.500", "0.012", "0.0034", "5·10⁻⁵", "1·10⁻⁴", "0"],
+    "1.500", "0.012", "0.0034", "5·10⁻⁵", "1·10⁻⁴", "0",
   ]);
 });
 

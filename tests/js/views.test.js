@@ -2,14 +2,14 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { layoutOf, partsOf, scaleOf } from "../../moelab/views/static/bars.js";
 import { chance } from "../../moelab/views/static/blame.js";
+import { shareOf } from "../../moelab/views/static/element.js";
 import { spread } from "../../moelab/views/static/tiles.js";
 import { shadesOf, strengthOf } from "../../moelab/views/static/text.js";
 import { inLayer } from "../../moelab/views/static/timeline.js";
 import { describeToken } from "../../moelab/views/static/tip.js";
-import { shareOf } from "../../moelab/views/static/why.js";
 
 const frame = (count, more = {}) => ({
-  ...{ count, first: 0, past: null },
+  count, first: 0, past: null,
   tokens: { kl: new Float32Array(count).fill(NaN) },
   ...more,
 });
@@ -70,10 +70,10 @@ test("words of layers, chances and shares", () => {
 test("the tip tells what a token cost, in its parts", () => {
   const one = (x) => Float32Array.of(x);
   const tokens = {
-    ...{ total_ms: one(5), compute_ms: one(3), deciding_ms: one(0.5), "on demand": one(1.5) },
-    ...{ evict: one(0), bytes: one(2e6), hits: one(4), loads: one(2), skips: one(1), kl: one(NaN) },
-    ...{ prefetches: one(0), downgrades: one(0), substitutes: one(0) },
-    ...{ resident_bytes: one(1e6), budget_bytes: one(2e6) },
+    total_ms: one(5), compute_ms: one(3), deciding_ms: one(0.5), "on demand": one(1.5),
+    evict: one(0), bytes: one(2e6), hits: one(4), loads: one(2), skips: one(1), kl: one(NaN),
+    prefetches: one(0), downgrades: one(0), substitutes: one(0),
+    resident_bytes: one(1e6), budget_bytes: one(2e6),
   };
   const shown = { tokens, texts: ["a\n"], first: 7, causes: ["on demand", "evict"] };
   const [title, rows] = describeToken(shown, 7);

@@ -112,23 +112,19 @@ def _row(results: Results, name: str) -> dict[str, Any] | None:
     rows = list(results.rows(each).values())
     if not rows:
         return None
-    same = _same_text(results, each) if name in SAME_BITS else None
+    # Whether it wrote, on every device and prompt, what the bits alone wrote.
+    alone = Case(*rungs(results)["+ bit assignment"], each[0].device)
+    told = {results.same_text(case, alone) for case in each} - {None}
+    same = ("yes" if all(told) else "NO") if told and name in SAME_BITS else None
     return {
         "rung": name,
         "contender": each[0].strategy,
         "budget MB": f"{rows[0]['budget_bytes'] / 1e6:.2f}",
         **results.on_devices("s/token", each),
-        "peak MB": max(figures(row, "peak MB")["peak MB"] for row in rows),
+        "peak MB": max(row["peak_resident_bytes"] for row in rows) / 1e6,
         **figures(rows[0], "perplexity", "KL"),
-        "same text": None if same is None else "yes" if same else "NO",
+        "same text": same,
     }
-
-
-def _same_text(results: Results, each: list[Case]) -> bool | None:
-    """Whether a rung wrote, on every device and prompt, what the bits alone wrote."""
-    alone = Case(*rungs(results)["+ bit assignment"], each[0].device)
-    told = [same for case in each if (same := results.same_text(case, alone)) is not None]
-    return all(told) if told else None
 
 
 def _versus(results: Results, rows: list[dict[str, Any]]) -> list[Versus]:

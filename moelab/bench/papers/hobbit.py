@@ -31,8 +31,9 @@ PAPER_RATIOS = {
     "best": ("9.93x over MoE-Infinity, 18.9x over llama.cpp", "Phi-MoE, Jetson AGX Orin"),
     "worst": ("2.3x", "RTX 4090, PCIe 4.0"),
 }
-PAPER_TIMES = {"RTX 4090, PCIe 4.0 (the paper's)": (80 * 2 / 8, 3.0)}
-"""Milliseconds of one layer: loading 2 of its 8 experts, and computing it."""
+TIMES = ("device", "load ms", "compute ms")
+PAPER_TIMES = ("RTX 4090, PCIe 4.0 (the paper's)", 80 * 2 / 8, 3.0)
+"""Of one layer: loading 2 of its 8 experts, and computing it."""
 EQUAL = "w_lru=0.25 + w_lfu=0.25 + w_lhu=0.25 + w_fld=0.25"
 PENALISED = {
     "HOBBIT": OURS,
@@ -45,7 +46,8 @@ PENALISED = {
 
 def cases(results: Results) -> list[Case]:
     """Every contender at every budget on every device; those compared follow one another."""
-    grid = itertools.product(_devices(results), _budgets(results), (OURS, *OTHERS))
+    budgets = results.extent.choose(BUDGETS[:1], BUDGETS)
+    grid = itertools.product(_devices(results), budgets, (OURS, *OTHERS))
     return list(dict.fromkeys(_case(who, budget, device) for device, budget, who in grid))
 
 
@@ -58,10 +60,6 @@ def _devices(results: Results) -> list[str]:
     return results.extent.choose(DEVICES[1:2], DEVICES)
 
 
-def _budgets(results: Results) -> list[str]:
-    return results.extent.choose(BUDGETS[:1], BUDGETS)
-
-
 # -- what no run tells: the gates, and the miss penalty on one stream -----------------------------
 
 
@@ -71,28 +69,21 @@ def tasks(results: Results) -> list[Task]:
 
 
 def _measure_routing(results: Results) -> None:
-    from moelab.calibration.hobbit import gate_accuracy
+    """The gates; the miss penalty of a token with prefetching off, where who leaves is all."""
+    from moelab.calibration.hobbit import decide, gate_accuracy
     from moelab.calibration.probes import record
 
     tokens = 12 if results.extent.quick else TEXT_TOKENS
+    budgets = results.extent.choose(BUDGETS[:1], BUDGETS)
+    penalties: dict[str, dict[str, float]] = {budget: {} for budget in budgets}
     with moelab.open(results.model, measure_kl=False, progress=False) as lab:
         trace = record(lab, unseen(lab), tokens=tokens, look_ahead=3)
         results.found["gates"] = gate_accuracy(trace)
-        results.found["penalties"] = {
-            budget: _penalties(lab, trace, budget) for budget in _budgets(results)
-        }
-
-
-def _penalties(lab: moelab.Lab, trace: moelab.Trace, budget: str) -> dict[str, float]:
-    """Miss penalty of a token on one recorded stream, prefetching off: who leaves is all."""
-    from moelab.calibration.hobbit import decide
-
-    found = {}
-    for name, words in PENALISED.items():
-        settle(lab, Case(words, budget, "disk"))
-        now = lab.update(prefetch=0)
-        found[name] = decide(trace, now.strategy, now.knobs()).penalty
-    return found
+        for budget, (name, words) in itertools.product(budgets, PENALISED.items()):
+            settle(lab, Case(words, budget, "disk"))
+            now = lab.update(prefetch=0)
+            penalties[budget][name] = decide(trace, now.strategy, now.knobs()).penalty
+    results.found["penalties"] = penalties
 
 
 # -- the tables -----------------------------------------------------------------------------------
@@ -100,11 +91,11 @@ def _penalties(lab: moelab.Lab, trace: moelab.Trace, budget: str) -> dict[str, f
 
 def report(results: Results) -> Report:
     """Speeds and ratios, the machines' regimes, precision of misses, gates, miss penalties."""
-    ratios = _ratios(results)
+    ratios, regimes = _ratios(results), _regimes(results)
     tables = [
         Table("Decode tokens/s", _speeds(results), note=DISK),
         Table("How many times as fast HOBBIT decodes", _ratio_table(ratios), note=_told(ratios)),
-        Table("Loading against computing, a layer of a token on demand", _regimes(results)),
+        Table("Loading against computing, a layer of a token on demand", regimes, FORMATS),
         Table("Misses by precision (HOBBIT, decode)", _shares(results), FORMATS, LIVE),
         Table("The coming layers' gates, asked early", _gates(results), FORMATS),
         Table("Miss penalty a token, prefetching off", _penalty_table(results), FORMATS),
@@ -130,16 +121,15 @@ LIVE = (
 FORMATS = {
     **dict.fromkeys(PAPER_SHARES, "{:.1%}"),
     **dict.fromkeys(("first expert right", "chosen experts named"), "{:.1%}"),
-    "misses a token": "{:.2f}",
+    **dict.fromkeys((*TIMES[1:], "load : compute", "misses a token"), "{:.2f}"),
     **dict.fromkeys(PENALISED, "{:.3f}"),
     **dict.fromkeys(("against LRU", "against LFU"), "{:+.1%}"),
 }
 
 
 def _speeds(results: Results) -> pd.DataFrame:
-    others = [who for who in OTHERS if who != ON_DEMAND]
     rows = []
-    for budget, who in (("any", ON_DEMAND), *itertools.product(BUDGETS, (OURS, *others))):
+    for budget, who in (("any", ON_DEMAND), *itertools.product(BUDGETS, (OURS, *OTHERS[1:]))):
         each = [_case(who, budget, device) for device in _devices(results)]
         names = ("hit ratio", "MB/token", "KL", "same top-1")
         if found := results.on_devices("tokens/s", each, *names):
@@ -179,20 +169,12 @@ def _told(ratios: dict[tuple[str, str, str], Ratio]) -> str:
 def _regimes(results: Results) -> pd.DataFrame:
     layers = results.info.get("layers")
     found = results.rows([_case(ON_DEMAND, "", device) for device in _devices(results)])
-    times = {
-        named(c.device): (r["stall_ms"] / layers, r["compute_ms"] / layers)
-        for c, r in found.items()
-    }
-    rows = [
-        {
-            "device": device,
-            "load ms": f"{load_ms:.2f}",
-            "compute ms": f"{compute_ms:.2f}",
-            "load : compute": f"{load_ms / compute_ms:.2f}",
-        }
-        for device, (load_ms, compute_ms) in (PAPER_TIMES | times).items()
+    times = [
+        (named(case.device), row["stall_ms"] / layers, row["compute_ms"] / layers)
+        for case, row in found.items()
     ]
-    return pd.DataFrame(rows if times else [])
+    frame = pd.DataFrame([PAPER_TIMES, *times] if times else [], columns=list(TIMES))
+    return frame.assign(**{"load : compute": frame["load ms"] / frame["compute ms"]})
 
 
 def _shares(results: Results) -> pd.DataFrame:
@@ -209,15 +191,10 @@ def _shares(results: Results) -> pd.DataFrame:
 
 def _gates(results: Results) -> pd.DataFrame:
     """Layers ahead, and how right the gates were."""
-    rows = [
-        {
-            "layers ahead": far,
-            "first expert right": right["first"],
-            "chosen experts named": right["top_k"],
-        }
-        for far, right in results.found.get("gates", {}).items()
-    ]
-    return pd.DataFrame(rows)
+    gates = results.found.get("gates", {})
+    rows = [(far, right["first"], right["top_k"]) for far, right in gates.items()]
+    names = ("layers ahead", "first expert right", "chosen experts named")
+    return pd.DataFrame(rows, columns=list(names))
 
 
 def _against(found: dict[str, float], other: str) -> float:

@@ -68,34 +68,22 @@ class Ratio:
 
 @dataclass
 class Results:
-    """Everything measured so far; what was not is left out, so that half a suite still reports.
-
-    Attributes
-    ----------
-    info
-        ``lab.info()`` of the model.
-    least
-        The smallest budget that a contender can do with; of those it was asked for while the lab
-        was open.
-    runs
-        Figures of each run of a case, in the order of `prompt_of`.
-    scores
-        Case -> quality; most strategies decide alike on every device, and are scored on the disk.
-    timed
-        Strategies whose decisions hang on when loads land; scored on the case's own device.
-    found
-        What tasks of a section measured, by name.
-    """
+    """Everything measured so far; what was not is left out, so that half a suite still reports."""
 
     model: str
     prompts: Sequence[str]
     extent: Extent
+    # lab.info() of the model, and the least budget of a contender (asked for while the lab is open)
     info: dict[str, Any] = field(default_factory=dict)
     least: Callable[[str], int] = lambda _: 0
     seed: int = 0
+    # figures of each run of a case, in the order of `prompt_of`
     runs: dict[Case, list[dict[str, Any]]] = field(default_factory=dict)
+    # quality; most strategies decide alike on every device, and are scored on the disk
     scores: dict[Case, dict[str, Any]] = field(default_factory=dict)
+    # strategies whose decisions hang on when loads land; scored on the case's own device
     timed: set[str] = field(default_factory=set)
+    # what tasks of a section measured, by name
     found: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -140,13 +128,11 @@ class Results:
     def on_devices(self, unit: str, cases: Sequence[Case], *names: str) -> dict[str, float]:
         """A contender's speed on each device, then these figures of the first; {} if none."""
         rows = self.rows(cases)
-        speeds = {
-            f"{named(case.device)}: {unit}": figures(rows[case], unit)[unit]
-            if case in rows
-            else math.nan
-            for case in cases
-        }
-        return speeds | figures(next(iter(rows.values())), *names) if rows else {}
+        if not rows:
+            return {}
+        speeds = {case: figures(row, unit)[unit] for case, row in rows.items()}
+        columns = {f"{named(case.device)}: {unit}": speeds.get(case, math.nan) for case in cases}
+        return columns | figures(next(iter(rows.values())), *names)
 
     def times_as_fast(self, case: Case, other: Case) -> Ratio | None:
         """Tokens per second over the other's, run by run; None where one is missing."""
@@ -179,9 +165,8 @@ def named(device: str) -> str:
 
 def unseen(lab: moelab.Lab) -> list[str]:
     """Texts that no calibration saw: the last quarter of each that the model brings."""
-    return [text[len(text) * 3 // 4 :].partition(" ")[2] for text in lab.probes().values()] or [
-        PROMPT
-    ]
+    texts = [text[len(text) * 3 // 4 :].partition(" ")[2] for text in lab.probes().values()]
+    return texts or [PROMPT]
 
 
 def score(lab: moelab.Lab, extent: Extent) -> dict[str, Any]:
@@ -189,14 +174,9 @@ def score(lab: moelab.Lab, extent: Extent) -> dict[str, Any]:
     texts = unseen(lab)[: extent.texts]
     done = [lab.score(t, max_tokens=extent.scored, progress=False) for t in texts]
     tokens = [d.tokens for d in done]
-
-    def mean(values: Sequence[float]) -> float:
-        return float(np.average(values, weights=tokens))
-
-    return {
-        "kl_mean": mean([d.kl_mean for d in done]),
-        "same_top1": mean([d.same_top1 for d in done]),
-        "perplexity": math.exp(mean([math.log(d.perplexity) for d in done])),
-        "perplexity_ratio": math.exp(mean([math.log(d.perplexity_ratio) for d in done])),
-        "scored_tokens": sum(tokens),
-    }
+    means = [(d.kl_mean, d.same_top1) for d in done]
+    logs = np.log([(d.perplexity, d.perplexity_ratio) for d in done])
+    kl, same = np.average(means, axis=0, weights=tokens).tolist()
+    perplexity, ratio = np.exp(np.average(logs, axis=0, weights=tokens)).tolist()
+    quality = {"kl_mean": kl, "same_top1": same, "perplexity": perplexity}
+    return quality | {"perplexity_ratio": ratio, "scored_tokens": sum(tokens)}

@@ -23,9 +23,10 @@ from tqdm.auto import tqdm
 import moelab
 from moelab import calibration
 from moelab.bench.cases import Case, rotated, settle
-from moelab.bench.papers import edgemoe, everyone, hobbit, picture, swapmoe
+from moelab.bench.papers import edgemoe, everyone, hobbit, swapmoe
 from moelab.bench.papers.results import FULL, QUICK, Report, Results, Task
-from moelab.bench.tables import as_json, as_markdown, as_rows, circumstances, write_whole
+from moelab.bench.tables import as_json, as_markdown, as_rows, circumstances
+from moelab.store.paths import write_atomically
 
 SECTIONS = (edgemoe, hobbit, swapmoe, everyone)
 BEGIN, END = "<!-- measured: papers -->", "<!-- end of measured: papers -->"
@@ -42,42 +43,25 @@ class Suite:
 
     def record(self) -> dict[str, Any]:
         """Everything as plain values for JSON."""
-        results = self.results
-        return {
-            "suite": "papers",
-            "model": results.model,
-            "complete": self.complete,
-            **self.circumstances,
-            "tokens": results.extent.tokens,
-            "repeats": results.extent.repeats,
-            "prompts": list(results.prompts),
-            "seed": results.seed,
-            "cases": list(results.rows(list(results.runs)).values()),
-            "found": results.found,
-            "sections": {
-                name: {
-                    "title": report.title,
-                    "tables": {table.caption: as_rows(table.frame) for table in report.tables},
-                    "theirs_and_ours": [row._asdict() for row in report.versus],
-                }
-                for name, report in self.reports.items()
-            },
+        results, extent = self.results, self.results.extent
+        sections = {
+            name: {
+                "title": report.title,
+                "tables": {table.caption: as_rows(table.frame) for table in report.tables},
+                "theirs_and_ours": [row._asdict() for row in report.versus],
+            }
+            for name, report in self.reports.items()
         }
+        what = {"suite": "papers", "model": results.model, "complete": self.complete}
+        how = {"tokens": extent.tokens, "repeats": extent.repeats}
+        how |= {"prompts": list(results.prompts), "seed": results.seed}
+        cases = list(results.rows(list(results.runs)).values())
+        found = {"cases": cases, "found": results.found, "sections": sections}
+        return what | self.circumstances | how | found
 
     def markdown(self, picture: str | None = None) -> str:
         """The report; ``picture`` is the link to the figure for all."""
         return "\n\n".join(_markdown(self, picture)) + "\n"
-
-    def picture(self) -> str:
-        """The figure for all, as SVG."""
-        share = everyone.BUDGET.replace("%", " %")
-        known = moelab.devices()
-        return picture.scatter(
-            everyone.points(self.results),
-            title=f"Quality against speed at {share} of the experts' memory",
-            unchanged=everyone.UNCHANGED,
-            devices={d: f"{known[d].title} (emulated)" for d in everyone.DEVICES},
-        )
 
 
 def papers(model: str | Path = "demo", *, quick: bool = False, progress: bool = True) -> Suite:
@@ -209,11 +193,13 @@ class Files:
         if self.markdown is not None:
             texts[self.markdown] = suite.markdown(self._link(self.markdown))
         if suite.complete and self.picture is not None:
-            texts[self.picture] = suite.picture()
+            texts[self.picture] = everyone.picture(suite.results)
         if suite.complete and self.tables is not None:
             new = suite.markdown(self._link(self.tables))
             texts[self.tables] = between_markers(self.tables.read_text("utf-8"), new)
-        return [write_whole(path, text) for path, text in texts.items()]
+        for path, text in texts.items():
+            write_atomically(path, text.encode())
+        return list(texts)
 
     def _link(self, beside: Path) -> str | None:
         """The figure as seen from another file."""

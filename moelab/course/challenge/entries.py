@@ -19,7 +19,7 @@ from typing import Any
 
 import fastjsonschema
 
-from moelab.bench.contenders import ROLES
+from moelab.bench.cases import ROLES
 from moelab.course.challenge.own_code import RIGHTS
 from moelab.course.challenge.tasks import MB, TASKS, Task
 

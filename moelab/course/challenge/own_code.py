@@ -51,7 +51,7 @@ def source_of(part: type) -> str:
     return _short("\n\n\n".join(found.values()))
 
 
-def read(path: str | Path) -> str:
+def text_of(path: str | Path) -> str:
     """The text of a file with a policy.
 
     Raises

@@ -26,7 +26,7 @@ import torch
 import moelab
 from moelab.bench.papers.results import Extent, score
 from moelab.bench.tables import circumstances
-from moelab.course.challenge import own_code
+from moelab.course.challenge.own_code import make
 from moelab.course.challenge.tasks import FIXED, Task, find
 from moelab.engine.generation import Reference
 from moelab.runs.quality import kl_divergence
@@ -156,7 +156,7 @@ def _opened(task: Task, request: dict[str, Any], *, verify: bool = False) -> moe
     )
     try:
         own = request.get("own", {}).items()
-        parts = {role: own_code.make(part["class"], part["source"]) for role, part in own}
+        parts = {role: make(part["class"], part["source"]) for role, part in own}
         lab.update(device=task.device, **request["settings"], **parts)
     except BaseException:
         lab.close()
@@ -187,10 +187,9 @@ def _run(task: Task, request: dict[str, Any], prompt: str) -> dict[str, Any]:
 def _figures(quality: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     columns = {name: [run[name] for run in runs] for name in runs[0]}
     medians = ("tokens_per_s", "bytes_per_token", "hit_ratio", "stall_share")
-    figures = {name: float(np.median(columns[name])) for name in medians}
     kl_written = float(np.mean(columns["kl"]))
     return (
-        figures
+        {name: float(np.median(columns[name])) for name in medians}
         | {
             "tokens_per_s_min": min(columns["tokens_per_s"]),
             "tokens_per_s_max": max(columns["tokens_per_s"]),

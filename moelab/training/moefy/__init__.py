@@ -20,8 +20,7 @@ import torch
 
 from moelab.demo.mixture import Shape, materialise
 from moelab.training.moefy.calibrate import calibrated
-from moelab.training.moefy.card import card
-from moelab.training.moefy.comparison import compare, continuations, routing
+from moelab.training.moefy.card import card, compare, continuations, routing
 from moelab.training.moefy.distillation import Course, distil
 from moelab.training.moefy.student import Student, load_delta, save_delta
 from moelab.training.moefy.texts import windows, written
@@ -162,8 +161,7 @@ def _check_model(dense: Any) -> None:
             f"{config.model_type} with a sliding window: the mixture attends to everything; set "
             "config.sliding_window to None if that is meant"
         )
-    weight = dense.lm_head.weight
-    attention = config._attn_implementation
+    weight, attention = dense.lm_head.weight, config._attn_implementation
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or attention != "sdpa":
         raise ValueError(
             f"the model is {weight.dtype} on {weight.device} with {attention} attention; load it "

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable
+from collections import UserDict
+from functools import partial
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Annotated, Any
 
 import pandas as pd
@@ -18,12 +19,12 @@ import torch
 import typer
 
 import moelab
+from moelab.calibration.profile import once
 from moelab.demo import probes, smollm2
 from moelab.demo.mixture import Delta, Shape, stock
-from moelab.training.moefy.card import card
-from moelab.training.moefy.comparison import compare, continuations, routing
+from moelab.training.moefy.card import card, compare, continuations, routing
 from moelab.training.moefy.distillation import averaged
-from moelab.training.moefy.student import Student, load_delta, save_delta
+from moelab.training.moefy.student import load_delta, save_delta
 from moelab.training.moefy.texts import windows
 
 TOP_KS = (12, 8, 6, 4)
@@ -36,41 +37,32 @@ FACTS = {
 }
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    f"{bits} bit": {"strategy": "lru", "budget": "100%", "bits": bits} for bits in (16, 8, 4, 3, 2)
-} | {
-    f"{title}, {budget} %": {"strategy": strategy, "budget": f"{budget}%", "bits": 16}
-    for title, strategy, budgets in (
-        ("HOBBIT", "hobbit", (75, 50, 25)),
-        ("SwapMoE", "swapmoe", (90, 75, 50)),  # never less than the experts of one token, half
-    )
-    for budget in budgets
+    **{f"{bits} bit": {"strategy": "lru", "bits": bits} for bits in (16, 8, 4, 3, 2)},
+    **{f"HOBBIT, {n} %": {"strategy": "hobbit", "budget": f"{n}%"} for n in (75, 50, 25)},
+    # never less than the experts of one token, half
+    **{f"SwapMoE, {n} %": {"strategy": "swapmoe", "budget": f"{n}%"} for n in (90, 75, 50)},
 }
 """All experts at fewer and fewer bits; then strategies that give up precision, or experts."""
 
-app = typer.Typer(add_completion=False)
 
-
-class Kept:
-    """What was measured of one delta, kept in a file."""
+class Kept(UserDict):
+    """What was measured of one delta, by name; every entry is at once in the file."""
 
     def __init__(self, path: Path, delta: Path) -> None:
         digest = hashlib.blake2b(delta.read_bytes(), digest_size=6).hexdigest()
         kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        self.path = path
-        self.parts: dict[str, Any] = kept if kept.get("delta") == digest else {"delta": digest}
+        self._path = path
+        super().__init__()
+        self.data = kept if kept.get("delta") == digest else {"delta": digest}
 
-    def part(self, name: str, measure: Callable[[], Any]) -> Any:
-        """A part, measured now if it is not there."""
-        if name not in self.parts:
-            typer.echo(f"measuring {name}")
-            self.parts[name] = measure()
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps(self.parts, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self.path)
-        return self.parts[name]
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        typer.echo(f"measured {name}")
+        beside = self._path.with_suffix(".partial")
+        beside.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        beside.replace(self._path)
 
 
-@app.command()
 def main(
     held_out: Annotated[Path, typer.Argument(help="Folder of held-out texts, DOMAIN.txt each.")],
     card_file: Annotated[Path, typer.Option("--card", help="To write.")] = Path("CARD.md"),
@@ -98,20 +90,21 @@ def main(
     compared = []
     for domain, ids in texts.items():
         text = hashlib.blake2b(ids.numpy().tobytes(), digest_size=4).hexdigest()
-        compared += kept.part(
-            f"quality: {domain} {text} at {TOP_KS}",
-            lambda one={domain: ids}: compare(dense, student, one, top_ks=TOP_KS).to_dict(
-                "records"
-            ),
-        )
-    shares = _shares(kept, student, torch.cat([ids[:1] for ids in texts.values()]))
-    samples = kept.part("samples", lambda: _samples(dense, Delta.load(delta, dense), tokenizer))
-    lab = [kept.part(f"in the lab: {n}", lambda n=n: _in_the_lab(delta, n)) for n in SETTINGS]
+        one = partial(compare, dense, student, {domain: ids}, top_ks=TOP_KS)
+        name = f"quality: {domain} {text} at {TOP_KS}"
+        compared += once(kept, name, lambda one=one: one().to_dict("records"))
+    first = torch.cat([ids[:1] for ids in texts.values()])
+    shares = {
+        k: once(kept, f"routing: {k}", lambda k=k: routing(student, first, top_k=k).tolist())
+        for k in (8, 4)
+    }
+    samples = once(kept, "samples", lambda: _samples(dense, Delta.load(delta, dense), tokenizer))
+    lab = [once(kept, f"in the lab: {n}", partial(_in_the_lab, delta, n)) for n in SETTINGS]
     text = card(
         "SmolLM2-135M as a mixture of experts",
         student.shape,
         pd.DataFrame(compared),
-        shares=shares,
+        shares={k: torch.tensor(share) for k, share in shares.items()},
         samples=pd.DataFrame(samples),
         offloading=pd.DataFrame(lab),
         facts={**facts, "file": f"{delta.stat().st_size / 1e6:.1f} MB"},
@@ -119,13 +112,6 @@ def main(
     )
     card_file.write_text(text, encoding="utf-8")
     typer.echo(f"{card_file} written")
-
-
-def _shares(kept: Kept, student: Student, ids: torch.Tensor) -> dict[int, torch.Tensor]:
-    def measured(top_k: int) -> list[list[float]]:
-        return routing(student, ids, top_k=top_k).tolist()
-
-    return {k: torch.tensor(kept.part(f"routing: {k}", lambda k=k: measured(k))) for k in (8, 4)}
 
 
 def _samples(dense: Any, delta: Delta, tokenizer: Any) -> list[dict[str, str]]:
@@ -142,18 +128,17 @@ def _samples(dense: Any, delta: Delta, tokenizer: Any) -> list[dict[str, str]]:
 def _in_the_lab(delta: Path, name: str) -> dict[str, Any]:
     """Divergence, on held-out text, and greedy answers under one of `SETTINGS`."""
     with moelab.open(smollm2.build(delta=delta), progress=False) as lab:
-        lab.update(**SETTINGS[name], measure_kl=False)
+        lab.update(**{"budget": "100%", "bits": 16, "measure_kl": False, **SETTINGS[name]})
         scores = [lab.score(text, max_tokens=96, progress=False) for text in probes().values()]
         answers = [lab.generate(p, max_new_tokens=40, temperature=0).text for p in SHOWN]
-    logs = [math.log(score.perplexity_ratio) for score in scores]
     return {
         "setting": name,
-        "kl": sum(score.kl_mean for score in scores) / len(scores),
-        "same_top1": sum(score.same_top1 for score in scores) / len(scores),
-        "ratio": math.exp(sum(logs) / len(logs)),
+        "kl": fmean(score.kl_mean for score in scores),
+        "same_top1": fmean(score.same_top1 for score in scores),
+        "ratio": geometric_mean(score.perplexity_ratio for score in scores),
         **{prompt: text.strip() for prompt, text in zip(SHOWN, answers, strict=True)},
     }
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -1,11 +1,10 @@
 """A first mixture without gradients through the model: one pass over some text, layer by layer.
 
-Teacher and student walk through the text together. At each layer the student's neurons are grouped,
-a router is fitted to keep what the layer's output needs, and a low-rank correction of the down
-projection makes up for as much of the rest as a linear map can. Each layer is fitted on what the
-student's own earlier layers feed it, so errors do not pile up unseen, and a token's error counts
-relative to its residual stream, because all that reads the stream normalises it first (a few
-tokens' streams are a thousand times longer than the others').
+At each layer the student's neurons are grouped, a router is fitted to keep what the layer's output
+needs, and a low-rank correction of the down projection makes up for as much of the rest as a linear
+map can. Each layer is fitted on what the student's own earlier layers feed it, and a token's error
+counts relative to its residual stream, because all that reads the stream normalises it first (a
+few tokens' streams are a thousand times longer than the others').
 
 Letters: T tokens, D model width, F neurons, E experts, R rank.
 """
@@ -13,6 +12,7 @@ Letters: T tokens, D model width, F neurons, E experts, R rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from moelab.training.moefy.student import MaskedMoE, Student, route
 
 _CHUNK = 2048  # tokens whose experts' outputs are held at once
 _GROUPING_TOKENS = 10_000
+_STEPS = 250  # of fitting a router
 
 
 @torch.no_grad()
@@ -66,53 +67,30 @@ def calibrated(
             seed=seed,
         )
         ours.mlp = MaskedMoE(theirs.mlp, order, shape)
-        output, errors = _fit_layer(ours.mlp, x, wanted - stream, active, weight, seed)
+        target = wanted - stream
+        fit_router(ours.mlp, x, target, active, weight, seed)
+        ours.mlp.top_k = active
+        masked = ours.mlp.masked(x)
+        missing = target - ours.mlp.down(masked)
+        scale = weight.sqrt().view(*x.shape[:2], 1)
+        x, y = ((part * scale).flatten(0, 1) for part in (masked, missing))
+        low, high = low_rank_map(x, y, len(ours.mlp.down.a))
+        ours.mlp.down.a.copy_(low)
+        ours.mlp.down.b.copy_(high)
+        output = ours.mlp.down(masked)
         stream = stream + output
         ours.mlp.top_k = max(top_ks)
-        bar.set_postfix(error=f"{errors[0]:.3f}", corrected=f"{errors[1]:.3f}")
+        before, after = ((p * scale).square().mean() for p in (missing, target - output))
+        bar.set_postfix(error=f"{before:.3f}", corrected=f"{after:.3f}")
     return student
 
 
-def _fit_layer(
-    mixture: MaskedMoE,
-    x: torch.Tensor,
-    target: torch.Tensor,
-    active: torch.Tensor,
-    weight: torch.Tensor,
-    seed: int,
-) -> tuple[torch.Tensor, tuple[float, float]]:
-    """Fit one layer's router, then its down correction; its output and the errors of both.
-
-    The errors are the shares of the stream's weighted energy that are missing afterwards.
-    """
-    fit_router(mixture, x, target, active, weight, seed=seed)
-    mixture.top_k = active
-    masked = mixture.masked(x)
-    missing = target - mixture.down(masked)
-    scale = weight.sqrt()[:, None]
-    low, high = low_rank_map(
-        masked.flatten(0, 1) * scale, missing.flatten(0, 1) * scale, len(mixture.down.a)
-    )
-    mixture.down.a.copy_(low)
-    mixture.down.b.copy_(high)
-    output = mixture.down(masked)
-    errors = [
-        float((part.square().mean(-1).flatten() * weight).mean())
-        for part in (missing, target - output)
-    ]
-    return output, (errors[0], errors[1])
-
-
-def attended(model: Any, layer: Any, stream: torch.Tensor, batch: int = 16) -> torch.Tensor:
+def attended(model: Any, layer: Any, stream: torch.Tensor) -> torch.Tensor:
     """The residual stream ``[windows, length, D]`` after a layer's attention."""
-    positions = torch.arange(stream.shape[1])[None]
-    rotary = model.model.rotary_emb(stream, positions)
-    parts = []
-    for part in stream.split(batch):
-        normed = layer.input_layernorm(part)
-        out = layer.self_attn(normed, position_embeddings=rotary, attention_mask=None)[0]
-        parts.append(part + out)
-    return torch.cat(parts)
+    rotary = model.model.rotary_emb(stream, torch.arange(stream.shape[1])[None])
+    options = {"position_embeddings": rotary, "attention_mask": None}
+    parts = stream.split(16)
+    return torch.cat([p + layer.self_attn(layer.input_layernorm(p), **options)[0] for p in parts])
 
 
 def fit_router(
@@ -121,11 +99,9 @@ def fit_router(
     target: torch.Tensor,
     active: torch.Tensor,
     weight: torch.Tensor,
-    *,
-    steps: int = 250,
-    seed: int = 0,
-) -> float:
-    """Fit a layer's router so that the layer's output is near ``target``; the error left.
+    seed: int,
+) -> None:
+    """Fit a layer's router so that the layer's output is near ``target``.
 
     With ``y_e`` an expert's output and ``r`` what the shared expert leaves of the target, the error
     of gates ``g`` is ``g G g - 2 c g + r r`` where ``G = y_e y_f`` and ``c = y_e r``: once these
@@ -136,27 +112,18 @@ def fit_router(
     ``[windows * length]``, how much each token's squared error counts; a step takes 2048 tokens.
     """
     tokens, wanted = x.flatten(0, 1), target.flatten(0, 1)
-    parts = [
-        _quadratic(mixture, *part)
-        for part in zip(tokens.split(_CHUNK), wanted.split(_CHUNK), strict=True)
-    ]
-    gram, cross, norms = (torch.cat(part) for part in zip(*parts, strict=True))
+    parts = map(_quadratic, repeat(mixture), tokens.split(_CHUNK), wanted.split(_CHUNK))
+    gram, cross, norms = map(torch.cat, zip(*parts, strict=True))
     size = (wanted.square().sum(-1) * weight).mean()
     k = active.repeat_interleave(x.shape[1])
     start = ridge(tokens, (norms - norms.mean(0)) / norms.std(0), 3e-3).T
     router = (0.5 * start).requires_grad_()
     bias = torch.zeros(len(start), requires_grad=True)
-    optimizer = torch.optim.Adam(
-        [
-            {"params": [router], "lr": 0.03 * float(start.std())},
-            {"params": [bias], "lr": 3e-3},
-        ],
-        betas=(0.9, 0.98),
-    )
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rates = [{"params": [router], "lr": 0.03 * float(start.std())}, {"params": [bias], "lr": 3e-3}]
+    optimizer = torch.optim.Adam(rates, betas=(0.9, 0.98))
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
     generator = torch.Generator().manual_seed(seed)
-    loss = torch.zeros(())
-    for _ in range(steps):
+    for _ in range(_STEPS):
         at = torch.randint(len(tokens), (min(2048, len(tokens)),), generator=generator)
         with torch.enable_grad():
             gates = route(torch.sigmoid(tokens[at] @ router.T), bias, k[at])
@@ -168,7 +135,6 @@ def fit_router(
         decay.step()
     mixture.router.data.copy_(router.detach())
     mixture.bias.data.copy_(bias.detach())
-    return float(loss)
 
 
 def _quadratic(
@@ -186,13 +152,11 @@ def _quadratic(
     return gram, (outputs @ rest.unsqueeze(-1)).squeeze(-1), norms
 
 
-def low_rank_map(
-    x: torch.Tensor, y: torch.Tensor, rank: int, *, strengths: Sequence[float] = (0.01, 0.1, 1.0)
-) -> tuple[torch.Tensor, torch.Tensor]:
+def low_rank_map(x: torch.Tensor, y: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The best map of rank R from ``x`` to ``y``: ridge regression, then its main directions.
 
     Of ``x``, ``[T, F]``, and ``y``, ``[T, D]``, the last sixth is held out to choose the penalty
-    among ``strengths``, for inputs scaled to mean square 1. Returns ``a`` ``[R, F]`` and ``b``
+    among three, for inputs scaled to mean square 1. Returns ``a`` ``[R, F]`` and ``b``
     ``[D, R]``, so that ``y`` is about ``x a^T b^T``.
     """
     scale = x.square().mean(0).sqrt().clamp(min=1e-6)
@@ -200,7 +164,7 @@ def low_rank_map(
     first = len(x) - len(x) // 6
     moments, cross = scaled[:first].T @ scaled[:first], scaled[:first].T @ y[:first]
     best, result = float("inf"), (torch.zeros(rank, x.shape[1]), torch.zeros(y.shape[1], rank))
-    for strength in strengths:
+    for strength in (0.01, 0.1, 1.0):
         penalty = strength * first * torch.eye(len(moments))
         whole = torch.linalg.solve(moments + penalty, cross)  # [F, D]
         spread = whole.T @ moments @ whole  # second moments of what it predicts

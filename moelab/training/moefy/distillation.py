@@ -10,26 +10,21 @@ Letters: N windows, T tokens of a window, V vocabulary.
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
 from moelab.demo.mixture import Shape
+from moelab.training import loop
 from moelab.training.moefy.student import ROUTER, Student, orders, set_top_k
 
 LIKELIEST = 64
 _LEAST = 1e-5  # probability of all other tokens together, for the logarithm
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -127,49 +122,7 @@ def divergence(logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -
     return ((p * (logs - ours)).sum(-1) + rest_p * (rest_p / rest_q).log()).mean()
 
 
-# -- checkpoints
-
-
-@dataclass
-class State:
-    """How far a distillation is."""
-
-    seen: int = 0  # tokens
-    steps: int = 0
-    batches: int = 0  # drawn
-    losses: list[tuple[int, float]] = field(default_factory=list)  # (tokens seen, KL)
-
-
-def save(path: Path, student: Student, adam: torch.optim.Optimizer, state: State) -> None:
-    """Write a checkpoint under another name, then in place of the one before it."""
-    tensors = {f"delta/{name}": value for name, value in student.delta().tensors.items()}
-    for name, parameter in student.trained():
-        moments = adam.state[parameter]
-        tensors |= {f"{key}/{name}": moments[key] for key in _MOMENTS if key in moments}
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"state": json.dumps(asdict(state))})
-    partial.replace(path)
-
-
-def resume(path: Path, student: Student, adam: torch.optim.Optimizer) -> State:
-    """Put a checkpoint's values in place; without a file a state of nothing seen.
-
-    Raises
-    ------
-    ValueError
-        The file is damaged, or of another student.
-    """
-    if not path.is_file():
-        return State()
-    tensors, state = _read(path)
-    student.load(_part("delta", tensors))
-    moments = {key: _part(key, tensors) for key in _MOMENTS}
-    for name, parameter in student.trained():
-        if name in moments["exp_avg"]:
-            adam.state[parameter] = {key: values[name] for key, values in moments.items()}
-            adam.state[parameter]["step"] = torch.tensor(float(state.steps))
-    return state
+# -- training
 
 
 def averaged(
@@ -179,34 +132,13 @@ def averaged(
 
     Steps that are still long end up around a minimum; the mean of the last few is nearer to it.
     """
-    read = [_read(Path(path)) for path in checkpoints]
-    deltas = [_part("delta", tensors) for tensors, _ in read]
+    read = [loop.read(Path(path)) for path in checkpoints]
+    deltas = [loop.part("delta", tensors) for tensors, _ in read]
     student = Student(dense, orders(deltas[-1]), shape).eval()
     student.load(
         {name: torch.stack([d[name] for d in deltas]).mean(0) for name, _ in student.trained()}
     )
     return student, max(state.seen for _, state in read)
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], State]:
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, State(**json.loads(file.metadata()["state"]))
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no checkpoint, or damaged ({error}); delete it to begin again from the "
-            "calibration beside it"
-        ) from error
-
-
-def _part(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        n.removeprefix(f"{prefix}/"): v for n, v in tensors.items() if n.startswith(prefix + "/")
-    }
-
-
-# -- training
 
 
 def distil(
@@ -218,49 +150,52 @@ def distil(
     *,
     seconds: float,
     progress: bool,
-) -> list[tuple[int, float]]:
+) -> None:
     """Train a student, in place, towards the dense model it was made from; see `moefy`.
 
-    It goes on from the folder's checkpoint if there is one. Returns the tokens seen and the mean
-    divergence since the line before, over all calls.
+    It goes on from the folder's checkpoint if there is one.
     """
-    checkpoint, parameters = folder / "checkpoint.safetensors", [p for _, p in student.trained()]
-    adam = _optimizer(student, course)
-    state = resume(checkpoint, student, adam)
+    checkpoint, trained = folder / "checkpoint.safetensors", dict(student.trained())
+    adam, state = _optimizer(student, course), loop.State()
+    if checkpoint.is_file():
+        tensors, state = loop.read(checkpoint)
+        student.load(loop.part("delta", tensors))
+        loop.put_moments(tensors, trained.items(), adam, state.steps)
     targets = Targets(teacher, ids, folder / "targets.bin")
     order = _order(len(ids), course.batch, course.seed, state.batches)
-    started = saved = time.monotonic()
     recent: list[float] = []
+
+    def step() -> dict[str, str]:
+        adam.zero_grad()
+        for _ in range(course.accumulate):
+            recent.append(_backward(student, ids, targets, next(order), course, state.batches))
+            state.batches += 1
+        if not torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).isfinite():
+            raise FloatingPointError(
+                f"the gradient is not finite after {state.seen} tokens; the checkpoint of before "
+                f"is whole: go on from it at a lower rate than {course.learning_rate}"
+            )
+        for group in adam.param_groups:
+            group["lr"] = group["full"] * course.rate(state.seen)
+        adam.step()
+        state.seen += course.accumulate * course.batch * ids.shape[1]
+        state.steps += 1
+        if state.steps % 10 == 0 or state.seen >= course.tokens:
+            state.losses.append((state.seen, sum(recent) / len(recent)))
+            recent.clear()
+        return {"kl": f"{state.losses[-1][1]:.3f}"} if state.losses else {}
+
+    def save() -> None:
+        loop.save(checkpoint, student.delta().tensors, trained.items(), adam, state)
+
     student.train()
-    with tqdm(total=course.tokens, initial=state.seen, unit="token", disable=not progress) as bar:
-        bar.set_description("distilling")
-        while state.seen < course.tokens and time.monotonic() - started < seconds:
-            adam.zero_grad()
-            for _ in range(course.accumulate):
-                recent.append(_backward(student, ids, targets, next(order), course, state.batches))
-                state.batches += 1
-            if not torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
-                raise FloatingPointError(
-                    f"the gradient is not finite after {state.seen} tokens; the checkpoint of "
-                    "before is whole: go on from it at a lower rate than "
-                    f"{course.learning_rate}"
-                )
-            for group in adam.param_groups:
-                group["lr"] = group["full"] * course.rate(state.seen)
-            adam.step()
-            state.seen += course.accumulate * course.batch * ids.shape[1]
-            state.steps += 1
-            bar.update(state.seen - bar.n)
-            if state.steps % 10 == 0 or state.seen >= course.tokens:
-                state.losses.append((state.seen, sum(recent) / len(recent)))
-                bar.set_postfix(kl=f"{state.losses[-1][1]:.3f}")
-                recent = []
-            if time.monotonic() - saved > course.every_s:
-                save(checkpoint, student, adam, state)
-                saved = time.monotonic()
+    finished = loop.run(
+        state, step, save,
+        tokens=course.tokens, every_s=course.every_s, seconds=seconds, progress=progress,
+    )  # fmt: skip
     student.eval()
-    save(checkpoint, student, adam, state)
-    return state.losses
+    if not finished:
+        raise KeyboardInterrupt(f"stopped after {state.seen} tokens; the same call goes on there")
 
 
 def _backward(
@@ -293,8 +228,6 @@ def _optimizer(student: Student, course: Course) -> torch.optim.Optimizer:
 def _order(windows: int, batch: int, seed: int, done: int) -> Iterator[np.ndarray]:
     """Batches of windows, a new permutation each epoch, without the first ``done`` batches."""
     per_epoch = windows // batch
-    if per_epoch == 0:
-        raise ValueError(f"{windows} windows are less than one batch of {batch}; give more text")
     epoch, skip = divmod(done, per_epoch)
     while True:
         rows = np.random.default_rng((seed, epoch)).permutation(windows)

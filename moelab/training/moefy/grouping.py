@@ -43,38 +43,26 @@ def group_neurons(
     experts: int,
     top_k: int,
     weight: torch.Tensor | None = None,
-    rounds: int = 2,
     seed: int = 0,
 ) -> torch.Tensor:
     """Choose the shared neurons of one layer and group the others; their order, int64 ``[F]``.
 
     ``x``, float32 ``[T, D]``, is what enters the layer for some thousands of tokens; ``weight``,
     ``[T]``, how much each token's energy counts. ``top_k`` groups will be active per token; router
-    and groups are fitted to each other in turn for some ``rounds``.
-
-    Raises
-    ------
-    ValueError
-        The neurons that are not shared do not divide into the groups.
+    and groups are fitted to each other in turn, twice. The neurons that are not shared divide into
+    the groups: `Shape.width` holds that.
     """
-    neurons = len(gate)
-    if not 0 <= shared < neurons or experts < 1 or (neurons - shared) % experts:
-        raise ValueError(
-            f"{neurons} neurons less {shared} shared do not make {experts} equal experts; choose "
-            f"shared so that experts={experts} divides the rest"
-        )
     importance = activations(x, gate, up).abs() * down.norm(dim=0)  # [T, F]
     ranking = importance.mean(0).argsort(descending=True)
     rest = ranking[shared:]
-    size = len(rest) // experts
     profile = torch.sigmoid(x[:_PROFILE_TOKENS] @ gate[rest].T).T  # [F, T]
     profile = F.normalize(profile - profile.mean(1, keepdim=True), dim=1)
-    groups = _cluster(profile, experts, size, torch.Generator().manual_seed(seed))
+    groups = _cluster(profile, experts, torch.Generator().manual_seed(seed))
     energy = importance[:, rest].square()
     if weight is not None:
         energy *= weight[:, None]
     energy /= energy.mean()
-    for _ in range(rounds):
+    for _ in range(2):
         groups = _regroup(x, energy, groups, experts, top_k)
     inside = torch.from_numpy(np.argsort(groups, kind="stable"))
     return torch.cat([ranking[:shared], rest[inside]])
@@ -84,8 +72,8 @@ def _regroup(
     x: torch.Tensor, energy: torch.Tensor, groups: np.ndarray, experts: int, top_k: int
 ) -> np.ndarray:
     """One round: fit a linear router to the groups, then let neurons swap groups under it."""
-    member = torch.from_numpy(groups)
-    norms = torch.zeros(experts, len(x)).index_add_(0, member, energy.T).T.sqrt()  # [T, E]
+    sums = torch.zeros(experts, len(x)).index_add_(0, torch.from_numpy(groups), energy.T)
+    norms = sums.T.sqrt()  # [T, E]
     scores = x @ ridge(x, norms, 3e-3)
     threshold = scores.topk(top_k, -1).values[:, -1:]
     chosen = torch.sigmoid((scores - threshold) / (0.15 * scores.std()))
@@ -93,25 +81,23 @@ def _regroup(
     return _swap(gain - gain.mean(1, keepdims=True), groups.copy())
 
 
-def _cluster(
-    profile: torch.Tensor, experts: int, size: int, generator: torch.Generator, rounds: int = 8
-) -> np.ndarray:
+def _cluster(profile: torch.Tensor, experts: int, generator: torch.Generator) -> np.ndarray:
     """Balanced k-means over unit rows; the group of each row."""
     centres = profile[torch.randperm(len(profile), generator=generator)[:experts]].clone()
     groups = np.zeros(len(profile), np.int64)
-    for _ in range(rounds):
-        groups = _fill((profile @ centres.T).numpy(), size)
+    for _ in range(8):
+        groups = _fill((profile @ centres.T).numpy())
         sums = torch.zeros_like(centres).index_add_(0, torch.from_numpy(groups), profile)
         centres = F.normalize(sums, dim=1)
     return groups
 
 
-def _fill(likeness: np.ndarray, size: int) -> np.ndarray:
+def _fill(likeness: np.ndarray) -> np.ndarray:
     """Give each row its best group that still has room; rows with most to lose go first."""
     ranked = np.sort(likeness, axis=1)
     second = ranked[:, -2] if ranked.shape[1] > 1 else 0
     preferred = np.argsort(-likeness, axis=1)
-    room = np.full(likeness.shape[1], size)
+    room = np.full(likeness.shape[1], len(likeness) // likeness.shape[1])
     groups = np.empty(len(likeness), np.int64)
     for row in np.argsort(second - ranked[:, -1], kind="stable"):
         best = next(group for group in preferred[row] if room[group])
@@ -120,10 +106,10 @@ def _fill(likeness: np.ndarray, size: int) -> np.ndarray:
     return groups
 
 
-def _swap(gain: np.ndarray, groups: np.ndarray, rounds: int = 20) -> np.ndarray:
+def _swap(gain: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Swap pairs of rows between groups while the total gain grows; sizes stay."""
     rows = np.arange(len(groups))
-    for _ in range(rounds):
+    for _ in range(20):
         own, other = gain[rows, groups], gain[:, groups]  # other[i, j]: i in j's group
         better = other + other.T - own[:, None] - own
         better[groups[:, None] == groups] = -1

@@ -56,10 +56,7 @@ class Adapted(nn.Module):
 class MaskedMoE(nn.Module):
     """One feed-forward layer as a mixture, computed densely under a mask.
 
-    Attributes
-    ----------
-    top_k : int or torch.Tensor
-        Active experts; a tensor ``[batch]`` gives each sequence its own number.
+    ``top_k`` are its active experts; a tensor ``[batch]`` gives each sequence its own number.
     """
 
     order: torch.Tensor
@@ -77,8 +74,7 @@ class MaskedMoE(nn.Module):
 
     def gates(self, x: torch.Tensor) -> torch.Tensor:
         """Gate weights ``[batch, T, E]``: zero where an expert is not chosen, 1 on average."""
-        scores = torch.sigmoid(F.linear(x, self.router))
-        return route(scores, self.bias, self.top_k)
+        return route(torch.sigmoid(F.linear(x, self.router)), self.bias, self.top_k)
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         """The neurons' activations before the mask, ``[batch, T, F]``."""
@@ -100,14 +96,8 @@ class MaskedMoE(nn.Module):
 def route(scores: torch.Tensor, bias: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
     """Glm4Moe's gate weights from sigmoid scores, with a gradient for the choice itself.
 
-    Parameters
-    ----------
-    scores
-        ``[..., E]``.
-    bias
-        ``[E]``, added for the choice only.
-    top_k
-        One number, or an int64 tensor ``[batch]`` for scores ``[batch, T, E]``.
+    ``scores`` are ``[..., E]``; ``bias``, ``[E]``, is added for the choice only; ``top_k`` is one
+    number, or an int64 tensor ``[batch]`` for scores ``[batch, T, E]``.
     """
     if isinstance(top_k, int):
         top_k = torch.full((len(scores),), top_k)
@@ -206,11 +196,6 @@ class Student(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids ``[batch, T]`` to the last hidden states ``[batch, T, D]``."""
         return self.model.model(ids, use_cache=False).last_hidden_state
-
-    @property
-    def head(self) -> torch.Tensor:
-        """The matrix from hidden states to logits, ``[V, D]``."""
-        return self.model.lm_head.weight
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states to logits."""

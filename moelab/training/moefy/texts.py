@@ -10,14 +10,13 @@ Letters: N windows, T tokens of a window.
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-
-__all__ = ["windows", "written"]
 
 
 def windows(
@@ -98,12 +97,12 @@ def written(
         Show a progress bar.
     """
     torch.manual_seed(seed)
-    by_length: dict[int, list[list[int]]] = {}
+    by_length: defaultdict[int, list[list[int]]] = defaultdict(list)
     for question in random.Random(seed).sample(questions, len(questions)):
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True
         )["input_ids"]
-        by_length.setdefault(len(prompt), []).append(list(prompt))
+        by_length[len(prompt)].append(list(prompt))
     batches = [
         prompts[at : at + batch]
         for prompts in by_length.values()

@@ -1,7 +1,7 @@
 // Latency of each token, split into compute, deciding and the causes of waiting; settings changed
 // during the run are marks on the time axis, and a KL that is measured is a lane on a log scale.
 
-import { hatch, Sheet, triangle } from "./canvas.js";
+import { fillBox, fillWords, hatch, Sheet, triangle } from "./canvas.js";
 import { HATCHED } from "./colours.js";
 import { h, legendKey, markup } from "./element.js";
 import { nice, onLogScale, quantile, within } from "./numbers.js";
@@ -11,22 +11,9 @@ const STEPS = [12, 8, 6, 5, 4, 3, 2, 1.5];
 export const KL_ENDS = { low: 1e-4, high: 1 };
 
 /**
- * @typedef {object} BarsLayout where the bars of a frame stand, px
- * @property {number} left
- * @property {number} top
- * @property {number} width of the plot
- * @property {number} step from bar to bar
- * @property {number} shown so many bars
- * @property {number} begin the first one's index in the frame
- * @property {number} base the axis
- * @property {number} lane height of the KL's lane; 0: there is none
- * @property {number} gap above that lane
- * @property {number} tall height of a full bar
- */
-
-/**
- * The newest tokens that have room, or those around the moment shown.
- * @returns {BarsLayout}
+ * Where the bars of a frame stand, px: the newest tokens that have room (`shown` of them, `step`
+ * apart, from the frame's index `begin` on), or those around the moment shown. Full bars are `tall`
+ * above the axis at `base`; the KL's lane, where there is one, is `gap` below it.
  */
 export function layoutOf({ count, tokens, past, first }, width, height) {
   const box = { left: 38, top: 30, width: width - 44 };
@@ -64,10 +51,8 @@ export class LatencyBars {
     this.layers = options.layers;
     this.parts = partsOf(options);
     this.scale = 0;
-    this.sheet = new Sheet(
-      "Latency of each token; arrow keys move from token to token, Enter shows why",
-      () => this.draw(),
-    );
+    const label = "Latency of each token; arrow keys move from token to token, Enter shows why";
+    this.sheet = new Sheet(label, () => this.draw());
     this.legend = h("div", { class: "moe-legend" });
     this.node = markup`
       <section class="moe-panel moe-bars" aria-label="Latency per token">
@@ -121,10 +106,7 @@ export class LatencyBars {
     if (this.frame.past) this.drawNow(g, at);
     if (this.cursor.at !== null) {
       const x = at.left + (this.cursor.at - first - at.begin + 0.5) * at.step - 0.5;
-      g.fillStyle = ink.text;
-      g.globalAlpha = 0.75;
-      if (x >= at.left) g.fillRect(x - 0.5, at.top - 4, 1, this.reach(at));
-      g.globalAlpha = 1;
+      if (x >= at.left) fillBox(g, ink.text, x - 0.5, at.top - 4, 1, this.reach(at), 0.75);
     }
     this.node.dataset.bars = `${at.shown}`;
   }
@@ -170,38 +152,29 @@ export class LatencyBars {
       part = (past.layer + 1) / (this.layers + 1),
       x = Math.round(at.left + (past.token - first - at.begin + part) * at.step),
       right = at.left + at.shown * at.step;
-    g.globalAlpha = 0.62;
-    g.fillStyle = ink.ground;
-    g.fillRect(x + 1, at.top - 4, Math.max(0, right - x), this.reach(at));
-    g.globalAlpha = 1;
-    g.fillStyle = ink.text;
-    g.fillRect(x - 0.5, at.top - 4, 1.5, this.reach(at));
+    fillBox(g, ink.ground, x + 1, at.top - 4, Math.max(0, right - x), this.reach(at), 0.62);
+    fillBox(g, ink.text, x - 0.5, at.top - 4, 1.5, this.reach(at));
     triangle(g, [x - 5, at.top - 9], [x + 5.5, at.top - 9], [x + 0.25, at.top - 2]);
   }
 
   drawAxes(g, at) {
     const { ink } = this.look,
       { count, first } = this.frame;
-    g.textAlign = "right";
     for (const part of [0, 0.5, 1]) {
       const y = Math.round(at.base - at.tall * part) + 0.5;
-      g.fillStyle = ink.line;
-      g.globalAlpha = part ? 0.7 : 1;
-      g.fillRect(at.left, y - 0.5, at.width, 1);
-      g.globalAlpha = 1;
-      g.fillStyle = ink.soft;
-      g.fillText(`${+(this.scale * part).toPrecision(3)}`, at.left - 6, y);
+      fillBox(g, ink.line, at.left, y - 0.5, at.width, 1, part ? 0.7 : 1);
+      fillWords(g, ink.soft, "right", `${+(this.scale * part).toPrecision(3)}`, at.left - 6, y);
     }
-    g.fillText("ms", at.left - 6, at.top - 13);
-    g.textAlign = "center";
+    fillWords(g, ink.soft, "right", "ms", at.left - 6, at.top - 13);
     const every = nice(Math.max(5, 56 / at.step)),
       start = first + at.begin;
     for (let t = Math.ceil(start / every) * every; t < first + count; t += every) {
       const x = at.left + (t - start + 0.5) * at.step;
-      if (x < at.left + at.width - 8) g.fillText(`${t}`, x, this.sheet.height - 6);
+      if (x < at.left + at.width - 8)
+        fillWords(g, ink.soft, "center", `${t}`, x, this.sheet.height - 6);
     }
-    g.textAlign = "right";
-    if (!count) g.fillText("token", at.left + at.width, this.sheet.height - 6);
+    if (!count)
+      fillWords(g, ink.soft, "right", "token", at.left + at.width, this.sheet.height - 6);
   }
 
   drawChanges(g, at) {
@@ -209,8 +182,6 @@ export class LatencyBars {
       start = this.frame.first + at.begin,
       ends = [-1e9, -1e9],
       labels = [];
-    g.textAlign = "left";
-    g.fillStyle = ink.text;
     for (const change of this.frame.changes) {
       const last = at.left + (change.last - start) * at.step;
       if (last < at.left) continue;
@@ -222,18 +193,13 @@ export class LatencyBars {
         ends[row] = left + wide;
         labels.push([change.label, left, 7 + 14 * row, wide]);
       }
-      g.globalAlpha = 0.07;
-      g.fillRect(from, at.top, last - from, at.tall);
-      g.globalAlpha = 0.8;
+      fillBox(g, ink.text, from, at.top, last - from, at.tall, 0.07);
       for (let y = row < 0 ? at.top : 14 + 14 * row; y < at.base; y += 5)
-        g.fillRect(Math.round(last) - 0.5, y, 1, 3);
-      g.globalAlpha = 1;
+        fillBox(g, ink.text, Math.round(last) - 0.5, y, 1, 3, 0.8);
     }
     for (const [words, x, y, wide] of labels) {
-      g.fillStyle = ink.ground;
-      g.fillRect(x - 3, y - 7, wide + 6, 14);
-      g.fillStyle = ink.text;
-      g.fillText(words, x, y + 0.5);
+      fillBox(g, ink.ground, x - 3, y - 7, wide + 6, 14);
+      fillWords(g, ink.text, "left", words, x, y + 0.5);
     }
   }
 
@@ -241,16 +207,11 @@ export class LatencyBars {
     const { ink } = this.look,
       low = at.base + at.gap + at.lane,
       high = at.base + at.gap;
-    g.fillStyle = ink.line;
-    g.globalAlpha = 0.7;
-    for (const y of [low, (low + high) / 2, high]) g.fillRect(at.left, Math.round(y), at.width, 1);
-    g.globalAlpha = 1;
-    g.fillStyle = ink.soft;
-    g.textAlign = "right";
-    g.fillText("1", at.left - 6, high + 1);
-    g.fillText("10⁻⁴", at.left - 6, low - 1);
-    g.fillStyle = ink.kl;
-    g.fillText("KL", at.left - 6, (low + high) / 2 + 1);
+    for (const y of [low, (low + high) / 2, high])
+      fillBox(g, ink.line, at.left, Math.round(y), at.width, 1, 0.7);
+    fillWords(g, ink.soft, "right", "1", at.left - 6, high + 1);
+    fillWords(g, ink.soft, "right", "10⁻⁴", at.left - 6, low - 1);
+    fillWords(g, ink.kl, "right", "KL", at.left - 6, (low + high) / 2 + 1);
     const r = Math.max(1.5, Math.min(2.5, w / 2)),
       spots = new Path2D();
     for (let i = 0; i < at.shown; i++) {
@@ -270,8 +231,8 @@ export class LatencyBars {
       const a = Math.max(start, o.token),
         b = i + 1 < origins.length ? origins[i + 1].token : first + count;
       if (b <= a) return;
-      g.fillStyle = o.emulated ? hatch(g, this.look.ink["prefetch late"], 3) : this.look.ink.kl;
-      g.fillRect(at.left + (a - start) * at.step, at.base + 2, (b - a) * at.step, 3);
+      const fill = o.emulated ? hatch(g, this.look.ink["prefetch late"], 3) : this.look.ink.kl;
+      fillBox(g, fill, at.left + (a - start) * at.step, at.base + 2, (b - a) * at.step, 3);
     });
   }
 
@@ -284,19 +245,16 @@ export class LatencyBars {
 
   placeOf(token) {
     const at = this.layout(),
-      canvas = this.sheet.node.getBoundingClientRect();
-    return [
-      canvas.left + at.left + (token - this.frame.first - at.begin + 1) * at.step,
-      canvas.top + at.top,
-    ];
+      canvas = this.sheet.node.getBoundingClientRect(),
+      right = at.left + (token - this.frame.first - at.begin + 1) * at.step;
+    return [canvas.left + right, canvas.top + at.top];
   }
 
   relabel() {
-    const swatch = (part) =>
-      h("i", {
-        class: `moe-cell ${part === "deciding" ? "deciding" : part in HATCHED ? "late" : ""}`,
-        style: `--c:${this.look.ink[part]};--f:100%`,
-      });
+    const swatch = (part) => {
+      const over = part === "deciding" ? part : part in HATCHED ? "late" : "";
+      return h("i", { class: `moe-cell ${over}`, style: `--c:${this.look.ink[part]};--f:100%` });
+    };
     this.legend.replaceChildren(...this.parts.map(([part]) => legendKey(swatch(part), part)));
     this.draw();
   }

@@ -31,7 +31,7 @@ export class Budget {
     this.bits = 16;
     this.total = options.all_experts_bytes;
     this.slider = h("input", {
-      ...{ type: "range", name: "budget", "aria-label": "Budget", min: 1, max: SLIDER, step: 1 },
+      type: "range", name: "budget", "aria-label": "Budget", min: 1, max: SLIDER, step: 1,
       oninput: () => {
         const budget = Math.round((this.total * +this.slider.value) / SLIDER);
         this.label(budget);

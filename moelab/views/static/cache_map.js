@@ -1,13 +1,13 @@
 // The cache map: layers down, experts across. Colour and fill are the resident bits; an orange
 // frame flashes where an expert was loaded, a dot marks what the newest token used.
 
-import { Sheet, stamp, triangle } from "./canvas.js";
+import { fillBox, fillWords, Sheet, stamp, triangle } from "./canvas.js";
 import { FILL } from "./colours.js";
 import { h, icon, legendKey, markup } from "./element.js";
 import { percent, short } from "./numbers.js";
 import { MARKS } from "./replay.js";
 import { FADE_MS, Tiles } from "./tiles.js";
-import { drawWhy } from "./why.js";
+import { drawWhy } from "./tip.js";
 
 /** Twenty pixels a layer where there are few; never fewer than six. */
 const tallFor = (layers) => Math.max(Math.min(208, Math.max(138, layers * 20)), layers * 6);
@@ -23,10 +23,8 @@ export class CacheMap {
     this.tiers = options.tiers;
     this.onPick = onPick;
     this.at = this.chosen = null;
-    this.sheet = new Sheet(
-      "Cache map: layers by experts, arrow keys move, Enter shows a life",
-      () => this.draw(),
-    );
+    const label = "Cache map: layers by experts, arrow keys move, Enter shows a life";
+    this.sheet = new Sheet(label, () => this.draw());
     this.sheet.box.style.height = `${tallFor(this.layers) + 16}px`;
     this.tiles = new Tiles(look, this.sheet, options);
     this.seen = new Int32Array(this.layers * this.experts).fill(-1);
@@ -103,10 +101,7 @@ export class CacheMap {
     if (!g || !this.frame) return;
     tiles.paint(g, this.frame);
     if (this.frame.past) this.drawPast(g, (i) => tiles.box(i), tiles.grid());
-    for (const [cell, line] of [
-      [this.chosen, 2.5],
-      [this.at, 2],
-    ]) {
+    for (const [cell, line] of [[this.chosen, 2.5], [this.at, 2]]) {
       if (cell === null) continue;
       g.strokeStyle = this.look.ink.text;
       g.lineWidth = line;
@@ -140,23 +135,21 @@ export class CacheMap {
     g.setLineDash([]);
     const { layer } = this.frame.past,
       y = (layer + 1) * grid.t - grid.gap / 2;
-    g.fillStyle = ink.text;
-    g.fillRect(2, Math.max(0.5, y - 0.75), grid.left + this.experts * grid.w - 2, 1.5);
+    const right = grid.left + this.experts * grid.w;
+    fillBox(g, ink.text, 2, Math.max(0.5, y - 0.75), right - 2, 1.5);
     triangle(g, [0, y - 5], [6, y], [0, y + 5]);
   }
 
   drawAxes(g, grid) {
-    g.fillStyle = this.look.ink.soft;
-    g.font = this.sheet.font(2);
-    g.textAlign = "right";
-    const down = Math.ceil(13 / grid.t),
+    const { soft } = this.look.ink,
+      down = Math.ceil(13 / grid.t),
       across = [1, 2, 4, 8, 16, 32].find((n) => n * grid.w >= 22) ?? 64;
+    g.font = this.sheet.font(2);
     for (let l = 0; l < this.layers; l += down)
-      g.fillText(`${l}`, grid.left - 6, Math.max(5, (l + 0.5) * grid.t));
-    g.textAlign = "center";
-    for (let e = 0; e < this.experts; e += across) {
-      g.fillText(`${e}`, grid.left + (e + 0.5) * grid.w, this.layers * grid.t + 8);
-    }
+      fillWords(g, soft, "right", `${l}`, grid.left - 6, Math.max(5, (l + 0.5) * grid.t));
+    const y = this.layers * grid.t + 8;
+    for (let e = 0; e < this.experts; e += across)
+      fillWords(g, soft, "center", `${e}`, grid.left + (e + 0.5) * grid.w, y);
   }
 
   cellAt(x, y) {
@@ -169,21 +162,16 @@ export class CacheMap {
   point(at, event) {
     if (at === this.at && !event) return;
     this.at = at;
+    this.draw();
     if (at === null) {
       this.tip.hide();
       this.why?.forget();
-      this.draw();
       return;
     }
     const canvas = this.sheet.node.getBoundingClientRect(),
-      { left, w, t } = this.tiles.grid();
-    this.where = event
-      ? [event.clientX, event.clientY]
-      : [
-          canvas.left + left + ((at % this.experts) + 1) * w,
-          canvas.top + (Math.floor(at / this.experts) + 0.5) * t,
-        ];
-    this.draw();
+      [x, y, w, t] = this.tiles.box(at);
+    const beside = [canvas.left + x + w, canvas.top + y + t / 2];
+    this.where = event ? [event.clientX, event.clientY] : beside;
     this.describe();
   }
 
@@ -196,12 +184,10 @@ export class CacheMap {
     const total = row.reduce((a, b) => a + b, 0),
       rank = row.filter((n) => n > uses[i]).length + 1;
     const token = (n, never = "never") => (n < 0 ? never : `token ${n}`);
+    const share = total ? ` (${percent(uses[i] / total)}, rank ${rank} of ${this.experts})` : "";
     const rows = [
       ["resident", bits[i] ? `${bits[i]} bit${flight[i] ? ", in flight" : ""}` : "no"],
-      [
-        "uses",
-        `${uses[i]}${total ? ` (${percent(uses[i] / total)}, rank ${rank} of ${this.experts})` : ""}`,
-      ],
+      ["uses", `${uses[i]}${share}`],
       ["last used", token(used[i], "not in this run")],
       ["last load", token(loaded[i], bits[i] ? "before this run" : "not in this run")],
     ];
@@ -224,14 +210,13 @@ export class CacheMap {
   }
 
   relabel() {
-    const key = (words, name, style) => legendKey(h("i", { class: `moe-cell ${name}`, style }), words),
+    const { tiers } = this.look,
+      key = (words, name, style) => legendKey(h("i", { class: `moe-cell ${name}`, style }), words),
       left = legendKey(icon("evict"), "left");
     left.classList.add("moe-only-past");
     this.legend.replaceChildren(
-      ...this.tiers.map((b) =>
-        key(`${b} bit`, "", `--c:${this.look.tiers[b]};--f:${100 * FILL[b]}%`),
-      ),
-      ...[key("loaded", "loaded"), key("in flight", "flight"), key("used now", "used"), left],
+      ...this.tiers.map((b) => key(`${b} bit`, "", `--c:${tiers[b]};--f:${100 * FILL[b]}%`)),
+      key("loaded", "loaded"), key("in flight", "flight"), key("used now", "used"), left,
     );
     this.draw();
   }

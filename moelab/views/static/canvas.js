@@ -8,8 +8,8 @@ export class Sheet {
   constructor(label, redraw) {
     // Arrow keys move in it: as an "application" a screen reader lets them through.
     this.node = h("canvas", {
-      ...{ class: "moe-canvas", tabindex: 0, role: "application" },
-      ...{ "aria-roledescription": "chart", "aria-label": label },
+      class: "moe-canvas", tabindex: 0, role: "application",
+      "aria-roledescription": "chart", "aria-label": label,
     });
     this.box = h("div", { class: "moe-sheet" }, this.node);
     this.width = this.height = this.ratio = 0;
@@ -71,6 +71,21 @@ export function stamp(g, kind, x, y, size = 10) {
   g.scale(size / 12, size / 12);
   g.fill(once(kind, () => new Path2D(SHAPES[kind])));
   g.restore();
+}
+
+/** Fill a box with a colour or a hatch. */
+export function fillBox(g, fill, x, y, wide, tall, alpha = 1) {
+  g.globalAlpha = alpha;
+  g.fillStyle = fill;
+  g.fillRect(x, y, wide, tall);
+  g.globalAlpha = 1;
+}
+
+/** Write words that end, begin or have their middle at x, no wider than `most` if it is given. */
+export function fillWords(g, ink, align, words, x, y, most) {
+  g.fillStyle = ink;
+  g.textAlign = align;
+  g.fillText(words, x, y, most);
 }
 
 /** Fill the triangle of three corners. */

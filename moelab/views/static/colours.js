@@ -10,10 +10,10 @@ export const FILL = { 16: 1, 8: 0.74, 4: 0.5, 3: 0.36, 2: 0.24 };
 
 /** Which variable of the style sheet colours what; one colour per part of a token's time. */
 export const INK = {
-  ...{ compute: "compute", deciding: "deciding", "on demand": "load", "prefetch late": "late" },
-  ...{ evict: "substitute", kl: "measured", hit: "measured", load: "load", prefetch: "prefetch" },
-  ...{ downgrade: "downgrade", substitute: "substitute" },
-  ...{ text: "text-1", soft: "soft", line: "line", cell: "fill", ground: "ground" },
+  compute: "compute", deciding: "deciding", "on demand": "load", "prefetch late": "late",
+  evict: "substitute", kl: "measured", hit: "measured", load: "load", prefetch: "prefetch",
+  downgrade: "downgrade", substitute: "substitute",
+  text: "text-1", soft: "soft", line: "line", cell: "fill", ground: "ground",
 };
 
 /** What a part of a bar is crossed with, the second cue beside its colour; -1: the other way. */
@@ -32,9 +32,8 @@ export const still = () => MOTION.matches;
 
 /** Light or dark, from the colour the widget really has; it has none before it is on the page. */
 export function themeOf(root) {
-  const [r, g, b] = (
-    getComputedStyle(root).backgroundColor.match(/[\d.]+/g) ?? [255, 255, 255]
-  ).map(Number);
+  const parts = getComputedStyle(root).backgroundColor.match(/[\d.]+/g) ?? [255, 255, 255],
+    [r, g, b] = parts.map(Number);
   return 0.299 * r + 0.587 * g + 0.114 * b < 128 ? "dark" : "light";
 }
 

@@ -1,5 +1,5 @@
-// The drawer of saved runs: a table to sort, memory against speed (scatter.js), and the code of each
-// run. Two runs that are ticked are shown beside each other (beside.js).
+// The drawer of saved runs: a table to sort, memory against speed (scatter.js), and the code of
+// each run. Two runs that are ticked are shown beside each other (beside.js).
 
 import { Beside } from "./beside.js";
 import { still } from "./colours.js";
@@ -42,9 +42,8 @@ export class Runs {
     this.drawn = "";
     this.told = {};
     this.ask = (what, more = {}) => model.send({ do: "runs", ask: what, ...more });
-    this.toggle = button("Saved runs", {
-      onclick: () => this.open(this.node.hidden || !this.inSight(), true),
-    });
+    const seen = () => this.open(this.node.hidden || !this.inSight(), true);
+    this.toggle = button("Saved runs", { onclick: seen });
     this.wonder = button("What if", {
       title: "Make a run again with the settings as they are now",
       onclick: () => this.wondered(this.whatIf.node.hidden),
@@ -52,7 +51,7 @@ export class Runs {
     const save = button("Save", {
       title: "Keep the newest run to compare it with others",
       onclick: () => {
-        this.ask("pin");
+        this.ask("save");
         this.open(true);
       },
     });
@@ -118,7 +117,7 @@ export class Runs {
   }
 
   sync() {
-    const { pinned: saved = [], again = {}, error = "" } = this.model.get("runs") ?? {};
+    const { saved = [], again = {}, error = "" } = this.model.get("runs") ?? {};
     say(this.toggle, saved.length ? `Saved runs (${saved.length})` : "Saved runs");
     if (again.state === "done" && this.told.state === "running") {
       this.ticked = again.names;
@@ -203,14 +202,12 @@ export class Runs {
     const does = (words, label, onclick) =>
       button(words, { onclick, "aria-label": `${label} ${name}`, ...f(words) });
     const code = does("code", "Code of", () => this.code.open(run)),
-      remove = does("remove", "Remove", () => this.ask("unpin", { name }));
+      remove = does("remove", "Remove", () => this.ask("remove", { name }));
     const about = aboutRun(run),
       star = best && h("b", { class: "moe-best", title: BEST }, "★"),
       badge = h("b", { class: "moe-badge", title: run.device }, run.timing);
     badge.classList.toggle("emulated", run.emulated);
-    const cells = COLUMNS_OF_RUNS.map((key) =>
-      h("td", { "data-key": key }, written(key, run[key])),
-    );
+    const cells = COLUMNS_OF_RUNS.map((k) => h("td", { "data-key": k }, written(k, run[k])));
     return markup`
       <tr data-name="${name}" class="${box.checked ? "on" : ""}">
         <td>${box}</td>

@@ -1,26 +1,60 @@
-// The dashboard: the controls above the stage; decodes the newest frame once per animation frame,
-// hands it to the stage and acknowledges it.
+// The dashboard: which model is shown, and the controls above the stage; decodes the newest frame
+// once per animation frame, hands it to the stage and acknowledges it.
 
 import { DARK, STRONG } from "./colours.js";
 import { Runs } from "./compare.js";
-import { h, keep } from "./element.js";
-import { ModelPick } from "./model.js";
+import { button, h, keep, markup, optionsOf, say } from "./element.js";
 import { array, byName } from "./recording.js";
 import { Settings } from "./settings.js";
 import { KernelSource } from "./source.js";
 import { headOf, rootOf, modelShape, Stage } from "./stage.js";
-import { Why } from "./why.js";
+import { Why } from "./tip.js";
+
+class ModelPick {
+  constructor(model) {
+    this.model = model;
+    this.pick = h("select", {
+      class: "moe-model", "aria-label": "Model",
+      onchange: () => model.send({ do: "model", name: this.pick.value, where: "run" }),
+    });
+    this.words = h("span", { role: "status" });
+    const onclick = () => {
+      model.send({ do: "model", stop: true, where: "run" });
+      say(this.words, "stopping after this step …");
+    };
+    this.stop = button("Cancel", { title: "Keep the model shown", onclick });
+    this.line = markup`<div class="moe-opening">${[this.words, this.stop]}</div>`;
+    this.sync();
+  }
+
+  sync() {
+    const told = this.model.get("models") ?? {},
+      { now = "", offered = [], opening = "", error = "", stopped = "" } = told;
+    const called = (name, missing) => (missing ? `${name} (not installed)` : name),
+      entries = offered.map(({ name, missing }) => [name, called(name, missing), { title: missing }]);
+    this.pick.replaceChildren(...optionsOf(entries));
+    this.pick.value = now;
+    const { activeElement: at } = document,
+      held = at === this.pick || at === this.stop;
+    this.pick.disabled = Boolean(opening);
+    this.stop.hidden = !opening;
+    const words = opening ? `${opening} …` : error || stopped;
+    this.line.hidden = !words;
+    if (held) (opening ? this.stop : this.pick).focus();
+    this.line.classList.toggle("bad", Boolean(error));
+    say(this.words, words);
+  }
+}
 
 const MAP = {
-  ...{ bits: Uint8Array, in_flight: Uint8Array },
-  ...{ loaded: Int32Array, used: Int32Array, uses: Int32Array },
+  bits: Uint8Array, in_flight: Uint8Array,
+  loaded: Int32Array, used: Int32Array, uses: Int32Array,
 };
 
 /** A frame with its arrays as such. */
-export function decode(frame, { columns, causes }) {
-  const map = Object.fromEntries(
-    Object.entries(MAP).map(([name, Type]) => [name, array(Type, frame.map[name])]),
-  );
+function decode(frame, { columns, causes }) {
+  const cells = Object.entries(MAP).map(([name, Type]) => [name, array(Type, frame.map[name])]),
+    map = Object.fromEntries(cells);
   const tokens = byName(frame.columns ?? columns, array(Float32Array, frame.values));
   return { ...frame, tokens, map, causes, newest: frame.first + frame.count - 1 };
 }
@@ -55,9 +89,9 @@ class View {
     const shape = h("span", { class: "moe-soft" }, modelShape(options));
     this.root.prepend(
       headOf(this.pick.pick, shape, this.stage.status, this.runs.bar),
-      ...[this.pick.line, this.settings.node, this.runs.whatIf.node],
-      ...[this.stage.figures.node, this.stage.timeline.node, this.stage.main],
-      ...[this.runs.node, this.settings.fault.node],
+      this.pick.line, this.settings.node, this.runs.whatIf.node,
+      this.stage.figures.node, this.stage.timeline.node, this.stage.main,
+      this.runs.node, this.settings.fault.node,
     );
     this.connect();
   }
@@ -120,15 +154,10 @@ class View {
     this.settings.ask.showRunning(frame.running);
     this.errorChanged();
     Object.assign(this.root.dataset, {
-      seq: frame.seq,
-      run: frame.run,
-      token: frame.newest,
-      under: frame.tokens.budget_bytes.at(-1) ?? "",
-      running: frame.running,
-      kl: frame.recent.kl_mean ?? "",
-      stall: frame.recent.stall_share ?? "",
-      rate: frame.recent.tokens_per_s ?? "",
-      emulated: frame.origins.at(-1).emulated,
+      seq: frame.seq, run: frame.run, token: frame.newest,
+      under: frame.tokens.budget_bytes.at(-1) ?? "", running: frame.running,
+      kl: frame.recent.kl_mean ?? "", stall: frame.recent.stall_share ?? "",
+      rate: frame.recent.tokens_per_s ?? "", emulated: frame.origins.at(-1).emulated,
       changes: frame.changes.length,
     });
     this.acknowledge(frame.seq);

@@ -111,6 +111,16 @@ export function shape(node, kind) {
 /** A key of a legend. */
 export const legendKey = (swatch, words) => markup`<span class="moe-key">${swatch}${words}</span>`;
 
+/** How far along from the lowest to the highest a value lies; all of it where they do not differ. */
+export const shareOf = (value, low, high) =>
+  Number.isFinite(value) && high > low ? (value - low) / (high - low) : 1;
+
+/** A bar that is filled to a share. */
+export function filledBar(share, name = "") {
+  const style = `--p:${(100 * share).toFixed(1)}%`;
+  return h("i", { class: `moe-bar ${name}`, "aria-hidden": true, style });
+}
+
 /** Say where times come from; measured and emulated never look alike. */
 export function showBadge(node, device, words) {
   node.classList.toggle("emulated", device.emulated);
@@ -129,16 +139,17 @@ export function showBadge(node, device, words) {
 export class Hold {
   constructor(slider, settle) {
     this.held = false;
+    this.listening = new AbortController();
     slider.addEventListener("pointerdown", () => (this.held = true));
-    this.release = () => {
+    const release = () => {
       if (!this.held) return;
       this.held = false;
       settle();
     };
-    for (const end of ENDS) document.addEventListener(end, this.release, true);
+    const how = { capture: true, signal: this.listening.signal };
+    for (const end of ["pointerup", "pointercancel"]) document.addEventListener(end, release, how);
   }
   close() {
-    for (const end of ENDS) document.removeEventListener(end, this.release, true);
+    this.listening.abort();
   }
 }
-const ENDS = ["pointerup", "pointercancel"];

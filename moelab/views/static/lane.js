@@ -1,7 +1,7 @@
 // An expert's life on the time axis of the bars below it: when it came and left (above), at how
 // many bits it was resident (the band), and when it was used (below).
 
-import { Sheet, stamp } from "./canvas.js";
+import { fillBox, fillWords, Sheet, stamp } from "./canvas.js";
 import { FILL } from "./colours.js";
 import { within } from "./numbers.js";
 import { KINDS } from "./recording.js";
@@ -81,10 +81,9 @@ export class Lane {
 
   name() {
     const { layer, expert } = this.expert;
-    const at = this.chosen ? `: ${happening(this.chosen)}` : "";
-    this.sheet.name(
-      `Life of expert ${expert} of layer ${layer}${at}; arrow keys move from event to event, Enter goes there`,
-    );
+    const at = this.chosen ? `: ${happening(this.chosen)}` : "",
+      keys = "arrow keys move from event to event, Enter goes there";
+    this.sheet.name(`Life of expert ${expert} of layer ${layer}${at}; ${keys}`);
   }
 
   mark(one) {
@@ -102,10 +101,8 @@ export class Lane {
     const { happened } = this.life,
       at = happened.indexOf(this.chosen);
     const goal = {
-      ArrowLeft: at < 0 ? this.before() : at - 1,
-      ArrowRight: at < 0 ? this.before() + 1 : at + 1,
-      Home: 0,
-      End: happened.length - 1,
+      ArrowLeft: at < 0 ? this.before() : at - 1, ArrowRight: at < 0 ? this.before() + 1 : at + 1,
+      Home: 0, End: happened.length - 1,
     }[event.key];
     if (event.key === "Enter" && this.chosen) this.pick(this.chosen);
     else if (goal === undefined) return;
@@ -154,8 +151,8 @@ export class Lane {
       const a = Math.max(axis.left, this.x(from, axis)),
         b = Math.min(right, this.x(to, axis)),
         tall = LANE.tall * FILL[bits];
-      g.fillStyle = tiers[bits];
-      if (b > a) g.fillRect(a, LANE.top + LANE.tall - tall, Math.max(1, b - a), tall);
+      const wide = Math.max(1, b - a);
+      if (b > a) fillBox(g, tiers[bits], a, LANE.top + LANE.tall - tall, wide, tall);
     }
     const size = Math.max(5, Math.min(10, axis.step * 1.5));
     for (const one of this.life.happened) {
@@ -173,14 +170,11 @@ export class Lane {
 
   drawNames(g, axis, right) {
     const { ink } = this.look;
-    g.fillStyle = ink.cell;
-    g.fillRect(axis.left, LANE.top, Math.max(0, right - axis.left), LANE.tall);
-    g.fillStyle = ink.soft;
+    fillBox(g, ink.cell, axis.left, LANE.top, Math.max(0, right - axis.left), LANE.tall);
     g.font = this.sheet.font(2);
-    g.textAlign = "right";
-    g.fillText("in/out", axis.left - 6, LANE.marks, axis.left - 8);
-    g.fillText("bits", axis.left - 6, LANE.top + LANE.tall / 2);
-    g.fillText("used", axis.left - 6, LANE.uses);
+    fillWords(g, ink.soft, "right", "in/out", axis.left - 6, LANE.marks, axis.left - 8);
+    fillWords(g, ink.soft, "right", "bits", axis.left - 6, LANE.top + LANE.tall / 2);
+    fillWords(g, ink.soft, "right", "used", axis.left - 6, LANE.uses);
   }
 
   drawChosen(g, x) {
@@ -197,8 +191,7 @@ export class Lane {
     if (!past) return;
     const { layers } = this.expert,
       x = this.x(past.token + (past.layer + 1) / (layers + 1), axis);
-    g.fillStyle = this.look.ink.text;
-    g.fillRect(Math.round(x) - 0.5, 0, 1.5, LANE.height);
+    fillBox(g, this.look.ink.text, Math.round(x) - 0.5, 0, 1.5, LANE.height);
   }
 
   close() {

@@ -1,10 +1,9 @@
 // One expert's life: figures, its lane over the tokens, and for an eviction why it had to leave:
 // the strategy's own terms for it and for those that stayed.
 
-import { cross, h, icon, markup, say } from "./element.js";
+import { cross, filledBar, h, icon, markup, say, shareOf } from "./element.js";
 import { Lane, lifeOf } from "./lane.js";
 import { percent, plural, short } from "./numbers.js";
-import { filledBar, shareOf } from "./why.js";
 
 const CAUSES = {
   room: "to make room",
@@ -92,10 +91,8 @@ export class Life {
   }
 }
 
-const told = (title, words) => [
-  h("strong", {}, title),
-  h("span", { class: "moe-soft" }, ` ${words}`),
-];
+const told = (title, words) =>
+  [h("strong", {}, title), h("span", { class: "moe-soft" }, ` ${words}`)];
 
 /** A table of the strategy's terms: who left first, then who stayed, nearest to going first. */
 function drawLeft(title, { policy, terms, texts, victim, survivors, error }) {

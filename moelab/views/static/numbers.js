@@ -1,7 +1,7 @@
 // Numbers as they are written, and the round ones that axes and scales end at.
 
 /** A dash where there was nothing to divide. @param {number | null} x @param {number} digits */
-export const fixed = (x, digits) => (Number.isFinite(x) ? x.toFixed(digits) : "–");
+const fixed = (x, digits) => (Number.isFinite(x) ? x.toFixed(digits) : "–");
 export const percent = (x) => (x === null ? "–" : `${(100 * x).toFixed(x < 0.1 ? 1 : 0)} %`);
 export const rate = (x) => fixed(x, x < 10 ? 2 : x < 100 ? 1 : 0);
 export const millis = (x) => `${rate(x)} ms`;
@@ -27,7 +27,7 @@ export function kl(x) {
 }
 
 /** How a figure of a run is called and written. */
-export const FIGURES = {
+const FIGURES = {
   tokens_per_s: { title: "tokens/s", write: rate },
   hit_ratio: { title: "hit ratio", write: percent },
   byte_hit_ratio: { title: "byte hit ratio", write: percent },

@@ -6,18 +6,12 @@ import { KIND } from "./recording.js";
 /** @import { Recording } from "./recording.js" */
 
 /**
- * @typedef {object} Outcome of one expert that a layer's router chose
- * @property {number} layer
- * @property {number} expert
- * @property {number} weight its gate weight
- * @property {string} kind the worst of what happened: hit, prefetch, load, downgrade, …
- * @property {string} [from] where the copy served came from
- * @property {number} bits served; 0: not known
- * @property {number} asked bits asked for
- * @property {number} bytes read on demand
- * @property {number} wait ms
- * @property {number} [by] the expert that stood in
- * @property {number} [instead] the expert that the router wanted
+ * What became of one expert that a layer's router chose: `kind` is the worst of what happened,
+ * `from` where the copy served came from; `bits` were served (0: not known), `asked` asked for and
+ * `bytes` read on demand, after a `wait` in ms; expert `by` stood in, or `instead` was wanted.
+ * @typedef {{ layer: number, expert: number, weight: number, kind: string, from?: string,
+ *   bits: number, asked: number, bytes: number, wait: number, by?: number, instead?: number
+ * }} Outcome
  */
 
 /**

@@ -31,7 +31,7 @@ function showPage(node, recording) {
   root.prepend(
     headOf(h("span", { class: "moe-soft" }, `${name} · ${modelShape(model)}`), stage.status),
     h("p", { class: "moe-lead" }, ...lead(recording.document)),
-    ...[stage.figures.node, stage.timeline.node, stage.main],
+    stage.figures.node, stage.timeline.node, stage.main,
     markup`
       <details class="moe-code">
         <summary>The settings as code</summary>

@@ -13,7 +13,7 @@ export class Prompt {
     this.model = model;
     this.prompts = options.prompts;
     this.prompt = h("textarea", {
-      ...{ rows: 2, "aria-label": "Prompt", spellcheck: "false" },
+      rows: 2, "aria-label": "Prompt", spellcheck: "false",
       oninput: () => keep(model, { prompt: this.prompt.value }),
       onkeydown: (e) => {
         if (e.key !== "Enter" || !(e.ctrlKey || e.metaKey)) return;
@@ -22,13 +22,11 @@ export class Prompt {
       },
     });
     this.tokens = h("input", {
-      ...{ type: "number", min: 1, max: MOST_TOKENS, step: 1 },
+      type: "number", min: 1, max: MOST_TOKENS, step: 1,
       onchange: () => keep(model, { max_new_tokens: this.count() }),
     });
-    this.chat = h("input", {
-      ...{ type: "checkbox", name: "chat" },
-      onchange: () => keep(model, { chat: this.chat.checked }),
-    });
+    const onchange = () => keep(model, { chat: this.chat.checked });
+    this.chat = h("input", { type: "checkbox", name: "chat", onchange });
     this.limit = h("output", { class: "moe-limit" });
     this.go = button("Run", { class: "moe-run", onclick: () => this.run() });
     this.halt = button("Stop", { onclick: () => model.send({ do: "stop", where: "run" }) });

@@ -5,17 +5,9 @@ export const KINDS = ["hit", "load", "prefetch", "downgrade", "skip", "substitut
 /** The code of each kind in the events. */
 export const KIND = Object.fromEntries(KINDS.map((kind, code) => [kind, code]));
 const EVENTS = {
-  token: Int32Array,
-  at: Int16Array,
-  layer: Int16Array,
-  expert: Int16Array,
-  kind: Uint8Array,
-  bits_asked: Uint8Array,
-  bits: Uint8Array,
-  bytes: Int32Array,
-  start_ms: Float32Array,
-  dur_ms: Float32Array,
-  cause: Uint8Array,
+  token: Int32Array, at: Int16Array, layer: Int16Array, expert: Int16Array, kind: Uint8Array,
+  bits_asked: Uint8Array, bits: Uint8Array, bytes: Int32Array, start_ms: Float32Array,
+  dur_ms: Float32Array, cause: Uint8Array,
 };
 const START = { layer: Int16Array, expert: Int16Array, bits: Uint8Array };
 const GATES = { expert: Int16Array, weight: Float32Array, wanted: Int16Array };

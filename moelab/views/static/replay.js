@@ -1,6 +1,7 @@
 // The cache as it was at any token and layer: the events are applied in order, and a checkpoint
 // every so many rows makes the way back short. It makes frames of the same shape as live ones.
 
+import { within } from "./numbers.js";
 import { KIND, KINDS, waitOf } from "./recording.js";
 /** @import { Recording } from "./recording.js" */
 
@@ -17,17 +18,11 @@ export class Replay {
     this.recording = recording;
     const n = recording.layers * recording.experts;
     this.state = {
-      row: 0,
-      bits: new Uint8Array(n),
-      loaded: new Int32Array(n).fill(-1),
-      used: new Int32Array(n).fill(-1),
-      uses: new Int32Array(n),
-      landed: new Float32Array(n),
+      row: 0, bits: new Uint8Array(n), loaded: new Int32Array(n).fill(-1),
+      used: new Int32Array(n).fill(-1), uses: new Int32Array(n), landed: new Float32Array(n),
     };
     const { layer, expert, bits } = recording.start;
-    bits.forEach((b, i) => {
-      this.state.bits[layer[i] * recording.experts + expert[i]] = b;
-    });
+    bits.forEach((b, i) => (this.state.bits[layer[i] * recording.experts + expert[i]] = b));
     this.checkpoints = [structuredClone(this.state)];
   }
 
@@ -90,9 +85,8 @@ export class Replay {
     const in_flight = bits.map((b, c) => (b && landed[c] > now ? 1 : 0));
     const first = count <= WINDOW ? 0 : this.windowAt(token),
       shown = Math.min(WINDOW, count - first);
-    const tokens = Object.fromEntries(
-      Object.entries(recording.tokens).map(([k, v]) => [k, v.subarray(first, first + shown)]),
-    );
+    const cut = ([name, values]) => [name, values.subarray(first, first + shown)],
+      tokens = Object.fromEntries(Object.entries(recording.tokens).map(cut));
     const whole = layer === recording.layers - 1 ? token + 1 : token; // tokens that had ended
     const origins = document.origins.filter((o, i) => i === 0 || o.token <= token);
     const since = origins.at(-1).token;
@@ -103,7 +97,7 @@ export class Replay {
       causes: recording.model.causes,
       texts: recording.pieces.slice(first, first + shown),
       changes: document.marks,
-      ...{ first, count: shown, tokens, origins, newest: token, past: { token, layer } },
+      first, count: shown, tokens, origins, newest: token, past: { token, layer },
       map: { bits, in_flight, loaded, used, uses, marks: this.marks(token, end) },
       resident: this.resident(bits, token),
       recent: this.figures(Math.max(since, whole - RECENT), whole),
@@ -114,10 +108,8 @@ export class Replay {
   /** The same first token for many neighbours, so that text is not built anew at each step. */
   windowAt(token) {
     const half = WINDOW / 2;
-    return Math.min(
-      STRIDE * Math.ceil((this.recording.count - WINDOW) / STRIDE),
-      Math.max(0, half * Math.floor((token - half / 2) / half)),
-    );
+    const last = STRIDE * Math.ceil((this.recording.count - WINDOW) / STRIDE);
+    return within(half * Math.floor((token - half / 2) / half), 0, last);
   }
 
   /** What the token had done to each cell by then. */
@@ -134,25 +126,16 @@ export class Replay {
   resident(bits, token) {
     const { expert_bytes } = this.recording.model,
       budget_bytes = this.recording.tokens.budget_bytes[token];
-    let experts = 0,
-      held = 0;
-    for (const b of bits) {
-      if (!b) continue;
-      experts += 1;
-      held += expert_bytes[b];
-    }
-    return { experts, bytes: held, budget_bytes };
+    const held = bits.filter((b) => b > 0),
+      bytes = held.reduce((sum, b) => sum + expert_bytes[b], 0);
+    return { experts: held.length, bytes, budget_bytes };
   }
 
   /** Running figures of the tokens from `begin` to before `end`, as the kernel works them out. */
   figures(begin, end) {
     const { tokens, model } = this.recording,
       from = Math.max(1, begin); // token 0 carries the prefill: only its KL counts
-    const sum = (name, a = from) => {
-      let total = 0;
-      for (let i = a; i < end; i++) total += tokens[name][i];
-      return total;
-    };
+    const sum = (name) => tokens[name].subarray(from, end).reduce((a, b) => a + b, 0);
     const ratio = (over, under) => (under ? over / under : null);
     const decoded = Math.max(0, end - from),
       time = sum("total_ms"),

@@ -4,9 +4,8 @@
 import { focused, h, markup, svg } from "./element.js";
 import { nice, titleOf, written } from "./numbers.js";
 
-export const COLUMNS_OF_RUNS = [
-  ...["tokens_per_s", "hit_ratio", "bytes_per_token", "stall_share", "peak", "kl_mean"],
-];
+export const COLUMNS_OF_RUNS =
+  ["tokens_per_s", "hit_ratio", "bytes_per_token", "stall_share", "peak", "kl_mean"];
 /** KL below the limit: as fine as so many bits' colour, drawn with this radius. */
 const KL_STEPS = [
   { below: 1e-3, bits: 16, r: 5, words: "KL < 0.001" },
@@ -124,7 +123,7 @@ export class Scatter {
         class: `point${on ? " on" : ""}`,
         ...{ tabindex: 0, role: "button", "aria-pressed": `${on}`, "data-name": run.name },
         "aria-label": `${run.name}: ${words.map((pair) => pair.join(" ")).join(", ")}`,
-        ...{ onpointerenter: show, onpointerleave: hide, onfocus: show, onblur: hide },
+        onpointerenter: show, onpointerleave: hide, onfocus: show, onblur: hide,
         onclick: choose,
         onkeydown: (e) => {
           if (e.key !== "Enter" && e.key !== " ") return;

@@ -1,11 +1,48 @@
 // The settings: native inputs, each of which changes the lab at once. What is shown is what holds;
-// a value the lab refuses stays in the thumb only while it is being dragged.
+// a value the lab refuses stays in the thumb only while it is being dragged, and what was refused
+// is said in a box under the control it is about.
 
 import { Budget } from "./budget.js";
 import { Decisions } from "./decisions.js";
-import { h, keep, markup, optionsOf, say, showBadge } from "./element.js";
-import { Fault } from "./fault.js";
+import { cross, h, keep, markup, optionsOf, say, showBadge } from "./element.js";
+import { within } from "./numbers.js";
 import { Prompt } from "./prompt.js";
+
+class Fault {
+  constructor(dismissed) {
+    this.words = h("span");
+    const close = () => {
+      this.dismissed = this.key;
+      this.node.hidden = true;
+      dismissed();
+    };
+    this.node = markup`
+      <div class="moe-error" role="alert" hidden>${[this.words, cross("Dismiss", close)]}</div>`;
+  }
+
+  /** Say it under `control`; a fault of the same `key` stays away once it is dismissed. */
+  show(text, control, key) {
+    this.control = control;
+    this.key = key;
+    if (!text) this.dismissed = null;
+    say(this.words, text);
+    this.node.hidden = !text || key === this.dismissed;
+    this.place();
+  }
+
+  place() {
+    if (this.node.hidden) return;
+    const root = this.node.offsetParent?.getBoundingClientRect();
+    if (!root) return;
+    const of = this.control.getBoundingClientRect();
+    const wide = this.node.offsetWidth,
+      left = within(of.left - root.left, 14, root.width - wide - 14);
+    const tip = of.left - root.left - left + Math.min(of.width / 2, 24);
+    this.node.style.left = `${left}px`;
+    this.node.style.top = `${of.bottom - root.top + 9}px`;
+    this.node.style.setProperty("--tip", `${within(tip, 8, wide - 16)}px`);
+  }
+}
 
 const THROTTLE_MS = 50;
 const UNANSWERED_MS = 1000;
@@ -57,10 +94,8 @@ export class Settings {
     this.model = model;
     this.options = options;
     this.sender = new Sender(model);
-    this.measure = h("input", {
-      ...{ type: "checkbox", name: "measure_kl" },
-      onchange: () => this.sender.change({ measure_kl: this.measure.checked }),
-    });
+    const onchange = () => this.sender.change({ measure_kl: this.measure.checked });
+    this.measure = h("input", { type: "checkbox", name: "measure_kl", onchange });
     this.ask = new Prompt(model, options, this.measure);
     const change = (changes, where) => this.sender.change(changes, where),
       settle = () => this.sync();
@@ -69,9 +104,7 @@ export class Settings {
     this.decisions = new Decisions(options, { change, settle, toggled });
     this.fault = new Fault(() => model.send({ do: "dismiss" }));
     this.strategy = this.presets();
-    this.decisions.line.prepend(
-      markup`<label class="moe-pick">Strategy ${this.strategy}</label>`,
-    );
+    this.decisions.line.prepend(markup`<label class="moe-pick">Strategy ${this.strategy}</label>`);
     this.node = markup`
       <div class="moe-controls">${[this.ask.node, this.row(), this.decisions.node]}</div>`;
   }
@@ -98,12 +131,11 @@ export class Settings {
     this.bits = this.select("bits", optionsOf(bits), Number);
     this.low_bits = this.select("low_bits", lows, (x) => (x ? Number(x) : null));
     this.prefetch = this.select("prefetch", depths, Number);
-    const measured = devices.filter((d) => !d.emulated),
-      emulated = devices.filter((d) => d.emulated),
-      names = (these) => these.map((d) => [d.name, d.title]);
-    this.device = this.select("device", [
-      ...[groupOf("measured", names(measured)), groupOf("emulated", names(emulated))],
-    ]);
+    const clock = (words, emulated) => {
+      const these = devices.filter((d) => d.emulated === emulated);
+      return groupOf(words, these.map((d) => [d.name, d.title]));
+    };
+    this.device = this.select("device", [clock("measured", false), clock("emulated", true)]);
     this.badge = h("b", { class: "moe-badge" });
     const field = (words, ...more) =>
       markup`<label class="moe-field"><span>${words}${more.slice(1)}</span>${more[0]}</label>`;
@@ -152,8 +184,8 @@ export class Settings {
   showError({ where = "", text = "" }, run) {
     const { bits, low_bits, strategy, device, prefetch } = this;
     const about = {
-      ...{ budget: this.budget.slider, run: this.ask.prompt },
-      ...{ bits, low_bits, strategy, device, prefetch },
+      budget: this.budget.slider, run: this.ask.prompt,
+      bits, low_bits, strategy, device, prefetch,
       ...Object.fromEntries(this.decisions.controls()),
     };
     for (const [name, control] of Object.entries(about)) {

@@ -109,13 +109,8 @@ export class FileSource {
     return this.held;
   }
 
-  follow() {}
-
   reason(row) {
-    return Promise.resolve(
-      this.reasons[row] ?? { error: "the strategy's terms were not recorded" },
-    );
+    const unknown = { error: "the strategy's terms were not recorded" };
+    return Promise.resolve(this.reasons[row] ?? unknown);
   }
-
-  close() {}
 }

@@ -1,5 +1,6 @@
 // The views that draw a frame, live or past, and what ties them together: one cursor, one moment,
-// one chosen expert. The dashboard and an exported page both stand on it.
+// one chosen expert. The dashboard and an exported page both stand on it. The running figures, its
+// first row, are large for the last tokens and small for the run since the device changed.
 
 import { Blame } from "./blame.js";
 import { LatencyBars } from "./bars.js";
@@ -7,13 +8,53 @@ import { CacheMap } from "./cache_map.js";
 import { inkOf, STRONG, themeOf, TIERS } from "./colours.js";
 import { h, markup, say, showBadge, voice } from "./element.js";
 import { Life } from "./life.js";
-import { plural } from "./numbers.js";
+import { bytes, plural, written } from "./numbers.js";
 import { costliest, digest } from "./replay.js";
-import { RunningFigures } from "./running.js";
 import { TokenText } from "./text.js";
-import { Timeline } from "./timeline.js";
+import { Timeline, Travel } from "./timeline.js";
 import { Cursor, Tip } from "./tip.js";
-import { Travel } from "./travel.js";
+
+const TILES = [
+  ["tokens_per_s", "tokens/s", "Tokens per second, the last 16 tokens"],
+  ["hit_ratio", "hit ratio", "Experts found resident, of those hit or loaded on demand"],
+  ["bytes_per_token", "read per token", "Bytes read from the device per token"],
+  ["stall_share", "stall share", "Part of the time spent waiting for experts"],
+  ["kl_mean", "mean KL", "KL divergence of the next-token distribution from full precision"],
+];
+const MEMORY = "Bytes of resident experts, loads in flight included, of the budget";
+
+class RunningFigures {
+  constructor() {
+    this.tiles = TILES.map(([key, name, title]) => ({ key, ...tile(name, title) }));
+    this.memory = tile("resident", MEMORY);
+    this.memory.node.classList.add("wide");
+    this.fill = h("i", { class: "moe-bar", "aria-hidden": true });
+    this.memory.small.before(this.fill);
+    const nodes = [...this.tiles, this.memory].map(({ node }) => node);
+    this.node = markup`
+      <section class="moe-figures" aria-label="Running figures">${nodes}</section>`;
+  }
+
+  show({ recent, whole, resident, origins }) {
+    const since = origins.length > 1 ? `since ${origins.at(-1).token}` : "";
+    for (const { key, value, small } of this.tiles) {
+      const run = written(key, whole[key]);
+      say(value, written(key, recent[key]));
+      say(small, !whole.tokens ? "" : since ? `${run} ${since}` : `run ${run}`);
+    }
+    const { bytes: held, budget_bytes: budget, experts } = resident;
+    say(this.memory.value, bytes(held));
+    say(this.memory.small, `of ${bytes(budget)} · ${experts} experts`);
+    this.fill.style.setProperty("--p", `${Math.min(100, (100 * held) / budget)}%`);
+  }
+}
+
+function tile(name, title) {
+  const value = h("b", {}, "–"),
+    small = h("small");
+  const parts = [h("span", {}, name), value, small];
+  return { node: h("div", { class: "moe-tile", title }, ...parts), value, small };
+}
 
 /** The element of a dashboard, and its first line. */
 export const rootOf = (words, props = {}) =>
@@ -24,9 +65,7 @@ export const headOf = (...parts) =>
   markup`<header class="moe-head"><h2>moelab</h2>${parts}</header>`;
 
 export class Stage {
-  /**
-   * `source` has the recording; `why` may be null; `shade(mode)` keeps how tokens are shaded.
-   */
+  /** `source` has the recording; `why` may be null; `shade(mode)` keeps how tokens are shaded. */
   constructor(root, options, { source, why, shade, canLive }) {
     this.root = root;
     this.options = options;
@@ -41,33 +80,27 @@ export class Stage {
       go = (token, layer = null) => this.travel.go(token, layer),
       choose = (layer, expert) => this.choose(layer, expert);
     this.tip = new Tip(root);
-    this.cursor = new Cursor(this.tip, {
-      enter: go,
-      scrub: (tokens) => this.travel.at && this.travel.step(tokens),
-    });
+    const scrub = (tokens) => this.travel.at && this.travel.step(tokens);
+    this.cursor = new Cursor(this.tip, { enter: go, scrub });
     this.figures = new RunningFigures();
     this.map = new CacheMap(look, this.tip, why, options, choose);
     this.bars = new LatencyBars(look, this.cursor, options, go);
     this.text = new TokenText(look, this.cursor, shade, go);
     this.timeline = new Timeline({
-      ...{ layers: options.layers, canLive, go },
+      layers: options.layers, canLive, go,
       live: () => this.travel.live(),
       play: () => this.travel.toggle(),
       costliest: () => this.goCostliest(),
     });
     this.travel = new Travel(
-      ...[source, options.layers, () => this.queue(), (on) => this.timeline.playing(on)],
+      source, options.layers, () => this.queue(), (on) => this.timeline.playing(on),
     );
-    this.blame = new Blame(options.layers, this.tip, {
-      ...{ choose, close: canLive ? () => this.leave() : null },
-    });
+    const close = canLive ? () => this.leave() : null;
+    this.blame = new Blame(options.layers, this.tip, { choose, close });
     this.life = new Life(look, () => this.bars.layout(), options.layers, {
-      ...{ go, reason: (row) => source.reason(row), close: () => this.choose(null) },
+      go, reason: (row) => source.reason(row), close: () => this.choose(null),
     });
-    this.cursor.views.push(
-      () => this.bars.draw(),
-      () => this.text.mark(this.cursor.at),
-    );
+    this.cursor.views.push(() => this.bars.draw(), () => this.text.mark(this.cursor.at));
     this.origin = h("b", { class: "moe-badge" });
     this.count = h("span", { class: "moe-soft", "aria-hidden": true });
     this.state = h("span", { class: "moe-doing", role: "status", "aria-live": "polite" });
@@ -141,9 +174,7 @@ export class Stage {
     showBadge(this.origin, device, `${kind}: ${device.title}`);
     this.root.classList.toggle("past", Boolean(at));
     Object.assign(this.root.dataset, {
-      resident: frame.resident.experts,
-      bits: digest(frame.map.bits),
-      past: at ? at.token : "",
+      resident: frame.resident.experts, bits: digest(frame.map.bits), past: at ? at.token : "",
       layer: at ? at.layer : "",
     });
     if (!at) this.text.show(frame);

@@ -65,10 +65,7 @@ export class Tiles {
       }
     };
     g.fillStyle = ink.cell;
-    each(
-      () => true,
-      (x, y, w, t) => g.fillRect(x, y, w, t),
-    );
+    each(() => true, (x, y, w, t) => g.fillRect(x, y, w, t));
     for (const tier of this.tiers) {
       g.fillStyle = tiers[tier];
       each(
@@ -80,10 +77,7 @@ export class Tiles {
       );
     }
     g.fillStyle = hatch(g, ink["prefetch late"]);
-    each(
-      (look) => look & IN_FLIGHT,
-      (x, y, w, t) => g.fillRect(x, y, w, t),
-    );
+    each((look) => look & IN_FLIGHT, (x, y, w, t) => g.fillRect(x, y, w, t));
     this.paintFlashes(g, each);
     this.paintUses(g, each);
   }

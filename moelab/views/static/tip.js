@@ -1,12 +1,81 @@
-// The tooltip, and the token that text and bars point at together.
+// The tooltip, the token that text and bars point at together, and why a resident expert would stay
+// or go: the lab is asked while the pointer rests on its cell, and again when a new frame has come.
+// One question at a time: the kernel may be busy.
 
-import { h } from "./element.js";
-import { bytes, kl, millis, within } from "./numbers.js";
+import { filledBar, h, markup, shareOf } from "./element.js";
+import { bytes, kl, millis, short, within } from "./numbers.js";
+
+const REST_MS = 90;
+const AGAIN_MS = 500;
+const PATIENCE_MS = 5000;
+
+export class Why {
+  constructor(model, changed) {
+    this.model = model;
+    this.asked = 0;
+    this.forget();
+    this.heard = ({ why }) => {
+      if (why === undefined) return;
+      this.asked = 0;
+      if (`${why.layer},${why.expert}` !== this.key) return;
+      this.answer = why;
+      changed();
+    };
+    model.on("msg:custom", this.heard);
+  }
+
+  /** What was last said about this expert; a newer answer is asked for where there may be one. */
+  about(layer, expert, seq) {
+    const key = `${layer},${expert}`;
+    if (key !== this.key) {
+      this.forget();
+      this.key = key;
+      this.askIn(REST_MS, { layer, expert }, seq);
+    } else if (seq !== this.seq) this.askIn(AGAIN_MS, { layer, expert }, seq);
+    return this.answer;
+  }
+
+  askIn(wait, who, seq) {
+    if (this.timer) return;
+    this.timer = setTimeout(() => {
+      this.timer = 0;
+      if (Date.now() - this.asked < PATIENCE_MS) return;
+      Object.assign(this, { seq, asked: Date.now() });
+      this.model.send({ do: "why", ...who });
+    }, wait);
+  }
+
+  forget() {
+    clearTimeout(this.timer);
+    this.key = "";
+    this.timer = 0;
+    this.seq = this.answer = undefined;
+  }
+
+  close() {
+    this.forget();
+    this.model.off("msg:custom", this.heard);
+  }
+}
+
+/** Terms as rows of name, bar and number; a bar spans this layer's residents, lowest to highest. */
+export function drawWhy({ policy, terms, error }) {
+  const rows = terms.flatMap(({ name, value, low, high, text }) => [
+    h("dt", {}, name),
+    h("dd", { class: "moe-term", "aria-hidden": true }, filledBar(shareOf(value, low, high))),
+    h("dd", {}, short(value)),
+    h("dd", { class: "moe-term-text", hidden: !text }, text),
+  ]);
+  return markup`
+    <div class="moe-why">
+      <strong>Stay or go</strong>
+      <span>${error || policy}</span>
+      <dl>${rows}</dl>
+      ${rows.length > 0 && h("small", {}, "each bar: lowest to highest resident of this layer")}
+    </div>`;
+}
 
 const STATUS_BAR = 30; // below a notebook
-
-/** Names and values as a list. */
-export const pairs = (rows) => rows.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]);
 
 /** One tooltip for the whole dashboard; rows are [name, value]. */
 export class Tip {
@@ -16,7 +85,8 @@ export class Tip {
     root.append(this.node);
   }
   show(x, y, title, rows, extra = []) {
-    this.node.replaceChildren(h("strong", {}, title), h("dl", {}, ...pairs(rows)), ...extra);
+    const pairs = rows.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]);
+    this.node.replaceChildren(h("strong", {}, title), h("dl", {}, ...pairs), ...extra);
     this.node.hidden = false;
     const root = this.root.getBoundingClientRect();
     const { offsetWidth: w, offsetHeight: t } = this.node;
