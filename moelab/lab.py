@@ -19,7 +19,6 @@ import moelab
 from moelab.calibration.profile import Profile, Strategies
 from moelab.catalogue import bundled, compute_dtype, describe, load_tokenizer, model_sampling
 from moelab.engine.engine import Engine
-from moelab.engine.routed import shape_of
 from moelab.models.chat import Messages, has_template
 from moelab.runs.compare import Comparison, SavedRuns
 from moelab.runs.quality import Score, score_ids
@@ -53,7 +52,7 @@ class Lab:
     ) -> None:
         self._store, self._progress = store, progress
         self.name = name or store.manifest.source
-        self._shape = shape_of(store)
+        self._shape = store.shape
         self._tokenizer = tokenizer = load_tokenizer(store)
         self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
         weakref.finalize(self, self._engine.loader.close)

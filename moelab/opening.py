@@ -14,7 +14,6 @@ import torch
 
 from moelab.calibration.profile import Strategies
 from moelab.catalogue import CHEAP_BYTES, find_store
-from moelab.engine.routed import shape_of
 from moelab.lab import Lab
 from moelab.scheduling.strategy import Strategy
 from moelab.settings import Settings, parse_budget
@@ -78,7 +77,7 @@ def open(  # noqa: A001
         The model comes in a package that is not installed; the message holds the command.
     """
     store = Store.open(find_store(model, tiers=tiers, progress=progress), verify=verify)
-    shape, best, strategies = shape_of(store), max(store.tiers), Strategies(store)
+    shape, best, strategies = store.shape, max(store.tiers), Strategies(store)
     if measure_kl is None:
         measure_kl = shape.all_bytes(best) <= CHEAP_BYTES
     settings = Settings(

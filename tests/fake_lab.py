@@ -19,7 +19,7 @@ from moelab.runs.session import Session
 from moelab.runs.tokens import Noted
 from moelab.scheduling import events as e
 from moelab.scheduling.budget import minimum_budget
-from moelab.scheduling.scheduler import Scheduler, parameters_of
+from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.stream import Shape
 from moelab.scheduling.trace import Change, LayerInput, Trace
 from moelab.settings import Settings
@@ -179,7 +179,7 @@ class FakeLab:
     def _begin(self, token, *, fresh=True):
         """What a trace says of settings, and what the strategy wants resident under them."""
         strategy, knobs, trace = self.settings.strategy, self.settings.knobs(), self.run.trace
-        values = parameters_of(strategy)
+        values = strategy.values
         change = Change(len(trace.steps), knobs, strategy.name, fresh, values, strategy.fresh())
         trace.changes.append(change)
         self._obey(self.scheduler.begin(), token)

@@ -107,10 +107,7 @@ def test_k_is_searched_until_the_measured_loss_reaches_p():
     assert asked == [0, 4, 2, 3]
 
 
-@given(
-    st.lists(st.floats(-0.1, 1.0), min_size=9, max_size=9),
-    st.floats(0.0, 1.0),
-)
+@given(st.lists(st.floats(-0.1, 1.0), min_size=9, max_size=9), st.floats(0.0, 1.0))
 def test_whatever_the_losses_the_k_found_was_measured_within_p_or_is_none(losses, tolerated):
     importance = [[0.0, 3.0, 1.0, 2.0], [7.0, 6.0, 5.0, 4.0]]
     bits, curve = assign(

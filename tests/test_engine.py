@@ -13,10 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import moelab
+from moelab.engine.compute import Routed, Serve
 from moelab.engine.generation import Decoder
-from moelab.engine.routed import Routed
 from moelab.replays.replay import replay
-from moelab.scheduling.plan import Serve
 from moelab.store.devices import DEVICES, Device, Throttle
 from moelab.strategies import NAMES
 

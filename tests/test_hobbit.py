@@ -17,19 +17,13 @@ from moelab.replays.replay import replay
 from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.cache import Cache
 from moelab.scheduling.events import CODES, Decision
-from moelab.scheduling.scheduler import Scheduler, parameters_of
+from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, LookAhead, Request, Shape, View
 from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.scheduling.victims import Victims
 from moelab.strategies.basics import LFU, LRU, TierPair
-from moelab.strategies.hobbit import (
-    FourTerms,
-    TwoCaches,
-    hobbit,
-    miss_penalty,
-    miss_shares,
-)
+from moelab.strategies.hobbit import FourTerms, TwoCaches, hobbit, miss_penalty, miss_shares
 from moelab.strategies.moe_apex import CostAndDistance, moe_apex
 from toy_engine import NBYTES, SHAPE, decided, places, resident
 
@@ -307,8 +301,7 @@ def test_weights_count_by_their_ratio():
 
 
 @pytest.mark.parametrize(
-    ("weights", "victim"),
-    [((1, 0, 0, 0), 0), ((0, 1, 0, 0), 1), ((0, 0, 1, 0), 2)],
+    ("weights", "victim"), [((1, 0, 0, 0), 0), ((0, 1, 0, 0), 1), ((0, 0, 1, 0), 2)]
 )
 def test_a_single_weight_is_the_policy_of_that_name(weights, victim):
     """0 was used longest ago, 1 least often, 2 least often at high precision."""
@@ -452,7 +445,7 @@ def test_neither_cache_ever_exceeds_its_share(tokens, budget, share, maker, dept
 @pytest.mark.parametrize("maker", [hobbit, moe_apex])
 def test_a_profile_gives_thresholds_and_what_is_given_wins(maker):
     def chosen(strategy):
-        values = parameters_of(strategy)
+        values = strategy.values
         return strategy.bits, *(values[name] for name in ("low_bits", "t1", "t2", "depth"))
 
     assert chosen(maker()) == (None, 4, 0.6, 0.9, 2)

@@ -11,15 +11,14 @@ from moelab.calibration.adapmoe import costs_of_first_only, hit_ratios, tau_for
 from moelab.replays.replay import replay
 from moelab.scheduling.budget import minimum_budget
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.scheduler import Scheduler, parameters_of
+from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, LookAhead, Request, Shape, View
 from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.strategies import Precision, layer_lru
 from moelab.strategies.adapmoe import BestShares, SensitivityGate, adapmoe, best_shares
+from moelab.strategies.basics import DropIfCold, drop_if_cold, in_ram
 from moelab.strategies.cache_prior import CachePrior, cache_prior
-from moelab.strategies.drop_if_cold import DropIfCold, drop_if_cold
-from moelab.strategies.in_ram import in_ram
 from moelab.strategies.mixtral_offloading import mixtral_offloading
 from moelab.strategies.moe_infinity import LeastActivated, NearestSequence, moe_infinity
 from toy_engine import NBYTES, decided, places, resident
@@ -153,7 +152,7 @@ def test_mixtral_offloading_keeps_equal_shares_and_asks_the_next_gate():
 
 def test_mixtral_offloading_comes_with_one_layer_ahead_and_two_guesses():
     strategy = mixtral_offloading()
-    assert parameters_of(strategy) == {"depth": 1, "guesses": 2}
+    assert strategy.values == {"depth": 1, "guesses": 2}
     guesses = strategy.prefetch.predict(0, [LookAhead(1, (3, 2, 0), (0.5, 0.3, 0.2))], view())
     assert places(guesses) == [(1, 3), (1, 2)]
 

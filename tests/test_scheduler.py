@@ -13,7 +13,7 @@ from moelab.replays.bounds import belady_hits
 from moelab.replays.replay import replay
 from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.scheduler import Scheduler, parameters_of
+from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, LookAhead, Route, Shape, Strategy
 from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import Change, LayerInput, Trace
@@ -357,16 +357,16 @@ def run_stream(name: str, first, stream) -> tuple[list, Trace, int]:
     """Drive a scheduler; check after every decision that decisions and cache agree."""
     strategy, now = chosen(name, first)
     s, trace, done, held = Scheduler(SHAPE, strategy, now), Trace(SHAPE), [], {}
-    trace.changes.append(Change(0, now, name, True, parameters_of(strategy)))
+    trace.changes.append(Change(0, now, name, True, strategy.values))
     s.new_sequence()
     done += obeyed(held, s.begin(), s)
     for what, *rest in stream:
         if what == "knobs":
             fresh, name = rest[1] != name, rest[1]
             other, now = chosen(name, rest[0])
-            strategy = other if fresh else strategy.tuned(**parameters_of(other))
+            strategy = other if fresh else strategy.tuned(**other.values)
             done += obeyed(held, s.change(now, strategy), s)
-            values = parameters_of(strategy)
+            values = strategy.values
             trace.changes.append(Change(len(trace.steps), now, name, fresh, values))
             done += obeyed(held, s.begin(), s)
         else:

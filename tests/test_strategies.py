@@ -15,7 +15,6 @@ import pytest
 import moelab
 from moelab.replays.replay import replay
 from moelab.scheduling.budget import minimum_budget
-from moelab.scheduling.scheduler import parameters_of
 from moelab.scheduling.strategy import ROLES, Knobs, Route, Strategy
 from moelab.scheduling.stream import LookAhead
 from moelab.scheduling.trace import LayerInput, Trace
@@ -382,7 +381,7 @@ def test_parts_and_parameters_are_chosen_by_name_while_a_run_goes_on(lab):
         run.stop()
         run.join()
         lab.update(device="disk")
-    values = parameters_of(settings.strategy)
+    values = settings.strategy.values
     plain = {"low_bits": None, "t1": 0.6, "t2": 0.9}
     assert values == plain | {"guesses": 1, "lam": 0.3, "depth": 1}  # depth comes with the part
     assert settings.prefetch == 1

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from moelab.scheduling.budget import minimum_budget
-from moelab.scheduling.events import Decision
-from moelab.scheduling.plan import LayerPlan
-from moelab.scheduling.scheduler import Scheduler, parameters_of
+from moelab.scheduling.events import Decision, LayerPlan
+from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, LookAhead, Shape, Strategy
 from moelab.scheduling.trace import Change, LayerInput, Trace
 
@@ -79,7 +78,7 @@ class Toy:
 
     def _record(self, strategy: Strategy, *, fresh: bool = True) -> None:
         knobs, at = self.scheduler.view.knobs, len(self.trace.steps)
-        values = parameters_of(strategy)
+        values = strategy.values
         self.trace.changes.append(Change(at, knobs, strategy.name, fresh, values, strategy))
 
     def _route(self, layer: int, tokens: int, *, prefill: bool) -> LayerInput:

@@ -12,7 +12,7 @@ T tokens, K active, D model, n experts of one call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,18 +20,44 @@ import torch
 from moelab.engine import kernels
 from moelab.engine.memory import Slot
 from moelab.models.adapter import Adapter, expert_forward
-from moelab.scheduling.plan import Serve
+from moelab.scheduling.stream import Key
 from moelab.store.codecs import decode
 from moelab.store.store import Store
-
-if TYPE_CHECKING:
-    from moelab.engine.routed import Routed
 
 FEW_TOKENS = 8
 """Up to here one kernel call serves all experts; above, each expert is called on its own tokens.
 
 Those are served by the kernels too up to `kernels.KERNEL_TOKENS`, and by a decoded expert beyond.
 """
+
+
+class Routed:
+    """A layer's routing without what counts for nothing (out of range, weight 0).
+
+    ``experts`` and ``weights`` are tuples ``[T][<=K]``; ``idx`` and ``gates`` numpy ``[T, K]``.
+    """
+
+    __slots__ = ("experts", "gates", "idx", "weights")
+
+    def __init__(self, idx: torch.Tensor, weights: torch.Tensor, count: int) -> None:
+        self.idx = idx.numpy()
+        self.gates = weights.float().numpy()
+        rows = list(zip(self.idx.tolist(), self.gates.tolist(), strict=True))
+        kept = [[(e, w) for e, w in zip(*r, strict=True) if 0 <= e < count and w] for r in rows]
+        self.experts = tuple(tuple(e for e, _ in r) for r in kept)
+        self.weights = tuple(tuple(w for _, w in r) for r in kept)
+
+
+class Serve(NamedTuple):
+    """One expert to compute: the router's ``expert`` by the copy of ``key`` at ``bits``.
+
+    ``load``: on demand, not there when the layer asked for it.
+    """
+
+    expert: int
+    bits: int
+    key: Key = -1
+    load: bool = False
 
 
 class ExpertCompute:
@@ -198,12 +224,7 @@ class TorchBatch(PrefillBatch):
     """Experts of any kind: decoded to tensors and run by the family's own forward."""
 
     def __init__(
-        self,
-        compute: ExpertCompute,
-        layer: int,
-        x: torch.Tensor,
-        routed: Routed,
-        scale_input: bool,
+        self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed, scale_input: bool
     ) -> None:
         self._dtype, self._scale_input = x.dtype, scale_input
         self._module = compute.adapter.layers[layer].module

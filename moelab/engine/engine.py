@@ -17,17 +17,15 @@ from collections.abc import Callable, Iterator
 import torch
 
 from moelab.engine import kernels
-from moelab.engine.compute import Batch, ExpertCompute
+from moelab.engine.compute import Batch, ExpertCompute, Routed, Serve
 from moelab.engine.loader import Loader, Ticket
 from moelab.engine.log import EventLog
 from moelab.engine.memory import Arena, Slot
 from moelab.engine.questions import Questions
-from moelab.engine.routed import Routed, shape_of
-from moelab.models.adapter import attach, load_skeleton
-from moelab.models.steering import Steering
+from moelab.models.adapter import Steering, attach, load_skeleton
 from moelab.scheduling import events as e
-from moelab.scheduling.plan import LayerPlan, Serve
-from moelab.scheduling.scheduler import Scheduler, parameters_of
+from moelab.scheduling.events import LayerPlan
+from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Key, LookAhead
 from moelab.scheduling.trace import Change, LayerInput, Trace
@@ -55,7 +53,7 @@ class Engine:
 
     def __init__(self, store: Store, settings: Settings, *, dtype: torch.dtype) -> None:
         self.store, self.settings = store, settings
-        self.shape = shape_of(store)
+        self.shape = store.shape
         kernels.warm_up()
         self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
         self.model = load_skeleton(store.checkpoint_dir, dtype=dtype)
@@ -227,7 +225,7 @@ class Engine:
             return
         at, knobs = len(self.trace.steps), self.settings.knobs()
         self.trace.changes.append(
-            Change(at, knobs, strategy.name, fresh, parameters_of(strategy), strategy)
+            Change(at, knobs, strategy.name, fresh, strategy.values, strategy)
         )
 
     # -- one layer of a forward pass --------------------------------------------------------

@@ -11,7 +11,7 @@ import bisect
 import json
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,13 +20,7 @@ from moelab.scheduling.events import CANCELLED, CAUSES, DOWNGRADE, DTYPE, KINDS,
 if TYPE_CHECKING:
     import pandas as pd
 
-
-class Timed(Protocol):
-    """What the log reads from a load's ticket, seconds of the engine's clock."""
-
-    started: float
-    finished: float
-    cancelled: bool
+    from moelab.engine.loader import Ticket
 
 
 class EventLog:
@@ -41,7 +35,7 @@ class EventLog:
     def __init__(self, origin: float = 0.0) -> None:
         self.origin = origin
         self._rows: list[tuple] = []
-        self._tickets: list[tuple[int, Timed]] = []
+        self._tickets: list[tuple[int, Ticket]] = []
         self._known = 0  # tickets whose times are known
 
     def __len__(self) -> int:
@@ -68,7 +62,7 @@ class EventLog:
         when = (start - self.origin) * 1e3
         self._rows.append((token, at, *place, STALL, *bits, 0, when, seconds * 1e3, cause))
 
-    def time_by(self, ticket: Timed) -> None:
+    def time_by(self, ticket: Ticket) -> None:
         """The event added last takes its times from ``ticket`` when it is done."""
         self._tickets.append((len(self._rows) - 1, ticket))
 

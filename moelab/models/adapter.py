@@ -8,8 +8,9 @@ cache, shared experts, generation) is transformers' own. `families` says what a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from moelab.models.undecorated import Choice
 __all__ = [
     "Adapter",
     "MoELayer",
+    "Steering",
     "attach",
     "expert_forward",
     "find_moe",
@@ -207,6 +209,45 @@ def attach(model: PreTrainedModel, run_layer: RunLayer) -> Adapter:
     if any("_moelab_run" in vars(layer.module) for layer in layers):
         raise ValueError("this model is attached already; call detach() on its adapter first")
     return Adapter(model, layers, run_layer)
+
+
+class Steering:
+    """The mask and the bias in force, layer by layer; the engine states both before every layer.
+
+    A router's `SteeredRouting` is made anew only where one of them differs from what is in force.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self._set: dict[int, tuple] = {}  # layer -> (mask, bias), where there is one of them
+
+    def steers(self, layer: int) -> bool:
+        """Whether a mask or a bias applies to the layer."""
+        return layer in self._set
+
+    def steer(
+        self,
+        layer: int,
+        allowed: Sequence[bool] | np.ndarray | None,
+        bias: Sequence[float] | np.ndarray | None,
+    ) -> None:
+        """Set a layer's mask (bool [E], the experts allowed) and bias (float [E]), or None."""
+        mask = None if allowed is None else tuple(allowed)
+        wish = None if bias is None else tuple(bias)
+        before = self._set.get(layer, (None, None))
+        if mask != before[0]:
+            self._adapter.set_mask(layer, None if mask is None else torch.tensor(mask).bool())
+            self._set[layer] = (mask, before[1])  # before the bias, which may be refused
+        if wish != before[1]:
+            self._adapter.set_bias(layer, None if wish is None else torch.tensor(wish).float())
+            self._set[layer] = (mask, wish)
+        if mask is wish is None:
+            self._set.pop(layer, None)
+
+    def release(self) -> None:
+        """Every router as it is."""
+        for layer in list(self._set):
+            self.steer(layer, None, None)
 
 
 def _forward(

@@ -19,8 +19,7 @@ import numpy as np
 
 from moelab.replays.replay import replay
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.events import NOT_KEPT
-from moelab.scheduling.plan import LayerPlan
+from moelab.scheduling.events import NOT_KEPT, LayerPlan
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import part_title
 from moelab.scheduling.stream import Key, View

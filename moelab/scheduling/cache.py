@@ -35,7 +35,12 @@ class Cache:
     """
 
     NEEDED, PROTECTED, PINNED = 1, 2, 4
-    """Serves the layer at work; predicted for a coming one; kept for good."""
+    """Flags of `held`, and how long each stands.
+
+    Needed: serves the layer at work, until its step is over. Protected: resident and predicted for
+    a coming layer, until that layer comes, the copy leaves or another sequence begins. Pinned:
+    kept for good, as long as the strategy that pins it is in force, be it resident or not.
+    """
 
     def __init__(self, shape: Shape, budget_bytes: int) -> None:
         n = shape.n

@@ -6,6 +6,8 @@ what a replay decides can be held against what a run did. Kinds and causes are c
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -79,8 +81,27 @@ class Decision(NamedTuple):
     cause: str
 
 
-def in_words(row: Row, nbytes: dict[int, int]) -> Decision:
+def in_words(row: Row, nbytes: Mapping[int, int]) -> Decision:
     """A row of a plan as a `Decision`."""
     kind, layer, expert, asked, bits, cause, _ = row
     size = 0 if kind in (DOWNGRADE, SKIP) else nbytes[bits]
     return Decision(KINDS[kind], layer, expert, asked, bits, size, CAUSES[cause])
+
+
+@dataclass(slots=True)
+class LayerPlan:
+    """What the engine does for one layer: its ``rows``, in this order.
+
+    Prefetches that were withdrawn (evictions), hits, loads by falling weight (each behind the
+    evictions that make its room), skips, prefetches likewise, evictions of what is not kept. A
+    downgrade stands right behind the hit or load that it is about. An eviction may name an expert
+    served earlier in the same plan (a prefill larger than the budget): the engine computes what is
+    pending before it lets go. ``layer`` is -1 between tokens.
+    """
+
+    layer: int
+    rows: list[Row] = field(default_factory=list)
+
+    def decisions(self, nbytes: Mapping[int, int]) -> Iterator[Decision]:
+        """Every decision of this plan in words."""
+        return (in_words(row, nbytes) for row in self.rows)

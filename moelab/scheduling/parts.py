@@ -1,9 +1,19 @@
 """The five decisions as small protocols, and the plain answer to each as a class.
 
-`Allocate` speaks when settings change, `Route` before a layer's router chooses, `Precision` on
-every request, `Evict` when a layer lacks room, `Prefetch` ahead of need. The classes are also the
-plain answers (one shared pool, the router as it is, one bitwidth, nothing ahead), so that a new
-policy overrides only the method it is about.
+The classes are also the plain answers (one shared pool, the router as it is, one bitwidth, nothing
+ahead), so that a new policy overrides only the method it is about. When each method is asked:
+
+    settings change     bits, layer_bytes, tier_bytes; check of parts whose parameters changed
+    and before a run    begin; pinned experts are resident by then
+    before each router  mask and bias; look_ahead after them
+    a layer's step      1. observe, of every part
+                        2. tier of each request (a token's, not a prompt's), stand_in of each miss
+                        3. score, where a load or a prefetch is the first to lack room
+                        4. predict, then tier of each prediction (not after a prompt)
+                        5. after_layer
+    a new prompt        new_sequence, of every part
+
+No part decides over a pinned expert. The view shows the cache as it is when a method is asked.
 
 n experts of the model, E of a layer.
 """
@@ -200,8 +210,9 @@ class Precision(Part):
 class Evict(Part):
     """The lowest `score` leaves; among equals the least recently used.
 
-    A policy of your own is a subclass with that one method, asked at most once a layer. It must
-    not change anything: what it goes by is counted in `observe`, or stands in ``view``.
+    A policy of your own is a subclass with that one method, asked at most once a layer; again only
+    for a prompt that is larger than its room. It must not change anything: what it goes by is
+    counted in `observe`, or stands in ``view``.
     ``explained`` says of each term of `terms` what it is, in a few words.
     """
 

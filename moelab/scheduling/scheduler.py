@@ -10,23 +10,24 @@ n experts of the model; a key is ``offset[layer] + expert``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from moelab.scheduling import events as e
 from moelab.scheduling.budget import BudgetError, asked_bits, check_budget
 from moelab.scheduling.cache import Cache
-from moelab.scheduling.plan import LayerPlan
+from moelab.scheduling.events import LayerPlan
+from moelab.scheduling.parts import Part
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Key, Knobs, Request, Shape, View
 from moelab.scheduling.trace import LayerInput
-from moelab.scheduling.victims import Limit, Victims, scores
+from moelab.scheduling.victims import Limit, Ranking, Victims, scores
 
 _NEEDED, _PROTECTED, _PINNED = Cache.NEEDED, Cache.PROTECTED, Cache.PINNED
-_UNHELD = (_NEEDED | _PROTECTED | _PINNED, _NEEDED | _PINNED)
-"""Who must not go for a load: first nobody who is held, then also the predicted ones may go."""
+_NOT_PROTECTED = ~np.uint8(_PROTECTED)
+_SPARED = (_NEEDED | _PROTECTED | _PINNED, _NEEDED | _PINNED)
+"""Flags of those who do not go for a load: at first, and where the others are not enough."""
 
 
 class Scheduler:
@@ -47,14 +48,13 @@ class Scheduler:
         self.shape = shape
         self.cache = Cache(shape, knobs.budget_bytes)
         self.view = View(shape, knobs, self.cache)
-        self._ahead = bytearray(shape.n)  # prefetched and not used yet
+        self._prefetched = bytearray(shape.n)  # and not used yet
         self._needed: list[Key] = []  # flagged as needed by the layer at work
-        self._score: np.ndarray | None = None  # of the layer at work, once asked
-        self._victims: dict[tuple[Limit, int], Victims] = {}
+        self._ranking = Ranking(self.view)
         self._index_of = shape.index_of.tolist()
         self._layer_of = shape.layer_of.tolist()
         check_budget(shape, strategy, knobs)
-        self._take(strategy.fresh())
+        self._adopt(strategy.fresh())
 
     # -- the contract with the engine -------------------------------------------------------
 
@@ -74,34 +74,33 @@ class Scheduler:
 
     def begin(self) -> LayerPlan:
         """What is to be resident before the next token: fetches the engine waits for."""
-        shape, plan = self.shape, LayerPlan(-1)
-        self._score = None
-        self._victims.clear()
-        for layer, expert in self.strategy.pinned:
-            key = shape.key(layer, expert)
-            self._fetch(key, int(self.view.asked[key]), e.SET_UP, _UNHELD[1], plan)
+        plan = LayerPlan(-1)
+        self._ranking.begin(self.strategy.evict)
+        for place in self.strategy.pinned:  # first: their flag keeps them from going for others
+            key = self.shape.key(*place)
+            self._fetch(key, self._asked[key], e.SET_UP, _SPARED[1], plan)
         wanted = list(self.strategy.prefetch.begin(self.view))
-        keys = [shape.key(p.layer, p.expert) for p in wanted]
+        keys = [self.shape.key(p.layer, p.expert) for p in wanted]
         self._need(keys)  # what is to be there must not go for one another
         for key in keys:
-            self._fetch(key, int(self.view.asked[key]), e.SET_UP, _UNHELD[1], plan)
+            self._fetch(key, self._asked[key], e.SET_UP, _SPARED[1], plan)
         self._release()
         self.cache.in_flight[:] = False  # the engine waits
         return plan
 
     def step(self, given: LayerInput) -> LayerPlan:
         """Decide one layer. The cache already shows the outcome when this returns."""
-        layer = given.layer
-        plan, view, cache = LayerPlan(layer), self.view, self.cache
-        self._score = None
-        self._victims.clear()
-        self._look(given, plan)
-        held = self.cache.held[self._keys[layer]]
-        held &= ~np.uint8(_PROTECTED)  # their layer has come
+        layer, cache, plan = given.layer, self.cache, LayerPlan(given.layer)
+        self._ranking.begin(self.strategy.evict)
+        self._observe(given, plan)
+        held = cache.held[self._keys[layer]]
+        held &= _NOT_PROTECTED  # their layer has come, right or wrong
         skips: list[e.Row] = []
         loads = self._serve(given, plan, skips)
+        # All that this layer computes is needed before the first load looks for room: no load
+        # evicts what another request of the same token was served by, or is waiting for.
         self._need([key for key, *_ in loads])
-        for key, *_ in loads:  # a copy at too few bits makes room first
+        for key, *_ in loads:  # one copy an expert: the one at too few bits makes room first
             if key in cache:
                 self._evict(key, e.UPGRADE, plan)
         for key, expert, want, asked in loads:
@@ -109,7 +108,7 @@ class Scheduler:
         plan.rows += skips
         if not given.prefill:
             self._prefetch(given, plan)
-        for key in self.strategy.evict.after_layer(layer, view):
+        for key in self.strategy.evict.after_layer(layer, self.view):
             if cache.bits_of[key] and not cache.held_of[key] & _PINNED:
                 self._evict(int(key), e.NOT_KEPT, plan)
         self._release()
@@ -126,7 +125,7 @@ class Scheduler:
         self.view.token = self.view.layer = 0
         self.view.prefill = True
         self.cache.new_sequence()
-        self._ahead = bytearray(self.shape.n)
+        self._prefetched = bytearray(self.shape.n)
         for part in self.strategy.objects:
             part.new_sequence()
 
@@ -145,13 +144,11 @@ class Scheduler:
         check_budget(self.shape, strategy or old, knobs)
         cache, plan = self.cache, LayerPlan(-1)
         self.view.knobs = knobs
-        self._take(old if strategy is None else strategy.following(old))
+        self._adopt(old if strategy is None else strategy.following(old))
         cache.budget_bytes = knobs.budget_bytes
-        self._score = None
-        self._victims.clear()
-        asked = self.view.asked.tolist()
+        self._ranking.begin(self.strategy.evict)
         for key, bits in cache.items():
-            if bits > asked[key]:
+            if bits > self._asked[key]:
                 self._evict(key, e.BITS, plan)
         everywhere = itertools.product(range(self.shape.layers), self.shape.nbytes)
         for layer, bits in [(-1, 0), *everywhere]:  # the budget first, then every share
@@ -176,16 +173,18 @@ class Scheduler:
 
     # -- how it decides ---------------------------------------------------------------------
 
-    def _take(self, strategy: Strategy) -> None:
+    def _adopt(self, strategy: Strategy) -> None:
         """Put a strategy in force: what it says of settings alone is asked once, here."""
         shape, view, cache = self.shape, self.view, self.cache
         self.strategy = strategy
         self._observes = strategy.observes
+        parts = (part for part in strategy.objects if type(part).observe is not Part.observe)
+        self._observers = [part.observe for part in parts]
         view.precision = strategy.precision
         view.asked = asked_bits(strategy, view)
         view.asked.flags.writeable = False
         self._asked = view.asked.data
-        cache.held &= ~np.uint8(_PINNED)
+        cache.held &= ~np.uint8(_PINNED)  # pins are the strategy's: they stay as long as it does
         for place in strategy.pinned:
             cache.held[shape.key(*place)] |= _PINNED
         cache.in_flight[:] = False
@@ -196,8 +195,8 @@ class Scheduler:
         self._shares = [strategy.allocate.layer_bytes(at, view) for at in range(shape.layers)]
         self._pools = {b: strategy.allocate.tier_bytes(b, view) for b in shape.nbytes}
 
-    def _look(self, given: LayerInput, plan: LayerPlan) -> None:
-        """Take in what happened since the layer before."""
+    def _observe(self, given: LayerInput, plan: LayerPlan) -> None:
+        """Take in what happened since the layer before; what was withdrawn leaves."""
         view, cache = self.view, self.cache
         view.layer, view.prefill = given.layer, given.prefill
         if "in_flight" in self._observes:
@@ -207,8 +206,8 @@ class Scheduler:
             for key in given.unread:
                 if key in cache:
                     self._evict(key, e.UNREAD, plan)
-        for part in self.strategy.objects:
-            part.observe(given, view)
+        for observe in self._observers:
+            observe(given, view)
 
     def _serve(
         self, given: LayerInput, plan: LayerPlan, skips: list[e.Row]
@@ -226,7 +225,7 @@ class Scheduler:
             free = chooses and not held_of[key] & _PINNED
             want = tier(request, asked, view) if free else asked
             if have and have >= want:
-                cause = e.PREFETCHED if self._ahead[key] else e.NONE
+                cause = e.PREFETCHED if self._prefetched[key] else e.NONE
                 self._hit(key, expert, have, asked, cause, plan)
             elif not want:
                 skips.append((e.SKIP, layer, expert, asked, 0, e.SCORE, expert))
@@ -249,7 +248,7 @@ class Scheduler:
     def _hit(
         self, key: Key, expert: int, bits: int, asked: int, cause: int, plan: LayerPlan
     ) -> None:
-        self._ahead[key] = False
+        self._prefetched[key] = False
         self.cache.held_of[key] |= _NEEDED
         self._needed.append(key)
         served, layer = self._index_of[key], plan.layer
@@ -272,10 +271,11 @@ class Scheduler:
             plan.rows.append((e.DOWNGRADE, plan.layer, expert, asked, want, e.ON_DEMAND, expert))
 
     def _evict_served(self, limit: Limit, plan: LayerPlan) -> int:
+        """One of this layer's own goes: the engine computes it before it obeys that row."""
         served = {row[2] for row in plan.rows if row[0] in (e.HIT, e.LOAD, e.SUBSTITUTE)}
         mask = np.zeros(self.shape.n, np.bool_)
         mask[[self.shape.offset[plan.layer] + expert for expert in served]] = True
-        mask &= limit.mask(self.cache, _PINNED)
+        mask &= limit.mask(self.cache)
         victims = Victims(self.cache, scores(self.strategy.evict, self.view), mask)
         key = next(victims.allowed(_PINNED), None)
         if key is None:
@@ -295,18 +295,18 @@ class Scheduler:
                 want = tier(request, asked, view)
             if want > cache.bits_of[key]:
                 cause = e.AHEAD + (p.layer - given.layer) % layers
-                if self._fetch(key, want, cause, _UNHELD[0], plan, p.instead):
-                    self._ahead[key] = True
-            if cache.bits_of[key]:
+                if self._fetch(key, want, cause, _SPARED[0], plan, p.instead):
+                    self._prefetched[key] = True
+            if cache.bits_of[key]:  # fetched or there before: until its layer comes it may stay
                 cache.held_of[key] |= _PROTECTED
 
     def _fetch(
-        self, key: Key, want: int, cause: int, held: int, plan: LayerPlan, instead: Key = -1
+        self, key: Key, want: int, cause: int, spared: int, plan: LayerPlan, instead: Key = -1
     ) -> bool:
-        """Load ahead of need, if only experts with none of the flags ``held`` must go for it."""
+        """Load ahead of need, if only experts with none of the flags ``spared`` must go for it."""
         cache, asked = self.cache, self._asked[key]
         have = cache.bits_of[key]
-        going = self._going(key, have, want, held, instead) if want > have else None
+        going = self._going(key, have, want, spared, instead) if want > have else None
         if going is None:
             return False  # it is there, or nobody leaves for a guess that does not fit
         if have:
@@ -321,21 +321,29 @@ class Scheduler:
         return True
 
     def _going(
-        self, key: Key, have: int, want: int, held: int, instead: Key
+        self, key: Key, have: int, want: int, spared: int, instead: Key
     ) -> list[tuple[Key, Victims]] | None:
-        """Who must go for a prefetch, besides its own copy; None where they may not."""
+        """Who must go for a prefetch, besides its own copy; None where they may not.
+
+        All are found before the first goes: a prefetch that does not fit evicts nobody.
+        """
         bits_of, sizes = self.cache.bits_of, self.shape.nbytes
         going: dict[Key, Victims] = {}
         for limit, lack in self._lacks(self._layer_of[key], want, sizes[want]):
             inside = [k for k in going if limit.holds(k, bits_of[k])]
             left = lack - sum(sizes[bits_of[k]] for k in inside)
             left -= sizes[have] if have and limit.holds(key, have) else 0
-            for other, victims in self._candidates(limit, held, instead):
-                if left <= 0:
-                    break
+            if left <= 0:
+                continue
+            victims = self._ranking.within(limit)
+            named = instead >= 0 and bits_of[instead] and limit.holds(instead, bits_of[instead])
+            first = [instead] if named and not self.cache.held_of[instead] & spared else []
+            for other in itertools.chain(first, victims.allowed(spared)):
                 if other not in going and other != key:
                     going[other] = victims
                     left -= sizes[bits_of[other]]
+                    if left <= 0:
+                        break
             if left > 0:
                 return None
         return list(going.items())
@@ -361,34 +369,18 @@ class Scheduler:
 
     def _evict_until(self, limit: Limit, lack: int, cause: int, plan: LayerPlan) -> int:
         """Evict until ``lack`` bytes are free; returns what is still lacking."""
-        flags = _UNHELD if cause == e.ROOM else _UNHELD[1:]
-        for held in flags:
-            for key, victims in self._candidates(limit, held):
+        victims = self._ranking.within(limit)
+        for spared in _SPARED if cause == e.ROOM else _SPARED[1:]:
+            for key in victims.allowed(spared):
                 lack -= self._evict(key, cause, plan, victims)
                 if lack <= 0:
                     return 0
         return lack
 
-    def _candidates(
-        self, limit: Limit, held: int, instead: Key = -1
-    ) -> Iterable[tuple[Key, Victims]]:
-        """Residents that may go, the lowest score first; asked once for each layer at work."""
-        if (limit, held) not in self._victims:
-            if self._score is None:
-                self._score = scores(self.strategy.evict, self.view)
-            mask = limit.mask(self.cache, held)
-            self._victims[limit, held] = Victims(self.cache, self._score, mask)
-        victims = self._victims[limit, held]
-        bits = self.cache.bits_of[instead] if instead >= 0 else 0
-        if bits and limit.holds(instead, bits) and not self.cache.held_of[instead] & held:
-            yield instead, victims
-        for key in victims.allowed(held):
-            yield key, victims
-
     def _evict(self, key: Key, cause: int, plan: LayerPlan, victims: Victims | None = None) -> int:
         """Let a copy go; returns its bytes. ``victims``: among whom it was chosen."""
         bits = self.cache.remove(key)
-        self._ahead[key] = False
+        self._prefetched[key] = False
         place = (self._layer_of[key], self._index_of[key])
         plan.rows.append((e.EVICT, *place, bits, bits, cause, place[1]))
         return self.shape.nbytes[bits]
@@ -403,8 +395,3 @@ class Scheduler:
         for key in self._needed:
             held_of[key] &= ~_NEEDED
         self._needed.clear()
-
-
-def parameters_of(strategy: Strategy) -> Mapping[str, Any]:
-    """Values of a strategy's parameters by name."""
-    return {name: value for name, (_, _, value) in strategy.parameters.items()}

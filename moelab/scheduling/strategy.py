@@ -114,7 +114,7 @@ class Strategy:
     keywords: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
-        own = ", ".join(f"{name}={value}" for name, (_, _, value) in self.parameters.items())
+        own = ", ".join(f"{name}={value}" for name, value in self.values.items())
         return f"<Strategy {self.name}{': ' if own else ''}{own}>"
 
     def __post_init__(self) -> None:
@@ -160,6 +160,11 @@ class Strategy:
             for role, part in reversed(self.parts.items())
             for p in getattr(part, "parameters", ())
         }
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The value of every parameter by name."""
+        return {name: value for name, (_, _, value) in self.parameters.items()}
 
     def replace(self, **parts: Any) -> Strategy:
         """The same strategy with other parts; the name gains a ``*`` unless one is given."""

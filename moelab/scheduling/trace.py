@@ -146,11 +146,7 @@ class Trace:
         path, shape = Path(path), self.shape
         doc = {
             "format": FORMAT,
-            "shape": {
-                "experts": shape.experts,
-                "top_k": shape.top_k,
-                "nbytes": dict(shape.nbytes),
-            },
+            "shape": {"experts": shape.experts, "top_k": shape.top_k, "nbytes": dict(shape.nbytes)},
             "steps": [[_plain(getattr(s, name)) for name in _SAVED] for s in self.steps],
             "changes": [
                 (

@@ -28,12 +28,9 @@ class Limit:
     def __init__(self, layer: slice | None = None, tier: int = 0) -> None:
         self.layer, self.tier = layer, tier
 
-    def mask(self, cache: Cache, held: int) -> np.ndarray:
-        """The resident copies that count and have none of the flags ``held``, bool ``[n]``."""
-        # Bits are at most 16 and a flag at least 1: one comparison says both, in half the time.
-        mask = cache.bits > ((cache.held & held) << 4)
-        if self.tier:
-            mask &= cache.bits == self.tier
+    def mask(self, cache: Cache) -> np.ndarray:
+        """The resident copies that count, bool ``[n]``."""
+        mask = cache.bits == self.tier if self.tier else cache.bits > 0
         if self.layer is not None:
             mask[: self.layer.start] = False
             mask[self.layer.stop :] = False
@@ -63,22 +60,48 @@ def scores(evict: Evicts, view: View) -> np.ndarray:
     return found
 
 
+class Ranking:
+    """The `Victims` within any limit; the evict decision is asked once for a layer at work."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._evict: Evicts | None = None
+        self._score: np.ndarray | None = None
+        self._victims: dict[Limit, Victims] = {}
+
+    def begin(self, evict: Evicts) -> None:
+        """Another layer: nothing of the last one's holds."""
+        self._evict, self._score = evict, None
+        self._victims.clear()
+
+    def within(self, limit: Limit) -> Victims:
+        """The residents that count for a limit, the lowest score first."""
+        victims = self._victims.get(limit)
+        if victims is None:
+            if self._score is None:
+                assert self._evict is not None
+                self._score = scores(self._evict, self._view)
+            cache = self._view.cache
+            victims = self._victims[limit] = Victims(cache, self._score, limit.mask(cache))
+        return victims
+
+
 class Victims:
     """Residents in the order in which they would leave.
 
     Parameters
     ----------
     cache
-        Asked again at every turn whether a copy may still go.
+        Asked at every turn whether a copy may go: flags are set and copies leave meanwhile.
     score
         ``[n]``.
     mask
-        Who may go, bool ``[n]``.
+        Among whom to choose, bool ``[n]``.
 
     Raises
     ------
     ValueError
-        The score of one that may go is not a number.
+        The score of one of them is not a number.
     """
 
     def __init__(self, cache: Cache, score: np.ndarray, mask: np.ndarray) -> None:
@@ -89,21 +112,22 @@ class Victims:
         if self._score.dtype.kind == "f" and np.isnan(self._score).any():
             raise ValueError("a score is not a number (NaN); return a number for each resident")
         self._order: list[Key] = []
-        self._first = 0  # those before it are gone for good, or held
+        self._first = 0  # those before it have left
 
     def allowed(self, held: int) -> Iterator[Key]:
         """Those still resident that have none of the flags ``held``, in order.
 
-        Whoever is evicted or held once stays so while this is used: within one layer's step.
+        To be used within one layer's step: a copy that came later is not among them, and one that
+        left and came back may be passed over. Both are held until the step is over.
         """
         bits_of, held_of = self._cache.bits_of, self._cache.held_of
         at = self._first
         while at < len(self._order) or self._more():
             key = self._order[at]
-            if bits_of[key] and not held_of[key] & held:
+            if not bits_of[key]:
+                self._first += at == self._first
+            elif not held_of[key] & held:
                 yield key
-            elif at == self._first:
-                self._first += 1
             at += 1
 
     def _more(self) -> bool:
@@ -126,12 +150,12 @@ class Victims:
         score = self._score
         if count >= len(score):
             return np.arange(len(score))
-        lowest = score.argpartition(count - 1)[:count]
-        found = score[lowest]
-        edge = found.max()
-        mine, equal = found == edge, (score == edge).nonzero()[0]
-        lack = np.count_nonzero(mine)
-        if lack == len(equal):
+        edge = np.partition(score, count - 1)[count - 1]
+        lowest = (score <= edge).nonzero()[0]
+        if len(lowest) == count:
             return lowest
-        oldest = self._cache.last_use[self._rest[equal]].argpartition(lack - 1)[:lack]
-        return np.concatenate((lowest[~mine], equal[oldest]))
+        equal = score[lowest] == edge
+        below, equals = lowest[~equal], lowest[equal]
+        lack = count - len(below)
+        oldest = self._cache.last_use[self._rest[equals]].argpartition(lack - 1)[:lack]
+        return np.concatenate((below, equals[oldest]))

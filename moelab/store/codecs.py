@@ -21,17 +21,7 @@ import torch
 
 from moelab.store.groups import GROUP, fit_ranges, pack_codes, unpack_codes
 
-__all__ = [
-    "GROUP",
-    "PAGE",
-    "TIERS",
-    "Fit",
-    "Layout",
-    "decode",
-    "encode",
-    "nbytes",
-    "payload_bytes",
-]
+__all__ = ["GROUP", "PAGE", "TIERS", "Fit", "Layout", "decode", "encode", "nbytes", "payload_bytes"]
 
 TIERS = (16, 8, 4, 3, 2)
 PAGE = 4096

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from moelab.scheduling.stream import Shape
 from moelab.store.codecs import PAGE, Layout
 from moelab.store.manifest import (
     MODEL,
@@ -121,6 +122,11 @@ class Store:
     def top_k(self) -> int:
         """Experts that a router activates per token."""
         return self.manifest.top_k
+
+    @property
+    def shape(self) -> Shape:
+        """What a scheduler must know of it."""
+        return Shape(self.experts_per_layer, self.top_k, self.slot_bytes)
 
     @property
     def checkpoint_dir(self) -> Path:

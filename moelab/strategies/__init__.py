@@ -26,12 +26,10 @@ from moelab.scheduling.strategy import (
     View,
 )
 from moelab.strategies.adapmoe import adapmoe
-from moelab.strategies.basics import layer_lru, lfu, lru, on_demand
+from moelab.strategies.basics import drop_if_cold, in_ram, layer_lru, lfu, lru, on_demand
 from moelab.strategies.cache_prior import cache_prior
-from moelab.strategies.drop_if_cold import drop_if_cold
 from moelab.strategies.edgemoe import edgemoe
 from moelab.strategies.hobbit import hobbit
-from moelab.strategies.in_ram import in_ram
 from moelab.strategies.mixtral_offloading import mixtral_offloading
 from moelab.strategies.moe_apex import moe_apex
 from moelab.strategies.moe_infinity import moe_infinity

@@ -1,9 +1,10 @@
 """The plain strategies every other one is measured against, and the first predictor.
 
 LRU, LFU, LRU per layer (each layer its own share, as in mixtral-offloading, arXiv 2312.17238) and
-on-demand loading that keeps nothing. All of them take HOBBIT's precision rule, which is off while
+on-demand loading that keeps nothing. These take HOBBIT's precision rule, which is off while
 ``low_bits`` is not set, and look ahead through the next layers' routers, which is off while
-``depth`` is 0.
+``depth`` is 0. Two rules of thumb besides: everything in memory, which is what offloading is
+measured against, and dropping a missing expert that hardly counts.
 """
 
 from __future__ import annotations
@@ -138,6 +139,41 @@ def expected(request: Request) -> Prediction:
     return Prediction(request.layer, request.expert, request.weight, request.rank, request.score)
 
 
+class DropIfCold(Precision):
+    """Skip an expert that is missing and has less than F/k of the normalised gate weight.
+
+    Training-free. With F <= 1 the first expert always stays, since the largest of k weights that
+    sum to 1 is at least 1/k. The others keep their weights.
+    """
+
+    title = "drop if missing and weight < F/k"
+    parameters: ClassVar = (
+        Parameter("factor", "F: a missing expert below F/k of the gate weight is dropped"),
+    )
+
+    def __init__(self, factor: float = 0.6) -> None:
+        self.factor = self.parameters[0].checked(factor)
+
+    def tier(self, request: Request, asked: int, view: View) -> int:
+        return 0 if request.weight < self.factor / view.shape.top_k else asked
+
+
+class LoadAll(Prefetch):
+    """Before the first token as many experts as fit, the same number of every layer."""
+
+    title = "everything that fits, at the start"
+
+    def begin(self, view: View) -> Iterable[Prediction]:
+        room = view.knobs.budget_bytes
+        for expert in range(max(view.shape.experts)):
+            for layer, count in enumerate(view.shape.experts):
+                if expert < count:
+                    room -= view.shape.nbytes[int(view.asked[view.shape.key(layer, expert)])]
+                    if room < 0:
+                        return
+                    yield Prediction(layer, expert)
+
+
 def lru() -> Strategy:
     """One pool; the least recently used expert leaves."""
     return _basic("lru", LRU())
@@ -156,6 +192,16 @@ def layer_lru() -> Strategy:
 def on_demand() -> Strategy:
     """Nothing is kept: every expert is loaded each time it is needed."""
     return _basic("on_demand", KeepNothing())
+
+
+def in_ram() -> Strategy:
+    """Everything that fits is loaded before the first token; the rest on demand, LRU."""
+    return Strategy("in_ram", LRU(), prefetch=LoadAll())
+
+
+def drop_if_cold(*, factor: float = 0.6) -> Strategy:
+    """LRU; a missing expert with little gate weight is dropped instead of loaded."""
+    return Strategy("drop_if_cold", LRU(), precision=DropIfCold(factor), prefetch=GateLookAhead())
 
 
 def _basic(name: str, evict: Evict, allocate: Allocate | None = None) -> Strategy:

@@ -12,9 +12,8 @@ numbers a strategy starts from (importance, curves, path table) are measured by
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -30,15 +29,12 @@ from moelab.scheduling.strategy import (
     View,
 )
 from moelab.scheduling.trace import LayerInput
+from moelab.strategies.edgemoe_paths import Before, Experts, PathTable
 
 TOLERATED = 0.02
 """P of the paper: 2 %."""
 Place = tuple[int, int]
 """(layer, expert)."""
-Experts = tuple[int, ...]
-"""The experts activated in one layer by one token, sorted."""
-Before = tuple[Experts, ...]
-"""The experts activated in the MoE layers before this one, oldest first, at most two."""
 
 # -- allocate: bits per expert under a tolerated loss ---------------------------------------------
 
@@ -190,108 +186,12 @@ class BitAssignment(Allocate):
         return asked
 
 
-# -- prefetch: the path table ---------------------------------------------------------------------
+# -- prefetch: along the paths --------------------------------------------------------------------
 
 
 def activated(given: LayerInput) -> Experts:
     """The experts of the newest token in this layer (batch 1, as in the paper)."""
     return tuple(sorted(given.experts[-1])) if given.experts else ()
-
-
-@dataclass(slots=True)
-class Row:
-    """Sightings of one key, and how many of them activated each expert."""
-
-    times: int = 0
-    counts: dict[int, int] = field(default_factory=dict)
-
-
-class PathTable:
-    """Key: the experts activated in the two previous MoE layers. Value: P(expert) in the next.
-
-    A probability is counted: of the sightings of this key, the share that activated the expert
-    (so a layer's add up to top-k, not to 1). Where a key was never seen, the one previous layer
-    alone is the key, then the layer's own frequencies: this backing off is ours, the paper does
-    not say what happens then.
-
-    Examples
-    --------
-    >>> table = PathTable()
-    >>> table.count(2, ((0, 1), (3, 4)), (5, 6))
-    >>> table.count(2, ((0, 1), (3, 4)), (5, 7))
-    >>> table.probabilities(2, ((0, 1), (3, 4)))
-    [(5, 1.0), (6, 0.5), (7, 0.5)]
-    """
-
-    def __init__(self) -> None:
-        self._counted: dict[tuple[int, Before], Row] = {}
-        self._rows: dict[tuple[int, Before], Row] = {}  # and under every shorter key
-        self.frozen = False
-
-    def count(self, layer: int, before: Before, experts: Experts) -> None:
-        """One more sighting: ``experts`` of ``layer`` activated after ``before``."""
-        if self.frozen:
-            raise ValueError("this table is part of a profile; count into one of your own")
-        self._add(layer, before, 1, [(expert, 1) for expert in experts])
-
-    def known(self, layer: int, before: Before) -> int | None:
-        """Previous layers in the longest key that was seen (2, 1, 0); None: nothing is known."""
-        for n in range(len(before), -1, -1):
-            if (layer, before[len(before) - n :]) in self._rows:
-                return n
-        return None
-
-    def probabilities(
-        self, layer: int, before: Before, most: int | None = None
-    ) -> list[tuple[int, float]]:
-        """The likeliest experts of ``layer``; those never seen there are left out."""
-        n = self.known(layer, before)
-        if n is None:
-            return []
-        row = self._rows[layer, before[len(before) - n :]]
-        counts = ((-count, expert) for expert, count in row.counts.items())
-        first = heapq.nsmallest(len(row.counts) if most is None else most, counts)
-        return [(expert, -negative / row.times) for negative, expert in first]
-
-    def to_json(self) -> dict[str, list[int]]:
-        """``{"layer:experts before:experts": [times, expert, count, ...]}``, keys as counted."""
-        out = {}
-        for (layer, before), row in self._counted.items():
-            key = ":".join([str(layer), *(".".join(map(str, e)) for e in before)])
-            out[key] = [row.times, *(n for pair in row.counts.items() for n in pair)]
-        return out
-
-    @classmethod
-    def of(cls, doc: Mapping[str, Sequence[int]]) -> Self:
-        """A table out of `to_json`, frozen: it is shared, never copied, and counts no more."""
-        table = cls()
-        for key, (times, *pairs) in doc.items():
-            layer, *before = key.split(":")
-            seen = tuple(tuple(int(e) for e in word.split(".") if e) for word in before)
-            counts = zip(pairs[::2], pairs[1::2], strict=True)
-            table._add(int(layer), seen, times, list(counts))
-        table.frozen = True
-        return table
-
-    def _add(
-        self, layer: int, before: Before, times: int, counts: Sequence[tuple[int, int]]
-    ) -> None:
-        shorter = [(self._rows, before[n:]) for n in range(len(before) + 1)]
-        for rows, key in [(self._counted, before), *shorter]:
-            row = rows.get((layer, key))
-            if row is None:
-                row = rows[layer, key] = Row()
-            row.times += times
-            for expert, count in counts:  # Counter.update takes four times as long
-                row.counts[expert] = row.counts.get(expert, 0) + count
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PathTable:
-        if self.frozen:
-            return self
-        copied = type(self)()
-        for (layer, before), row in self._counted.items():
-            copied._add(layer, before, row.times, list(row.counts.items()))
-        return copied
 
 
 class Preload(Prefetch):
@@ -346,15 +246,15 @@ class Preload(Prefetch):
 RULES = ("described", "printed")
 
 
-def distance(i: int, now: int, layers: int, rule: str = "described") -> int:
-    """Layers on the ring between an expert's layer i and the current layer I, 1 to S.
+def distance(i: int | np.ndarray, now: int, layers: int, rule: str = "described") -> np.ndarray:
+    """Layers on the ring between each expert's layer i and the current layer I, 1 to S.
 
     ``described``: (i - I) mod S, how far ahead its layer is. ``printed``: (S - i + I) mod S, how
     far behind. Both are 0 at i = I, where the formula would divide by zero: an expert of the
     current layer is needed again one whole round later, hence S.
     """
     steps = (i - now) if rule == "described" else (layers - i + now)
-    return steps % layers or layers
+    return np.where(steps % layers, steps % layers, layers)
 
 
 class FrequencyOverDistance(Evict):
@@ -404,7 +304,7 @@ class FrequencyOverDistance(Evict):
     def distance(self, view: View) -> np.ndarray:
         """d: of each layer from the one at work, 1 to S ``[L]``."""
         n = view.shape.layers
-        return np.array([distance(i, view.layer, n, self.rule) for i in range(n)])
+        return distance(np.arange(n), view.layer, n, self.rule)
 
     def score(self, view: View) -> np.ndarray:
         return self.frequency(view) / self.distance(view)[view.layer_of]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -42,18 +42,7 @@ EQUAL = (0.25, 0.25, 0.25, 0.25)
 # -- token level: what a miss costs --------------------------------------------------------------
 
 
-class Decided(Protocol):
-    """A decision of a replay, or a row of ``run.events``."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def bits_asked(self) -> int: ...
-    @property
-    def bits(self) -> int: ...
-
-
-def miss_penalty(decisions: Iterable[Decided], nbytes: Mapping[int, int]) -> float:
+def miss_penalty(decisions: Iterable[Any], nbytes: Mapping[int, int]) -> float:
     """What the loads on demand cost: 1 for one at high precision, B_l / B_h for one at low.
 
     Parameters
@@ -75,7 +64,7 @@ def miss_penalty(decisions: Iterable[Decided], nbytes: Mapping[int, int]) -> flo
     return sum(nbytes[d.bits] / nbytes[d.bits_asked] for d in decisions if d.kind == "load")
 
 
-def miss_shares(decisions: Iterable[Decided]) -> dict[str, float]:
+def miss_shares(decisions: Iterable[Any]) -> dict[str, float]:
     """Shares of the misses that were loaded high, loaded low, and skipped; zeros without misses."""
     counts = Counter(
         "skip" if d.kind == "skip" else "high" if d.bits >= d.bits_asked else "low"

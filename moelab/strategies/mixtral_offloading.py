@@ -41,8 +41,5 @@ class SpeculativeGate(GateLookAhead):
 def mixtral_offloading(*, guesses: int = 2) -> Strategy:
     """LRU within an equal share for every layer; the next layer's gate, asked early, prefetches."""
     return Strategy(
-        "mixtral_offloading",
-        LRU(),
-        allocate=EqualShares(),
-        prefetch=SpeculativeGate(guesses),
+        "mixtral_offloading", LRU(), allocate=EqualShares(), prefetch=SpeculativeGate(guesses)
     )

@@ -42,11 +42,8 @@ class CostAndDistance(Evict):
 
     def _sum(self, view: View) -> tuple[np.ndarray, np.ndarray]:
         """C/T, and 1/D or 0, of every expert ``[n]``."""
-        t, nbytes, low = (
-            view.token + 1,
-            view.shape.nbytes,
-            getattr(view.precision, "low_bits", None),
-        )
+        t, nbytes = view.token + 1, view.shape.nbytes
+        low = getattr(view.precision, "low_bits", None)
         ratio = np.ones(max(nbytes) + 1)  # by the bits asked for
         for bits in nbytes:
             if low is not None and low < bits:

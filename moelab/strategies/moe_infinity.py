@@ -186,7 +186,5 @@ def _unit_rows(eam: np.ndarray) -> np.ndarray:
 def moe_infinity(*, guesses: int = 2, collection: int = 32, match: str = "token") -> Strategy:
     """The most similar earlier sequence says what to prefetch; least activated experts leave."""
     return Strategy(
-        "moe_infinity",
-        LeastActivated(),
-        prefetch=NearestSequence(guesses, collection, match),
+        "moe_infinity", LeastActivated(), prefetch=NearestSequence(guesses, collection, match)
     )

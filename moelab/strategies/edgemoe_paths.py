@@ -1,0 +1,113 @@
+"""EdgeMoE's path table: which experts come after those of the last two layers.
+
+It counts, and knows nothing of time, bits or room: `edgemoe` preloads by it, and
+``lab.calibrate("edgemoe")`` fills one offline.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+Experts = tuple[int, ...]
+"""The experts activated in one layer by one token, sorted."""
+Before = tuple[Experts, ...]
+"""The experts activated in the MoE layers before this one, oldest first, at most two."""
+
+
+@dataclass(slots=True)
+class Row:
+    """Sightings of one key, and how many of them activated each expert."""
+
+    times: int = 0
+    counts: dict[int, int] = field(default_factory=dict)
+
+
+class PathTable:
+    """Key: the experts activated in the two previous MoE layers. Value: P(expert) in the next.
+
+    A probability is counted: of the sightings of this key, the share that activated the expert
+    (so a layer's add up to top-k, not to 1). Where a key was never seen, the one previous layer
+    alone is the key, then the layer's own frequencies: this backing off is ours, the paper does
+    not say what happens then.
+
+    Examples
+    --------
+    >>> table = PathTable()
+    >>> table.count(2, ((0, 1), (3, 4)), (5, 6))
+    >>> table.count(2, ((0, 1), (3, 4)), (5, 7))
+    >>> table.probabilities(2, ((0, 1), (3, 4)))
+    [(5, 1.0), (6, 0.5), (7, 0.5)]
+    """
+
+    def __init__(self) -> None:
+        self._counted: dict[tuple[int, Before], Row] = {}
+        self._rows: dict[tuple[int, Before], Row] = {}  # and under every shorter key
+        self.frozen = False
+
+    def count(self, layer: int, before: Before, experts: Experts) -> None:
+        """One more sighting: ``experts`` of ``layer`` activated after ``before``."""
+        if self.frozen:
+            raise ValueError("this table is part of a profile; count into one of your own")
+        self._add(layer, before, 1, [(expert, 1) for expert in experts])
+
+    def known(self, layer: int, before: Before) -> int | None:
+        """Previous layers in the longest key that was seen (2, 1, 0); None: nothing is known."""
+        for n in range(len(before), -1, -1):
+            if (layer, before[len(before) - n :]) in self._rows:
+                return n
+        return None
+
+    def probabilities(
+        self, layer: int, before: Before, most: int | None = None
+    ) -> list[tuple[int, float]]:
+        """The likeliest experts of ``layer``; those never seen there are left out."""
+        n = self.known(layer, before)
+        if n is None:
+            return []
+        row = self._rows[layer, before[len(before) - n :]]
+        counts = ((-count, expert) for expert, count in row.counts.items())
+        first = heapq.nsmallest(len(row.counts) if most is None else most, counts)
+        return [(expert, -negative / row.times) for negative, expert in first]
+
+    def to_json(self) -> dict[str, list[int]]:
+        """``{"layer:experts before:experts": [times, expert, count, ...]}``, keys as counted."""
+        out = {}
+        for (layer, before), row in self._counted.items():
+            key = ":".join([str(layer), *(".".join(map(str, e)) for e in before)])
+            out[key] = [row.times, *(n for pair in row.counts.items() for n in pair)]
+        return out
+
+    @classmethod
+    def of(cls, doc: Mapping[str, Sequence[int]]) -> Self:
+        """A table out of `to_json`, frozen: it is shared, never copied, and counts no more."""
+        table = cls()
+        for key, (times, *pairs) in doc.items():
+            layer, *before = key.split(":")
+            seen = tuple(tuple(int(e) for e in word.split(".") if e) for word in before)
+            counts = zip(pairs[::2], pairs[1::2], strict=True)
+            table._add(int(layer), seen, times, list(counts))
+        table.frozen = True
+        return table
+
+    def _add(
+        self, layer: int, before: Before, times: int, counts: Sequence[tuple[int, int]]
+    ) -> None:
+        shorter = [(self._rows, before[n:]) for n in range(len(before) + 1)]
+        for rows, key in [(self._counted, before), *shorter]:
+            row = rows.get((layer, key))
+            if row is None:
+                row = rows[layer, key] = Row()
+            row.times += times
+            for expert, count in counts:  # Counter.update takes four times as long
+                row.counts[expert] = row.counts.get(expert, 0) + count
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PathTable:
+        if self.frozen:
+            return self
+        copied = type(self)()
+        for (layer, before), row in self._counted.items():
+            copied._add(layer, before, row.times, list(row.counts.items()))
+        return copied
