@@ -257,6 +257,7 @@ changes = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.filterwarnings("ignore:.* has no effect")
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -289,9 +290,11 @@ def test_the_budget_is_never_exceeded_whatever_changes_at_whatever_token(lab, sc
     assert all(seen)
     held = budget_from_events(run)
     limits = run.per_token.set_index("token").budget_bytes
-    evicting = run.events.kind == "evict"  # between tokens a smaller budget is still being answered
+    # Whoever takes memory is within the budget; while a smaller one is being answered between
+    # tokens, evictions and their waits for a read that has begun are not.
+    taking = run.events.kind.isin(["load", "prefetch"])
     within = held <= limits.reindex(run.events.token).fillna(np.inf).to_numpy()
-    assert (within | evicting).all()
+    assert within[taking].all()
     again = replay(run.trace)
     live = run.events[~run.events.kind.isin(["stall"])]
     mine = live[["kind", "layer", "expert", "bits_asked", "bits"]]
