@@ -100,7 +100,10 @@ def record(
 
 def _one_token(given: LayerInput, token: int) -> LayerInput:
     """One token's part of a layer that was asked about many."""
-    ahead = tuple(LookAhead(a.layer, a.experts[token], a.weights[token]) for a in given.look_ahead)
+    ahead = tuple(  # of a layer that was listened to, experts and weights are [T][K]
+        LookAhead(a.layer, a.experts[token], a.weights[token])  # pyright: ignore[reportArgumentType]
+        for a in given.look_ahead
+    )
     own = slice(token, token + 1)
     return dataclasses.replace(
         given,
