@@ -231,18 +231,8 @@ def test_counters_equal_an_independent_recount_from_the_trace(lab):
 
 def budget_from_events(run) -> np.ndarray:
     """Resident bytes after each event, rebuilt from the log alone (from an empty cache)."""
-    sizes = {16: 0} | lab_sizes(run)
-    change = []
-    for row in run.events.itertuples():
-        nbytes = sizes[row.bits] if row.bits else 0
-        change.append(
-            nbytes if row.kind in ("load", "prefetch") else -nbytes if row.kind == "evict" else 0
-        )
-    return np.cumsum(change)
-
-
-def lab_sizes(run) -> dict[int, int]:
-    return run.trace.shape.nbytes
+    sizes, sign = run.trace.shape.nbytes, {"load": 1, "prefetch": 1, "evict": -1}
+    return np.cumsum([sign.get(r.kind, 0) * sizes.get(r.bits, 0) for r in run.events.itertuples()])
 
 
 changes = st.fixed_dictionaries(

@@ -6,7 +6,6 @@ import time
 
 from moelab.engine.log import EventLog
 from moelab.scheduling import events as e
-from moelab.scheduling.events import DTYPE
 
 
 class Ticket:
@@ -35,7 +34,7 @@ def test_a_cancelled_load_read_nothing(monkeypatch):
 
 def test_a_frame_has_words_for_kinds_and_all_columns():
     frame = log_of_two().frame()
-    assert list(frame.columns) == list(DTYPE.names)
+    assert list(frame.columns) == list(e.DTYPE.names)
     assert list(frame.kind) == ["load", "stall"]
     assert list(frame.cause) == ["on demand", "on demand"]
     assert EventLog().frame().empty

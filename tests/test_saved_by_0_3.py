@@ -20,8 +20,6 @@ from moelab.store.store import Store
 from moelab.strategies import make
 
 SAVED = Path(__file__).parent / "saved_by_0_3"
-AT_CHANGES = ("bits", "budget")
-"""Causes of evictions at a change of settings, which replays of 0.3 left out."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +64,8 @@ def test_a_trace_is_decided_as_0_3_decided_it(saved, name):
     trace = Trace.load(saved / "traces" / f"{name}.trace.json")
     found = replay(trace, strategies={name: make(name, data)}).decisions
     want = [tuple(row) for row in read(saved / "traces" / f"{name}.decisions.json")]
-    assert [tuple(d) for d in found if d.cause not in AT_CHANGES] == want
+    at_changes = ("bits", "budget")  # replays of 0.3 left out evictions at a change of settings
+    assert [tuple(d) for d in found if d.cause not in at_changes] == want
     again = Trace.load(trace.save(saved / "again.json"))
     assert replay(again, strategies={name: make(name, data)}).decisions == found
 
@@ -99,15 +98,11 @@ def test_the_code_of_settings_still_makes_them(saved):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* has no effect")
         with moelab.open("demo", progress=False) as lab:
-            exec(entries["start"].replace("lab = moelab.open", "opened = moelab.open"), globals())
-            opened.close()  # noqa: F821
-            lab.update(
-                budget=opened.settings.budget_bytes,  # noqa: F821
-                bits=opened.settings.bits,  # noqa: F821
-                device=opened.settings.device,  # noqa: F821
-                seed=opened.settings.seed,  # noqa: F821
-                measure_kl=opened.settings.measure_kl,  # noqa: F821
-            )
+            exec(entries["start"], names := {"moelab": moelab})
+            names["lab"].close()
+            first = names["lab"].settings
+            fields = ("budget_bytes", "bits", "device", "seed", "measure_kl")
+            lab.update(**{name: getattr(first, name) for name in fields})
             for entry in entries["entries"]:
                 exec(f"lab.update({entry['update']})", {"lab": lab})
                 now = {**shown(lab.settings), **shown_strategy(lab.settings.strategy)}
