@@ -264,8 +264,8 @@ def test_the_budget_is_never_exceeded_whatever_changes_at_whatever_token(lab, sc
 
     obey = lab._session._obey
 
-    def changing(run, changes):  # just before each token
-        if (now := len(run.tokens)) in due:
+    def changing(run, changes):  # just before the next token: a set-up is under its own settings
+        if (now := len(run.tokens) - 1) in due:
             try:
                 lab.update(**due.pop(now))
             except ValueError as e:
