@@ -12,8 +12,8 @@
 LAB_ARGS  ?=
 TEST_ARGS ?=
 # Left to `make test`: files that begin processes, fill disks, train, or build many models.
-NOT_QUICK := bench_papers calibration challenges cli counterfactual demo_model faults front_ends moefication \
-    moefication_smollm2 pack serve workers
+NOT_QUICK := bench_papers calibration challenges cli counterfactual demo_model families faults front_ends \
+    moefication moefication_smollm2 pack serve workers
 BIN       := .venv/bin
 
 .DEFAULT_GOAL := help
