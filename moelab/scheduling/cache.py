@@ -44,7 +44,7 @@ class Cache:
 
     def __init__(self, shape: Shape, budget_bytes: int) -> None:
         n = shape.n
-        self._shape = shape
+        self.shape = shape
         self.budget_bytes, self.used_bytes = budget_bytes, 0
         self.layer_bytes, self.tier_bytes = [0] * shape.layers, dict.fromkeys(shape.nbytes, 0)
         self.clock = self.token = 0
@@ -83,12 +83,12 @@ class Cache:
         AssertionError
             The copy does not fit or the expert is resident already: a fault in the caller.
         """
-        nbytes = self._shape.nbytes[bits]
+        nbytes = self.shape.nbytes[bits]
         if self.bits_of[key]:
-            raise AssertionError(f"expert {self._shape.place(key)} is resident already")
+            raise AssertionError(f"expert {self.shape.place(key)} is resident already")
         if nbytes > self.free_bytes:
             raise AssertionError(
-                f"expert {self._shape.place(key)} at {bits} bit needs {nbytes} bytes, "
+                f"expert {self.shape.place(key)} at {bits} bit needs {nbytes} bytes, "
                 f"{self.free_bytes} are free"
             )
         self.bits_of[key] = bits
@@ -110,7 +110,7 @@ class Cache:
     def remove(self, key: Key) -> int:
         """Give the room back; returns the bits the copy had."""
         bits = self.bits_of[key]
-        nbytes = self._shape.nbytes[bits]
+        nbytes = self.shape.nbytes[bits]
         self.bits_of[key] = 0
         self.held_of[key] &= ~self.PROTECTED  # needed and pinned are not the copy's
         self.in_flight[key] = False

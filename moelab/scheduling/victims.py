@@ -82,7 +82,8 @@ class Ranking:
                 assert self._evict is not None
                 self._score = scores(self._evict, self._view)
             cache = self._view.cache
-            victims = self._victims[limit] = Victims(cache, self._score, limit.mask(cache))
+            victims = Victims(cache, self._score, limit.mask(cache), type(self._evict).__name__)
+            self._victims[limit] = victims
         return victims
 
 
@@ -97,6 +98,8 @@ class Victims:
         ``[n]``.
     mask
         Among whom to choose, bool ``[n]``.
+    whose
+        The policy's name, for an error.
 
     Raises
     ------
@@ -104,13 +107,19 @@ class Victims:
         The score of one of them is not a number.
     """
 
-    def __init__(self, cache: Cache, score: np.ndarray, mask: np.ndarray) -> None:
+    def __init__(
+        self, cache: Cache, score: np.ndarray, mask: np.ndarray, whose: str = "the policy"
+    ) -> None:
         self._cache = cache
         self._rest = mask.nonzero()[0]  # [m] not in order yet, but for the taken
         self._score = score[self._rest]
         self._taken: np.ndarray | None = None
         if self._score.dtype.kind == "f" and np.isnan(self._score).any():
-            raise ValueError("a score is not a number (NaN); return a number for each resident")
+            place = cache.shape.place(int(self._rest[np.isnan(self._score)][0]))
+            raise ValueError(
+                f"{whose}.score is not a number (NaN) for the resident expert {place}; "
+                "return a number for each resident"
+            )
         self._order: list[Key] = []
         self._first = 0  # those before it have left
 
