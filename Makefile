@@ -2,7 +2,7 @@
 #
 #   make lab  [LAB_ARGS="--no-browser --port 8899"]    JupyterLab on the live dashboard, on 127.0.0.1 only
 #   make test [TEST_ARGS="-k store -m 'not browser'"]  the whole suite, on all cores; -n 0: in one process
-#   make quick                                         ruff and the fast tests: under a minute, for the edit loop
+#   make quick                                         ruff and the fast tests: about a minute, for the edit loop
 #   make lint                                          ruff and pyright; tsc and eslint where npm is
 #   make pins                                          write binder/pins.txt from what is in .venv
 #   make clean                                         remove .venv and caches
