@@ -22,7 +22,7 @@ from moelab.engine.loader import Loader, Ticket
 from moelab.engine.log import EventLog
 from moelab.engine.memory import Arena, Slot
 from moelab.engine.questions import Questions
-from moelab.models.adapter import Steering, attach, load_skeleton
+from moelab.models.adapter import attach, load_skeleton
 from moelab.scheduling import events as e
 from moelab.scheduling.events import LayerPlan
 from moelab.scheduling.scheduler import Scheduler
@@ -67,7 +67,6 @@ class Engine:
         self._listen_depth = 0
         self.questions = Questions()
         self._ahead: dict[Key, Ticket] = {}  # prefetches whose bytes may not have landed
-        self.steering = Steering(self.adapter)
         self.new_sequence(record=False)
 
     # -- between tokens ---------------------------------------------------------------------
@@ -152,7 +151,7 @@ class Engine:
             tier for all.
         """
         best = max(self.store.tiers)
-        self.steering.release()
+        self.adapter.release()
         self.reference = bits or (lambda _: best)
         try:
             yield
@@ -181,7 +180,7 @@ class Engine:
             self.arena.give(slot)
         self.resident.clear()
         self._ahead.clear()
-        self.steering.release()
+        self.adapter.release()
         settings = self.settings
         self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
         self.arena.set_limit(settings.budget_bytes)
@@ -259,7 +258,7 @@ class Engine:
 
     def _steer(self, layer: int) -> None:
         begun = time.perf_counter()
-        self.steering.steer(layer, self.scheduler.mask(layer), self.scheduler.bias(layer))
+        self.adapter.steer(layer, self.scheduler.mask(layer), self.scheduler.bias(layer))
         self.deciding += time.perf_counter() - begun
 
     def _steer_all(self) -> None:
@@ -276,7 +275,7 @@ class Engine:
                 guess = Routed(idx[-1:], weights[-1:], self.shape.experts[coming])
                 ahead += (LookAhead(coming, guess.experts[0], guess.weights[0]),)
         wanted = None
-        if "wanted" in observes and self.steering.steers(layer):
+        if "wanted" in observes and self.adapter.steers(layer):
             choice = self.adapter.wanted(layer)
             wanted = Routed(*choice, self.shape.experts[layer]) if choice else None
         return LayerInput(
