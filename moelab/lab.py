@@ -17,9 +17,9 @@ import torch
 
 import moelab
 from moelab.calibration.profile import Profile, Strategies
-from moelab.catalogue import bundled, compute_dtype, describe, load_tokenizer, model_sampling
+from moelab.catalogue import bundled, compute_dtype, describe, model_sampling
 from moelab.engine.engine import Engine
-from moelab.models.chat import Messages, has_template
+from moelab.models.chat import Messages, has_template, load_tokenizer
 from moelab.runs.compare import Comparison, SavedRuns
 from moelab.runs.quality import Score, score_ids
 from moelab.runs.run import Run
@@ -53,7 +53,7 @@ class Lab:
         self._store, self._progress = store, progress
         self.name = name or store.manifest.source
         self._shape = store.shape
-        self._tokenizer = tokenizer = load_tokenizer(store)
+        self._tokenizer = tokenizer = load_tokenizer(store.checkpoint_dir)
         self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
         weakref.finalize(self, self._engine.loader.close)
         self._strategies = strategies or Strategies(store)

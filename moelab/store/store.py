@@ -77,7 +77,7 @@ class Store:
         >>> store.read(layer=0, expert=3, bits=4).nbytes == store.slot_bytes[4]  # doctest: +SKIP
         True
         """
-        path = Path(path)
+        path = Path(path).expanduser().absolute()  # whatever the working directory is later
         if not (path / NAME).is_file():
             raise StoreError(
                 f"{path} has no {NAME}, so it is not a store; make one with "
