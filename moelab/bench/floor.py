@@ -91,8 +91,9 @@ def bandwidth(engine: Engine, bits: int, *, seconds: float = 0.4) -> float:
         for slot in slots:
             layer = rng.randrange(store.num_layers)
             expert = rng.randrange(store.experts_per_layer[layer])
-            path, offset, _ = store.location(layer, expert, bits)
-            tickets.append(engine.loader.submit(path, offset, slot.view, urgent=True))
+            _, offset, _ = store.location(layer, expert, bits)
+            file = store.files[bits]
+            tickets.append(engine.loader.submit(file, offset, slot.view, urgent=True))
         for ticket in tickets:
             engine.loader.wait(ticket)
         read += sum(len(slot.view) for slot in slots)

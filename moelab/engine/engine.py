@@ -56,7 +56,7 @@ class Engine:
         self.shape = store.shape
         kernels.warm_up()
         self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
-        self.model = load_skeleton(store.checkpoint_dir, dtype=dtype)
+        self.model = load_skeleton(store.checkpoint_dir, dtype=dtype, check=store.check_model)
         self.adapter = attach(self.model, self._layer)
         self.compute = ExpertCompute(store, self.adapter)
         self.arena = Arena(dict(store.slot_bytes), settings.budget_bytes)
@@ -365,8 +365,8 @@ class Engine:
     def _load(self, key: Key, bits: int, *, urgent: bool) -> Ticket:
         """Submit a load; it holds its memory from now on."""
         slot = self.arena.take(bits)
-        path, offset, _ = self.store.location(*self.shape.place(key), bits)
-        ticket = self.loader.submit(path, offset, slot.view, urgent=urgent)
+        _, offset, _ = self.store.location(*self.shape.place(key), bits)
+        ticket = self.loader.submit(self.store.files[bits], offset, slot.view, urgent=urgent)
         self.resident[key] = (slot, ticket)
         if not urgent:
             self._ahead[key] = ticket

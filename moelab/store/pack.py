@@ -29,7 +29,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from moelab.models.checkpoint import ExpertReader
-from moelab.models.families import MoELayer
 from moelab.models.shards import Checkpoint
 from moelab.models.skeleton import blank_model
 from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
@@ -38,12 +37,12 @@ from moelab.store.manifest import (
     FORMAT,
     MODEL,
     NAME,
-    OF_LAYER,
     Manifest,
     StoreError,
     digest,
     digest_file,
     experts_file,
+    of_model,
 )
 from moelab.store.store import Store
 
@@ -141,9 +140,8 @@ class _Work:
         model = blank_model(folder)
         self.reader = ExpertReader(model, folder)
         self.checkpoint = self.reader.checkpoint
-        layers, stored = self.reader.layers, self.reader.dtype(0)
-        self.half = half = stored if stored == torch.float16 else torch.bfloat16
-        layout = Layout(_same_tensors(layers), _word(half))
+        stored = self.reader.dtype(0)
+        self.half = stored if stored == torch.float16 else torch.bfloat16
         self.kept = [f for f in sorted(folder.iterdir()) if f.is_file() and _is_kept(f.name)]
         self._digest: str | None = None
         notes = []
@@ -151,7 +149,7 @@ class _Work:
             notes.append(f"experts are {_word(stored)} in the source, stored as bfloat16")
         if fit is not None:
             notes.append(f"ranges by {getattr(fit, '__name__', fit)}")
-        self.manifest = _describe(model, name, self.reader, tiers, layout, tuple(notes))
+        self.manifest = _describe(model, name, self.reader, tiers, self.half, tuple(notes))
 
     @property
     def experts(self) -> int:
@@ -253,15 +251,14 @@ def _describe(
     name: str,
     reader: ExpertReader,
     tiers: tuple[int, ...],
-    layout: Layout,
+    half: torch.dtype,
     notes: tuple[str, ...],
 ) -> Manifest:
     """The manifest as far as it is known before anything is read."""
-    layers, first = reader.layers, reader.layers[0]
+    experts = of_model(model, reader.layers)
+    layout = Layout(experts.pop("tensors"), _word(half))
     return Manifest(
         id="",
-        architecture=type(model).__name__,
-        model_type=model.config.model_type,
         source=name,
         source_digest="",
         source_bytes=sum(file.stat().st_size for file in reader.checkpoint.files),
@@ -270,31 +267,14 @@ def _describe(
         notes=notes,
         tiers=tiers,
         layout=layout,
-        layer_names=tuple(layer.name for layer in layers),
-        experts_per_layer=tuple(layer.num_experts for layer in layers),
         files={},
         checksums={},
-        **{name: getattr(first, name) for name in OF_LAYER},
+        **experts,
     )
 
 
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _same_tensors(layers: list[MoELayer]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """The tensors of one expert, which must be the same in every layer."""
-
-    def kind(layer: MoELayer) -> tuple:
-        return (layer.tensors, layer.top_k, layer.activation, layer.gating, layer.transposed)
-
-    for layer in layers:
-        if kind(layer) != kind(layers[0]):
-            raise StoreError(
-                f"experts of layer {layer.index} ({layer.name}) are {kind(layer)}, those of layer "
-                f"0 are {kind(layers[0])}; a store holds experts of one shape only"
-            )
-    return layers[0].tensors
 
 
 def _check_tiers(tiers: Sequence[int]) -> tuple[int, ...]:
