@@ -104,23 +104,12 @@ class ExpertCompute:
         batch.add([(Serve(e, b), self._mapped(layer, e, b)) for e, b in tiers if b])
         return batch.result()
 
-    def _mapped(self, layer: int, expert: int, bits: int) -> Mapped:
+    def _mapped(self, layer: int, expert: int, bits: int) -> Slot:
+        """A blob in the page cache."""
         path, offset, nbytes = self.store.location(layer, expert, bits)
         if bits not in self._full:
             self._full[bits] = np.memmap(path, np.uint8, mode="r")
-        return Mapped(self._full[bits][offset : offset + nbytes])
-
-
-class Mapped:
-    """A blob in the page cache, with what a computation reads of a slot."""
-
-    __slots__ = ("addr", "view")
-
-    def __init__(self, view: np.ndarray) -> None:
-        self.view, self.addr = view, view.ctypes.data
-
-
-Memory = Slot | Mapped
+        return Slot(bits, self._full[bits][offset : offset + nbytes])
 
 
 class Batch:
@@ -129,7 +118,7 @@ class Batch:
     def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
         self.layer, self._compute, self._x, self._routed = layer, compute, x, routed
 
-    def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
+    def add(self, served: Sequence[tuple[Serve, Slot]]) -> None:
         """Compute experts whose bytes are in memory, each once; these are free to go afterwards."""
         raise NotImplementedError
 
@@ -154,7 +143,7 @@ class KernelBatch(Batch):
         self._calls: list[np.ndarray] = []  # [n, T, D]
         self._experts: list[int] = []  # of all calls
 
-    def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
+    def add(self, served: Sequence[tuple[Serve, Slot]]) -> None:
         """Keep the output of each expert."""
         if not served:
             return
@@ -197,7 +186,7 @@ class PrefillBatch(Batch):
         self._order = sorted({e for row in routed.experts for e in row})
         self._early: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
+    def add(self, served: Sequence[tuple[Serve, Slot]]) -> None:
         """Compute one expert after another."""
         for serve, memory in sorted(served, key=lambda one: one[0].expert):
             gate = torch.from_numpy(self._gate(serve.expert))
@@ -214,7 +203,7 @@ class PrefillBatch(Batch):
         return self._out.to(self._x.dtype)
 
     def _expert(
-        self, bits: int, memory: Memory, rows: torch.Tensor, gate: torch.Tensor
+        self, bits: int, memory: Slot, rows: torch.Tensor, gate: torch.Tensor
     ) -> torch.Tensor:
         x = self._x[rows].float()
         return kernels.swiglu_prefill(memory.view, bits, self._compute.layout, x) * gate
@@ -231,7 +220,7 @@ class TorchBatch(PrefillBatch):
         super().__init__(compute, layer, x, routed)
 
     def _expert(
-        self, bits: int, memory: Memory, rows: torch.Tensor, gate: torch.Tensor
+        self, bits: int, memory: Slot, rows: torch.Tensor, gate: torch.Tensor
     ) -> torch.Tensor:
         tensors = decode(memory.view, self._compute.layout, bits, dtype=self._dtype)
         x = self._x[rows]

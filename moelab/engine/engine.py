@@ -11,6 +11,7 @@ T tokens, K active, E experts, D model.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -21,7 +22,6 @@ from moelab.engine.compute import Batch, ExpertCompute, Routed, Serve
 from moelab.engine.loader import Loader, Ticket
 from moelab.engine.log import EventLog
 from moelab.engine.memory import Arena, Slot
-from moelab.engine.questions import Questions
 from moelab.models.adapter import Steering, attach, load_skeleton
 from moelab.scheduling import events as e
 from moelab.scheduling.events import LayerPlan
@@ -65,7 +65,8 @@ class Engine:
         self.reference: Callable[[tuple[int, int]], int] | None = None
         self._heard: list[LayerInput] | None = None
         self._listen_depth = 0
-        self.questions = Questions()
+        # Held while the scheduler decides: whoever asks it why sees no half-made decision.
+        self.lock = threading.RLock()
         self._ahead: dict[Key, Ticket] = {}  # prefetches whose bytes may not have landed
         self.steering = Steering(self.adapter)
         self.new_sequence(record=False)
@@ -94,7 +95,8 @@ class Engine:
         if self.trace is not None:
             self.trace.resident = self.scheduler.cache.items()
         self._record_settings(self.scheduler.strategy.fresh(), fresh=True)
-        self.scheduler.new_sequence()
+        with self.lock:
+            self.scheduler.new_sequence()
         self._begin_token()
         self._set_up()
 
@@ -121,7 +123,8 @@ class Engine:
         """
         old = self.settings
         new_strategy = settings.strategy if settings.strategy is not old.strategy else None
-        plan = self.scheduler.change(settings.knobs(), new_strategy)
+        with self.lock:
+            plan = self.scheduler.change(settings.knobs(), new_strategy)
         self.settings = settings
         try:
             self._issue(plan, None)
@@ -210,7 +213,9 @@ class Engine:
 
         The wait is no stall: it is not attributed to a token but added to ``setup_ms``.
         """
-        plan, told = self.scheduler.begin(), "in_flight" in self.scheduler.strategy.observes
+        with self.lock:
+            plan = self.scheduler.begin()
+        told = "in_flight" in self.scheduler.strategy.observes
         awaited = {k: t for k, t in self._ahead.items() if told and not t.done}
         if not plan.rows and not awaited:
             return
@@ -239,16 +244,16 @@ class Engine:
         scale_input: bool,
     ) -> torch.Tensor:
         routed = Routed(idx, weights, self.shape.experts[layer])
-        self.questions.answer(self.scheduler)
         if self.reference is not None:
             if self._heard is not None:
                 self._heard.append(self._overheard(layer, x, routed))
             return self.compute.full_precision(layer, x, routed, scale_input, self.reference)
         given = self._given(layer, x, routed)
         self.at = layer
-        begun = time.perf_counter()
-        plan = self.scheduler.step(given)
-        self.deciding += time.perf_counter() - begun
+        with self.lock:
+            begun = time.perf_counter()
+            plan = self.scheduler.step(given)
+            self.deciding += time.perf_counter() - begun
         if self.trace is not None:
             self.trace.steps.append(given)
         batch = self.compute.batch(layer, x, routed, scale_input)
@@ -358,7 +363,8 @@ class Engine:
         self.loader.wait(ticket)
         seconds = time.perf_counter() - begun
         asked, place = int(self.scheduler.view.asked[serve.key]), self.shape.place(serve.key)
-        self.log.stall(self.token, self.at, place, (asked, serve.bits), cause, begun, seconds)
+        row = (e.STALL, *place, asked, serve.bits, cause, place[1])
+        self.log.add(self.token, self.at, row, 0, begun, seconds)
 
     # -- memory -----------------------------------------------------------------------------
 
@@ -383,8 +389,8 @@ class Engine:
             except OSError:  # an unread prefetch leaves: nobody needs its bytes
                 row = (*row[:5], e.FAILED, row[6])
             seconds = time.perf_counter() - begun
-            place, bits = row[1:3], (row[4], row[4])
-            self.log.stall(self.token, self.at, place, bits, e.EVICTED_LATE, begun, seconds)
+            stall = (e.STALL, *row[1:5], e.EVICTED_LATE, row[6])
+            self.log.add(self.token, self.at, stall, 0, begun, seconds)
         del self.resident[key]
         self.arena.give(slot)
         self.log.add(self.token, self.at, row, slot.nbytes, time.perf_counter())

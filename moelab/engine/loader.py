@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,29 +32,19 @@ class LoadError(OSError):
     """An expert could not be read."""
 
 
+@dataclass(eq=False, slots=True)
 class Ticket:
     """One load: where from, where to, and when it happened (seconds of `time.perf_counter`)."""
 
-    __slots__ = (
-        "cancelled",
-        "done",
-        "error",
-        "finished",
-        "into",
-        "nbytes",
-        "offset",
-        "path",
-        "started",
-        "submitted",
-        "urgent",
-    )
-
-    def __init__(self, path: Path, offset: int, into: np.ndarray, urgent: bool) -> None:
-        self.path, self.offset, self.urgent = path, offset, urgent
-        self.into, self.nbytes = into, len(into)
-        self.submitted, self.started, self.finished = time.perf_counter(), 0.0, 0.0
-        self.done = self.cancelled = False
-        self.error: Exception | None = None
+    path: Path
+    offset: int
+    into: np.ndarray
+    urgent: bool
+    started: float = 0.0
+    finished: float = 0.0
+    done: bool = False
+    cancelled: bool = False
+    error: Exception | None = None
 
     def end(self, *, cancelled: bool = False) -> None:
         """Done, or never to be read; let go of the memory, because the event log keeps tickets."""
@@ -187,7 +178,7 @@ class Loader:
         while (ticket := self._next()) is not None:
             ticket.started = time.perf_counter()
             profile = self._profile
-            due = self._throttle.due(profile, ticket.nbytes, ticket.started)
+            due = self._throttle.due(profile, len(ticket.into), ticket.started)
             try:
                 self._read(ticket)
                 if profile.emulated:
@@ -203,7 +194,8 @@ class Loader:
                 self._cond.notify_all()
 
     def _read(self, ticket: Ticket) -> None:
-        into, at, end = memoryview(ticket.into), ticket.offset, ticket.offset + ticket.nbytes  # pyright: ignore[reportArgumentType]
+        into, at = memoryview(ticket.into), ticket.offset  # pyright: ignore[reportArgumentType]
+        end = at + len(into)
         while at < end:
             fd, direct = self._open(ticket.path)
             try:  # O_DIRECT wants all three aligned: slots and blobs are whole pages
