@@ -91,19 +91,22 @@ class EventLog:
 
     def to_perfetto(self, path: str | Path) -> Path:
         """Write loads, prefetches and stalls as Chrome trace JSON (open in ui.perfetto.dev)."""
-        lanes, events = {"stall": 0, "load": 1, "prefetch": 2}, self.frame()
+        lanes = {"stall": 0, "load": 1, "prefetch": 2}
+        spans = self.frame().query(f"kind in {list(lanes)}")
         out = [
             {
-                "name": r.kind if r.kind == "stall" else f"L{r.layer} E{r.expert} {r.bits} bit",
-                "cat": r.kind,
+                "name": (
+                    "L{layer} E{expert} {bits} bit".format(**r) if lanes[r["kind"]] else "stall"
+                ),
+                "cat": r["kind"],
                 "ph": "X",
                 "pid": 0,
-                "tid": lanes[r.kind],
-                "ts": r.start_ms * 1e3,
-                "dur": r.dur_ms * 1e3,
-                "args": {"token": r.token, "cause": r.cause},
+                "tid": lanes[r["kind"]],
+                "ts": r["start_ms"] * 1e3,
+                "dur": r["dur_ms"] * 1e3,
+                "args": {"token": r["token"], "cause": r["cause"]},
             }
-            for r in events[events["kind"].isin(list(lanes))].itertuples()
+            for r in spans.to_dict("records")
         ]
         path = Path(path)
         path.write_text(json.dumps({"traceEvents": out, "displayTimeUnit": "ms"}))

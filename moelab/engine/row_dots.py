@@ -67,7 +67,7 @@ def _load(b: _Builder, address: ir.Value, offset: ir.Value | int, kind: ir.Type)
     return loaded
 
 
-def _from_half(b: _Builder, half: ir.Value) -> ir.Value:
+def _from_half(b: _Builder, half: Any) -> ir.Value:
     """Float16 values, given as <n x i16>, as <n x float>."""
     n = half.type.count
     if AVX2:
