@@ -378,10 +378,10 @@ def disk() -> Iterator[Check]:
 def disk_speed(folder: Path) -> tuple[float, bool]:
     """Bytes a second through the loader from a scratch file in ``folder``, and whether direct."""
     from moelab.engine.loader import Loader
-    from moelab.engine.memory import Slot
+    from moelab.engine.memory import pages
     from moelab.store.blobs import BlobFile
 
-    slots = itertools.cycle([Slot(16, BLOCK_BYTES).view for _ in range(4)])
+    slots = itertools.cycle([pages(BLOCK_BYTES) for _ in range(4)])
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.write(os.urandom(SCRATCH_BYTES))
         file.flush()

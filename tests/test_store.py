@@ -145,7 +145,9 @@ def test_a_file_truncated_after_opening_is_named_with_layer_and_expert(store):
     file, offset, size = store.location(1, 4, 4)
     with file.open("r+b") as stream:
         stream.truncate(offset + size // 2)
-    with pytest.raises(StoreError, match=r"experts-4\.bin cannot be read at layer 1 expert 4: .* ends"):
+    with pytest.raises(
+        StoreError, match=r"experts-4\.bin cannot be read at layer 1 expert 4: .* ends"
+    ):
         store.read(1, 4, 4)
 
 

@@ -21,7 +21,7 @@ import typer
 import moelab
 from moelab.engine.engine import Engine
 from moelab.engine.generation import Decoder
-from moelab.engine.memory import Slot
+from moelab.engine.memory import pages
 from moelab.runs.tokens import tally
 
 ROUND = 4
@@ -84,7 +84,7 @@ def measure(lab: moelab.Lab, ids: list[int], *, tokens: int = 32, warm: int = 8)
 def bandwidth(engine: Engine, bits: int, *, seconds: float = 0.4) -> float:
     """Bytes a second of random experts through the loader, with nothing else to do."""
     store, rng, read = engine.store, random.Random(0), 0
-    slots = [Slot(bits, store.slot_bytes[bits]) for _ in range(IN_FLIGHT)]
+    slots = [pages(store.slot_bytes[bits]) for _ in range(IN_FLIGHT)]
     begun = time.perf_counter()
     while time.perf_counter() - begun < seconds:
         tickets = []
@@ -92,11 +92,10 @@ def bandwidth(engine: Engine, bits: int, *, seconds: float = 0.4) -> float:
             layer = rng.randrange(store.num_layers)
             expert = rng.randrange(store.experts_per_layer[layer])
             _, offset, _ = store.location(layer, expert, bits)
-            file = store.files[bits]
-            tickets.append(engine.loader.submit(file, offset, slot.view, urgent=True))
+            tickets.append(engine.loader.submit(store.files[bits], offset, slot, urgent=True))
         for ticket in tickets:
             engine.loader.wait(ticket)
-        read += sum(len(slot.view) for slot in slots)
+        read += sum(map(len, slots))
     return read / (time.perf_counter() - begun)
 
 

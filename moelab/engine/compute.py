@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from moelab.engine import kernels
-from moelab.engine.memory import Slot
+from moelab.engine.memory import Slot, pages
 from moelab.models.adapter import Adapter, expert_forward
 from moelab.scheduling.stream import Key
 from moelab.store.codecs import decode
@@ -71,16 +71,8 @@ class ExpertCompute:
     def __init__(self, store: Store, adapter: Adapter) -> None:
         self.store, self.adapter = store, adapter
         self.layout = store.layout
-        expert = store.manifest
-        self.inner = expert.inner
-        self.fast = kernels.supports(
-            store.layout,
-            activation=expert.activation,
-            gating=expert.gating,
-            transposed=expert.transposed,
-            has_bias=expert.has_bias,
-            has_post_norm=expert.has_post_norm,
-        )
+        self.inner = store.manifest.inner
+        self.fast = kernels.supports(store.layout, store.manifest)
         self._full: dict[tuple[int, int], Slot] = {}  # (place, bits) -> memory of full precision
 
     def release(self) -> None:
@@ -113,26 +105,19 @@ class ExpertCompute:
 
     def _read(self, layer: int, serve: Serve, place: int) -> Slot:
         """The expert in one of `AT_ONCE` slots, which the next one in that place writes over."""
-        nbytes = self.store.slot_bytes[serve.bits]
-        slot = self._full.get((place, serve.bits)) or Slot(serve.bits, nbytes)
-        self._full[place, serve.bits] = slot
+        slot = self._full.get((place, serve.bits))
+        if slot is None:
+            slot = Slot(serve.bits, pages(self.store.slot_bytes[serve.bits]))
+            self._full[place, serve.bits] = slot
         self.store.read(layer, serve.expert, serve.bits, into=slot.view)
         return slot
 
 
-class Batch:
-    """One layer's output in the making."""
+class _Layer:
+    """One layer's output in the making: `add` experts, then take the ``result``."""
 
     def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
         self.layer, self._compute, self._x, self._routed = layer, compute, x, routed
-
-    def add(self, served: Sequence[tuple[Serve, Slot]]) -> None:
-        """Compute experts whose bytes are in memory, each once; these are free to go afterwards."""
-        raise NotImplementedError
-
-    def result(self) -> torch.Tensor:
-        """The layer's output ``[T, D]`` in the model's dtype."""
-        raise NotImplementedError
 
     def _gate(self, expert: int) -> np.ndarray:
         """Gate weight of ``expert`` for every token, float32 ``[T]``."""
@@ -142,7 +127,7 @@ class Batch:
         return np.where(self._routed.idx == expert, self._routed.gates, np.float32(0)).sum(1)
 
 
-class KernelBatch(Batch):
+class KernelBatch(_Layer):
     """SwiGLU experts of few tokens, each at its own bits: one kernel call for all that are here."""
 
     def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
@@ -152,7 +137,7 @@ class KernelBatch(Batch):
         self._experts: list[int] = []  # of all calls
 
     def add(self, served: Sequence[tuple[Serve, Slot]]) -> None:
-        """Keep the output of each expert."""
+        """Compute experts whose bytes are in memory, each once; these are free to go afterwards."""
         if not served:
             return
         served = sorted(served, key=lambda one: one[0].expert)
@@ -179,7 +164,7 @@ class KernelBatch(Batch):
         return torch.from_numpy(np.add.reduce(outputs, 0)).to(self._x.dtype)
 
 
-class PrefillBatch(Batch):
+class PrefillBatch(_Layer):
     """Experts of many tokens, one after another, each on the tokens that chose it.
 
     An output waits until those of all experts before it are added: none where all of them are in
@@ -205,7 +190,7 @@ class PrefillBatch(Batch):
                 self._out.index_add_(0, *self._early.pop(self._order.pop(0)))
 
     def result(self) -> torch.Tensor:
-        """Add what waits behind an expert that was left out."""
+        """The layer's output; what waits behind an expert that was left out is added now."""
         for expert in sorted(self._early):
             self._out.index_add_(0, *self._early[expert])
         return self._out.to(self._x.dtype)
@@ -234,3 +219,6 @@ class TorchBatch(PrefillBatch):
         x = self._x[rows]
         y = expert_forward(self._module, x * gate if self._scale_input else x, tensors)
         return y if self._scale_input else y * gate
+
+
+Batch = KernelBatch | PrefillBatch

@@ -14,6 +14,7 @@ import errno
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,29 +31,19 @@ class LoadError(OSError):
     """An expert could not be read."""
 
 
+@dataclass(eq=False, slots=True)
 class Ticket:
     """One load: where from, where to, and when it happened (seconds of `time.perf_counter`)."""
 
-    __slots__ = (
-        "cancelled",
-        "done",
-        "error",
-        "file",
-        "finished",
-        "into",
-        "nbytes",
-        "offset",
-        "started",
-        "submitted",
-        "urgent",
-    )
-
-    def __init__(self, file: BlobFile, offset: int, into: np.ndarray, urgent: bool) -> None:
-        self.file, self.offset, self.urgent = file, offset, urgent
-        self.into, self.nbytes = into, len(into)
-        self.submitted, self.started, self.finished = time.perf_counter(), 0.0, 0.0
-        self.done = self.cancelled = False
-        self.error: Exception | None = None
+    file: BlobFile
+    offset: int
+    into: np.ndarray
+    urgent: bool
+    started: float = 0.0
+    finished: float = 0.0
+    done: bool = False
+    cancelled: bool = False
+    error: Exception | None = None
 
     def end(self, *, cancelled: bool = False) -> None:
         """Done, or never to be read; let go of the memory, because the event log keeps tickets."""
@@ -182,7 +173,7 @@ class Loader:
         while (ticket := self._next()) is not None:
             ticket.started = time.perf_counter()
             profile = self._profile
-            due = self._throttle.due(profile, ticket.nbytes, ticket.started)
+            due = self._throttle.due(profile, len(ticket.into), ticket.started)
             try:
                 self._files.add(ticket.file)
                 ticket.file.read_into(ticket.into, ticket.offset, direct=True)
