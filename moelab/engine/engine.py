@@ -22,7 +22,7 @@ from moelab.engine.compute import Batch, ExpertCompute, Routed, Serve
 from moelab.engine.loader import Loader, Ticket
 from moelab.engine.log import EventLog
 from moelab.engine.memory import Arena, Slot
-from moelab.models.adapter import Steering, attach, load_skeleton
+from moelab.models.adapter import attach, load_skeleton
 from moelab.scheduling import events as e
 from moelab.scheduling.events import LayerPlan
 from moelab.scheduling.scheduler import Scheduler
@@ -60,7 +60,6 @@ class Engine:
         # Held while the scheduler decides: whoever asks it why sees no half-made decision.
         self.lock = threading.RLock()
         self._ahead: dict[Key, Ticket] = {}  # prefetches whose bytes may not have landed
-        self.steering = Steering(self.adapter)
         self.new_sequence(record=False)
 
     # -- between tokens ---------------------------------------------------------------------
@@ -149,7 +148,7 @@ class Engine:
             Is told each layer, its input ``[T, D]`` and its routing.
         """
         best = max(self.store.tiers)
-        self.steering.release()
+        self.adapter.release()
         self.reference, self._heard = bits or (lambda _: best), heard
         try:
             yield
@@ -167,7 +166,7 @@ class Engine:
             self.arena.give(slot)
         self.resident.clear()
         self._ahead.clear()
-        self.steering.release()
+        self.adapter.release()
         settings = self.settings
         self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
         self.arena.set_limit(settings.budget_bytes)
@@ -250,7 +249,7 @@ class Engine:
 
     def _steer(self, layer: int) -> None:
         begun = time.perf_counter()
-        self.steering.steer(layer, self.scheduler.mask(layer), self.scheduler.bias(layer))
+        self.adapter.steer(layer, self.scheduler.mask(layer), self.scheduler.bias(layer))
         self.deciding += time.perf_counter() - begun
 
     def _steer_all(self) -> None:
@@ -267,7 +266,7 @@ class Engine:
                 guess = Routed(idx[-1:], weights[-1:], self.shape.experts[coming])
                 ahead += (LookAhead(coming, guess.experts[0], guess.weights[0]),)
         wanted = None
-        if "wanted" in observes and self.steering.steers(layer):
+        if "wanted" in observes and self.adapter.steers(layer):
             choice = self.adapter.wanted(layer)
             wanted = Routed(*choice, self.shape.experts[layer]) if choice else None
         return LayerInput(

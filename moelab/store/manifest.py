@@ -130,7 +130,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of `manifest.json`, with its own checksum."""
-        data = {"format": FORMAT, **asdict(self), "layout": self.layout.to_json()}
+        data = {"format": FORMAT, **asdict(self)}
         data["checksums"] = {str(bits): list(sums) for bits, sums in self.checksums.items()}
         return json.dumps({**data, "checksum": _own_checksum(data)}, indent=1)
 
@@ -165,7 +165,7 @@ class Manifest:
     @classmethod
     def _checked(cls, data: dict[str, Any]) -> Manifest:
         _check_types(data)
-        data["layout"] = Layout.from_json(data["layout"])
+        data["layout"] = Layout(**data["layout"])
         data["checksums"] = {int(b): tuple(s) for b, s in data["checksums"].items()}
         data["files"] = {name: (int(size), str(s)) for name, (size, s) in data["files"].items()}
         data.update({k: tuple(data[k]) for k in LISTS})
