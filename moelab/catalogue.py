@@ -141,10 +141,12 @@ def load_tokenizer(store: Store) -> Any:
     ValueError
         The checkpoint brought none that can be used, or is an encoder-decoder.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from moelab.models.skeleton import read_config
 
     folder, local = store.checkpoint_dir, {"local_files_only": True, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(folder, **local)
+    config = read_config(folder)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{store.path} is an encoder-decoder; moelab runs decoder-only models")
     try:

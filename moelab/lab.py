@@ -24,9 +24,11 @@ from moelab.runs.compare import Comparison, SavedRuns
 from moelab.runs.quality import Score, score_ids
 from moelab.runs.run import Run
 from moelab.runs.session import Changes, Session
+from moelab.runs.trial import trial
 from moelab.runs.what_if import WhatIf
 from moelab.settings import Settings
 from moelab.spelling import shown
+from moelab.store.foreign import foreign
 from moelab.store.store import Store
 
 if TYPE_CHECKING:
@@ -53,14 +55,22 @@ class Lab:
         self._store, self._progress = store, progress
         self.name = name or store.manifest.source
         self._shape = store.shape
-        self._tokenizer = tokenizer = load_tokenizer(store)
+        folder = store.checkpoint_dir
+        with foreign(folder / "tokenizer.json"):
+            self._tokenizer = tokenizer = load_tokenizer(store)
         self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
         weakref.finalize(self, self._engine.loader.close)
         self._strategies = strategies or Strategies(store)
-        sampling = model_sampling(store.checkpoint_dir)
+        with foreign(folder / "generation_config.json"):
+            sampling = model_sampling(folder)
         self._session = Session(self._engine, self._strategies, tokenizer, sampling, self.name)
         self._encode = self._session.encode
         self._saved = SavedRuns()
+        try:
+            trial(store, self._session)
+        except BaseException:
+            self.close()
+            raise
 
     # -- settings ---------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Key, LookAhead
 from moelab.scheduling.trace import Change, LayerInput, Trace
 from moelab.settings import Settings
+from moelab.store.foreign import foreign
 from moelab.store.store import Store
 
 Heard = Callable[[int, torch.Tensor, Routed], None]
@@ -49,7 +50,8 @@ class Engine:
         self.shape = store.shape
         kernels.warm_up()
         self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
-        self.model = load_skeleton(store.checkpoint_dir, dtype=dtype, check=store.check_model)
+        with foreign(store.checkpoint_dir / "config.json"):
+            self.model = load_skeleton(store.checkpoint_dir, dtype=dtype, check=store.check_model)
         self.adapter = attach(self.model, self._layer)
         self.compute = ExpertCompute(store, self.adapter)
         self.arena = Arena(dict(store.slot_bytes), settings.budget_bytes)

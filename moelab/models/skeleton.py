@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
@@ -28,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from moelab.models.checkpoint import QUANTISED, split
+from moelab.models.config import make_config, read_json
 from moelab.models.families import MoELayer, expert_parameter, find_moe
 from moelab.models.shards import SCALE, Checkpoint, LazyTensor
 
@@ -98,9 +98,10 @@ def blank_model(path: str | os.PathLike[str]) -> PreTrainedModel:
 
 def read_config(path: Path) -> PreTrainedConfig:
     """Read `config.json`, and refuse quantisation formats whose experts cannot be read."""
-    if not (path / "config.json").is_file():
+    file = path / "config.json"
+    if not file.is_file():
         raise ValueError(f"{path} has no config.json; give the folder of a transformers checkpoint")
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    config = make_config(read_json(file), file)
     quantisation = getattr(config, "quantization_config", None) or {}
     if not isinstance(quantisation, dict):
         quantisation = quantisation.to_dict()
