@@ -17,14 +17,14 @@ import torch
 
 import moelab
 from moelab.calibration.profile import Profile, Strategies
-from moelab.catalogue import bundled, compute_dtype, describe, load_tokenizer, model_sampling
+from moelab.catalogue import bundled, compute_dtype, describe, model_sampling
 from moelab.engine.engine import Engine
 from moelab.models.chat import Messages, has_template
 from moelab.runs.compare import Comparison, SavedRuns
 from moelab.runs.quality import Score, score_ids
 from moelab.runs.run import Run
 from moelab.runs.session import Changes, Session
-from moelab.runs.trial import trial
+from moelab.runs.trial import tokenizer_of, trial
 from moelab.runs.what_if import WhatIf
 from moelab.settings import Settings
 from moelab.spelling import shown
@@ -55,14 +55,12 @@ class Lab:
         self._store, self._progress = store, progress
         self.name = name or store.manifest.source
         self._shape = store.shape
-        folder = store.checkpoint_dir
-        with foreign(folder / "tokenizer.json"):
-            self._tokenizer = tokenizer = load_tokenizer(store)
+        self._tokenizer = tokenizer = tokenizer_of(store)
         self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
         weakref.finalize(self, self._engine.loader.close)
         self._strategies = strategies or Strategies(store)
-        with foreign(folder / "generation_config.json"):
-            sampling = model_sampling(folder)
+        with foreign(store.checkpoint_dir / "generation_config.json"):
+            sampling = model_sampling(store.checkpoint_dir)
         self._session = Session(self._engine, self._strategies, tokenizer, sampling, self.name)
         self._encode = self._session.encode
         self._saved = SavedRuns()

@@ -6,10 +6,44 @@ told so then, by the file's name, and not in the middle of a run.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from moelab.catalogue import load_tokenizer
 from moelab.engine.generation import Stream
+from moelab.models.tokenizer_trial import try_tokenizer
 from moelab.runs.session import Session
 from moelab.store.foreign import foreign
+from moelab.store.manifest import digest_file
+from moelab.store.paths import cache_dir
 from moelab.store.store import Store
+
+
+def tokenizer_of(store: Store) -> Any:
+    """The store's tokenizer, its file tried elsewhere before it is read here.
+
+    Raises
+    ------
+    StoreError
+        It cannot be used.
+    """
+    file = store.checkpoint_dir / "tokenizer.json"
+    with foreign(file):
+        if file.is_file():
+            _try_once(file)
+        return load_tokenizer(store)
+
+
+def _try_once(file: Path) -> None:
+    """Every content of a file is tried once on a machine."""
+    mark = cache_dir() / "tried" / digest_file(file)
+    if mark.is_file():
+        return
+    try_tokenizer(file)
+    with suppress(OSError):  # then it is tried again
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
 
 def trial(store: Store, session: Session) -> None:

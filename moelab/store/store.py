@@ -41,6 +41,7 @@ from moelab.store.manifest import (
 
 __all__ = ["Store", "StoreError"]
 
+_LARGEST = 1 << 28  # of what libraries read whole: configuration, tokenizer
 _SMALL = 1 << 20  # files up to this size are checked against their checksum when opening
 
 
@@ -250,6 +251,8 @@ class Store:
                     f"{file} is {word}: {found} bytes, the manifest says {size}; "
                     "pack the model again"
                 )
+            if size > _LARGEST and not name.endswith((".bin", ".safetensors")):
+                raise StoreError(f"{file} has {size} bytes, more than a file of its kind needs")
             if checksum and size <= _SMALL:
                 self._check_sum(name, checksum)
         for bits in self.tiers:
