@@ -14,7 +14,6 @@ import pytest
 
 import moelab
 from fake_lab import FakeLab
-from moelab.engine.log import EventLog
 from moelab.replays.replay import replay
 from moelab.replays.why import reasons
 from moelab.runs.recording import Recording
@@ -438,22 +437,6 @@ def test_the_dashboard_gets_the_recording_in_pieces_from_a_thread_of_its_own():
     assert columns(*with_buffers(RunReader(run).read())) == held
 
 
-def test_a_load_on_its_way_is_told_again_when_its_time_is_known():
-    class Ticket:
-        started = finished = 0.0
-        cancelled = False
-
-    log, ticket = EventLog(), Ticket()
-    log.add(0, 0, (CODES["hit"], 0, 0, 16, 16, 0, 0), 1, 0.0)
-    log.add(0, 0, (CODES["load"], 0, 1, 16, 16, 0, 1), 1, 0.0)
-    log.time_by(ticket)
-    log.add(0, 0, (CODES["hit"], 0, 2, 16, 16, 0, 2), 1, 0.0)
-    assert log.settled == 1
-    ticket.finished = 2.0
-    assert log.settled == 3
-    assert log.records(1)["dur_ms"].tolist() == [2000.0, 0.0]
-
-
 def test_an_eviction_is_explained_on_request_and_what_is_none_says_so(runs):
     run, recording, _ = runs["hobbit"]
     told = Told(run)
@@ -472,16 +455,11 @@ def test_the_newest_run_is_exported_as_a_page_or_the_view_hears_why_not(runs, mo
     answer, [page], thread = told.ask("page")
     assert answer == {"page": {"tokens": len(run.token_reports)}}
     assert thread.startswith("moelab-queries")
-    assert embedded(page.decode()) == recording.packed()
+    assert embedded(page.decode(), "page") == recording.packed()
     monkeypatch.setattr("moelab.widgets.queries.LARGEST_PAGE", 1000)
     assert 'lab.run.report("run.html")' in told.ask("page")[0]["page"]["error"]
     told.queries.close()
     told = Told(None)
-    assert told.ask("page")[0]["page"]["error"] == "nothing has run yet"
-    told.queries.close()
-
-
-def test_without_a_run_the_dashboard_is_told_so():
-    told = Told(None)
-    assert told.ask("recording", have=None)[0]["recording"]["error"] == "nothing has run yet"
+    for what in ("page", "recording"):
+        assert told.ask(what)[0][what]["error"] == "nothing has run yet"
     told.queries.close()

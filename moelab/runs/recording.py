@@ -117,15 +117,7 @@ class Recording:
         path = Path(path)
         data = path.read_bytes()
         if data[:1] == b"<":
-            try:
-                found = embedded(data.decode("utf-8", "replace"))
-            except ValueError as e:
-                raise ValueError(f"{path.name}: {e}") from None
-            if found is None:
-                raise ValueError(
-                    f"{path.name} is a page without a recording; run.report() writes one"
-                )
-            data = found
+            data = embedded(data.decode("utf-8", "replace"), path.name)
         return cls(unpack(data, path.name))
 
     def report(

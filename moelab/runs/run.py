@@ -15,7 +15,7 @@ import numpy as np
 
 from moelab.engine.generation import Sampling
 from moelab.engine.log import EventLog
-from moelab.runs.tokens import COLUMNS, Noted, TokenReport, Tokens, figures, row, since_device
+from moelab.runs.tokens import Noted, TokenReport, Tokens, figures, since_device, table
 from moelab.scheduling.trace import Trace
 from moelab.store.devices import DEVICES
 
@@ -167,16 +167,11 @@ class Run:
         """One row a token; ``stall_ms`` is the sum, ``stall_by_cause`` the parts."""
         import pandas as pd
 
-        rows = []
-        for r in self.token_reports:
-            row = {f.name: getattr(r, f.name) for f in dataclasses.fields(r)}
-            row["stall_by_cause"] = row["stall_ms"]
-            row["stall_ms"] = sum(r.stall_ms.values())
-            rows.append(row)
-        names = [f.name for f in dataclasses.fields(TokenReport)] + ["stall_by_cause"]
-        frame = pd.DataFrame(rows, columns=names)
-        frame["kl"] = frame["kl"].astype(float)
-        return frame
+        names = [f.name for f in dataclasses.fields(TokenReport)]
+        rows = [[getattr(r, name) for name in names] for r in self.token_reports]
+        frame = pd.DataFrame(rows, columns=names).astype({"kl": float})
+        causes = frame["stall_ms"]
+        return frame.assign(stall_ms=[sum(c.values()) for c in causes], stall_by_cause=causes)
 
     def summary(self) -> dict[str, Any]:
         """The run in figures; works while the run goes on.
@@ -189,7 +184,7 @@ class Run:
         what the strategy wants resident before the first token and at changes.
         """
         reports = self.token_reports
-        values = np.array([row(r) for r in reports], np.float64).reshape(-1, len(COLUMNS))
+        values = table(reports)
         decoded, since = reports[1:], since_device(reports)
         whole, timed = figures(values), figures(values[since:], first=since)
         times = [r.total_ms for r in reports[max(1, since) :]] or [0.0]

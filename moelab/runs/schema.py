@@ -195,19 +195,21 @@ def unpack(data: bytes, name: str) -> dict[str, Any]:
     return document
 
 
-def embedded(page: str) -> bytes | None:
-    """The packed recording inside an exported page; None where there is none.
+def embedded(page: str, name: str) -> bytes:
+    """The packed recording inside an exported page, which is called ``name`` in messages.
 
     Raises
     ------
     ValueError
-        It is there, but is not base64: the file is damaged.
+        There is none, or it is not base64: the file is damaged.
     """
     found = re.search(re.escape(RECORDING) + r"([^<]*)</script>", page)
+    if found is None:
+        raise ValueError(f"{name} is a page without a recording; run.report() writes one")
     try:
-        return found and base64.b64decode(found[1], validate=True)
+        return base64.b64decode(found[1], validate=True)
     except binascii.Error as e:
-        raise ValueError(f"the recording inside the page is damaged: {e}") from e
+        raise ValueError(f"{name}: the recording inside the page is damaged: {e}") from None
 
 
 def _refused(word: str) -> float:

@@ -8,6 +8,7 @@ together: who asks for figures of times gives the tokens since the device last c
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TokenReport:
     """What one token cost. Token 0 is the first generated one and carries the whole prefill.
 
@@ -63,6 +64,13 @@ class TokenReport:
     budget_bytes: int
     device: str
     load_bytes: int = 0
+
+    @functools.cached_property
+    def row(self) -> tuple[float, ...]:
+        """As numbers, in the order of `COLUMNS`; a KL not measured is NaN."""
+        known = {"kl": math.nan} | {n: v for n, v in vars(self).items() if v is not None}
+        known |= {cause: self.stall_ms.get(cause, 0.0) for cause in STALLS}
+        return tuple(float(known[name]) for name in COLUMNS)
 
 
 class Noted(NamedTuple):
@@ -167,14 +175,9 @@ def tally(rows: np.ndarray) -> dict[str, Any]:
     }
 
 
-def row(report: Any) -> tuple[float, ...]:
-    """One `TokenReport` as numbers, in the order of `COLUMNS`; a KL not measured is NaN."""
-    stalls = [float(report.stall_ms.get(cause, 0.0)) for cause in STALLS]
-    counts = [float(getattr(report, name)) for name in COUNTS]
-    kl = math.nan if report.kl is None else float(report.kl)
-    times = float(report.total_ms), float(report.compute_ms), float(report.deciding_ms)
-    memory = float(report.resident_bytes), float(report.budget_bytes)
-    return (*times, *stalls, kl, *counts, *memory)
+def table(reports: Sequence[TokenReport]) -> np.ndarray:
+    """The rows of some reports, [T, C]."""
+    return np.array([report.row for report in reports]).reshape(-1, len(COLUMNS))
 
 
 def since_device(reports: Sequence[Any]) -> int:
