@@ -312,9 +312,10 @@ class Engine:
                     pending.clear()
                 self._evict(key, row)
                 continue
-            self.log.add(
-                self.token, self.at, row, self.shape.nbytes.get(bits, 0), time.perf_counter()
-            )
+            late = kind == e.HIT and not self.resident[key][1].done
+            told = (*row[:5], e.LATE, chosen) if late else row
+            size = self.shape.nbytes.get(bits, 0)
+            self.log.add(self.token, self.at, told, size, time.perf_counter())
             if kind in (e.LOAD, e.PREFETCH):  # right behind its row: the ticket is the last row's
                 self.log.time_by(self._load(key, bits, urgent=kind == e.LOAD))
             if kind in (e.HIT, e.LOAD, e.SUBSTITUTE) or (kind == e.PREFETCH and batch is None):

@@ -225,7 +225,7 @@ class Session:
             self._generate(run, changes)
         except BaseException as error:  # noqa: BLE001, kept for join() and the window
             self.engine.recover()
-            run.error = error
+            run.ended, run.error = "failed", error
         finally:
             self.release()
             run._done.set()
@@ -240,7 +240,7 @@ class Session:
         reference: Reference | None = None
         context, new = list(run._ids), list(run._ids)
         try:
-            for _ in range(run.request.max_new_tokens):
+            while not run.ended:
                 self._obey(run, changes)
                 logits = decoder.step(new)
                 kl = best = None
@@ -254,8 +254,12 @@ class Session:
                 engine.end_of_token()
                 context.append(token)
                 new = [token]
-                if run.stopped or token in run._eos:
-                    break
+                if token in run._eos:
+                    run.ended = "end of text"
+                elif len(run.tokens) == run.request.max_new_tokens:
+                    run.ended = "length"
+                elif run.stopped:
+                    run.ended = "stopped"
         finally:
             engine.end_of_sequence()
 
@@ -287,7 +291,7 @@ class Session:
             seconds + engine.deciding_before,
             engine.deciding,
             kl,
-            engine.arena.held_bytes,
+            engine.scheduler.cache.used_bytes,
             engine.settings.budget_bytes,
             engine.settings.device,
             len(engine.log),
