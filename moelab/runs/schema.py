@@ -50,7 +50,7 @@ MOST_BYTES = 512 * 2**20
 """A document larger than this is refused before it is unpacked whole."""
 
 MOST_EXPERTS = 2**20
-LATER_COLUMNS = {"deciding_ms"}
+LATER_COLUMNS = {"deciding_ms", "measuring_ms", "setup_ms"}
 """Columns of a token that older files lack; they are 0 there."""
 
 RECORDING = '<script id="moelab-recording" type="application/gzip;base64">'

@@ -30,7 +30,7 @@ COUNTS = ("bytes", *COUNTED)
 NOTED = ("text", "kl", "resident_bytes", "budget_bytes", "device")
 COLUMNS = (
     *("total_ms", "compute_ms", "deciding_ms", *STALLS, "kl", *COUNTS),
-    *("resident_bytes", "budget_bytes"),
+    *("resident_bytes", "budget_bytes", "measuring_ms", "setup_ms"),
 )
 
 
@@ -38,10 +38,12 @@ COLUMNS = (
 class TokenReport:
     """What one token cost. Token 0 is the first generated one and carries the whole prefill.
 
-    ``total_ms`` is compute, deciding (the strategy's own time) and stalls; measuring KL is not part
-    of it. ``stall_ms`` is by cause: ``on demand``, ``prefetch late`` (a guess was right but still
-    on its way), ``evict``. ``bytes`` were read from the device (prefetches too), ``load_bytes`` of
-    them on demand; ``hit_bytes`` were served from memory.
+    ``total_ms`` is the engine's own time: compute (and drawing the token), deciding (the strategy's
+    own time) and stalls. ``stall_ms`` is by cause: ``on demand``, ``prefetch late`` (a guess was
+    right but still on its way), ``evict``. ``measuring_ms`` went into KL and the likeliest tokens,
+    ``setup_ms`` into obeying settings and loading what the strategy wants beforehand. ``bytes``
+    were read from the device (prefetches too), ``load_bytes`` of them on demand; ``hit_bytes`` were
+    served from memory.
     """
 
     token: int
@@ -63,10 +65,20 @@ class TokenReport:
     budget_bytes: int
     device: str
     load_bytes: int = 0
+    measuring_ms: float = 0.0
+    setup_ms: float = 0.0
+
+    @property
+    def wall_ms(self) -> float:
+        """What a watch shows from the token before it to this one: all of its parts."""
+        return self.total_ms + self.measuring_ms + self.setup_ms
 
 
 class Noted(NamedTuple):
-    """What is noted of a token beside its events; ``rows``: of the log, when it was complete."""
+    """What is noted of a token beside its events; ``rows``: of the log, when it was complete.
+
+    ``seconds``: from the token before it; of these ``deciding``, ``measuring`` and ``setup``.
+    """
 
     text: str
     seconds: float
@@ -76,6 +88,8 @@ class Noted(NamedTuple):
     budget_bytes: int
     device: str
     rows: int
+    measuring: float = 0.0
+    setup: float = 0.0
 
 
 class Tokens:
@@ -134,12 +148,15 @@ class Tokens:
         noted = self._noted[token]
         first = self._noted[token - 1].rows if token else 0
         sums = tally(self._log.records(first, noted.rows))
-        total, deciding = 1e3 * noted.seconds, 1e3 * noted.deciding
+        total = 1e3 * (noted.seconds - noted.measuring - noted.setup)
+        deciding = 1e3 * noted.deciding
         return TokenReport(
             token=token,
             total_ms=total,
             compute_ms=total - deciding - sum(sums["stall_ms"].values()),
             deciding_ms=deciding,
+            measuring_ms=1e3 * noted.measuring,
+            setup_ms=1e3 * noted.setup,
             **sums,
             **{name: getattr(noted, name) for name in NOTED},
         )
@@ -174,7 +191,7 @@ def row(report: Any) -> tuple[float, ...]:
     kl = math.nan if report.kl is None else float(report.kl)
     times = float(report.total_ms), float(report.compute_ms), float(report.deciding_ms)
     memory = float(report.resident_bytes), float(report.budget_bytes)
-    return (*times, *stalls, kl, *counts, *memory)
+    return (*times, *stalls, kl, *counts, *memory, report.measuring_ms, report.setup_ms)
 
 
 def since_device(reports: Sequence[Any]) -> int:
