@@ -7,10 +7,39 @@ instead of answering.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Messages = Sequence[Mapping[str, str]]
 """A conversation: ``[{"role": "user", "content": "Hello"}, ...]``."""
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint, from its own files only.
+
+    Raises
+    ------
+    ValueError
+        The checkpoint brought none that can be used, or is an encoder-decoder.
+    """
+    from transformers import AutoTokenizer
+
+    from moelab.models.skeleton import LOCAL, read_config
+
+    config = read_config(folder)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{folder} is an encoder-decoder; moelab runs decoder-only models")
+    reason = "it knows no word"  # such a one transformers makes where there is no file
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **LOCAL)
+        if tokenizer("Hello", add_special_tokens=False).input_ids:
+            return tokenizer
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+    raise ValueError(
+        f"{folder} has no usable tokenizer ({reason}); put tokenizer.json beside the "
+        "checkpoint's config.json and pack it again"
+    )
 
 
 def has_template(tokenizer: Any) -> bool:

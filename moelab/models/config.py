@@ -16,7 +16,6 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
-import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 MOST_BYTES = 8 << 20
@@ -47,25 +46,21 @@ def read_json(file: Path, most: int = MOST_BYTES) -> dict[str, Any]:
     return data
 
 
-def make_config(data: Mapping[str, Any], file: Path) -> PreTrainedConfig:
+def make_config(data: Mapping[str, Any]) -> PreTrainedConfig:
     """The configuration that the keys of a config.json make, as far as the family knows them.
 
     Raises
     ------
     ValueError
-        transformers has no such family, or a count is beyond `MOST`; names the file.
+        transformers has no such family, or a count is beyond `MOST`.
     """
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ValueError(
-            f"{file} asks for the model {str(kind)[:100]!r}, which transformers "
-            f"{transformers.__version__} does not have; moelab never runs code that comes with a "
-            "checkpoint: give a model that transformers has, or update transformers"
-        )
+        raise ValueError(f"model_type is {str(kind)[:100]!r}, which it does not have")
     for name, number in _counts(data):
         most = MOST.get(name.rpartition("_")[2])
         if most is not None and not -most <= number <= most:  # -1 is the last layer
-            raise ValueError(f"{file}: {name}={number} is beyond {most}")
+            raise ValueError(f"{name}={number} is beyond {most}")
     data = PreTrainedConfig._decode_special_floats(dict(data))
     return CONFIG_MAPPING[kind].from_dict(_known(CONFIG_MAPPING[kind], data))
 

@@ -27,6 +27,23 @@ def remove_stale(destination: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder that is not there yet.
+
+    Raises
+    ------
+    StoreError
+        It cannot be made; the message says what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"the folder {folder} cannot be made ({error.strerror}); choose one that can be "
+            "written, for moelab's cache by setting MOELAB_CACHE"
+        ) from error
+
+
 def check_room(folder: Path, nbytes: int, what: str, otherwise: str = "") -> None:
     """Refuse to begin what does not fit beside this folder.
 
@@ -36,7 +53,7 @@ def check_room(folder: Path, nbytes: int, what: str, otherwise: str = "") -> Non
         Fewer than ``nbytes`` bytes are free; it says so of ``what``, and what to do ``otherwise``.
     """
     parent = folder.parent
-    parent.mkdir(parents=True, exist_ok=True)
+    make_folder(parent)
     free = shutil.disk_usage(parent).free
     if free < nbytes:
         raise StoreError(
@@ -49,7 +66,7 @@ def check_room(folder: Path, nbytes: int, what: str, otherwise: str = "") -> Non
 def partial_folder(destination: Path) -> Iterator[Path]:
     """A folder to write into, gone at the end whatever happens."""
     partial = destination.with_name(f"{destination.name}.partial-{os.getpid()}")
-    partial.mkdir()
+    make_folder(partial)
     try:
         yield partial
     except OSError as error:

@@ -91,7 +91,7 @@ class Store:
         >>> store.read(layer=0, expert=3, bits=4).nbytes == store.slot_bytes[4]  # doctest: +SKIP
         True
         """
-        store = cls(Path(path))
+        store = cls(Path(path).expanduser().absolute())  # wherever the process works later
         store._check_files()
         if verify:
             store.verify()
