@@ -19,14 +19,16 @@ import moelab
 from moelab.calibration.profile import Profile, Strategies
 from moelab.catalogue import bundled, compute_dtype, describe, model_sampling
 from moelab.engine.engine import Engine
-from moelab.models.chat import Messages, has_template, load_tokenizer
+from moelab.models.chat import Messages, has_template
 from moelab.runs.compare import Comparison, SavedRuns
 from moelab.runs.quality import Score, score_ids
 from moelab.runs.run import Run
 from moelab.runs.session import Changes, Session
+from moelab.runs.trial import tokenizer_of, trial
 from moelab.runs.what_if import WhatIf
 from moelab.settings import Settings
 from moelab.spelling import shown
+from moelab.store.foreign import foreign
 from moelab.store.store import Store
 
 if TYPE_CHECKING:
@@ -53,14 +55,20 @@ class Lab:
         self._store, self._progress = store, progress
         self.name = name or store.manifest.source
         self._shape = store.shape
-        self._tokenizer = tokenizer = load_tokenizer(store.checkpoint_dir)
+        self._tokenizer = tokenizer = tokenizer_of(store)
         self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
         weakref.finalize(self, self._engine.loader.close)
         self._strategies = strategies or Strategies(store)
-        sampling = model_sampling(store.checkpoint_dir)
+        with foreign(store.checkpoint_dir / "generation_config.json"):
+            sampling = model_sampling(store.checkpoint_dir)
         self._session = Session(self._engine, self._strategies, tokenizer, sampling, self.name)
         self._encode = self._session.encode
         self._saved = SavedRuns()
+        try:
+            trial(store, self._session)
+        except BaseException:
+            self.close()
+            raise
 
     # -- settings ---------------------------------------------------------------------------
 
@@ -107,7 +115,7 @@ class Lab:
         top_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int | None = None,
-        measure_kl: bool | None = None,
+        measure_kl: int | None = None,
         ignore_eos: bool = False,
         chat: bool | None = None,
         changes: Changes | None = None,
@@ -277,7 +285,7 @@ class Lab:
         ValueError
             There is no such layer, or the expert is not resident.
         RuntimeError
-            The lab is closed, or busy with a calibration.
+            The lab is closed.
 
         Examples
         --------

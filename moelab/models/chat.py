@@ -93,9 +93,17 @@ def _is_message(one: Any) -> bool:
 
 
 def encode(tokenizer: Any, conversation: Messages) -> list[int]:
-    """Token ids of a conversation, up to where the model is to answer."""
-    return list(
-        tokenizer.apply_chat_template(
-            list(conversation), add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-    )
+    """Token ids of a conversation, up to where the model is to answer.
+
+    Raises
+    ------
+    ValueError
+        The template refuses the conversation, or goes beyond its bounds.
+    """
+    from moelab.models.template import within_bounds
+
+    with within_bounds(tokenizer.get_chat_template()):
+        text = tokenizer.apply_chat_template(
+            list(conversation), add_generation_prompt=True, tokenize=False
+        )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

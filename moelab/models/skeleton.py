@@ -8,11 +8,11 @@ it does not know: what becomes of the experts (`adapter`).
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
@@ -29,11 +28,17 @@ from transformers import (
 
 from moelab.models.account import no_bars, refuse_incomplete
 from moelab.models.checkpoint import QUANTISED, split
+from moelab.models.config import make_config, read_json
 from moelab.models.families import MoELayer, expert_parameter, find_moe
 from moelab.models.shards import SCALE, Checkpoint, LazyTensor
 
 
-def load_skeleton(path: str | os.PathLike[str], *, dtype: torch.dtype) -> PreTrainedModel:
+def load_skeleton(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype,
+    check: Callable[[PreTrainedModel, list[MoELayer]], None] | None = None,
+) -> PreTrainedModel:
     """Load a stock transformers model from safetensors, all but its experts.
 
     No expert byte is read: the experts' parameters stay on the meta device. Code that comes with a
@@ -45,6 +50,8 @@ def load_skeleton(path: str | os.PathLike[str], *, dtype: torch.dtype) -> PreTra
         Checkpoint folder, or `Store.checkpoint_dir`, which holds no experts at all.
     dtype
         Type to compute in; what a family keeps in float32 stays in float32.
+    check
+        Called with the model on the meta device and its MoE layers before a weight is read.
 
     Raises
     ------
@@ -60,8 +67,11 @@ def load_skeleton(path: str | os.PathLike[str], *, dtype: torch.dtype) -> PreTra
     path = Path(path)
     blank = blank_model(path)
     family, config, layers = type(blank), blank.config, find_moe(blank)
+    if check is not None:
+        check(blank, layers)
     checkpoint = Checkpoint(path)
     rest = split(blank, layers, checkpoint).rest
+    _refuse_larger(blank, layers, checkpoint, rest)
     weights = {key: LazyTensor(checkpoint, key) for key in rest if not key.endswith(SCALE)}
     with _quiet(family.__name__):
         loaded: Any = _skeleton_class(family, layers).from_pretrained(
@@ -79,6 +89,20 @@ def load_skeleton(path: str | os.PathLike[str], *, dtype: torch.dtype) -> PreTra
     if (path / "generation_config.json").exists() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval()
+
+
+def _refuse_larger(
+    blank: PreTrainedModel, layers: Sequence[MoELayer], checkpoint: Checkpoint, rest: Sequence[str]
+) -> None:
+    """Refuse a configuration that would fill the memory with weights that no file holds."""
+    own = [p for n, p in blank.named_parameters() if expert_parameter(n, layers) is None]
+    asked = sum(p.numel() for p in own)
+    held = sum(math.prod(checkpoint.info[key].shape) for key in rest)
+    if asked > 2 * held:
+        raise ValueError(
+            f"{checkpoint.path / 'config.json'} asks for {asked} weights besides the experts, the "
+            f"files hold {held}; give the config.json that belongs to them"
+        )
 
 
 def blank_model(path: str | os.PathLike[str]) -> PreTrainedModel:
@@ -103,19 +127,16 @@ def read_config(path: Path) -> PreTrainedConfig:
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} has no config.json; give the folder of a transformers checkpoint")
-    try:
-        data = json.loads(file.read_text("utf-8"))
-        mlx = (data.get("quantization") or {}).get("bits")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); download it again") from error
-    if mlx:
+    data = read_json(file)
+    mlx = data.get("quantization")
+    if isinstance(mlx, dict) and "bits" in mlx:
         raise ValueError(
-            f"{path} is quantised to {mlx} bit by MLX; moelab reads the checkpoint that it was "
-            "made of: give that one"
+            f"{path} is quantised to {mlx['bits']} bit by MLX; moelab reads the checkpoint that it "
+            "was made of: give that one"
         )
     try:
-        config = AutoConfig.from_pretrained(path, **LOCAL)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = make_config(data)
+    except Exception as error:
         if "auto_map" in data:
             raise ValueError(
                 f"{path} needs code of its own (auto_map in config.json), and moelab "

@@ -29,7 +29,6 @@ from tqdm.auto import tqdm
 from moelab.models.account import account
 from moelab.models.chat import load_tokenizer
 from moelab.models.checkpoint import ExpertReader
-from moelab.models.families import MoELayer
 from moelab.models.shards import DTYPES, Checkpoint
 from moelab.models.skeleton import blank_model
 from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
@@ -38,12 +37,12 @@ from moelab.store.manifest import (
     FORMAT,
     MODEL,
     NAME,
-    OF_LAYER,
     Manifest,
     StoreError,
     digest,
     digest_file,
     experts_file,
+    of_model,
 )
 from moelab.store.source import fetch, kept, refuse_pointers
 from moelab.store.store import Store
@@ -131,19 +130,18 @@ class _Work:
         self.reader = ExpertReader(model, folder)
         self.checkpoint = self.reader.checkpoint
         load_tokenizer(folder)
-        layers, stored = self.reader.layers, self.reader.dtypes
+        stored = self.reader.dtypes
         # Only bfloat16 has the range of every type; float16 is kept where there is nothing else.
         half = torch.float16 if stored == {torch.float16} else torch.bfloat16
-        notes = [*account(model, layers, self.checkpoint, self.reader.found)]
+        notes = [*account(model, self.reader.layers, self.checkpoint, self.reader.found)]
         if stored != {half}:
             kinds = " and ".join(sorted(map(_word, stored)))
             notes.append(f"experts are {kinds} in the source, stored as {_word(half)}")
         if fit is not None:
             notes.append(f"ranges by {getattr(fit, '__name__', fit)}")
+        experts = of_model(model, self.reader.layers)
         self.manifest = Manifest(
             id="",
-            architecture=type(model).__name__,
-            model_type=model.config.model_type,
             source=name,
             source_digest="",
             source_bytes=sum(file.stat().st_size for file in self.checkpoint.files),
@@ -151,12 +149,10 @@ class _Work:
             transformers_version=transformers.__version__,
             notes=tuple(notes),
             tiers=tiers,
-            layout=Layout(_same_tensors(layers), _word(half)),
-            layer_names=tuple(layer.name for layer in layers),
-            experts_per_layer=tuple(layer.num_experts for layer in layers),
+            layout=Layout(experts.pop("tensors"), _word(half)),
             files={},
             checksums={},
-            **{name: getattr(layers[0], name) for name in OF_LAYER},
+            **experts,
         )
 
     @property
@@ -279,21 +275,6 @@ def write_safetensors(path: Path, checkpoint: Checkpoint, keys: Iterable[str]) -
 
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _same_tensors(layers: list[MoELayer]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """The tensors of one expert, which must be the same in every layer."""
-
-    def kind(layer: MoELayer) -> tuple:
-        return (layer.tensors, layer.top_k, layer.activation, layer.gating, layer.transposed)
-
-    for layer in layers:
-        if kind(layer) != kind(layers[0]):
-            raise StoreError(
-                f"experts of layer {layer.index} ({layer.name}) are {kind(layer)}, those of layer "
-                f"0 are {kind(layers[0])}; a store holds experts of one shape only"
-            )
-    return layers[0].tensors
 
 
 def _check_tiers(tiers: Sequence[int]) -> tuple[int, ...]:
