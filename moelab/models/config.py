@@ -110,7 +110,8 @@ def _plain(value: Any) -> Any:
 @cache
 def _names(kind: type[PreTrainedConfig]) -> frozenset[str]:
     """Fields, their other names, and what the class's own code reads of earlier versions' keys."""
-    own = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    own = {field.name for field in dataclasses.fields(kind)}
+    own |= {*kind.attribute_map, *kind.attribute_map.values()}
     for base in kind.__mro__[:-1]:
         for member in vars(base).values():
             if isinstance(member, FunctionType):

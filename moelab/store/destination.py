@@ -1,30 +1,61 @@
 """A folder that appears whole or not at all.
 
-A store is written beside its destination and takes the destination's name at the very end. What a
-killed process leaves behind has that process's number in its name and is removed by the next.
+A store is written beside its destination and takes the destination's name at the very end. Whoever
+writes holds a lock that the system releases when a process ends, however it ends: a number of a
+process says nothing of its owner where two containers share a disk. What is found beside a
+destination under that lock was left by somebody killed, and is removed.
 """
 
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
+from filelock import FileLock
 
 from moelab.store.manifest import StoreError
 from moelab.store.store import Store
 
 
-def remove_stale(destination: Path) -> None:
-    """Remove what a killed process left beside the destination."""
-    for folder in destination.parent.glob(f"{destination.name}.partial-*"):
-        pid = folder.name.rpartition("-")[2]
-        if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
-            shutil.rmtree(folder, ignore_errors=True)
+@contextmanager
+def claimed(destination: Path) -> Iterator[None]:
+    """Inside, nobody else writes this destination; who comes later waits.
+
+    Raises
+    ------
+    StoreError
+        Its folder cannot be made or written.
+    """
+    make_folder(destination.parent)
+    lock = FileLock(destination.with_name(f".{destination.name}.lock"))
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise _unwritable(destination.parent, error) from error
+    try:
+        for left in destination.parent.glob(f"{glob.escape(destination.name)}.partial-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
+
+
+def _unwritable(folder: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"the folder {folder} cannot be made or written ({error.strerror}); choose one that can "
+        "be, for moelab's cache by setting MOELAB_CACHE"
+    )
+
+
+def _unique(destination: Path) -> Path:
+    """A name beside the destination that nobody else has."""
+    return destination.with_name(f"{destination.name}.partial-{uuid.uuid4().hex}")
 
 
 def make_folder(folder: Path) -> None:
@@ -38,10 +69,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(
-            f"the folder {folder} cannot be made ({error.strerror}); choose one that can be "
-            "written, for moelab's cache by setting MOELAB_CACHE"
-        ) from error
+        raise _unwritable(folder, error) from error
 
 
 def check_room(folder: Path, nbytes: int, what: str, otherwise: str = "") -> None:
@@ -65,7 +93,7 @@ def check_room(folder: Path, nbytes: int, what: str, otherwise: str = "") -> Non
 @contextmanager
 def partial_folder(destination: Path) -> Iterator[Path]:
     """A folder to write into, gone at the end whatever happens."""
-    partial = destination.with_name(f"{destination.name}.partial-{os.getpid()}")
+    partial = _unique(destination)
     make_folder(partial)
     try:
         yield partial
@@ -83,15 +111,20 @@ def partial_folder(destination: Path) -> Iterator[Path]:
 def move(partial: Path, destination: Path, *, overwrite: bool) -> None:
     """Give the finished store its name; an old store steps aside and comes back on failure.
 
-    Where another process has put the same store there meanwhile, that one stays: it may be in use.
+    Where the same store is there already, that one stays: it may be in use.
+
+    Raises
+    ------
+    StoreError
+        Something else is in the way, or what has the name afterwards is not what was written.
     """
-    old = None
+    old, written = None, partial.stat().st_ino
     if destination.exists() and any(destination.iterdir()):
         if _is_same_store(partial, destination):
             return
         if not overwrite:
             raise StoreError(f"{destination} appeared while packing; choose another destination")
-        old = destination.with_name(f"{destination.name}.partial-old-{os.getpid()}")
+        old = _unique(destination)
         destination.rename(old)
     try:
         partial.rename(destination)
@@ -101,6 +134,8 @@ def move(partial: Path, destination: Path, *, overwrite: bool) -> None:
                 old.rename(destination)
             raise
     sync(destination.parent)
+    if destination.stat().st_ino != written:
+        raise StoreError(f"{destination} was replaced by somebody else meanwhile; pack again")
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -32,7 +31,7 @@ from moelab.models.checkpoint import ExpertReader
 from moelab.models.shards import DTYPES, Checkpoint
 from moelab.models.skeleton import blank_model
 from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
-from moelab.store.destination import check_room, move, partial_folder, remove_stale, sync
+from moelab.store.destination import check_room, claimed, move, partial_folder, sync
 from moelab.store.manifest import (
     FORMAT,
     MODEL,
@@ -49,7 +48,6 @@ from moelab.store.store import Store
 
 _COARSE = 1e-5  # where no weight is larger, float16 scales cost 8 bit half as much error again
 _WORKERS = min(2, os.cpu_count() or 1)  # each holds a float32 copy of one matrix
-_PACKING = threading.Lock()  # two threads with one destination: the second finds it done
 
 
 def pack(
@@ -99,15 +97,17 @@ def pack(
     tiers = _check_tiers(tiers)
     destination = Path(destination).absolute()
     folder, name = fetch(source)
-    with _PACKING:
-        work = _Work(folder, name, tiers, progress, fit)
-        if _is_done(destination, work, overwrite=overwrite):
+    work = _Work(folder, name, tiers, progress, fit)
+    if _is_done(destination, work, overwrite=overwrite):  # nothing is written, not even a lock
+        return destination
+    with claimed(destination):
+        if _is_done(destination, work, overwrite=overwrite):  # somebody was faster
             return destination
         _check_room(destination, work)
-        remove_stale(destination)
         with partial_folder(destination) as partial:
             work.write(partial)
             move(partial, destination, overwrite=overwrite)
+        Store.open(destination)  # what has the name now is whole
     return destination
 
 
