@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moelab.store.destination import check_room, claimed, move, partial_folder
+from moelab.store.destination import check_room, move, partial_folder, remove_stale
 
 FORMAT, SAMPLE = "moelab-delta-2", "dense.sample"
 """What a delta's file says it is, and under which name it knows its dense model again."""
@@ -277,7 +277,8 @@ def materialise(
     model.generation_config = dense.generation_config
     tensors = {v.data_ptr(): v.nbytes for v in model.state_dict().values()}  # a tied one once
     check_room(folder, sum(tensors.values()), "the checkpoint")
-    with claimed(folder), partial_folder(folder) as partial:
+    remove_stale(folder)
+    with partial_folder(folder) as partial:
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

@@ -1,9 +1,9 @@
 """A folder that appears whole or not at all.
 
-A store is written beside its destination and takes the destination's name at the very end. Whoever
-writes holds a lock that the system releases when a process ends, however it ends: a number of a
-process says nothing of its owner where two containers share a disk. What is found beside a
-destination under that lock was left by somebody killed, and is removed.
+A store is written beside its destination under a name of its own, and takes the destination's name
+at the very end. Meanwhile its writer holds a lock beside it that the system releases when a process
+ends, however it ends: the number of a process says nothing where two containers share a disk. What
+nobody holds the lock of was left by somebody killed, and is removed by the next.
 """
 
 from __future__ import annotations
@@ -14,36 +14,31 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from moelab.store.manifest import StoreError
 from moelab.store.store import Store
 
+LOCK, OLD = ".lock", ".old"
+"""Beside a folder that is being written: its writer's lock, and the store it takes the place of."""
 
-@contextmanager
-def claimed(destination: Path) -> Iterator[None]:
-    """Inside, nobody else writes this destination; who comes later waits.
 
-    Raises
-    ------
-    StoreError
-        Its folder cannot be made or written.
-    """
-    make_folder(destination.parent)
-    lock = FileLock(destination.with_name(f".{destination.name}.lock"))
-    try:
-        lock.acquire()
-    except OSError as error:
-        raise _unwritable(destination.parent, error) from error
-    try:
-        for left in destination.parent.glob(f"{glob.escape(destination.name)}.partial-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-    finally:
-        lock.release()
+def remove_stale(destination: Path) -> None:
+    """Remove what a killed process left beside the destination."""
+    left = destination.parent.glob(f"{glob.escape(destination.name)}.partial-*")
+    for partial in {path.with_suffix("") if path.suffix in (OLD, LOCK) else path for path in left}:
+        lock = _beside(partial, LOCK)
+        with suppress(Timeout, OSError), FileLock(lock, timeout=0):
+            for folder in (partial, _beside(partial, OLD)):
+                shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def _beside(partial: Path, suffix: str) -> Path:
+    return partial.with_name(partial.name + suffix)
 
 
 def _unwritable(folder: Path, error: OSError) -> StoreError:
@@ -51,11 +46,6 @@ def _unwritable(folder: Path, error: OSError) -> StoreError:
         f"the folder {folder} cannot be made or written ({error.strerror}); choose one that can "
         "be, for moelab's cache by setting MOELAB_CACHE"
     )
-
-
-def _unique(destination: Path) -> Path:
-    """A name beside the destination that nobody else has."""
-    return destination.with_name(f"{destination.name}.partial-{uuid.uuid4().hex}")
 
 
 def make_folder(folder: Path) -> None:
@@ -92,9 +82,15 @@ def check_room(folder: Path, nbytes: int, what: str, otherwise: str = "") -> Non
 
 @contextmanager
 def partial_folder(destination: Path) -> Iterator[Path]:
-    """A folder to write into, gone at the end whatever happens."""
-    partial = _unique(destination)
-    make_folder(partial)
+    """A folder to write into, locked meanwhile and gone at the end whatever happens."""
+    partial = destination.with_name(f"{destination.name}.partial-{uuid.uuid4().hex}")
+    make_folder(destination.parent)
+    lock = FileLock(_beside(partial, LOCK))
+    try:
+        lock.acquire()
+        partial.mkdir()
+    except OSError as error:
+        raise _unwritable(destination.parent, error) from error
     try:
         yield partial
     except OSError as error:
@@ -106,6 +102,8 @@ def partial_folder(destination: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _beside(partial, LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 def move(partial: Path, destination: Path, *, overwrite: bool) -> None:
@@ -124,7 +122,7 @@ def move(partial: Path, destination: Path, *, overwrite: bool) -> None:
             return
         if not overwrite:
             raise StoreError(f"{destination} appeared while packing; choose another destination")
-        old = _unique(destination)
+        old = _beside(partial, OLD)
         destination.rename(old)
     try:
         partial.rename(destination)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -31,7 +32,7 @@ from moelab.models.checkpoint import ExpertReader
 from moelab.models.shards import DTYPES, Checkpoint
 from moelab.models.skeleton import blank_model
 from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
-from moelab.store.destination import check_room, claimed, move, partial_folder, sync
+from moelab.store.destination import check_room, move, partial_folder, remove_stale, sync
 from moelab.store.manifest import (
     FORMAT,
     MODEL,
@@ -48,6 +49,7 @@ from moelab.store.store import Store
 
 _COARSE = 1e-5  # where no weight is larger, float16 scales cost 8 bit half as much error again
 _WORKERS = min(2, os.cpu_count() or 1)  # each holds a float32 copy of one matrix
+_PACKING = threading.Lock()  # two threads with one destination: the second finds it done
 
 
 def pack(
@@ -97,13 +99,12 @@ def pack(
     tiers = _check_tiers(tiers)
     destination = Path(destination).absolute()
     folder, name = fetch(source)
-    work = _Work(folder, name, tiers, progress, fit)
-    if _is_done(destination, work, overwrite=overwrite):  # nothing is written, not even a lock
-        return destination
-    with claimed(destination):
-        if _is_done(destination, work, overwrite=overwrite):  # somebody was faster
+    with _PACKING:
+        work = _Work(folder, name, tiers, progress, fit)
+        if _is_done(destination, work, overwrite=overwrite):
             return destination
         _check_room(destination, work)
+        remove_stale(destination)
         with partial_folder(destination) as partial:
             work.write(partial)
             move(partial, destination, overwrite=overwrite)
