@@ -18,6 +18,7 @@ from moelab.catalogue import CHEAP_BYTES, find_store
 from moelab.lab import Lab
 from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.strategy import Strategy
+from moelab.scheduling.stream import Shape
 from moelab.settings import Settings, parse_budget
 from moelab.store.codecs import TIERS
 from moelab.store.store import Store
@@ -92,24 +93,27 @@ def open(  # noqa: A001
         plain = Settings(budget_bytes, bits=best, strategy=make("lru"), measure_kl=measure_kl)
         return plain.change(shape, make=strategies, device=device, seed=seed, **asked)
 
-    try:
-        settings = settle(parse_budget("25%" if budget is None else budget, shape))
-    except BudgetError:
-        if budget is not None:
-            raise
-        roomy = settle(2 * shape.all_bytes(best))
-        least = minimum_budget(shape, roomy.strategy, roomy.knobs())
-        settings = settle(least)
-        warnings.warn(
-            f"25 % of the experts are less than one layer needs for a token; the budget is the "
-            f"least that works, {least / 1e6:.3g} MB ({least / shape.all_bytes(best):.0%})",
-            stacklevel=2,
-        )
     return Lab(
         store,
-        settings,
+        _default(settle, shape) if budget is None else settle(parse_budget(budget, shape)),
         name=model if isinstance(model, str) else str(model.expanduser().absolute()),
         dtype=dtype,
         strategies=strategies,
         progress=progress is True,
     )
+
+
+def _default(settle: Callable[[int], Settings], shape: Shape) -> Settings:
+    """Settings at a quarter of the experts, or at the least budget that works."""
+    whole = shape.all_bytes(max(shape.nbytes))
+    try:
+        return settle(parse_budget("25%", shape))
+    except BudgetError:
+        roomy = settle(2 * whole)
+    least = minimum_budget(shape, roomy.strategy, roomy.knobs())
+    warnings.warn(
+        f"25 % of the experts are less than one layer needs for a token; the budget is the least "
+        f"that works, {least / 1e6:.3g} MB ({least / whole:.0%})",
+        stacklevel=3,
+    )
+    return settle(least)

@@ -80,6 +80,8 @@ def spoil(key: str, value: float):
         ),
         (spoil(PROJ.format(2, 0, "up"), 1e5), {}, r"layer 2 expert 0: .* at most 6\.55e\+04"),
         (None, {"quantization": {"group_size": 64, "bits": 4}}, r"quantised to 4 bit by MLX"),
+        (None, {"hidden_act": "unheard"}, r"config\.json: KeyError: 'unheard'"),
+        (None, {"num_local_experts": "many"}, r"config\.json"),
         (None, {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "code of its own"),
         (None, {"model_type": "unheard"}, r"config\.json is not understood by transformers"),
     ],
@@ -104,8 +106,12 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
         ("tokenizer.json", POINTER, r"tokenizer\.json is a pointer of Git LFS .*`git lfs pull`"),
         ("model.safetensors", POINTER, r"model\.safetensors is a pointer of Git LFS"),
         ("config.json", b"{", r"config\.json is damaged"),
-        ("config.json", b"[]", r"config\.json is damaged"),
+        ("config.json", b"[]", r"config\.json holds no JSON object"),
         ("config.json", None, r"has no config\.json"),
+        ("generation_config.json", b"[]", r"generation_config\.json: TypeError"),
+        ("generation_config.json", b"{", r"generation_config\.json' is not a valid JSON"),
+        ("tokenizer.json", b"3", r"tokenizer\.json: AttributeError"),
+        ("tokenizer.json", b"{}", "no usable tokenizer"),
     ],
 )
 def test_a_file_that_is_missing_or_none_is_named_before_packing(

@@ -122,11 +122,12 @@ def _ignored(
         where = f" in layers {', '.join(layers)}" if layers else ""
         raise ValueError(
             f"{path} holds {len(strange)} tensors{where} that its config.json has no place for: "
-            f"{', '.join(strange[:3])}; {type(model).__name__} would run without them. Give the "
-            "config.json that belongs to the weights, or remove them"
+            f"{', '.join(strange[:3])[:300]}; {type(model).__name__} would run without them. Give "
+            "the config.json that belongs to the weights, or remove them"
         )
     return tuple(
-        f"ignored: {kind} ({len(keys)} tensors, first {keys[0]})" for kind, keys in kinds.items()
+        f"ignored: {kind} ({len(keys)} tensors, first {keys[0][:100]})"
+        for kind, keys in kinds.items()
     )
 
 

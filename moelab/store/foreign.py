@@ -27,6 +27,8 @@ def foreign(file: Path) -> Iterator[None]:
     except (StoreError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # the panics of tokenizers are no `Exception`
+        if isinstance(error, ValueError) and str(file.parent) in str(error):  # moelab's own words
+            raise StoreError(shortened(error, 1000)) from error
         words = shortened(error) or type(error).__name__
         where = "" if str(file.parent) in words else f"{file}: "
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "

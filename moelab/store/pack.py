@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from moelab.models.account import account
 from moelab.models.chat import load_tokenizer
@@ -33,6 +34,7 @@ from moelab.models.shards import DTYPES, Checkpoint
 from moelab.models.skeleton import blank_model
 from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
 from moelab.store.destination import check_room, move, partial_folder, remove_stale, sync
+from moelab.store.foreign import foreign
 from moelab.store.manifest import (
     FORMAT,
     MODEL,
@@ -127,10 +129,15 @@ class _Work:
         self.bars, self.tell = progress is True, progress if callable(progress) else lambda _: None
         self.kept = kept(folder)
         refuse_pointers([*self.kept, *folder.glob("*.safetensors")])
-        model = blank_model(folder)
-        self.reader = ExpertReader(model, folder)
+        with foreign(folder / "config.json"):
+            model = blank_model(folder)
+            self.reader = ExpertReader(model, folder)
+        with foreign(folder / "tokenizer.json"):
+            load_tokenizer(folder)
+        with foreign(folder / "generation_config.json"):
+            if (folder / "generation_config.json").is_file():
+                GenerationConfig.from_pretrained(folder)
         self.checkpoint = self.reader.checkpoint
-        load_tokenizer(folder)
         stored = self.reader.dtypes
         # Only bfloat16 has the range of every type; float16 is kept where there is nothing else.
         half = torch.float16 if stored == {torch.float16} else torch.bfloat16
