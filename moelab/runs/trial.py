@@ -26,8 +26,9 @@ def tokenizer_of(store: Store) -> Any:
     Raises
     ------
     StoreError
-        It cannot be used.
+        It cannot be used, or another store has taken this one's place.
     """
+    store.check_in_place()
     file = store.checkpoint_dir / "tokenizer.json"
     with foreign(file):
         if file.is_file():

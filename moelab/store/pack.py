@@ -110,6 +110,7 @@ def pack(
         with partial_folder(destination) as partial:
             work.write(partial)
             move(partial, destination, overwrite=overwrite)
+        Store.open(destination)  # what has the name now is whole
     return destination
 
 

@@ -7,6 +7,7 @@ Deleting it loses nothing but the time to fill it.
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
 import platformdirs
@@ -40,8 +41,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     OSError
         The folder is missing, cannot be written, or is full.
     """
-    # Named by the process, so that two that write the same file do not share a temporary.
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # nobody else's
     try:
         part.write_bytes(data)
         part.replace(path)
