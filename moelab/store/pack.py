@@ -27,9 +27,9 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from moelab.models.account import account
 from moelab.models.chat import load_tokenizer
 from moelab.models.checkpoint import ExpertReader
+from moelab.models.inventory import inventory
 from moelab.models.shards import DTYPES, Checkpoint
 from moelab.models.skeleton import blank_model
 from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
@@ -99,7 +99,7 @@ def pack(
     >>> pack("path/to/checkpoint", "stores/mine", tiers=(16, 4))  # doctest: +SKIP
     """
     tiers = _check_tiers(tiers)
-    destination = Path(destination).absolute()
+    destination = Path(destination).expanduser().absolute()
     folder, name = fetch(source)
     with _PACKING:
         work = _Work(folder, name, tiers, progress, fit)
@@ -141,7 +141,7 @@ class _Work:
         stored = self.reader.dtypes
         # Only bfloat16 has the range of every type; float16 is kept where there is nothing else.
         half = torch.float16 if stored == {torch.float16} else torch.bfloat16
-        notes = [*account(model, self.reader.layers, self.checkpoint, self.reader.found)]
+        notes = [*inventory(model, self.reader.layers, self.checkpoint, self.reader.found)]
         if stored != {half}:
             kinds = " and ".join(sorted(map(_word, stored)))
             notes.append(f"experts are {kinds} in the source, stored as {_word(half)}")
