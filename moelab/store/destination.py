@@ -132,7 +132,7 @@ def move(partial: Path, destination: Path, *, overwrite: bool) -> None:
                 old.rename(destination)
             raise
     sync(destination.parent)
-    if destination.stat().st_ino != written:
+    if destination.stat().st_ino != written and not _is_same_store(partial, destination):
         raise StoreError(f"{destination} was replaced by somebody else meanwhile; pack again")
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

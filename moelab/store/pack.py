@@ -223,7 +223,8 @@ class _Work:
             for layer, expert in self._all_experts():
                 tensors = self.reader(layer, expert)
                 blobs = {b: pool.submit(encode, tensors, layout, b, fit=self.fit) for b in tiers}
-                if any(t.ndim > 1 and 0 < float(t.abs().max()) < _COARSE for t in tensors.values()):
+                matrices = (t for t in tensors.values() if t.ndim > 1 and min(tiers) < 16)
+                if any(0 < float(t.abs().max()) < _COARSE for t in matrices):
                     coarse.add(layer)
                 for bits, stream in out.items():
                     try:
@@ -232,7 +233,7 @@ class _Work:
                         raise StoreError(f"layer {layer} expert {expert}: {error}") from error
                     stream.write(blob)
                     checksums[bits].append(digest(blob))
-        if coarse and min(tiers) < 16:
+        if coarse:
             note = (
                 f"layers {', '.join(map(str, sorted(coarse)))} have matrices without a weight "
                 f"above {_COARSE:g}: under 16 bit their float16 scales are coarse"
