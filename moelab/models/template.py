@@ -48,7 +48,8 @@ def within_bounds(source: str) -> Iterator[None]:
 
     try:
         _check_source(source)
-        _compile_jinja_template(source).environment.concat = _concat
+        environment: Any = _compile_jinja_template(source).environment
+        environment.concat = _concat
         sys.settrace(watch)
         yield
     except Exception as error:

@@ -131,9 +131,10 @@ def move(partial: Path, destination: Path, *, overwrite: bool) -> None:
             if old is not None:
                 old.rename(destination)
             raise
+    else:
+        if destination.stat().st_ino != written:
+            raise StoreError(f"{destination} was replaced by somebody else meanwhile; pack again")
     sync(destination.parent)
-    if destination.stat().st_ino != written and not _is_same_store(partial, destination):
-        raise StoreError(f"{destination} was replaced by somebody else meanwhile; pack again")
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 
