@@ -68,7 +68,7 @@ class BadTier(Precision):
         ({"route": Short()}, ValueError),
         ({"prefetch": BadBegin()}, ZeroDivisionError),
         ({"evict": BadObserve()}, ZeroDivisionError),
-        ({"evict": BadScore(), "budget": "10%"}, ZeroDivisionError),
+        ({"evict": BadScore(), "budget": "15%"}, ZeroDivisionError),
         ({"prefetch": BadPredict()}, ZeroDivisionError),
         ({"precision": BadTier()}, ZeroDivisionError),
     ],

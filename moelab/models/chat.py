@@ -36,8 +36,13 @@ def messages(tokenizer: Any, prompt: str | Messages, chat: bool | None) -> tuple
         A chat without a template, a conversation that is none, or one that is to be plain text.
     """
     plain = isinstance(prompt, str)
-    if not plain and not isinstance(prompt, Sequence):
-        raise ValueError(f"prompt={prompt!r}: a text, or a list of messages")
+    if not plain and not (
+        isinstance(prompt, Sequence) and prompt and all(map(_is_message, prompt))
+    ):
+        raise ValueError(
+            f"prompt={str(prompt)[:80]}: give one text, or messages in a list like "
+            "[{'role': 'user', 'content': 'Hello'}, ...]"
+        )
     if chat is None:
         chat = not plain or has_template(tokenizer)
     if not chat:
@@ -46,10 +51,7 @@ def messages(tokenizer: Any, prompt: str | Messages, chat: bool | None) -> tuple
         return ()
     if not has_template(tokenizer):
         raise ValueError("this model's tokenizer has no chat template; give a text and chat=False")
-    found = ({"role": "user", "content": prompt},) if plain else tuple(prompt)
-    if not found or not all(map(_is_message, found)):
-        raise ValueError("messages are a list like [{'role': 'user', 'content': 'Hello'}, ...]")
-    found = tuple(map(dict, found))
+    found = ({"role": "user", "content": prompt},) if plain else tuple(map(dict, prompt))
     if not found[-1]["content"].strip():
         raise ValueError("the prompt is empty; give at least one word")
     return found
@@ -64,9 +66,26 @@ def _is_message(one: Any) -> bool:
 
 
 def encode(tokenizer: Any, conversation: Messages) -> list[int]:
-    """Token ids of a conversation, up to where the model is to answer."""
-    return list(
-        tokenizer.apply_chat_template(
+    """Token ids of a conversation, up to where the model is to answer.
+
+    Raises
+    ------
+    ValueError
+        The template refuses the conversation, or makes nothing of it.
+    """
+    roles = ", ".join(one["role"] for one in conversation)
+    try:
+        ids = tokenizer.apply_chat_template(
             list(conversation), add_generation_prompt=True, return_dict=True
         )["input_ids"]
-    )
+    except Exception as error:  # whatever a template does: it came with the checkpoint
+        raise ValueError(
+            f"this model's chat template refuses messages of {roles}: {error}; leave out the role "
+            "that it does not know, or give a text and chat=False"
+        ) from error
+    if not ids:
+        raise ValueError(
+            f"this model's chat template makes no text of messages of {roles}; give a text and "
+            "chat=False"
+        )
+    return list(ids)
