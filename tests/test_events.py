@@ -32,6 +32,14 @@ def test_a_cancelled_load_read_nothing(monkeypatch):
     assert (load["bytes"], load["cause"]) == (0, e.CANCELLED)
 
 
+def test_rows_before_the_first_load_on_its_way_are_settled(monkeypatch):
+    monkeypatch.setattr(Ticket, "finished", 0.0)
+    log = log_of_two()
+    assert log.settled == 0
+    monkeypatch.undo()
+    assert log.settled == 2
+
+
 def test_a_frame_has_words_for_kinds_and_all_columns():
     frame = log_of_two().frame()
     assert list(frame.columns) == list(e.DTYPE.names)

@@ -10,6 +10,7 @@ import pytest
 from moelab.engine.loader import Loader, LoadError
 from moelab.engine.memory import Arena, pages
 from moelab.store import devices
+from moelab.store.blobs import BlobFile
 from moelab.store.devices import Device
 
 PAGE = 4096
@@ -23,7 +24,7 @@ def slot(count=1):
 def file(tmp_path):
     path = tmp_path / "blobs.bin"
     path.write_bytes(b"".join(bytes([i]) * PAGE for i in range(64)))
-    return path
+    return BlobFile(path)
 
 
 @pytest.fixture
@@ -60,7 +61,8 @@ def test_a_file_system_without_direct_reads_is_read_all_the_same(loader, file, m
         return real(path, flags, *rest)
 
     monkeypatch.setattr(os, "open", refuse)
-    view = slot()
+    file, view = BlobFile(file.path), slot()
+    assert not file.direct
     loader.wait(loader.submit(file, 5 * PAGE, view, urgent=True))
     assert (view == 5).all()
 

@@ -5,6 +5,8 @@ of their numbers: a floating-point sum depends on the order, and where two exper
 to a router its last bit chooses. So the same experts at the same bits write the same text, whatever
 was in the cache. `full_precision` is the measuring instrument: the same layer with every expert at
 the store's best tier, read through the page cache and outside the budget, for comparing logits.
+A kernel reads a slot as large as the layout says; that the model has that layout was checked when
+the store was opened.
 
 T tokens, K active, D model, n experts of one call.
 """
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 
 from moelab.engine import kernels
-from moelab.engine.memory import Slot
+from moelab.engine.memory import Slot, pages
 from moelab.models.adapter import Adapter, expert_forward
 from moelab.scheduling.stream import Key
 from moelab.store.codecs import decode
@@ -29,6 +31,9 @@ FEW_TOKENS = 8
 
 Those are served by the kernels too up to `kernels.KERNEL_TOKENS`, and by a decoded expert beyond.
 """
+
+AT_ONCE = 8
+"""Experts that full precision reads before it computes them."""
 
 
 class Routed:
@@ -68,10 +73,10 @@ class ExpertCompute:
         self.layout = store.layout
         self.inner = store.manifest.inner
         self.fast = kernels.supports(store.layout, store.manifest)
-        self._full: dict[int, np.memmap] = {}
+        self._full: dict[tuple[int, int], Slot] = {}  # (place, bits) -> memory of full precision
 
     def release(self) -> None:
-        """Let go of the full-precision files' pages."""
+        """Let go of full precision's memory."""
         self._full.clear()
 
     def batch(self, layer: int, x: torch.Tensor, routed: Routed, scale_input: bool) -> Batch:
@@ -93,15 +98,19 @@ class ExpertCompute:
         batch = self.batch(layer, x, routed, scale_input)
         wanted = sorted({e for row in routed.experts for e in row})
         tiers = [(e, bits((layer, e))) for e in wanted]
-        batch.add([(Serve(e, b), self._mapped(layer, e, b)) for e, b in tiers if b])
+        served = [Serve(e, b) for e, b in tiers if b]
+        for some in (served[at : at + AT_ONCE] for at in range(0, len(served), AT_ONCE)):
+            batch.add([(s, self._read(layer, s, place)) for place, s in enumerate(some)])
         return batch.result()
 
-    def _mapped(self, layer: int, expert: int, bits: int) -> Slot:
-        """A blob in the page cache."""
-        path, offset, nbytes = self.store.location(layer, expert, bits)
-        if bits not in self._full:
-            self._full[bits] = np.memmap(path, np.uint8, mode="r")
-        return Slot(bits, self._full[bits][offset : offset + nbytes])
+    def _read(self, layer: int, serve: Serve, place: int) -> Slot:
+        """The expert in one of `AT_ONCE` slots, which the next one in that place writes over."""
+        slot = self._full.get((place, serve.bits))
+        if slot is None:
+            slot = Slot(serve.bits, pages(self.store.slot_bytes[serve.bits]))
+            self._full[place, serve.bits] = slot
+        self.store.read(layer, serve.expert, serve.bits, into=slot.view)
+        return slot
 
 
 class _Layer:

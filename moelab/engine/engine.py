@@ -22,7 +22,7 @@ from moelab.engine.compute import Batch, ExpertCompute, Routed, Serve
 from moelab.engine.loader import Loader, Ticket
 from moelab.engine.log import EventLog
 from moelab.engine.memory import Arena, Slot
-from moelab.models.adapter import Steering, attach, load_skeleton
+from moelab.models.adapter import attach, load_skeleton
 from moelab.scheduling import events as e
 from moelab.scheduling.events import LayerPlan
 from moelab.scheduling.scheduler import Scheduler
@@ -49,7 +49,7 @@ class Engine:
         self.shape = store.shape
         kernels.warm_up()
         self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
-        self.model = load_skeleton(store.checkpoint_dir, dtype=dtype)
+        self.model = load_skeleton(store.checkpoint_dir, dtype=dtype, check=store.check_model)
         self.adapter = attach(self.model, self._layer)
         self.compute = ExpertCompute(store, self.adapter)
         self.arena = Arena(dict(store.slot_bytes), settings.budget_bytes)
@@ -60,7 +60,6 @@ class Engine:
         # Held while the scheduler decides: whoever asks it why sees no half-made decision.
         self.lock = threading.RLock()
         self._ahead: dict[Key, Ticket] = {}  # prefetches whose bytes may not have landed
-        self.steering = Steering(self.adapter)
         self.new_sequence(record=False)
 
     # -- between tokens ---------------------------------------------------------------------
@@ -152,7 +151,7 @@ class Engine:
             Is told each layer, its input ``[T, D]`` and its routing.
         """
         best = max(self.store.tiers)
-        self.steering.release()
+        self.adapter.release()
         self.reference, self._heard = bits or (lambda _: best), heard
         try:
             yield
@@ -170,7 +169,7 @@ class Engine:
             self.arena.give(slot)
         self.resident.clear()
         self._ahead.clear()
-        self.steering.release()
+        self.adapter.release()
         settings = self.settings
         self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
         self.arena.set_limit(settings.budget_bytes)
@@ -250,7 +249,7 @@ class Engine:
 
     def _steer(self, layer: int) -> None:
         begun = time.perf_counter()
-        self.steering.steer(layer, self.scheduler.mask(layer), self.scheduler.bias(layer))
+        self.adapter.steer(layer, self.scheduler.mask(layer), self.scheduler.bias(layer))
         self.deciding += time.perf_counter() - begun
 
     def _steer_all(self) -> None:
@@ -267,7 +266,7 @@ class Engine:
                 guess = Routed(idx[-1:], weights[-1:], self.shape.experts[coming])
                 ahead += (LookAhead(coming, guess.experts[0], guess.weights[0]),)
         wanted = None
-        if "wanted" in observes and self.steering.steers(layer):
+        if "wanted" in observes and self.adapter.steers(layer):
             choice = self.adapter.wanted(layer)
             wanted = Routed(*choice, self.shape.experts[layer]) if choice else None
         return LayerInput(
@@ -313,9 +312,10 @@ class Engine:
                     pending.clear()
                 self._evict(key, row)
                 continue
-            self.log.add(
-                self.token, self.at, row, self.shape.nbytes.get(bits, 0), time.perf_counter()
-            )
+            late = kind == e.HIT and not self.resident[key][1].done
+            told = (*row[:5], e.LATE, chosen) if late else row
+            size = self.shape.nbytes.get(bits, 0)
+            self.log.add(self.token, self.at, told, size, time.perf_counter())
             if kind in (e.LOAD, e.PREFETCH):  # right behind its row: the ticket is the last row's
                 self.log.time_by(self._load(key, bits, urgent=kind == e.LOAD))
             if kind in (e.HIT, e.LOAD, e.SUBSTITUTE) or (kind == e.PREFETCH and batch is None):
@@ -354,8 +354,8 @@ class Engine:
         # The arena refuses what would exceed the budget. It never has to: the plan's evictions came
         # before this row. Until the ticket is done the slot is the loader's to write.
         slot = self.arena.take(bits)
-        path, offset, _ = self.store.location(*self.shape.place(key), bits)
-        ticket = self.loader.submit(path, offset, slot.view, urgent=urgent)
+        _, offset, _ = self.store.location(*self.shape.place(key), bits)
+        ticket = self.loader.submit(self.store.files[bits], offset, slot.view, urgent=urgent)
         self.resident[key] = (slot, ticket)
         if not urgent:
             self._ahead[key] = ticket

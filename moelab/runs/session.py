@@ -259,7 +259,7 @@ class Session:
             self._generate(run, changes)
         except BaseException as error:  # noqa: BLE001, kept for join() and the window
             self.engine.recover()
-            run.error = error
+            run.ended, run.error = "failed", error
         finally:
             self.release()
             run._end()
@@ -274,7 +274,7 @@ class Session:
         sampler = Sampler(engine.model, run.request.sampling, len(run._ids))
         context, new = list(run._ids), list(run._ids)
         try:
-            for _ in range(run.request.max_new_tokens):
+            while not run.ended:
                 self._obey(run, changes)
                 logits = decoder.step(new)
                 run.likeliest.append(measure(context, logits, len(run.tokens)))
@@ -286,8 +286,12 @@ class Session:
                 engine.end_of_token()
                 context.append(token)
                 new = [token]
-                if run.stopped or token in run._eos:
-                    break
+                if token in run._eos:
+                    run.ended = "end of text"
+                elif len(run.tokens) == run.request.max_new_tokens:
+                    run.ended = "length"
+                elif run.stopped:
+                    run.ended = "stopped"
         finally:
             engine.end_of_sequence()
 
@@ -319,7 +323,7 @@ class Session:
             seconds,
             engine.deciding,
             measure.kl,
-            engine.arena.held_bytes,
+            engine.scheduler.cache.used_bytes,
             engine.settings.budget_bytes,
             engine.settings.device,
             len(engine.log),
