@@ -77,7 +77,7 @@ def not_honoured(model: PreTrainedModel) -> list[str]:
 class Sampler:
     """Draws tokens from logits, after a prompt of ``prompt`` tokens."""
 
-    def __init__(self, model: PreTrainedModel, sampling: Sampling, prompt: int) -> None:
+    def __init__(self, model: Any, sampling: Sampling, prompt: int) -> None:
         self._greedy = sampling.temperature == 0
         self._generator = torch.Generator().manual_seed(sampling.seed)
         config = copy.deepcopy(model.generation_config)

@@ -183,7 +183,7 @@ class Session:
         """
         if not ids:
             raise ValueError("the prompt is empty; give at least one word")
-        words = self.engine.model.get_input_embeddings().num_embeddings
+        words = len(self.engine.model.get_input_embeddings().weight)  # pyright: ignore[reportArgumentType]
         if max(ids) >= words:
             word = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise ValueError(
