@@ -156,7 +156,7 @@ def test_memory_is_given_back_before_a_smaller_budget_is_told(demo_lab, monkeypa
 
 @pytest.mark.parametrize("prompt", [["one", "two"], [5, 6], [], [{"role": "user"}], 7])
 def test_what_is_no_text_and_no_conversation_is_refused(lab, prompt):
-    with pytest.raises(ValueError, match="give one text, or messages in a list like"):
+    with pytest.raises(ValueError, match="give one text or a conversation"):
         lab.start(prompt)
 
 

@@ -40,8 +40,8 @@ def messages(tokenizer: Any, prompt: str | Messages, chat: bool | None) -> tuple
         isinstance(prompt, Sequence) and prompt and all(map(_is_message, prompt))
     ):
         raise ValueError(
-            f"prompt={str(prompt)[:80]}: give one text, or messages in a list like "
-            "[{'role': 'user', 'content': 'Hello'}, ...]"
+            f"prompt={str(prompt)[:80]}: give one text or a conversation; its messages are a list "
+            "like [{'role': 'user', 'content': 'Hello'}, ...]"
         )
     if chat is None:
         chat = not plain or has_template(tokenizer)
