@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 
 import pytest
 import torch
@@ -211,11 +212,22 @@ def test_a_forked_child_is_told_that_the_lab_is_its_parents(demo_lab):
         for call in calls:
             with pytest.raises(RuntimeError, match="a fork of it"):
                 call()
+        loader.close()  # as at exit: whoever holds its lock does not exist here
         os._exit(7)
 
+    loader, held, over = demo_lab._engine.loader, threading.Event(), threading.Event()
+
+    def hold():
+        with loader._cond:
+            held.set()
+            over.wait()
+
+    threading.Thread(target=hold).start()
+    held.wait()
     forked = multiprocessing.get_context("fork").Process(target=child)
     forked.start()
     forked.join(60)
+    over.set()
     forked.kill()
     run.stop()
     assert forked.exitcode == 7

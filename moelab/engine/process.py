@@ -11,6 +11,11 @@ class Process:
     def __init__(self, what: str) -> None:
         self._id, self._what = os.getpid(), what
 
+    @property
+    def here(self) -> bool:
+        """Whether it is this one, and not one that this is a fork of."""
+        return os.getpid() == self._id
+
     def check(self) -> None:
         """Refuse to go on in a forked child, where whoever would answer does not exist.
 
@@ -19,7 +24,7 @@ class Process:
         RuntimeError
             This is another process.
         """
-        if os.getpid() != self._id:
+        if not self.here:
             raise RuntimeError(
                 f"{self._what} in process {self._id} and this is {os.getpid()}, a fork of it "
                 "without its threads; open a lab of its own here: moelab.open(...)"
