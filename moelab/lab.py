@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,7 +19,6 @@ import moelab
 from moelab.calibration.profile import Profile, Strategies
 from moelab.catalogue import bundled, compute_dtype, describe, load_tokenizer
 from moelab.engine.engine import Engine
-from moelab.engine.generation import not_honoured
 from moelab.models.chat import Messages, has_template
 from moelab.runs.compare import Comparison, SavedRuns
 from moelab.runs.quality import Score, score_ids
@@ -59,12 +57,6 @@ class Lab:
         self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
         weakref.finalize(self, self._engine.loader.close)
         self._strategies = strategies or Strategies(store)
-        if asked := not_honoured(self._engine.model):
-            warnings.warn(
-                f"the generation config of {self.name!r} asks for {', '.join(asked)}, which no run "
-                "does; all else in it is honoured",
-                stacklevel=3,
-            )
         self._session = Session(self._engine, self._strategies, tokenizer, self.name)
         self._encode = self._session.encode
         self._saved = SavedRuns()

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -68,10 +69,15 @@ OTHER_WAYS = {
 """What a generation config may ask for beyond logits processors, and what it is when it is off."""
 
 
-def not_honoured(model: PreTrainedModel) -> list[str]:
-    """What the model's generation config asks for that no run does, like ``num_beams=4``."""
-    asked = {name: getattr(model.generation_config, name, None) for name in OTHER_WAYS}
-    return [f"{n}={v!r}" for n, v in asked.items() if v and v != OTHER_WAYS[n]]
+def warn_of_other_ways(model: PreTrainedModel, name: str) -> None:
+    """Name what the model's generation config asks for that no run does, like ``num_beams=4``."""
+    asked = {way: getattr(model.generation_config, way, None) for way in OTHER_WAYS}
+    if found := [f"{way}={v!r}" for way, v in asked.items() if v and v != OTHER_WAYS[way]]:
+        warnings.warn(
+            f"the generation config of {name!r} asks for {', '.join(found)}, which no run does; "
+            "all else in it is honoured",
+            stacklevel=5,  # whoever opened the lab
+        )
 
 
 class Sampler:

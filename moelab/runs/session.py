@@ -18,7 +18,15 @@ import numpy as np
 import torch
 
 from moelab.engine.engine import Engine
-from moelab.engine.generation import Decoder, Reference, Sampler, Sampling, likeliest, threads
+from moelab.engine.generation import (
+    Decoder,
+    Reference,
+    Sampler,
+    Sampling,
+    likeliest,
+    threads,
+    warn_of_other_ways,
+)
 from moelab.engine.process import Process
 from moelab.models.chat import Messages, encode, messages
 from moelab.models.families import positions
@@ -57,6 +65,7 @@ class Session:
         name: str,
     ) -> None:
         self.engine, self.settings = engine, engine.settings
+        warn_of_other_ways(engine.model, name)
         self.tokenizer, self._name = tokenizer, name
         self.run: Run | None = None
         self.closed = False
