@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moelab.runs.recording import SUFFIX, Recording
+from moelab.runs.schema import SAMPLED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -321,7 +322,7 @@ def code_of(document: Mapping[str, Any]) -> str:
     doc, (first, *later) = document, document["settings"]
     sampling = doc["sampling"]
     asked = {"max_new_tokens": doc["max_new_tokens"]}
-    asked |= {n: sampling[n] for n in ("temperature", "top_p", "repetition_penalty", "seed")}
+    asked |= {n: sampling[n] for n in SAMPLED}
     if doc["ignore_eos"]:
         asked["ignore_eos"] = True
     if not doc["messages"]:

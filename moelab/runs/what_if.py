@@ -8,6 +8,7 @@ what a clock decided: a strategy that goes by what has landed may decide otherwi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -83,15 +84,12 @@ class WhatIf:
     def go(self) -> Run:
         """Make the second run and wait for it; Ctrl-C stops it."""
         lab, asked = self.lab, self.was.request
-        sampling = asked.sampling
+        seed = {"seed": self.changes["seed"]} if "seed" in self.changes else {}
         with lab._session.claimed(), self._second() as second:
             self.run = run = second.start(
                 asked.messages or asked.prompt,
                 max_new_tokens=len(self.was.tokens),
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                repetition_penalty=sampling.repetition_penalty,
-                seed=self.changes.get("seed", sampling.seed),
+                **dataclasses.asdict(asked.sampling) | seed,
                 ignore_eos=asked.ignore_eos,
                 chat=bool(asked.messages),
                 changes=dict(self._plan[1:]),
