@@ -84,6 +84,8 @@ class Run:
     ended
         Why it ended: ``"end of text"``, ``"length"`` (all tokens asked for), ``"stopped"`` or
         ``"failed"``; empty while it goes on.
+    repeats
+        Times of this run and of those that repeated it, where it was made again (`Rounds`).
     error
         What made the run fail, or None.
     """
@@ -101,7 +103,7 @@ class Run:
     ) -> None:
         self.request, self.prompt, self.text = request, request.prompt, ""
         self.model, self.architecture = model, architecture
-        self.ended = ""
+        self.ended, self.repeats = "", []
         self.error: BaseException | None = None
         self.tokens: list[int] = []
         self.changes: list[tuple[int, dict[str, str]]] = []

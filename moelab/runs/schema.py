@@ -23,6 +23,8 @@ from typing import Any
 import fastjsonschema
 import numpy as np
 
+from moelab.runs.account import ENDINGS
+from moelab.runs.rounds import MOST_REPEATS, TIMED
 from moelab.runs.tokens import COLUMNS, Noted, fold, summary, table
 from moelab.scheduling.events import CAUSE, DTYPE, EVICT, KINDS, LOAD, NONE, PREFETCH
 
@@ -94,7 +96,7 @@ _EVICTION = _object(
 _CHANGE = _list([_INDEX, _WORDS], minItems=2, maxItems=2)
 _SETTING = _object(token=_INDEX, shown=_WORDS, code=_TEXT, update=_TEXT, short=_TEXT, about=_TEXT)
 SCHEMA = _object(
-    ("evictions",),
+    ("evictions", "ended", "repeats", "sentence"),
     format={"const": FORMAT},
     moelab=_TEXT,
     model=_object(
@@ -113,6 +115,9 @@ SCHEMA = _object(
     pieces=_list(_TEXT),
     ids=_list(_INDEX),
     error=_TEXT,
+    ended={"enum": list(ENDINGS)},
+    sentence=_TEXT,
+    repeats=_list(_object(**dict.fromkeys(TIMED, _FIGURE)), maxItems=MOST_REPEATS),
     columns=_list(_TEXT, uniqueItems=True),
     values=_TEXT,
     changes=_list(_CHANGE),
