@@ -44,9 +44,7 @@ def put(lab, choice):
         lab.update(**choice | {"budget": "100%"})
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=12, deadline=None)
 @given(first=CHOICES, then=CHOICES, ahead=st.integers(0, 2), at=st.integers(1, TOKENS - 1))
 def test_requests_times_and_bytes_of_any_run_add_up_from_its_events_alone(
     lab, first, then, ahead, at
@@ -183,12 +181,7 @@ def test_reads_beside_each_other_share_the_time_of_the_device():
 
 def test_a_guess_is_right_late_wasted_or_still_waiting():
     guesses = [read(e.PREFETCH, i, 0, 0, nbytes=10**i, cause=e.AHEAD) for i in range(4)]
-    late = {"kind": e.HIT, "expert": 1, "cause": e.LATE}
-    then = [
-        {"kind": e.HIT, "expert": 0, "cause": e.PREFETCHED},
-        late,
-        {"kind": e.EVICT, "expert": 2},
-    ]
+    hits = [{"kind": e.HIT, "expert": i, "cause": c} for i, c in ((0, e.PREFETCHED), (1, e.LATE))]
     found = account([*guesses, *hits, {"kind": e.EVICT, "expert": 2}]).guesses
     assert found == {"right": 0.5, "late": 5, "wasted": 50, "waiting": 500}
 
