@@ -215,4 +215,4 @@ def test_a_run_of_no_or_one_token_has_no_speed_rather_than_zero(demo_lab, tokens
     beside = moelab.compare(short=short, other=other)
     assert beside.front() == ["other"], "it is beaten by nobody, and beats nobody"
     assert "'short' wrote fewer than two tokens: it has no speed" in beside.verdict()
-    assert moelab.Recording.load(short.save(tmp_path / "short")).summary() == short.summary()
+    assert moelab.Recording.load(short.save(tmp_path / "short")).summary()["tpot_ms_p99"] is None
