@@ -1,5 +1,6 @@
 """Another model is chosen in the dashboard: it opens beside the old one and takes its place."""
 
+import sys
 import threading
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_the_view_is_told_what_is_being_done_and_then_shows_the_other_model(dash
     dashboard._models.thread.join(20)
     assert [one["opening"] for one in told] == ["reading SmolLM2-135M"]
     assert dashboard.models["now"] == dashboard.options["name"] == "smollm2-moe"
-    assert dashboard.models["opening"] == dashboard.models["error"] == ""
+    assert not {"opening", "error"} & set(dashboard.models)
     assert dashboard.options["layers"] == 12
     assert dashboard.form["prompt"] == "Why is the sky blue?"
     assert len(dashboard.frame["map"]["bits"]) == 12 * 16
@@ -109,9 +110,8 @@ def test_opening_is_stopped_between_two_steps_and_the_old_model_stays(dashboard,
     dashboard._models.thread.join(20)
     assert steps == ["reading"]
     assert dashboard.models["now"] == "demo"
-    assert dashboard.models["opening"] == ""
-    assert dashboard.models["stopped"] == "smollm2-moe was not opened: stopped"
-    assert dashboard.models["error"] == ""
+    assert not {"opening", "error"} & set(dashboard.models)
+    assert dashboard.models["note"] == "smollm2-moe was not opened: stopped"
     chosen(dashboard, "smollm2-moe")
     assert dashboard.lab is other, "the next time it opens"
 
@@ -173,32 +173,52 @@ def test_controls_and_runs_are_those_of_the_model_shown(dashboard, other):
     assert dashboard.lab is other
 
 
-def test_going_back_finds_the_first_lab_as_it_was_and_closes_the_other(dashboard, other):
+def test_going_back_finds_each_lab_as_it_was_while_somebody_holds_it(dashboard, other):
     chosen(dashboard, "smollm2-moe")
-    says(dashboard, "run", form={"prompt": "Hi", "max_new_tokens": 10_000, "chat": True})
     chosen(dashboard, "demo")
     assert dashboard.lab is dashboard.first
-    assert other.shut
-    other.run.join(20)  # nobody could have stopped it any more
-    assert len(other.run.tokens) < 10_000
+    chosen(dashboard, "smollm2-moe")
+    assert dashboard.lab is other
+    assert not other.shut, "the notebook may have bound it"
+
+
+def test_what_ends_a_run_is_asked_first(dashboard, other):
+    says(dashboard, "run", form={"prompt": "Hi", "max_new_tokens": 10_000})
+    says(dashboard, "model", name="smollm2-moe")
+    assert dashboard.models["asks"] == "smollm2-moe"
+    says(dashboard, "model", name="demo")  # no
+    assert "asks" not in dashboard.models
+    assert dashboard.first.run.running
+    says(dashboard, "stop")
+    says(dashboard, "model", name="smollm2-moe", ends_run=True)  # yes
+    dashboard._models.thread.join(20)
+    assert dashboard.lab is other
+    dashboard.first.run.join(20)
+    assert len(dashboard.first.run.tokens) < 10_000
+
+
+@pytest.mark.parametrize(("name", "code"), [("d", "d"), ("_d", "moelab.Dashboard.newest()")])
+def test_the_code_that_binds_the_lab_is_handed_over(dashboard, other, monkeypatch, name, code):
+    monkeypatch.setattr(sys.modules["__main__"], name, dashboard, raising=False)
+    chosen(dashboard, "smollm2-moe")
+    assert dashboard.models["code"] == f"lab = {code}.lab"
+    bound = eval(f"{code}.lab", {"moelab": moelab, name: dashboard})
+    assert bound is other
 
 
 def test_a_view_that_was_let_go_comes_back_to_the_first_model_and_can_choose_again(
     dashboard, monkeypatch
 ):
-    others = [Chatty(), Chatty()]
-    waiting = iter(others)
-    monkeypatch.setattr(moelab, "open", lambda name, **_: next(waiting))
+    monkeypatch.setattr(moelab, "open", lambda name, **_: Chatty())
     says(dashboard, "hello", view="a")
     chosen(dashboard, "smollm2-moe")
     newer = Dashboard(dashboard.first)
     says(dashboard, "gone", view="a")
-    assert others[0].shut
     says(dashboard, "hello", view="b")
     assert dashboard.lab is dashboard.first
     assert dashboard.models["now"] == dashboard.options["name"] == "demo"
     chosen(dashboard, "smollm2-moe")
-    assert (dashboard.lab, others[1].shut) == (others[1], False)
+    assert type(dashboard.lab) is Chatty
     newer.close()
 
 
@@ -215,7 +235,7 @@ def test_a_model_that_cannot_be_opened_leaves_the_old_one_and_says_why(dashboard
 def test_the_same_refusal_reaches_the_drop_down_each_time(dashboard, monkeypatch):
     monkeypatch.setattr(moelab, "open", lambda *_, **__: pytest.fail("not tried"))
     told = []
-    dashboard.observe(lambda change: told.append(change["new"]["error"]), "models")
+    dashboard.observe(lambda change: told.append(change["new"].get("error")), "models")
     says(dashboard, "model", name="/etc")
     says(dashboard, "model", name="/etc")
     assert told == ["no model '/etc' is offered here; open it with moelab.open"] * 2

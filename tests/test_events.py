@@ -16,7 +16,7 @@ def log_of_two() -> EventLog:
     log = EventLog(10.0)
     log.add(3, 0, (e.LOAD, 1, 7, 16, 4, e.ON_DEMAND, 7), 4096, 10.1)
     log.time_by(Ticket)
-    log.stall(3, 1, (1, 7), (16, 4), e.ON_DEMAND, 10.2, 0.55)
+    log.add(3, 1, (e.STALL, 1, 7, 16, 4, e.ON_DEMAND, 7), 0, 10.2, 0.55)
     return log
 
 

@@ -15,7 +15,6 @@ from moelab.scheduling.scheduler import Scheduler
 from moelab.settings import Settings
 
 if TYPE_CHECKING:
-    from moelab.engine.engine import Engine
     from moelab.lab import Lab
     from moelab.runs.run import Run
 
@@ -112,17 +111,17 @@ class Rounds:
         Then ``run.repeats`` of each contender's first run has the times of all its whole ones.
         """
         first = self.contenders[0].plan[0][1]
-        with self.lab._session.claimed() as engine, self.lab._beside(first) as second:
+        with self.lab._session.claimed(), self.lab._beside(first) as second:
             for one in rotated(self.contenders, self.repeats):
                 if len(one.runs) < self.repeats and not (self._stopped and self.run):
-                    self._make(one, second, engine)
+                    self._make(one, second)
         for one in self.contenders:
             whole = [run for run in one.runs if run is one.was or run.ended != "stopped"]
             if one.runs:
                 one.runs[0].repeats = [timed(run.summary()) for run in whole]
         return self.contenders[0].runs[0]
 
-    def _make(self, one: Again, second: Lab, engine: Engine) -> None:
+    def _make(self, one: Again, second: Lab) -> None:
         asked, settings = one.was.request, one.plan[0][1]
         sampling = asked.sampling
         second._session.stand(settings, begun(one.was, settings))
@@ -140,9 +139,6 @@ class Rounds:
         one.runs.append(run)
         if self._stopped:
             run.stop()
-        while run.running:
-            engine.questions.answer(engine.scheduler)  # nobody else does while it is ours
-            run.join(0.02)
         run.join()
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import wait
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,6 @@ from moelab.spelling import differences
 Changes = Mapping[int, Settings | Mapping[str, Any]]
 """Token -> settings from there on, as a whole or as in ``lab.update``."""
 
-WHY_PATIENCE_S = 10.0
 CLOSED = "this lab is closed; open it again"
 
 
@@ -123,17 +120,6 @@ class Session:
         finally:
             self.release()
 
-    def idle(self, work: Callable[[], None]) -> None:
-        """Do something short if nobody is at work; a run that starts now waits for it."""
-        with self.lock:
-            if self.closed:
-                raise RuntimeError(CLOSED)
-            if self._busy.acquire(blocking=False):
-                try:
-                    work()
-                finally:
-                    self._busy.release()
-
     def close(self) -> None:
         """Stop the run and let go of everything; waits for whoever is at work."""
         with self.lock:
@@ -175,14 +161,10 @@ class Session:
 
     def why(self, layer: int) -> dict[int, dict[str, float]]:
         """The evict decision's terms of each resident expert of a layer; also during a run."""
-        answer = self.engine.questions.why(layer)
-        give_up = time.monotonic() + WHY_PATIENCE_S
-        while not answer.done():
-            self.idle(lambda: self.engine.questions.answer(self.engine.scheduler))
-            if not answer.done() and time.monotonic() > give_up:
-                raise RuntimeError("the lab is busy and did not answer; ask again later")
-            wait([answer], timeout=0.02)
-        return answer.result()
+        if self.closed:
+            raise RuntimeError(CLOSED)
+        with self.engine.lock:
+            return self.engine.scheduler.why(layer)
 
     # -- making tokens ------------------------------------------------------------------------
 

@@ -91,7 +91,9 @@ class Dashboard(anywidget.AnyWidget):
         super().__init__(
             options=offered, controls=self._controls(), form=_first_form(offered), frame=frame
         )
-        self._models = Models(lab, self._show, lambda told: self.set_trait("models", told))
+        self._models = Models(
+            lab, self._is_running, self._show, lambda told: self.set_trait("models", told)
+        )
         self.on_msg(self._on_message)
 
     # -- what the view says ---------------------------------------------------------------------
@@ -190,13 +192,22 @@ class Dashboard(anywidget.AnyWidget):
         self._models.close()
         super().close()
 
+    @classmethod
+    def newest(cls) -> Dashboard:
+        """The dashboard that was made last."""
+        return cls._newest()
+
     @property
     def lab(self) -> Any:
         """The lab that is shown: the one this was made for, or another that was chosen since."""
         return self._lab
 
-    def _show(self, lab: Any) -> None:
-        """Show another lab from now on; a run that was started here ends."""
+    def _is_running(self) -> bool:
+        run = self._lab.run
+        return run is not None and bool(run.running)
+
+    def _show(self, lab: Any) -> str:
+        """Show another lab from now on; returns the line of code that binds it."""
         with self._lock:
             self._leave()
             self._lab_ref, self._held = weakref.ref(lab), lab
@@ -205,6 +216,9 @@ class Dashboard(anywidget.AnyWidget):
                 self.options, self.controls = offered, self._controls()
                 self.form, self.error = {**self.form, **_first_form(offered)}, {}
                 self.frame = {"seq": self._next(), **self._frames().build()}
+        mine = (name for name, value in vars(sys.modules["__main__"]).items() if value is self)
+        named = next((name for name in mine if not name.startswith("_")), None)
+        return f"lab = {named or 'moelab.Dashboard.newest()'}.lab"
 
     @property
     def _lab(self) -> Any:

@@ -21,124 +21,114 @@ class _Stopped(Exception):  # noqa: N818 nothing went wrong
 class Models:
     """Which model is shown, which others there are, and what is being done to open one.
 
+    A lab that was opened here is handed over as `Dashboard.lab`, so it is not closed here: it goes
+    when nobody holds it. As long as somebody does, its name comes back to it.
+
     Parameters
     ----------
     lab
-        The one shown first; choosing its name again comes back to it.
+        The one shown first.
+    running
+        Whether a run of the lab that is shown is going on.
     bind
-        Called on a thread with a lab that is to be shown from now on.
+        Called on a thread with a lab that is to be shown from now on; gives the line of code that
+        binds it in the notebook.
     tell
-        Called with what the view needs: now, offered, opening, error and stopped (words) and
-        said (a count).
+        Called with what the view needs: now, offered, opening, asks (a name), error and note
+        (words), code and said (a count).
     """
 
     def __init__(
-        self, lab: Any, bind: Callable[[Any], None], tell: Callable[[dict[str, Any]], None]
+        self,
+        lab: Any,
+        running: Callable[[], bool],
+        bind: Callable[[Any], str],
+        tell: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._first, self._own = weakref.ref(lab), None
-        self._now, self._bind, self._tell = lab.info()["name"], bind, tell
-        self._working, self._closed, self._said = threading.Lock(), False, 0
-        self._stop, self._step_said = threading.Event(), ""
+        self._now = self._first = lab.info()["name"]
+        self._labs = weakref.WeakValueDictionary({self._first: lab})
+        self._running, self._bind, self._tell = running, bind, tell
+        self._working, self._stop = threading.Lock(), threading.Event()
+        self._said, self._step_said = 0, ""
         self.thread: threading.Thread | None = None
         self._say()
 
     def choose(self, content: Mapping[str, Any]) -> None:
-        """Open the model the view asks for, one at a time, or stop opening it."""
+        """Open the model the view asks for, one at a time, or stop opening it.
+
+        Where that would end a run, the view has to ask first and to say ``ends_run``.
+        """
         if content.get("stop"):
             self._stop.set()
             return
         name = str(content["name"])
         if name == self._now:
-            return
-        if name not in self._names():
+            self._say()
+        elif name not in self._names():
             self._say(error=f"no model {name!r} is offered here; open it with moelab.open")
-            return
-        if missing := offered().get(name):
+        elif missing := offered().get(name):
             self._say(error=missing)
-            return
-        if not self._working.acquire(blocking=False):
-            return
-        self._stop.clear()
-        self._say(f"opening {name}")
-        self.thread = threading.Thread(
-            target=self._work, args=(name,), name="moelab-open", daemon=True
-        )
-        self.thread.start()
+        elif self._running() and not content.get("ends_run"):
+            self._say(asks=name)
+        elif self._working.acquire(blocking=False):
+            self._stop.clear()
+            self._say(opening=f"opening {name}")
+            work = {"target": self._work, "args": (name,), "name": "moelab-open"}
+            self.thread = threading.Thread(**work, daemon=True)
+            self.thread.start()
 
     def leave(self) -> None:
-        """Go back to the lab shown first, and close the one that was opened here, if any."""
+        """Go back to the lab shown first, if it is still there."""
         self._stop.set()
-        own, self._own = self._own, None
-        if own is None:
-            return
-        if (first := self._first()) is not None:
+        first = self._labs.get(self._first)
+        if self._now != self._first and first is not None:
             self._bind(first)
-            self._now = first.info()["name"]
-        own.close()
-        self._say()
+            self._now = self._first
+            self._say()
 
     def close(self) -> None:
-        """Close the lab that was opened here, and none is opened any more."""
-        self._closed = True
+        """Open no more."""
         self._stop.set()
-        own, self._own = self._own, None
-        if own is not None:
-            own.close()
 
     def _work(self, name: str) -> None:
-        error = stopped = ""
+        told: dict[str, str] = {}
         try:
-            lab, before = self._found(name), self._own
-            mine = lab is not self._first()
-            try:
-                self._go_on()
-                self._bind(lab)
-            except BaseException:
-                if mine:
-                    lab.close()
-                raise
-            self._now, self._own = name, lab if mine else None
-            if self._closed:
-                self.close()
-            if before is not None:
-                before.close()
+            known = self._labs.get(name)
+            lab = self._opened(name) if known is None or known.closed else known
+            told["code"] = self._bind(lab)
+            self._now, self._labs[name] = name, lab
         except _Stopped:
-            stopped = f"{name} was not opened: stopped"
+            told["note"] = f"{name} was not opened: stopped"
         except Exception as e:  # noqa: BLE001 whatever it is, the user must see it
-            error = in_words(e)
+            told["error"] = in_words(e)
         finally:
             self._working.release()
-            self._say(error=error, stopped=stopped)
+            self._say(**told)
 
-    def _found(self, name: str) -> Any:
+    def _opened(self, name: str) -> Any:
         import moelab
 
-        first = self._first()
-        if first is not None and name == first.info()["name"] and not first.closed:
-            return first
         options = {"budget": ROOMY} if name == SMOLLM2 else {}
-        return moelab.open(name, progress=self._step, **options)
+        lab = moelab.open(name, progress=self._step, **options)
+        if self._stop.is_set():
+            lab.close()  # nobody has seen it
+            raise _Stopped
+        return lab
 
     def _step(self, words: str) -> None:
-        self._go_on()
+        if self._stop.is_set():
+            raise _Stopped
         if words != self._step_said:  # a model has many experts and a hundred percent
             self._step_said = words
-            self._say(words)
+            self._say(opening=words)
 
-    def _go_on(self) -> None:
-        """Between two steps: whether they are still wanted."""
-        if self._stop.is_set() or self._closed:
-            raise _Stopped
-
-    def _say(self, opening: str = "", *, error: str = "", stopped: str = "") -> None:
+    def _say(self, **told: str) -> None:
         known = offered()
         rows = [{"name": name, "missing": known.get(name, "")} for name in self._names()]
         self._said += 1  # the same refusal again must reach the drop-down, which went ahead
-        told = {"now": self._now, "offered": rows, "opening": opening, "error": error}
-        self._tell(told | {"stopped": stopped, "said": self._said})
+        self._tell({"now": self._now, "offered": rows, "said": self._said, **told})
 
     def _names(self) -> list[str]:
         """The offered ones, then the one shown and the first where they are others."""
-        known, first = list(offered()), self._first()
-        own = {self._now} | ({first.info()["name"]} if first is not None else set())
-        return known + sorted(own - set(known))
+        known = list(offered())
+        return known + sorted({self._now, self._first} - set(known))

@@ -9,8 +9,8 @@ import { MARKS } from "./replay.js";
 import { FADE_MS, Tiles } from "./tiles.js";
 import { drawWhy } from "./tip.js";
 
-/** Twenty pixels a layer where there are few; never fewer than six. */
-const tallFor = (layers) => Math.max(Math.min(208, Math.max(138, layers * 20)), layers * 6);
+/** Twenty pixels a layer where there are few; eight, or of very many six, at least. */
+const tallFor = (layers) => Math.max(138, Math.min(208, layers * 20), layers * (layers > 36 ? 6 : 8));
 
 export class CacheMap {
   /** `onPick(layer, expert)` is called for an expert that is clicked. */
@@ -69,8 +69,7 @@ export class CacheMap {
   }
 
   show(frame) {
-    const past = frame.past || this.frame?.past,
-      fresh = frame.run !== this.run || past,
+    const fresh = frame.run !== this.run || frame.past || this.frame?.past,
       now = performance.now(),
       { loaded } = frame.map,
       { flashed } = this.tiles;
@@ -81,26 +80,17 @@ export class CacheMap {
       this.seen[i] = loaded[i];
     }
     this.frame = frame;
-    if (past) this.draw();
-    else this.update();
+    this.draw();
     if (this.at !== null) this.describe();
   }
 
-  /** Draw all of it: what lies on the cells or beside them has changed. */
   draw() {
     if (!this.frame || !this.sheet.width) return;
-    this.g = this.sheet.begin();
-    this.tiles.cleared();
-    this.update();
-    this.drawAxes(this.g, this.tiles.grid());
-  }
-
-  /** Draw the cells that have changed. */
-  update() {
-    const { g, tiles } = this;
-    if (!g || !this.frame) return;
+    const g = this.sheet.begin(),
+      { tiles } = this;
     tiles.paint(g, this.frame);
-    if (this.frame.past) this.drawPast(g, (i) => tiles.box(i), tiles.grid());
+    if (this.frame.past) this.drawPast(g, tiles.grid());
+    this.drawAxes(g, tiles.grid());
     for (const [cell, line] of [[this.chosen, 2.5], [this.at, 2]]) {
       if (cell === null) continue;
       g.strokeStyle = this.look.ink.text;
@@ -109,11 +99,11 @@ export class CacheMap {
       g.strokeRect(x - 1, y - 1, w + 2, t + 2);
     }
     clearTimeout(this.timer);
-    if (tiles.fading) this.timer = setTimeout(() => this.update(), FADE_MS); // mostly a frame is first
+    if (tiles.fading) this.timer = setTimeout(() => this.draw(), FADE_MS); // mostly a frame is first
   }
 
   /** What the token shown did by then: loaded and prefetched experts, those that left, the layer. */
-  drawPast(g, box, grid) {
+  drawPast(g, grid) {
     const { marks } = this.frame.map,
       { ink } = this.look,
       line = Math.max(1, Math.min(2.5, grid.w / 5, grid.t / 5)),
@@ -121,7 +111,7 @@ export class CacheMap {
     g.lineWidth = line;
     for (let i = 0; i < marks.length; i++) {
       if (!marks[i]) continue;
-      const [x, y, w, t] = box(i);
+      const [x, y, w, t] = this.tiles.box(i);
       if (marks[i] === MARKS.evict) {
         g.fillStyle = ink.soft;
         const aside = w > 16 ? w - size * 0.6 : w / 2; // the middle says what was used

@@ -13,36 +13,54 @@ import { Why } from "./tip.js";
 class ModelPick {
   constructor(model) {
     this.model = model;
+    const choose = (name, more = {}) => model.send({ do: "model", name, where: "run", ...more });
     this.pick = h("select", {
       class: "moe-model", "aria-label": "Model",
-      onchange: () => model.send({ do: "model", name: this.pick.value, where: "run" }),
+      onchange: () => choose(this.pick.value),
     });
     this.words = h("span", { role: "status" });
-    const onclick = () => {
-      model.send({ do: "model", stop: true, where: "run" });
-      say(this.words, "stopping after this step …");
-    };
-    this.stop = button("Cancel", { title: "Keep the model shown", onclick });
-    this.line = markup`<div class="moe-opening">${[this.words, this.stop]}</div>`;
+    this.code = h("code");
+    this.yes = button("End the run", {
+      onclick: () => {
+        model.send({ do: "stop", where: "run" });
+        choose(this.told.asks, { ends_run: true });
+      },
+    });
+    this.no = button("Cancel", {
+      title: "Keep the model shown",
+      onclick: () => {
+        const { now, opening } = this.told;
+        choose(now, { stop: Boolean(opening) });
+        if (opening) say(this.words, "stopping after this step …");
+      },
+    });
+    this.line = markup`
+      <div class="moe-opening">${[this.words, this.code, this.yes, this.no]}</div>`;
     this.sync();
   }
 
   sync() {
-    const told = this.model.get("models") ?? {},
-      { now = "", offered = [], opening = "", error = "", stopped = "" } = told;
+    this.told = this.model.get("models") ?? {};
+    const { now = "", offered = [], opening, asks, error, note, code } = this.told;
     const called = (name, missing) => (missing ? `${name} (not installed)` : name),
       entries = offered.map(({ name, missing }) => [name, called(name, missing), { title: missing }]);
     this.pick.replaceChildren(...optionsOf(entries));
     this.pick.value = now;
-    const { activeElement: at } = document,
-      held = at === this.pick || at === this.stop;
+    const held = [this.pick, this.yes, this.no].some((node) => node === document.activeElement);
     this.pick.disabled = Boolean(opening);
-    this.stop.hidden = !opening;
-    const words = opening ? `${opening} …` : error || stopped;
+    this.yes.hidden = !asks;
+    this.no.hidden = !opening && !asks;
+    const words = [
+      opening && `${opening} …`,
+      asks && `A run is going on. Opening ${asks} ends it.`,
+      code && `${now} is shown. In the notebook, this binds it:`,
+      error, note,
+    ].find(Boolean);
     this.line.hidden = !words;
-    if (held) (opening ? this.stop : this.pick).focus();
+    if (held) (opening || asks ? this.no : this.pick).focus();
     this.line.classList.toggle("bad", Boolean(error));
-    say(this.words, words);
+    say(this.words, words ?? "");
+    say(this.code, code ?? "");
   }
 }
 

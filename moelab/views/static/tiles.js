@@ -1,33 +1,25 @@
-// The cells of the cache map on its canvas. Each has a look (bits, in flight, used, how fresh its
-// load is) and is painted again only where that differs from what is there: of 48 x 128 experts a
-// token changes a few hundred.
+// The cells of the cache map on its canvas: how many bits are resident, what is in flight, what was
+// just loaded and what the newest token used. All of them are painted each time.
 
-import { hatch } from "./canvas.js";
+import { fillBox, hatch } from "./canvas.js";
 import { FILL, still } from "./colours.js";
 
 const FLASH_MS = 450;
-const FLASH_STEPS = 4;
 export const FADE_MS = 120;
-const IN_FLIGHT = 1 << 5, // bits take the five below
-  USED = 1 << 6,
-  FRESH = 7; // the flash's step stands above this many bits
+const ROOMY = 12; // px a cell needs for a dot with a rim; below it is a hole
 
 export class Tiles {
-  constructor(look, sheet, { layers, experts, tiers }) {
+  constructor(look, sheet, { layers, experts }) {
     this.look = look;
     this.sheet = sheet;
     this.layers = layers;
     this.experts = experts;
-    this.tiers = tiers;
     this.fading = false;
     this.x = this.w = this.y = this.t = new Float64Array();
-    const n = layers * experts;
-    this.flashed = new Float64Array(n).fill(-1e9);
-    this.painted = new Int16Array(n).fill(-1);
-    this.changed = new Int32Array(n);
+    this.flashed = new Float64Array(layers * experts).fill(-1e9);
   }
 
-  /** Where cells are, on whole pixels of the screen: one is painted without touching the next. */
+  /** Where cells are, on whole pixels of the screen. */
   grid() {
     const { width, height, ratio } = this.sheet;
     if (this.at?.width === width && this.at.height === height && this.at.ratio === ratio)
@@ -48,103 +40,76 @@ export class Tiles {
     return [this.x[e], this.y[l], this.w[e], this.t[l]];
   }
 
-  /** Nothing of what was painted is there any more. */
-  cleared() {
-    this.painted.fill(-1);
-  }
-
-  /** Paint what differs; `fading` says whether it will look different without a new frame. */
+  /** Paint them; `fading` says whether they will look different without a new frame. */
   paint(g, { map, newest }) {
     this.grid();
-    const n = this.compare(map, newest),
-      { ink, tiers } = this.look;
+    const { ink, tiers } = this.look,
+      { bits, in_flight: flight, used } = map;
     const each = (pick, draw) => {
-      for (let k = 0; k < n; k++) {
-        const i = this.changed[k];
-        if (pick(this.painted[i])) draw(...this.box(i), this.painted[i]);
-      }
+      for (let i = 0; i < bits.length; i++) if (pick(i)) draw(i, ...this.box(i));
     };
-    g.fillStyle = ink.cell;
-    each(() => true, (x, y, w, t) => g.fillRect(x, y, w, t));
-    for (const tier of this.tiers) {
-      g.fillStyle = tiers[tier];
-      each(
-        (look) => (look & 31) === tier,
-        (x, y, w, t) => {
-          const fill = Math.max(1, Math.round(t * FILL[tier]));
-          g.fillRect(x, y + t - fill, w, fill);
-        },
-      );
+    this.paintGround(g, ink.cell);
+    for (const [tier, colour] of Object.entries(tiers)) {
+      g.fillStyle = colour;
+      each((i) => bits[i] === +tier, (_, x, y, w, t) => {
+        const fill = Math.min(t, Math.max(2, Math.round(t * FILL[tier])));
+        g.fillRect(x, y + t - fill, w, fill);
+      });
     }
     g.fillStyle = hatch(g, ink["prefetch late"]);
-    each((look) => look & IN_FLIGHT, (x, y, w, t) => g.fillRect(x, y, w, t));
+    each((i) => flight[i], (_, x, y, w, t) => g.fillRect(x, y, w, t));
     this.paintFlashes(g, each);
-    this.paintUses(g, each);
+    this.paintUses(g, each, (i) => used[i] === newest && newest >= 0, bits);
   }
 
-  /** Note the look of each cell, and which have another one than what is painted. */
-  compare(map, newest) {
-    const { bits, in_flight: flight, used } = map,
-      { flashed, painted, changed } = this,
-      calm = still(),
-      now = performance.now();
-    let n = 0;
-    this.fading = false;
-    for (let i = 0; i < painted.length; i++) {
-      let look = bits[i];
-      if (flight[i]) look |= IN_FLIGHT;
-      if (used[i] === newest && newest >= 0) look |= USED;
-      const left = 1 - (now - flashed[i]) / FLASH_MS;
-      if (left > 0) {
-        look |= (calm ? FLASH_STEPS : Math.ceil(left * FLASH_STEPS)) << FRESH;
-        this.fading = true;
-      }
-      if (look === painted[i]) continue;
-      painted[i] = look;
-      changed[n++] = i;
-    }
-    return n;
+  /** Empty cells: one box, cut by the gaps between rows and columns. */
+  paintGround(g, colour) {
+    const { x, w, y, t } = this,
+      right = x.at(-1) + w.at(-1),
+      low = y.at(-1) + t.at(-1);
+    fillBox(g, colour, x[0], 0, right - x[0], low);
+    const gaps = (from, size) => [...from.slice(1)].map((next, i) => [from[i] + size[i], next]);
+    for (const [a, b] of gaps(x, w)) g.clearRect(a, 0, b - a, low);
+    for (const [a, b] of gaps(y, t)) g.clearRect(x[0], a, right, b - a);
   }
 
+  /** A frame that fades where an expert was loaded; it only ends where motion is not welcome. */
   paintFlashes(g, each) {
-    const most = Math.min(3, this.at.w / 3, this.at.t / 3);
+    const most = Math.min(3, this.at.w / 3, this.at.t / 3),
+      now = performance.now(),
+      left = (i) => 1 - (now - this.flashed[i]) / FLASH_MS;
+    this.fading = false;
     g.strokeStyle = this.look.ink.load;
-    for (let step = 1; step <= FLASH_STEPS; step++) {
-      const left = step / FLASH_STEPS,
-        line = most * (0.4 + 0.6 * left);
-      g.globalAlpha = Math.min(1, 1.5 * left);
+    each((i) => left(i) > 0, (i, x, y, w, t) => {
+      const strength = still() ? 1 : left(i),
+        line = most * (0.4 + 0.6 * strength);
+      this.fading = true;
+      g.globalAlpha = Math.min(1, 1.5 * strength);
       g.lineWidth = line;
-      each(
-        (look) => look >> FRESH === step,
-        (x, y, w, t) => g.strokeRect(x + line / 2, y + line / 2, w - line, t - line),
-      );
-    }
+      g.strokeRect(x + line / 2, y + line / 2, w - line, t - line);
+    });
     g.globalAlpha = 1;
   }
 
-  /** What the newest token used: a dot with a rim, or a hole where a dot would be a blur. */
-  paintUses(g, each) {
+  /** What the newest token used: a dot with a rim, or a hole where dots would drown the map. */
+  paintUses(g, each, isUsed, bits) {
     const { ground, text } = this.look.ink,
-      r = Math.min(3.2, this.at.w / 3, this.at.t / 3);
-    g.lineWidth = Math.max(0.75, r / 2.2);
+      small = Math.min(this.at.w, this.at.t),
+      r = Math.min(3.2, small / 3);
+    g.lineWidth = r / 2.2;
     g.strokeStyle = text;
-    each(
-      (look) => look & USED,
-      (x, y, w, t, look) => {
-        const [u, v] = [x + w / 2, y + t / 2];
-        if (r < 2) {
-          g.fillStyle = look & 31 ? ground : text;
-          const side = Math.max(1, Math.round(Math.min(w, t) / 2));
-          g.fillRect(x + Math.floor((w - side) / 2), y + Math.floor((t - side) / 2), side, side);
-          return;
-        }
-        g.fillStyle = ground;
-        g.beginPath();
-        g.arc(u, v, r, 0, 2 * Math.PI);
-        g.fill();
-        g.stroke();
-      },
-    );
+    each(isUsed, (i, x, y, w, t) => {
+      if (small < ROOMY) {
+        const side = Math.max(1, Math.round(Math.min(w, t) / 2));
+        fillBox(g, bits[i] ? ground : text, x + (w - side) / 2, y + (t - side) / 2, side, side);
+        return;
+      }
+      g.fillStyle = ground;
+      g.beginPath();
+      g.arc(x + w / 2, y + t / 2, r, 0, 2 * Math.PI);
+      g.fill();
+      g.stroke();
+    });
   }
 }
 
