@@ -34,20 +34,26 @@ _SUMMED = ("late", "downgrades", "skips", "substitutes")
 NOTED = ("text", "kl", "resident_bytes", "budget_bytes", "device")
 COLUMNS = (
     *("total_ms", "compute_ms", "deciding_ms", *STALLS, "kl", *COUNTS),
-    *("resident_bytes", "budget_bytes"),
+    *("resident_bytes", "budget_bytes", "measuring_ms", "setup_ms"),
 )
+
+
+WALL = ("total_ms", "measuring_ms", "setup_ms")
+"""What a watch shows: the engine's own time, measuring, and obeying settings before the token."""
 
 
 @dataclass(frozen=True)
 class TokenReport:
     """What one token cost. Token 0 is the first generated one and carries the whole prefill.
 
-    ``total_ms`` is compute, deciding (the strategy's own time) and stalls; measuring KL is not part
-    of it. ``stall_ms`` is by cause: ``on demand``, ``prefetch late`` (a guess was right but still
-    on its way), ``evict``. ``hits`` were in memory when they were asked for, ``late`` were guessed
-    right but still on their way. ``bytes`` were read from the device (prefetches too),
-    ``load_bytes`` of them on demand; ``hit_bytes`` were served from memory. ``setup_bytes`` were
-    read between the token before and this one, for what the strategy wants resident.
+    ``total_ms`` is the engine's own time: compute (and drawing the token), deciding (the strategy's
+    own time) and stalls. ``stall_ms`` is by cause: ``on demand``, ``prefetch late`` (a guess was
+    right but still on its way), ``evict``. ``measuring_ms`` went into KL and the likeliest tokens,
+    ``setup_ms`` into obeying settings and loading what the strategy wants beforehand.
+
+    ``hits`` were in memory when they were asked for, ``late`` were guessed right but still on their
+    way. ``bytes`` were read from the device (prefetches too), ``load_bytes`` of them on demand,
+    ``setup_bytes`` between the token before and this one; ``hit_bytes`` were served from memory.
     ``resident_bytes`` is what the resident experts took at its end, loads on their way included.
     """
 
@@ -72,6 +78,13 @@ class TokenReport:
     load_bytes: int = 0
     late: int = 0
     setup_bytes: int = 0
+    measuring_ms: float = 0.0
+    setup_ms: float = 0.0
+
+    @property
+    def wall_ms(self) -> float:
+        """What a watch shows from the token before it to this one: all of its parts."""
+        return sum(getattr(self, name) for name in WALL)
 
     @functools.cached_property
     def row(self) -> tuple[float, ...]:
@@ -82,7 +95,10 @@ class TokenReport:
 
 
 class Noted(NamedTuple):
-    """What is noted of a token beside its events; ``rows``: of the log, when it was complete."""
+    """What is noted of a token beside its events; ``rows``: of the log, when it was complete.
+
+    ``seconds``: from the token before it; of these ``deciding``, ``measuring`` and ``setup``.
+    """
 
     text: str
     seconds: float
@@ -92,6 +108,8 @@ class Noted(NamedTuple):
     budget_bytes: int
     device: str
     rows: int
+    measuring: float = 0.0
+    setup: float = 0.0
 
 
 class Tokens:
@@ -155,12 +173,14 @@ class Tokens:
 def fold(token: int, noted: Noted, rows: np.ndarray) -> TokenReport:
     """A token's report: what was noted of it, and the sums of its events."""
     sums = tally(rows)
-    total, deciding = 1e3 * noted.seconds, 1e3 * noted.deciding
+    total, deciding = 1e3 * (noted.seconds - noted.measuring - noted.setup), 1e3 * noted.deciding
     return TokenReport(
         token=token,
         total_ms=total,
         compute_ms=total - deciding - sum(sums["stall_ms"].values()),
         deciding_ms=deciding,
+        measuring_ms=1e3 * noted.measuring,
+        setup_ms=1e3 * noted.setup,
         **sums,
         **{name: getattr(noted, name) for name in NOTED},
     )
@@ -220,8 +240,9 @@ def figures(values: np.ndarray, *, first: int = 0) -> dict[str, float | int | No
     Returns
     -------
     dict
-        ``tokens``, ``tokens_per_s``, ``hit_ratio``, ``bytes_per_token``, ``stall_share``,
-        ``kl_mean``; None where there is nothing to divide.
+        ``tokens``, ``tokens_per_s`` (as a watch shows it), ``engine_tokens_per_s`` (without
+        measuring and set-up), ``hit_ratio``, ``bytes_per_token``, ``stall_share``, ``kl_mean``;
+        None where there is nothing to divide.
     """
     kls = values[:, COLUMNS.index("kl")]
     kls = kls[np.isfinite(kls)]
@@ -235,7 +256,8 @@ def figures(values: np.ndarray, *, first: int = 0) -> dict[str, float | int | No
     asked = sum(sums[name] for name in REQUESTS)
     return {
         "tokens": len(values),
-        "tokens_per_s": ratio(1e3 * len(decoded), sums["total_ms"]),
+        "tokens_per_s": ratio(1e3 * len(decoded), sum(sums[name] for name in WALL)),
+        "engine_tokens_per_s": ratio(1e3 * len(decoded), sums["total_ms"]),
         "hit_ratio": ratio(sums["hits"], asked),
         "bytes_per_token": ratio(sums["bytes"], len(decoded)),
         "stall_share": ratio(sum(sums[cause] for cause in STALLS), sums["total_ms"]),
@@ -254,6 +276,7 @@ def summary(
     return {
         "tokens": len(reports),
         "tokens_per_s": timed["tokens_per_s"],
+        "engine_tokens_per_s": timed["engine_tokens_per_s"],
         "setup_ms": setup_ms,
         "setup_bytes": sum(r.setup_bytes for r in reports),
         "ttft_ms": reports[0].total_ms if reports else None,
