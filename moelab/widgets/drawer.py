@@ -82,7 +82,7 @@ class Drawer:
                 self._shown = saved.version, rows(saved)
             what = self._what
             if what is not None and what.run is not None:
-                self._again["done"] = what.done
+                self._again["done"] = len(what.run.tokens)
             told = {"saved": self._shown[1], "again": dict(self._again), "error": self._error}
             if told != self._told:
                 self._told = told
@@ -139,7 +139,7 @@ class Drawer:
         what = WhatIf(lab, run, changes)
         words = spoken(run.history[-1][1], what.settings)
         self._what = what
-        self._again = IDLE | {"state": "running", "words": words, "total": what.total}
+        self._again = IDLE | {"state": "running", "words": words, "total": len(run.tokens)}
         thread = threading.Thread(target=self._work, args=(what, words), daemon=True)
         thread.name = "moelab-what-if"
         thread.start()
@@ -161,7 +161,7 @@ class Drawer:
             saved = what.lab.saved
             mine = (n for n in saved if saved.run(n) is what.was)
             names = [next(mine, None) or saved.add(what.was), saved.add(second, f"what if {words}")]
-            done = what.done
+            done = len(second.tokens)
             ended = {"state": "done", "words": words, "done": done, "total": done, "names": names}
         except BaseException as error:  # noqa: BLE001 a thread has nobody else to tell
             ended = {"state": "failed", "words": words, "error": _words(error)}

@@ -87,7 +87,6 @@ export const SHAPES = {
   hit: "M6 2a4 4 0 1 0 0 8a4 4 0 1 0 0-8z",
   load: "M1 2h10L6 10.5z",
   prefetch: "M1 1.5L6 6 1 10.5zM6 1.5L11 6 6 10.5z",
-  late: "M1.5 1h9L7 6l3.5 5h-9L5 6z",
   downgrade: "M4.4 1h3.2v5H11L6 11.4 1 6h3.4z",
   skip: "M1 4.8h10v2.4H1z",
   substitute: "M6 .8L11.2 6 6 11.2.8 6z",
