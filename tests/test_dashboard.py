@@ -192,7 +192,7 @@ class TestActions:
 
     def test_a_refused_setting_is_drawn_by_its_control_until_mended(self, lab, dashboard):
         before = lab.settings
-        says(dashboard, "update", changes={"budget": 1000}, n=1)
+        says(dashboard, "update", where="budget", changes={"budget": 1000}, n=1)
         assert dashboard.error["where"] == "budget"
         assert "raise it to" in dashboard.error["text"]
         assert lab.settings == before

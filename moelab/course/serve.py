@@ -26,7 +26,8 @@ EXTENSIONS = (
     "@voila-dashboards/widgets-manager8",
 )
 HOME = Path(__file__).parent
-"""Has what Voila looks for: `voila/templates/moelab`, a template that needs no internet."""
+"""Has what Voila looks for (`voila/templates/moelab`, a template that needs no internet) and
+JupyterLab (`labconfig`, defaults of settings)."""
 NOTEBOOK = HOME / "voila" / "moelab.ipynb"
 """What a visitor sees."""
 
@@ -111,11 +112,15 @@ def serve(
     print(f"moelab: {announcement(visitors, free)}", flush=True)
     if ip not in {"127.0.0.1", "localhost", "::1"}:
         print(f"moelab: listening on {ip}: whoever reaches this machine may use it", flush=True)
-    more = os.environ.get("JUPYTER_PATH")
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(HOME), more)))
+    let_jupyter_find("JUPYTER_PATH")
     if notebook is None:
         _warm_up()
     _run_voila(notebook or NOTEBOOK, visitors, ip, port, open_browser=open_browser)
+
+
+def let_jupyter_find(variable: str) -> None:
+    """Put our folder before those that an environment variable of Jupyter's has."""
+    os.environ[variable] = os.pathsep.join(filter(None, (str(HOME), os.environ.get(variable))))
 
 
 def _warm_up() -> None:
