@@ -173,7 +173,7 @@ def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dic
         "minimum_budget_bytes": minimum_budget(shape, s.strategy, s.knobs()),
         "budget_bytes": s.budget_bytes,
         "budget_experts": s.budget_bytes // shape.nbytes[s.bits],
-        "resident_bytes": engine.arena.held_bytes,
+        "resident_bytes": engine.scheduler.cache.used_bytes,
         "reference_bits": max(shape.nbytes),
         "direct_io": engine.loader.direct,
         "non_expert_parameters": sum(

@@ -378,18 +378,19 @@ def disk() -> Iterator[Check]:
 def disk_speed(folder: Path) -> tuple[float, bool]:
     """Bytes a second through the loader from a scratch file in ``folder``, and whether direct."""
     from moelab.engine.loader import Loader
-    from moelab.engine.memory import Slot
+    from moelab.engine.memory import pages
+    from moelab.store.blobs import BlobFile
 
-    slots = itertools.cycle([Slot(16, BLOCK_BYTES).view for _ in range(4)])
+    slots = itertools.cycle([pages(BLOCK_BYTES) for _ in range(4)])
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.write(os.urandom(SCRATCH_BYTES))
         file.flush()
         os.fsync(file.fileno())
-        loader, path = Loader(BLOCK_BYTES), Path(file.name)
+        loader, blobs = Loader(BLOCK_BYTES), BlobFile(Path(file.name))
         try:
             begun = time.perf_counter()
             at = range(0, SCRATCH_BYTES, BLOCK_BYTES)
-            for load in [loader.submit(path, i, next(slots), urgent=True) for i in at]:
+            for load in [loader.submit(blobs, i, next(slots), urgent=True) for i in at]:
                 loader.wait(load)
             return SCRATCH_BYTES / (time.perf_counter() - begun), loader.direct
         finally:

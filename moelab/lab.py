@@ -277,7 +277,7 @@ class Lab:
         ValueError
             There is no such layer, or the expert is not resident.
         RuntimeError
-            The lab is closed, or busy with a calibration.
+            The lab is closed.
 
         Examples
         --------

@@ -197,4 +197,5 @@ class FakeLab:
                 if guessed:
                     causes |= {e.ON_DEMAND: 0.5 * wait, e.LATE: 0.3 * wait}
                 for cause, seconds in causes.items():
-                    log.stall(token, plan.layer, (layer, expert), tuple(bits), cause, 0.0, seconds)
+                    stall = (e.STALL, layer, expert, *bits, cause, expert)
+                    log.add(token, plan.layer, stall, 0, 0.0, seconds)

@@ -1,13 +1,31 @@
-"""One whole layer without the engine: what the adapter's tests hold the adapter against."""
+"""Experts without the engine: what the adapter's tests hold the adapter against."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from moelab.models.adapter import expert_forward
+from moelab.models.adapter import attach, expert_forward, load_skeleton
+from moelab.models.checkpoint import ExpertReader
+
+
+class Served:
+    """A skeleton that gets every expert from its checkpoint; `seen` is told of every layer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = load_skeleton(folder, dtype=torch.float32)
+        self.reader = ExpertReader(self.model, folder)
+        self.adapter = attach(self.model, self.run)
+
+    def run(self, layer, x, idx, weights, scale_input):
+        facts = self.adapter.layers[layer]
+        assert idx.shape == weights.shape == (len(x), facts.top_k)
+        self.seen(layer, idx, weights)
+        fetch = lambda expert: self.reader(layer, expert)  # noqa: E731
+        return run_experts(facts.module, x, idx, weights, fetch, scale_input=scale_input)
 
 
 def run_experts(

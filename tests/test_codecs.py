@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -194,13 +192,6 @@ def test_encoding_does_not_depend_on_memory_order_or_input_dtype():
         blob = encode(expert, SWIGLU, bits)
         assert np.array_equal(blob, encode(strided, SWIGLU, bits))
         assert np.array_equal(blob, encode(wide, SWIGLU, bits))
-
-
-def test_a_layout_survives_json():
-    for layout in (SWIGLU, BIASED):
-        assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
-    with pytest.raises(ValueError, match="not a layout"):
-        Layout.from_json({"dtype": "float16"})
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from moelab import demo
 from moelab.training import card as measuring
 from moelab.training.corpus import END, PAD, Sampler, save_tokens, split
 from moelab.training.domains import SOURCES
-from moelab.training.held_out import passage
 from moelab.training.train import Recipe, Training, build_model, step_loss
 
 TINY = Recipe(
@@ -94,16 +93,6 @@ def test_every_domain_has_prompts_and_a_probe(shipped):
         assert 250 <= len(tokenizer(demo.probes()[domain]).input_ids) <= 550
         for text in (*demo.prompts()[domain], demo.probes()[domain]):
             assert tokenizer.decode(tokenizer(text).input_ids) == text
-
-
-def test_a_probe_is_cut_again_where_it_stands_in_the_validation_text():
-    documents = ["Of others.", "It says: one. Two words. Then no more.\nThe end of it."]
-    assert passage(documents, "one. Two", 12) == "one. Two words."
-    assert passage(documents, "Two words.", 14) == "Two words. Then no more."
-    for probe in demo.probes().values():
-        assert passage([f"Before. {probe} \n And after."], probe[:60], len(probe) - 1) == probe
-    with pytest.raises(ValueError, match="no validation document has 9 characters from 'Three'"):
-        passage(documents, "Three", 9)
 
 
 def test_probe_perplexities_are_those_of_the_card(shipped, card):
@@ -196,16 +185,10 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tiny_corpus, tmp_path):
     assert story["curve"][-1]["validation"]["words"] < np.log(300) - 0.5
 
 
-def test_a_new_target_bends_the_learning_rate_from_where_it_is(tiny_corpus, tmp_path):
-    run = Training(tiny_corpus, TINY, tmp_path)
-    run.at.seen, run.at.steps = TINY.tokens // 2, 20
-    run.save()
-    after = Training(tiny_corpus, replace(TINY, tokens=2 * TINY.tokens), tmp_path).at
-    assert after.target == 2 * TINY.tokens
-    assert after.lr(TINY) == pytest.approx(TINY.lr / 2)
-    after.seen = after.target
-    assert after.lr(TINY) == 0
-    with pytest.raises(ValueError, match="only `tokens` may change"):
+def test_a_started_run_keeps_its_recipe(tiny_corpus, tmp_path):
+    Training(tiny_corpus, TINY, tmp_path).save()
+    Training(tiny_corpus, TINY, tmp_path)
+    with pytest.raises(ValueError, match=r"started with lr=0\.003, now 0\.0001: use another --out"):
         Training(tiny_corpus, replace(TINY, lr=1e-4), tmp_path)
 
 
@@ -222,7 +205,6 @@ def test_leakage_counts_repeated_passages():
     [
         ("train", "--data"),
         ("card", "--data"),
-        ("held_out", "--data"),
         ("moefy.__main__", "--delta"),
     ],
 )

@@ -104,7 +104,9 @@ def test_experts_add_up_to_the_same_bits_in_whatever_groups_they_arrive(
         batch = compute.batch(2, x, routed, scale_input=kind == "scaled input")
         for at in range(0, len(order), group):
             some = [(e, 16 if e % 2 else 4) for e in order[at : at + group]]
-            batch.add([(Serve(e, b), compute._mapped(2, e, b)) for e, b in some])
+            batch.add(
+                [(Serve(e, b), compute._read(2, Serve(e, b), i)) for i, (e, b) in enumerate(some)]
+            )
         return batch.result()
 
     whole = output(there, len(there))

@@ -16,7 +16,7 @@ def log_of_two() -> EventLog:
     log = EventLog(10.0)
     log.add(3, 0, (e.LOAD, 1, 7, 16, 4, e.ON_DEMAND, 7), 4096, 10.1)
     log.time_by(Ticket)
-    log.stall(3, 1, (1, 7), (16, 4), e.ON_DEMAND, 10.2, 0.55)
+    log.add(3, 1, (e.STALL, 1, 7, 16, 4, e.ON_DEMAND, 7), 0, 10.2, 0.55)
     return log
 
 
@@ -30,6 +30,14 @@ def test_a_cancelled_load_read_nothing(monkeypatch):
     monkeypatch.setattr(Ticket, "cancelled", True)
     load, _ = log_of_two().records()
     assert (load["bytes"], load["cause"]) == (0, e.CANCELLED)
+
+
+def test_rows_before_the_first_load_on_its_way_are_settled(monkeypatch):
+    monkeypatch.setattr(Ticket, "finished", 0.0)
+    log = log_of_two()
+    assert log.settled == 0
+    monkeypatch.undo()
+    assert log.settled == 2
 
 
 def test_a_frame_has_words_for_kinds_and_all_columns():

@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+import reference
 import tiny_families
 import tiny_models
-from moelab.models.adapter import Adapter, MoELayer, attach, find_moe, load_skeleton
-from moelab.models.checkpoint import ExpertReader
-from reference import run_experts
+from moelab.models.adapter import MoELayer, find_moe
 
 IDS = torch.tensor([[3, 17, 99, 4, 250, 31, 77]])
 NO_LOOK_AHEAD = {"flint", "jamba", "nemotron_h"}  # tiny, they have one MoE layer only
@@ -48,14 +47,12 @@ def logits(model: nn.Module) -> torch.Tensor:
     return model(IDS, use_cache=False, **extra).logits
 
 
-class Served:
+class Served(reference.Served):
     def __init__(self, folder: Path) -> None:
-        self.model = load_skeleton(folder, dtype=torch.float32)
-        self.reader = ExpertReader(self.model, folder)
         self.calls: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.ahead: dict[int, list] = {}
         self.asked: dict[int, tuple] = {}  # what each layer's router was given
-        self.adapter: Adapter = attach(self.model, self.run)
+        super().__init__(folder)
         for layer in self.adapter.layers:
             if layer.router is not None:
                 hook = partial(self.ask, layer.index)
@@ -64,13 +61,9 @@ class Served:
     def ask(self, layer, _, args, kwargs):
         self.asked[layer] = args[0].clone(), args[1:], kwargs
 
-    def run(self, layer, x, idx, weights, scale_input):
-        facts = self.adapter.layers[layer]
-        assert idx.shape == weights.shape == (len(x), facts.top_k)
+    def seen(self, layer, idx, weights):
         self.calls[layer] = idx.clone(), weights.clone()
         self.ahead[layer] = self.adapter.look_ahead(layer, 1)
-        fetch = lambda expert: self.reader(layer, expert)  # noqa: E731
-        return run_experts(facts.module, x, idx, weights, fetch, scale_input=scale_input)
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +121,7 @@ def check_masks(served: Served) -> None:
             mask = torch.zeros(layer.num_experts, dtype=torch.bool)
             mask[torch.randperm(layer.num_experts, generator=generator)[: layer.top_k]] = True
             allowed[layer.index] = mask
-            served.adapter.set_mask(layer.index, mask)
+            served.adapter.steer(layer.index, mask)
         assert torch.isfinite(logits(served.model)).all()
         for index, (idx, weights) in served.calls.items():
             active = (idx >= 0) & (idx < len(allowed[index])) & (weights != 0)

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import types
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -199,25 +198,10 @@ def test_as_text_every_problem_has_its_command_whole():
     assert str(Diagnosis(MIXED.checks[:1])).endswith("no problem")
 
 
-class Cells(HTMLParser):
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.text = [], []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
 def test_in_a_notebook_it_is_a_table_that_needs_no_colours_and_no_network():
     html = MIXED._repr_html_()
-    cells = Cells(html)
-    scopes = [attrs["scope"] for tag, attrs in cells.tags if tag == "th"]
-    assert scopes == ["col"] * 3 + ["row"] * 3
-    assert [t for t in cells.text if t.strip() in health.SIGNS] == [" ok", " note", " problem"]
-    assert "<damaged> & gone" in "".join(cells.text)
-    assert {tag for tag, _ in cells.tags}.isdisjoint({"script", "link", "img", "damaged"})
+    assert re.findall(r'scope="(\w+)"', html) == ["col"] * 3 + ["row"] * 3
+    assert re.findall(r"</span> (\w+)</span>", html) == [*health.SIGNS]  # a word beside its colour
+    assert "&lt;damaged&gt; &amp; gone" in html
+    assert set(re.findall(r"<(\w+)", html)).isdisjoint({"script", "link", "img"})
     assert "http" not in html

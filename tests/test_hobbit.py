@@ -390,7 +390,7 @@ def test_the_high_cache_is_the_larger_and_together_they_are_the_budget():
     assert (apex.tier_bytes(16, view), apex.tier_bytes(4, view)) == (12800, 3200)
     view.precision = TierPair(None)
     assert TwoCaches().tier_bytes(16, view) is None  # one precision, one pool
-    with pytest.raises(ValueError, match=r"high_share=0.3: 0.5 to 0.95"):
+    with pytest.raises(ValueError, match=r"high_share=0.3: from 0.5 to 0.95"):
         TwoCaches(0.3)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,8 +238,11 @@ def test_threads_may_call_at_once():
 
 
 def test_supports_swiglu_and_nothing_else():
+    plain = {"activation": "silu", "gating": "concatenated"}
+    plain |= dict.fromkeys(("transposed", "has_bias", "has_post_norm"), False)
+
     def ask(tensors, **facts):
-        return kernels.supports(Layout(tensors, "bfloat16"), **{"activation": "silu", **facts})
+        return kernels.supports(Layout(tensors, "bfloat16"), SimpleNamespace(**plain | facts))
 
     swiglu = (("gate_up_proj", (256, 192)), ("down_proj", (192, 128)))
     assert ask(swiglu)

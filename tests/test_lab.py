@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import moelab
-from moelab.engine.loader import Loader
 from moelab.scheduling.events import KINDS
 from moelab.scheduling.strategy import Shape
 from moelab.settings import parse_budget
+from moelab.store.blobs import BlobFile
 
 PROMPT = "The following example shows how to"
 SUMMARY = {
@@ -228,14 +228,14 @@ def test_a_loads_trace_opens_in_perfetto(lab, tmp_path):
 
 
 def test_an_emulated_device_this_disk_cannot_follow_is_named_so(lab, monkeypatch):
-    read = Loader._read
+    read = BlobFile.read_into
 
-    def slow(self, ticket):
-        read(self, ticket)
+    def slow(self, *args, **more):
+        read(self, *args, **more)
         time.sleep(0.002)
 
     lab.update(device="nvme", budget="25%")
-    monkeypatch.setattr(Loader, "_read", slow)
+    monkeypatch.setattr(BlobFile, "read_into", slow)
     run = lab.generate(PROMPT, max_new_tokens=4)
     assert run.outpaced == {"nvme"}
     titles = [origin["title"] for origin in run.recording().document["origins"]]

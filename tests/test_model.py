@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import reference
 import tiny_models
-from moelab.models.adapter import Adapter, attach, find_moe, load_skeleton
+from moelab.models.adapter import attach, find_moe, load_skeleton
 from moelab.models.checkpoint import ExpertReader
 from moelab.models.shards import Checkpoint
 from reference import run_experts
+from tiny_models import edit
 
 PROMPT = torch.tensor([[72, 101, 108, 108, 111, 32, 116, 104, 101, 114, 101]])
 
@@ -32,27 +32,21 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.qwen3_moe(tmp_path_factory.mktemp("qwen"))
 
 
-class Served:
-    """A skeleton that gets every expert from its checkpoint, and a log of what it asked for."""
+class Served(reference.Served):
+    """With a log of what it asked for."""
 
     def __init__(self, folder: Path, *, depth: int = 1) -> None:
-        self.model = load_skeleton(folder, dtype=torch.float32)
-        self.reader = ExpertReader(self.model, folder)
         self.calls: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self.ahead: list[list[tuple[int, torch.Tensor, torch.Tensor]]] = []
         self.wanted: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         self.depth = depth
-        self.adapter: Adapter = attach(self.model, self.run)
+        super().__init__(folder)
 
-    def run(self, layer, x, idx, weights, scale_input):
+    def seen(self, layer, idx, weights):
         assert idx.dtype == torch.int64
-        assert idx.shape == weights.shape == (len(x), self.adapter.layers[layer].top_k)
         self.calls.append((layer, idx.clone(), weights.clone()))
         self.ahead.append(self.adapter.look_ahead(layer, self.depth))
         self.wanted.append(self.adapter.wanted(layer))
-        module = self.adapter.layers[layer].module
-        fetch = lambda expert: self.reader(layer, expert)  # noqa: E731
-        return run_experts(module, x, idx, weights, fetch, scale_input=scale_input)
 
 
 def stock(folder: Path) -> torch.nn.Module:
@@ -143,7 +137,7 @@ def test_no_masked_expert_is_ever_chosen(folder):
             allowed[layer.index] = set(some.tolist())
             mask = torch.zeros(6, dtype=torch.bool)
             mask[some] = True
-            served.adapter.set_mask(layer.index, mask)
+            served.adapter.steer(layer.index, mask)
         served.calls.clear()
         for logits in decode(served.model, steps=2):
             assert torch.isfinite(logits).all()
@@ -157,10 +151,10 @@ def test_removing_the_masks_gives_the_old_logits_back(folder):
     before = list(decode(served.model, steps=1))
     mask = torch.tensor([True, True, True, False, False, False])
     for layer in served.adapter.layers:
-        served.adapter.set_mask(layer.index, mask)
+        served.adapter.steer(layer.index, mask)
     masked = list(decode(served.model, steps=1))
     for layer in served.adapter.layers:
-        served.adapter.set_mask(layer.index, None)
+        served.adapter.steer(layer.index)
     after = list(decode(served.model, steps=1))
     assert not torch.equal(before[0], masked[0])
     assert torch.equal(before[0], after[0])
@@ -171,7 +165,7 @@ def test_wanted_is_the_choice_without_the_mask(folder):
     list(decode(served.model, steps=0))
     assert served.wanted == [None] * len(served.adapter.layers)
     plain = served.calls[0]
-    served.adapter.set_mask(0, torch.tensor([True, True, True, False, False, False]))
+    served.adapter.steer(0, torch.tensor([True, True, True, False, False, False]))
     served.wanted.clear()
     list(decode(served.model, steps=0))
     idx, weights = served.wanted[0]
@@ -198,7 +192,7 @@ def test_look_ahead_is_the_next_routers_own_answer(folder):
 
 def test_look_ahead_follows_the_mask_of_the_layer_it_asks(folder):
     served = Served(folder)
-    served.adapter.set_mask(1, torch.tensor([False, False, False, True, True, True]))
+    served.adapter.steer(1, torch.tensor([False, False, False, True, True, True]))
     list(decode(served.model, steps=1))
     for (layer, _, _), ahead in zip(served.calls, served.ahead, strict=True):
         assert layer != 0 or ahead[0][1].min() >= 3
@@ -224,16 +218,16 @@ def test_zero_weights_and_indices_outside_load_nothing(qwen):
 def test_a_mask_that_is_too_narrow_or_of_the_wrong_length_is_refused(qwen):
     adapter = Served(qwen).adapter
     with pytest.raises(ValueError, match="allows 1 experts, its router picks 2"):
-        adapter.set_mask(0, torch.arange(6) == 3)
+        adapter.steer(0, torch.arange(6) == 3)
     with pytest.raises(ValueError, match="one entry for each of 6 experts"):
-        adapter.set_mask(0, torch.ones(5, dtype=torch.bool))
+        adapter.steer(0, torch.ones(5, dtype=torch.bool))
 
 
 def test_group_limited_routing_keeps_to_experts_of_different_groups(tmp_path):
     """One group is open, the two allowed experts lie in two groups: both must be chosen."""
     served = Served(tiny_models.deepseek_v3(tmp_path / "d", topk_group=1))
     for layer in served.adapter.layers:
-        served.adapter.set_mask(layer.index, torch.tensor([True, False, False, False, True, False]))
+        served.adapter.steer(layer.index, torch.tensor([True, False, False, False, True, False]))
     list(decode(served.model, steps=3))
     assert {e for _, idx, _ in served.calls for e in idx.unique().tolist()} == {0, 4}
 
@@ -265,18 +259,6 @@ def test_loading_is_silent_and_leaves_logging_as_it_was(qwen, caplog, capfd):
     out, err = capfd.readouterr()
     assert (out, err, caplog.text) == ("", "", "")
     assert logger.filters == filters
-
-
-def edit(source: Path, folder: Path, change) -> Path:
-    """A copy of a checkpoint whose tensors went through `change`."""
-    folder.mkdir()
-    tensors = {}
-    for file in source.glob("*.safetensors"):
-        tensors |= load_file(file)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text((source / "config.json").read_text())
-    return folder
 
 
 def test_a_missing_weight_besides_the_experts_is_refused_by_name(qwen, tmp_path):
@@ -311,16 +293,13 @@ def test_pickled_weights_are_refused_with_the_next_step(tmp_path, qwen):
 
 
 def test_unknown_quantisation_is_refused(tmp_path, qwen):
-    folder = edit(qwen, tmp_path / "q", lambda t: None)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = edit(qwen, tmp_path / "q", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ValueError, match="gptq"):
         load_skeleton(folder, dtype=torch.float32)
 
 
 def test_a_truncated_shard_is_refused_by_name(qwen, tmp_path):
-    folder = edit(qwen, tmp_path / "t", lambda t: None)
+    folder = edit(qwen, tmp_path / "t")
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"model\.safetensors.*truncated"):
@@ -377,11 +356,8 @@ def test_mxfp4_experts_are_decoded_like_transformers_does(tmp_path):
                 tensors[key + "_blocks"], tensors[key + "_scales"]
             )
 
-    folder = edit(source, tmp_path / "mxfp4", quantise)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4"}
-    (folder / "config.json").write_text(json.dumps(config))
-    served = Served(folder)
+    method = {"quant_method": "mxfp4"}
+    served = Served(edit(source, tmp_path / "mxfp4", quantise, quantization_config=method))
     for layer in served.adapter.layers:
         for expert in range(6):
             got = served.reader(layer.index, expert)
@@ -406,15 +382,8 @@ def test_fp8_experts_and_weights_are_scaled_block_by_block(tmp_path):
             tensors[key + "_scale_inv"] = scale
             expected[key] = (tensors[key].float() * spread).to(torch.bfloat16)
 
-    folder = edit(source, tmp_path / "fp8", quantise)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    served = Served(folder)
+    method = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    served = Served(edit(source, tmp_path / "fp8", quantise, quantization_config=method))
     for layer in served.adapter.layers:
         for expert in range(6):
             got = served.reader(layer.index, expert)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import tiny_models
 from moelab.models.adapter import find_moe, load_skeleton
@@ -103,10 +102,10 @@ def test_packing_twice_gives_the_same_bytes(qwen, tmp_path):
 
 
 def test_float32_checkpoints_are_stored_as_bfloat16_and_say_so(tmp_path, capsys):
-    torch.manual_seed(0)
-    source = tiny_models.mixtral(tmp_path / "m")
-    for file in source.glob("*.safetensors"):
-        save_file({k: t.float() for k, t in load_file(file).items()}, file, {"format": "pt"})
+    def widen(tensors):
+        tensors.update({key: t.float() for key, t in tensors.items()})
+
+    source = tiny_models.edit(tiny_models.mixtral(tmp_path / "m"), tmp_path / "wide", widen)
     store = Store.open(pack(source, tmp_path / "store", tiers=(16,)))
     assert store.layout.dtype == "bfloat16"
     assert store.manifest.notes == ("experts are float32 in the source, stored as bfloat16",)
@@ -129,10 +128,7 @@ def test_a_second_pack_of_the_same_is_a_no_op_and_of_another_is_refused(qwen, tm
 
 
 def test_a_retrained_checkpoint_of_the_same_size_is_not_the_same(qwen, tmp_path):
-    twin = tmp_path / "twin"
-    twin.mkdir()
-    for file in qwen.iterdir():
-        (twin / file.name).write_bytes(file.read_bytes())
+    twin = shutil.copytree(qwen, tmp_path / "twin")
     store = pack(twin, tmp_path / "store", tiers=(2,), progress=False)
     shard = min(twin.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
@@ -189,14 +185,10 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_weights_that_are_not_finite_are_refused_by_layer_and_expert(qwen, tmp_path):
-    source = tmp_path / "nan"
-    source.mkdir()
-    tensors = {}
-    for file in qwen.glob("*.safetensors"):
-        tensors |= load_file(file)
-    tensors["model.layers.1.mlp.experts.4.up_proj.weight"][3, 5] = float("nan")
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    (source / "config.json").write_text((qwen / "config.json").read_text())
+    def spoil(tensors):
+        tensors["model.layers.1.mlp.experts.4.up_proj.weight"][3, 5] = float("nan")
+
+    source = tiny_models.edit(qwen, tmp_path / "nan", spoil)
     with pytest.raises(StoreError, match="layer 1 expert 4"):
         pack(source, tmp_path / "store", progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["nan"]

@@ -7,6 +7,7 @@ files; sizes are no powers of two. Every family writes a byte-level tokenizer.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,20 @@ def reshard(folder: Path, shards: int = SHARDS) -> None:
     size = sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def edit(source: Path, folder: Path, change: Any = None, **config: Any) -> Path:
+    """A copy of a checkpoint in one file, whose tensors went through `change`."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors: dict[str, torch.Tensor] = {}
+    for file in source.glob("*.safetensors"):
+        tensors |= load_file(file)
+    if change is not None:
+        change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    known = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(known | config))
+    return folder
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:

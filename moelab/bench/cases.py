@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 import moelab
+from moelab.scheduling.events import GUESSED
 
 ROLES = tuple(moelab.strategies.lru().parts)
 """The five decisions; each may be taken from another strategy."""
@@ -30,7 +31,7 @@ COUNTED = {
     "low": "kind == 'load' and bits < bits_asked and token > 0",
     "skipped": "kind == 'skip' and token > 0",
     "prefetches": "kind == 'prefetch' and token > 0",
-    "prefetches_used": "kind == 'hit' and cause == 'prefetched' and token > 0",
+    "prefetches_used": f"kind == 'hit' and cause in {GUESSED} and token > 0",
 }
 """Events of a run: a miss came high (at the bits asked for), low, or was skipped."""
 MEANS = (*COUNTED, "downgrades", "skips", "substitutes", "tokens_above_budget")

@@ -21,8 +21,8 @@ import typer
 import moelab
 from moelab.engine.engine import Engine
 from moelab.engine.generation import Decoder
-from moelab.engine.memory import Slot
-from moelab.runs.tokens import tally
+from moelab.engine.memory import pages
+from moelab.runs.tokens import REQUESTS, tally
 
 ROUND = 4
 """Tokens between two readings of the bandwidth."""
@@ -75,7 +75,7 @@ def measure(lab: moelab.Lab, ids: list[int], *, tokens: int = 32, warm: int = 8)
         "tokens_per_s": round(tokens / seconds, 2),
         "bytes": total["bytes"] // tokens,
         "bandwidth_bytes_s": round(speed),
-        "hit_ratio": round(total["hits"] / (total["hits"] + total["loads"] + total["skips"]), 3),
+        "hit_ratio": round(total["hits"] / sum(total[name] for name in REQUESTS), 3),
         "peak_resident_bytes": engine.arena.peak_bytes,
         "rss_bytes": psutil.Process().memory_info().rss,
     }
@@ -84,18 +84,18 @@ def measure(lab: moelab.Lab, ids: list[int], *, tokens: int = 32, warm: int = 8)
 def bandwidth(engine: Engine, bits: int, *, seconds: float = 0.4) -> float:
     """Bytes a second of random experts through the loader, with nothing else to do."""
     store, rng, read = engine.store, random.Random(0), 0
-    slots = [Slot(bits, store.slot_bytes[bits]) for _ in range(IN_FLIGHT)]
+    slots = [pages(store.slot_bytes[bits]) for _ in range(IN_FLIGHT)]
     begun = time.perf_counter()
     while time.perf_counter() - begun < seconds:
         tickets = []
         for slot in slots:
             layer = rng.randrange(store.num_layers)
             expert = rng.randrange(store.experts_per_layer[layer])
-            path, offset, _ = store.location(layer, expert, bits)
-            tickets.append(engine.loader.submit(path, offset, slot.view, urgent=True))
+            _, offset, _ = store.location(layer, expert, bits)
+            tickets.append(engine.loader.submit(store.files[bits], offset, slot, urgent=True))
         for ticket in tickets:
             engine.loader.wait(ticket)
-        read += sum(len(slot.view) for slot in slots)
+        read += sum(map(len, slots))
     return read / (time.perf_counter() - begun)
 
 

@@ -8,13 +8,14 @@ T tokens, L layers, E experts, K active, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from moelab.engine.compute import Routed
 from moelab.engine.generation import Stream
 from moelab.scheduling.stream import LookAhead
 from moelab.scheduling.trace import LayerInput, Trace
@@ -89,30 +90,24 @@ def record(
         With the norms of the layers' inputs; give ``strategy`` and ``knobs`` to `replay`.
     """
     engine, trace = lab._engine, Trace(lab._shape)
+
+    def heard(layer: int, x: torch.Tensor, routed: Routed) -> None:
+        asked = engine.adapter.look_ahead(layer, look_ahead) if look_ahead else []
+        coming = [(at, Routed(*choice, trace.shape.experts[at])) for at, *choice in asked]
+        norms = x.float().norm(dim=-1).tolist()
+        for t, own in enumerate(zip(routed.experts, routed.weights, strict=True)):
+            ahead = (LookAhead(at, its.experts[t], its.weights[t]) for at, its in coming if t)
+            experts, weights = ((part,) for part in own)
+            told = LayerInput(layer, experts, weights, not t, tuple(ahead), norms=(norms[t],))
+            steps[t].append(told)
+
     for text in texts_of(lab, texts):
         ids = lab._encode(text)[:tokens]
-        with engine.full_precision(), engine.listening(look_ahead) as steps:
+        steps: list[list[LayerInput]] = [[] for _ in ids]  # [T][L]
+        with engine.full_precision(heard=heard):
             Stream(engine).forward(ids)
-        for token in range(len(ids)):
-            trace.steps += [_one_token(given, token) for given in steps]
+        trace.steps += itertools.chain(*steps)
     return trace
-
-
-def _one_token(given: LayerInput, token: int) -> LayerInput:
-    """One token's part of a layer that was asked about many."""
-    ahead = tuple(  # of a layer that was listened to, experts and weights are [T][K]
-        LookAhead(a.layer, a.experts[token], a.weights[token])  # pyright: ignore[reportArgumentType]
-        for a in given.look_ahead
-    )
-    own = slice(token, token + 1)
-    return dataclasses.replace(
-        given,
-        experts=given.experts[own],
-        weights=given.weights[own],
-        prefill=token == 0,
-        look_ahead=ahead if token else (),
-        norms=None if given.norms is None else given.norms[own],
-    )
 
 
 def expert_norms(lab: Lab) -> list[list[float]]:

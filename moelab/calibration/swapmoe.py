@@ -112,11 +112,11 @@ class ShortLayer:
                 for begin, experts in zip(range(0, len(ids), f), chosen, strict=True):
                     mask = torch.zeros(self._engine.shape.experts[layer], dtype=torch.bool)
                     mask[list(experts)] = True
-                    adapter.set_mask(layer, mask)
+                    adapter.steer(layer, mask)
                     chunk = ids[begin : begin + f]
                     out.append(stream.forward(chunk, keep=len(chunk)))
             finally:
-                adapter.set_mask(layer, None)
+                adapter.steer(layer)
         return torch.cat(out)
 
 

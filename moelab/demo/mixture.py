@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moelab.store.destination import check_room, partial_folder, remove_stale
+from moelab.store.destination import check_room, move, partial_folder, remove_stale
 
 FORMAT, SAMPLE = "moelab-delta-2", "dense.sample"
 """What a delta's file says it is, and under which name it knows its dense model again."""
@@ -283,9 +282,5 @@ def materialise(
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        old = folder.with_name(f"{folder.name}.partial-old-{os.getpid()}")
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        move(partial, folder, overwrite=True)
     return folder

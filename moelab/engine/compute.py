@@ -5,6 +5,8 @@ of their numbers: a floating-point sum depends on the order, and where two exper
 to a router its last bit chooses. So the same experts at the same bits write the same text, whatever
 was in the cache. `full_precision` is the measuring instrument: the same layer with every expert at
 the store's best tier, read through the page cache and outside the budget, for comparing logits.
+A kernel reads a slot as large as the layout says; that the model has that layout was checked when
+the store was opened.
 
 T tokens, K active, D model, n experts of one call.
 """
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 
 from moelab.engine import kernels
-from moelab.engine.memory import Slot
+from moelab.engine.memory import Slot, pages
 from moelab.models.adapter import Adapter, expert_forward
 from moelab.scheduling.stream import Key
 from moelab.store.codecs import decode
@@ -29,6 +31,9 @@ FEW_TOKENS = 8
 
 Those are served by the kernels too up to `kernels.KERNEL_TOKENS`, and by a decoded expert beyond.
 """
+
+AT_ONCE = 8
+"""Experts that full precision reads before it computes them."""
 
 
 class Routed:
@@ -66,20 +71,12 @@ class ExpertCompute:
     def __init__(self, store: Store, adapter: Adapter) -> None:
         self.store, self.adapter = store, adapter
         self.layout = store.layout
-        expert = store.manifest
-        self.inner = expert.inner
-        self.fast = kernels.supports(
-            store.layout,
-            activation=expert.activation,
-            gating=expert.gating,
-            transposed=expert.transposed,
-            has_bias=expert.has_bias,
-            has_post_norm=expert.has_post_norm,
-        )
-        self._full: dict[int, np.memmap] = {}
+        self.inner = store.manifest.inner
+        self.fast = kernels.supports(store.layout, store.manifest)
+        self._full: dict[tuple[int, int], Slot] = {}  # (place, bits) -> memory of full precision
 
     def release(self) -> None:
-        """Let go of the full-precision files' pages."""
+        """Let go of full precision's memory."""
         self._full.clear()
 
     def batch(self, layer: int, x: torch.Tensor, routed: Routed, scale_input: bool) -> Batch:
@@ -101,41 +98,26 @@ class ExpertCompute:
         batch = self.batch(layer, x, routed, scale_input)
         wanted = sorted({e for row in routed.experts for e in row})
         tiers = [(e, bits((layer, e))) for e in wanted]
-        batch.add([(Serve(e, b), self._mapped(layer, e, b)) for e, b in tiers if b])
+        served = [Serve(e, b) for e, b in tiers if b]
+        for some in (served[at : at + AT_ONCE] for at in range(0, len(served), AT_ONCE)):
+            batch.add([(s, self._read(layer, s, place)) for place, s in enumerate(some)])
         return batch.result()
 
-    def _mapped(self, layer: int, expert: int, bits: int) -> Mapped:
-        path, offset, nbytes = self.store.location(layer, expert, bits)
-        if bits not in self._full:
-            self._full[bits] = np.memmap(path, np.uint8, mode="r")
-        return Mapped(self._full[bits][offset : offset + nbytes])
+    def _read(self, layer: int, serve: Serve, place: int) -> Slot:
+        """The expert in one of `AT_ONCE` slots, which the next one in that place writes over."""
+        slot = self._full.get((place, serve.bits))
+        if slot is None:
+            slot = Slot(serve.bits, pages(self.store.slot_bytes[serve.bits]))
+            self._full[place, serve.bits] = slot
+        self.store.read(layer, serve.expert, serve.bits, into=slot.view)
+        return slot
 
 
-class Mapped:
-    """A blob in the page cache, with what a computation reads of a slot."""
-
-    __slots__ = ("addr", "view")
-
-    def __init__(self, view: np.ndarray) -> None:
-        self.view, self.addr = view, view.ctypes.data
-
-
-Memory = Slot | Mapped
-
-
-class Batch:
-    """One layer's output in the making."""
+class _Layer:
+    """One layer's output in the making: `add` experts, then take the ``result``."""
 
     def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
         self.layer, self._compute, self._x, self._routed = layer, compute, x, routed
-
-    def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
-        """Compute experts whose bytes are in memory, each once; these are free to go afterwards."""
-        raise NotImplementedError
-
-    def result(self) -> torch.Tensor:
-        """The layer's output ``[T, D]`` in the model's dtype."""
-        raise NotImplementedError
 
     def _gate(self, expert: int) -> np.ndarray:
         """Gate weight of ``expert`` for every token, float32 ``[T]``."""
@@ -145,7 +127,7 @@ class Batch:
         return np.where(self._routed.idx == expert, self._routed.gates, np.float32(0)).sum(1)
 
 
-class KernelBatch(Batch):
+class KernelBatch(_Layer):
     """SwiGLU experts of few tokens, each at its own bits: one kernel call for all that are here."""
 
     def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
@@ -154,8 +136,8 @@ class KernelBatch(Batch):
         self._calls: list[np.ndarray] = []  # [n, T, D]
         self._experts: list[int] = []  # of all calls
 
-    def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
-        """Keep the output of each expert."""
+    def add(self, served: Sequence[tuple[Serve, Slot]]) -> None:
+        """Compute experts whose bytes are in memory, each once; these are free to go afterwards."""
         if not served:
             return
         served = sorted(served, key=lambda one: one[0].expert)
@@ -182,7 +164,7 @@ class KernelBatch(Batch):
         return torch.from_numpy(np.add.reduce(outputs, 0)).to(self._x.dtype)
 
 
-class PrefillBatch(Batch):
+class PrefillBatch(_Layer):
     """Experts of many tokens, one after another, each on the tokens that chose it.
 
     An output waits until those of all experts before it are added: none where all of them are in
@@ -197,7 +179,7 @@ class PrefillBatch(Batch):
         self._order = sorted({e for row in routed.experts for e in row})
         self._early: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def add(self, served: Sequence[tuple[Serve, Memory]]) -> None:
+    def add(self, served: Sequence[tuple[Serve, Slot]]) -> None:
         """Compute one expert after another."""
         for serve, memory in sorted(served, key=lambda one: one[0].expert):
             gate = torch.from_numpy(self._gate(serve.expert))
@@ -208,13 +190,13 @@ class PrefillBatch(Batch):
                 self._out.index_add_(0, *self._early.pop(self._order.pop(0)))
 
     def result(self) -> torch.Tensor:
-        """Add what waits behind an expert that was left out."""
+        """The layer's output; what waits behind an expert that was left out is added now."""
         for expert in sorted(self._early):
             self._out.index_add_(0, *self._early[expert])
         return self._out.to(self._x.dtype)
 
     def _expert(
-        self, bits: int, memory: Memory, rows: torch.Tensor, gate: torch.Tensor
+        self, bits: int, memory: Slot, rows: torch.Tensor, gate: torch.Tensor
     ) -> torch.Tensor:
         x = self._x[rows].float()
         return kernels.swiglu_prefill(memory.view, bits, self._compute.layout, x) * gate
@@ -231,9 +213,12 @@ class TorchBatch(PrefillBatch):
         super().__init__(compute, layer, x, routed)
 
     def _expert(
-        self, bits: int, memory: Memory, rows: torch.Tensor, gate: torch.Tensor
+        self, bits: int, memory: Slot, rows: torch.Tensor, gate: torch.Tensor
     ) -> torch.Tensor:
         tensors = decode(memory.view, self._compute.layout, bits, dtype=self._dtype)
         x = self._x[rows]
         y = expert_forward(self._module, x * gate if self._scale_input else x, tensors)
         return y if self._scale_input else y * gate
+
+
+Batch = KernelBatch | PrefillBatch

@@ -11,6 +11,7 @@ T tokens, K active, E experts, D model.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -21,8 +22,7 @@ from moelab.engine.compute import Batch, ExpertCompute, Routed, Serve
 from moelab.engine.loader import Loader, Ticket
 from moelab.engine.log import EventLog
 from moelab.engine.memory import Arena, Slot
-from moelab.engine.questions import Questions
-from moelab.models.adapter import Steering, attach, load_skeleton
+from moelab.models.adapter import attach, load_skeleton
 from moelab.scheduling import events as e
 from moelab.scheduling.events import LayerPlan
 from moelab.scheduling.scheduler import Scheduler
@@ -32,18 +32,11 @@ from moelab.scheduling.trace import Change, LayerInput, Trace
 from moelab.settings import Settings
 from moelab.store.store import Store
 
+Heard = Callable[[int, torch.Tensor, Routed], None]
+
 
 class Engine:
-    """A model whose experts live on disk, within a budget.
-
-    Parameters
-    ----------
-    store
-        An opened store.
-    settings
-        Budget, bits, strategy, device.
-    dtype
-        Of the non-expert weights and the activations.
+    """A model whose experts live on disk, within a budget; ``dtype`` is of all other weights.
 
     Raises
     ------
@@ -56,18 +49,17 @@ class Engine:
         self.shape = store.shape
         kernels.warm_up()
         self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
-        self.model = load_skeleton(store.checkpoint_dir, dtype=dtype)
+        self.model = load_skeleton(store.checkpoint_dir, dtype=dtype, check=store.check_model)
         self.adapter = attach(self.model, self._layer)
         self.compute = ExpertCompute(store, self.adapter)
         self.arena = Arena(dict(store.slot_bytes), settings.budget_bytes)
         self.loader = Loader(max(store.slot_bytes.values()), settings.device)
         self.resident: dict[Key, tuple[Slot, Ticket]] = {}
         self.reference: Callable[[tuple[int, int]], int] | None = None
-        self._heard: list[LayerInput] | None = None
-        self._listen_depth = 0
-        self.questions = Questions()
+        self._heard: Heard | None = None
+        # Held while the scheduler decides: whoever asks it why sees no half-made decision.
+        self.lock = threading.RLock()
         self._ahead: dict[Key, Ticket] = {}  # prefetches whose bytes may not have landed
-        self.steering = Steering(self.adapter)
         self.new_sequence(record=False)
 
     # -- between tokens ---------------------------------------------------------------------
@@ -94,7 +86,8 @@ class Engine:
         if self.trace is not None:
             self.trace.resident = self.scheduler.cache.items()
         self._record_settings(self.scheduler.strategy.fresh(), fresh=True)
-        self.scheduler.new_sequence()
+        with self.lock:
+            self.scheduler.new_sequence()
         self._begin_token()
         self._set_up()
 
@@ -121,7 +114,8 @@ class Engine:
         """
         old = self.settings
         new_strategy = settings.strategy if settings.strategy is not old.strategy else None
-        plan = self.scheduler.change(settings.knobs(), new_strategy)
+        with self.lock:
+            plan = self.scheduler.change(settings.knobs(), new_strategy)
         self.settings = settings
         try:
             self._issue(plan, None)
@@ -141,7 +135,7 @@ class Engine:
 
     @contextlib.contextmanager
     def full_precision(
-        self, bits: Callable[[tuple[int, int]], int] | None = None
+        self, bits: Callable[[tuple[int, int]], int] | None = None, heard: Heard | None = None
     ) -> Iterator[None]:
         """Inside, forward passes need no cache: unmasked, uncounted, outside the budget.
 
@@ -150,30 +144,21 @@ class Engine:
         bits
             (layer, expert) -> tier it is computed at, 0 for no contribution; default the best
             tier for all.
+        heard
+            Is told each layer, its input ``[T, D]`` and its routing.
         """
         best = max(self.store.tiers)
-        self.steering.release()
-        self.reference = bits or (lambda _: best)
+        self.adapter.release()
+        self.reference, self._heard = bits or (lambda _: best), heard
         try:
             yield
         finally:
-            self.reference = None
+            self.reference = self._heard = None
             self._steer_all()
-
-    @contextlib.contextmanager
-    def listening(self, depth: int = 0) -> Iterator[list[LayerInput]]:
-        """Inside, layers at full precision are written down, with ``depth`` routers asked ahead.
-
-        Here a look-ahead holds the experts and weights of every token, ``[T][K]``.
-        """
-        self._heard, self._listen_depth = [], depth
-        try:
-            yield self._heard
-        finally:
-            self._heard = None
 
     def recover(self) -> None:
         """After a failure in the middle of a token: an empty cache, ready for the next run."""
+        # A plan may have been obeyed in part, so cache and memory no longer agree: both begin anew.
         for slot, ticket in self.resident.values():
             if not self.loader.cancel(ticket):
                 with contextlib.suppress(OSError):
@@ -181,7 +166,7 @@ class Engine:
             self.arena.give(slot)
         self.resident.clear()
         self._ahead.clear()
-        self.steering.release()
+        self.adapter.release()
         settings = self.settings
         self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
         self.arena.set_limit(settings.budget_bytes)
@@ -200,6 +185,8 @@ class Engine:
         return [key for key, (_, ticket) in list(self.resident.items()) if not ticket.done]
 
     def _begin_token(self) -> None:
+        # Masks are asked for before the forward pass, whose clock does not know of it: what that
+        # takes is kept apart, and whoever times the token adds it.
         self.deciding = 0.0  # seconds of this token
         self.at = -1  # the layer that decides; -1 between tokens
         self._steer_all()
@@ -210,7 +197,9 @@ class Engine:
 
         The wait is no stall: it is not attributed to a token but added to ``setup_ms``.
         """
-        plan, told = self.scheduler.begin(), "in_flight" in self.scheduler.strategy.observes
+        with self.lock:
+            plan = self.scheduler.begin()
+        told = "in_flight" in self.scheduler.strategy.observes
         awaited = {k: t for k, t in self._ahead.items() if told and not t.done}
         if not plan.rows and not awaited:
             return
@@ -221,12 +210,10 @@ class Engine:
         self.setup_ms += 1e3 * (time.perf_counter() - begun)
 
     def _record_settings(self, strategy: Strategy, *, fresh: bool) -> None:
-        if self.trace is None:
-            return
-        at, knobs = len(self.trace.steps), self.settings.knobs()
-        self.trace.changes.append(
-            Change(at, knobs, strategy.name, fresh, strategy.values, strategy)
-        )
+        if self.trace is not None:
+            at, knobs, values = len(self.trace.steps), self.settings.knobs(), strategy.values
+            change = Change(at, knobs, strategy.name, fresh, values, strategy)
+            self.trace.changes.append(change)
 
     # -- one layer of a forward pass --------------------------------------------------------
 
@@ -239,27 +226,30 @@ class Engine:
         scale_input: bool,
     ) -> torch.Tensor:
         routed = Routed(idx, weights, self.shape.experts[layer])
-        self.questions.answer(self.scheduler)
         if self.reference is not None:
             if self._heard is not None:
-                self._heard.append(self._overheard(layer, x, routed))
+                self._heard(layer, x, routed)
+            # Measuring must not be seen by what is measured: no scheduler, no trace, no log.
             return self.compute.full_precision(layer, x, routed, scale_input, self.reference)
         given = self._given(layer, x, routed)
         self.at = layer
-        begun = time.perf_counter()
-        plan = self.scheduler.step(given)
-        self.deciding += time.perf_counter() - begun
+        with self.lock:
+            begun = time.perf_counter()
+            plan = self.scheduler.step(given)
+            self.deciding += time.perf_counter() - begun
         if self.trace is not None:
             self.trace.steps.append(given)
+        # The scheduler's cache shows the plan's outcome already. From here on it is only obeyed:
+        # when this layer ends, memory holds what the cache says, or a load is on its way there.
         batch = self.compute.batch(layer, x, routed, scale_input)
         self._finish(self._issue(plan, batch), batch)
-        if layer + 1 < self.shape.layers:
+        if layer + 1 < self.shape.layers:  # its router comes next, and may prefer what is here now
             self._steer(layer + 1)
         return batch.result()
 
     def _steer(self, layer: int) -> None:
         begun = time.perf_counter()
-        self.steering.steer(layer, self.scheduler.mask(layer), self.scheduler.bias(layer))
+        self.adapter.steer(layer, self.scheduler.mask(layer), self.scheduler.bias(layer))
         self.deciding += time.perf_counter() - begun
 
     def _steer_all(self) -> None:
@@ -276,7 +266,7 @@ class Engine:
                 guess = Routed(idx[-1:], weights[-1:], self.shape.experts[coming])
                 ahead += (LookAhead(coming, guess.experts[0], guess.weights[0]),)
         wanted = None
-        if "wanted" in observes and self.steering.steers(layer):
+        if "wanted" in observes and self.adapter.steers(layer):
             choice = self.adapter.wanted(layer)
             wanted = Routed(*choice, self.shape.experts[layer]) if choice else None
         return LayerInput(
@@ -291,15 +281,6 @@ class Engine:
             unread=self._withdraw(layer) if "unread" in observes else (),
             in_flight=self._not_landed() if "in_flight" in observes else (),
         )
-
-    def _overheard(self, layer: int, x: torch.Tensor, routed: Routed) -> LayerInput:
-        ahead: tuple[LookAhead, ...] = ()
-        depth = min(self._listen_depth, self.shape.layers - 1 - layer)
-        for coming, idx, weights in self.adapter.look_ahead(layer, depth) if depth else ():
-            guess = Routed(idx, weights, self.shape.experts[coming])
-            ahead += (LookAhead(coming, guess.experts, guess.weights),)  # pyright: ignore[reportArgumentType]
-        norms = tuple(x.float().norm(dim=-1).tolist())
-        return LayerInput(layer, routed.experts, routed.weights, True, ahead, norms=norms)
 
     def _not_landed(self) -> tuple[Key, ...]:
         self._ahead = {k: t for k, t in self._ahead.items() if not t.done}
@@ -325,14 +306,17 @@ class Engine:
             key = self.shape.offset[layer] + expert
             if kind == e.EVICT:
                 if batch is not None and key in pending:
+                    # A prompt needs more experts than fit: those served so far are computed now,
+                    # because the bytes of one of them are about to be written over.
                     self._finish(waiting, batch)
                     pending.clear()
                 self._evict(key, row)
                 continue
-            self.log.add(
-                self.token, self.at, row, self.shape.nbytes.get(bits, 0), time.perf_counter()
-            )
-            if kind in (e.LOAD, e.PREFETCH):
+            late = kind == e.HIT and not self.resident[key][1].done
+            told = (*row[:5], e.LATE, chosen) if late else row
+            size = self.shape.nbytes.get(bits, 0)
+            self.log.add(self.token, self.at, told, size, time.perf_counter())
+            if kind in (e.LOAD, e.PREFETCH):  # right behind its row: the ticket is the last row's
                 self.log.time_by(self._load(key, bits, urgent=kind == e.LOAD))
             if kind in (e.HIT, e.LOAD, e.SUBSTITUTE) or (kind == e.PREFETCH and batch is None):
                 waiting.append(Serve(chosen, bits, key, load=kind == e.LOAD))
@@ -342,6 +326,8 @@ class Engine:
     def _finish(self, waiting: list[Serve], batch: Batch) -> None:
         """Compute everything in ``waiting``: what is here at once, the rest as it lands."""
         while waiting:
+            # All that has landed goes into one kernel call. Only with nothing left to compute is a
+            # load waited for: the first, because loads come in the order they were issued.
             ready = [s for s in waiting if self.resident[s.key][1].done]
             if not ready:
                 self._stall(waiting[0])
@@ -358,15 +344,18 @@ class Engine:
         self.loader.wait(ticket)
         seconds = time.perf_counter() - begun
         asked, place = int(self.scheduler.view.asked[serve.key]), self.shape.place(serve.key)
-        self.log.stall(self.token, self.at, place, (asked, serve.bits), cause, begun, seconds)
+        row = (e.STALL, *place, asked, serve.bits, cause, place[1])
+        self.log.add(self.token, self.at, row, 0, begun, seconds)
 
     # -- memory -----------------------------------------------------------------------------
 
     def _load(self, key: Key, bits: int, *, urgent: bool) -> Ticket:
         """Submit a load; it holds its memory from now on."""
+        # The arena refuses what would exceed the budget. It never has to: the plan's evictions came
+        # before this row. Until the ticket is done the slot is the loader's to write.
         slot = self.arena.take(bits)
-        path, offset, _ = self.store.location(*self.shape.place(key), bits)
-        ticket = self.loader.submit(path, offset, slot.view, urgent=urgent)
+        _, offset, _ = self.store.location(*self.shape.place(key), bits)
+        ticket = self.loader.submit(self.store.files[bits], offset, slot.view, urgent=urgent)
         self.resident[key] = (slot, ticket)
         if not urgent:
             self._ahead[key] = ticket
@@ -383,8 +372,8 @@ class Engine:
             except OSError:  # an unread prefetch leaves: nobody needs its bytes
                 row = (*row[:5], e.FAILED, row[6])
             seconds = time.perf_counter() - begun
-            place, bits = row[1:3], (row[4], row[4])
-            self.log.stall(self.token, self.at, place, bits, e.EVICTED_LATE, begun, seconds)
+            stall = (e.STALL, *row[1:5], e.EVICTED_LATE, row[6])
+            self.log.add(self.token, self.at, stall, 0, begun, seconds)
         del self.resident[key]
         self.arena.give(slot)
         self.log.add(self.token, self.at, row, slot.nbytes, time.perf_counter())

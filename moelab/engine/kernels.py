@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from moelab.engine.row_dots import AVX2, dot_codes, dot_half, kernel
 from moelab.store.codecs import GROUP, TIERS, Layout, check_blob, decode, nbytes
+from moelab.store.manifest import Manifest
 
 __all__ = ["AVX2", "KERNEL_TOKENS", "supports", "swiglu_experts", "swiglu_prefill", "warm_up"]
 
@@ -106,22 +107,6 @@ def _silu_mul(tokens: np.ndarray, hidden: np.ndarray, act: np.ndarray) -> None:
 
 
 @kernel
-def _first_wrong(addresses: np.ndarray, bits: np.ndarray) -> int:
-    for e in range(len(addresses)):
-        if addresses[e] == 0 or bits[e] not in (16, 8, 4, 3, 2):
-            return e
-    return -1
-
-
-@kernel
-def _has(bits: np.ndarray, low: int, high: int) -> bool:
-    found = False
-    for tier in bits:
-        found |= low <= tier <= high
-    return found
-
-
-@kernel
 def _tokens(gate: np.ndarray, room: np.ndarray) -> np.ndarray:
     """List the tokens to which any of these experts [n, T] has a gate weight."""
     n = 0
@@ -148,9 +133,11 @@ def _experts(
 
     Returns -1, or the index of an expert that cannot be, in which case nothing was done.
     """
-    wrong = _first_wrong(addresses, bits)
-    if wrong >= 0:
-        return wrong
+    some_int8 = some_int16 = False
+    for e in range(len(addresses)):
+        if addresses[e] == 0 or bits[e] not in (16, 8, 4, 3, 2):
+            return e
+        some_int8, some_int16 = some_int8 or bits[e] < 8, some_int16 or bits[e] == 8
     count, width = x.shape
     # Only rows of tokens that are served are ever filled, and only those are read.
     x8, x16 = np.empty((count, width), np.int8), np.empty((count, width), np.int16)
@@ -161,7 +148,6 @@ def _experts(
     act = np.empty((count, inner), np.float32)
     result = np.empty((count, width), np.float32)
     room = np.empty(count, np.int64)
-    some_int8, some_int16 = _has(bits, 2, 4), _has(bits, 8, 8)
     _quantise(x, _tokens(gate, room), some_int8, some_int16, x8, x16, x_pairs)
     for e in range(len(addresses)):
         tokens = _tokens(gate[e : e + 1], room)
@@ -186,35 +172,15 @@ def _check(name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]
         )
 
 
-def supports(
-    layout: Layout,
-    *,
-    activation: str,
-    gating: str = "concatenated",
-    transposed: bool = False,
-    has_bias: bool = False,
-    has_post_norm: bool = False,
-) -> bool:
+def supports(layout: Layout, experts: Manifest) -> bool:
     """Say whether the kernels serve experts of this kind.
 
-    They serve SwiGLU: ``down_proj @ (silu(gate) * up)`` with gate and up stacked in one matrix.
-
-    Parameters
-    ----------
-    layout : Layout
-        The expert's tensors: exactly ``gate_up_proj [2I, H]``, then ``down_proj [H, I]``.
-    activation, gating, transposed, has_bias, has_post_norm
-        As in `moelab.models.families.MoELayer` and in a store's manifest.
-
-    Examples
-    --------
-    >>> layout = Layout((("gate_up_proj", (256, 192)), ("down_proj", (192, 128))), "bfloat16")
-    >>> supports(layout, activation="silu"), supports(layout, activation="gelu")
-    (True, False)
+    They serve SwiGLU: ``down_proj @ (silu(gate) * up)`` with exactly two tensors, gate and up
+    stacked as ``gate_up_proj [2I, H]``, then ``down_proj [H, I]``.
     """
-    if activation not in ("silu", "swish") or gating != "concatenated":
+    if experts.activation not in ("silu", "swish") or experts.gating != "concatenated":
         return False
-    if transposed or has_bias or has_post_norm:
+    if experts.transposed or experts.has_bias or experts.has_post_norm:
         return False
     if tuple(name for name, _ in layout.tensors) != ("gate_up_proj", "down_proj"):
         return False
@@ -243,16 +209,10 @@ def swiglu_experts(
 
     Parameters
     ----------
-    addrs : numpy.ndarray
-        uintp ``[n]``, where each expert's blob starts; no alignment is needed.
-    bits : numpy.ndarray
-        int64 ``[n]``, each expert's tier.
-    x : numpy.ndarray
-        float32 ``[T, H]``.
-    gate : numpy.ndarray
-        float32 ``[n, T]``.
-    out : numpy.ndarray
-        float32 ``[n, T, H]``, written.
+    addrs, bits
+        uintp and int64 ``[n]``: where each expert's blob starts (at any byte), and its tier.
+    x, gate, out
+        float32 ``[T, H]``, ``[n, T]``, and ``[n, T, H]``, which is written.
     inner : int
         I, the experts' inner width.
     half : {"bfloat16", "float16"}
@@ -284,35 +244,20 @@ def swiglu_experts(
 
 
 def swiglu_prefill(blob: np.ndarray, bits: int, layout: Layout, x: torch.Tensor) -> torch.Tensor:
-    """Return one expert's output for any number of tokens.
+    """One expert's output float32 ``[T, H]`` for any number of tokens ``x`` float32 ``[T, H]``.
 
-    Parameters
-    ----------
-    blob : numpy.ndarray
-        uint8, of shape ``[nbytes(layout, bits)]``.
-    bits : {16, 8, 4, 3, 2}
-        The blob's tier.
-    layout : Layout
-        A layout that `supports` accepts.
-    x : torch.Tensor
-        float32 ``[n, H]``.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 ``[n, H]``.
-
-    Notes
-    -----
-    Beyond 32 tokens weights are decoded to float32 and torch multiplies them with its threads;
+    ``blob`` is uint8 ``[nbytes(layout, bits)]``, of a layout that `supports` accepts. Beyond 32
+    tokens weights are decoded to float32 and torch multiplies them with its threads;
     up to there the decoding costs more than it saves, and the kernels serve. Decoding to 16-bit
     matrices does not pay: without AVX512 torch multiplies those by more than one token several
     times slower than float32 ones.
     """
     if len(x) <= KERNEL_TOKENS:
+        check_blob(blob, layout, bits)
+        blob = np.ascontiguousarray(blob)
         x, out = x.contiguous(), x.new_empty((1, *x.shape))
         swiglu_experts(
-            np.array([_address(blob, bits, layout)], np.uintp),
+            np.array([blob.ctypes.data], np.uintp),
             np.array([bits], np.int64),
             x.numpy(),
             np.ones((1, len(x)), np.float32),
@@ -324,13 +269,6 @@ def swiglu_prefill(blob: np.ndarray, bits: int, layout: Layout, x: torch.Tensor)
     weights = decode(blob, layout, bits)
     gate, up = F.linear(x, weights["gate_up_proj"]).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, weights["down_proj"])
-
-
-def _address(blob: np.ndarray, bits: int, layout: Layout) -> int:
-    check_blob(blob, layout, bits)
-    if not blob.flags.c_contiguous:
-        raise ValueError("blob is a strided view; pass its bytes in one piece")
-    return blob.ctypes.data
 
 
 def warm_up() -> None:

@@ -11,14 +11,14 @@ it is done its slot belongs to the loader: a slot given away earlier would be wr
 from __future__ import annotations
 
 import errno
-import os
 import threading
 import time
 from collections import deque
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
+from moelab.store.blobs import BlobFile
 from moelab.store.devices import Device, Throttle, device, sleep_until
 
 BIG = 1_500_000
@@ -31,29 +31,19 @@ class LoadError(OSError):
     """An expert could not be read."""
 
 
+@dataclass(eq=False, slots=True)
 class Ticket:
     """One load: where from, where to, and when it happened (seconds of `time.perf_counter`)."""
 
-    __slots__ = (
-        "cancelled",
-        "done",
-        "error",
-        "finished",
-        "into",
-        "nbytes",
-        "offset",
-        "path",
-        "started",
-        "submitted",
-        "urgent",
-    )
-
-    def __init__(self, path: Path, offset: int, into: np.ndarray, urgent: bool) -> None:
-        self.path, self.offset, self.urgent = path, offset, urgent
-        self.into, self.nbytes = into, len(into)
-        self.submitted, self.started, self.finished = time.perf_counter(), 0.0, 0.0
-        self.done = self.cancelled = False
-        self.error: Exception | None = None
+    file: BlobFile
+    offset: int
+    into: np.ndarray
+    urgent: bool
+    started: float = 0.0
+    finished: float = 0.0
+    done: bool = False
+    cancelled: bool = False
+    error: Exception | None = None
 
     def end(self, *, cancelled: bool = False) -> None:
         """Done, or never to be read; let go of the memory, because the event log keeps tickets."""
@@ -77,8 +67,7 @@ class Loader:
         # Guards everything below; notified whenever a load is queued, done, or the device changes.
         self._cond = threading.Condition()
         self._queues: tuple[deque[Ticket], deque[Ticket]] = (deque(), deque())  # urgent, prefetch
-        self._files: dict[Path, tuple[int, bool]] = {}  # descriptor, O_DIRECT or not
-        self._opened: list[int] = []  # all of them, closed at the end: a read may be using one
+        self._files: set[BlobFile] = set()  # read so far
         self._throttle = Throttle()
         self._profile: Device = device(profile)
         self._active = 0  # loads begun and not done: never more than the device's queue
@@ -104,7 +93,7 @@ class Loader:
     @property
     def direct(self) -> bool:
         """Whether reads bypass the page cache; without that, times are not the disk's."""
-        return all(direct for _, direct in list(self._files.values()))
+        return all(file.direct for file in list(self._files))
 
     def use(self, name: str) -> None:
         """Loads begun from now on come from another device."""
@@ -113,9 +102,9 @@ class Loader:
             self._throttle.reset()
             self._cond.notify_all()
 
-    def submit(self, path: Path, offset: int, into: np.ndarray, *, urgent: bool) -> Ticket:
+    def submit(self, file: BlobFile, offset: int, into: np.ndarray, *, urgent: bool) -> Ticket:
         """Queue a read of ``len(into)`` bytes; ``into`` must stay alive until it is done."""
-        ticket = Ticket(path, offset, into, urgent)
+        ticket = Ticket(file, offset, into, urgent)
         with self._cond:
             if self._closed:
                 raise LoadError(errno.ESHUTDOWN, "the loader is closed; open the lab again")
@@ -141,7 +130,7 @@ class Loader:
                     self._cond.wait()
         if ticket.error is not None:
             raise LoadError(
-                errno.EIO, f"cannot read {ticket.path.name} at {ticket.offset}: {ticket.error}"
+                errno.EIO, f"cannot read {ticket.file.path.name} at {ticket.offset}: {ticket.error}"
             ) from ticket.error
 
     def cancel(self, ticket: Ticket) -> bool:
@@ -155,7 +144,7 @@ class Loader:
         return False
 
     def close(self) -> None:
-        """Finish what was begun, withdraw the rest, stop the threads, close the files."""
+        """Finish what was begun, withdraw the rest, stop the threads."""
         with self._cond:
             self._closed = True
             for queue in self._queues:
@@ -165,9 +154,6 @@ class Loader:
             self._cond.notify_all()
         for t in self._threads:
             t.join()
-        for fd in self._opened:
-            os.close(fd)
-        self._opened.clear()
         self._files.clear()
 
     # -- the threads ------------------------------------------------------------------------
@@ -187,9 +173,10 @@ class Loader:
         while (ticket := self._next()) is not None:
             ticket.started = time.perf_counter()
             profile = self._profile
-            due = self._throttle.due(profile, ticket.nbytes, ticket.started)
+            due = self._throttle.due(profile, len(ticket.into), ticket.started)
             try:
-                self._read(ticket)
+                self._files.add(ticket.file)
+                ticket.file.read_into(ticket.into, ticket.offset, direct=True)
                 if profile.emulated:
                     self._throttle.came(ticket.started, due, time.perf_counter())
                     sleep_until(due)
@@ -201,37 +188,3 @@ class Loader:
                 ticket.end()
                 self._active -= 1
                 self._cond.notify_all()
-
-    def _read(self, ticket: Ticket) -> None:
-        into, at, end = memoryview(ticket.into), ticket.offset, ticket.offset + ticket.nbytes  # pyright: ignore[reportArgumentType]
-        while at < end:
-            fd, direct = self._open(ticket.path)
-            try:  # O_DIRECT wants all three aligned: slots and blobs are whole pages
-                got = os.preadv(fd, [into[at - ticket.offset :]], at)
-            except OSError as e:
-                if not (direct and e.errno == errno.EINVAL):  # EINVAL: not on this file system
-                    raise
-                self._reopen_buffered(ticket.path)
-                continue
-            if got <= 0:
-                raise EOFError(f"the file ends at {at}, expected {end}")
-            at += got
-
-    def _open(self, path: Path) -> tuple[int, bool]:
-        with self._cond:
-            if path not in self._files:
-                try:
-                    self._remember(path, os.O_DIRECT, True)
-                except (AttributeError, OSError):
-                    self._remember(path, 0, False)
-            return self._files[path]
-
-    def _reopen_buffered(self, path: Path) -> None:
-        with self._cond:
-            if self._files[path][1]:
-                self._remember(path, 0, False)
-
-    def _remember(self, path: Path, flag: int, direct: bool) -> None:
-        fd = os.open(path, os.O_RDONLY | flag)
-        self._opened.append(fd)
-        self._files[path] = (fd, direct)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moelab.scheduling.events import CANCELLED, CAUSES, DOWNGRADE, DTYPE, KINDS, SKIP, STALL, Row
+from moelab.scheduling.events import CANCELLED, CAUSES, DOWNGRADE, DTYPE, KINDS, SKIP, Row
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,26 +41,15 @@ class EventLog:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def add(self, token: int, at: int, row: Row, nbytes: int, start: float) -> None:
-        """Append a decision; ``start`` in seconds of the engine's clock."""
+    def add(
+        self, token: int, at: int, row: Row, nbytes: int, start: float, seconds: float = 0.0
+    ) -> None:
+        """Append a decision, or a wait that took so long; ``start`` by the engine's clock."""
         kind, layer, expert, asked, bits, cause, _ = row
         size = 0 if kind in (DOWNGRADE, SKIP) else nbytes
         when = (start - self.origin) * 1e3
-        self._rows.append((token, at, layer, expert, kind, asked, bits, size, when, 0.0, cause))
-
-    def stall(
-        self,
-        token: int,
-        at: int,
-        place: tuple[int, int],
-        bits: tuple[int, int],
-        cause: int,
-        start: float,
-        seconds: float,
-    ) -> None:
-        """Append a wait for an expert; ``bits`` asked for and served."""
-        when = (start - self.origin) * 1e3
-        self._rows.append((token, at, *place, STALL, *bits, 0, when, seconds * 1e3, cause))
+        took = seconds * 1e3
+        self._rows.append((token, at, layer, expert, kind, asked, bits, size, when, took, cause))
 
     def time_by(self, ticket: Ticket) -> None:
         """The event added last takes its times from ``ticket`` when it is done."""
@@ -102,23 +91,24 @@ class EventLog:
 
     def to_perfetto(self, path: str | Path) -> Path:
         """Write loads, prefetches and stalls as Chrome trace JSON (open in ui.perfetto.dev)."""
-        path, out = Path(path), []
-        for row in self.records():
-            kind = KINDS[row["kind"]]
-            name = f"L{row['layer']} E{row['expert']} {row['bits']} bit"
-            lane = {"load": 1, "prefetch": 2, "stall": 0}.get(kind)
-            if lane is None:
-                continue
-            span = {
+        lanes = {"stall": 0, "load": 1, "prefetch": 2}
+        spans = self.frame().query(f"kind in {list(lanes)}")
+        out = [
+            {
+                "name": (
+                    "L{layer} E{expert} {bits} bit".format(**r) if lanes[r["kind"]] else "stall"
+                ),
+                "cat": r["kind"],
                 "ph": "X",
-                "ts": float(row["start_ms"]) * 1e3,
-                "dur": float(row["dur_ms"]) * 1e3,
+                "pid": 0,
+                "tid": lanes[r["kind"]],
+                "ts": r["start_ms"] * 1e3,
+                "dur": r["dur_ms"] * 1e3,
+                "args": {"token": r["token"], "cause": r["cause"]},
             }
-            out.append(
-                {"name": kind if lane == 0 else name, "cat": kind, "pid": 0, "tid": lane}
-                | span
-                | {"args": {"token": int(row["token"]), "cause": CAUSES[row["cause"]]}}
-            )
+            for r in spans.to_dict("records")
+        ]
+        path = Path(path)
         path.write_text(json.dumps({"traceEvents": out, "displayTimeUnit": "ms"}))
         return path
 

@@ -14,15 +14,19 @@ from collections import defaultdict
 import numpy as np
 
 
+def pages(nbytes: int) -> np.ndarray:
+    """Page-aligned memory uint8 ``[nbytes]``; returned to the system with its last view."""
+    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+
+
 class Slot:
-    """One expert's memory: ``view`` uint8 ``[nbytes]`` at page-aligned address ``addr``."""
+    """One expert's bytes: ``view`` uint8 ``[nbytes]`` at address ``addr``."""
 
     __slots__ = ("addr", "bits", "nbytes", "view")
 
-    def __init__(self, bits: int, nbytes: int) -> None:
-        self.bits, self.nbytes = bits, nbytes
-        self.view = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)  # unmapped with the last view
-        self.addr = self.view.ctypes.data
+    def __init__(self, bits: int, view: np.ndarray) -> None:
+        self.bits, self.view, self.nbytes = bits, view, len(view)
+        self.addr = view.ctypes.data
 
 
 class Arena:
@@ -63,7 +67,7 @@ class Arena:
             )
         self.held_bytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
-        return Slot(bits, nbytes)
+        return Slot(bits, pages(nbytes))
 
     def give(self, slot: Slot) -> None:
         """Take a slot back into its tier's free list; it stays mapped, its next load is sooner."""

@@ -2,9 +2,9 @@
 
 `dot_half` takes bfloat16 or float16 weights and float32 activations, `dot_codes` packed codes and
 integer activations (int16 at 8 bit, int8 below). All arguments are addresses; a row is whole
-groups of 64. With AVX2 they are emitted as LLVM vectors: codes are unpacked in registers and
-multiplied 16 or 32 at a time. Other machines, and any machine under ``MOELAB_PORTABLE=1``, run
-plain loops with the same arithmetic.
+groups of 64. They are emitted as LLVM vectors: codes are unpacked in registers and multiplied 16 or
+32 at a time. What AVX2 has one instruction for, other machines (and any machine under
+``MOELAB_PORTABLE=1``) do in plain vector arithmetic: `_from_half` and `_products`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
@@ -35,7 +34,7 @@ def _has_avx2() -> bool:
 
 
 AVX2 = _has_avx2()
-"""Whether the AVX2 kernels run, or the portable loops."""
+"""Whether the kernels use AVX2's own instructions, or what every machine has."""
 
 _intrinsic = cast("Callable[..., Any]", intrinsic)
 _TEXT = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=4).hexdigest()
@@ -68,41 +67,23 @@ def _load(b: _Builder, address: ir.Value, offset: ir.Value | int, kind: ir.Type)
     return loaded
 
 
-def _loader(kind: ir.Type, gives: types.Type, widen: Callable[[_Builder, ir.Value], Any]) -> Any:
-    """An intrinsic that loads one value at an address and widens it to 32 bits."""
-
-    @_intrinsic
-    def load(_context: Any, address: Any) -> Any:  # noqa: ARG001
-        def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
-            return widen(b, _load(b, args[0], 0, kind))
-
-        return gives(types.intp), emit
-
-    return load
-
-
-def _widen_float16(b: _Builder, half: ir.Value) -> ir.Value:
-    """Integer arithmetic only: fpext needs a library call on CPUs without F16C."""
-    h = b.zext(half, _I32)
-    magnitude = b.bitcast(b.shl(b.and_(h, _I32(0x7FFF)), _I32(13)), _F32)
-    rebased = b.bitcast(b.fmul(magnitude, _F32(2.0**112)), _I32)
-    return b.bitcast(b.or_(rebased, b.shl(b.and_(h, _I32(0x8000)), _I32(16))), _F32)
+def _from_half(b: _Builder, half: Any) -> ir.Value:
+    """Float16 values, given as <n x i16>, as <n x float>."""
+    n = half.type.count
+    if AVX2:
+        return b.fpext(b.bitcast(half, _V(_F16, n)), _V(_F32, n))
+    # Integer arithmetic: fpext is a library call on CPUs without F16C, and numba links none.
+    h, floats = b.zext(half, _V(_I32, n)), _V(_F32, n)
+    magnitude = b.bitcast(b.shl(b.and_(h, _splat(0x7FFF, n, _I32)), _splat(13, n, _I32)), floats)
+    rebased = b.bitcast(b.fmul(magnitude, _splat(2.0**112, n, _F32)), h.type)
+    sign = b.shl(b.and_(h, _splat(0x8000, n, _I32)), _splat(16, n, _I32))
+    return b.bitcast(b.or_(rebased, sign), floats)
 
 
-_load_u8 = _loader(_I8, types.int32, lambda b, v: b.zext(v, _I32))
-_load_i8 = _loader(_I8, types.int32, lambda b, v: b.sext(v, _I32))
-_load_i16 = _loader(_I16, types.int32, lambda b, v: b.sext(v, _I32))
-_load_f32 = _loader(_F32, types.float32, lambda _, v: v)
-_load_bfloat16 = _loader(
-    _I16, types.float32, lambda b, v: b.bitcast(b.shl(b.zext(v, _I32), _I32(16)), _F32)
-)
-_load_float16 = _loader(_I16, types.float32, _widen_float16)
+# ---- row dot products -----------------------------------------------------------------------
 
 
-# ---- row dot products with AVX2 -------------------------------------------------------------
-
-
-def _splat(value: int, lanes: int = 32, kind: ir.Type = _I8) -> ir.Constant:
+def _splat(value: float, lanes: int = 32, kind: ir.Type = _I8) -> ir.Constant:
     return ir.Constant(_V(kind, lanes), [value] * lanes)
 
 
@@ -115,6 +96,18 @@ def _call(b: _Builder, name: str, result: ir.Type, *args: Any) -> Any:
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
 
 
+def _products(b: _Builder, codes: Any, x: ir.Value, *, signed: bool) -> ir.Value:
+    """Codes times activations in twice their width, neighbours added: 2n lanes become n."""
+    lanes, kind = codes.type.count, _I32 if signed else _I16
+    if AVX2:
+        name = "llvm.x86.avx2.pmadd.wd" if signed else "llvm.x86.avx2.pmadd.ub.sw"
+        return _call(b, name, _V(kind, lanes // 2), codes, x)
+    wide = _V(kind, lanes)
+    products = b.mul((b.sext if signed else b.zext)(codes, wide), b.sext(x, wide))
+    even, odd = (_permute(b, products, list(range(first, lanes, 2))) for first in (0, 1))
+    return b.add(even, odd)
+
+
 def _shift_right(b: _Builder, value: Any, count: int) -> ir.Value:
     """Shift bytes, two at a time: the neighbour's bits that come in are for the caller to mask."""
     lanes = value.type.count // 2
@@ -122,7 +115,7 @@ def _shift_right(b: _Builder, value: Any, count: int) -> ir.Value:
     return b.bitcast(b.lshr(words, _splat(count, lanes, _I16)), value.type)
 
 
-def _codes_avx2(b: _Builder, group: ir.Value, bits: int) -> list[ir.Value]:
+def _codes(b: _Builder, group: ir.Value, bits: int) -> list[ir.Value]:
     """One packed group of 4, 3 or 2 bits as two <32 x i8> of codes."""
     if bits == 4:
         v = _load(b, group, 0, _V(_I8, 32))
@@ -140,35 +133,30 @@ def _codes_avx2(b: _Builder, group: ir.Value, bits: int) -> list[ir.Value]:
     return codes
 
 
-def _group_dot_avx2(b: _Builder, group: ir.Value, x: ir.Value, bits: int) -> ir.Value:
+def _group_dot(b: _Builder, group: ir.Value, x: ir.Value, bits: int) -> ir.Value:
     """Sum of code * xq over one group, as <8 x float> partial sums.
 
-    8 bit: 64 * 127 * 32767 fits in 32 bits. Below: pmaddubsw adds two products in 16 bits, and
+    8 bit: 64 * 127 * 32767 fits in 32 bits. Below: two products are added in 16 bits, and
     4 * 15 * 127 fits.
     """
-    v32, v16, v8 = _V(_I8, 32), _V(_I16, 16), _V(_I32, 8)
+    v32, v16 = _V(_I8, 32), _V(_I16, 16)
     if bits == 8:
-        parts = [
-            _call(
-                b,
-                "llvm.x86.avx2.pmadd.wd",
-                v8,
-                b.sext(_load(b, group, 16 * i, _V(_I8, 16)), v16),
-                _load(b, x, 32 * i, v16),
-            )
-            for i in range(4)
+        quarters = [b.sext(_load(b, group, 16 * i, _V(_I8, 16)), v16) for i in range(4)]
+        sums = [
+            _products(b, codes, _load(b, x, 32 * i, v16), signed=True)
+            for i, codes in enumerate(quarters)
         ]
-        return b.sitofp(b.add(b.add(*parts[:2]), b.add(*parts[2:])), _V(_F32, 8))
+        return b.sitofp(b.add(b.add(*sums[:2]), b.add(*sums[2:])), _V(_F32, 8))
     sums = [
-        _call(b, "llvm.x86.avx2.pmadd.ub.sw", v16, codes, _load(b, x, 32 * i, v32))
-        for i, codes in enumerate(_codes_avx2(b, group, bits))
+        _products(b, codes, _load(b, x, 32 * i, v32), signed=False)
+        for i, codes in enumerate(_codes(b, group, bits))
     ]
-    wide = _call(b, "llvm.x86.avx2.pmadd.wd", v8, b.add(*sums), _splat(1, 16, _I16))
+    wide = _products(b, b.add(*sums), _splat(1, 16, _I16), signed=True)
     return b.sitofp(wide, _V(_F32, 8))
 
 
 def _fma(b: _Builder, total: ir.Value, x: ir.Value, y: ir.Value) -> None:
-    b.store(_call(b, "llvm.fma.v8f32", _V(_F32, 8), x, y, b.load(total)), total)
+    b.store(_call(b, "llvm.fmuladd.v8f32", _V(_F32, 8), x, y, b.load(total)), total)
 
 
 def _sum(b: _Builder, totals: list[ir.Value]) -> ir.Value:
@@ -183,7 +171,7 @@ def _sum(b: _Builder, totals: list[ir.Value]) -> ir.Value:
     return b.extract_element(result, _I32(0))
 
 
-def _dot_avx2(bits: int) -> Any:
+def _dot_codes_by(bits: int) -> Any:
     """Row dot product for codes: four groups a turn, then the rest one by one."""
 
     @_intrinsic
@@ -196,9 +184,9 @@ def _dot_avx2(bits: int) -> Any:
             turns = b.lshr(groups, _I64(2))
 
             def add_groups(first: ir.Value, count: int) -> None:
-                halves = _load(b, pairs, b.mul(first, _I64(4)), _V(_F16, 2 * count))
+                halves = _load(b, pairs, b.mul(first, _I64(4)), _V(_I16, 2 * count))
                 products = b.fmul(
-                    b.fpext(halves, _V(_F32, 2 * count)),
+                    _from_half(b, halves),
                     _load(b, x_pairs, b.mul(first, _I64(8)), _V(_F32, 2 * count)),
                 )
                 padded = (
@@ -215,7 +203,7 @@ def _dot_avx2(bits: int) -> Any:
                     g = b.add(first, _I64(k))
                     group = b.add(row, b.mul(g, _I64(8 * bits)))
                     x = b.add(xq, b.mul(g, _I64(2 * GROUP if bits == 8 else GROUP)))
-                    dots = _group_dot_avx2(b, group, x, bits)
+                    dots = _group_dot(b, group, x, bits)
                     _fma(b, totals[k], dots, _permute(b, products, [2 * k] * 8))
 
             with cgutils.for_range(b, turns) as loop:
@@ -232,8 +220,8 @@ def _dot_avx2(bits: int) -> Any:
     return dot
 
 
-def _dot_half_avx2(half: ir.Type | None) -> Any:
-    """Row dot product for 16-bit weights (None: bfloat16), 64 at a time in eight accumulators."""
+def _dot_half_by(bfloat: bool) -> Any:
+    """Row dot product for 16-bit weights, 64 at a time in eight accumulators."""
 
     @_intrinsic
     def dot(_context: Any, row: Any, x: Any, groups: Any) -> Any:  # noqa: ARG001
@@ -245,11 +233,11 @@ def _dot_half_avx2(half: ir.Type | None) -> Any:
                 w_at = b.add(row, b.mul(loop.index, _I64(2 * GROUP)))
                 x_at = b.add(x, b.mul(loop.index, _I64(4 * GROUP)))
                 for k, total in enumerate(totals):
-                    w = _load(b, w_at, 16 * k, _V(half or _I16, 8))
-                    if half is None:
+                    w = _load(b, w_at, 16 * k, _V(_I16, 8))
+                    if bfloat:
                         w = b.bitcast(b.shl(b.zext(w, w8), _splat(16, 8, _I32)), f8)
                     else:
-                        w = b.fpext(w, f8)
+                        w = _from_half(b, w)
                     _fma(b, total, w, _load(b, x_at, 32 * k, f8))
             return _sum(b, totals)
 
@@ -258,67 +246,25 @@ def _dot_half_avx2(half: ir.Type | None) -> Any:
     return dot
 
 
-# ---- row dot products, here and on any other machine ----------------------------------------
+_dot8, _dot4, _dot3, _dot2 = (_dot_codes_by(bits) for bits in (8, 4, 3, 2))
+_dot_bfloat16, _dot_float16 = _dot_half_by(bfloat=True), _dot_half_by(bfloat=False)
 
-if AVX2:
-    _dot8, _dot4, _dot3, _dot2 = (_dot_avx2(bits) for bits in (8, 4, 3, 2))
-    _dot_bfloat16, _dot_float16 = _dot_half_avx2(None), _dot_half_avx2(_F16)
 
-    @kernel
-    def dot_half(bfloat: bool, row: int, x: int, groups: int) -> Any:
-        """Sum of 16-bit weight * float32 activation."""
-        if bfloat:
-            return _dot_bfloat16(row, x, groups)
-        return _dot_float16(row, x, groups)
+@kernel
+def dot_half(bfloat: bool, row: int, x: int, groups: int) -> Any:
+    """Sum of 16-bit weight * float32 activation."""
+    if bfloat:
+        return _dot_bfloat16(row, x, groups)
+    return _dot_float16(row, x, groups)
 
-    @kernel
-    def dot_codes(bits: int, row: int, pairs: int, xq: int, x_pairs: int, groups: int) -> Any:
-        """Sum of (scale * code + offset) * activation."""
-        if bits == 8:
-            return _dot8(row, pairs, xq, x_pairs, groups)
-        if bits == 4:
-            return _dot4(row, pairs, xq, x_pairs, groups)
-        if bits == 3:
-            return _dot3(row, pairs, xq, x_pairs, groups)
-        return _dot2(row, pairs, xq, x_pairs, groups)
 
-else:
-
-    @kernel
-    def dot_half(bfloat: bool, row: int, x: int, groups: int) -> Any:
-        """Sum of 16-bit weight * float32 activation."""
-        total = np.float32(0)
-        if bfloat:
-            for j in range(groups * GROUP):
-                total += _load_bfloat16(row + 2 * j) * _load_f32(x + 4 * j)
-        else:
-            for j in range(groups * GROUP):
-                total += _load_float16(row + 2 * j) * _load_f32(x + 4 * j)
-        return total
-
-    @kernel
-    def dot_codes(bits: int, row: int, pairs: int, xq: int, x_pairs: int, groups: int) -> Any:
-        """Sum of (scale * code + offset) * activation."""
-        total = np.float32(0)
-        for g in range(groups):
-            q, x, dot = row + g * 8 * bits, xq + g * GROUP, np.int32(0)
-            if bits == 8:
-                for j in range(GROUP):
-                    dot = np.int32(dot + _load_i8(q + j) * _load_i16(x + g * GROUP + 2 * j))
-            elif bits == 4:
-                for j in range(32):
-                    c = _load_u8(q + j)
-                    dot = np.int32(dot + (c & 15) * _load_i8(x + j))
-                    dot = np.int32(dot + (c >> 4) * _load_i8(x + 32 + j))
-            else:
-                for k in range(4):
-                    for j in range(16):
-                        c = (_load_u8(q + j) >> (2 * k)) & 3
-                        if bits == 3:
-                            plane = _load_u8(q + 16 + (j & 7))
-                            c |= ((plane >> (2 * k + (j >> 3))) & 1) << 2
-                        dot = np.int32(dot + c * _load_i8(x + 16 * k + j))
-            scale = _load_float16(pairs + 4 * g) * _load_f32(x_pairs + 8 * g)
-            offset = _load_float16(pairs + 4 * g + 2) * _load_f32(x_pairs + 8 * g + 4)
-            total += np.float32(dot) * scale + offset
-        return total
+@kernel
+def dot_codes(bits: int, row: int, pairs: int, xq: int, x_pairs: int, groups: int) -> Any:
+    """Sum of (scale * code + offset) * activation."""
+    if bits == 8:
+        return _dot8(row, pairs, xq, x_pairs, groups)
+    if bits == 4:
+        return _dot4(row, pairs, xq, x_pairs, groups)
+    if bits == 3:
+        return _dot3(row, pairs, xq, x_pairs, groups)
+    return _dot2(row, pairs, xq, x_pairs, groups)

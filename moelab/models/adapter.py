@@ -21,15 +21,7 @@ from moelab.models.routing import RouterTap
 from moelab.models.skeleton import load_skeleton
 from moelab.models.undecorated import Choice
 
-__all__ = [
-    "Adapter",
-    "MoELayer",
-    "Steering",
-    "attach",
-    "expert_forward",
-    "find_moe",
-    "load_skeleton",
-]
+__all__ = ["Adapter", "MoELayer", "attach", "expert_forward", "find_moe", "load_skeleton"]
 
 # T tokens, E experts, K active experts per token, D model width.
 
@@ -63,8 +55,15 @@ class Adapter:
         if model._can_set_experts_implementation():
             model.set_experts_implementation("moelab")
 
-    def set_mask(self, layer: int, allowed: torch.Tensor | None) -> None:
-        """Let a layer's router choose only among some experts, from its next call on.
+    def steer(
+        self,
+        layer: int,
+        allowed: Sequence | np.ndarray | None = None,
+        bias: Sequence | np.ndarray | None = None,
+    ) -> None:
+        """Let a layer's router choose among some experts and prefer some, from its next call on.
+
+        What is in force already costs nothing to state again.
 
         Parameters
         ----------
@@ -72,50 +71,41 @@ class Adapter:
             MoE layer index.
         allowed
             Bool [E], or None for all.
-
-        Raises
-        ------
-        ValueError
-            Fewer experts than the router picks, a wrong length, or a layer without a router.
-        """
-        tap, top_k = self._tap(layer, "mask", allowed), self.layers[layer].top_k
-        if allowed is not None:
-            allowed = torch.as_tensor(allowed, dtype=torch.bool).clone()
-            if int(allowed.sum()) < top_k:
-                raise ValueError(
-                    f"mask of layer {layer} allows {int(allowed.sum())} experts, its router picks "
-                    f"{top_k}; allow at least {top_k}"
-                )
-        tap.mask = allowed
-
-    def set_bias(self, layer: int, bias: torch.Tensor | None) -> None:
-        """Let a layer's router prefer some experts, from its next call on.
-
-        Parameters
-        ----------
-        layer
-            MoE layer index.
         bias
             Float [E], see `moelab.models.routing.SteeredRouting`; None for no preference.
 
         Raises
         ------
         ValueError
-            A wrong length, or a layer without a router.
+            Fewer experts than the router picks, a wrong length, or a layer without a router.
         """
-        self._tap(layer, "bias", bias).bias = bias
-
-    def _tap(self, layer: int, what: str, values: torch.Tensor | None) -> RouterTap:
-        """The tap of a router that is to obey a mask or a bias [E]."""
         at, tap = self.layers[layer], self._taps.get(layer)
+        wish = None if allowed is None else tuple(allowed), None if bias is None else tuple(bias)
+        if wish == (tap.steering if tap else (None, None)):
+            return
         if tap is None:
-            raise ValueError(f"layer {layer} ({at.name}) has no router module to {what}")
-        if values is not None and tuple(values.shape) != (at.num_experts,):
+            raise ValueError(f"layer {layer} ({at.name}) has no router module to steer")
+        for what, values in zip(("mask", "bias"), wish, strict=True):
+            if values is not None and len(values) != at.num_experts:
+                raise ValueError(
+                    f"{what} of layer {layer} has length {len(values)}; "
+                    f"it needs one entry for each of {at.num_experts} experts"
+                )
+        if wish[0] is not None and sum(wish[0]) < at.top_k:
             raise ValueError(
-                f"{what} of layer {layer} has shape {tuple(values.shape)}; "
-                f"it needs one entry for each of {at.num_experts} experts"
+                f"mask of layer {layer} allows {int(sum(wish[0]))} experts, its router picks "
+                f"{at.top_k}; allow at least {at.top_k}"
             )
-        return tap
+        tap.steer(*wish)
+
+    def steers(self, layer: int) -> bool:
+        """Whether a mask or a bias applies to the layer."""
+        return layer in self._taps and self._taps[layer].steered
+
+    def release(self) -> None:
+        """Every router as it is."""
+        for layer in self._taps:
+            self.steer(layer)
 
     def look_ahead(
         self, layer: int, depth: int = 1
@@ -148,9 +138,7 @@ class Adapter:
         To be called while `layer` is served; None where no mask or bias applies.
         """
         tap = self._taps.get(layer)
-        if tap is None or not tap.steered or tap is not self._last:
-            return None
-        return tap.unmasked()
+        return tap.unmasked() if tap is not None and tap.steered and tap is self._last else None
 
     def detach(self) -> None:
         """Give the model its own forwards back. Its experts are still on meta."""
@@ -209,45 +197,6 @@ def attach(model: PreTrainedModel, run_layer: RunLayer) -> Adapter:
     if any("_moelab_run" in vars(layer.module) for layer in layers):
         raise ValueError("this model is attached already; call detach() on its adapter first")
     return Adapter(model, layers, run_layer)
-
-
-class Steering:
-    """The mask and the bias in force, layer by layer; the engine states both before every layer.
-
-    A router's `SteeredRouting` is made anew only where one of them differs from what is in force.
-    """
-
-    def __init__(self, adapter: Adapter) -> None:
-        self._adapter = adapter
-        self._set: dict[int, tuple] = {}  # layer -> (mask, bias), where there is one of them
-
-    def steers(self, layer: int) -> bool:
-        """Whether a mask or a bias applies to the layer."""
-        return layer in self._set
-
-    def steer(
-        self,
-        layer: int,
-        allowed: Sequence[bool] | np.ndarray | None,
-        bias: Sequence[float] | np.ndarray | None,
-    ) -> None:
-        """Set a layer's mask (bool [E], the experts allowed) and bias (float [E]), or None."""
-        mask = None if allowed is None else tuple(allowed)
-        wish = None if bias is None else tuple(bias)
-        before = self._set.get(layer, (None, None))
-        if mask != before[0]:
-            self._adapter.set_mask(layer, None if mask is None else torch.tensor(mask).bool())
-            self._set[layer] = (mask, before[1])  # before the bias, which may be refused
-        if wish != before[1]:
-            self._adapter.set_bias(layer, None if wish is None else torch.tensor(wish).float())
-            self._set[layer] = (mask, wish)
-        if mask is wish is None:
-            self._set.pop(layer, None)
-
-    def release(self) -> None:
-        """Every router as it is."""
-        for layer in list(self._set):
-            self.steer(layer, None, None)
 
 
 def _forward(

@@ -96,22 +96,18 @@ class RouterTap:
     ----------
     layer
         The layer whose router this is.
-    mask
-        Bool [E], the experts the router may choose; None means all.
-    bias
-        Float [E], added to its ranking (`SteeredRouting`); None for no preference.
+    steering
+        The mask and the bias in force, or None.
     """
 
     def __init__(self, layer: MoELayer, *, seen: Callable[["RouterTap"], None]) -> None:
         self.layer = layer
-        self.mask: torch.Tensor | None = None
-        self.bias: torch.Tensor | None = None
         self.hidden: torch.Tensor | None = None  # the router's last input; dropped by `forget`
         self._seen = seen
         self._forward = layer.router.forward
         self._extra: tuple[tuple, dict] | None = None
-        self._mode: SteeredRouting | None = None  # kept while mask and bias are the same objects
-        self._given: torch.Tensor | None = None  # the mask that mode was made for
+        self.steering: tuple[tuple | None, tuple | None] = (None, None)
+        self._mode: SteeredRouting | None = None  # kept until it is steered otherwise
         self._classes = 0
         self._own = {id(t) for t in (*layer.block.parameters(False), *layer.block.buffers(False))}
         if len(inspect.signature(self._forward).parameters) == 1:
@@ -154,24 +150,28 @@ class RouterTap:
         """Give the router its own forward back."""
         vars(self.layer.router).pop("forward", None)
 
+    def steer(self, mask: tuple | None, bias: tuple | None) -> None:
+        """Put a mask (bool [E]) and a bias (float [E]) in force, from the next call on."""
+        self.steering, self._mode = (mask, bias), None
+
     @property
     def steered(self) -> bool:
         """Whether a mask or a bias applies."""
-        return self.mask is not None or self.bias is not None
+        return self.steering != (None, None)
 
     def _ask(self, hidden: torch.Tensor, args: tuple, kwargs: dict, *, steered: bool) -> Any:
         if not (steered and self.steered):
             return self._forward(hidden, *args, **kwargs)
-        mode = self._mode
-        if mode is None or self._given is not self.mask or mode.bias is not self.bias:
+        if self._mode is None:
             if not self._classes:
                 self._classes = self._count_classes(self._forward(hidden, *args, **kwargs))
-            mask = self.mask
-            if mask is None:
-                mask = torch.ones(self.layer.num_experts, dtype=torch.bool)
-            mode = self._mode = SteeredRouting(mask, self.bias, self._classes)
-            self._given = self.mask
-        with mode:
+            mask, bias = self.steering
+            self._mode = SteeredRouting(
+                torch.tensor(mask or [True] * self.layer.num_experts, dtype=torch.bool),
+                None if bias is None else torch.tensor(bias, dtype=torch.float32),
+                self._classes,
+            )
+        with self._mode:
             return self._forward(hidden, *args, **kwargs)
 
     def _count_classes(self, output: Any) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,12 @@ from moelab.models.families import MoELayer, expert_parameter, find_moe
 from moelab.models.shards import SCALE, Checkpoint, LazyTensor
 
 
-def load_skeleton(path: str | os.PathLike[str], *, dtype: torch.dtype) -> PreTrainedModel:
+def load_skeleton(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype,
+    check: Callable[[PreTrainedModel, list[MoELayer]], None] | None = None,
+) -> PreTrainedModel:
     """Load a stock transformers model from safetensors, all but its experts.
 
     No expert byte is read: the experts' parameters stay on the meta device. Code that comes with a
@@ -44,6 +49,8 @@ def load_skeleton(path: str | os.PathLike[str], *, dtype: torch.dtype) -> PreTra
         Checkpoint folder, or `Store.checkpoint_dir`, which holds no experts at all.
     dtype
         Type to compute in; what a family keeps in float32 stays in float32.
+    check
+        Called with the model on the meta device and its MoE layers before a weight is read.
 
     Raises
     ------
@@ -59,6 +66,8 @@ def load_skeleton(path: str | os.PathLike[str], *, dtype: torch.dtype) -> PreTra
     path = Path(path)
     blank = blank_model(path)
     family, config, layers = type(blank), blank.config, find_moe(blank)
+    if check is not None:
+        check(blank, layers)
     checkpoint = Checkpoint(path)
     rest = split(blank, layers, checkpoint).rest
     weights = {key: LazyTensor(checkpoint, key) for key in rest if not key.endswith(SCALE)}

@@ -46,23 +46,18 @@ def _switch_choice(_: MoELayer, output: Any) -> Choice:
     return hot.argmax(-1, keepdim=True), share
 
 
-def _switch_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
-    def forward(x: torch.Tensor, hot: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
-        return run(x, *_switch_choice(layer, (hot, probability)), False)
-
-    return layer.module, forward
-
-
 def _nllb_choice(layer: MoELayer, output: Any) -> Choice:
     weights, idx = output[1].topk(2, -1)  # the gates of both experts, [T, E]
     return idx, weights * (1 - layer.module.moe_token_dropout)
 
 
-def _nllb_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
-    # transformers' own forward reads a one-hot mask as expert numbers and so only ever runs
+def _forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
+    # transformers' own forward of NLLB reads a one-hot mask as expert numbers and so only ever runs
     # experts 0 and 1; here the two experts that the router chose are run.
-    def forward(x: torch.Tensor, hot: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        return run(x, *_nllb_choice(layer, (hot, gates)), False)
+    def forward(x: torch.Tensor, *routed: torch.Tensor) -> torch.Tensor:
+        choice = layer.choice(routed)
+        assert choice is not None
+        return run(x, *choice, False)
 
     return layer.module, forward
 
@@ -92,10 +87,10 @@ def _llama4_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
 
 UNDECORATED = {
     "SwitchTransformersExperts": Undecorated(
-        _describe_single_modules, _switch_choice, _switch_forward, 1, lambda m: m["expert_0"]
+        _describe_single_modules, _switch_choice, _forward, 1, lambda m: m["expert_0"]
     ),
     "NllbMoeExperts": Undecorated(
-        _describe_single_modules, _nllb_choice, _nllb_forward, 2, lambda m: m["expert_0"]
+        _describe_single_modules, _nllb_choice, _forward, 2, lambda m: m["expert_0"]
     ),
     "Llama4TextExperts": Undecorated(_describe_llama4, _llama4_choice, _llama4_forward),
 }

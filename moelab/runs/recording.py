@@ -21,7 +21,7 @@ import numpy as np
 import moelab
 from moelab.engine.log import as_frame
 from moelab.replays.why import by_row, until
-from moelab.runs.schema import EVENTS, GATES, decoded, embedded, encoded, pack, unpack
+from moelab.runs.schema import EVENTS, GATES, decoded, embedded, encoded, pack, records, unpack
 from moelab.runs.snapshot import RunReader
 from moelab.runs.tokens import COLUMNS
 from moelab.scheduling import events as codes
@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 SUFFIX = ".moelab.json.gz"
 Evictions = dict[str, dict[str, Any]]
-OUTCOMES = ("skip", "substitute", "downgrade", "load", "prefetched", "hit")
-"""Not served · by another expert · at fewer bits than asked · read now · read ahead · was there."""
+OUTCOMES = ("skip", "substitute", "downgrade", "load", "late", "prefetched", "hit")
+"""Not served · by another expert · at fewer bits than asked · read now · read ahead, and still on
+its way · read ahead · was there."""
+_BY_GUESS = {codes.PREFETCHED: "prefetched", codes.LATE: "late"}
 
 _NAMES = (
     *("layer", "expert", "weight", "outcome", "served", "bits_asked", "bits", "bytes", "cause"),
@@ -117,15 +119,7 @@ class Recording:
         path = Path(path)
         data = path.read_bytes()
         if data[:1] == b"<":
-            try:
-                found = embedded(data.decode("utf-8", "replace"))
-            except ValueError as e:
-                raise ValueError(f"{path.name}: {e}") from None
-            if found is None:
-                raise ValueError(
-                    f"{path.name} is a page without a recording; run.report() writes one"
-                )
-            data = found
+            data = embedded(data.decode("utf-8", "replace"), path.name)
         return cls(unpack(data, path.name))
 
     def report(
@@ -175,13 +169,7 @@ class Recording:
     @functools.cached_property
     def records(self) -> np.ndarray:
         """The events as records of `moelab.scheduling.events.DTYPE`."""
-        e = self.document["events"]
-        out = np.empty(e["count"], codes.DTYPE)
-        for name, dtype in EVENTS.items():
-            out[name] = decoded(e[name], dtype)
-        known = np.array([codes.CAUSE.get(word, codes.NONE) for word in (*e["causes"], "")], "u1")
-        out["cause"] = known[out["cause"]]
-        return out
+        return records(self.document["events"])
 
     @property
     def events(self) -> pd.DataFrame:
@@ -233,7 +221,9 @@ class Recording:
             worst that happened, in the order of `OUTCOMES`), ``served`` (the expert that computed,
             -1: none), ``bits_asked``, ``bits``, ``bytes`` (read on demand), ``wait_ms``,
             ``cause``. In ``.attrs``: ``kl``, the likeliest tokens ``served`` and at ``full``
-            precision as [text, probability], ``text``, ``total_ms``, ``evict_ms``.
+            precision as [text, probability], ``text``, ``total_ms``, and ``layer_wait_ms``, all
+            waiting of each layer: that for these experts, and ``evict_ms``, in all layers, for
+            copies that had to leave while they were still on their way.
 
         Raises
         ------
@@ -264,7 +254,9 @@ class Recording:
         frame = pd.DataFrame(out, columns=list(_NAMES))
         values = self.figures[:, token]
         kl = float(values[COLUMNS.index("kl")])
-        late = rows[(rows["kind"] == codes.STALL) & (rows["cause"] == codes.EVICTED_LATE)]
+        waits = rows[(rows["kind"] == codes.STALL) & (rows["at"] >= 0)]
+        leaving = waits["cause"] == codes.EVICTED_LATE
+        layers = document["model"]["layers"]
         frame.attrs = {
             "token": token,
             "text": document["pieces"][token],
@@ -272,7 +264,8 @@ class Recording:
             "served": document["top"]["served"][token],
             "full": document["top"]["full"][token],
             "total_ms": float(values[COLUMNS.index("total_ms")]),
-            "evict_ms": float(late["dur_ms"].sum()),
+            "layer_wait_ms": np.bincount(waits["at"], waits["dur_ms"], layers).tolist(),
+            "evict_ms": float(waits["dur_ms"][leaving].sum()),
         }
         return frame
 
@@ -338,7 +331,7 @@ def _layer(
     for r in rows:
         kind, expert = codes.KINDS[r["kind"]], int(r["expert"])
         if kind in ("hit", "load", "skip"):
-            outcome = "prefetched" if r["cause"] == codes.PREFETCHED else kind
+            outcome = _BY_GUESS.get(r["cause"], kind)
             outcomes[expert] = _outcome(r, outcome, -1 if kind == "skip" else expert)
         elif kind == "substitute":
             stand_ins.append(r)

@@ -15,7 +15,9 @@ import numpy as np
 
 from moelab.engine.generation import Sampling
 from moelab.engine.log import EventLog
-from moelab.runs.tokens import COLUMNS, Noted, TokenReport, Tokens, figures, row, since_device
+from moelab.runs.account import Account, Limits
+from moelab.runs.tokens import Noted, TokenReport, Tokens, summary, table
+from moelab.scheduling.strategy import part_title
 from moelab.scheduling.trace import Trace
 from moelab.store.devices import DEVICES
 
@@ -53,9 +55,6 @@ class Likeliest:
     full: tuple[tuple[int, float], ...] | None = None
 
 
-_COUNTED = ("downgrades", "skips", "substitutes")
-
-
 class Run:
     """One generation. Made by ``lab.start`` and ``lab.generate``, not by hand.
 
@@ -82,8 +81,11 @@ class Run:
         Whether loads bypassed the page cache.
     outpaced
         Emulated devices that were faster than this machine's disk: their times are the disk's.
+    ended
+        Why it ended: ``"end of text"``, ``"length"`` (all tokens asked for), ``"stopped"`` or
+        ``"failed"``; empty while it goes on.
     error
-        What ended the run, or None.
+        What made the run fail, or None.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Run:
     ) -> None:
         self.request, self.prompt, self.text = request, request.prompt, ""
         self.model, self.architecture = model, architecture
+        self.ended = ""
         self.error: BaseException | None = None
         self.tokens: list[int] = []
         self.changes: list[tuple[int, dict[str, str]]] = []
@@ -167,53 +170,40 @@ class Run:
         """One row a token; ``stall_ms`` is the sum, ``stall_by_cause`` the parts."""
         import pandas as pd
 
-        rows = []
-        for r in self.token_reports:
-            row = {f.name: getattr(r, f.name) for f in dataclasses.fields(r)}
-            row["stall_by_cause"] = row["stall_ms"]
-            row["stall_ms"] = sum(r.stall_ms.values())
-            rows.append(row)
-        names = [f.name for f in dataclasses.fields(TokenReport)] + ["stall_by_cause"]
-        frame = pd.DataFrame(rows, columns=names)
-        frame["kl"] = frame["kl"].astype(float)
-        return frame
+        names = [f.name for f in dataclasses.fields(TokenReport)]
+        rows = [[getattr(r, name) for name in names] for r in self.token_reports]
+        frame = pd.DataFrame(rows, columns=names).astype({"kl": float})
+        causes = frame["stall_ms"]
+        return frame.assign(stall_ms=[sum(c.values()) for c in causes], stall_by_cause=causes)
 
     def summary(self) -> dict[str, Any]:
         """The run in figures; works while the run goes on.
 
-        Ratios, speeds and bytes are of decoded tokens, without prefill. Times are of the tokens
-        since the device last changed, so that measured and emulated ones are never averaged;
-        ``tokens_per_s`` counts compute and stalls, not the measuring of KL. ``hit_ratio`` is hits
-        over requests, ``byte_hit_ratio`` the part of the bytes served that was not loaded on
-        demand, ``stall_share`` the part of the time spent waiting. ``setup_ms`` went into loading
-        what the strategy wants resident before the first token and at changes.
+        Ratios, speeds and bytes are of decoded tokens, without prefill, and None where none was
+        decoded. Times are of the tokens since the device last changed, so that measured and
+        emulated ones are never averaged; ``tokens_per_s`` counts compute and stalls, not the
+        measuring of KL. ``hit_ratio`` is hits over requests (a right guess that came too ``late``
+        is none), ``byte_hit_ratio`` the part of the bytes served that was not loaded on demand,
+        ``stall_share`` the part of the time spent waiting. ``setup_ms`` and ``setup_bytes`` went
+        into loading what the strategy wants resident before the first token and at changes.
         """
         reports = self.token_reports
-        values = np.array([row(r) for r in reports], np.float64).reshape(-1, len(COLUMNS))
-        decoded, since = reports[1:], since_device(reports)
-        whole, timed = figures(values), figures(values[since:], first=since)
-        times = [r.total_ms for r in reports[max(1, since) :]] or [0.0]
-        hit, load = (sum(getattr(r, n) for r in decoded) for n in ("hit_bytes", "load_bytes"))
-        device = reports[-1].device if reports else ""
-        emulated = bool(reports) and DEVICES[device].emulated
-        return {
-            "tokens": len(reports),
-            "tokens_per_s": timed["tokens_per_s"] or 0.0,
-            "setup_ms": self.setup_ms,
-            "ttft_ms": reports[0].total_ms if reports else 0.0,
-            "tpot_ms_median": float(np.median(times)),
-            "tpot_ms_p99": float(np.quantile(times, 0.99)),
-            "hit_ratio": whole["hit_ratio"] or 0.0,
-            "byte_hit_ratio": hit / (hit + load) if hit + load else 0.0,
-            "bytes_per_token": whole["bytes_per_token"] or 0.0,
-            "stall_share": timed["stall_share"] or 0.0,
-            **{n: sum(getattr(r, n) for r in decoded) for n in _COUNTED},
-            "kl_mean": whole["kl_mean"],
-            "peak_resident_bytes": self.peak_bytes,
-            "budget_bytes": reports[-1].budget_bytes if reports else 0,
-            "device": device,
-            "timing": "emulated" if emulated else "measured" if self.direct else "page cache",
-        }
+        emulated = bool(reports) and DEVICES[reports[-1].device].emulated
+        timing = "emulated" if emulated else "measured" if self.direct else "page cache"
+        return summary(reports, setup_ms=self.setup_ms, peak_bytes=self.peak_bytes, timing=timing)
+
+    def account(self, first: int = 1, last: int | None = None) -> Account:
+        """Where the time and the bytes of tokens ``first`` to before ``last`` went, on average."""
+        reports = self.token_reports[:last]
+        return Account.of(table(reports[first:]), self._tokens.records(first, len(reports)))
+
+    def sentence(self) -> str:
+        """Why the speed is what it is, of the tokens since settings last changed."""
+        since, settings = self.history[-1]
+        shape, evict = self._trace.shape, settings.strategy.evict
+        cycle = shape.token_cycle_bytes(settings.bits)
+        limits = Limits(settings.budget_bytes, cycle, part_title(evict))
+        return self.account(max(1, since)).sentence(limits)
 
     # -- what stays -------------------------------------------------------------------------
 

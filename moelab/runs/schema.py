@@ -17,16 +17,18 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import fastjsonschema
 import numpy as np
 
-from moelab.runs.tokens import COLUMNS
-from moelab.scheduling.events import KINDS
+from moelab.runs.tokens import COLUMNS, Noted, fold, summary, table
+from moelab.scheduling.events import CAUSE, DTYPE, EVICT, KINDS, LOAD, NONE, PREFETCH
 
 FORMAT = 1
+MOVES = {LOAD: 1, PREFETCH: 1, EVICT: -1}
+"""Kinds of events that bring a copy into memory, or take it out."""
 EVENTS = {
     "token": "<i4",
     "at": "<i2",
@@ -50,8 +52,10 @@ MOST_BYTES = 512 * 2**20
 """A document larger than this is refused before it is unpacked whole."""
 
 MOST_EXPERTS = 2**20
-LATER_COLUMNS = {"deciding_ms"}
-"""Columns of a token that older files lack; they are 0 there."""
+_NOTED = ("total_ms", "deciding_ms", "kl", "budget_bytes")
+"""Columns of a token that its events do not give. All others are folded from the events again."""
+_MOST = 1e15
+"""No figure of a run is larger, whatever its unit."""
 
 RECORDING = '<script id="moelab-recording" type="application/gzip;base64">'
 """What an exported page holds its recording in, base64 of the packed one."""
@@ -60,16 +64,14 @@ _AGAIN = "record it again with run.save(path)"
 
 # -- the fields, as a JSON schema -----------------------------------------------------------------
 
-_TEXT, _FLAG, _FIGURE = {"type": "string"}, {"type": "boolean"}, {"type": ["number", "null"]}
+_TEXT, _FLAG = {"type": "string"}, {"type": "boolean"}
+_NUMBER = {"type": "number", "minimum": -_MOST, "maximum": _MOST}
+_FIGURE = _NUMBER | {"type": ["number", "null"]}
 _INDEX = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _SIZE = {"type": "integer", "minimum": 1, "maximum": 2**15 - 1}
 _WORDS = {"type": "object", "additionalProperties": _TEXT}
-_NUMBER, _BYTES = {"type": "number"}, {"type": "integer", "minimum": 1}
-_SUMMED = (
-    *("tokens", "tokens_per_s", "setup_ms", "ttft_ms", "tpot_ms_median", "tpot_ms_p99"),
-    *("hit_ratio", "byte_hit_ratio", "bytes_per_token", "stall_share", "downgrades", "skips"),
-    *("substitutes", "peak_resident_bytes", "budget_bytes"),
-)
+_BYTES = {"type": "integer", "minimum": 1, "maximum": 2**50}
+_MEASURED = _NUMBER | {"minimum": 0}
 
 
 def _list(of: Any, **limits: Any) -> dict[str, Any]:
@@ -111,7 +113,7 @@ SCHEMA = _object(
     pieces=_list(_TEXT),
     ids=_list(_INDEX),
     error=_TEXT,
-    columns=_list({"enum": list(COLUMNS)}, uniqueItems=True),
+    columns=_list(_TEXT, uniqueItems=True),
     values=_TEXT,
     changes=_list(_CHANGE),
     marks=_list(_object(first=_INDEX, last=_INDEX, keys=_list(_TEXT), label=_TEXT)),
@@ -126,7 +128,10 @@ SCHEMA = _object(
     ),
     evictions={"type": "object", "patternProperties": {"^[0-9]{1,9}$": _EVICTION}}
     | {"additionalProperties": False},
-    summary=_object(kl_mean=_FIGURE, device=_TEXT, timing=_TEXT, **dict.fromkeys(_SUMMED, _NUMBER)),
+    summary=_object(
+        timing={"enum": ["measured", "emulated", "page cache"]},
+        **dict.fromkeys(("setup_ms", "peak_resident_bytes"), _MEASURED),
+    ),
 )
 
 
@@ -188,26 +193,38 @@ def unpack(data: bytes, name: str) -> dict[str, Any]:
         raise ValueError(f"{name} is cut off or no moelab recording ({e}); {_AGAIN}") from None
     try:
         _schema()(document)
-        _complete(document)
         _columns(document)
+        _folded(document)
     except (fastjsonschema.JsonSchemaValueException, ValueError) as e:
         raise ValueError(f"{name}: {str(e).removeprefix('data.')}; {_AGAIN}") from None
     return document
 
 
-def embedded(page: str) -> bytes | None:
-    """The packed recording inside an exported page; None where there is none.
+def embedded(page: str, name: str) -> bytes:
+    """The packed recording inside an exported page, which is called ``name`` in messages.
 
     Raises
     ------
     ValueError
-        It is there, but is not base64: the file is damaged.
+        There is none, or it is not base64: the file is damaged.
     """
     found = re.search(re.escape(RECORDING) + r"([^<]*)</script>", page)
+    if found is None:
+        raise ValueError(f"{name} is a page without a recording; run.report() writes one")
     try:
-        return found and base64.b64decode(found[1], validate=True)
+        return base64.b64decode(found[1], validate=True)
     except binascii.Error as e:
-        raise ValueError(f"the recording inside the page is damaged: {e}") from e
+        raise ValueError(f"{name}: the recording inside the page is damaged: {e}") from None
+
+
+def records(events: Mapping[str, Any]) -> np.ndarray:
+    """The events of a document as records of `moelab.scheduling.events.DTYPE`."""
+    out = np.empty(events["count"], DTYPE)
+    for name, dtype in EVENTS.items():
+        out[name] = decoded(events[name], dtype)
+    known = np.array([CAUSE.get(word, NONE) for word in (*events["causes"], "")], "u1")
+    out["cause"] = known[out["cause"]]
+    return out
 
 
 def _refused(word: str) -> float:
@@ -221,16 +238,39 @@ def _text(data: bytes) -> bytes:
     return text
 
 
-def _complete(d: dict[str, Any]) -> None:
-    """Give an older file the columns of tokens that came later."""
-    if missing := set(COLUMNS) - LATER_COLUMNS - set(d["columns"]):
-        raise ValueError(f"columns must have {min(missing)}")
-    names, tokens = d["columns"], len(d["pieces"])
+def _folded(d: dict[str, Any]) -> None:
+    """Work figures and summary out of the events again: a file may say other ones, or older."""
+    tokens, names, m = len(d["pieces"]), d["columns"], d["model"]
     rows = decoded(d["values"], "<f4", "values", len(names) * tokens).reshape(len(names), tokens)
-    if names != list(COLUMNS):
-        known = dict.fromkeys(COLUMNS, np.zeros(tokens)) | dict(zip(names, rows, strict=True))
-        values = np.array([known[name] for name in COLUMNS])
-        d |= {"values": encoded(values, "<f4"), "columns": list(COLUMNS)}
+    given = dict(zip(names, rows.astype(float), strict=True))
+    if missing := {*_NOTED} - {"deciding_ms"} - given.keys():
+        raise ValueError(f"columns must have {min(missing)}")
+    given.setdefault("deciding_ms", np.zeros(tokens))  # version 0.3 did not measure it
+    for name in _NOTED:
+        known = given[name][~np.isnan(given[name])] if name == "kl" else given[name]
+        if not ((known >= 0) & (known <= _MOST)).all():  # NaN neither
+            raise ValueError(f"values: {name} must be from 0 to {_MOST:g}")
+    events, sizes = records(d["events"]), np.zeros(256)
+    sizes[list(map(int, m["expert_bytes"]))] = list(m["expert_bytes"].values())
+    way = np.array([MOVES.get(kind, 0) for kind in range(len(KINDS))])[events["kind"]]
+    held = sizes[d["start"]["bits"]].sum() + np.append(0, (way * sizes[events["bits"]]).cumsum())
+    begins = np.array([origin["token"] for origin in d["origins"]])
+    ends = np.searchsorted(events["token"], np.arange(tokens), side="right")
+    reports = []
+    for token, end in enumerate(ends):
+        total, deciding, kl, budget = (float(given[name][token]) for name in _NOTED)
+        device = d["origins"][np.searchsorted(begins, token, side="right") - 1]["device"]
+        noted = Noted(
+            *(d["pieces"][token], total / 1e3, deciding / 1e3, None if np.isnan(kl) else kl),
+            *(int(held[end]), int(budget), device, int(end)),
+        )
+        reports.append(fold(token, noted, events[ends[token - 1] if token else 0 : end]))
+        if reports[-1].compute_ms < -1e-3 * (total + 1):
+            raise ValueError(f"values: token {token} took less time than its parts")
+    told = d["summary"]
+    sums = {"setup_ms": told["setup_ms"], "peak_bytes": told["peak_resident_bytes"]}
+    d["summary"] = summary(reports, timing=told["timing"], **sums)
+    d |= {"values": encoded(table(reports).T, "<f4"), "columns": list(COLUMNS)}
 
 
 def _columns(d: dict[str, Any]) -> None:

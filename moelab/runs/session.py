@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import wait
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,6 @@ from moelab.spelling import differences
 Changes = Mapping[int, Settings | Mapping[str, Any]]
 """Token -> settings from there on, as a whole or as in ``lab.update``."""
 
-WHY_PATIENCE_S = 10.0
 CLOSED = "this lab is closed; open it again"
 
 
@@ -122,17 +119,6 @@ class Session:
         finally:
             self.release()
 
-    def idle(self, work: Callable[[], None]) -> None:
-        """Do something short if nobody is at work; a run that starts now waits for it."""
-        with self.lock:
-            if self.closed:
-                raise RuntimeError(CLOSED)
-            if self._busy.acquire(blocking=False):
-                try:
-                    work()
-                finally:
-                    self._busy.release()
-
     def close(self) -> None:
         """Stop the run and let go of everything; waits for whoever is at work."""
         with self.lock:
@@ -167,14 +153,10 @@ class Session:
 
     def why(self, layer: int) -> dict[int, dict[str, float]]:
         """The evict decision's terms of each resident expert of a layer; also during a run."""
-        answer = self.engine.questions.why(layer)
-        give_up = time.monotonic() + WHY_PATIENCE_S
-        while not answer.done():
-            self.idle(lambda: self.engine.questions.answer(self.engine.scheduler))
-            if not answer.done() and time.monotonic() > give_up:
-                raise RuntimeError("the lab is busy and did not answer; ask again later")
-            wait([answer], timeout=0.02)
-        return answer.result()
+        if self.closed:
+            raise RuntimeError(CLOSED)
+        with self.engine.lock:
+            return self.engine.scheduler.why(layer)
 
     # -- making tokens ------------------------------------------------------------------------
 
@@ -243,7 +225,7 @@ class Session:
             self._generate(run, changes)
         except BaseException as error:  # noqa: BLE001, kept for join() and the window
             self.engine.recover()
-            run.error = error
+            run.ended, run.error = "failed", error
         finally:
             self.release()
             run._done.set()
@@ -258,7 +240,7 @@ class Session:
         reference: Reference | None = None
         context, new = list(run._ids), list(run._ids)
         try:
-            for _ in range(run.request.max_new_tokens):
+            while not run.ended:
                 self._obey(run, changes)
                 logits = decoder.step(new)
                 kl = best = None
@@ -272,8 +254,12 @@ class Session:
                 engine.end_of_token()
                 context.append(token)
                 new = [token]
-                if run.stopped or token in run._eos:
-                    break
+                if token in run._eos:
+                    run.ended = "end of text"
+                elif len(run.tokens) == run.request.max_new_tokens:
+                    run.ended = "length"
+                elif run.stopped:
+                    run.ended = "stopped"
         finally:
             engine.end_of_sequence()
 
@@ -305,7 +291,7 @@ class Session:
             seconds + engine.deciding_before,
             engine.deciding,
             kl,
-            engine.arena.held_bytes,
+            engine.scheduler.cache.used_bytes,
             engine.settings.budget_bytes,
             engine.settings.device,
             len(engine.log),

@@ -17,7 +17,7 @@ import numpy as np
 
 import moelab
 from moelab.runs.schema import EVENTS, FORMAT
-from moelab.runs.tokens import COLUMNS, STALLS, row, titled
+from moelab.runs.tokens import COLUMNS, STALLS, table, titled
 from moelab.scheduling.events import AHEAD, CAUSES
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.spelling import (
@@ -50,8 +50,6 @@ class RunReader:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._lock = threading.Lock()
-        self._reports: list[Any] = []
-        self._rows = np.empty((64, len(COLUMNS)), "<f4")  # [T and room for more, C]
         self._gates: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []  # [L, K] each
         self._served: list[list] = []
         self._full: list[list | None] = []
@@ -59,19 +57,9 @@ class RunReader:
         self._texts: dict[int, str] = {}
 
     def tokens(self) -> tuple[list[Any], np.ndarray]:
-        """Token reports by now, and their figures [T, C]; reads new ones and those put right."""
-        with self._lock:
-            reports = list(self.run.token_reports)
-            if len(reports) > len(self._rows):
-                more = np.empty((len(reports), len(COLUMNS)), "<f4")
-                self._rows = np.concatenate((self._rows, more))
-            for i, report in enumerate(reports):
-                if i == len(self._reports):
-                    self._reports.append(report)
-                elif self._reports[i] is report:
-                    continue
-                self._reports[i], self._rows[i] = report, row(report)
-            return reports, self._rows[: len(reports)].copy()
+        """Token reports by now, and their figures [T, C]."""
+        reports = self.run.token_reports
+        return reports, table(reports).astype("<f4")
 
     def read(self, start: int = 0) -> dict[str, Any]:
         """The document by now, with the events from row ``start`` on; without ``evictions``."""

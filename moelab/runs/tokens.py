@@ -8,6 +8,7 @@ together: who asks for figures of times gives the tokens since the device last c
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Sequence
@@ -26,7 +27,10 @@ STALLS = tuple(e.CAUSES[code] for code in _WAITS)
 
 COUNTED = {"hits": e.HIT, "loads": e.LOAD, "prefetches": e.PREFETCH, "downgrades": e.DOWNGRADE}
 COUNTED |= {"skips": e.SKIP, "substitutes": e.SUBSTITUTE}
-COUNTS = ("bytes", *COUNTED)
+COUNTS = ("bytes", "setup_bytes", *COUNTED, "late")
+REQUESTS = ("hits", "late", "loads", "skips", "substitutes")
+"""What may become of an expert that a layer asks for; each request is counted as one of these."""
+_SUMMED = ("late", "downgrades", "skips", "substitutes")
 NOTED = ("text", "kl", "resident_bytes", "budget_bytes", "device")
 COLUMNS = (
     *("total_ms", "compute_ms", "deciding_ms", *STALLS, "kl", *COUNTS),
@@ -34,14 +38,17 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TokenReport:
     """What one token cost. Token 0 is the first generated one and carries the whole prefill.
 
     ``total_ms`` is compute, deciding (the strategy's own time) and stalls; measuring KL is not part
     of it. ``stall_ms`` is by cause: ``on demand``, ``prefetch late`` (a guess was right but still
-    on its way), ``evict``. ``bytes`` were read from the device (prefetches too), ``load_bytes`` of
-    them on demand; ``hit_bytes`` were served from memory.
+    on its way), ``evict``. ``hits`` were in memory when they were asked for, ``late`` were guessed
+    right but still on their way. ``bytes`` were read from the device (prefetches too),
+    ``load_bytes`` of them on demand; ``hit_bytes`` were served from memory. ``setup_bytes`` were
+    read between the token before and this one, for what the strategy wants resident.
+    ``resident_bytes`` is what the resident experts took at its end, loads on their way included.
     """
 
     token: int
@@ -63,6 +70,15 @@ class TokenReport:
     budget_bytes: int
     device: str
     load_bytes: int = 0
+    late: int = 0
+    setup_bytes: int = 0
+
+    @functools.cached_property
+    def row(self) -> tuple[float, ...]:
+        """As numbers, in the order of `COLUMNS`; a KL not measured is NaN."""
+        known = {"kl": math.nan} | {n: v for n, v in vars(self).items() if v is not None}
+        known |= {cause: self.stall_ms.get(cause, 0.0) for cause in STALLS}
+        return tuple(float(known[name]) for name in COLUMNS)
 
 
 class Noted(NamedTuple):
@@ -98,6 +114,11 @@ class Tokens:
     def __len__(self) -> int:
         return len(self._noted)
 
+    def records(self, first: int, last: int) -> np.ndarray:
+        """The events of the tokens from ``first`` to before ``last``."""
+        ends = [0, *(noted.rows for noted in self._noted[:last])]
+        return self._log.records(ends[min(first, len(ends) - 1)], ends[-1])
+
     def add(self, noted: Noted) -> None:
         """A token is complete."""
         self._noted.append(noted)
@@ -112,7 +133,7 @@ class Tokens:
         known, final = self._known
         new = known[:final]
         for token in range(final, count):
-            new.append(self._fold(token))
+            new.append(fold(token, self._noted[token], self.records(token, token + 1)))
             if token == final and self._noted[token].rows <= settled:
                 final += 1
         self._known = new, final
@@ -130,19 +151,19 @@ class Tokens:
             self._loaded[keys] = rows["token"]  # of several, the last stays
             return self._loaded
 
-    def _fold(self, token: int) -> TokenReport:
-        noted = self._noted[token]
-        first = self._noted[token - 1].rows if token else 0
-        sums = tally(self._log.records(first, noted.rows))
-        total, deciding = 1e3 * noted.seconds, 1e3 * noted.deciding
-        return TokenReport(
-            token=token,
-            total_ms=total,
-            compute_ms=total - deciding - sum(sums["stall_ms"].values()),
-            deciding_ms=deciding,
-            **sums,
-            **{name: getattr(noted, name) for name in NOTED},
-        )
+
+def fold(token: int, noted: Noted, rows: np.ndarray) -> TokenReport:
+    """A token's report: what was noted of it, and the sums of its events."""
+    sums = tally(rows)
+    total, deciding = 1e3 * noted.seconds, 1e3 * noted.deciding
+    return TokenReport(
+        token=token,
+        total_ms=total,
+        compute_ms=total - deciding - sum(sums["stall_ms"].values()),
+        deciding_ms=deciding,
+        **sums,
+        **{name: getattr(noted, name) for name in NOTED},
+    )
 
 
 def tally(rows: np.ndarray) -> dict[str, Any]:
@@ -151,30 +172,31 @@ def tally(rows: np.ndarray) -> dict[str, Any]:
     Parameters
     ----------
     rows
-        Records of `moelab.scheduling.events.DTYPE`; those between tokens are left out.
+        Records of `moelab.scheduling.events.DTYPE`; of those between tokens only the bytes count.
     """
-    rows = rows[rows["at"] >= 0]
+    between, reads = rows["at"] < 0, np.isin(rows["kind"], (e.LOAD, e.PREFETCH))
+    setup = int(rows["bytes"][between & reads].sum())
+    rows = rows[~between]
     kind, nbytes = rows["kind"], rows["bytes"]
     counts = np.bincount(kind, minlength=len(e.KINDS)).tolist()
     read = [int(nbytes[kind == code].sum()) for code in (e.LOAD, e.PREFETCH)]
+    late = int(((kind == e.HIT) & (rows["cause"] == e.LATE)).sum())
+    counts[e.HIT] -= late
     waits = {e.CAUSES[c]: (kind == e.STALL) & (rows["cause"] == c) for c in _WAITS}
     return {
         "stall_ms": {n: float(rows["dur_ms"][w].sum()) for n, w in waits.items() if w.any()},
         "bytes": sum(read),
         "hit_bytes": int(nbytes[(kind == e.HIT) | (kind == e.SUBSTITUTE)].sum()),
         "load_bytes": read[0],
+        "late": late,
+        "setup_bytes": setup,
         **{name: counts[code] for name, code in COUNTED.items()},
     }
 
 
-def row(report: Any) -> tuple[float, ...]:
-    """One `TokenReport` as numbers, in the order of `COLUMNS`; a KL not measured is NaN."""
-    stalls = [float(report.stall_ms.get(cause, 0.0)) for cause in STALLS]
-    counts = [float(getattr(report, name)) for name in COUNTS]
-    kl = math.nan if report.kl is None else float(report.kl)
-    times = float(report.total_ms), float(report.compute_ms), float(report.deciding_ms)
-    memory = float(report.resident_bytes), float(report.budget_bytes)
-    return (*times, *stalls, kl, *counts, *memory)
+def table(reports: Sequence[TokenReport]) -> np.ndarray:
+    """The rows of some reports, [T, C]."""
+    return np.array([report.row for report in reports]).reshape(-1, len(COLUMNS))
 
 
 def since_device(reports: Sequence[Any]) -> int:
@@ -210,7 +232,7 @@ def figures(values: np.ndarray, *, first: int = 0) -> dict[str, float | int | No
     def ratio(over: float, under: float) -> float | None:
         return over / under if under else None
 
-    asked = sum(sums[name] for name in ("hits", "loads", "skips", "substitutes"))
+    asked = sum(sums[name] for name in REQUESTS)
     return {
         "tokens": len(values),
         "tokens_per_s": ratio(1e3 * len(decoded), sums["total_ms"]),
@@ -218,6 +240,35 @@ def figures(values: np.ndarray, *, first: int = 0) -> dict[str, float | int | No
         "bytes_per_token": ratio(sums["bytes"], len(decoded)),
         "stall_share": ratio(sum(sums[cause] for cause in STALLS), sums["total_ms"]),
         "kl_mean": float(kls.mean(dtype=np.float64)) if len(kls) else None,
+    }
+
+
+def summary(
+    reports: Sequence[TokenReport], *, setup_ms: float, peak_bytes: int, timing: str
+) -> dict[str, Any]:
+    """A run in figures, see `moelab.Run.summary`; None where there is nothing to divide."""
+    values, since, decoded = table(reports), since_device(reports), reports[1:]
+    whole, timed = figures(values), figures(values[since:], first=since)
+    times = [r.total_ms for r in reports[max(1, since) :]]
+    hit, load = (sum(getattr(r, n) for r in decoded) for n in ("hit_bytes", "load_bytes"))
+    return {
+        "tokens": len(reports),
+        "tokens_per_s": timed["tokens_per_s"],
+        "setup_ms": setup_ms,
+        "setup_bytes": sum(r.setup_bytes for r in reports),
+        "ttft_ms": reports[0].total_ms if reports else None,
+        "tpot_ms_median": float(np.median(times)) if times else None,
+        "tpot_ms_p99": float(np.quantile(times, 0.99)) if times else None,
+        "hit_ratio": whole["hit_ratio"],
+        "byte_hit_ratio": hit / (hit + load) if hit + load else None,
+        "bytes_per_token": whole["bytes_per_token"],
+        "stall_share": timed["stall_share"],
+        **{n: sum(getattr(r, n) for r in decoded) for n in _SUMMED},
+        "kl_mean": whole["kl_mean"],
+        "peak_resident_bytes": peak_bytes,
+        "budget_bytes": reports[-1].budget_bytes if reports else 0,
+        "device": reports[-1].device if reports else "",
+        "timing": timing,
     }
 
 

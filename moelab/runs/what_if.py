@@ -84,7 +84,7 @@ class WhatIf:
         """Make the second run and wait for it; Ctrl-C stops it."""
         lab, asked = self.lab, self.was.request
         sampling = asked.sampling
-        with lab._session.claimed() as engine, self._second() as second:
+        with lab._session.claimed(), self._second() as second:
             self.run = run = second.start(
                 asked.messages or asked.prompt,
                 max_new_tokens=len(self.was.tokens),
@@ -98,9 +98,6 @@ class WhatIf:
             )
             if self._stopped:
                 run.stop()
-            while run.running:
-                engine.questions.answer(engine.scheduler)  # nobody else does while it is ours
-                run.join(0.02)
             return run.join()
 
     def _second(self) -> Lab:

@@ -31,7 +31,7 @@ _CAUSES = (
     "unread",  # a prefetch withdrawn before it was read
     "cancelled",  # a load that was never read
     "failed",  # evicted: its load failed
-    "prefetch late",  # a stall: predicted, but still on its way
+    "prefetch late",  # a hit of a prefetch's copy that is still on its way, and the stall for it
     "evict",  # a stall: the copy that leaves was still on its way
 )
 AHEAD = len(_CAUSES)
@@ -40,6 +40,8 @@ CAUSES = (*_CAUSES, *(f"ahead +{n}" for n in range(256 - AHEAD)))
 CAUSE = {cause: code for code, cause in enumerate(CAUSES)}
 NONE, ON_DEMAND, PREFETCHED, STAND_IN, SCORE, SET_UP, ROOM, UPGRADE, BUDGET, BITS = range(10)
 NOT_KEPT, UNREAD, CANCELLED, FAILED, LATE, EVICTED_LATE = range(10, AHEAD)
+GUESSED = (CAUSES[PREFETCHED], CAUSES[LATE])
+"""Causes of a hit that a prefetch made, in time or late; what has no clock says the first."""
 
 DTYPE = np.dtype(
     [

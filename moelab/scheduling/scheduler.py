@@ -91,7 +91,7 @@ class Scheduler:
     def step(self, given: LayerInput) -> LayerPlan:
         """Decide one layer. The cache already shows the outcome when this returns."""
         layer, cache, plan = given.layer, self.cache, LayerPlan(given.layer)
-        self._ranking.begin(self.strategy.evict)
+        self._ranking.begin(self.strategy.evict)  # scores are those of this layer, asked once
         self._observe(given, plan)
         held = cache.held[self._keys[layer]]
         held &= _NOT_PROTECTED  # their layer has come, right or wrong
@@ -106,6 +106,7 @@ class Scheduler:
         for key, expert, want, asked in loads:
             self._load(key, expert, want, asked, plan)
         plan.rows += skips
+        # Guesses last: they take what room the layer's own loads left, and evict none of its own.
         if not given.prefill:
             self._prefetch(given, plan)
         for key in self.strategy.evict.after_layer(layer, self.view):
@@ -222,9 +223,10 @@ class Scheduler:
             expert = request[0]
             key = first + expert
             asked, have = asked_of[key], bits_of[key]
+            # A prompt and a pinned expert are served at the bits asked for, whatever the score.
             free = chooses and not held_of[key] & _PINNED
             want = tier(request, asked, view) if free else asked
-            if have and have >= want:
+            if have and have >= want:  # a better copy than wanted serves too: it is there
                 cause = e.PREFETCHED if self._prefetched[key] else e.NONE
                 self._hit(key, expert, have, asked, cause, plan)
             elif not want:
@@ -264,7 +266,7 @@ class Scheduler:
             left = self._evict_until(limit, lack, e.ROOM, plan)
             while left > 0:  # a prompt larger than the budget: who was served already goes
                 left -= self._evict_served(limit, plan)
-        self.cache.add(key, want)
+        self.cache.add(key, want)  # in the budget from now on, though its bytes are still to come
         self.cache.use(key, high=want >= asked)
         plan.rows.append((e.LOAD, plan.layer, expert, asked, want, e.ON_DEMAND, expert))
         if want < asked:
@@ -370,6 +372,7 @@ class Scheduler:
     def _evict_until(self, limit: Limit, lack: int, cause: int, plan: LayerPlan) -> int:
         """Evict until ``lack`` bytes are free; returns what is still lacking."""
         victims = self._ranking.within(limit)
+        # For a load a guess goes where nobody else is left, for a smaller budget like any other.
         for spared in _SPARED if cause == e.ROOM else _SPARED[1:]:
             for key in victims.allowed(spared):
                 lack -= self._evict(key, cause, plan, victims)

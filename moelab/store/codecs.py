@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -69,29 +69,6 @@ class Layout:
                 raise ValueError(
                     f"layout tensor {name!r} has shape {shape}; give one or more positive sizes"
                 )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a dictionary that `json.dumps` takes and `from_json` reads back."""
-        return {
-            "tensors": [[name, list(shape)] for name, shape in self.tensors],
-            "dtype": self.dtype,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Layout:
-        """Rebuild a layout from `to_json`'s dictionary.
-
-        Raises
-        ------
-        ValueError
-            If a field is missing or makes no sense.
-        """
-        try:
-            return cls(
-                tuple((name, tuple(shape)) for name, shape in data["tensors"]), data["dtype"]
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a layout: {data!r}; expected 'tensors' and 'dtype'") from error
 
 
 def payload_bytes(layout: Layout, bits: int) -> int:

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from moelab.models.families import MoELayer
 from moelab.store.codecs import PAGE, TIERS, Layout, nbytes
 
 FORMAT = 1
 NAME = "manifest.json"
+MOST_BYTES = 32 << 20  # of a manifest: 160,000 experts at five tiers
+LONGEST_NAME = 255
 MODEL = "model"  # folder of the configuration, the tokenizer and the non-expert weights
 _MAGIC = b"moelab experts\n\0"
 OF_LAYER = (
@@ -26,6 +30,11 @@ OF_LAYER = (
     *("transposed", "has_bias", "has_post_norm"),
 )
 """What a manifest says of an expert as `moelab.models.families.MoELayer` does; alike in all."""
+TEXTS = ("id", "architecture", "model_type", "source", "source_digest", "created")
+TEXTS += ("transformers_version", "activation", "gating")
+COUNTS = ("source_bytes", "top_k", "hidden", "inner")
+LISTS = {"notes": str, "tiers": int, "layer_names": str, "experts_per_layer": int}
+SWITCHES = ("transposed", "has_bias", "has_post_norm")
 
 
 class StoreError(ValueError):
@@ -121,7 +130,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of `manifest.json`, with its own checksum."""
-        data = {"format": FORMAT, **asdict(self), "layout": self.layout.to_json()}
+        data = {"format": FORMAT, **asdict(self)}
         data["checksums"] = {str(bits): list(sums) for bits, sums in self.checksums.items()}
         return json.dumps({**data, "checksum": _own_checksum(data)}, indent=1)
 
@@ -137,33 +146,39 @@ class Manifest:
         try:
             data = json.loads(text)
             version, checksum = data.pop("format"), data.pop("checksum")
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise StoreError(f"{NAME} is not a store's manifest ({error!r}); pack again") from error
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            raise StoreError(
+                f"{NAME} is not a store's manifest ({shortened(error)}); pack again"
+            ) from error
         if version != FORMAT:
             raise StoreError(
-                f"{NAME} has format {version}, this moelab reads {FORMAT}; pack the model again"
+                f"{NAME} has format {shortened(version)}, this moelab reads {FORMAT}; "
+                "pack the model again"
             )
         if checksum != _own_checksum({"format": version, **data}):
             raise StoreError(f"{NAME} was edited or damaged (checksum differs); pack again")
         try:
             return cls._checked(data)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise StoreError(f"{NAME} makes no sense ({error}); pack again") from error
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise StoreError(f"{NAME} makes no sense ({shortened(error)}); pack again") from error
 
     @classmethod
     def _checked(cls, data: dict[str, Any]) -> Manifest:
-        data["layout"] = Layout.from_json(data["layout"])
+        _check_types(data)
+        data["layout"] = Layout(**data["layout"])
         data["checksums"] = {int(b): tuple(s) for b, s in data["checksums"].items()}
         data["files"] = {name: (int(size), str(s)) for name, (size, s) in data["files"].items()}
-        lists = ("notes", "tiers", "layer_names", "experts_per_layer")
-        data.update({k: tuple(data[k]) for k in lists})
+        data.update({k: tuple(data[k]) for k in LISTS})
         manifest = cls(**data)
         if len(bytes.fromhex(manifest.id)) != 16:
             raise ValueError(f"id {manifest.id!r} is not 32 hex digits")
-        if not manifest.tiers or not set(manifest.tiers) <= set(TIERS):
-            raise ValueError(f"tiers {manifest.tiers} are not among {TIERS}")
+        known = tuple(bits for bits in TIERS if bits in manifest.tiers)
+        if not known or manifest.tiers != known:
+            raise ValueError(f"tiers {manifest.tiers} are not among {TIERS}, highest first")
         if len(manifest.layer_names) != len(manifest.experts_per_layer):
             raise ValueError("layer_names and experts_per_layer differ in length")
+        if not manifest.experts_per_layer or min(manifest.experts_per_layer) < manifest.top_k:
+            raise ValueError(f"a layer has fewer than top_k={manifest.top_k} experts")
         for name in manifest.files:
             check_inside(name)
         manifest._check_expert_files()
@@ -181,8 +196,102 @@ class Manifest:
                 raise ValueError(f"{bits} bit has {len(self.checksums[bits])} checksums")
 
 
+def of_model(model: Any, layers: Sequence[MoELayer]) -> dict[str, Any]:
+    """What a manifest says of a model's experts, derived from the model alone.
+
+    Raises
+    ------
+    StoreError
+        The experts differ from layer to layer.
+    """
+
+    def kind(layer: MoELayer) -> dict[str, Any]:
+        return {"tensors": layer.tensors} | {name: getattr(layer, name) for name in OF_LAYER}
+
+    first = layers[0]
+    for layer in layers:
+        if kind(layer) != kind(first):
+            raise StoreError(
+                f"experts of layer {layer.index} ({layer.name}) are {kind(layer)}, those of layer "
+                f"0 are {kind(first)}; a store holds experts of one shape only"
+            )
+    return {
+        "architecture": type(model).__name__,
+        "model_type": model.config.model_type,
+        "layer_names": tuple(layer.name for layer in layers),
+        "experts_per_layer": tuple(layer.num_experts for layer in layers),
+        **kind(first),
+    }
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, tuple[int, ...]]:
+    """The manifest of a store, and what tells its file from another of that name later.
+
+    Raises
+    ------
+    StoreError
+        The folder is no store, or its manifest cannot be used.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise StoreError(
+            f"{folder} has no {NAME}, so it is not a store; make one with "
+            f"moelab.pack(checkpoint, {str(folder)!r})"
+        )
+    refuse_link(folder, NAME)
+    if path.stat().st_size > MOST_BYTES:
+        raise StoreError(f"{path} is longer than {MOST_BYTES >> 20} MiB; pack again")
+    try:
+        found = identity(path)
+        return Manifest.from_json(path.read_text(encoding="utf-8")), found
+    except (StoreError, OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{folder}: {shortened(error)}") from error
+
+
+def identity(path: Path) -> tuple[int, ...]:
+    """What tells a file from one that took its name, or was written into it; () if it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def refuse_link(folder: Path, name: str) -> None:
+    """Refuse a file of a store that is a link to outside of it."""
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise StoreError(f"{folder / name} is a link that leads out of the store; pack again")
+
+
+def shortened(what: object, most: int = 300) -> str:
+    """A value or an error in words that fit a message, whatever a file made it say."""
+    text = str(what) if isinstance(what, BaseException) else repr(what)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _check_types(data: dict[str, Any]) -> None:
+    """Every field is of its type, and no count below 1: they become sizes and places."""
+    of = {
+        **dict.fromkeys(TEXTS, str),
+        **dict.fromkeys(COUNTS, int),
+        **dict.fromkeys(SWITCHES, bool),
+        **dict.fromkeys(LISTS, list),
+        **dict.fromkeys(("files", "checksums"), dict),
+    }
+    for name, kind in of.items():
+        entries = data[name] if kind is list else [data[name]]
+        if type(data[name]) is not kind or any(
+            type(e) is not LISTS.get(name, kind) for e in entries
+        ):
+            raise ValueError(f"{name}={shortened(data[name])} is not what it has to be")
+        if any(type(e) is int and not 0 < e < 2**48 for e in entries):
+            raise ValueError(f"{name}={shortened(data[name])} has a number that cannot be")
+
+
 def check_inside(name: str) -> None:
     """Refuse a file name that is not `file` or `model/file`."""
+    if len(name) > LONGEST_NAME or not name.isprintable():
+        raise ValueError(f"file name {shortened(name)} is too long or cannot be read")
     parts = PurePosixPath(name).parts
     plain = "\\" not in name and ".." not in parts and "/".join(parts) == name
     if not plain or len(parts) not in (1, 2) or (len(parts) == 2 and parts[0] != MODEL):

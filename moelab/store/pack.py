@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -26,10 +27,8 @@ from typing import Any
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from moelab.models.checkpoint import ExpertReader
-from moelab.models.families import MoELayer
 from moelab.models.shards import Checkpoint
 from moelab.models.skeleton import blank_model
 from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
@@ -38,12 +37,12 @@ from moelab.store.manifest import (
     FORMAT,
     MODEL,
     NAME,
-    OF_LAYER,
     Manifest,
     StoreError,
     digest,
     digest_file,
     experts_file,
+    of_model,
 )
 from moelab.store.store import Store
 
@@ -126,7 +125,7 @@ def pack(
 
 
 class _Work:
-    """One checkpoint on its way into a store."""
+    """One checkpoint on its way into a store; its manifest, as far as it is known by now."""
 
     def __init__(
         self,
@@ -137,56 +136,61 @@ class _Work:
         fit: Fit | None = None,
     ) -> None:
         self.folder, self.fit = folder, fit
-        self.bars, self.tell = progress is True, progress if callable(progress) else None
+        self.bars, self.tell = progress is True, progress if callable(progress) else lambda _: None
         model = blank_model(folder)
         self.reader = ExpertReader(model, folder)
         self.checkpoint = self.reader.checkpoint
-        layers, stored = self.reader.layers, self.reader.dtype(0)
-        self.half = half = stored if stored == torch.float16 else torch.bfloat16
-        layout = Layout(_same_tensors(layers), _word(half))
+        stored = self.reader.dtype(0)
+        self.half = stored if stored == torch.float16 else torch.bfloat16
         self.kept = [f for f in sorted(folder.iterdir()) if f.is_file() and _is_kept(f.name)]
-        self._digest: str | None = None
         notes = []
         if stored in (torch.float32, torch.float64):
             notes.append(f"experts are {_word(stored)} in the source, stored as bfloat16")
         if fit is not None:
             notes.append(f"ranges by {getattr(fit, '__name__', fit)}")
-        self.manifest = _describe(model, name, self.reader, tiers, layout, tuple(notes))
-
-    @property
-    def experts(self) -> int:
-        return sum(self.manifest.experts_per_layer)
+        experts = of_model(model, self.reader.layers)
+        self.manifest = Manifest(
+            id="",
+            source=name,
+            source_digest="",
+            source_bytes=sum(file.stat().st_size for file in self.checkpoint.files),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            transformers_version=transformers.__version__,
+            notes=tuple(notes),
+            tiers=tiers,
+            layout=Layout(experts.pop("tensors"), _word(self.half)),
+            files={},
+            checksums={},
+            **experts,
+        )
 
     @property
     def store_bytes(self) -> int:
         """Size of the store, but for a page or two."""
-        sizes = sum(self.manifest.slot_bytes.values()) * self.experts
-        return sizes + sum(self.checkpoint.info[key].nbytes for key in self.reader.rest)
+        experts = sum(self.manifest.slot_bytes.values()) * sum(self.manifest.experts_per_layer)
+        return experts + sum(self.checkpoint.info[key].nbytes for key in self.reader.rest)
 
+    @cached_property
     def identity(self) -> tuple[str, str]:
         """(id of the store, digest of the source): reads every byte of the source once."""
-        if self._digest is None:
-            files = [*self.checkpoint.files, *self.kept]
-            bar = tqdm(files, desc="reading the source", unit="file", disable=not self.bars)
-            if self.tell is not None:
-                self.tell("reading the source")
-            sums = [f"{file.name} {digest_file(file)}" for file in bar]
-            self._digest = digest("\n".join(sums).encode())
-        text = f"{FORMAT} {self.manifest.tiers} {self._digest}"
+        files = [*self.checkpoint.files, *self.kept]
+        bar = tqdm(files, desc="reading the source", unit="file", disable=not self.bars)
+        self.tell("reading the source")
+        source = digest("\n".join(f"{file.name} {digest_file(file)}" for file in bar).encode())
+        text = f"{FORMAT} {self.manifest.tiers} {source}"
         if self.fit is not None:
             text += f" {_fingerprint(self.fit)}"
-        return digest(text.encode()), self._digest
+        return digest(text.encode()), source
 
     def write(self, partial: Path) -> None:
         """Write the whole store into an empty folder."""
-        store_id, source_digest = self.identity()
+        store_id, source_digest = self.identity
         self.manifest = replace(self.manifest, id=store_id, source_digest=source_digest)
         if self.bars:
             for note in self.manifest.notes:
                 tqdm.write(f"{self.manifest.source}: {note}")
         checksums = self._write_experts(partial)
-        if self.tell is not None:
-            self.tell("writing what is not an expert")
+        self.tell("writing what is not an expert")
         (partial / MODEL).mkdir()
         write_safetensors(partial / MODEL / "model.safetensors", self.checkpoint, self.reader.rest)
         for file in self.kept:
@@ -226,8 +230,7 @@ class _Work:
         every = [(layer, e) for layer, count in enumerate(counts) for e in range(count)]
         bar = tqdm(every, desc="packing", unit="expert", disable=not self.bars)
         for done, key in enumerate(bar):
-            if self.tell is not None:
-                self.tell(f"packing the experts: {100 * done // len(every)} %")
+            self.tell(f"packing the experts: {100 * done // len(every)} %")
             yield key
 
 
@@ -248,53 +251,8 @@ def write_safetensors(path: Path, checkpoint: Checkpoint, keys: Iterable[str]) -
                 stream.write(piece)
 
 
-def _describe(
-    model: PreTrainedModel,
-    name: str,
-    reader: ExpertReader,
-    tiers: tuple[int, ...],
-    layout: Layout,
-    notes: tuple[str, ...],
-) -> Manifest:
-    """The manifest as far as it is known before anything is read."""
-    layers, first = reader.layers, reader.layers[0]
-    return Manifest(
-        id="",
-        architecture=type(model).__name__,
-        model_type=model.config.model_type,
-        source=name,
-        source_digest="",
-        source_bytes=sum(file.stat().st_size for file in reader.checkpoint.files),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        transformers_version=transformers.__version__,
-        notes=notes,
-        tiers=tiers,
-        layout=layout,
-        layer_names=tuple(layer.name for layer in layers),
-        experts_per_layer=tuple(layer.num_experts for layer in layers),
-        files={},
-        checksums={},
-        **{name: getattr(first, name) for name in OF_LAYER},
-    )
-
-
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _same_tensors(layers: list[MoELayer]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """The tensors of one expert, which must be the same in every layer."""
-
-    def kind(layer: MoELayer) -> tuple:
-        return (layer.tensors, layer.top_k, layer.activation, layer.gating, layer.transposed)
-
-    for layer in layers:
-        if kind(layer) != kind(layers[0]):
-            raise StoreError(
-                f"experts of layer {layer.index} ({layer.name}) are {kind(layer)}, those of layer "
-                f"0 are {kind(layers[0])}; a store holds experts of one shape only"
-            )
-    return layers[0].tensors
 
 
 def _check_tiers(tiers: Sequence[int]) -> tuple[int, ...]:
@@ -355,7 +313,7 @@ def _is_done(destination: Path, work: _Work, *, overwrite: bool) -> bool:
     try:
         old = Store.open(destination).manifest
         same = (old.tiers, old.source_bytes) == (work.manifest.tiers, work.manifest.source_bytes)
-        if same and old.id == work.identity()[0]:
+        if same and old.id == work.identity[0]:
             return True
         what = f"the store of {old.source!r} at {old.tiers} bit"
     except StoreError as error:

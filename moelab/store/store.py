@@ -6,28 +6,37 @@
 
 All experts of a tier have one size, a multiple of 4096 bytes, so an expert's place is arithmetic
 and every read is aligned for O_DIRECT. Opening checks the manifest, every file's size and first
-page, and the small files' checksums; `verify` reads everything.
+page, and the small files' checksums; `verify` reads everything. A store may come from anybody: that
+its checksums are right says that it is whole, not that it makes sense (`check_model`).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from moelab.models.families import MoELayer
 from moelab.scheduling.stream import Shape
+from moelab.store.blobs import BlobFile
 from moelab.store.codecs import PAGE, Layout
 from moelab.store.manifest import (
     MODEL,
     NAME,
-    Manifest,
     StoreError,
     digest,
     digest_file,
     experts_file,
+    identity,
+    of_model,
+    read_manifest,
+    refuse_link,
+    shortened,
 )
 
 __all__ = ["Store", "StoreError"]
@@ -46,13 +55,17 @@ class Store:
         The store's folder.
     manifest
         What it holds.
+    files
+        {bits: the tier's file}, held open: reads are of the files that were checked, whatever
+        becomes of their names.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest = manifest
-        self._first = (0, *accumulate(manifest.experts_per_layer))
-        self._slots = manifest.slot_bytes
+        self.manifest, self._identity = read_manifest(path)
+        self.files: dict[int, BlobFile] = {}
+        self._first = (0, *accumulate(self.manifest.experts_per_layer))
+        self._slots = self.manifest.slot_bytes
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = False) -> Store:
@@ -77,17 +90,7 @@ class Store:
         >>> store.read(layer=0, expert=3, bits=4).nbytes == store.slot_bytes[4]  # doctest: +SKIP
         True
         """
-        path = Path(path)
-        if not (path / NAME).is_file():
-            raise StoreError(
-                f"{path} has no {NAME}, so it is not a store; make one with "
-                f"moelab.pack(checkpoint, {str(path)!r})"
-            )
-        try:
-            manifest = Manifest.from_json((path / NAME).read_text(encoding="utf-8"))
-        except (StoreError, UnicodeDecodeError) as error:
-            raise StoreError(f"{path}: {error}") from error
-        store = cls(path, manifest)
+        store = cls(Path(path))
         store._check_files()
         if verify:
             store.verify()
@@ -154,16 +157,56 @@ class Store:
         offset = PAGE + (self._first[layer] + expert) * size
         return self.path / experts_file(bits), offset, size
 
-    def read(self, layer: int, expert: int, bits: int) -> np.ndarray:
-        """Read one expert as uint8, the plain way: for tests and reference models."""
-        file, offset, size = self.location(layer, expert, bits)
-        blob = np.fromfile(file, dtype=np.uint8, count=size, offset=offset)
-        if blob.size != size:
+    def read(
+        self, layer: int, expert: int, bits: int, *, into: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Read one expert as uint8 through the page cache, ``into`` memory of its size if given.
+
+        Raises
+        ------
+        StoreError
+            There is no such expert, or its file was cut short or written to; names the file.
+        """
+        path, offset, size = self.location(layer, expert, bits)
+        blob = np.empty(size, np.uint8) if into is None else into
+        try:
+            self.files[bits].read_into(blob, offset)
+        except OSError as error:
             raise StoreError(
-                f"{file} is truncated: layer {layer} expert {expert} has {blob.size} of "
-                f"{size} bytes; pack the model again"
-            )
+                f"{path} cannot be read at layer {layer} expert {expert}: {error.strerror}; open "
+                "the store again, or pack the model again"
+            ) from error
         return blob
+
+    def check_model(self, model: Any, layers: Sequence[MoELayer]) -> None:
+        """Hold the manifest against the model that the store's config.json makes.
+
+        Raises
+        ------
+        StoreError
+            They differ: sizes that become addresses would not be those of the experts.
+        """
+        for name, made in of_model(model, layers).items():
+            found = self.layout.tensors if name == "tensors" else getattr(self.manifest, name)
+            if found != made:
+                raise StoreError(
+                    f"{self.path / NAME} says {name}={shortened(found)}, its model/config.json "
+                    f"makes {shortened(made)}; pack the model again"
+                )
+
+    def check_in_place(self) -> None:
+        """Refuse to go on where another store has taken this one's name.
+
+        Raises
+        ------
+        StoreError
+            What would be read by name is not what was opened.
+        """
+        if identity(self.path / NAME) != self._identity:
+            raise StoreError(
+                f"{self.path} was replaced or removed since it was opened; close the lab and open "
+                "it again"
+            )
 
     def verify(self, *, progress: bool = False) -> None:
         """Read every byte and hold it against the manifest.
@@ -195,11 +238,9 @@ class Store:
                 bar.update()
 
     def _check_files(self) -> None:
-        root = self.path.resolve()
         for name, (size, checksum) in self.manifest.files.items():
             file = self.path / name
-            if not file.resolve().is_relative_to(root):
-                raise StoreError(f"{file} is a link that leads out of the store; pack again")
+            refuse_link(self.path, name)
             if not file.is_file():
                 raise StoreError(f"{file} is missing; pack the model again")
             found = file.stat().st_size
@@ -216,13 +257,19 @@ class Store:
         self._refuse_unknown_files()
 
     def _check_header(self, bits: int) -> None:
-        file = self.path / experts_file(bits)
-        with file.open("rb") as stream:
-            if stream.read(PAGE) != self.manifest.header(bits):
-                raise StoreError(
-                    f"{file} is not this store's {bits}-bit file: its first page names another "
-                    "store or tier; put the right file back or pack again"
-                )
+        path, page = self.path / experts_file(bits), np.empty(PAGE, np.uint8)
+        try:
+            self.files[bits] = file = BlobFile(path)
+            file.read_into(page, 0)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read ({error.strerror}); pack again") from error
+        if page.tobytes() != self.manifest.header(bits):
+            raise StoreError(
+                f"{path} is not this store's {bits}-bit file: its first page names another "
+                "store or tier; put the right file back or pack again"
+            )
+        if file.nbytes != self.manifest.files[path.name][0]:
+            raise StoreError(f"{path} was replaced while it was opened; open the store again")
 
     def _check_sum(self, name: str, checksum: str) -> None:
         if digest_file(self.path / name) != checksum:

@@ -78,38 +78,11 @@ CALIBRATED = {
 NEEDS_CALIBRATION = ("edgemoe",)
 """Those that cannot be used by name without one."""
 
-__all__ = [
-    "CALIBRATED",
-    "GROUPS",
-    "NAMES",
-    "NEEDS_CALIBRATION",
-    "Allocate",
-    "Evict",
-    "Parameter",
-    "Precision",
-    "Prediction",
-    "Prefetch",
-    "Route",
-    "Strategy",
-    "View",
-    "adapmoe",
-    "cache_prior",
-    "drop_if_cold",
-    "edgemoe",
-    "hobbit",
-    "in_ram",
-    "layer_lru",
-    "lfu",
-    "lru",
-    "make",
-    "maker",
-    "mixtral_offloading",
-    "moe_apex",
-    "moe_infinity",
-    "on_demand",
-    "static_pruning",
-    "swapmoe",
-]
+__all__ = ["CALIBRATED", "GROUPS", "NAMES", "NEEDS_CALIBRATION", "make", "maker"]
+__all__ += ["Allocate", "Evict", "Parameter", "Precision", "Prediction", "Prefetch", "Route"]
+__all__ += ["Strategy", "View", "adapmoe", "cache_prior", "drop_if_cold", "edgemoe", "hobbit"]
+__all__ += ["in_ram", "layer_lru", "lfu", "lru", "mixtral_offloading", "moe_apex", "moe_infinity"]
+__all__ += ["on_demand", "static_pruning", "swapmoe"]
 
 
 def maker(name: str) -> Callable[..., Strategy]:

@@ -218,9 +218,8 @@ class Preload(Prefetch):
     observes = frozenset({"unread"})
 
     def __init__(self, table: PathTable | None = None, width: int = 2) -> None:
-        if width < 0:
-            raise ValueError(f"width={width!r}: experts to preload at most, 0 or more")
-        self.table, self.width = PathTable() if table is None else table, width
+        self.table = PathTable() if table is None else table
+        self.width = self.parameters[0].checked(width)
         self._before: Before = ()
 
     def observe(self, given: LayerInput, view: View) -> None:
@@ -277,9 +276,7 @@ class FrequencyOverDistance(Evict):
     )
 
     def __init__(self, rule: str = "described") -> None:
-        if rule not in RULES:
-            raise ValueError(f"rule={rule!r}: one of {', '.join(RULES)}")
-        self.rule = rule
+        self.rule = self.parameters[0].checked(rule)
         self._activations = np.zeros(0)  # in this sequence [n]
         self._tokens = np.zeros(0)  # that each layer has seen [L]
 

@@ -196,9 +196,7 @@ class TwoCaches(Allocate):
     )
 
     def __init__(self, high_share: float = 0.75) -> None:
-        if not 0.5 <= high_share <= 0.95:
-            raise ValueError(f"high_share={high_share}: 0.5 to 0.95 of the budget")
-        self.high_share = high_share
+        self.high_share = self.parameters[0].checked(high_share)
 
     def tier_bytes(self, bits: int, view: View) -> int | None:
         knobs, k, nbytes, low = view.knobs, view.shape.top_k, view.shape.nbytes, view.low_bits

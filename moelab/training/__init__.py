@@ -1,5 +1,5 @@
 """How the bundled models were made; nothing else imports it.
 
-The demo model: `corpus` and `domains` (text), `train`, `held_out` (prompts), `card` and `page` (its
-card).  The mixture of experts that is made of a dense model: `moefy`.
+The demo model: `corpus` and `domains` (text), `train`, `card` and `page` (its card).  The mixture
+of experts that is made of a dense model: `moefy`.
 """

@@ -130,9 +130,7 @@ class Sampler:
     would have drawn.
     """
 
-    def __init__(
-        self, corpus: Corpus, drawn: dict[str, int], *, window: int, seed: int = 0
-    ) -> None:
+    def __init__(self, corpus: Corpus, drawn: dict[str, int], window: int, seed: int = 0) -> None:
         self.corpus, self.window = corpus, window
         self.drawn = {domain: drawn.get(domain, 0) for domain in corpus.shares}
 

@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-Trained = Iterable[tuple[str, torch.nn.Parameter]]
+KEPT = ("delta", "exp_avg", "exp_avg_sq")
+"""Of each parameter: its values, and AdamW's two moments once it has taken a step."""
+Trained = Mapping[str, torch.nn.Parameter]
 
 
 @dataclass
@@ -31,9 +32,10 @@ class State:
 
     seen: int = 0  # tokens
     steps: int = 0
-    batches: int = 0  # drawn
     seconds: float = 0.0
+    drawn: Any = 0  # what was taken of the text so far
     losses: list[Any] = field(default_factory=list)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -79,47 +81,42 @@ def run(
     return not stopped
 
 
-def save(
-    path: Path,
-    delta: Mapping[str, torch.Tensor],
-    trained: Trained,
-    adam: torch.optim.Optimizer,
-    state: State,
-) -> None:
+def save(path: Path, trained: Trained, adam: torch.optim.Optimizer, state: State) -> None:
     """Write a checkpoint under another name, then in place of the one before it."""
-    tensors = {f"delta/{name}": value.detach() for name, value in delta.items()}
-    for name, parameter in trained:
-        moments = adam.state[parameter]
-        tensors |= {f"{key}/{name}": moments[key] for key in MOMENTS if key in moments}
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    tensors = {}
+    for name, parameter in trained.items():
+        parts = {"delta": parameter.detach(), **adam.state[parameter]}
+        tensors |= {f"{key}/{name}": parts[key].contiguous() for key in KEPT if key in parts}
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"state": json.dumps(asdict(state))})
     partial.replace(path)
 
 
-def read(path: Path, kind: type[State] = State) -> tuple[dict[str, torch.Tensor], Any]:
-    """A checkpoint's tensors and state; a ValueError if it is damaged."""
+@torch.no_grad()
+def resume(path: Path, trained: Trained, adam: torch.optim.Optimizer) -> State:
+    """Put a checkpoint's values and moments in place; a new `State` where there is no file.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged, or is another training's.
+    """
+    if not path.is_file():
+        return State()
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, kind(**json.loads(file.metadata()["state"]))
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            state, known = State(**json.loads(file.metadata()["state"])), set(file.keys())
+            for name, parameter in trained.items():
+                parameter.copy_(file.get_tensor(f"delta/{name}"))
+                moments = {
+                    key: file.get_tensor(f"{key}/{name}")
+                    for key in KEPT[1:]
+                    if f"{key}/{name}" in known
+                }
+                if moments:
+                    adam.state[parameter] = {**moments, "step": torch.tensor(float(state.steps))}
+    except (SafetensorError, TypeError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path} is no checkpoint, or damaged ({error}); delete it to begin this training again"
         ) from error
-
-
-def part(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors whose names begin so, without that beginning."""
-    found = (name for name in tensors if name.startswith(f"{prefix}/"))
-    return {name.removeprefix(f"{prefix}/"): tensors[name] for name in found}
-
-
-def put_moments(
-    tensors: Mapping[str, torch.Tensor], trained: Trained, adam: torch.optim.Optimizer, steps: int
-) -> None:
-    """Give the optimiser a checkpoint's moments back."""
-    for name, parameter in trained:
-        if f"{MOMENTS[0]}/{name}" in tensors:
-            entry: dict[str, Any] = {key: tensors[f"{key}/{name}"] for key in MOMENTS}
-            adam.state[parameter] = {**entry, "step": torch.tensor(float(steps))}
+    return state

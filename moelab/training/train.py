@@ -3,8 +3,7 @@
 `python -m moelab.training.train` does all of it in one process: a batch of 4096 tokens takes 1.2
 seconds of processor time.  Where other work needs the cores, one thread (`--threads 1`) is faster
 than several that wait for each other.  Stopped with Ctrl-C and started again it goes on where it
-was; with another `--tokens` the learning rate then falls in a straight line to 0 at the new end.
-`Recipe` holds everything that decides the result.  The bundled model took two runs: one from
+was.  `Recipe` holds everything that decides the result.  The bundled model took two runs: one from
 random weights, one that began with the first one's (`--init`, see CARD.md).
 """
 
@@ -15,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -139,22 +138,6 @@ def validation_loss(model: Any, ids: np.ndarray) -> float:
     return float(step_loss(model, rows[:, :-1], rows[:, 1:]).cross_entropy)
 
 
-@dataclass
-class Progress(loop.State):
-    """Where a training is; `losses` is the curve of the validation losses."""
-
-    recipe: dict[str, Any] = field(default_factory=dict)
-    drawn: dict[str, int] = field(default_factory=dict)  # windows taken, by domain
-    anchor: tuple[int, float] | None = None  # (tokens, lr) where the last line to 0 started
-    target: int = 0
-
-    def lr(self, recipe: Recipe) -> float:
-        """The learning rate of the next step."""
-        start, peak = self.anchor or (0, recipe.lr)
-        left = max(0.0, (self.target - self.seen) / max(1, self.target - start))
-        return peak * left * min(1.0, (self.steps + 1) / recipe.warmup_steps)
-
-
 class Training:
     """One training in the folder `out`: `state.safetensors`, then `model/`.
 
@@ -177,41 +160,34 @@ class Training:
         vectors = [p for p in self.model.parameters() if p.dim() < 2]  # norms, which do not decay
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors}]
         self._adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        asked = json.loads(json.dumps(asdict(recipe)))
-        self.at = Progress(recipe=asked, target=recipe.tokens)
         self._state = out / "state.safetensors"
-        if self._state.is_file():
-            self._resume(asked)
-        self._sampler = Sampler(corpus, self.at.drawn, window=recipe.window, seed=recipe.seed)
-        self.at.drawn = self._sampler.drawn  # counts on
-
-    def _resume(self, asked: dict[str, Any]) -> None:
-        tensors, self.at = loop.read(self._state, Progress)
-        for name in asked.keys() - {"tokens"}:
-            if asked[name] != self.at.recipe[name]:
+        self._trained = dict(self.model.named_parameters())
+        self.at = loop.resume(self._state, self._trained, self._adam)
+        asked = json.loads(json.dumps(asdict(recipe)))
+        for name, value in self.at.recipe.items():
+            if value != asked[name]:
                 raise ValueError(
-                    f"{self.out} was started with {name}={self.at.recipe[name]}, now "
-                    f"{asked[name]}: only `tokens` may change; use another --out to start anew"
+                    f"{out} was started with {name}={value}, now {asked[name]}: use another --out "
+                    "to start anew, with its weights by --init"
                 )
-        self.model.load_state_dict(loop.part("delta", tensors), strict=False)  # tied ones are once
-        loop.put_moments(tensors, self.model.named_parameters(), self._adam, self.at.steps)
-        if self.at.target != self.recipe.tokens:
-            self.at.anchor = (self.at.seen, self.at.lr(self.recipe))
-            self.at.recipe, self.at.target = asked, self.recipe.tokens
+        self.at.recipe = asked
+        self._sampler = Sampler(corpus, self.at.drawn or {}, recipe.window, recipe.seed)
+        self.at.drawn = self._sampler.drawn  # counts on
 
     def save(self) -> None:
         """Write the state in place of the old one."""
-        trained = dict(self.model.named_parameters())
-        loop.save(self._state, trained, trained.items(), self._adam, self.at)
+        loop.save(self._state, self._trained, self._adam, self.at)
 
     def train(self, *, progress: bool = True) -> bool:
         """Go on to the end; False when it was interrupted, and can be resumed."""
-        return loop.run(self.at, self._step, self.save, tokens=self.at.target, progress=progress)
+        tokens = self.recipe.tokens
+        return loop.run(self.at, self._step, self.save, tokens=tokens, progress=progress)
 
     def _step(self) -> dict[str, str]:
         recipe, at = self.recipe, self.at
         batch = torch.from_numpy(self._sampler.next(recipe.batch_tokens // recipe.window))
-        part, lr = at.seen / at.target, at.lr(recipe)
+        part = at.seen / recipe.tokens
+        lr = recipe.lr * (1 - part) * min(1.0, (at.steps + 1) / recipe.warmup_steps)
         length = next(length for until, length in recipe.contexts if part < until)
         ids, targets = (t.reshape(-1, length) for t in (batch[:, :-1], batch[:, 1:]))
         balance = recipe.balance[0] + part * (recipe.balance[1] - recipe.balance[0])
@@ -224,7 +200,7 @@ class Training:
         self._adam.zero_grad()
         at.seen += ids.numel()
         at.steps += 1
-        if at.steps % 100 == 0 or at.seen >= at.target:
+        if at.steps % 100 == 0 or at.seen >= recipe.tokens:
             self._note(loss, lr, float(norm))
         return {"loss": f"{loss.cross_entropy:.3f}", "lr": f"{lr:.1e}"}
 

@@ -23,7 +23,7 @@ from moelab.training.moefy.calibrate import calibrated
 from moelab.training.moefy.card import card, compare, continuations, routing
 from moelab.training.moefy.distillation import Course, distil
 from moelab.training.moefy.student import Student, load_delta, save_delta
-from moelab.training.moefy.texts import windows, written
+from moelab.training.moefy.texts import windows
 
 __all__ = [
     "Course",
@@ -38,7 +38,6 @@ __all__ = [
     "routing",
     "save_delta",
     "windows",
-    "written",
 ]
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")

@@ -9,7 +9,7 @@ Letters: N windows, T tokens of a window, L layers, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,6 @@ def continuations(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 64,
-    progress: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
     """Greedy answers of several models to the same prompts, side by side.
 
@@ -114,14 +113,10 @@ def continuations(
         Texts.
     max_new_tokens
         Per answer.
-    progress
-        Called with each prompt before it is answered.
     """
     options = {"return_tensors": "pt", "return_dict": True}
     rows = []
     for prompt in prompts:
-        if progress is not None:
-            progress(prompt)
         if getattr(tokenizer, "chat_template", None):
             chat = [{"role": "user", "content": prompt}]
             inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, **options)

@@ -11,7 +11,7 @@ Letters: N windows, T tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moelab.demo.mixture import Shape
 from moelab.training import loop
-from moelab.training.moefy.student import ROUTER, Student, orders, set_top_k
+from moelab.training.moefy.student import ROUTER, Student, set_top_k
 
 LIKELIEST = 64
 _LEAST = 1e-5  # probability of all other tokens together, for the logarithm
@@ -125,22 +124,6 @@ def divergence(logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -
 # -- training
 
 
-def averaged(
-    dense: Any, checkpoints: Sequence[str | os.PathLike[str]], shape: Shape
-) -> tuple[Student, int]:
-    """A student with the mean of some checkpoints' parameters, and the tokens the last has seen.
-
-    Steps that are still long end up around a minimum; the mean of the last few is nearer to it.
-    """
-    read = [loop.read(Path(path)) for path in checkpoints]
-    deltas = [loop.part("delta", tensors) for tensors, _ in read]
-    student = Student(dense, orders(deltas[-1]), shape).eval()
-    student.load(
-        {name: torch.stack([d[name] for d in deltas]).mean(0) for name, _ in student.trained()}
-    )
-    return student, max(state.seen for _, state in read)
-
-
 def distil(
     student: Student,
     teacher: Any,
@@ -156,20 +139,17 @@ def distil(
     It goes on from the folder's checkpoint if there is one.
     """
     checkpoint, trained = folder / "checkpoint.safetensors", dict(student.trained())
-    adam, state = _optimizer(student, course), loop.State()
-    if checkpoint.is_file():
-        tensors, state = loop.read(checkpoint)
-        student.load(loop.part("delta", tensors))
-        loop.put_moments(tensors, trained.items(), adam, state.steps)
+    adam = _optimizer(student, course)
+    state = loop.resume(checkpoint, trained, adam)
     targets = Targets(teacher, ids, folder / "targets.bin")
-    order = _order(len(ids), course.batch, course.seed, state.batches)
+    order = _order(len(ids), course.batch, course.seed, state.drawn)
     recent: list[float] = []
 
     def step() -> dict[str, str]:
         adam.zero_grad()
         for _ in range(course.accumulate):
-            recent.append(_backward(student, ids, targets, next(order), course, state.batches))
-            state.batches += 1
+            recent.append(_backward(student, ids, targets, next(order), course, state.drawn))
+            state.drawn += 1
         if not torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).isfinite():
             raise FloatingPointError(
                 f"the gradient is not finite after {state.seen} tokens; the checkpoint of before "
@@ -185,12 +165,9 @@ def distil(
             recent.clear()
         return {"kl": f"{state.losses[-1][1]:.3f}"} if state.losses else {}
 
-    def save() -> None:
-        loop.save(checkpoint, student.delta().tensors, trained.items(), adam, state)
-
     student.train()
     finished = loop.run(
-        state, step, save,
+        state, step, lambda: loop.save(checkpoint, trained, adam, state),
         tokens=course.tokens, every_s=course.every_s, seconds=seconds, progress=progress,
     )  # fmt: skip
     student.eval()

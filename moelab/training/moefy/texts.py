@@ -1,22 +1,16 @@
-"""Text to learn from: windows cut from documents, and text the dense model writes itself.
+"""Text to learn from: windows cut from documents.
 
-A mixture learns best on what its dense model knows. Where no such text is at hand, the model can
-write it: sampled answers to many small questions are varied enough, and are exactly what a chat
-model will be asked for.
-
-Letters: N windows, T tokens of a window.
+A mixture learns best on what its dense model knows: text like what that was trained on, and where
+it is a chat model, answers that it wrote itself.
 """
 
 from __future__ import annotations
 
-import random
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 
 def windows(
@@ -60,66 +54,3 @@ def windows(
         )
     order = np.random.default_rng(seed).permutation(count)[:most]
     return torch.from_numpy(flat[: count * length].reshape(count, length)[order])
-
-
-@torch.no_grad()
-def written(
-    dense: Any,
-    tokenizer: Any,
-    questions: Sequence[str],
-    *,
-    length: int = 256,
-    batch: int = 32,
-    temperature: float = 0.9,
-    seed: int = 0,
-    progress: bool = True,
-) -> torch.Tensor:
-    """Let the model answer questions, and return what it wrote as windows, int64 ``[N, T]``.
-
-    Questions whose prompts have the same number of tokens are answered together; a batch that
-    cannot be filled is left out.
-
-    Parameters
-    ----------
-    dense, tokenizer
-        A chat model with its template.
-    questions
-        Many more than there are windows to fill do best.
-    length
-        T, question and answer together. An answer that ends early is followed by padding.
-    batch
-        Sequences written at once.
-    temperature
-        Of the sampling, within the likeliest 95 %.
-    seed
-        Of the sampling.
-    progress
-        Show a progress bar.
-    """
-    torch.manual_seed(seed)
-    by_length: defaultdict[int, list[list[int]]] = defaultdict(list)
-    for question in random.Random(seed).sample(questions, len(questions)):
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        by_length[len(prompt)].append(list(prompt))
-    batches = [
-        prompts[at : at + batch]
-        for prompts in by_length.values()
-        for at in range(0, len(prompts) - batch + 1, batch)
-        if len(prompts[0]) < length
-    ]
-    done = []
-    for prompts in tqdm(batches, desc="writing", unit="batch", disable=not progress):
-        out = dense.generate(
-            torch.tensor(prompts),
-            attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.int64),
-            max_length=length,
-            do_sample=True,
-            temperature=temperature,
-            top_p=0.95,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        padding = length - out.shape[1]
-        done.append(torch.nn.functional.pad(out, (0, padding), value=tokenizer.pad_token_id))
-    return torch.cat(done) if done else torch.empty(0, length, dtype=torch.int64)

@@ -26,9 +26,11 @@ export function outcomes(recording, token) {
   const end = recording.upTo(token, layers);
   for (let i = recording.upTo(token - 1, layers); i < end; i++) {
     const kind = events.kind[i];
-    if (events.layer[i] !== events.at[i] || kind === KIND.prefetch || kind === KIND.evict) continue;
+    if (events.at[i] < 0 || kind === KIND.prefetch || kind === KIND.evict) continue;
     const layer = served[events.at[i]],
       expert = events.expert[i];
+    if (kind === KIND.stall) layer.wait += events.dur_ms[i]; // for any expert: one that leaves too
+    if (events.layer[i] !== events.at[i]) continue;
     if (kind === KIND.substitute) {
       layer.stands.push(i);
       continue;
@@ -38,7 +40,6 @@ export function outcomes(recording, token) {
     if (kind === KIND.stall) {
       if (recording.cause(i) === "evict") continue;
       row.wait += events.dur_ms[i];
-      layer.wait += events.dur_ms[i];
     } else if (kind === KIND.downgrade) row.lower = true;
     else Object.assign(row, { row: i, kind });
   }
@@ -57,6 +58,7 @@ export function outcomes(recording, token) {
   });
 }
 
+const BY_GUESS = { prefetched: "prefetch", "prefetch late": "late" };
 const FROM = { [KIND.load]: "load", [KIND.skip]: "skip", [KIND.substitute]: "substitute" };
 
 /** Fill in one chip: what was served, from where, at how many bits. */
@@ -68,7 +70,7 @@ function finish(chip, layer, recording, wanted, missed) {
   Object.assign(chip, { wait: row?.wait ?? 0, kind: "hit", bits: 0, asked: 0, bytes: 0 });
   if (i === undefined) return;
   Object.assign(chip, { bits: events.bits[i], asked: events.bits_asked[i] });
-  chip.from = FROM[events.kind[i]] ?? (recording.cause(i) === "prefetched" ? "prefetch" : "hit");
+  chip.from = FROM[events.kind[i]] ?? BY_GUESS[recording.cause(i)] ?? "hit";
   if (chip.from === "load") chip.bytes = events.bytes[i];
   chip.kind = row?.lower && chip.from !== "skip" ? "downgrade" : chip.from;
   if (stand !== undefined) chip.by = events.expert[stand];

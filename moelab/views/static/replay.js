@@ -140,7 +140,7 @@ export class Replay {
     const decoded = Math.max(0, end - from),
       time = sum("total_ms"),
       hits = sum("hits"),
-      asked = hits + sum("loads") + sum("skips") + sum("substitutes");
+      asked = hits + sum("late") + sum("loads") + sum("skips") + sum("substitutes");
     const kls = tokens.kl.subarray(begin, end).filter(Number.isFinite);
     return {
       tokens: Math.max(0, end - begin),

@@ -1,0 +1,194 @@
+"""Where the time and the bytes of some tokens went, and the sentence that says so.
+
+An `Account` is means per token over a stretch of tokens of one device: the parts of a token's time,
+what became of its requests, what was read, and what became of the bytes that were read ahead. It
+knows figures and events only; the sentences are the same live, in a report and in a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from moelab.runs.tokens import COLUMNS, REQUESTS, STALLS
+from moelab.scheduling import events as e
+from moelab.spelling import size
+
+LEAST_MS = 0.5
+"""A change of a part of a token's time below this is not worth a word."""
+_WORDS = {
+    "on demand": "for loads on demand",
+    "prefetch late": "for prefetches that come late",
+    "evict": "for copies that leave while they are still on their way",
+}
+
+
+class Limits(NamedTuple):
+    """What a strategy had to do with: its budget, what one token needs, and who evicts."""
+
+    budget_bytes: int
+    cycle_bytes: int
+    evict: str
+
+
+@dataclass(frozen=True)
+class Account:
+    """Means per token.
+
+    Attributes
+    ----------
+    tokens
+        How many they are means of; of none all are 0.
+    ms
+        Compute, deciding and waiting by cause; they add up to a token's time.
+    requests
+        By what became of them: hits, late, loads, skips, substitutes.
+    bytes
+        Read, prefetches too.
+    guesses
+        Bytes read ahead: ``right`` in time, ``late``, ``wasted`` (left before they were used) and
+        ``waiting`` to be used when the last of these tokens was complete.
+    bandwidth
+        Bytes a second while something was read; None where nothing was.
+    """
+
+    tokens: int
+    ms: Mapping[str, float]
+    requests: Mapping[str, float]
+    bytes: float
+    guesses: Mapping[str, float]
+    bandwidth: float | None
+
+    @classmethod
+    def of(cls, values: np.ndarray, rows: np.ndarray) -> Account:
+        """The account of some tokens.
+
+        Parameters
+        ----------
+        values
+            Their figures [T, C], columns as in `COLUMNS`.
+        rows
+            Their events, records of `moelab.scheduling.events.DTYPE`.
+        """
+        count = max(1, len(values))
+        mean = dict(zip(COLUMNS, values.sum(axis=0, dtype=np.float64) / count, strict=True))
+        parts = {"compute": mean["compute_ms"], "deciding": mean["deciding_ms"]}
+        return cls(
+            len(values),
+            parts | {cause: mean[cause] for cause in STALLS},
+            {name: mean[name] for name in REQUESTS},
+            mean["bytes"],
+            {name: nbytes / count for name, nbytes in guesses(rows).items()},
+            bandwidth(rows),
+        )
+
+    @property
+    def total_ms(self) -> float:
+        """A token's time."""
+        return sum(self.ms.values())
+
+    @property
+    def wait_ms(self) -> float:
+        """The part of it that is waiting."""
+        return sum(self.ms[cause] for cause in STALLS)
+
+    @property
+    def wasted_ms(self) -> float:
+        """What the bytes that nobody used took to read; part of the waiting or beside it."""
+        return 1e3 * self.guesses["wasted"] / self.bandwidth if self.bandwidth else 0.0
+
+    def sentence(self, limits: Limits) -> str:
+        """Why the speed is what it is.
+
+        Examples
+        --------
+        ``disk-bound: 34 of 40 ms wait for loads on demand; 12 MB a token at 340 MB/s; below one
+        token's cycle (14.2 MB), LRU cannot hit``
+        """
+        if not self.tokens:
+            return "no token has been decoded yet"
+        cause = max(STALLS, key=self.ms.__getitem__)
+        parts = {
+            "disk-bound": (self.wait_ms, f"wait {_WORDS[cause]}"),
+            "compute-bound": (self.ms["compute"], "are compute"),
+            "bound by deciding": (self.ms["deciding"], "are the strategy's own time"),
+        }
+        name = max(parts, key=lambda bound: parts[bound][0])
+        part = self.ms[cause] if name == "disk-bound" else parts[name][0]
+        said = [f"{name}: {part:.3g} of {self.total_ms:.3g} ms {parts[name][1]}"]
+        if name != "disk-bound" and self.wait_ms >= LEAST_MS:
+            said[0] += f", {self.wait_ms:.3g} wait {_WORDS[cause]}"
+        if self.bytes:
+            speed = f" at {size(self.bandwidth)}/s" if self.bandwidth else ""
+            said.append(f"{size(self.bytes)} a token{speed}")
+        return "; ".join([*said, self._reason(limits)])
+
+    def _reason(self, limits: Limits) -> str:
+        asked, cycle = sum(self.requests.values()), size(limits.cycle_bytes)
+        hits = self.requests["hits"] / asked if asked else 0.0
+        if limits.budget_bytes < limits.cycle_bytes:
+            never = ", LRU cannot hit" if limits.evict == "LRU" and not hits else ""
+            return f"the budget is below one token's cycle ({cycle}){never}"
+        late = self.requests["late"] / asked if asked else 0.0
+        return f"{hits:.0%} of the requests hit" + f", {late:.0%} come late" * (late >= 0.005)
+
+    def change_to(self, after: Account, what: str) -> str:
+        """What a change did, part by part: ``prefetch 0 -> 1: wait -3 ms, wasted reads +6 ms``."""
+        if not (self.tokens and after.tokens):
+            return f"{what}: no token on both sides of it yet"
+        parts = {"compute": "compute", "deciding": "deciding"}
+        moved = {word: after.ms[part] - self.ms[part] for part, word in parts.items()}
+        moved |= {"wait": after.wait_ms - self.wait_ms}
+        moved |= {"wasted reads": after.wasted_ms - self.wasted_ms}
+        told = [f"{word} {_signed(ms)} ms" for word, ms in moved.items() if abs(ms) >= LEAST_MS]
+        return f"{what}: " + (", ".join(told) or f"no part of a token moved by {LEAST_MS:g} ms")
+
+
+def _signed(ms: float) -> str:
+    return f"{ms:+.2g}".replace("-", "\N{MINUS SIGN}")
+
+
+def guesses(rows: np.ndarray) -> dict[str, int]:
+    """Bytes of the prefetches among some events, by what became of each copy.
+
+    What is resident before the first token, or after a change of settings, is no guess.
+    """
+    used = {e.HIT: "right", e.SUBSTITUTE: "right", e.EVICT: "wasted"}
+    touches = rows[np.isin(rows["kind"], (e.PREFETCH, e.LOAD, *used))]
+    key = touches["layer"].astype(np.int64) << 16 | touches["expert"]
+    touches = touches[order := np.argsort(key, kind="stable")]  # of one expert, then of the next
+    key = key[order]
+    made = (touches["kind"] == e.PREFETCH) & (touches["at"] >= 0)
+    found = dict.fromkeys(("right", "late", "wasted", "waiting"), 0)
+    for i in np.flatnonzero(made).tolist():
+        fate = "waiting"
+        if i + 1 < len(key) and key[i + 1] == key[i]:
+            then = touches[i + 1]
+            fate = used.get(int(then["kind"]), "wasted")
+            fate = "late" if then["kind"] == e.HIT and then["cause"] == e.LATE else fate
+        found[fate] += int(touches["bytes"][i])
+    return found
+
+
+def bandwidth(rows: np.ndarray) -> float | None:
+    """Bytes a second of the reads among some events, over the time in which any was going on."""
+    reads = rows[np.isin(rows["kind"], (e.LOAD, e.PREFETCH)) & (rows["dur_ms"] > 0)]
+    reads = reads[np.argsort(reads["start_ms"])]
+    begins, ends = reads["start_ms"], reads["start_ms"] + reads["dur_ms"]
+    before = np.maximum.accumulate(np.append(-np.inf, ends))[:-1]  # until then one was going on
+    busy = np.clip(ends - np.maximum(begins, before), 0, None).sum()
+    return float(1e3 * reads["bytes"].sum() / busy) if busy else None
+
+
+def ending(ended: str, tokens: int, asked: int) -> str:
+    """Why a run ended, in a sentence: ``end of text at 72 of 200 tokens``."""
+    if ended == "length":
+        return f"all {asked} tokens asked for"
+    return f"{ended} at {tokens} of {asked} tokens" if ended else f"{tokens} of {asked} tokens"
+
+
+ENDINGS: Sequence[str] = ("", "end of text", "length", "stopped", "failed")
+"""Why a run ended; the first while it goes on, and in files of older versions."""
