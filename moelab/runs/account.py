@@ -74,7 +74,8 @@ class Account:
             Their events, records of `moelab.scheduling.events.DTYPE`.
         """
         count = max(1, len(values))
-        mean = dict(zip(COLUMNS, values.sum(axis=0, dtype=np.float64) / count, strict=True))
+        sums = values.sum(axis=0, dtype=np.float64)
+        mean = dict(zip(COLUMNS, (sums / count).tolist(), strict=True))
         parts = {"compute": mean["compute_ms"], "deciding": mean["deciding_ms"]}
         return cls(
             len(values),

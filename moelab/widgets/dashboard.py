@@ -312,6 +312,9 @@ class Dashboard(anywidget.AnyWidget):
             if (told := self._controls()) != self.controls:
                 self.controls = told
             frame = self._frames().build()
+            ended = self.frame.get("running") and not frame["running"]
+            if ended and self.error.get("where") == "run":
+                self._clear_error()  # "a run is going on" is not so any more
             if frame != {k: v for k, v in self.frame.items() if k != "seq"}:
                 self._sent_at, self.frame = now, {"seq": self._next(), **frame}
 

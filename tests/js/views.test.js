@@ -9,7 +9,7 @@ import { inLayer } from "../../moelab/views/static/timeline.js";
 import { describeToken } from "../../moelab/views/static/tip.js";
 
 const frame = (count, more = {}) => ({
-  count, first: 0, past: null,
+  count, first: 0, past: null, changes: [],
   tokens: { kl: new Float32Array(count).fill(NaN) },
   ...more,
 });
@@ -29,7 +29,7 @@ test("where a moment is shown its bars are in the middle, within the ends", () =
 test("a measured KL has a lane of its own", () => {
   const kl = new Float32Array([NaN, 0.1]);
   const [without, beside] = [frame(2), frame(2, { tokens: { kl } })].map((f) => layoutOf(f, 644, 200));
-  assert.deepEqual([without.lane, beside.lane], [0, 34]);
+  assert.deepEqual([without.lane, beside.lane], [0, 24]);
   assert.equal(without.base - beside.base, beside.lane + beside.gap);
 });
 

@@ -8,9 +8,10 @@ import { brief, inWords, outcomes, wordOf } from "./outcomes.js";
 import { waitOf } from "./recording.js";
 
 const WORDY = 2; // experts a layer, up to which a chip has room for words
+const A_LINE = 4; // chips with room for a shape and two digits
 const FEW_ROWS = 16; // more than can be seen at once
-const ROW_PX = 25;
-const SEEN_PX = 300; // all three as history.css has it
+const LINE_PX = 25;
+const SEEN_PX = 300; // as history.css has it
 
 class Chips {
   /** `choose(layer, expert)` is called for a chip that is clicked. */
@@ -20,7 +21,7 @@ class Chips {
     this.choose = choose;
     this.rows = [];
     this.at = [0, 0];
-    this.K = this.top = this.turn = 0;
+    this.K = this.top = this.turn = this.tall = 0;
     this.node = h("div", {
       class: "moe-chips", role: "grid", "aria-label": "Experts used",
       onkeydown: (e) => this.key(e),
@@ -35,7 +36,10 @@ class Chips {
   build(K) {
     this.K = K;
     this.rows = Array.from({ length: this.layers }, (_, layer) => this.row(layer));
-    this.node.style.setProperty("--k", K);
+    const lines = Math.ceil(K / A_LINE);
+    this.tall = LINE_PX * lines;
+    this.node.style.setProperty("--k", `${Math.min(K, A_LINE)}`);
+    this.node.style.setProperty("--lines", `${lines}`);
     this.node.classList.toggle("wordy", K <= WORDY);
     this.node.replaceChildren(...this.rows.map((row) => row.node));
     this.focusable(0, 0);
@@ -46,7 +50,10 @@ class Chips {
       wait = h("span", { class: "moe-row-wait" }),
       nodes = cells.map((cell) => cell.node);
     const node = markup`
-      <div role="row"><span role="rowheader" class="moe-soft">${layer}</span>${[...nodes, wait]}</div>`;
+      <div role="row">
+        <span role="rowheader" class="moe-soft">${layer}</span>
+        <span role="presentation">${nodes}</span>${wait}
+      </div>`;
     return { node, cells, wait, turn: 0 };
   }
 
@@ -85,16 +92,16 @@ class Chips {
   /** In the middle of a token the layer at work is in sight. */
   follow() {
     const many = this.layers > FEW_ROWS,
-      y = Math.max(0, this.now) * ROW_PX - this.top;
-    if (!many || this.now === this.layers - 1 || (y >= 0 && y < SEEN_PX - ROW_PX)) return;
-    this.top = Math.max(0, Math.max(0, this.now) * ROW_PX - SEEN_PX / 2);
+      y = Math.max(0, this.now) * this.tall - this.top;
+    if (!many || this.now === this.layers - 1 || (y >= 0 && y < SEEN_PX - this.tall)) return;
+    this.top = Math.max(0, Math.max(0, this.now) * this.tall - SEEN_PX / 2);
     this.node.scrollTop = this.top;
   }
 
   /** Rows that can be seen; the others when they come into view. */
   fillRows() {
     const many = this.layers > FEW_ROWS,
-      from = many ? Math.max(0, Math.floor(this.top / ROW_PX) - 1) : 0,
+      from = many ? Math.max(0, Math.floor(this.top / this.tall) - 1) : 0,
       to = many ? Math.min(this.layers, from + FEW_ROWS) : this.layers;
     for (let l = from; l < to; l++) this.fillRow(l);
   }
@@ -149,7 +156,8 @@ class Chips {
 
 const AT_ONCE = 96; // chips
 const LATER_MS = 150;
-const KINDS_SHOWN = ["hit", "prefetch", "load", "downgrade", "skip", "substitute"];
+const MOST_ROWS = 12; // that are seen without scrolling, of one line each
+const KINDS_SHOWN = ["hit", "prefetch", "late", "load", "downgrade", "skip", "substitute"];
 
 export class Blame {
   /** `close` is null where there is nothing to close it for. */
@@ -188,7 +196,8 @@ export class Blame {
     say(this.title, `Token ${token} ${JSON.stringify(pieces[token])}`);
     this.showCost(tokens, token, model.causes);
     this.showTop(document.top, pieces[token], token, tokens.kl[token]);
-    say(this.head, token ? "experts by layer" : "experts by layer, of the prompt's last position");
+    const many = recording.layers > MOST_ROWS ? ` · ${recording.layers} layers: scroll` : "";
+    say(this.head, `experts by layer${token ? "" : ", of the prompt's last position"}${many}`);
     this.showChips(recording, token, layer);
   }
 

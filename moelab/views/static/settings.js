@@ -236,7 +236,7 @@ export class Settings {
   }
 
   close() {
-    for (const part of [this.sender, this.budget, this.decisions]) part.close();
+    this.sender.close();
   }
 }
 
