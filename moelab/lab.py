@@ -107,7 +107,7 @@ class Lab:
         top_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int | None = None,
-        measure_kl: bool | None = None,
+        measure_kl: int | None = None,
         ignore_eos: bool = False,
         chat: bool | None = None,
         changes: Changes | None = None,

@@ -31,7 +31,7 @@ def open(  # noqa: A001
     strategy: str | Strategy = "lru",
     device: str = "disk",
     prefetch: int | None = None,
-    measure_kl: bool | None = None,
+    measure_kl: int | None = None,
     seed: int = 0,
     tiers: Sequence[int] = TIERS,
     dtype: torch.dtype | None = None,
@@ -57,7 +57,7 @@ def open(  # noqa: A001
     prefetch
         Layers to look ahead (default: the strategy's; 0: off).
     measure_kl
-        Compare each token with full precision; default where that is cheap.
+        Compare each token with full precision, or every n-th; default where that is cheap.
     tiers
         Tiers to pack where the model has to be packed.
     dtype

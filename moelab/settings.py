@@ -57,7 +57,8 @@ class Settings:
     device
         ``"disk"`` (real) or an emulated device, see ``moelab.devices()``.
     measure_kl
-        Compare each token with the full-precision model on the same context.
+        Compare each token with the full-precision model on the same context; a number n: every
+        n-th token.
     seed
         Of sampling.
     """
@@ -66,7 +67,7 @@ class Settings:
     bits: int
     strategy: Strategy
     device: str = "disk"
-    measure_kl: bool = False
+    measure_kl: int = False
     seed: int = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -174,6 +175,9 @@ class Settings:
             if parameter.tier and value is not None and value not in shape.nbytes:
                 words = f"{name}={value!r} is not in this store; choose one of {tiers} or None"
                 raise ValueError(words)
+        if not isinstance(self.measure_kl, int) or self.measure_kl < 0:
+            words = f"measure_kl={self.measure_kl!r}: True, False, or n for every n-th token"
+            raise ValueError(words)
         find_device(self.device)
         for place, bits in self.strategy.pinned.items():
             _check_pin(place, bits, shape)

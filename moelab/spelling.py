@@ -154,11 +154,12 @@ def short(settings: Settings, shape: Shape) -> str:
 def shown(settings: Settings) -> dict[str, str]:
     """Every setting as a word for a table or a mark on the time axis."""
     words = {f.name: str(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
+    every = settings.measure_kl
     del words["budget_bytes"]
     return words | {
         "strategy": settings.strategy.name,
         "budget": f"{settings.budget_bytes / 1e6:.3g} MB",
-        "measure_kl": "on" if settings.measure_kl else "off",
+        "measure_kl": {0: "off", 1: "on"}.get(every, f"every {every} tokens"),
     }
 
 

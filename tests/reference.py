@@ -1,4 +1,4 @@
-"""Experts without the engine: what the adapter's tests hold the adapter against."""
+"""What the tests hold a layer and a run against: layers without the engine, logits by hand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moelab.engine.generation import Decoder
 from moelab.models.adapter import attach, expert_forward, load_skeleton
 from moelab.models.checkpoint import ExpertReader
 
@@ -66,3 +67,13 @@ def run_experts(
         y = expert_forward(module, rows * share if scale_input else rows, fetch(expert))
         out.index_add_(0, token, (y if scale_input else y * share).to(out.dtype))
     return out
+
+
+def logits_of(lab: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """The engine's logits after the prompt and after each of these tokens, ``[T + 1, V]``."""
+    lab._engine.new_sequence()
+    decoder, steps = Decoder(lab._engine), []
+    for new in (prompt, *([token] for token in tokens)):
+        steps.append(decoder.step(new).clone())
+        lab._engine.end_of_token()
+    return torch.stack(steps)

@@ -46,6 +46,11 @@ class BadObserve(Evict):
         return view.last_use
 
 
+class BadScore(Evict):
+    def score(self, view):
+        raise ZeroDivisionError("bad score")
+
+
 class BadPredict(Prefetch):
     def predict(self, layer, look_ahead, view):
         raise ZeroDivisionError("bad predict")
@@ -63,6 +68,7 @@ class BadTier(Precision):
         ({"route": Short()}, ValueError),
         ({"prefetch": BadBegin()}, ZeroDivisionError),
         ({"evict": BadObserve()}, ZeroDivisionError),
+        ({"evict": BadScore(), "budget": "10%"}, ZeroDivisionError),
         ({"prefetch": BadPredict()}, ZeroDivisionError),
         ({"precision": BadTier()}, ZeroDivisionError),
     ],
@@ -76,7 +82,7 @@ def test_a_part_that_fails_leaves_nothing_behind(lab, change, error, before):
     with pytest.raises(error):  # noqa: PT012, at once where it is asked at once
         lab.update(**change)
         text(lab)
-    lab.update(strategy="lru")
+    lab.update(strategy="lru", budget="40%")
     assert text(lab) == want
     assert lab.score(max_tokens=8, progress=False).kl_mean < 1e-6
     assert lab.info()["resident_bytes"] <= lab.settings.budget_bytes

@@ -107,6 +107,8 @@ def test_a_change_between_runs_acts_at_once(lab):
         ({"strategy": "belady"}, "unknown strategy 'belady'; choose one of on_demand, lru"),
         ({"device": "floppy"}, "unknown device 'floppy'; choose one of disk"),
         ({"prefetch": 9}, "0 to 3"),
+        ({"measure_kl": -1}, "True, False, or n for every n-th token"),
+        ({"measure_kl": 0.5}, "True, False, or n for every n-th token"),
         ({"t1": 0.9, "t2": 0.1}, "need 0 <= t1 <= t2"),
         ({"bit": 4}, "unknown setting 'bit'; there are allocate, bits, budget"),
     ],

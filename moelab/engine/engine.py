@@ -118,7 +118,9 @@ class Engine:
             plan = self.scheduler.change(settings.knobs(), new_strategy)
         self.settings = settings
         try:
-            self._issue(plan, None)
+            begun = time.perf_counter()
+            self._issue(plan, None)  # waits where a read has begun of what must leave
+            self.setup_ms += 1e3 * (time.perf_counter() - begun)
             self.arena.set_limit(settings.budget_bytes)
             self.arena.trim()  # of other bits they may never be asked for again
             fresh = not settings.strategy.shares(old.strategy)
@@ -185,12 +187,9 @@ class Engine:
         return [key for key, (_, ticket) in list(self.resident.items()) if not ticket.done]
 
     def _begin_token(self) -> None:
-        # Masks are asked for before the forward pass, whose clock does not know of it: what that
-        # takes is kept apart, and whoever times the token adds it.
-        self.deciding = 0.0  # seconds of this token
+        self.deciding = 0.0  # seconds of this token, from the end of the one before it
         self.at = -1  # the layer that decides; -1 between tokens
         self._steer_all()
-        self.deciding_before = self.deciding  # the forward pass
 
     def _set_up(self) -> None:
         """Load what the strategy wants resident before it goes on, and wait.

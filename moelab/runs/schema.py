@@ -52,8 +52,10 @@ MOST_BYTES = 512 * 2**20
 """A document larger than this is refused before it is unpacked whole."""
 
 MOST_EXPERTS = 2**20
-_NOTED = ("total_ms", "deciding_ms", "kl", "budget_bytes")
+_NOTED = ("total_ms", "deciding_ms", "measuring_ms", "setup_ms", "kl", "budget_bytes")
 """Columns of a token that its events do not give. All others are folded from the events again."""
+LATER_COLUMNS = ("deciding_ms", "measuring_ms", "setup_ms")
+"""Columns of a token that older files lack; they are 0 there."""
 _MOST = 1e15
 """No figure of a run is larger, whatever its unit."""
 
@@ -243,9 +245,9 @@ def _folded(d: dict[str, Any]) -> None:
     tokens, names, m = len(d["pieces"]), d["columns"], d["model"]
     rows = decoded(d["values"], "<f4", "values", len(names) * tokens).reshape(len(names), tokens)
     given = dict(zip(names, rows.astype(float), strict=True))
-    if missing := {*_NOTED} - {"deciding_ms"} - given.keys():
+    given = dict.fromkeys(LATER_COLUMNS, np.zeros(tokens)) | given
+    if missing := {*_NOTED} - given.keys():
         raise ValueError(f"columns must have {min(missing)}")
-    given.setdefault("deciding_ms", np.zeros(tokens))  # version 0.3 did not measure it
     for name in _NOTED:
         known = given[name][~np.isnan(given[name])] if name == "kl" else given[name]
         if not ((known >= 0) & (known <= _MOST)).all():  # NaN neither
@@ -258,11 +260,13 @@ def _folded(d: dict[str, Any]) -> None:
     ends = np.searchsorted(events["token"], np.arange(tokens), side="right")
     reports = []
     for token, end in enumerate(ends):
-        total, deciding, kl, budget = (float(given[name][token]) for name in _NOTED)
+        total, *parts, kl, budget = (float(given[name][token]) for name in _NOTED)
+        deciding, measuring, setup = (part / 1e3 for part in parts)
         device = d["origins"][np.searchsorted(begins, token, side="right") - 1]["device"]
         noted = Noted(
-            *(d["pieces"][token], total / 1e3, deciding / 1e3, None if np.isnan(kl) else kl),
-            *(int(held[end]), int(budget), device, int(end)),
+            *(d["pieces"][token], total / 1e3 + measuring + setup, deciding),
+            *(None if np.isnan(kl) else kl, int(held[end]), int(budget), device, int(end)),
+            *(measuring, setup),
         )
         reports.append(fold(token, noted, events[ends[token - 1] if token else 0 : end]))
         if reports[-1].compute_ms < -1e-3 * (total + 1):

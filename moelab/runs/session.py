@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from moelab.engine.engine import Engine
-from moelab.engine.generation import Decoder, Reference, Sampler, Sampling, likeliest
+from moelab.engine.generation import Decoder, Reference, Sampler, Sampling, likeliest, threads
 from moelab.models.chat import Messages, encode, messages
 from moelab.runs.quality import kl_divergence
 from moelab.runs.run import Asked, Likeliest, Run
@@ -180,7 +182,7 @@ class Session:
         max_new_tokens: int,
         ignore_eos: bool,
         chat: bool | None,
-        measure_kl: bool | None,
+        measure_kl: int | None,
         changes: Changes | None,
         **sampling: Any,
     ) -> Run:
@@ -231,26 +233,24 @@ class Session:
             run._done.set()
 
     def _generate(self, run: Run, changes: dict[int, Settings | Mapping[str, Any]]) -> None:
-        engine = self.engine
+        engine, begun = self.engine, time.perf_counter()
         run.history[:1] = [(0, engine.settings)]
         engine.new_sequence()
         assert engine.trace is not None
         run._begin(engine.log, engine.trace)
         decoder, sampler = Decoder(engine), Sampler(run.request.sampling)
-        reference: Reference | None = None
+        measure = Measure(engine)
         context, new = list(run._ids), list(run._ids)
         try:
             while not run.ended:
                 self._obey(run, changes)
                 logits = decoder.step(new)
-                kl = best = None
-                if engine.settings.measure_kl:
-                    reference = reference or Reference(engine)
-                    full = reference.logits(context)[-1]
-                    kl, best = float(kl_divergence(full, logits)), likeliest(full)
-                run.likeliest.append(Likeliest(likeliest(logits), best))
+                run.likeliest.append(measure(context, logits, len(run.tokens)))
                 token = sampler.draw(context, logits)
-                self._note(run, token, decoder.seconds, kl)
+                # The clock runs on from token to token: all that a person waits for is in one.
+                ended = time.perf_counter()
+                self._note(run, token, ended - begun, measure)
+                begun = ended
                 engine.end_of_token()
                 context.append(token)
                 new = [token]
@@ -280,20 +280,48 @@ class Session:
         if changed := differences(old, new):
             run.changes.append((token, changed))
 
-    def _note(self, run: Run, token: int, seconds: float, kl: float | None) -> None:
+    def _note(self, run: Run, token: int, seconds: float, measure: Measure) -> None:
         engine = self.engine
         run.peak_bytes, run.direct = engine.arena.peak_bytes, engine.loader.direct
-        run.setup_ms = engine.setup_ms
+        setup, run.setup_ms = engine.setup_ms - run.setup_ms, engine.setup_ms
         if engine.loader.outpaced:
             run.outpaced = run.outpaced | {engine.settings.device}
         noted = Noted(
             "",
-            seconds + engine.deciding_before,
+            seconds,
             engine.deciding,
-            kl,
+            measure.kl,
             engine.scheduler.cache.used_bytes,
             engine.settings.budget_bytes,
             engine.settings.device,
             len(engine.log),
+            measure.seconds,
+            setup / 1e3,
         )
         run._add(token, noted)
+
+
+class Measure:
+    """What a run's tokens are held against: the likeliest tokens, and the KL where it is asked for.
+
+    ``seconds`` is what the last one took, ``kl`` what it found.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._reference: Reference | None = None
+        self.kl: float | None = None
+        self.seconds = 0.0
+
+    def __call__(self, context: list[int], logits: torch.Tensor, token: int) -> Likeliest:
+        """The likeliest tokens after ``context``; at full precision too where KL is measured."""
+        begun, every, full = time.perf_counter(), int(self._engine.settings.measure_kl), None
+        if every and token % every == 0:
+            self._reference = self._reference or Reference(self._engine)
+            full = self._reference.logits(context)[-1]
+        # One thread: to wake another one beside the loader's takes longer than these sums.
+        with threads(1):
+            self.kl = None if full is None else float(kl_divergence(full, logits))
+            found = Likeliest(likeliest(logits), None if full is None else likeliest(full))
+        self.seconds = time.perf_counter() - begun
+        return found

@@ -34,7 +34,7 @@ _SUMMED = ("late", "downgrades", "skips", "substitutes")
 NOTED = ("text", "kl", "resident_bytes", "budget_bytes", "device")
 COLUMNS = (
     *("total_ms", "compute_ms", "deciding_ms", *STALLS, "kl", *COUNTS),
-    *("resident_bytes", "budget_bytes"),
+    *("resident_bytes", "budget_bytes", "measuring_ms", "setup_ms"),
 )
 
 
@@ -42,13 +42,15 @@ COLUMNS = (
 class TokenReport:
     """What one token cost. Token 0 is the first generated one and carries the whole prefill.
 
-    ``total_ms`` is compute, deciding (the strategy's own time) and stalls; measuring KL is not part
-    of it. ``stall_ms`` is by cause: ``on demand``, ``prefetch late`` (a guess was right but still
-    on its way), ``evict``. ``hits`` were in memory when they were asked for, ``late`` were guessed
-    right but still on their way. ``bytes`` were read from the device (prefetches too),
-    ``load_bytes`` of them on demand; ``hit_bytes`` were served from memory. ``setup_bytes`` were
-    read between the token before and this one, for what the strategy wants resident.
-    ``resident_bytes`` is what the resident experts took at its end, loads on their way included.
+    ``total_ms`` is the engine's own time: compute (and drawing the token), deciding (the strategy's
+    own time) and stalls. ``stall_ms`` is by cause: ``on demand``, ``prefetch late`` (a guess was
+    right but still on its way), ``evict``. ``measuring_ms`` went into KL and the likeliest tokens,
+    ``setup_ms`` into obeying settings and loading what the strategy wants beforehand. ``hits`` were
+    in memory when they were asked for, ``late`` were guessed right but still on their way.
+    ``bytes`` were read from the device (prefetches too), ``load_bytes`` of them on demand;
+    ``hit_bytes`` were served from memory. ``setup_bytes`` were read between the token before and
+    this one, for what the strategy wants resident. ``resident_bytes`` is what the resident experts
+    took at its end, loads on their way included.
     """
 
     token: int
@@ -72,6 +74,8 @@ class TokenReport:
     load_bytes: int = 0
     late: int = 0
     setup_bytes: int = 0
+    measuring_ms: float = 0.0
+    setup_ms: float = 0.0
 
     @functools.cached_property
     def row(self) -> tuple[float, ...]:
@@ -80,9 +84,17 @@ class TokenReport:
         known |= {cause: self.stall_ms.get(cause, 0.0) for cause in STALLS}
         return tuple(float(known[name]) for name in COLUMNS)
 
+    @property
+    def wall_ms(self) -> float:
+        """What a watch shows from the token before it to this one: all of its parts."""
+        return self.total_ms + self.measuring_ms + self.setup_ms
+
 
 class Noted(NamedTuple):
-    """What is noted of a token beside its events; ``rows``: of the log, when it was complete."""
+    """What is noted of a token beside its events; ``rows``: of the log, when it was complete.
+
+    ``seconds``: from the token before it; of these ``deciding``, ``measuring`` and ``setup``.
+    """
 
     text: str
     seconds: float
@@ -92,6 +104,8 @@ class Noted(NamedTuple):
     budget_bytes: int
     device: str
     rows: int
+    measuring: float = 0.0
+    setup: float = 0.0
 
 
 class Tokens:
@@ -155,12 +169,15 @@ class Tokens:
 def fold(token: int, noted: Noted, rows: np.ndarray) -> TokenReport:
     """A token's report: what was noted of it, and the sums of its events."""
     sums = tally(rows)
-    total, deciding = 1e3 * noted.seconds, 1e3 * noted.deciding
+    total = 1e3 * (noted.seconds - noted.measuring - noted.setup)
+    deciding = 1e3 * noted.deciding
     return TokenReport(
         token=token,
         total_ms=total,
         compute_ms=total - deciding - sum(sums["stall_ms"].values()),
         deciding_ms=deciding,
+        measuring_ms=1e3 * noted.measuring,
+        setup_ms=1e3 * noted.setup,
         **sums,
         **{name: getattr(noted, name) for name in NOTED},
     )
