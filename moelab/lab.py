@@ -20,11 +20,12 @@ from moelab.calibration.profile import Profile, Strategies
 from moelab.catalogue import bundled, compute_dtype, describe, load_tokenizer, model_sampling
 from moelab.engine.engine import Engine
 from moelab.models.chat import Messages, has_template
-from moelab.runs.compare import Comparison, SavedRuns
+from moelab.runs.compare import Comparison
 from moelab.runs.quality import Score, score_ids
 from moelab.runs.run import Run
+from moelab.runs.saved import SavedRuns
 from moelab.runs.session import Changes, Session
-from moelab.runs.what_if import WhatIf
+from moelab.runs.what_if import REPEATS, WhatIf, repeated
 from moelab.settings import Settings
 from moelab.spelling import shown
 from moelab.store.store import Store
@@ -295,7 +296,7 @@ class Lab:
 
     # -- comparing --------------------------------------------------------------------------
 
-    def what_if(self, run: Run, **changes: Any) -> Comparison:
+    def what_if(self, run: Run, *, repeats: int = REPEATS, **changes: Any) -> Comparison:
         """The same run once more with other settings, in a second lab, beside what it was.
 
         The second lab is over the same store, with an arena and weights of its own: for as long as
@@ -310,6 +311,8 @@ class Lab:
         ----------
         run
             A run of this lab that has ended.
+        repeats
+            How often each is made, in turn: where their times meet they are not told apart.
         changes
             As in `update`; ``pin={(5, 3): 8}`` keeps expert 3 of layer 5 resident at 8 bit.
 
@@ -330,7 +333,11 @@ class Lab:
         >>> lab.what_if(run, strategy="hobbit").diverges_at  # doctest: +SKIP
         17
         """
-        return WhatIf(self, run, changes).compare()
+        return WhatIf(self, run, changes, repeats).compare()
+
+    def repeat(self, *names: str, repeats: int = REPEATS) -> Comparison:
+        """Make saved runs again in turn, all or those named; its ``verdict()`` is no noise."""
+        return repeated(self, names or tuple(self.saved), repeats)
 
     @property
     def saved(self) -> SavedRuns:

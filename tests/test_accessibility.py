@@ -13,7 +13,7 @@ import pytest
 
 from browser import ARTIFACTS, shot
 from fake_lab import FakeLab
-from moelab.runs.compare import SavedRuns
+from moelab.runs.saved import SavedRuns
 from moelab.widgets import Dashboard
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]

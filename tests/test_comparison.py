@@ -10,7 +10,8 @@ import time
 import pytest
 
 import moelab
-from moelab.runs.compare import Comparison, SavedRuns
+from moelab.runs.compare import Comparison
+from moelab.runs.saved import SavedRuns
 from moelab.scheduling.stream import Shape
 from moelab.settings import Settings
 from moelab.spelling import _word, changed, opened, short, shown, shown_strategy

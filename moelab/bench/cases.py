@@ -141,13 +141,6 @@ def settle(lab: moelab.Lab, case: Case) -> moelab.Settings:
         raise ValueError(f"{case}: {error}") from error
 
 
-def rotated(cases: Sequence[Case], repeats: int) -> Iterator[Case]:
-    """All cases ``repeats`` times, each time beginning elsewhere."""
-    for repeat in range(repeats):
-        start = repeat * len(cases) // repeats
-        yield from (*cases[start:], *cases[:start])
-
-
 def measure(
     model: str | Path, case: Case, prompt: str, *, tokens: int, seed: int, **how: Any
 ) -> dict[str, Any]:

@@ -84,6 +84,8 @@ class Run:
     ended
         Why it ended: ``"end of text"``, ``"length"`` (all tokens asked for), ``"stopped"`` or
         ``"failed"``; empty while it goes on.
+    repeats
+        Times of this run and of those that repeated it, where it was made again (`Rounds`).
     error
         What made the run fail, or None.
     """
@@ -101,7 +103,7 @@ class Run:
     ) -> None:
         self.request, self.prompt, self.text = request, request.prompt, ""
         self.model, self.architecture = model, architecture
-        self.ended = ""
+        self.ended, self.repeats = "", []
         self.error: BaseException | None = None
         self.tokens: list[int] = []
         self.changes: list[tuple[int, dict[str, str]]] = []
@@ -181,11 +183,12 @@ class Run:
 
         Ratios, speeds and bytes are of decoded tokens, without prefill, and None where none was
         decoded. Times are of the tokens since the device last changed, so that measured and
-        emulated ones are never averaged; ``tokens_per_s`` counts compute and stalls, not the
-        measuring of KL. ``hit_ratio`` is hits over requests (a right guess that came too ``late``
-        is none), ``byte_hit_ratio`` the part of the bytes served that was not loaded on demand,
-        ``stall_share`` the part of the time spent waiting. ``setup_ms`` and ``setup_bytes`` went
-        into loading what the strategy wants resident before the first token and at changes.
+        emulated ones are never averaged; ``tokens_per_s`` is what a watch shows,
+        ``engine_tokens_per_s`` without measuring and set-up. ``hit_ratio`` is hits over requests (a
+        right guess that came too ``late`` is none), ``byte_hit_ratio`` the part of the bytes served
+        that was not loaded on demand, ``stall_share`` the part of the engine's time spent waiting.
+        ``setup_ms`` and ``setup_bytes`` went into loading what the strategy wants resident before
+        the first token and at changes.
         """
         reports = self.token_reports
         emulated = bool(reports) and DEVICES[reports[-1].device].emulated

@@ -23,6 +23,8 @@ from typing import Any
 import fastjsonschema
 import numpy as np
 
+from moelab.runs.account import ENDINGS
+from moelab.runs.rounds import MOST_REPEATS, TIMED
 from moelab.runs.tokens import COLUMNS, Noted, fold, summary, table
 from moelab.scheduling.events import CAUSE, DTYPE, EVICT, KINDS, LOAD, NONE, PREFETCH
 
@@ -52,10 +54,9 @@ MOST_BYTES = 512 * 2**20
 """A document larger than this is refused before it is unpacked whole."""
 
 MOST_EXPERTS = 2**20
-_NOTED = ("total_ms", "deciding_ms", "measuring_ms", "setup_ms", "kl", "budget_bytes")
+_LATER = ("deciding_ms", "measuring_ms", "setup_ms")  # 0.3 did not measure them
+_NOTED = ("total_ms", "kl", "budget_bytes", *_LATER)
 """Columns of a token that its events do not give. All others are folded from the events again."""
-LATER_COLUMNS = ("deciding_ms", "measuring_ms", "setup_ms")
-"""Columns of a token that older files lack; they are 0 there."""
 _MOST = 1e15
 """No figure of a run is larger, whatever its unit."""
 
@@ -96,7 +97,7 @@ _EVICTION = _object(
 _CHANGE = _list([_INDEX, _WORDS], minItems=2, maxItems=2)
 _SETTING = _object(token=_INDEX, shown=_WORDS, code=_TEXT, update=_TEXT, short=_TEXT, about=_TEXT)
 SCHEMA = _object(
-    ("evictions",),
+    ("evictions", "ended", "repeats", "sentence"),
     format={"const": FORMAT},
     moelab=_TEXT,
     model=_object(
@@ -115,6 +116,9 @@ SCHEMA = _object(
     pieces=_list(_TEXT),
     ids=_list(_INDEX),
     error=_TEXT,
+    ended={"enum": list(ENDINGS)},
+    sentence=_TEXT,
+    repeats=_list(_object(**dict.fromkeys(TIMED, _FIGURE)), maxItems=MOST_REPEATS),
     columns=_list(_TEXT, uniqueItems=True),
     values=_TEXT,
     changes=_list(_CHANGE),
@@ -245,9 +249,9 @@ def _folded(d: dict[str, Any]) -> None:
     tokens, names, m = len(d["pieces"]), d["columns"], d["model"]
     rows = decoded(d["values"], "<f4", "values", len(names) * tokens).reshape(len(names), tokens)
     given = dict(zip(names, rows.astype(float), strict=True))
-    given = dict.fromkeys(LATER_COLUMNS, np.zeros(tokens)) | given
-    if missing := {*_NOTED} - given.keys():
+    if missing := {*_NOTED} - {*_LATER} - given.keys():
         raise ValueError(f"columns must have {min(missing)}")
+    given = dict.fromkeys(_LATER, np.zeros(tokens)) | given
     for name in _NOTED:
         known = given[name][~np.isnan(given[name])] if name == "kl" else given[name]
         if not ((known >= 0) & (known <= _MOST)).all():  # NaN neither
@@ -260,13 +264,14 @@ def _folded(d: dict[str, Any]) -> None:
     ends = np.searchsorted(events["token"], np.arange(tokens), side="right")
     reports = []
     for token, end in enumerate(ends):
-        total, *parts, kl, budget = (float(given[name][token]) for name in _NOTED)
-        deciding, measuring, setup = (part / 1e3 for part in parts)
+        this = {name: float(given[name][token]) for name in _NOTED}
+        deciding, measuring, setup = (this[name] / 1e3 for name in _LATER)
         device = d["origins"][np.searchsorted(begins, token, side="right") - 1]["device"]
+        kl, total = this["kl"], this["total_ms"]
         noted = Noted(
             *(d["pieces"][token], total / 1e3 + measuring + setup, deciding),
-            *(None if np.isnan(kl) else kl, int(held[end]), int(budget), device, int(end)),
-            *(measuring, setup),
+            *(None if np.isnan(kl) else kl, int(held[end]), int(this["budget_bytes"]), device),
+            *(int(end), measuring, setup),
         )
         reports.append(fold(token, noted, events[ends[token - 1] if token else 0 : end]))
         if reports[-1].compute_ms < -1e-3 * (total + 1):

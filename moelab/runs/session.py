@@ -22,6 +22,7 @@ from moelab.models.chat import Messages, encode, messages
 from moelab.runs.quality import kl_divergence
 from moelab.runs.run import Asked, Likeliest, Run
 from moelab.runs.tokens import Noted
+from moelab.scheduling.scheduler import Scheduler
 from moelab.settings import MakeStrategy, Settings
 from moelab.spelling import differences
 
@@ -131,6 +132,13 @@ class Session:
             self.run.stop()
         self._busy.acquire()  # for good
         self.engine.close()
+
+    def stand(self, settings: Settings, scheduler: Scheduler) -> None:
+        """Stand where a run began: these settings, that cache and what its strategy had learnt."""
+        with self.lock:
+            self.settings = self.engine.settings = settings
+            self.engine.loader.use(settings.device)
+            self.engine.begin_with(scheduler)
 
     # -- what is in memory --------------------------------------------------------------------
 

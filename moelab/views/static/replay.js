@@ -146,7 +146,8 @@ export class Replay {
     const kls = tokens.kl.subarray(begin, end).filter(Number.isFinite);
     return {
       tokens: Math.max(0, end - begin),
-      tokens_per_s: ratio(1e3 * decoded, time),
+      tokens_per_s: ratio(1e3 * decoded, time + sum("measuring_ms") + sum("setup_ms")),
+      engine_tokens_per_s: ratio(1e3 * decoded, time),
       hit_ratio: ratio(hits, asked),
       bytes_per_token: ratio(sum("bytes"), decoded),
       stall_share: ratio(model.causes.reduce((total, cause) => total + sum(cause), 0), time),
