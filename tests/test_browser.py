@@ -402,8 +402,7 @@ def test_twenty_seconds_of_changing_settings_leave_nothing_behind(dash):
     if dash.data("running") == "true":
         dash.stop()
     dash.until(lambda: dash.data("running") == "false", "at rest")
-    if dash.root.locator("[name=measure_kl]").is_checked():
-        dash.root.locator("[name=measure_kl]").uncheck()
+    dash.choose("measure_kl", "0")
 
 
 def test_a_decision_and_its_parameters_are_changed_in_the_middle_of_a_run(dash):

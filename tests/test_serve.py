@@ -30,14 +30,14 @@ KERNEL_IS_THERE = """async () => {
 # -- before anybody comes -----------------------------------------------------------------------
 
 
-def test_there_are_as_many_places_as_fit_the_memory_and_at_least_one():
-    assert (
-        serving.places(None, 8 * GB) == (8 * GB - serving.RESERVED_BYTES) // serving.VISITOR_BYTES
-    )
-    assert serving.places(None, 0) == 1
-    assert serving.places(30, 1 * GB) == 30
+def test_there_are_as_many_places_as_memory_and_cores_allow_and_at_least_one():
+    fit = (8 * GB - serving.RESERVED_BYTES) // serving.VISITOR_BYTES
+    assert serving.places(None, 8 * GB, cores=64) == fit
+    assert serving.places(None, 64 * GB, cores=2) == 2 * serving.A_CORE
+    assert serving.places(None, 0, cores=2) == 1
+    assert serving.places(30, 1 * GB, cores=2) == 30
     with pytest.raises(ValueError, match="--max-visitors 0: at least 1"):
-        serving.places(0, 8 * GB)
+        serving.places(0, 8 * GB, cores=2)
 
 
 def test_what_a_visitor_costs_is_said_and_that_too_many_do_not_fit():

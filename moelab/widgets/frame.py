@@ -96,7 +96,7 @@ def controls(settings: Any, info: Mapping[str, Any]) -> dict[str, Any]:
         **chosen(settings.strategy),
         "device": settings.device,
         "prefetch": int(settings.prefetch),
-        "measure_kl": bool(settings.measure_kl),
+        "measure_kl": int(settings.measure_kl),
         "budget_experts": int(info["budget_experts"]),
         "minimum_budget_bytes": int(info["minimum_budget_bytes"]),
         "token_cycle_bytes": int(info["token_cycle_bytes"]),

@@ -246,7 +246,7 @@ export class Blame {
     this.five[1].replaceChildren(...(full ?? []).map((entry) => line(entry, most, piece, "full")));
     const measured = Number.isFinite(value),
       said = ["KL divergence from full precision ", h("b", {}, kl(value)), " nats"],
-      missing = "Tick “measure KL” and run again to see full precision beside it.";
+      missing = "KL was not measured at this token: choose “KL: each token” and run again.";
     this.node.dataset.kl = measured ? value : "";
     this.missing.replaceChildren(...(measured ? said : [missing]));
   }

@@ -35,10 +35,12 @@ export function spentOn({ tokens, first, span: [begin, end] }) {
 }
 
 function inSum(frame) {
+  const { tokens_per_s: seen, engine_tokens_per_s: own } = frame.recent,
+    alone = own > 1.02 * seen ? ` · ${rate(own)} tokens/s without measuring` : "";
   const parts = spentOn(frame),
     total = parts.reduce((sum, [, ms]) => sum + ms, 0),
     told = parts.filter(([, ms]) => ms >= LEAST_MS).map(([words, ms]) => `${rate(ms)} ${words}`);
-  return parts.length ? `${millis(total)} a token = ${told.join(" + ")}` : "";
+  return parts.length ? `${millis(total)} a token = ${told.join(" + ")}${alone}` : "";
 }
 
 function ofGuesses({ right = 0, late = 0, wasted = 0 }) {

@@ -45,7 +45,7 @@ export class Prompt {
             <span class="moe-tokens"><label>max tokens ${this.tokens}</label>${this.limit}</span>
             ${chat}
             <label title="Run the full-precision model along on the same context">
-              ${measure}measure KL
+              measure KL ${measure}
             </label>
           </div>
         </div>

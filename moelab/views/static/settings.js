@@ -126,14 +126,16 @@ class Deaf {
   }
 }
 
+/** KL is measured at every n-th token: it takes a second model's time. */
+const MEASURED = [[0, "off"], [1, "each token"], [4, "1 in 4"], [16, "1 in 16"]];
+
 export class Settings {
   constructor(model, options) {
     this.model = model;
     this.options = options;
     this.deaf = new Deaf(model);
     this.sender = new Sender(model, (on) => this.deaf.show(on));
-    const onchange = () => this.sender.change({ measure_kl: this.measure.checked });
-    this.measure = h("input", { type: "checkbox", name: "measure_kl", onchange });
+    this.measure = this.select("measure_kl", optionsOf(MEASURED), Number);
     this.ask = new Prompt(model, options, this.sender, this.measure);
     const change = (changes, where) => this.sender.change(changes, where),
       settle = () => this.sync();
@@ -198,7 +200,9 @@ export class Settings {
     const now = this.model.get("controls"),
       settled = this.sender.settled();
     if (settled) {
-      this.measure.checked = now.measure_kl;
+      const every = now.measure_kl; // from Python it may be any number
+      if (!MEASURED.some(([n]) => n === every)) this.measure.append(...optionsOf([[every, `1 in ${every}`]]));
+      this.measure.value = every;
       for (const name of ["bits", "low_bits", "device", "prefetch"]) {
         const unread = now.unread.includes(name);
         this[name].disabled = unread;

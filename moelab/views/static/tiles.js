@@ -54,7 +54,7 @@ export class Tiles {
     }
     g.fillStyle = hatch(g, ink["prefetch late"]);
     each((i) => flight[i], (_, x, y, w, t) => g.fillRect(x, y, w, t));
-    const line = Math.min(3, this.at.w / 3, this.at.t / 3);
+    const line = Math.min(3, Math.max(1, Math.min(this.at.w, this.at.t) / 7));
     g.strokeStyle = ink.load;
     g.lineWidth = line;
     each((i) => loaded[i] > seen, (_, x, y, w, t) =>
