@@ -3,6 +3,7 @@ import { test } from "node:test";
 import { layoutOf, partsOf, scaleOf } from "../../moelab/views/static/bars.js";
 import { chance } from "../../moelab/views/static/blame.js";
 import { shareOf } from "../../moelab/views/static/element.js";
+import { spentOn } from "../../moelab/views/static/figures.js";
 import { spread } from "../../moelab/views/static/tiles.js";
 import { shadesOf, strengthOf } from "../../moelab/views/static/text.js";
 import { inLayer } from "../../moelab/views/static/timeline.js";
@@ -65,6 +66,17 @@ test("words of layers, chances and shares", () => {
   assert.deepEqual([-1, 0, 5].map((l) => inLayer(l, 6)), ["before layer 0", "after layer 0", "all layers"]);
   assert.deepEqual([0.9999, 0.4914, 0.0003].map(chance), ["1.00", ".491", "<.001"]);
   assert.deepEqual([shareOf(3, 2, 4), shareOf(3, 3, 3), shareOf(null, 0, 1)], [0.5, 1, 1]);
+});
+
+test("what a token's time goes into adds up to what a watch shows, without the prefill", () => {
+  const names = ["compute_ms", "deciding_ms", "on demand", "prefetch late", "evict", "measuring_ms", "setup_ms"],
+    tokens = Object.fromEntries(names.map((name, i) => [name, Float32Array.of(100, i, i + 1)]));
+  const parts = spentOn({ tokens, first: 7, span: [7, 10] }),
+    all = spentOn({ tokens, first: 0, span: [0, 3] });
+  const sum = (told) => told.reduce((total, [, ms]) => total + ms, 0);
+  assert.ok(Math.abs(sum(parts) - (700 + 21 + 28) / 3) < 1e-3);
+  assert.equal(sum(all), (21 + 28) / 2);
+  assert.deepEqual(spentOn({ tokens, first: 0, span: [0, 1] }), []);
 });
 
 test("the tip tells what a token cost, in its parts", () => {
