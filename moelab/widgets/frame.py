@@ -286,10 +286,10 @@ def spoken(run: Any, settings: Any, first: int, *, running: bool) -> dict[str, A
 
 def _change(run: Any) -> str:
     """What the last change of settings did to a token, once there are tokens on both sides."""
-    marks = merge_changes(run.changes)
-    if not marks:
-        return ""
-    first, last, count = max(1, marks[-1]["first"]), marks[-1]["last"], len(run.token_reports)
+    marks, count = merge_changes(run.changes), len(run.token_reports)
+    if not marks or marks[-1]["first"] < 2 or marks[-1]["last"] >= count:
+        return ""  # decoded tokens are on one side of it only
+    first, last = marks[-1]["first"], marks[-1]["last"]
     was, now = [s for token, s in run.history if token < first][-1], run.history[-1][1]
     if was.device != now.device:
         return ""  # a measured and an emulated time have no difference

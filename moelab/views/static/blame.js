@@ -3,7 +3,8 @@
 // expert. With few experts a chip says all in words; with many it is a shape and a number.
 
 import { cross, filledBar, h, icon, markup, say, shape } from "./element.js";
-import { bytes, kl, millis, rate, within } from "./numbers.js";
+import { inSum, spentOn } from "./figures.js";
+import { bytes, kl, millis, within } from "./numbers.js";
 import { brief, inWords, outcomes, wordOf } from "./outcomes.js";
 import { waitOf } from "./recording.js";
 
@@ -216,21 +217,11 @@ export class Blame {
   }
 
   showCost(tokens, token, causes) {
-    const waits = causes.filter((c) => tokens[c][token] >= 0.005),
-      sum = waitOf(tokens, waits, token),
-      parts = waits.map((c) => `${c} ${rate(tokens[c][token])}`).join(", "),
-      deciding = tokens.deciding_ms[token];
-    this.node.dataset.wait = sum.toFixed(3);
+    const [total, parts] = inSum(spentOn(tokens, token)),
+      read = h("b", {}, `${bytes(tokens.bytes[token])} read`);
+    this.node.dataset.wait = waitOf(tokens, causes, token).toFixed(3);
     this.node.dataset.bytes = `${tokens.bytes[token]}`;
-    this.cost.replaceChildren(
-      h("b", {}, millis(tokens.total_ms[token])),
-      ` = ${rate(tokens.compute_ms[token])} computing + `,
-      deciding >= 0.005 ? `${rate(deciding)} deciding + ` : "",
-      h("b", {}, `${millis(sum)} waiting`),
-      waits.length > 1 ? ` (${parts})` : waits.length ? ` (${waits[0]})` : "",
-      "; ",
-      h("b", {}, `${bytes(tokens.bytes[token])} read`),
-    );
+    this.cost.replaceChildren(h("b", {}, total), ` = ${parts}; `, read);
   }
 
   close() {

@@ -73,7 +73,7 @@ export class CacheMap {
     const { newest, past } = frame,
       follows = this.frame?.run === frame.run && !this.frame.past;
     if (past) this.seen = newest; // its loads are among the marks
-    else if (!follows) this.seen = newest - 1;
+    else if (!follows) this.seen = Math.max(-1, newest - 1);
     else if (newest !== this.frame.newest) this.seen = Math.min(this.frame.newest, newest - 1);
     this.frame = frame;
     this.draw();

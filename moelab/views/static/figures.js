@@ -20,27 +20,30 @@ const SPENT = [
   ["evict", "waiting to evict"],
   ["measuring_ms", "measuring"], ["setup_ms", "set-up"],
 ];
-const LEAST_MS = 0.05;
+const LEAST_MS = 0.005;
 
 /**
- * Means per token over the frame's stretch, ms. Token 0 carries the prefill.
- * @returns {[string, number][]} words and value
+ * Means per token from index `from` to before `to`, ms: words and value of each part.
+ * @returns {[string, number][]}
  */
-export function spentOn({ tokens, first, span: [begin, end] }) {
-  const from = Math.max(1, begin) - first,
-    to = end - first;
-  if (to <= from) return [];
+export function spentOn(tokens, from, to = from + 1) {
   const mean = (values) => values.subarray(from, to).reduce((a, b) => a + b, 0) / (to - from);
   return SPENT.filter(([name]) => tokens[name]).map(([name, words]) => [words, mean(tokens[name])]);
 }
 
-function inSum(frame) {
-  const { tokens_per_s: seen, engine_tokens_per_s: own } = frame.recent,
+/** Parts and their sum, which is what a watch shows: ["13.1 ms", "10.7 computing + ..."]. */
+export function inSum(parts) {
+  const told = parts.filter(([, ms]) => ms >= LEAST_MS).map(([words, ms]) => `${rate(ms)} ${words}`);
+  return [millis(parts.reduce((sum, [, ms]) => sum + ms, 0)), told.join(" + ")];
+}
+
+/** Of the newest tokens; token 0 carries the prefill. */
+function lately({ tokens, first, span: [begin, end], recent }) {
+  const from = Math.max(1, begin) - first,
+    [total, parts] = inSum(spentOn(tokens, from, end - first)),
+    { tokens_per_s: seen, engine_tokens_per_s: own } = recent,
     alone = own > 1.02 * seen ? ` · ${rate(own)} tokens/s without measuring` : "";
-  const parts = spentOn(frame),
-    total = parts.reduce((sum, [, ms]) => sum + ms, 0),
-    told = parts.filter(([, ms]) => ms >= LEAST_MS).map(([words, ms]) => `${rate(ms)} ${words}`);
-  return parts.length ? `${millis(total)} a token = ${told.join(" + ")}${alone}` : "";
+  return end - first > from ? `${total} a token = ${parts}${alone}` : "";
 }
 
 function ofGuesses({ right = 0, late = 0, wasted = 0 }) {
@@ -82,7 +85,7 @@ export class RunningFigures {
     this.fill.style.setProperty("--p", `${Math.min(100, (100 * held) / budget)}%`);
     say(this.of, of ? `Of the last run, under other settings: ${of}. Run again for those now set.` : "");
     this.node.classList.toggle("stale", Boolean(of));
-    say(this.spent, `${inSum(frame)}${ofGuesses(guesses)}`);
+    say(this.spent, `${lately(frame)}${ofGuesses(guesses)}`);
     if (sentence) say(this.says, sentence);
     say(this.moved, change ? ` · ${change}` : "");
   }

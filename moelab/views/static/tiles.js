@@ -4,7 +4,7 @@
 import { fillBox, hatch } from "./canvas.js";
 import { FILL } from "./colours.js";
 
-const ROOMY = 12; // px a cell needs for a dot with a rim; below it is a hole
+const ROOMY = 12; // px a cell needs for a dot with a rim; below it is a square
 
 export class Tiles {
   constructor(look, sheet, { layers, experts }) {
@@ -74,7 +74,7 @@ export class Tiles {
     for (const [a, b] of gaps(y, t)) g.clearRect(x[0], a, right, b - a);
   }
 
-  /** What the newest token used: a dot with a rim, or a hole where dots would drown the map. */
+  /** What the newest token used: a dot with a rim, or a square where dots would drown the map. */
   paintUses(g, each, isUsed, bits) {
     const { ground, text } = this.look.ink,
       small = Math.min(this.at.w, this.at.t),
@@ -84,7 +84,7 @@ export class Tiles {
     each(isUsed, (i, x, y, w, t) => {
       if (small < ROOMY) {
         const side = Math.max(1, Math.round(Math.min(w, t) / 2));
-        fillBox(g, bits[i] ? ground : text, x + (w - side) / 2, y + (t - side) / 2, side, side);
+        fillBox(g, FILL[bits[i]] > 0.5 ? ground : text, x + (w - side) / 2, y + (t - side) / 2, side, side);
         return;
       }
       g.fillStyle = ground;
