@@ -5,7 +5,7 @@ import { Beside } from "./beside.js";
 import { still } from "./colours.js";
 import { button, cross, focused, h, keep, markup, say, voice } from "./element.js";
 import { COLUMNS_OF_RUNS, Scatter } from "./scatter.js";
-import { titleOf, written } from "./numbers.js";
+import { rate, titleOf, written } from "./numbers.js";
 import { WhatIf } from "./whatif.js";
 
 const BEST = "No other run on this device beats it";
@@ -208,6 +208,8 @@ export class Runs {
       badge = h("b", { class: "moe-badge", title: run.device }, run.timing);
     badge.classList.toggle("emulated", run.emulated);
     const cells = COLUMNS_OF_RUNS.map((k) => h("td", { "data-key": k }, written(k, run[k])));
+    const [low, high] = run.range ?? [0, 0];
+    if (high > low) cells[0].append(h("small", {}, `${rate(low)} to ${rate(high)}`));
     return markup`
       <tr data-name="${name}" class="${box.checked ? "on" : ""}">
         <td>${box}</td>
