@@ -86,7 +86,7 @@ export class RunningFigures {
     say(this.of, of ? `Of the last run, under other settings: ${of}. Run again for those now set.` : "");
     this.node.classList.toggle("stale", Boolean(of));
     say(this.spent, `${lately(frame)}${ofGuesses(guesses)}`);
-    if (sentence) say(this.says, sentence);
+    say(this.says, sentence);
     say(this.moved, change ? ` · ${change}` : "");
   }
 }

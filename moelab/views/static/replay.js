@@ -103,7 +103,8 @@ export class Replay {
       recent: this.figures(Math.max(since, whole - RECENT), whole),
       whole: this.figures(since, whole),
       span: [Math.max(since, whole - RECENT), whole],
-      sentence: document.sentence, change: "", of: "", guesses: {},
+      sentence: document.sentence ? `At the end: ${document.sentence}` : "",
+      change: "", of: "", guesses: {},
     };
   }
 

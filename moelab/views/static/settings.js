@@ -119,10 +119,11 @@ class Deaf {
   }
 
   show(on) {
+    if (this.node.hidden === !on) return;
     this.node.hidden = !on;
     this.cut.hidden = !this.kernel()?.interrupt;
     const now = this.cut.hidden ? " To end it now, interrupt the kernel in the notebook." : "";
-    say(this.words, on && `The kernel is busy with a cell; changes apply when it ends.${now}`);
+    say(this.words, `The kernel is busy with a cell; changes apply when it ends.${now}`);
   }
 }
 
