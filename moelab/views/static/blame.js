@@ -155,8 +155,6 @@ class Chips {
   }
 }
 
-const AT_ONCE = 96; // chips
-const LATER_MS = 150;
 const MOST_ROWS = 12; // that are seen without scrolling, of one line each
 const KINDS_SHOWN = ["hit", "prefetch", "late", "load", "downgrade", "skip", "substitute"];
 
@@ -199,21 +197,7 @@ export class Blame {
     this.showTop(document.top, pieces[token], token, tokens.kl[token]);
     const many = recording.layers > MOST_ROWS ? ` · ${recording.layers} layers: scroll` : "";
     say(this.head, `experts by layer${token ? "" : ", of the prompt's last position"}${many}`);
-    this.showChips(recording, token, layer);
-  }
-
-  /** At once where there are few; many are drawn when the hand rests, or a few times a second. */
-  showChips(recording, token, layer) {
-    const show = () => {
-      this.late = 0;
-      this.drawn = performance.now();
-      this.chips.show(outcomes(recording, token), recording.gates.K, layer);
-    };
-    clearTimeout(this.late);
-    const many = recording.layers * recording.gates.K > AT_ONCE,
-      wait = many ? (this.drawn ?? -1e9) + LATER_MS - performance.now() : 0;
-    if (wait <= 0) show();
-    else this.late = setTimeout(show, wait);
+    this.chips.show(outcomes(recording, token), recording.gates.K, layer);
   }
 
   showCost(tokens, token, causes) {
@@ -222,10 +206,6 @@ export class Blame {
     this.node.dataset.wait = waitOf(tokens, causes, token).toFixed(3);
     this.node.dataset.bytes = `${tokens.bytes[token]}`;
     this.cost.replaceChildren(h("b", {}, total), ` = ${parts}; `, read);
-  }
-
-  close() {
-    clearTimeout(this.late);
   }
 
   showTop(top, piece, token, value) {

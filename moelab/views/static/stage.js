@@ -194,7 +194,7 @@ export class Stage {
     this.closed = true;
     this.travel.pause();
     clearTimeout(this.speaking);
-    for (const view of [this.map, this.bars, this.text, this.blame, this.life, this.source])
+    for (const view of [this.map, this.bars, this.text, this.life, this.source])
       view.close();
   }
 }
