@@ -232,23 +232,22 @@ export class Runs {
 class Export {
   constructor(model) {
     this.model = model;
-    this.asked = false;
     this.said = h("span", { role: "status" });
     const title = "Save the newest run as one HTML file that works without a kernel or a network";
     this.go = button("Export", { title, onclick: () => this.ask() });
     this.node = h("span", {}, this.go, this.said);
-    this.heard = ({ page }, buffers) => page && this.asked && this.save(page, buffers);
+    this.heard = ({ page }, buffers) => page && this.go.disabled && this.save(page, buffers);
     model.on("msg:custom", this.heard);
   }
 
   ask() {
-    this.asked = this.go.disabled = true;
+    this.go.disabled = true;
     say(this.said, "exporting …");
     this.model.send({ do: "page" });
   }
 
   save({ error, tokens }, [page]) {
-    this.asked = this.go.disabled = false;
+    this.go.disabled = false;
     say(this.said, error ?? "");
     this.said.className = error ? "moe-refused" : "";
     if (error) return;
