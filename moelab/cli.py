@@ -166,6 +166,7 @@ def run(
 ) -> None:
     """Generate text under a budget, then print what it cost. Ctrl-C stops and still prints."""
     import moelab
+    from moelab.runs import account
 
     with moelab.open(
         model,
@@ -179,10 +180,9 @@ def run(
         seed=seed,
     ) as opened:
         going = opened.start(prompt, max_new_tokens=max_new_tokens, temperature=temperature)
-        stopped = _stream(going)
+        _stream(going)
         summary = going.summary()
-    if stopped:
-        print("stopped")
+    print(f"{account.ending(going.ended, len(going.tokens), max_new_tokens)}; {going.sentence()}")
     rows = [(n, _size(v) if "bytes" in n else _word(v)) for n, v in summary.items()]
     _print_table([row for row in rows if row[1]])
     if going.error is not None:
@@ -217,7 +217,7 @@ def bench(
 ) -> None:
     """Measure strategy x budget x device in one go, or a suite of questions, and print tables."""
     from moelab import bench as measure
-    from moelab.store.paths import write_atomically
+    from moelab.scheduling.writing import write_atomically
 
     for file in (json_file, markdown, tables, picture):
         if file is not None and not file.absolute().parent.is_dir():
@@ -281,10 +281,10 @@ def _stopped_early(*, complete: bool) -> None:
         raise typer.Exit(130)
 
 
-def _stream(going: Run) -> bool:
-    """Print a run's text as it comes; say whether Ctrl-C stopped it."""
+def _stream(going: Run) -> None:
+    """Print a run's text as it comes; Ctrl-C stops it."""
     print(going.prompt, end="", flush=True)
-    shown, stopped = 0, False
+    shown = 0
     while True:
         try:
             done = not going.running
@@ -295,10 +295,8 @@ def _stream(going: Run) -> bool:
                 break
             time.sleep(_POLL_SECONDS)
         except KeyboardInterrupt:
-            stopped = True
             going.stop()
     print("\n")
-    return stopped
 
 
 def notebooks(package: Path, target: Path) -> Path:

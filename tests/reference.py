@@ -1,4 +1,4 @@
-"""What the tests hold a layer and a run against: one layer without the engine, logits by hand."""
+"""What the tests hold a layer and a run against: layers without the engine, logits by hand."""
 
 from __future__ import annotations
 

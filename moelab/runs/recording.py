@@ -26,7 +26,7 @@ from moelab.runs.schema import EVENTS, GATES, decoded, embedded, encoded, pack, 
 from moelab.runs.snapshot import RunReader
 from moelab.runs.tokens import COLUMNS
 from moelab.scheduling import events as codes
-from moelab.store.paths import write_atomically
+from moelab.scheduling.writing import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -217,7 +217,7 @@ class Recording:
         m, now = self.document["model"], self.document["settings"][-1]
         each = m["expert_bytes"][now["shown"]["bits"]]
         budget = self.figures[COLUMNS.index("budget_bytes"), -1:].sum()
-        limits = Limits(int(budget), m["top_k"] * m["layers"] * each, now["shown"]["evict"])
+        limits = Limits(int(budget), m["top_k"] * m["layers"] * each, now["shown"].get("evict", ""))
         return self.account(max(1, now["token"])).sentence(limits)
 
     def blame(self, token: int) -> pd.DataFrame:

@@ -27,6 +27,7 @@ from moelab.runs.account import ENDINGS
 from moelab.runs.rounds import MOST_REPEATS, TIMED
 from moelab.runs.tokens import COLUMNS, Noted, fold, summary, table
 from moelab.scheduling.events import CAUSE, DTYPE, EVICT, KINDS, LOAD, NONE, PREFETCH
+from moelab.spelling import reread
 
 FORMAT = 1
 MOVES = {LOAD: 1, PREFETCH: 1, EVICT: -1}
@@ -54,9 +55,10 @@ MOST_BYTES = 512 * 2**20
 """A document larger than this is refused before it is unpacked whole."""
 
 MOST_EXPERTS = 2**20
-_LATER = ("deciding_ms", "measuring_ms", "setup_ms")  # 0.3 did not measure them
-_NOTED = ("total_ms", "kl", "budget_bytes", *_LATER)
+_NOTED = ("total_ms", "deciding_ms", "measuring_ms", "setup_ms", "kl", "budget_bytes")
 """Columns of a token that its events do not give. All others are folded from the events again."""
+LATER_COLUMNS = ("deciding_ms", "measuring_ms", "setup_ms")
+"""Columns of a token that older files lack; they are 0 there."""
 _MOST = 1e15
 """No figure of a run is larger, whatever its unit."""
 
@@ -95,7 +97,8 @@ _EVICTION = _object(
     survivors=_list(_WHO, maxItems=8),
 )
 _CHANGE = _list([_INDEX, _WORDS], minItems=2, maxItems=2)
-_SETTING = _object(token=_INDEX, shown=_WORDS, code=_TEXT, update=_TEXT, short=_TEXT, about=_TEXT)
+_SHOWN = _WORDS | {"required": ["bits"]}
+_SETTING = _object(token=_INDEX, shown=_SHOWN, code=_TEXT, update=_TEXT, short=_TEXT, about=_TEXT)
 SCHEMA = _object(
     ("evictions", "ended", "repeats", "sentence"),
     format={"const": FORMAT},
@@ -198,9 +201,11 @@ def unpack(data: bytes, name: str) -> dict[str, Any]:
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
         raise ValueError(f"{name} is cut off or no moelab recording ({e}); {_AGAIN}") from None
     try:
+        json.dumps(document, ensure_ascii=False).encode()  # half a character is no text
         _schema()(document)
         _columns(document)
         _folded(document)
+        _respelled(document)
     except (fastjsonschema.JsonSchemaValueException, ValueError) as e:
         raise ValueError(f"{name}: {str(e).removeprefix('data.')}; {_AGAIN}") from None
     return document
@@ -249,9 +254,9 @@ def _folded(d: dict[str, Any]) -> None:
     tokens, names, m = len(d["pieces"]), d["columns"], d["model"]
     rows = decoded(d["values"], "<f4", "values", len(names) * tokens).reshape(len(names), tokens)
     given = dict(zip(names, rows.astype(float), strict=True))
-    if missing := {*_NOTED} - {*_LATER} - given.keys():
+    given = dict.fromkeys(LATER_COLUMNS, np.zeros(tokens)) | given
+    if missing := {*_NOTED} - given.keys():
         raise ValueError(f"columns must have {min(missing)}")
-    given = dict.fromkeys(_LATER, np.zeros(tokens)) | given
     for name in _NOTED:
         known = given[name][~np.isnan(given[name])] if name == "kl" else given[name]
         if not ((known >= 0) & (known <= _MOST)).all():  # NaN neither
@@ -264,14 +269,13 @@ def _folded(d: dict[str, Any]) -> None:
     ends = np.searchsorted(events["token"], np.arange(tokens), side="right")
     reports = []
     for token, end in enumerate(ends):
-        this = {name: float(given[name][token]) for name in _NOTED}
-        deciding, measuring, setup = (this[name] / 1e3 for name in _LATER)
+        total, *parts, kl, budget = (float(given[name][token]) for name in _NOTED)
+        deciding, measuring, setup = (part / 1e3 for part in parts)
         device = d["origins"][np.searchsorted(begins, token, side="right") - 1]["device"]
-        kl, total = this["kl"], this["total_ms"]
         noted = Noted(
             *(d["pieces"][token], total / 1e3 + measuring + setup, deciding),
-            *(None if np.isnan(kl) else kl, int(held[end]), int(this["budget_bytes"]), device),
-            *(int(end), measuring, setup),
+            *(None if np.isnan(kl) else kl, int(held[end]), int(budget), device, int(end)),
+            *(measuring, setup),
         )
         reports.append(fold(token, noted, events[ends[token - 1] if token else 0 : end]))
         if reports[-1].compute_ms < -1e-3 * (total + 1):
@@ -280,6 +284,18 @@ def _folded(d: dict[str, Any]) -> None:
     sums = {"setup_ms": told["setup_ms"], "peak_bytes": told["peak_resident_bytes"]}
     d["summary"] = summary(reports, timing=told["timing"], **sums)
     d |= {"values": encoded(table(reports).T, "<f4"), "columns": list(COLUMNS)}
+
+
+def _respelled(d: dict[str, Any]) -> None:
+    """Write the code of settings from their values: a file's own text is never passed on."""
+    for i, entry in enumerate(d["settings"]):
+        try:
+            entry["code"] = reread(entry["code"])
+            if entry["update"]:
+                call = reread(f"lab.update({entry['update']})")
+                entry["update"] = call.removeprefix("lab.update(").removesuffix(")")
+        except ValueError as error:
+            raise ValueError(f"settings[{i}] is not the code of settings: {error}") from None
 
 
 def _columns(d: dict[str, Any]) -> None:
@@ -292,7 +308,8 @@ def _columns(d: dict[str, Any]) -> None:
     for field, values in lengths.items():
         _long(field, values, tokens)
     for field in ("origins", "settings"):
-        _within(f"{field}[0].token", [d[field][0]["token"]], 0, 1)
+        _ordered(field, [entry["token"] for entry in d[field]], tokens)
+    _among("settings.shown.bits", [s["shown"]["bits"] for s in d["settings"]], [*m["expert_bytes"]])
     for field, most in (("layer", m["layers"]), ("expert", m["experts"])):
         _long(f"start.{field}", start[field], len(start["bits"]))
         _within(f"start.{field}", start[field], 0, most)
@@ -330,6 +347,14 @@ def _events(e: dict[str, Any], m: dict[str, Any], tokens: int) -> None:
             raise ValueError(f"events.{field} must be finite")
     if (np.diff(rows["token"].astype(np.int64) * (m["layers"] + 1) + rows["at"]) < 0).any():
         raise ValueError("events.token must be in the order of decisions")
+
+
+def _ordered(field: str, begins: list[int], tokens: int) -> None:
+    """Entries that each hold from a token on, the first from the beginning."""
+    _within(f"{field}[0].token", begins[:1], 0, 1)
+    _within(f"{field}.token", begins, 0, max(1, tokens))
+    if begins != sorted(begins):
+        raise ValueError(f"{field} must be in the order of tokens")
 
 
 def _long(field: str, values: Any, length: int) -> None:
