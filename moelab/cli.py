@@ -329,11 +329,14 @@ def _open_jupyter(options: list[str]) -> None:
     """Become JupyterLab, on loopback; root is let in because it asked."""
     if util.find_spec("jupyterlab") is None:
         raise ImportError("JupyterLab is not installed here; run: pip install 'moelab[lab]'")
+    from moelab.course.serve import let_jupyter_find
+
     folder = notebooks(Path(__file__).parent, Path.cwd() / "moelab-notebooks")
     command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1"]
     command += [f"--ServerApp.root_dir={folder}", f"--LabApp.default_url=/lab/tree/{NOTEBOOK}"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
+    let_jupyter_find("JUPYTER_CONFIG_PATH")  # no news: their question would cover the first cell
     opened = folder / NOTEBOOK
     print(f"moelab: opening {opened} in JupyterLab (Ctrl-C twice ends it)", flush=True)
     os.execv(sys.executable, [*command, *options])  # noqa: S606

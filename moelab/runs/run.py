@@ -204,13 +204,13 @@ class Run:
         reports = self.token_reports[:last]
         return Account.of(table(reports[first:]), self._tokens.records(first, len(reports)))
 
-    def sentence(self) -> str:
-        """Why the speed is what it is, of the tokens since settings last changed."""
+    def sentence(self, first: int = 1) -> str:
+        """Why the speed is what it is, of the tokens from ``first`` and the last change on."""
         since, settings = self.history[-1]
         shape, evict = self._trace.shape, settings.strategy.evict
         cycle = shape.token_cycle_bytes(settings.bits)
         limits = Limits(settings.budget_bytes, cycle, part_title(evict))
-        return self.account(max(1, since)).sentence(limits)
+        return self.account(max(first, since)).sentence(limits)
 
     # -- what stays -------------------------------------------------------------------------
 
