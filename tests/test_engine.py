@@ -371,6 +371,7 @@ def test_a_store_damaged_while_running_ends_the_run_not_the_lab(demo_store, tmp_
         assert run.error is not None
         assert lab.info()["resident_bytes"] == 0
         file.write_bytes(whole)
+    with moelab.open(store, budget="10%", measure_kl=False, progress=False) as lab:
         assert len(lab.generate(PROMPT, max_new_tokens=4, ignore_eos=True).tokens) == 4
 
 
