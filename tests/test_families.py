@@ -17,9 +17,9 @@ from torch import nn
 import reference
 import tiny_families
 import tiny_models
-from moelab.models.account import account
 from moelab.models.adapter import MoELayer, find_moe
 from moelab.models.checkpoint import ExpertReader
+from moelab.models.inventory import inventory
 from moelab.models.skeleton import blank_model
 
 IDS = torch.tensor([[3, 17, 99, 4, 250, 31, 77]])
@@ -89,7 +89,7 @@ def test_family_is_served_exactly(name, tmp_path, monkeypatch):
         monkeypatch.setattr(experts, "forward", nllb_forward)
     blank = blank_model(tmp_path)
     reader = ExpertReader(blank, tmp_path)
-    assert account(blank, reader.layers, reader.checkpoint, reader.found) == ()
+    assert inventory(blank, reader.layers, reader.checkpoint, reader.found) == ()
     served = Served(tmp_path)
     expected, got = logits(theirs), logits(served.model)
     assert (got - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())

@@ -276,26 +276,12 @@ def test_a_weight_of_the_wrong_shape_is_refused_by_name(qwen, tmp_path):
         load_skeleton(broken, dtype=torch.float32)
 
 
-def test_a_missing_expert_is_refused_by_layer_and_number(qwen, tmp_path):
-    name = "model.layers.2.mlp.experts.4.up_proj.weight"
-    broken = edit(qwen, tmp_path / "m", lambda t: t.pop(name))
-    model = load_skeleton(broken, dtype=torch.float32)
-    with pytest.raises(ValueError, match="layer 2 expert 4"):
-        ExpertReader(model, broken)
-
-
 def test_pickled_weights_are_refused_with_the_next_step(tmp_path, qwen):
     folder = tmp_path / "pickled"
     folder.mkdir()
     (folder / "config.json").write_text((qwen / "config.json").read_text())
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ValueError, match="save_pretrained"):
-        load_skeleton(folder, dtype=torch.float32)
-
-
-def test_unknown_quantisation_is_refused(tmp_path, qwen):
-    folder = edit(qwen, tmp_path / "q", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ValueError, match="gptq"):
         load_skeleton(folder, dtype=torch.float32)
 
 

@@ -256,7 +256,7 @@ def materialise(
     top_k
         Active experts.
     tokenizer
-        Saved beside the model, with its chat template.
+        Saved beside the model, with its chat template; without one moelab does not pack it.
     dtype
         Of the weights, but for the routers, which stay in float32.
 

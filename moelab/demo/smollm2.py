@@ -177,7 +177,7 @@ def build(
 @contextmanager
 def _steps(progress: bool | Callable[[str], None]) -> Iterator[Callable[[str], None]]:
     """What to call at each of three steps; no bars of transformers' own."""
-    from moelab.models.account import no_bars
+    from moelab.models.inventory import no_bars
 
     try:
         reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")

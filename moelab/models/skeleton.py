@@ -26,10 +26,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from moelab.models.account import no_bars, refuse_incomplete
 from moelab.models.checkpoint import QUANTISED, split
 from moelab.models.config import make_config, read_json
 from moelab.models.families import MoELayer, expert_parameter, find_moe
+from moelab.models.inventory import no_bars, refuse_incomplete
 from moelab.models.shards import SCALE, Checkpoint, LazyTensor
 
 

@@ -27,9 +27,9 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from moelab.models.account import account
 from moelab.models.chat import load_tokenizer
 from moelab.models.checkpoint import ExpertReader
+from moelab.models.inventory import inventory
 from moelab.models.shards import DTYPES, Checkpoint
 from moelab.models.skeleton import blank_model
 from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
@@ -99,7 +99,7 @@ def pack(
     >>> pack("path/to/checkpoint", "stores/mine", tiers=(16, 4))  # doctest: +SKIP
     """
     tiers = _check_tiers(tiers)
-    destination = Path(destination).absolute()
+    destination = Path(destination).expanduser().absolute()
     folder, name = fetch(source)
     with _PACKING:
         work = _Work(folder, name, tiers, progress, fit)
@@ -141,7 +141,7 @@ class _Work:
         stored = self.reader.dtypes
         # Only bfloat16 has the range of every type; float16 is kept where there is nothing else.
         half = torch.float16 if stored == {torch.float16} else torch.bfloat16
-        notes = [*account(model, self.reader.layers, self.checkpoint, self.reader.found)]
+        notes = [*inventory(model, self.reader.layers, self.checkpoint, self.reader.found)]
         if stored != {half}:
             kinds = " and ".join(sorted(map(_word, stored)))
             notes.append(f"experts are {kinds} in the source, stored as {_word(half)}")
@@ -223,7 +223,8 @@ class _Work:
             for layer, expert in self._all_experts():
                 tensors = self.reader(layer, expert)
                 blobs = {b: pool.submit(encode, tensors, layout, b, fit=self.fit) for b in tiers}
-                if any(t.ndim > 1 and 0 < float(t.abs().max()) < _COARSE for t in tensors.values()):
+                matrices = (t for t in tensors.values() if t.ndim > 1 and min(tiers) < 16)
+                if any(0 < float(t.abs().max()) < _COARSE for t in matrices):
                     coarse.add(layer)
                 for bits, stream in out.items():
                     try:
@@ -232,7 +233,7 @@ class _Work:
                         raise StoreError(f"layer {layer} expert {expert}: {error}") from error
                     stream.write(blob)
                     checksums[bits].append(digest(blob))
-        if coarse and min(tiers) < 16:
+        if coarse:
             note = (
                 f"layers {', '.join(map(str, sorted(coarse)))} have matrices without a weight "
                 f"above {_COARSE:g}: under 16 bit their float16 scales are coarse"

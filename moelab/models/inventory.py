@@ -28,7 +28,7 @@ _MTP = re.compile(r"(^|\.)mtp[._]")
 _ACTIVATIONS = re.compile(r"\.(activation_scale|input_scale|kv_scale|[kv]_scale)$")
 
 
-def account(
+def inventory(
     model: PreTrainedModel, layers: Sequence[MoELayer], checkpoint: Checkpoint, found: Split
 ) -> tuple[str, ...]:
     """Hold the names and shapes of a checkpoint against its model; no tensor is read.
