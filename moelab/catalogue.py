@@ -18,6 +18,7 @@ import torch
 
 from moelab import demo
 from moelab.demo import smollm2
+from moelab.models.families import positions
 from moelab.models.shards import Checkpoint
 from moelab.scheduling.budget import minimum_budget
 from moelab.store.codecs import TIERS
@@ -127,20 +128,6 @@ def compute_dtype(store: Store) -> torch.dtype:
     return torch.float32 if small or kinds - {own} else own
 
 
-def model_sampling(folder: Path) -> dict[str, Any]:
-    """The model's own way of sampling; greedy where it says nothing."""
-    from transformers import GenerationConfig
-
-    try:
-        config = GenerationConfig.from_pretrained(folder)
-    except OSError:
-        return {}
-    if not config.do_sample:
-        return {}
-    names = ("temperature", "top_p", "top_k", "repetition_penalty")
-    return {n: v for n in names if (v := getattr(config, n, None)) is not None}
-
-
 def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dict[str, Any]:
     """What a person reads before choosing a budget: sizes in bytes, counts of experts."""
     s, shape = settings, engine.shape
@@ -150,6 +137,7 @@ def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dic
         "layers": shape.layers,
         "experts_per_layer": max(shape.experts),
         "top_k": shape.top_k,
+        "positions": positions(engine.model),
         "tiers": tuple(sorted(shape.nbytes, reverse=True)),
         "expert_bytes": dict(shape.nbytes),
         "all_experts_bytes": shape.all_bytes(max(shape.nbytes)),

@@ -169,6 +169,7 @@ def run(
 ) -> None:
     """Generate text under a budget, then print what it cost. Ctrl-C stops and still prints."""
     import moelab
+    from moelab.runs import account
 
     with moelab.open(
         model,
@@ -182,10 +183,9 @@ def run(
         seed=seed,
     ) as opened:
         going = opened.start(prompt, max_new_tokens=max_new_tokens, temperature=temperature)
-        stopped = _stream(going)
+        _stream(going)
         summary = going.summary()
-    if stopped:
-        print("stopped")
+    print(f"{account.ending(going.ended, len(going.tokens), max_new_tokens)}; {going.sentence()}")
     rows = [(n, _size(v) if "bytes" in n else _word(v)) for n, v in summary.items()]
     _print_table([row for row in rows if row[1]])
     if going.error is not None:
@@ -220,7 +220,7 @@ def bench(
 ) -> None:
     """Measure strategy x budget x device in one go, or a suite of questions, and print tables."""
     from moelab import bench as measure
-    from moelab.store.paths import write_atomically
+    from moelab.scheduling.writing import write_atomically
 
     for file in (json_file, markdown, tables, picture):
         if file is not None and not file.absolute().parent.is_dir():
@@ -284,10 +284,10 @@ def _stopped_early(*, complete: bool) -> None:
         raise typer.Exit(130)
 
 
-def _stream(going: Run) -> bool:
-    """Print a run's text as it comes; say whether Ctrl-C stopped it."""
+def _stream(going: Run) -> None:
+    """Print a run's text as it comes; Ctrl-C stops it."""
     print(going.prompt, end="", flush=True)
-    shown, stopped = 0, False
+    shown = 0
     while True:
         try:
             done = not going.running
@@ -298,10 +298,8 @@ def _stream(going: Run) -> bool:
                 break
             time.sleep(_POLL_SECONDS)
         except KeyboardInterrupt:
-            stopped = True
             going.stop()
     print("\n")
-    return stopped
 
 
 def notebooks(package: Path, target: Path) -> Path:
@@ -331,11 +329,14 @@ def _open_jupyter(options: list[str]) -> None:
     """Become JupyterLab, on loopback; root is let in because it asked."""
     if util.find_spec("jupyterlab") is None:
         raise ImportError("JupyterLab is not installed here; run: pip install 'moelab[lab]'")
+    from moelab.course.serve import let_jupyter_find
+
     folder = notebooks(Path(__file__).parent, Path.cwd() / "moelab-notebooks")
     command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1"]
     command += [f"--ServerApp.root_dir={folder}", f"--LabApp.default_url=/lab/tree/{NOTEBOOK}"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
+    let_jupyter_find("JUPYTER_CONFIG_PATH")  # no news: their question would cover the first cell
     opened = folder / NOTEBOOK
     print(f"moelab: opening {opened} in JupyterLab (Ctrl-C twice ends it)", flush=True)
     os.execv(sys.executable, [*command, *options])  # noqa: S606

@@ -17,18 +17,18 @@ import torch
 
 import moelab
 from moelab.calibration.profile import Profile, Strategies
-from moelab.catalogue import bundled, compute_dtype, describe, model_sampling
+from moelab.catalogue import bundled, compute_dtype, describe
 from moelab.engine.engine import Engine
 from moelab.models.chat import Messages, has_template
-from moelab.runs.compare import Comparison, SavedRuns
+from moelab.runs.compare import Comparison
 from moelab.runs.quality import Score, score_ids
 from moelab.runs.run import Run
+from moelab.runs.saved import SavedRuns
 from moelab.runs.session import Changes, Session
 from moelab.runs.trial import tokenizer_of, trial
-from moelab.runs.what_if import WhatIf
+from moelab.runs.what_if import REPEATS, WhatIf, repeated
 from moelab.settings import Settings
 from moelab.spelling import shown
-from moelab.store.foreign import foreign
 from moelab.store.store import Store
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ class Lab:
         self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
         weakref.finalize(self, self._engine.loader.close)
         self._strategies = strategies or Strategies(store)
-        with foreign(store.checkpoint_dir / "generation_config.json"):
-            sampling = model_sampling(store.checkpoint_dir)
-        self._session = Session(self._engine, self._strategies, tokenizer, sampling, self.name)
+        self._session = Session(self._engine, self._strategies, tokenizer, self.name)
         self._encode = self._session.encode
         self._saved = SavedRuns()
         try:
@@ -113,6 +111,7 @@ class Lab:
         max_new_tokens: int = 64,
         temperature: float | None = None,
         top_p: float | None = None,
+        top_k: int | None = None,
         repetition_penalty: float | None = None,
         seed: int | None = None,
         measure_kl: int | None = None,
@@ -129,8 +128,10 @@ class Lab:
             ``[{"role": "user", "content": "Why is the sky blue?"}]``.
         max_new_tokens
             Upper limit; the model's end-of-text token ends earlier unless ``ignore_eos``.
-        temperature, top_p, repetition_penalty
-            Default: the model's own generation config; ``temperature=0`` is greedy.
+        temperature, top_p, top_k, repetition_penalty
+            Default: the model's own generation config; ``temperature=0`` is greedy, ``top_k=0`` is
+            off. What else that config asks of the logits (``no_repeat_ngram_size``,
+            ``suppress_tokens``, ...) is done by transformers' own processors.
         seed
             Of sampling; default the ``seed`` setting.
         measure_kl
@@ -164,6 +165,7 @@ class Lab:
             changes=changes,
             temperature=temperature,
             top_p=top_p,
+            top_k=top_k,
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
@@ -303,7 +305,7 @@ class Lab:
 
     # -- comparing --------------------------------------------------------------------------
 
-    def what_if(self, run: Run, **changes: Any) -> Comparison:
+    def what_if(self, run: Run, *, repeats: int = REPEATS, **changes: Any) -> Comparison:
         """The same run once more with other settings, in a second lab, beside what it was.
 
         The second lab is over the same store, with an arena and weights of its own: for as long as
@@ -318,6 +320,8 @@ class Lab:
         ----------
         run
             A run of this lab that has ended.
+        repeats
+            How often each is made, in turn: where their times meet they are not told apart.
         changes
             As in `update`; ``pin={(5, 3): 8}`` keeps expert 3 of layer 5 resident at 8 bit.
 
@@ -338,7 +342,11 @@ class Lab:
         >>> lab.what_if(run, strategy="hobbit").diverges_at  # doctest: +SKIP
         17
         """
-        return WhatIf(self, run, changes).compare()
+        return WhatIf(self, run, changes, repeats).compare()
+
+    def repeat(self, *names: str, repeats: int = REPEATS) -> Comparison:
+        """Make saved runs again in turn, all or those named; its ``verdict()`` is no noise."""
+        return repeated(self, names or tuple(self.saved), repeats)
 
     @property
     def saved(self) -> SavedRuns:

@@ -8,6 +8,8 @@ in recordings, reports, tables and widgets.
 
 from __future__ import annotations
 
+import ast
+import builtins
 import dataclasses
 import functools
 import inspect
@@ -26,6 +28,7 @@ LABEL = 48
 
 # -- as code --------------------------------------------------------------------------------------
 
+LONGEST_CODE = 20_000
 _FIELDS = ("bits", "device", "measure_kl", "seed")
 
 
@@ -87,6 +90,62 @@ def changed(old: Settings, new: Settings) -> str:
     if words.get("bits") == old.bits and old.strategy.bits is None is new.strategy.bits:
         del words["bits"]
     return _written(words)
+
+
+def reread(code: str) -> str:
+    """Code as `opened` and `changed` write it, written anew from the values that it sets.
+
+    So what a file says is never passed on as code: only words and numbers come out of it.
+
+    Raises
+    ------
+    ValueError
+        It does anything else than to open a lab and to set settings.
+
+    Examples
+    --------
+    >>> reread('lab.update(bits = 4)')
+    'lab.update(bits=4)'
+    """
+    lines = []
+    try:
+        for node in ast.parse(code[:LONGEST_CODE]).body:
+            match node:
+                case ast.Assign(
+                    targets=[ast.Name("lab")],
+                    value=ast.Call(
+                        func=ast.Attribute(ast.Name("moelab"), "open"),
+                        args=[ast.Constant(str() as model)],
+                        keywords=words,
+                    ),
+                ):
+                    model = _word(model)
+                    lines.append(f"lab = moelab.open({model}, {_written(_values(words))})")
+                case ast.Expr(
+                    ast.Call(ast.Attribute(ast.Name("lab"), "update"), args=[], keywords=words)
+                ):
+                    lines.append(f"lab.update({_written(_values(words))})")
+                case _:
+                    raise ValueError(f"line {node.lineno} sets no settings")
+    except (SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError(f"it is no code of settings ({error})") from None
+    return "\n".join(lines)
+
+
+def _values(words: list[ast.keyword]) -> dict[str, Any]:
+    """Keywords and their values: literals, and for a decision a class made without arguments."""
+    found: dict[str, Any] = {}
+    for word in words:
+        match word.arg, word.value:
+            case str() as role, ast.Call(ast.Name(name), [], []) if role in ROLES and not hasattr(
+                builtins, name
+            ):
+                found[role] = Own(f"{name}()")
+            case str() as name, value:
+                found[name] = ast.literal_eval(value)
+            case _:
+                raise ValueError("settings are given by their names")
+    return found
 
 
 def _keywords(strategy: Strategy) -> tuple[str, dict[str, Any]]:

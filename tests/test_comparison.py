@@ -10,7 +10,8 @@ import time
 import pytest
 
 import moelab
-from moelab.runs.compare import Comparison, SavedRuns
+from moelab.runs.compare import Comparison
+from moelab.runs.saved import SavedRuns
 from moelab.scheduling.stream import Shape
 from moelab.settings import Settings
 from moelab.spelling import _word, changed, opened, short, shown, shown_strategy
@@ -94,6 +95,57 @@ def test_a_run_is_beaten_only_by_one_that_is_nowhere_worse_on_the_same_device():
     }
     assert Comparison(runs).front() == ["good", "slower, finer", "smaller", "other device"]
     assert Comparison({"a": Recorded([1]), "b": Recorded([1])}).front() == ["a", "b"], "a tie"
+
+
+def repeated(*speeds, **figures):
+    """A run that was made as often as it has speeds."""
+    made = Recorded([1], tokens_per_s=speeds[0], **figures)
+    made.document["repeats"] = [{"tokens_per_s": speed} for speed in speeds]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("runs", "verdict", "front"),
+    [
+        (
+            {"lru": repeated(14.8, 12.9, 14.1), "what if": repeated(13.2, 15.0, 14.0)},
+            ("not told apart: 'lru' 14.8 (12.9\N{EN DASH}14.8), 'what if' 13.2 "
+             "(13.2\N{EN DASH}15) tokens/s, 3 runs each"),
+            ["lru", "what if"],
+        ),
+        (
+            {"lru": repeated(12.0, 12.2, 11.9), "hobbit": repeated(15.0, 14.8, 15.1)},
+            ("'hobbit' is the fastest: 15 (14.8\N{EN DASH}15.1) against 'lru' 12 "
+             "(11.9\N{EN DASH}12.2) tokens/s, 3 runs each"),
+            ["hobbit"],
+        ),
+        (
+            {"lru": Recorded([1]), "hobbit": repeated(55.0, 56.0)},
+            ("'hobbit' 55 (55\N{EN DASH}56), 'lru' 50 tokens/s; 'lru' was made once, so the "
+             "difference may be noise: lab.repeat() or lab.what_if() tells"),
+            ["hobbit"],
+        ),
+        (
+            {"none": Recorded([], tokens_per_s=None), "lru": Recorded([1])},
+            "'none' wrote fewer than two tokens: it has no speed",
+            ["lru"],
+        ),
+        (
+            {"disk": Recorded([1]), "card": Recorded([1], device="sd_card")},
+            "times come from different devices or ways of timing: speeds are not compared",
+            ["disk", "card"],
+        ),
+        ({"lru": Recorded([1])}, "one run: there is nothing to compare it with", ["lru"]),
+    ],
+)  # fmt: skip
+def test_a_comparison_says_whether_a_difference_is_noise(runs, verdict, front):
+    beside = Comparison(runs)
+    assert beside.verdict() == verdict
+    assert beside.front() == front
+    assert verdict in repr(beside)
+    if verdict.startswith("not told apart"):
+        assert math.isnan(beside.table().loc["tokens_per_s", "difference"])
+        assert beside.table().loc[["runs", "slowest"], "lru"].tolist() == [3, 12.9]
 
 
 def test_the_scatter_shows_kl_by_colour_and_size_and_how_it_was_timed_by_shape():
@@ -289,7 +341,7 @@ def test_a_runs_memory_is_its_own_whatever_was_resident_before(saved_runs):
 
 def test_what_if_and_compare_show_two_texts(saved_runs):
     lab, run = saved_runs
-    beside = lab.what_if(run, bits=2)
+    beside = lab.what_if(run, bits=2, repeats=1)
     assert beside.names == ["as it was", "bits=2"]
     assert beside.texts()["as it was"] == run.text
     assert beside.diverges_at is not None
@@ -339,6 +391,33 @@ def test_the_drawer_tells_of_saved_runs_does_a_what_if_and_says_what_is_refused(
     runs.hear({"ask": "remove", "name": name})
     assert told[-1]["error"] == ""
     assert name not in [row["name"] for row in told[-1]["saved"]]
+
+
+def test_runs_are_made_again_in_turn_and_their_ranges_are_saved(saved_runs, tmp_path):
+    lab, run = saved_runs
+    beside = lab.what_if(run, bits=2, repeats=2)
+    first, second = beside.recordings.values()
+    assert [len(r.document["repeats"]) for r in (first, second)] == [2, 2]
+    assert beside.ranges("as it was")[0] <= run.summary()["tokens_per_s"]
+    assert (
+        moelab.Recording.load(first.save(tmp_path / "a")).document["repeats"]
+        == (first.document["repeats"])
+    )
+    assert len(second.document["ids"]) <= len(run.tokens)
+    again = lab.repeat("a quarter", repeats=3)
+    assert again.names == ["a quarter"]
+    assert len(lab.saved["a quarter"].document["repeats"]) == 3
+    assert "repeats=0: a whole number from 1 to 100" in refused(lab.what_if, run, repeats=0)
+    loaded = SavedRuns()
+    lab._saved, kept = loaded, lab._saved
+    assert "no run is saved yet" in refused(lab.repeat)
+    lab._saved = kept
+
+
+def refused(call, *given, **named):
+    with pytest.raises(ValueError) as error:
+        call(*given, **named)
+    return str(error.value)
 
 
 def test_a_run_is_saved_once_unless_it_is_given_another_name(saved_runs):

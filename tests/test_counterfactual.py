@@ -30,7 +30,7 @@ def decided(run):
 
 
 def again(lab, run, **changes):
-    return WhatIf(lab, run, changes).go()
+    return WhatIf(lab, run, changes, repeats=1).go()
 
 
 # -- with no change -------------------------------------------------------------------------------

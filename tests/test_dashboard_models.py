@@ -10,7 +10,7 @@ import moelab
 from fake_lab import FakeLab
 from moelab import catalogue
 from moelab.demo import smollm2
-from moelab.runs.compare import SavedRuns
+from moelab.runs.saved import SavedRuns
 from moelab.widgets import Dashboard
 
 

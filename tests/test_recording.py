@@ -258,7 +258,7 @@ def test_a_file_and_a_page_hold_the_whole_recording(files, recording):
     assert saved.document == page.document
     assert np.allclose(saved.figures, recording.figures, atol=1e-3, equal_nan=True)
     assert saved.summary() == about(recording.summary())
-    folded = {"values": "", "summary": {}}
+    folded = {"values": "", "summary": {}, "sentence": recording.sentence()}
     own = json.loads(json.dumps(recording.document))
     assert saved.document | folded == own | folded
     assert (saved.cache_map(4, 2)["bits"] == recording.cache_map(4, 2)["bits"]).all()

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import tiny_models
+from moelab.scheduling.writing import write_atomically
 from moelab.store.codecs import PAGE
 from moelab.store.manifest import Manifest, digest
 from moelab.store.pack import pack
-from moelab.store.paths import write_atomically
 from moelab.store.store import Store, StoreError
 
 

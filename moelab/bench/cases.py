@@ -141,13 +141,6 @@ def settle(lab: moelab.Lab, case: Case) -> moelab.Settings:
         raise ValueError(f"{case}: {error}") from error
 
 
-def rotated(cases: Sequence[Case], repeats: int) -> Iterator[Case]:
-    """All cases ``repeats`` times, each time beginning elsewhere."""
-    for repeat in range(repeats):
-        start = repeat * len(cases) // repeats
-        yield from (*cases[start:], *cases[:start])
-
-
 def measure(
     model: str | Path, case: Case, prompt: str, *, tokens: int, seed: int, **how: Any
 ) -> dict[str, Any]:
@@ -196,5 +189,5 @@ def row(case: Case, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             of_all = max if name == "peak_resident_bytes" else np.median
             of_all = np.mean if name in MEANS else of_all
             out[name] = first if len(set(values)) == 1 else float(of_all(values))
-    speeds = [run["tokens_per_s"] for run in runs]
+    speeds = [run["tokens_per_s"] for run in runs if run["tokens_per_s"] is not None] or [None]
     return out | {"tokens_per_s_min": min(speeds), "tokens_per_s_max": max(speeds)}

@@ -15,8 +15,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 import moelab
-from moelab.bench.cases import PROMPT, Case, measure, opened, rotated, row, settle
+from moelab.bench.cases import PROMPT, Case, measure, opened, row, settle
 from moelab.bench.tables import figures, worded
+from moelab.runs.rounds import rotated
 
 STRATEGIES = ("on_demand", "lru", "lru + look-ahead", "lru + mixed 16/4")
 BUDGETS = ("25%", "50%")

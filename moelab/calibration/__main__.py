@@ -12,7 +12,7 @@ from dataclasses import asdict
 import moelab
 from moelab import calibration
 from moelab.calibration.profile import SHIPPED, written
-from moelab.store.paths import write_atomically
+from moelab.scheduling.writing import write_atomically
 
 
 def main() -> None:

@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from moelab.calibration.checks import MOST_BYTES, check
 from moelab.scheduling.strategy import Strategy
-from moelab.store.paths import cache_dir, write_atomically
+from moelab.scheduling.writing import write_atomically
+from moelab.store.paths import cache_dir
 from moelab.store.store import Store
 from moelab.strategies import CALIBRATED, NEEDS_CALIBRATION, make, maker
 
@@ -72,10 +74,21 @@ def find_profile(
     """A strategy's profile that fits the model, the user's own before a shipped one; or None.
 
     ``made_from``: accept only one that was made from exactly this.
+
+    Raises
+    ------
+    ValueError
+        It is of this model, but cannot be used on it; the message names the file.
     """
     for folder in (*_folders(store), SHIPPED):
         doc = _read(folder / f"{name}.json", {f.name for f in fields(Profile)})
         if doc and doc["model"] == model_of(store) and made_from in (None, doc["made_from"]):
+            try:
+                check(name, doc["data"], store.shape)
+            except ValueError as error:
+                again = f"lab.calibrate({name!r}, again=True) makes it anew"
+                file = folder / f"{name}.json"
+                raise ValueError(f"the profile {file} is damaged: {error}; {again}") from None
             return Profile(**doc)
     return None
 
@@ -177,9 +190,17 @@ def _folders(store: Store) -> Iterator[Path]:
 def _read(file: Path, names: Iterable[str]) -> dict[str, Any] | None:
     """A document's fields of these names; None where there is none, or one that cannot be used."""
     try:
+        if file.stat().st_size > MOST_BYTES:
+            return None
         doc = json.loads(file.read_text(encoding="utf-8"))
         return {name: doc[name] for name in names} if doc["format"] == FORMAT else None
-    except (OSError, ValueError, LookupError, TypeError):  # another document, or a broken one
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RecursionError,
+    ):  # another document, or a broken one
         return None
 
 

@@ -118,13 +118,14 @@ class Engine:
         new_strategy = settings.strategy if settings.strategy is not old.strategy else None
         with self.lock:
             plan = self.scheduler.change(settings.knobs(), new_strategy)
-        self.settings = settings
         try:
             begun = time.perf_counter()
             self._issue(plan, None)  # waits where a read has begun of what must leave
             self.setup_ms += 1e3 * (time.perf_counter() - begun)
-            self.arena.set_limit(settings.budget_bytes)
             self.arena.trim()  # of other bits they may never be asked for again
+            # A smaller budget is told when it is kept: evicted and given back before this line.
+            self.arena.set_limit(settings.budget_bytes)
+            self.settings = settings
             fresh = not settings.strategy.shares(old.strategy)
             self._record_settings(settings.strategy, fresh=fresh)
             self._set_up()

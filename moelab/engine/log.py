@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moelab.scheduling.events import CANCELLED, CAUSES, DOWNGRADE, DTYPE, KINDS, SKIP, Row
+from moelab.scheduling.writing import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,7 +110,8 @@ class EventLog:
             for r in spans.to_dict("records")
         ]
         path = Path(path)
-        path.write_text(json.dumps({"traceEvents": out, "displayTimeUnit": "ms"}))
+        told = {"traceEvents": out, "displayTimeUnit": "ms"}
+        write_atomically(path, json.dumps(told).encode())
         return path
 
 

@@ -249,3 +249,9 @@ def _read_choice(output: Any) -> Choice | None:
     idx = tensors[at].reshape(-1, tensors[at].shape[-1]).to(torch.int64)
     weights = [t for t in tensors[:at] if t.is_floating_point() and t.numel() == idx.numel()]
     return (idx, weights[-1].reshape(idx.shape)) if weights else None
+
+
+def positions(model: nn.Module) -> int | None:
+    """Tokens of prompt and text the model was made for; None where its config does not say."""
+    config: Any = model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -15,8 +15,13 @@ import numpy as np
 
 from moelab.runs.tokens import COLUMNS, REQUESTS, STALLS
 from moelab.scheduling import events as e
+from moelab.scheduling.strategy import part_title
 from moelab.spelling import size
+from moelab.strategies import lru
 
+LRU = part_title(lru().evict)
+FATES = ("right", "late", "wasted", "waiting")
+"""What may become of the bytes of a prefetch."""
 LEAST_MS = 0.5
 """A change of a part of a token's time below this is not worth a word."""
 _WORDS = {
@@ -74,7 +79,8 @@ class Account:
             Their events, records of `moelab.scheduling.events.DTYPE`.
         """
         count = max(1, len(values))
-        mean = dict(zip(COLUMNS, values.sum(axis=0, dtype=np.float64) / count, strict=True))
+        sums = values.sum(axis=0, dtype=np.float64) / count
+        mean = dict(zip(COLUMNS, sums.tolist(), strict=True))
         parts = {"compute": mean["compute_ms"], "deciding": mean["deciding_ms"]}
         return cls(
             len(values),
@@ -130,7 +136,7 @@ class Account:
         asked, cycle = sum(self.requests.values()), size(limits.cycle_bytes)
         hits = self.requests["hits"] / asked if asked else 0.0
         if limits.budget_bytes < limits.cycle_bytes:
-            never = ", LRU cannot hit" if limits.evict == "LRU" and not hits else ""
+            never = ", LRU cannot hit" if limits.evict == LRU and not hits else ""
             return f"the budget is below one token's cycle ({cycle}){never}"
         late = self.requests["late"] / asked if asked else 0.0
         return f"{hits:.0%} of the requests hit" + f", {late:.0%} come late" * (late >= 0.005)
@@ -162,7 +168,7 @@ def guesses(rows: np.ndarray) -> dict[str, int]:
     touches = touches[order := np.argsort(key, kind="stable")]  # of one expert, then of the next
     key = key[order]
     made = (touches["kind"] == e.PREFETCH) & (touches["at"] >= 0)
-    found = dict.fromkeys(("right", "late", "wasted", "waiting"), 0)
+    found: dict[str, int] = dict.fromkeys(FATES, 0)
     for i in np.flatnonzero(made).tolist():
         fate = "waiting"
         if i + 1 < len(key) and key[i + 1] == key[i]:

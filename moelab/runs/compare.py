@@ -6,25 +6,22 @@ they come from the same device: a measured and an emulated speed have no differe
 
 from __future__ import annotations
 
-import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moelab.runs.recording import SUFFIX, Recording
+from moelab.runs.recording import Recording
+from moelab.runs.rounds import TIMED
+from moelab.runs.schema import SAMPLED
+from moelab.spelling import number
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
     from moelab.runs.run import Run
-
-TIMED = ("tokens_per_s", "setup_ms", "ttft_ms", "tpot_ms_median", "tpot_ms_p99", "stall_share")
-"""Figures that hang on the device."""
 
 MEMORY, SPEED = "peak memory of experts, MB", "tokens/s"
 _TEXT = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"}
@@ -59,12 +56,14 @@ class Comparison:
         """Every figure of ``Run.summary``, a column a run, and the settings it began with.
 
         With two runs, ``difference`` is the second minus the first. It is left out for times that
-        come from different devices; ``timing`` says which are measured and which emulated.
+        come from different devices, or of which `verdict` cannot tell two apart; ``timing`` says
+        which are measured and which emulated. ``runs`` is how often each was made, ``slowest`` and
+        ``fastest`` its tokens a second.
         """
         import pandas as pd
 
         columns = {
-            name: {"settings": doc["settings"][0]["short"]} | doc["summary"]
+            name: {"settings": doc["settings"][0]["short"]} | doc["summary"] | self._spread(name)
             for name, doc in self._documents.items()
         }
         frame = pd.DataFrame(columns, dtype=object)
@@ -79,6 +78,39 @@ class Comparison:
     def same_device(self) -> bool:
         """Whether all times come from one device and way of timing, so that they compare."""
         return len({_origin(doc) for doc in self._documents.values()}) == 1
+
+    def ranges(self, name: str) -> tuple[float, float] | None:
+        """Tokens a second of a run's slowest and fastest time; None where it has no speed."""
+        doc = self._documents[name]
+        each = [one["tokens_per_s"] for one in (doc.get("repeats") or [doc["summary"]])]
+        return None if None in each else (min(each), max(each))
+
+    def verdict(self) -> str:
+        """Which run is the fastest, and from which of the others it is not told apart.
+
+        Two runs are told apart where the ranges of their repeats do not meet.
+        """
+        speeds = {name: self.ranges(name) for name in self.names}
+        if len(speeds) < 2:
+            return "one run: there is nothing to compare it with"
+        if short := [name for name, speed in speeds.items() if speed is None]:
+            return f"{short[0]!r} wrote fewer than two tokens: it has no speed"
+        if not self.same_device:
+            return "times come from different devices or ways of timing: speeds are not compared"
+        first, *others = sorted(self.names, key=self._speed, reverse=True)
+        told = {name: f"{name!r} {self._told(name)}" for name in self.names}
+        if once := [name for name in self.names if self._times(name) < 2]:
+            return (
+                f"{told[first]}, {', '.join(told[n] for n in others)} tokens/s; {once[0]!r} was "
+                "made once, so the difference may be noise: lab.repeat() or lab.what_if() tells"
+            )
+        same = [name for name in others if not self._apart(first, name)]
+        made = f"{min(map(self._times, self.names))} runs each"
+        if same:
+            alike = ", ".join(told[name] for name in (first, *same))
+            return f"not told apart: {alike} tokens/s, {made}"
+        rest = ", ".join(told[name] for name in others)
+        return f"{first!r} is the fastest: {self._told(first)} against {rest} tokens/s, {made}"
 
     @property
     def diverges_at(self) -> int | None:
@@ -95,12 +127,15 @@ class Comparison:
         """Runs that no other beats: at most its memory and KL and at least its speed.
 
         Only runs on the same device, timed the same way, are held against each other; a KL that
-        one of the two did not measure does not count.
+        one of the two did not measure does not count, and speeds that are not told apart are
+        equal. A run without a speed, of fewer than two tokens, neither beats nor stands.
         """
-        points = self.points()
+        points = self.points().dropna(subset=[SPEED])
         worse = points[[MEMORY, SPEED, "KL"]].to_numpy() * (1, -1, 1)  # NaN: not known
         apart = worse[:, None] - worse[None]  # [run, other, figure]
         timing = points["timing"].to_numpy()
+        names = points["run"].tolist()
+        apart[..., 1] *= [[self._apart(a, b) for b in names] for a in names]
         beats = (timing[:, None] == timing) & (apart < 0).any(-1) & ~(apart > 0).any(-1)
         return points["run"][~beats.any(0)].tolist()
 
@@ -144,13 +179,13 @@ class Comparison:
         at = self.diverges_at
         parting = "the same tokens" if at is None else f"first different token: {at}"
         table = self.table().map(_cell).to_string()
-        return f"<Comparison of {', '.join(self.names)}; {parting}>\n{table}"
+        head = f"<Comparison of {', '.join(self.names)}; {parting}; {self.verdict()}>"
+        return f"{head}\n{table}"
 
     def _repr_html_(self) -> str:
         at = self.diverges_at
         words = "All tokens are the same." if at is None else f"First different token: {at}."
-        if not self.same_device:
-            words += " Times come from different devices or ways of timing: see the row timing."
+        words = escape(f"{words} Speed: {self.verdict()}.")
         table = self.table()
         table.loc["text"] = {name: _marked(doc, at) for name, doc in self._documents.items()}
         text, rest = (["text"], slice(None)), (table.index[:-1], slice(None))
@@ -161,7 +196,30 @@ class Comparison:
 
     def _difference(self, key: str, a: Any, b: Any) -> float | None:
         numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (a, b))
-        return b - a if numbers and (self.same_device or key not in TIMED) else None
+        told = key not in TIMED or (self.same_device and self._apart(*self.names))
+        return b - a if numbers and told else None
+
+    def _times(self, name: str) -> int:
+        """How often a run was made."""
+        return len(self._documents[name].get("repeats") or [None])
+
+    def _apart(self, one: str, other: str) -> bool:
+        """Whether two speeds differ by more than noise; where one was made once, nobody knows."""
+        a, b = self.ranges(one), self.ranges(other)
+        if a is None or b is None or min(self._times(one), self._times(other)) < 2:
+            return True
+        return a[1] < b[0] or b[1] < a[0]
+
+    def _speed(self, name: str) -> float:
+        return self._documents[name]["summary"]["tokens_per_s"] or 0.0
+
+    def _told(self, name: str) -> str:
+        speed, ends = number(self._speed(name)), self.ranges(name)
+        return speed if self._times(name) < 2 or not ends else f"{speed} ({_span(ends)})"
+
+    def _spread(self, name: str) -> dict[str, Any]:
+        slow, fast = self.ranges(name) or (None, None)
+        return {"runs": self._times(name), "slowest": slow, "fastest": fast}
 
 
 def compare(*runs: Run | Recording, **named: Run | Recording) -> Comparison:
@@ -194,115 +252,6 @@ def compare(*runs: Run | Recording, **named: Run | Recording) -> Comparison:
     return Comparison(recordings | {name: recorded(run) for name, run in named.items()})
 
 
-class SavedRuns(Mapping[str, Recording]):
-    """Name -> recording, in the order saved; ``lab.saved``.
-
-    Attributes
-    ----------
-    version
-        Grows with every change, for whoever shows them.
-
-    Examples
-    --------
-    >>> import moelab
-    >>> lab = moelab.open("demo", budget="25%")
-    >>> run = lab.generate("The", max_new_tokens=4)
-    >>> lab.save_run(run, "a quarter")
-    'a quarter'
-    >>> list(lab.saved)
-    ['a quarter']
-    """
-
-    def __init__(self) -> None:
-        self._saved: dict[str, tuple[Recording, Run | None]] = {}
-        self._lock = threading.RLock()  # a view, a what-if and a cell may all save at once
-        self.version = 0
-
-    def __getitem__(self, name: str) -> Recording:
-        return self._entry(name)[0]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(self._saved))
-
-    def __len__(self) -> int:
-        return len(self._saved)
-
-    def add(self, run: Run | Recording, name: str = "") -> str:
-        """Save a run as it stands now; returns its name, numbered where it was taken.
-
-        A run that is saved already keeps its name where no other is given.
-        """
-        recording = recorded(run)
-        ids, short = recording.document["ids"], recording.document["settings"][0]["short"]
-        with self._lock:
-            mine = (
-                n for n, (r, of) in self._saved.items() if of is run and r.document["ids"] == ids
-            )
-            if not name and (known := next(mine, None)):
-                return known
-            name = unused(name or short, self._saved)
-            self._saved[name] = recording, None if recording is run else run  # pyright: ignore[reportArgumentType]
-            self.version += 1
-        return name
-
-    def run(self, name: str) -> Run | None:
-        """The run itself where it was made in this session, which ``lab.what_if`` needs."""
-        return self._entry(name)[1]
-
-    def remove(self, name: str) -> None:
-        """Remove a run."""
-        with self._lock:
-            self._entry(name)
-            del self._saved[name]
-            self.version += 1
-
-    def rename(self, name: str, new: str) -> str:
-        """Give a saved run another name, in its place; returns it, numbered where it was taken."""
-        new = new.strip()
-        with self._lock:
-            self._entry(name)
-            if not new:
-                raise ValueError("a saved run needs a name")
-            new = unused(new, {n: p for n, p in self._saved.items() if n != name})
-            self._saved = {(new if n == name else n): p for n, p in self._saved.items()}
-            self.version += 1
-        return new
-
-    def compare(self) -> Comparison:
-        """All of them beside each other."""
-        return Comparison(dict(self))
-
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write each to ``folder`` as ``NAME.moelab.json.gz``, replacing files of these names."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        taken: dict[str, Path] = {}
-        for name, recording in self.items():
-            stem = unused(re.sub(r"[^\w.,%+()-]+", " ", name).strip() or "run", taken)
-            taken[stem] = recording.save(folder / f"{stem}{SUFFIX}")
-        return list(taken.values())
-
-    def load(self, folder: str | Path) -> list[str]:
-        """Add every recording of a folder, named by its file; returns the names.
-
-        Raises
-        ------
-        ValueError
-            There is none, or a file is not a recording; then none is added.
-        """
-        files = sorted(Path(folder).glob(f"*{SUFFIX}"))
-        if not files:
-            raise ValueError(f"no recording (*{SUFFIX}) in {folder}")
-        found = [(Recording.load(file), file.name.removesuffix(SUFFIX)) for file in files]
-        return [self.add(recording, name) for recording, name in found]
-
-    def _entry(self, name: str) -> tuple[Recording, Run | None]:
-        if name not in self._saved:
-            there = ", ".join(map(repr, self._saved)) or "none yet"
-            raise KeyError(f"no run is saved as {name!r}; there are {there}")
-        return self._saved[name]
-
-
 def recorded(run: Run | Recording) -> Recording:
     """A run as it stands now; a recording is returned as it is."""
     record = getattr(run, "recording", None)
@@ -321,7 +270,7 @@ def code_of(document: Mapping[str, Any]) -> str:
     doc, (first, *later) = document, document["settings"]
     sampling = doc["sampling"]
     asked = {"max_new_tokens": doc["max_new_tokens"]}
-    asked |= {n: sampling[n] for n in ("temperature", "top_p", "repetition_penalty", "seed")}
+    asked |= {n: sampling[n] for n in SAMPLED}
     if doc["ignore_eos"]:
         asked["ignore_eos"] = True
     if not doc["messages"]:
@@ -360,6 +309,11 @@ def _marked(doc: Mapping[str, Any], at: int | None) -> str:
         mark = f"<mark title='token {at}: the first that differs'>{here or '∎'}</mark>"
         body = f"{before}{mark}<span class='since'>{''.join(after)}</span>"
     return f"<span class='given'>{escape(doc['prompt'])}</span>{body}"
+
+
+def _span(ends: tuple[float, float]) -> str:
+    low, high = map(number, ends)
+    return low if low == high else f"{low}\N{EN DASH}{high}"
 
 
 def _cell(value: Any) -> str:

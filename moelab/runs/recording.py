@@ -21,11 +21,12 @@ import numpy as np
 import moelab
 from moelab.engine.log import as_frame
 from moelab.replays.why import by_row, until
+from moelab.runs.account import Account, Limits
 from moelab.runs.schema import EVENTS, GATES, decoded, embedded, encoded, pack, records, unpack
 from moelab.runs.snapshot import RunReader
 from moelab.runs.tokens import COLUMNS
 from moelab.scheduling import events as codes
-from moelab.store.paths import write_atomically
+from moelab.scheduling.writing import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,7 +102,7 @@ class Recording:
 
     def packed(self) -> bytes:
         """The bytes that `save` writes and an exported page holds."""
-        return pack(self.document | {"evictions": self.evictions})
+        return pack(self.document | {"evictions": self.evictions, "sentence": self.sentence()})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -204,6 +205,20 @@ class Recording:
     def summary(self) -> dict[str, Any]:
         """The run in figures, as ``run.summary()`` gave them."""
         return dict(self.document["summary"])
+
+    def account(self, first: int = 1, last: int | None = None) -> Account:
+        """Where the time and the bytes of tokens ``first`` to before ``last`` went, on average."""
+        last = len(self.document["pieces"]) if last is None else last
+        rows = slice(*np.searchsorted(self.records["token"], (first, last)))
+        return Account.of(self.figures.T[first:last], self.records[rows])
+
+    def sentence(self) -> str:
+        """Why the speed is what it is, of the tokens since settings last changed."""
+        m, now = self.document["model"], self.document["settings"][-1]
+        each = m["expert_bytes"][now["shown"]["bits"]]
+        budget = self.figures[COLUMNS.index("budget_bytes"), -1:].sum()
+        limits = Limits(int(budget), m["top_k"] * m["layers"] * each, now["shown"].get("evict", ""))
+        return self.account(max(1, now["token"])).sentence(limits)
 
     def blame(self, token: int) -> pd.DataFrame:
         """What one token used and what it cost: a row for each expert, layer by layer.

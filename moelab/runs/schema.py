@@ -23,8 +23,11 @@ from typing import Any
 import fastjsonschema
 import numpy as np
 
+from moelab.runs.account import ENDINGS
+from moelab.runs.rounds import MOST_REPEATS, TIMED
 from moelab.runs.tokens import COLUMNS, Noted, fold, summary, table
 from moelab.scheduling.events import CAUSE, DTYPE, EVICT, KINDS, LOAD, NONE, PREFETCH
+from moelab.spelling import reread
 
 FORMAT = 1
 MOVES = {LOAD: 1, PREFETCH: 1, EVICT: -1}
@@ -94,9 +97,10 @@ _EVICTION = _object(
     survivors=_list(_WHO, maxItems=8),
 )
 _CHANGE = _list([_INDEX, _WORDS], minItems=2, maxItems=2)
-_SETTING = _object(token=_INDEX, shown=_WORDS, code=_TEXT, update=_TEXT, short=_TEXT, about=_TEXT)
+_SHOWN = _WORDS | {"required": ["bits"]}
+_SETTING = _object(token=_INDEX, shown=_SHOWN, code=_TEXT, update=_TEXT, short=_TEXT, about=_TEXT)
 SCHEMA = _object(
-    ("evictions",),
+    ("evictions", "ended", "repeats", "sentence"),
     format={"const": FORMAT},
     moelab=_TEXT,
     model=_object(
@@ -115,6 +119,9 @@ SCHEMA = _object(
     pieces=_list(_TEXT),
     ids=_list(_INDEX),
     error=_TEXT,
+    ended={"enum": list(ENDINGS)},
+    sentence=_TEXT,
+    repeats=_list(_object(**dict.fromkeys(TIMED, _FIGURE)), maxItems=MOST_REPEATS),
     columns=_list(_TEXT, uniqueItems=True),
     values=_TEXT,
     changes=_list(_CHANGE),
@@ -194,9 +201,11 @@ def unpack(data: bytes, name: str) -> dict[str, Any]:
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
         raise ValueError(f"{name} is cut off or no moelab recording ({e}); {_AGAIN}") from None
     try:
+        json.dumps(document, ensure_ascii=False).encode()  # half a character is no text
         _schema()(document)
         _columns(document)
         _folded(document)
+        _respelled(document)
     except (fastjsonschema.JsonSchemaValueException, ValueError) as e:
         raise ValueError(f"{name}: {str(e).removeprefix('data.')}; {_AGAIN}") from None
     return document
@@ -277,6 +286,18 @@ def _folded(d: dict[str, Any]) -> None:
     d |= {"values": encoded(table(reports).T, "<f4"), "columns": list(COLUMNS)}
 
 
+def _respelled(d: dict[str, Any]) -> None:
+    """Write the code of settings from their values: a file's own text is never passed on."""
+    for i, entry in enumerate(d["settings"]):
+        try:
+            entry["code"] = reread(entry["code"])
+            if entry["update"]:
+                call = reread(f"lab.update({entry['update']})")
+                entry["update"] = call.removeprefix("lab.update(").removesuffix(")")
+        except ValueError as error:
+            raise ValueError(f"settings[{i}] is not the code of settings: {error}") from None
+
+
 def _columns(d: dict[str, Any]) -> None:
     """What a schema cannot say: lengths that must agree, numbers that must be in range."""
     m, tokens, start, gates = d["model"], len(d["pieces"]), d["start"], d["gates"]
@@ -287,7 +308,8 @@ def _columns(d: dict[str, Any]) -> None:
     for field, values in lengths.items():
         _long(field, values, tokens)
     for field in ("origins", "settings"):
-        _within(f"{field}[0].token", [d[field][0]["token"]], 0, 1)
+        _ordered(field, [entry["token"] for entry in d[field]], tokens)
+    _among("settings.shown.bits", [s["shown"]["bits"] for s in d["settings"]], [*m["expert_bytes"]])
     for field, most in (("layer", m["layers"]), ("expert", m["experts"])):
         _long(f"start.{field}", start[field], len(start["bits"]))
         _within(f"start.{field}", start[field], 0, most)
@@ -325,6 +347,14 @@ def _events(e: dict[str, Any], m: dict[str, Any], tokens: int) -> None:
             raise ValueError(f"events.{field} must be finite")
     if (np.diff(rows["token"].astype(np.int64) * (m["layers"] + 1) + rows["at"]) < 0).any():
         raise ValueError("events.token must be in the order of decisions")
+
+
+def _ordered(field: str, begins: list[int], tokens: int) -> None:
+    """Entries that each hold from a token on, the first from the beginning."""
+    _within(f"{field}[0].token", begins[:1], 0, 1)
+    _within(f"{field}.token", begins, 0, max(1, tokens))
+    if begins != sorted(begins):
+        raise ValueError(f"{field} must be in the order of tokens")
 
 
 def _long(field: str, values: Any, length: int) -> None:

@@ -81,6 +81,8 @@ class RunReader:
                 "sampling": dataclasses.asdict(run.request.sampling),
                 "pieces": [r.text for r in reports],
                 "ids": run.tokens[:tokens],
+                "ended": run.ended,
+                "repeats": list(run.repeats),
                 "error": "" if run.error is None else in_words(run.error),
                 "columns": list(COLUMNS),
                 "values": np.ascontiguousarray(values.T),  # [C, T]

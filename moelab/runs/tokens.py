@@ -38,6 +38,10 @@ COLUMNS = (
 )
 
 
+WALL = ("total_ms", "measuring_ms", "setup_ms")
+"""What a watch shows: the engine's own time, measuring, and obeying settings before the token."""
+
+
 @dataclass(frozen=True)
 class TokenReport:
     """What one token cost. Token 0 is the first generated one and carries the whole prefill.
@@ -45,12 +49,12 @@ class TokenReport:
     ``total_ms`` is the engine's own time: compute (and drawing the token), deciding (the strategy's
     own time) and stalls. ``stall_ms`` is by cause: ``on demand``, ``prefetch late`` (a guess was
     right but still on its way), ``evict``. ``measuring_ms`` went into KL and the likeliest tokens,
-    ``setup_ms`` into obeying settings and loading what the strategy wants beforehand. ``hits`` were
-    in memory when they were asked for, ``late`` were guessed right but still on their way.
-    ``bytes`` were read from the device (prefetches too), ``load_bytes`` of them on demand;
-    ``hit_bytes`` were served from memory. ``setup_bytes`` were read between the token before and
-    this one, for what the strategy wants resident. ``resident_bytes`` is what the resident experts
-    took at its end, loads on their way included.
+    ``setup_ms`` into obeying settings and loading what the strategy wants beforehand.
+
+    ``hits`` were in memory when they were asked for, ``late`` were guessed right but still on their
+    way. ``bytes`` were read from the device (prefetches too), ``load_bytes`` of them on demand,
+    ``setup_bytes`` between the token before and this one; ``hit_bytes`` were served from memory.
+    ``resident_bytes`` is what the resident experts took at its end, loads on their way included.
     """
 
     token: int
@@ -77,17 +81,17 @@ class TokenReport:
     measuring_ms: float = 0.0
     setup_ms: float = 0.0
 
+    @property
+    def wall_ms(self) -> float:
+        """What a watch shows from the token before it to this one: all of its parts."""
+        return sum(getattr(self, name) for name in WALL)
+
     @functools.cached_property
     def row(self) -> tuple[float, ...]:
         """As numbers, in the order of `COLUMNS`; a KL not measured is NaN."""
         known = {"kl": math.nan} | {n: v for n, v in vars(self).items() if v is not None}
         known |= {cause: self.stall_ms.get(cause, 0.0) for cause in STALLS}
         return tuple(float(known[name]) for name in COLUMNS)
-
-    @property
-    def wall_ms(self) -> float:
-        """What a watch shows from the token before it to this one: all of its parts."""
-        return self.total_ms + self.measuring_ms + self.setup_ms
 
 
 class Noted(NamedTuple):
@@ -137,6 +141,12 @@ class Tokens:
         """A token is complete."""
         self._noted.append(noted)
 
+    def extend(self, text: str) -> None:
+        """The last token's text goes on; nothing is noted after this."""
+        last, (known, final) = self._noted[-1], self._known
+        self._noted[-1] = last._replace(text=last.text + text)
+        self._known = known, min(final, len(self) - 1)
+
     def reports(self) -> list[TokenReport]:
         """One a token; from any thread.
 
@@ -169,8 +179,7 @@ class Tokens:
 def fold(token: int, noted: Noted, rows: np.ndarray) -> TokenReport:
     """A token's report: what was noted of it, and the sums of its events."""
     sums = tally(rows)
-    total = 1e3 * (noted.seconds - noted.measuring - noted.setup)
-    deciding = 1e3 * noted.deciding
+    total, deciding = 1e3 * (noted.seconds - noted.measuring - noted.setup), 1e3 * noted.deciding
     return TokenReport(
         token=token,
         total_ms=total,
@@ -237,8 +246,9 @@ def figures(values: np.ndarray, *, first: int = 0) -> dict[str, float | int | No
     Returns
     -------
     dict
-        ``tokens``, ``tokens_per_s``, ``hit_ratio``, ``bytes_per_token``, ``stall_share``,
-        ``kl_mean``; None where there is nothing to divide.
+        ``tokens``, ``tokens_per_s`` (as a watch shows it), ``engine_tokens_per_s`` (without
+        measuring and set-up), ``hit_ratio``, ``bytes_per_token``, ``stall_share``, ``kl_mean``;
+        None where there is nothing to divide.
     """
     kls = values[:, COLUMNS.index("kl")]
     kls = kls[np.isfinite(kls)]
@@ -252,7 +262,8 @@ def figures(values: np.ndarray, *, first: int = 0) -> dict[str, float | int | No
     asked = sum(sums[name] for name in REQUESTS)
     return {
         "tokens": len(values),
-        "tokens_per_s": ratio(1e3 * len(decoded), sums["total_ms"]),
+        "tokens_per_s": ratio(1e3 * len(decoded), sum(sums[name] for name in WALL)),
+        "engine_tokens_per_s": ratio(1e3 * len(decoded), sums["total_ms"]),
         "hit_ratio": ratio(sums["hits"], asked),
         "bytes_per_token": ratio(sums["bytes"], len(decoded)),
         "stall_share": ratio(sum(sums[cause] for cause in STALLS), sums["total_ms"]),
@@ -271,6 +282,7 @@ def summary(
     return {
         "tokens": len(reports),
         "tokens_per_s": timed["tokens_per_s"],
+        "engine_tokens_per_s": timed["engine_tokens_per_s"],
         "setup_ms": setup_ms,
         "setup_bytes": sum(r.setup_bytes for r in reports),
         "ttft_ms": reports[0].total_ms if reports else None,

@@ -8,11 +8,11 @@ what a clock decided: a strategy that goes by what has landed may decide otherwi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moelab.runs.compare import Comparison
-from moelab.scheduling.scheduler import Scheduler
+from moelab.runs.rounds import REPEATS, Again, Rounds, check
 from moelab.scheduling.strategy import ROLES, Strategy
 from moelab.settings import Settings
 
@@ -24,22 +24,22 @@ AS_IT_WAS = "as it was"
 _SETTINGS = {"budget", "pin", "keep", *Settings.__dataclass_fields__, *ROLES}
 
 
-class WhatIf:
+class WhatIf(Rounds):
     """One counterfactual: `go` makes the second run, from any thread; `stop` ends it.
 
     Parameters
     ----------
     lab
-        Whose store is used, and which stays claimed meanwhile, so that nothing disturbs the times.
+        Whose store is used, see `Rounds`.
     was
         A run of it that has ended.
     changes
         As in ``lab.update``.
+    repeats
+        How often each of the two is made; ``was`` itself is the first of its own.
 
     Attributes
     ----------
-    run
-        The second run once it has begun.
     name
         The changes in words.
 
@@ -51,65 +51,20 @@ class WhatIf:
         The run is still going on.
     """
 
-    def __init__(self, lab: Lab, was: Run, changes: Mapping[str, Any]) -> None:
-        if was.running:
-            raise RuntimeError("this run is still going on; run.stop() it or run.join() first")
-        if was.model != lab.name:
-            raise ValueError(f"this run is of {was.model!r}; the lab has {lab.name!r} open")
-        if not was.tokens:
-            raise ValueError("this run made no token; there is nothing to begin from")
-        self.lab, self.was, self.run = lab, was, None
-        self.changes = dict(changes)
+    def __init__(
+        self, lab: Lab, was: Run, changes: Mapping[str, Any], repeats: int = REPEATS
+    ) -> None:
+        check(lab, was, repeats)
+        self.was, plan = was, overlaid(was.history, changes, lab)
+        self.settings = plan[-1][1]  # what the second run ends with
         self.name = ", ".join(f"{k}={_word(v)}" for k, v in changes.items()) or "once more"
-        self._plan = overlaid(was.history, changes, lab)
-        self._stopped = False
-
-    @property
-    def settings(self) -> Settings:
-        """What the second run ends with: the run's last settings with the changes on top."""
-        return self._plan[-1][1]
-
-    def stop(self) -> None:
-        """End the second run after the token it is at; returns at once."""
-        self._stopped = True
-        if self.run is not None:
-            self.run.stop()
+        then = Again(was, plan, seed=changes.get("seed"))
+        super().__init__(lab, (then, Again(was, was.history, [was])), repeats)
 
     def compare(self) -> Comparison:
         """Make the second run and put it beside the first."""
         again = self.go()
         return Comparison({AS_IT_WAS: self.was.recording(), self.name: again.recording()})
-
-    def go(self) -> Run:
-        """Make the second run and wait for it; Ctrl-C stops it."""
-        lab, asked = self.lab, self.was.request
-        sampling = asked.sampling
-        with lab._session.claimed(), self._second() as second:
-            self.run = run = second.start(
-                asked.messages or asked.prompt,
-                max_new_tokens=len(self.was.tokens),
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                repetition_penalty=sampling.repetition_penalty,
-                seed=self.changes.get("seed", sampling.seed),
-                ignore_eos=asked.ignore_eos,
-                chat=bool(asked.messages),
-                changes=dict(self._plan[1:]),
-            )
-            if self._stopped:
-                run.stop()
-            return run.join()
-
-    def _second(self) -> Lab:
-        """A lab that stands where the first stood when the run began, as far as it fits."""
-        settings = self._plan[0][1]
-        second = self.lab._beside(settings)
-        try:
-            second._engine.begin_with(begun(self.was, settings))
-        except BaseException:
-            second.close()
-            raise
-        return second
 
 
 def overlaid(
@@ -151,6 +106,20 @@ def overlaid(
     return plan
 
 
+def repeated(lab: Lab, names: Sequence[str], repeats: int) -> Comparison:
+    """Saved runs made again, see `moelab.Lab.repeat`."""
+    runs = {name: lab.saved.run(name) for name in names}
+    loaded = [name for name, run in runs.items() if run is None]
+    if loaded or not runs:
+        which = f"{loaded[0]!r} came from a file" if loaded else "no run is saved yet"
+        raise ValueError(f"{which}: only runs made in this session can be made again")
+    made = [run for run in runs.values() if run is not None]
+    for run in made:
+        check(lab, run, repeats)
+    Rounds(lab, [Again(run, run.history, [run]) for run in made], repeats).go()
+    return Comparison({lab.saved.add(run): run.recording() for run in made})
+
+
 def since(run: Run, settings: Settings) -> dict[str, Any]:
     """What ``settings`` change of those that the run ended with, as keywords of ``lab.what_if``."""
     old = run.history[-1][1]
@@ -170,19 +139,6 @@ def since(run: Run, settings: Settings) -> dict[str, Any]:
 def kinds(strategy: Strategy) -> list[type]:
     """The classes of a strategy's five parts."""
     return [type(part) for part in strategy.parts.values()]
-
-
-def begun(run: Run, settings: Settings) -> Scheduler:
-    """The scheduler of a run as it was when the run began, put under ``settings``."""
-    first, trace = run.history[0][1], run.trace
-    begin = trace.changes[0]
-    assert begin.strategy is not None
-    scheduler = Scheduler(trace.shape, begin.strategy, begin.knobs)
-    scheduler.warm(trace.resident)
-    if settings is not first:
-        other = settings.strategy if settings.strategy is not first.strategy else None
-        scheduler.change(settings.knobs(), other)
-    return scheduler
 
 
 def _word(value: Any) -> str:

@@ -15,10 +15,16 @@ from typing import Any, NamedTuple
 
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Key, Knobs, LookAhead, Request, Shape, ranked
+from moelab.scheduling.writing import write_atomically
 
 FORMAT = 4
 OLDEST = 3
 """In traces of version 0.3 a key was (layer, expert); T1, T2, low bits and depth were settings."""
+MOST_BYTES = 512 * 2**20
+"""A file larger than this is refused before it is read."""
+MOST_EXPERTS, MOST_LAYERS = 2**20, 2**12
+MOST = 2**60
+"""Of bytes; no weight, norm or parameter is larger either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +163,7 @@ class Trace:
             ],
             "resident": self.resident,
         }
-        path.write_text(json.dumps(doc))
+        write_atomically(path, json.dumps(doc).encode())
         return path
 
     @classmethod
@@ -167,12 +173,16 @@ class Trace:
         Raises
         ------
         ValueError
-            The file is not a moelab trace of this format.
+            It is not a moelab trace of this format, or one of its numbers is out of range: what is
+            loaded can be decided. The message names the file.
+        OSError
+            The file cannot be read.
         """
+        path = Path(path)
         try:
-            doc = json.loads(Path(path).read_text())
-            return cls(*_parts(doc))
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            _whole(path.stat().st_size, 2, MOST_BYTES, "its size")
+            return cls(*_parts(json.loads(path.read_bytes())))
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as e:
             raise ValueError(
                 f"{path} is not a moelab trace of format {FORMAT} ({e}); record one with "
                 "run.trace.save(path)"
@@ -190,41 +200,113 @@ def _plain(value: Any) -> Any:
 
 
 def _parts(doc: dict) -> tuple:
-    if not OLDEST <= doc["format"] <= FORMAT:
-        raise ValueError(f"format {doc['format']}")
-    nbytes = {int(b): n for b, n in doc["shape"]["nbytes"].items()}
-    shape = Shape(tuple(doc["shape"]["experts"]), doc["shape"]["top_k"], nbytes)
+    """Shape, steps, changes and residents of a document, each number held against its range."""
+    _whole(doc["format"], OLDEST, FORMAT, "format")
+    shape = _shape(**doc["shape"])
 
     def key(of: Any) -> Key:
-        return shape.key(*of) if isinstance(of, list) else of
+        if isinstance(of, list):
+            layer = _whole(of[0], 0, shape.layers - 1, "layer of an expert")
+            return shape.key(layer, _whole(of[1], 0, shape.experts[layer] - 1, "expert"))
+        return _whole(of, 0, shape.n - 1, "key of an expert")
 
-    return (
-        shape,
-        [_step(dict(zip(_SAVED, row, strict=True)), key) for row in doc["steps"]],
-        [_change(*row) for row in doc["changes"]],
-        [(key(of), bits) for of, bits in doc["resident"]],
-    )
+    steps = []
+    for i, row in enumerate(doc["steps"]):
+        given = dict(zip(_SAVED, row, strict=True))
+        _whole(given["layer"], i % shape.layers, i % shape.layers, f"layer of step {i}")
+        steps.append(_step(given, shape, key))
+    changes = [_change(shape, *row) for row in doc["changes"]]
+    ats = [change.at for change in changes]
+    if ats != sorted(ats) or (ats and ats[-1] > len(steps)):
+        raise ValueError(f"changes at {ats[:8]} of {len(steps)} steps are not in order")
+    resident = [(key(of), _bits(shape, bits)) for of, bits in doc["resident"]]
+    if len({of for of, _ in resident}) < len(resident):
+        raise ValueError("an expert is resident twice")
+    return shape, steps, changes, resident
 
 
-def _change(at: int, knobs: dict, name: str, fresh: bool, parameters: dict, pins: list) -> Change:
-    pinned = {(layer, expert): bits for (layer, expert), bits in pins}
+def _whole(value: Any, low: int, high: int, what: str) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{what} is {str(value)[:40]}; a whole number from {low} to {high}")
+    return value
+
+
+def _real(value: Any, what: str, low: float = 0) -> float:
+    if type(value) not in (int, float) or not low <= value <= MOST:  # NaN neither
+        raise ValueError(f"{what} is {str(value)[:40]}; a number from {low} to {MOST:.2g}")
+    return float(value)
+
+
+def _bits(shape: Shape, bits: Any) -> int:
+    if type(bits) is not int or bits not in shape.nbytes:
+        raise ValueError(f"{str(bits)[:40]} bit is none of the tiers {sorted(shape.nbytes)}")
+    return bits
+
+
+def _shape(experts: list, top_k: Any, nbytes: dict) -> Shape:
+    _whole(len(experts), 1, MOST_LAYERS, "number of layers")
+    for count in experts:
+        _whole(count, 1, MOST_EXPERTS, "number of experts")
+    _whole(sum(experts), 1, MOST_EXPERTS, "number of experts")
+    _whole(top_k, 1, min(experts), "top_k")
+    tiers = {_whole(int(b), 1, 32, "bits"): _whole(n, 1, MOST, "bytes") for b, n in nbytes.items()}
+    _whole(len(tiers), 1, 32, "number of tiers")
+    return Shape(tuple(experts), top_k, tiers)
+
+
+def _change(
+    shape: Shape, at: int, knobs: dict, name: str, fresh: bool, parameters: dict, pins: list
+) -> Change:
+    known = {"budget_bytes", "bits", "prefetch", "low_bits", "t1", "t2", "depth"}
+    if type(name) is not str or type(fresh) is not bool or knobs.keys() - known:
+        raise ValueError(f"a change of settings to {str(name)[:40]!r} is not one")
+    pinned = {}
+    for (layer, expert), bits in pins:
+        _whole(layer, 0, shape.layers - 1, "layer of a pin")
+        _whole(expert, 0, shape.experts[layer] - 1, "expert of a pin")
+        pinned[layer, expert] = _bits(shape, bits)
     if "prefetch" in knobs:
         knobs["depth"] = knobs.pop("prefetch")
-    old = {n: knobs.pop(n) for n in ("low_bits", "t1", "t2", "depth") if n in knobs}
-    return Change(at, Knobs(**knobs), name, fresh, old | parameters, pinned=pinned or None)
+    own = {n: knobs.pop(n) for n in ("low_bits", "t1", "t2", "depth") if n in knobs} | parameters
+    for what, value in own.items():
+        if type(value) in (int, float):
+            _real(value, what, low=-MOST)
+        elif value is not None and type(value) not in (str, bool):
+            raise ValueError(f"{what} is {str(value)[:40]}; a number or a word")
+    budget = _whole(knobs["budget_bytes"], 0, MOST, "budget_bytes")
+    now = Knobs(budget, _bits(shape, knobs["bits"]))
+    return Change(_whole(at, 0, MOST, "at"), now, name, fresh, own, pinned=pinned or None)
 
 
-def _nested(rows: list[list] | None) -> tuple[tuple, ...] | None:
-    return None if rows is None else tuple(map(tuple, rows))
+def _chosen(experts: list, weights: list, most: int, what: str) -> tuple[tuple, tuple]:
+    """One token's experts and their weights."""
+    for expert in experts:
+        _whole(expert, 0, most - 1, f"expert of {what}")
+    if len(set(experts)) < len(experts) or len(experts) != len(weights):
+        raise ValueError(f"{what} has {len(experts)} experts and {len(weights)} weights")
+    return tuple(experts), tuple(_real(w, f"weight of {what}") for w in weights)
 
 
-def _step(row: dict[str, Any], key: Callable[[Any], Key]) -> LayerInput:
-    for name in ("experts", "weights"):
-        row[name] = _nested(row[name]) or ()
-    for name in ("wanted", "wanted_weights"):
-        row[name] = _nested(row[name])
-    for name in ("in_flight", "unread"):
-        row[name] = tuple(map(key, row[name]))
-    row["look_ahead"] = tuple(LookAhead(at, tuple(e), tuple(w)) for at, e, w in row["look_ahead"])
-    row["norms"] = None if row["norms"] is None else tuple(row["norms"])
-    return LayerInput(**row)
+def _step(row: dict[str, Any], shape: Shape, key: Callable[[Any], Key]) -> LayerInput:
+    most = shape.experts[row["layer"]]
+    tokens = len(row["experts"])
+    if type(row["prefill"]) is not bool or not tokens or (tokens > 1 and not row["prefill"]):
+        raise ValueError(f"a step of {tokens} tokens with prefill {str(row['prefill'])[:40]}")
+    for experts, weights in (("experts", "weights"), ("wanted", "wanted_weights")):
+        if row[experts] is None and row[weights] is None and experts == "wanted":
+            continue
+        rows = [
+            _chosen(*of, most, "a token") for of in zip(row[experts], row[weights], strict=True)
+        ]
+        row[experts], row[weights] = tuple(zip(*rows, strict=True))
+        _whole(len(rows), tokens, tokens, "tokens of a step")
+    ahead = []
+    for layer, *of in row["look_ahead"]:
+        _whole(layer, 0, shape.layers - 1, "layer ahead")
+        ahead.append(LookAhead(layer, *_chosen(*of, shape.experts[layer], "a layer ahead")))
+    norms = row["norms"]
+    if norms is not None:
+        norms = tuple(_real(norm, "norm") for norm in norms)
+        _whole(len(norms), tokens, tokens, "norms of a step")
+    keys = {name: tuple(map(key, row[name])) for name in ("in_flight", "unread")}
+    return LayerInput(**row | keys | {"look_ahead": tuple(ahead), "norms": norms})

@@ -1,4 +1,4 @@
-"""Where moelab keeps what it can always make again (packed stores, compiled kernels), and writing.
+"""Where moelab keeps what it can always make again (packed stores, compiled kernels).
 
 One folder per user, named by the platform; the environment variable `MOELAB_CACHE` moves it.
 Deleting it loses nothing but the time to fill it.
@@ -7,7 +7,6 @@ Deleting it loses nothing but the time to fill it.
 from __future__ import annotations
 
 import os
-import uuid
 from pathlib import Path
 
 import platformdirs
@@ -29,21 +28,3 @@ def cache_dir() -> Path:
     chosen = os.environ.get("MOELAB_CACHE")
     folder = Path(chosen) if chosen else Path(platformdirs.user_cache_dir("moelab"))
     return folder.expanduser().absolute()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; a failed writing leaves what was there.
-
-    Nothing is synced: a process that is killed loses nothing, a machine without power may.
-
-    Raises
-    ------
-    OSError
-        The folder is missing, cannot be written, or is full.
-    """
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # nobody else's
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -23,8 +23,8 @@ import moelab
 from moelab.runs.compare import recorded
 from moelab.runs.schema import RECORDING
 from moelab.runs.tokens import figures
+from moelab.scheduling.writing import write_atomically
 from moelab.spelling import number, size
-from moelab.store.paths import write_atomically
 from moelab.views.picture import WIDTH, picture
 from moelab.views.scripts import PAGE_STYLES, script, styles
 
@@ -168,14 +168,14 @@ def report(
     written = [path]
     if png:
         written.append(path.with_suffix(".png"))
-        written[-1].write_bytes(Report.of(recording).png())
+        write_atomically(written[-1], Report.of(recording).png())
     for name, table in {"events": recording.events, "tokens": recording.per_token}.items():
         if csv:
             written.append(path.with_suffix(f".{name}.csv"))
-            table.to_csv(written[-1], index=False)
+            write_atomically(written[-1], table.to_csv(index=False).encode())
         if parquet:
             written.append(path.with_suffix(f".{name}.parquet"))
-            table.to_parquet(written[-1], index=False)
+            write_atomically(written[-1], table.to_parquet(index=False))
     return written
 
 

@@ -22,11 +22,12 @@ from tqdm.auto import tqdm
 
 import moelab
 from moelab import calibration
-from moelab.bench.cases import Case, rotated, settle
+from moelab.bench.cases import Case, settle
 from moelab.bench.papers import edgemoe, everyone, hobbit, swapmoe
 from moelab.bench.papers.results import FULL, QUICK, Report, Results, Task
 from moelab.bench.tables import as_json, as_markdown, as_rows, circumstances
-from moelab.store.paths import write_atomically
+from moelab.runs.rounds import rotated
+from moelab.scheduling.writing import write_atomically
 
 SECTIONS = (edgemoe, hobbit, swapmoe, everyone)
 BEGIN, END = "<!-- measured: papers -->", "<!-- end of measured: papers -->"

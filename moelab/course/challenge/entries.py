@@ -26,11 +26,13 @@ from moelab.course.challenge.tasks import MB, TASKS, Task
 FORMAT = 1
 LONGEST_LINE = 200_000
 _MOST = 1e15
-_NUMBERS = ("tokens_per_s", "bytes_per_token", "peak_resident_bytes", "kl")
+_NUMBERS = ("tokens_per_s", "tokens_per_s_min", "tokens_per_s_max", "bytes_per_token", "hit_ratio")
+_NUMBERS += ("peak_resident_bytes", "kl", "kl_held_out", "kl_written")
 _OF_NOW = ("rank", "board", "verified", "claimed")
 """What an entry is at the moment, on a board or after `verify`; no line of a file says it."""
 
 _TEXT, _NUMBER = {"type": "string"}, {"type": "number"}
+_NAME = r"^[A-Za-z_]\w{0,79}$"
 _PLAIN = {"type": ["string", "number", "boolean", "null"]}
 
 
@@ -40,7 +42,8 @@ def _object(*needed: str, more: Any = False, **fields: Any) -> dict[str, Any]:
 
 
 _VALUES = _object(more=_PLAIN)
-_CLASS = _object("class", "source", **{"class": _TEXT, "source": _TEXT})
+_SETTINGS = _VALUES | {"propertyNames": {"pattern": _NAME}}
+_CLASS = _object("class", "source", **{"class": _TEXT | {"pattern": _NAME}, "source": _TEXT})
 SCHEMA = _object(
     *("format", "challenge", "name", "settings", "figures"),
     format={"const": FORMAT},
@@ -49,7 +52,8 @@ SCHEMA = _object(
     figures=_object(*_NUMBERS, more=_PLAIN, **dict.fromkeys(_NUMBERS, _NUMBER)),
     own=_object(**dict.fromkeys(ROLES, _CLASS)),
     **dict.fromkeys(("name", "made"), _TEXT),
-    **dict.fromkeys(("settings", "versions", "machine"), _VALUES),
+    **dict.fromkeys(("versions", "machine"), _VALUES),
+    settings=_SETTINGS,
     **{name: {} for name in _OF_NOW},
 )
 """A line of a board."""
@@ -229,12 +233,17 @@ def _schema() -> Callable[[Any], Any]:
     return fastjsonschema.compile(SCHEMA)  # pyright: ignore[reportReturnType]
 
 
+def _refused(word: str) -> float:
+    raise ValueError(f"{word} is no number")
+
+
 def _entry(line: bytes) -> Entry:
     if len(line) > LONGEST_LINE:
         raise ValueError(f"{len(line)} bytes; {LONGEST_LINE} at most")
-    found = json.loads(line)
+    found = json.loads(line, parse_constant=_refused)
     try:
         _schema()(found)
+        json.dumps(found, ensure_ascii=False).encode()  # half a character is no text
     except fastjsonschema.JsonSchemaValueException as error:
         words = error.message.removeprefix("data.").replace("data ", "an entry ", 1)
         raise ValueError(f"{words}; this is {reprlib.repr(error.value)}") from None

@@ -1,0 +1,85 @@
+"""What a profile has to look like to be used: sizes and ranges of each calibration's numbers.
+
+A profile may come from anybody. It is held against the model once, when it is read, so that nothing
+of it can fail in the middle of a run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fastjsonschema
+
+from moelab.scheduling.stream import Shape
+from moelab.strategies import CALIBRATED, make
+
+MOST_BYTES = 256 * 2**20
+"""A file larger than this is not read."""
+_MOST = 1e15
+_NUMBER = {"type": "number", "minimum": -_MOST, "maximum": _MOST}
+_SHARE = {"type": "number", "minimum": 0, "maximum": 1}
+_WHOLE = {"type": "integer", "minimum": 0, "maximum": 2**31}
+
+
+def _row(of: Any, length: int) -> dict[str, Any]:
+    return {"type": "array", "items": of, "minItems": length, "maxItems": length}
+
+
+def _named(pattern: str, of: Any) -> dict[str, Any]:
+    return {"type": "object", "patternProperties": {pattern: of}, "additionalProperties": False}
+
+
+def _fields(name: str, shape: Shape, data: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a calibration's data, as a JSON schema; L layers, E experts of each."""
+    layers = shape.layers
+
+    def table(more: int = 0) -> dict[str, Any]:  # [L][E + more]
+        rows = [_row(_NUMBER, count + more) for count in shape.experts]
+        return {"type": "array", "items": rows, "minItems": layers, "maxItems": layers}
+
+    if name == "adapmoe":
+        return {"h": _row(_NUMBER, layers), "hits": table(1), "tau": _NUMBER | {"minimum": 0}}
+    if name == "hobbit":
+        return {"t1": _SHARE, "t2": _SHARE, "weights": _row(_SHARE, 4)}
+    if name == "edgemoe":
+        place = r"\d{1,6}(\.\d{1,6})*"
+        return {
+            "importance": table(),
+            "levels": _named(r"^\d{1,2}$", _NUMBER),
+            "curves": _named(r"^\d{1,2}/\d{1,2}$", {"items": _row(_NUMBER, 2), "type": "array"}),
+            "tolerated": _NUMBER | {"minimum": 0},
+            "paths": _named(rf"^\d{{1,6}}(:({place})?)*$", {"type": "array", "items": _WHOLE}),
+        }
+    counts = {"type": "array", "items": _WHOLE | {"minimum": 1}, "minItems": 1, "maxItems": 64}
+    every, kept = (data.get(key) for key in ("every", "kept"))
+    sizes = [len(known) if isinstance(known, list) else 0 for known in (every, kept)]
+    measured = _row(_row(_row(_NUMBER, sizes[1]), layers), sizes[0])
+    return dict.fromkeys(("norms", "counts", "importance"), table()) | {
+        **dict.fromkeys(("every", "kept"), counts),
+        **dict.fromkeys(("loss", "swaps"), measured),
+        "base_ms": _NUMBER | {"exclusiveMinimum": 0},
+        "swap_ms": _NUMBER | {"minimum": 0},
+    }
+
+
+def check(name: str, data: Any, shape: Shape) -> None:
+    """Refuse data that a strategy could not use on this model.
+
+    Raises
+    ------
+    ValueError
+        A field is missing, of another size, or out of range; the message names it.
+    """
+    if not isinstance(data, dict):
+        raise ValueError("its data are no object")  # noqa: TRY004, one kind of error for a file
+    fields = _fields(name, shape, data)
+    known = {"type": "object", "properties": fields, "required": [f for f in fields if f in data]}
+    try:
+        fastjsonschema.validate(known, data)
+        for strategy, calibration in CALIBRATED.items():
+            if calibration == name:
+                make(strategy, data)
+    except fastjsonschema.JsonSchemaValueException as error:
+        raise ValueError(error.message.removeprefix("data.")[:200]) from None
+    except (LookupError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}"[:200]) from None
