@@ -36,7 +36,10 @@ app.add_typer(challenges, name="challenge")
 Model = Annotated[
     str, typer.Argument(help='"demo", a store, a checkpoint folder or a Hugging Face hub id.')
 ]
-Budget = Annotated[str, typer.Option(help="For resident experts: bytes, 64MB, 1.5GiB or 25%.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="For resident experts: bytes, 64MB, 1.5GiB or 50%; default 25%."),
+]
 Seed = Annotated[int, typer.Option(help="Of sampling.")]
 
 
@@ -113,7 +116,7 @@ def doctor() -> None:
 
 
 @app.command()
-def info(model: Model = "demo", budget: Budget = "25%") -> None:
+def info(model: Model = "demo", budget: Budget = None) -> None:
     """Print a model's sizes and what fits the budget."""
     import moelab
 
@@ -152,7 +155,7 @@ def pack(
 def run(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="What the text begins with.")],
-    budget: Budget = "25%",
+    budget: Budget = None,
     bits: Annotated[int | None, typer.Option(help="Tier; default the store's best.")] = None,
     low_bits: Annotated[int | None, typer.Option(help="Tier of unimportant misses.")] = None,
     strategy: Annotated[str, typer.Option(help="Like lru, edgemoe, hobbit or swapmoe.")] = "lru",
@@ -326,11 +329,14 @@ def _open_jupyter(options: list[str]) -> None:
     """Become JupyterLab, on loopback; root is let in because it asked."""
     if util.find_spec("jupyterlab") is None:
         raise ImportError("JupyterLab is not installed here; run: pip install 'moelab[lab]'")
+    from moelab.course.serve import let_jupyter_find
+
     folder = notebooks(Path(__file__).parent, Path.cwd() / "moelab-notebooks")
     command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1"]
     command += [f"--ServerApp.root_dir={folder}", f"--LabApp.default_url=/lab/tree/{NOTEBOOK}"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
+    let_jupyter_find("JUPYTER_CONFIG_PATH")  # no news: their question would cover the first cell
     opened = folder / NOTEBOOK
     print(f"moelab: opening {opened} in JupyterLab (Ctrl-C twice ends it)", flush=True)
     os.execv(sys.executable, [*command, *options])  # noqa: S606

@@ -187,13 +187,13 @@ def torch() -> Iterator[Check]:
         found = f"torch {version} brings CUDA {cuda}, {size / 1e9:.1f} GB that moelab does not use"
         wanted = f"torch=={version.partition('+')[0]}+cpu --index-url https://download.pytorch.org/whl/cpu"
         yield Check("torch", "note", found, f"{AGAIN} {wanted}")
-    threads, cores = loaded.get_num_threads(), _cores()
+    threads, cores = loaded.get_num_threads(), usable_cores()
     found = f"{threads} of torch on {cores} usable cores"
     many = ": they wait for each other" * (threads > cores)
     yield _line("threads", found, many, f"export OMP_NUM_THREADS={cores}", "note")
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use: affinity (not on macOS), and a container's quota."""
     import psutil
 

@@ -65,6 +65,7 @@ class FakeRun(Run):
             with lab._lock:
                 seconds = lab.step(token)
             self._stop.wait(seconds * lab.token_ms)
+        self.ended = "failed" if self.error else "stopped" if self.stopped else "length"
         self._done.set()
 
 

@@ -32,8 +32,7 @@ SETTINGS = ("strategy", "bits", "low_bits", "budget", "device", "prefetch", "mea
 CHANGE = """(root, [name, where, often]) => {
   const control = root.querySelector(`[name=${name}]`),
     told = (type) => control.dispatchEvent(new Event(type, { bubbles: true }));
-  if (name === "measure_kl") control.click();
-  else if (name === "budget") {
+  if (name === "budget") {
     control.value = 40 + Math.round(360 * where);
     told("input");
     told("change");

@@ -329,6 +329,9 @@ def test_the_lab_serves_the_notebook_on_loopback_only(tmp_path):
         name = _notebook_served(server, port)
         log = (tmp_path / "log").read_text()
         assert name == cli.NOTEBOOK, log
+        asked = "/lab/api/settings/@jupyterlab/apputils-extension:notification"
+        news = json.loads(_asked(port, asked))["schema"]["properties"]["fetchNews"]
+        assert news["default"] == "false", "its question would cover the first cell"
         heard = {c.laddr.ip for c in psutil.Process(server.pid).net_connections("tcp")}
     finally:
         if server.poll() is None:
@@ -342,13 +345,13 @@ def _notebook_served(server: subprocess.Popen, port: int) -> str | None:
     until = time.monotonic() + 90
     while server.poll() is None and time.monotonic() < until:
         try:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-            path = f"/api/contents/{cli.NOTEBOOK}?content=0"
-            connection.request("GET", path, headers={"Authorization": "token abc"})
-            answer = connection.getresponse()
-            if answer.status == 200:
-                return json.loads(answer.read())["name"]
-        except OSError:
-            pass
-        time.sleep(0.3)
+            return json.loads(_asked(port, f"/api/contents/{cli.NOTEBOOK}?content=0"))["name"]
+        except (OSError, KeyError):
+            time.sleep(0.3)
     return None
+
+
+def _asked(port: int, path: str) -> bytes:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", path, headers={"Authorization": "token abc"})
+    return connection.getresponse().read()

@@ -150,6 +150,41 @@ class TestFrame:
         total = sum(r.total_ms for r in emulated)
         assert shown["whole"]["tokens_per_s"] == pytest.approx(1e3 * len(emulated) / total)
 
+    def test_why_a_run_ended_is_said(self, lab):
+        lab.start("Once", max_new_tokens=5).join()
+        assert framer_of(lab).build()["ended"] == "all 5 tokens asked for"
+        run = lab.start("Once", max_new_tokens=100_000)
+        wait_until(lambda: len(run.token_reports) > 3)
+        assert framer_of(lab).build()["ended"] == ""
+        run.stop()
+        run.join()
+        count = len(run.tokens)
+        assert framer_of(lab).build()["ended"] == f"stopped at {count} of 100000 tokens"
+
+    def test_figures_of_a_run_under_other_settings_say_which(self, lab):
+        lab.start("Once", max_new_tokens=5).join()
+        framer = framer_of(lab)
+        assert framer.build()["of"] == ""
+        lab.update(bits=8)
+        assert framer.build()["of"] == "lru, 25 %, 16 bit, disk"
+        lab.update(bits=16)
+        assert framer.build()["of"] == "", "they are those in force again"
+
+    def test_one_sentence_is_always_there_and_a_change_says_what_it_did(self, lab):
+        framer = framer_of(lab)
+        assert framer.build()["sentence"] == frame.IDLE
+        lab.hold_at = 20
+        run = lab.start("Once", max_new_tokens=40)
+        wait_until(lambda: len(run.token_reports) == 20)
+        before = framer.build()
+        assert (before["sentence"], before["change"]) == (run.sentence(4), "")
+        lab.update(bits=2)
+        run.go_on.set()
+        run.join()
+        after = framer.build()
+        assert after["sentence"] == run.sentence(24)
+        assert re.match(r"bits 16 \N{RIGHTWARDS ARROW} 2: .*wait \N{MINUS SIGN}\d", after["change"])
+
     def test_a_slider_drag_is_one_mark(self):
         drag = [(5, {"budget": "8 MB"}), (6, {"budget": "7 MB"}), (9, {"budget": "6 MB"})]
         marks = merge_changes([*drag, (11, {"bits": "4"}), (40, {"bits": "2", "device": "hdd"})])
@@ -192,7 +227,7 @@ class TestActions:
 
     def test_a_refused_setting_is_drawn_by_its_control_until_mended(self, lab, dashboard):
         before = lab.settings
-        says(dashboard, "update", changes={"budget": 1000}, n=1)
+        says(dashboard, "update", where="budget", changes={"budget": 1000}, n=1)
         assert dashboard.error["where"] == "budget"
         assert "raise it to" in dashboard.error["text"]
         assert lab.settings == before
@@ -216,6 +251,20 @@ class TestActions:
         assert not dashboard.frame["running"]
         with pytest.raises(RuntimeError):
             run.join()
+
+    def test_that_a_run_is_going_on_is_said_only_while_one_is(self, lab, dashboard):
+        dashboard.start()
+        for _ in range(2):
+            says(dashboard, "run", form={"prompt": "Once", "max_new_tokens": 100_000})
+        assert "a run is going on" in dashboard.error["text"]
+        wait_until(lambda: dashboard.frame["running"])
+        says(dashboard, "stop")
+        wait_until(lambda: not dashboard.error)
+
+    def test_an_answer_comes_to_whatever_waits_for_one(self, dashboard):
+        for n, message in enumerate(({"do": "stop"}, {"do": "run", "form": {}}, {"do": "update"})):
+            says(dashboard, **message, n=n)
+            assert dashboard.controls["answered"] == n, message
 
     @pytest.mark.parametrize("message", ["dance", "", "stop"])
     def test_unknown_messages_and_stop_without_a_run_are_harmless(self, dashboard, message):

@@ -30,14 +30,14 @@ KERNEL_IS_THERE = """async () => {
 # -- before anybody comes -----------------------------------------------------------------------
 
 
-def test_there_are_as_many_places_as_fit_the_memory_and_at_least_one():
-    assert (
-        serving.places(None, 8 * GB) == (8 * GB - serving.RESERVED_BYTES) // serving.VISITOR_BYTES
-    )
-    assert serving.places(None, 0) == 1
-    assert serving.places(30, 1 * GB) == 30
+def test_there_are_as_many_places_as_memory_and_cores_allow_and_at_least_one():
+    fit = (8 * GB - serving.RESERVED_BYTES) // serving.VISITOR_BYTES
+    assert serving.places(None, 8 * GB, cores=64) == fit
+    assert serving.places(None, 64 * GB, cores=2) == 2 * serving.A_CORE
+    assert serving.places(None, 0, cores=2) == 1
+    assert serving.places(30, 1 * GB, cores=2) == 30
     with pytest.raises(ValueError, match="--max-visitors 0: at least 1"):
-        serving.places(0, 8 * GB)
+        serving.places(0, 8 * GB, cores=2)
 
 
 def test_what_a_visitor_costs_is_said_and_that_too_many_do_not_fit():
@@ -114,8 +114,9 @@ def voila(tmp_path, demo_store):
             [*words, "--max-visitors", "1"], stdout=out, stderr=subprocess.STDOUT, cwd=tmp_path
         )
     try:
-        told(server, log, f"http://127.0.0.1:{port}")
-        yield server, f"http://127.0.0.1:{port}/", log
+        told(server, log, "?token=")
+        (address,) = re.findall(r"http://\S+\?token=\w+", log.read_text())
+        yield server, address, log
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(60)
@@ -135,7 +136,11 @@ def told(server: subprocess.Popen, log: Path, words: str, seconds: float = 300) 
 @pytest.mark.timeout(600)
 def test_a_class_has_the_live_lab_without_notebooks(page, voila):
     server, address, log = voila
+    bare = address.partition("?")[0]
+    assert "moe-dash" not in page.request.get(bare).text(), "without the token there is no page"
+    assert not psutil.Process(server.pid).children(), "and no kernel"
     assert page.goto(address).status == 200
+    assert page.request.get(f"{bare}voila/files/moelab.ipynb").status == 403
     use(page)
     shot(page, "serve-light")
     assert "import moelab" not in page.content(), "no code on the page"

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import uuid
+import webbrowser
 from importlib import util
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,8 @@ VISITOR_BYTES = 450_000_000
 """Memory of one visitor's kernel with the demo at its peak (proportional set size, measured)."""
 RESERVED_BYTES = 500_000_000
 """Left to Voila and the system."""
+A_CORE = 4
+"""Visitors a core: most of them read or drag while others' runs write."""
 CULL_AFTER_S, CULL_EVERY_S = 120, 30
 EXTENSIONS = (
     "anywidget",
@@ -26,13 +29,14 @@ EXTENSIONS = (
     "@voila-dashboards/widgets-manager8",
 )
 HOME = Path(__file__).parent
-"""Has what Voila looks for: `voila/templates/moelab`, a template that needs no internet."""
+"""Has what Voila looks for (`voila/templates/moelab`, a template that needs no internet) and
+JupyterLab (`labconfig`, defaults of settings)."""
 NOTEBOOK = HOME / "voila" / "moelab.ipynb"
 """What a visitor sees."""
 
 
-def places(max_visitors: int | None, free_bytes: int) -> int:
-    """How many visitors at a time: as asked, otherwise as many as fit the memory, at least one.
+def places(max_visitors: int | None, free_bytes: int, cores: int) -> int:
+    """How many visitors at a time: as asked, otherwise as memory and cores allow, at least one.
 
     Raises
     ------
@@ -41,13 +45,15 @@ def places(max_visitors: int | None, free_bytes: int) -> int:
 
     Examples
     --------
-    >>> places(None, 4_000_000_000)
+    >>> places(None, 4_000_000_000, cores=8)
     7
-    >>> places(3, 4_000_000_000)
-    3
+    >>> places(None, 4_000_000_000, cores=1)
+    4
+    >>> places(30, 4_000_000_000, cores=1)
+    30
     """
     if max_visitors is None:
-        return max(1, (free_bytes - RESERVED_BYTES) // VISITOR_BYTES)
+        return max(1, min((free_bytes - RESERVED_BYTES) // VISITOR_BYTES, cores * A_CORE))
     if max_visitors < 1:
         raise ValueError(f"--max-visitors {max_visitors}: at least 1 is needed to show anything")
     return max_visitors
@@ -80,10 +86,10 @@ def serve(
     notebook
         Another notebook to show; default a small one with the dashboard of the demo.
     ip, port
-        Where to listen. On another address than loopback whoever reaches this machine may look,
-        move the controls and use its processors; they cannot run code.
+        Where to listen. Whoever has the address with its token may look, move the controls and use
+        the processors of this machine; they cannot run code or read files.
     max_visitors
-        Kernels at a time; default as many as fit the memory that is free now.
+        Kernels at a time; default as many as cores and the memory that is free now allow.
     open_browser
         Open the page here too.
 
@@ -102,20 +108,24 @@ def serve(
         raise ImportError("Voila is not installed here; run: pip install 'moelab[serve]'")
     import psutil
 
-    from moelab.health import memory_limit_bytes
+    from moelab.health import memory_limit_bytes, usable_cores
 
     if notebook is not None and not notebook.is_file():
         raise ValueError(f"there is no notebook {notebook}")
     free = min(psutil.virtual_memory().available, memory_limit_bytes() or sys.maxsize)
-    visitors = places(max_visitors, free)
+    visitors = places(max_visitors, free, usable_cores())
     print(f"moelab: {announcement(visitors, free)}", flush=True)
     if ip not in {"127.0.0.1", "localhost", "::1"}:
-        print(f"moelab: listening on {ip}: whoever reaches this machine may use it", flush=True)
-    more = os.environ.get("JUPYTER_PATH")
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(HOME), more)))
+        print(f"moelab: listening on {ip}: whoever has the address below may use it", flush=True)
+    let_jupyter_find("JUPYTER_PATH")
     if notebook is None:
         _warm_up()
     _run_voila(notebook or NOTEBOOK, visitors, ip, port, open_browser=open_browser)
+
+
+def let_jupyter_find(variable: str) -> None:
+    """Put our folder before those that an environment variable of Jupyter's has."""
+    os.environ[variable] = os.pathsep.join(filter(None, (str(HOME), os.environ.get(variable))))
 
 
 def _warm_up() -> None:
@@ -128,16 +138,22 @@ def _run_voila(notebook: Path, visitors: int, ip: str, port: int, *, open_browse
     from traitlets.config import Config
     from voila.app import Voila
 
+    class WithToken(Voila):
+        def launch_browser(self) -> None:
+            webbrowser.open(self.display_url)  # Voila's own leaves the token out
+
     config = Config()
     config.Voila.ip, config.Voila.port, config.Voila.port_retries = ip, port, 0
     config.Voila.open_browser = open_browser
+    config.Voila.auto_token = True  # in the address that Voila prints: whoever has it may look
+    config.VoilaConfiguration.file_allowlist = []  # nothing but the page, not what lies beside it
     config.Voila.root_dir = str(notebook.parent.absolute())
     config.VoilaConfiguration.multi_kernel_manager_class = _with_places(visitors)
     config.VoilaConfiguration.template = "moelab"
     config.VoilaConfiguration.extension_allowlist = list(EXTENSIONS)
     config.MappingKernelManager.cull_idle_timeout = CULL_AFTER_S
     config.MappingKernelManager.cull_interval = CULL_EVERY_S
-    Voila.launch_instance(argv=[str(notebook.absolute())], config=config)
+    WithToken.launch_instance(argv=[str(notebook.absolute())], config=config)
 
 
 def _with_places(visitors: int) -> type:

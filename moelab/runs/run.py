@@ -15,6 +15,7 @@ import numpy as np
 
 from moelab.engine.generation import Sampling
 from moelab.engine.log import EventLog
+from moelab.engine.process import Process
 from moelab.runs.account import Account, Limits
 from moelab.runs.tokens import Noted, TokenReport, Tokens, summary, table
 from moelab.scheduling.strategy import part_title
@@ -113,6 +114,7 @@ class Run:
         self._ids, self._tokenizer, self._eos = ids, tokenizer, eos
         self._stop, self._done = threading.Event(), threading.Event()
         self.peak_bytes, self.direct, self.setup_ms = 0, True, 0.0
+        self._process = Process("this run goes on")
         self._begin(EventLog(), Trace(shape))
 
     # -- for the person ---------------------------------------------------------------------
@@ -133,6 +135,8 @@ class Run:
 
     def join(self, timeout: float | None = None) -> Run:
         """Wait for the end; Ctrl-C stops the run. Raises what the run raised."""
+        if self.running:  # else there is nothing to wait for, in whatever process
+            self._process.check()
         try:
             self._done.wait(timeout)
         except KeyboardInterrupt:
@@ -200,13 +204,13 @@ class Run:
         reports = self.token_reports[:last]
         return Account.of(table(reports[first:]), self._tokens.records(first, len(reports)))
 
-    def sentence(self) -> str:
-        """Why the speed is what it is, of the tokens since settings last changed."""
+    def sentence(self, first: int = 1) -> str:
+        """Why the speed is what it is, of the tokens from ``first`` and the last change on."""
         since, settings = self.history[-1]
         shape, evict = self._trace.shape, settings.strategy.evict
         cycle = shape.token_cycle_bytes(settings.bits)
         limits = Limits(settings.budget_bytes, cycle, part_title(evict))
-        return self.account(max(1, since)).sentence(limits)
+        return self.account(max(first, since)).sentence(limits)
 
     # -- what stays -------------------------------------------------------------------------
 
@@ -245,3 +249,11 @@ class Run:
         if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
             piece, self.text = text[len(self.text) :], text
         self._tokens.add(noted._replace(text=piece))
+
+    def _end(self) -> None:
+        """No byte comes any more: what was kept back as half a character is the end of the text."""
+        text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if self.tokens:
+            self._tokens.extend(text[len(self.text) :])
+        self.text = text
+        self._done.set()

@@ -194,7 +194,7 @@ def scatter(
     logs = {"log_x": log_x, "log_y": log_y}
     figure = _drawn("scatter", frame, x, y, color, title=title, height=480, **looks, **logs)
     return figure.update_traces(
-        marker_size=11, textposition="top center", showlegend=label != color
+        marker_size=11, textposition="top center", cliponaxis=False, showlegend=label != color
     )
 
 

@@ -95,6 +95,11 @@ class Dashboard(anywidget.AnyWidget):
             lab, self._is_running, self._show, lambda told: self.set_trait("models", told)
         )
         self.on_msg(self._on_message)
+        if hasattr(self.comm, "_reply_subshell_for"):
+            # ipykernel 7 hands what a view says to the shell that last spoke to it. Here that is
+            # the publisher's thread, thus the main shell, which may be busy with a cell; the view
+            # has a subshell of its own where its page asked for one.
+            self.comm._reply_subshell_for = lambda _said, asked: asked
 
     # -- what the view says ---------------------------------------------------------------------
 
@@ -120,6 +125,10 @@ class Dashboard(anywidget.AnyWidget):
             answer(content)
         except Exception as error:  # noqa: BLE001 whatever it is, the user must see it
             self._show_error(content.get("where", "run"), error)
+        if "n" in content:  # the view waits for an answer, to know whether the kernel listens
+            with self._lock:
+                self._answered = max(self._answered, int(content["n"]))
+                self.controls = self._controls()
         if content["do"] in ("hello", "update", "runs", "model", "dismiss", "run", "stop"):
             self._wake.set()
 
@@ -137,15 +146,9 @@ class Dashboard(anywidget.AnyWidget):
                     self._let_go()
 
     def _update(self, content: dict[str, Any]) -> None:
-        try:
-            self._lab.update(**content["changes"])
-            self._awaited = True
-            self._clear_error()
-        except Exception as error:  # noqa: BLE001
-            self._show_error(content.get("where", next(iter(content["changes"]), "run")), error)
-        with self._lock:
-            self._answered = max(self._answered, int(content.get("n", -1)))
-            self.controls = self._controls()
+        self._lab.update(**content["changes"])
+        self._awaited = True
+        self._clear_error()
 
     def _why(self, content: dict[str, Any]) -> None:
         self.send({"why": explained_now(self._lab, int(content["layer"]), int(content["expert"]))})
@@ -309,6 +312,9 @@ class Dashboard(anywidget.AnyWidget):
             if (told := self._controls()) != self.controls:
                 self.controls = told
             frame = self._frames().build()
+            ended = self.frame.get("running") and not frame["running"]
+            if ended and self.error.get("where") == "run":
+                self._clear_error()  # "a run is going on" is not so any more
             if frame != {k: v for k, v in self.frame.items() if k != "seq"}:
                 self._sent_at, self.frame = now, {"seq": self._next(), **frame}
 

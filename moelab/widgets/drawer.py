@@ -82,7 +82,7 @@ class Drawer:
                 self._shown = saved.version, rows(saved)
             what = self._what
             if what is not None and what.run is not None:
-                self._again["done"] = len(what.run.tokens)
+                self._again["done"] = what.done
             told = {"saved": self._shown[1], "again": dict(self._again), "error": self._error}
             if told != self._told:
                 self._told = told
@@ -103,7 +103,7 @@ class Drawer:
         told = {
             "names": beside.names,
             "at": beside.diverges_at,
-            "same_device": beside.same_device,
+            "verdict": beside.verdict(),
             "prompts": [d["prompt"] for d in documents],
             "pieces": [d["pieces"] for d in documents],
             "settings": [d["settings"][0]["short"] for d in documents],
@@ -139,7 +139,7 @@ class Drawer:
         what = WhatIf(lab, run, changes)
         words = spoken(run.history[-1][1], what.settings)
         self._what = what
-        self._again = IDLE | {"state": "running", "words": words, "total": len(run.tokens)}
+        self._again = IDLE | {"state": "running", "words": words, "total": what.total}
         thread = threading.Thread(target=self._work, args=(what, words), daemon=True)
         thread.name = "moelab-what-if"
         thread.start()
@@ -159,10 +159,8 @@ class Drawer:
         try:
             second = what.go()
             saved = what.lab.saved
-            mine = (n for n in saved if saved.run(n) is what.was)
-            names = [next(mine, None) or saved.add(what.was), saved.add(second, f"what if {words}")]
-            done = len(second.tokens)
-            ended = {"state": "done", "words": words, "done": done, "total": done, "names": names}
+            names = [saved.add(what.was), saved.add(second, f"what if {words}")]
+            ended = {"state": "done", "words": words, "names": names}
         except BaseException as error:  # noqa: BLE001 a thread has nobody else to tell
             ended = {"state": "failed", "words": words, "error": _words(error)}
         with self._lock:
@@ -180,8 +178,9 @@ def rows(saved: Any) -> list[dict[str, Any]]:
     """A row for each saved run."""
     if not len(saved):
         return []
-    front = saved.compare().front()
-    return [_row(name, saved, name in front) for name in saved]
+    beside = saved.compare()
+    front = beside.front()
+    return [_row(name, saved, name in front) | {"range": beside.ranges(name)} for name in saved]
 
 
 def _row(name: str, saved: Any, best: bool) -> dict[str, Any]:

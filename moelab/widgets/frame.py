@@ -21,14 +21,28 @@ from typing import Any
 import numpy as np
 
 from moelab import strategies
+from moelab.runs.account import ending
 from moelab.runs.snapshot import RunReader, origins
 from moelab.runs.tokens import COLUMNS, STALLS, figures
 from moelab.scheduling.strategy import Parameter, Strategy, part_title
-from moelab.spelling import about, first_line, in_words, merge_changes, named, spelled
+from moelab.spelling import (
+    about,
+    differences,
+    first_line,
+    in_words,
+    merge_changes,
+    named,
+    short,
+    shown,
+    shown_strategy,
+    spelled,
+)
 from moelab.views.report import LONGEST
 
 RECENT_TOKENS = 16
 """The large figures cover this many tokens, so that they follow a slider."""
+
+IDLE = "Press Run: what a token's time goes into, and why, is said here."
 
 STRIDE = 250
 """So many leave at a time: where the first one changes, the text has to be laid out anew."""
@@ -82,7 +96,7 @@ def controls(settings: Any, info: Mapping[str, Any]) -> dict[str, Any]:
         **chosen(settings.strategy),
         "device": settings.device,
         "prefetch": int(settings.prefetch),
-        "measure_kl": bool(settings.measure_kl),
+        "measure_kl": int(settings.measure_kl),
         "budget_experts": int(info["budget_experts"]),
         "minimum_budget_bytes": int(info["minimum_budget_bytes"]),
         "token_cycle_bytes": int(info["token_cycle_bytes"]),
@@ -223,7 +237,6 @@ class Framer:
         return {
             "run": self._number,
             "running": running,
-            "stopped": run is not None and bool(run.stopped),
             "error": "" if run is None or run.error is None else in_words(run.error),
             "prompt": "" if run is None else run.prompt + "\n" * bool(run.request.messages),
             "first": first,
@@ -236,6 +249,8 @@ class Framer:
             "resident": self._resident(cells["bits"]),
             "recent": figures(values[recent:], first=first + recent),
             "whole": figures(values[since:], first=first + since),
+            "span": [first + recent, len(reports)],
+            **spoken(run, self._lab.settings, max(1, first + recent), running=running),
         }
 
     def _resident(self, bits: np.ndarray) -> dict[str, int]:
@@ -243,3 +258,45 @@ class Framer:
         total = sum(self._each[int(b)] * int(n) for b, n in zip(tiers, counts, strict=True))
         budget = int(self._lab.settings.budget_bytes)
         return {"experts": int(counts.sum()), "bytes": total, "budget_bytes": budget}
+
+
+def spoken(run: Any, settings: Any, first: int, *, running: bool) -> dict[str, Any]:
+    """What is said of a run: why its tokens from ``first`` on cost what they did, and how it ended.
+
+    Returns
+    -------
+    dict
+        ``guesses``: bytes a token that were read ahead, by what became of them. ``sentence``;
+        ``change``, where settings were changed on the way; ``of``: the settings of the run, where
+        they are not those in force any more; ``ended``: why and when.
+    """
+    if run is None:
+        return {"guesses": {}, "sentence": IDLE, "change": "", "of": "", "ended": ""}
+    held = run.history[-1][1]
+    stale = not running and differences(held, settings)
+    asked = run.request.max_new_tokens
+    return {
+        "guesses": dict(run.account(first).guesses),
+        "sentence": run.sentence(first),
+        "change": _change(run),
+        "of": short(held, run.trace.shape) if stale else "",
+        "ended": "" if running else ending(run.ended, len(run.tokens), asked),
+    }
+
+
+def _change(run: Any) -> str:
+    """What the last change of settings did to a token, once there are tokens on both sides."""
+    marks, count = merge_changes(run.changes), len(run.token_reports)
+    if not marks or marks[-1]["first"] < 2 or marks[-1]["last"] >= count:
+        return ""  # decoded tokens are on one side of it only
+    first, last = marks[-1]["first"], marks[-1]["last"]
+    was, now = [s for token, s in run.history if token < first][-1], run.history[-1][1]
+    if was.device != now.device:
+        return ""  # a measured and an emulated time have no difference
+    old = shown(was) | shown_strategy(was.strategy)
+    what = ", ".join(
+        f"{name.replace('_', ' ')} {old.get(name, 'none')} \N{RIGHTWARDS ARROW} {value}"
+        for name, value in differences(was, now).items()
+    )
+    before = run.account(max(1, first - RECENT_TOKENS), first)
+    return before.change_to(run.account(max(last, count - RECENT_TOKENS)), what)

@@ -97,9 +97,8 @@ class RunQueries:
         settled = reader.run.log.settled
         document = reader.read(start)
         self._settled = min(settled, document["events"]["count"])
-        return with_buffers(
-            document | {"run": self._number, "from": start, "running": bool(running)}
-        )
+        told = {"run": self._number, "from": start, "running": bool(running)}
+        return with_buffers(document | told | {"sentence": reader.run.sentence()})
 
     def _page(self, _content: Mapping[str, Any]) -> Answer:
         run = self._reader().run

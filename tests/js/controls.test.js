@@ -49,6 +49,21 @@ test("an unanswered change holds the next one back for a second", ({ mock }) => 
   assert.equal(sent.length, 2);
 });
 
+test("a kernel that does not answer is noticed, and that it does again", ({ mock }) => {
+  mock.timers.enable({ apis: ["setTimeout", "Date"], now: 1e6 });
+  const told = [],
+    now = { answered: -1 },
+    sender = new Sender({ get: () => now, send: () => {} }, (on) => told.push(on));
+  sender.send({ do: "stop" });
+  pass(mock, 1400);
+  assert.ok(!told.includes(true));
+  pass(mock, 200);
+  assert.equal(told.at(-1), true);
+  now.answered = sender.n;
+  sender.flush(); // as when an answer has come
+  assert.equal(told.at(-1), false);
+});
+
 test("a moment stays within the run, and live is the newest again", () => {
   const held = { recording: { count: 10 } },
     travel = new Travel({ count: () => 10, past: () => held }, 6, () => {}, () => {});

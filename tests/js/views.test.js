@@ -3,13 +3,14 @@ import { test } from "node:test";
 import { layoutOf, partsOf, scaleOf } from "../../moelab/views/static/bars.js";
 import { chance } from "../../moelab/views/static/blame.js";
 import { shareOf } from "../../moelab/views/static/element.js";
+import { inSum, spentOn } from "../../moelab/views/static/figures.js";
 import { spread } from "../../moelab/views/static/tiles.js";
 import { shadesOf, strengthOf } from "../../moelab/views/static/text.js";
 import { inLayer } from "../../moelab/views/static/timeline.js";
 import { describeToken } from "../../moelab/views/static/tip.js";
 
 const frame = (count, more = {}) => ({
-  count, first: 0, past: null,
+  count, first: 0, past: null, changes: [],
   tokens: { kl: new Float32Array(count).fill(NaN) },
   ...more,
 });
@@ -29,7 +30,7 @@ test("where a moment is shown its bars are in the middle, within the ends", () =
 test("a measured KL has a lane of its own", () => {
   const kl = new Float32Array([NaN, 0.1]);
   const [without, beside] = [frame(2), frame(2, { tokens: { kl } })].map((f) => layoutOf(f, 644, 200));
-  assert.deepEqual([without.lane, beside.lane], [0, 34]);
+  assert.deepEqual([without.lane, beside.lane], [0, 24]);
   assert.equal(without.base - beside.base, beside.lane + beside.gap);
 });
 
@@ -67,6 +68,15 @@ test("words of layers, chances and shares", () => {
   assert.deepEqual([shareOf(3, 2, 4), shareOf(3, 3, 3), shareOf(null, 0, 1)], [0.5, 1, 1]);
 });
 
+test("what a token's time goes into adds up to what a watch shows", () => {
+  const names = ["compute_ms", "deciding_ms", "on demand", "prefetch late", "evict", "measuring_ms", "setup_ms"],
+    tokens = Object.fromEntries(names.map((name, i) => [name, Float32Array.of(100, i, i + 1)]));
+  const sum = (told) => told.reduce((total, [, ms]) => total + ms, 0);
+  assert.equal(sum(spentOn(tokens, 1, 3)), (21 + 28) / 2);
+  assert.equal(sum(spentOn(tokens, 0)), 700);
+  assert.deepEqual(inSum(spentOn(tokens, 1)).map((words) => words.split(" + ").length), [1, 6]);
+});
+
 test("the tip tells what a token cost, in its parts", () => {
   const one = (x) => Float32Array.of(x);
   const tokens = {
@@ -80,7 +90,8 @@ test("the tip tells what a token cost, in its parts", () => {
   assert.equal(title, 'token 7 "a\\n"');
   const said = Object.fromEntries(rows);
   assert.equal(said.deciding, "0.50 ms");
-  assert.equal(said["stall: on demand"], "1.50 ms");
-  assert.ok(!("stall: evict" in said) && !("prefetches" in said));
+  assert.equal(said["waiting on demand"], "1.50 ms");
+  assert.equal(said["by the watch"], "5.00 ms");
+  assert.ok(!("waiting to evict" in said) && !("prefetches" in said));
   assert.equal(said.KL, "not measured");
 });

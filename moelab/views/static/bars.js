@@ -15,11 +15,11 @@ export const KL_ENDS = { low: 1e-4, high: 1 };
  * apart, from the frame's index `begin` on), or those around the moment shown. Full bars are `tall`
  * above the axis at `base`; the KL's lane, where there is one, is `gap` below it.
  */
-export function layoutOf({ count, tokens, past, first }, width, height) {
-  const box = { left: 38, top: 30, width: width - 44 };
+export function layoutOf({ count, tokens, past, first, changes }, width, height) {
+  const box = { left: 38, top: changes.length ? 30 : 18, width: width - 44 };
   const hasKl = count > 0 && tokens.kl.some(Number.isFinite),
-    lane = hasKl ? 34 : 0,
-    gap = lane ? 14 : 0;
+    lane = hasKl ? 24 : 0,
+    gap = lane ? 12 : 0;
   const step = STEPS.find((s) => s * count <= box.width) ?? STEPS.at(-1),
     shown = Math.min(count, Math.floor(box.width / step));
   const middle = past ? past.token - first - Math.floor(shown / 2) : count - shown,
@@ -51,12 +51,13 @@ export class LatencyBars {
     this.layers = options.layers;
     this.parts = partsOf(options);
     this.scale = 0;
+    this.keys = {};
     const label = "Latency of each token; arrow keys move from token to token, Enter shows why";
     this.sheet = new Sheet(label, () => this.draw());
     this.legend = h("div", { class: "moe-legend" });
     this.node = markup`
       <section class="moe-panel moe-bars" aria-label="Latency per token">
-        <header><h3>Latency per token</h3>${this.legend}</header>
+        <header><h3>Latency</h3>${this.legend}</header>
         ${this.sheet.box}
       </section>`;
     this.sheet.on({
@@ -109,6 +110,10 @@ export class LatencyBars {
       if (x >= at.left) fillBox(g, ink.text, x - 0.5, at.top - 4, 1, this.reach(at), 0.75);
     }
     this.node.dataset.bars = `${at.shown}`;
+    const { origins, changes } = this.frame,
+      there = { measured: origins.some((o) => !o.emulated), emulated: origins.some((o) => o.emulated) };
+    for (const [name, key] of Object.entries(this.keys))
+      key.hidden = !(name === "changed" ? changes.length : there[name]);
   }
 
   /** From above the bars to below the last lane. */
@@ -209,11 +214,11 @@ export class LatencyBars {
       high = at.base + at.gap;
     for (const y of [low, (low + high) / 2, high])
       fillBox(g, ink.line, at.left, Math.round(y), at.width, 1, 0.7);
-    fillWords(g, ink.soft, "right", "1", at.left - 6, high + 1);
+    fillWords(g, ink.kl, "right", "KL 1", at.left - 6, high + 1);
     fillWords(g, ink.soft, "right", "10⁻⁴", at.left - 6, low - 1);
-    fillWords(g, ink.kl, "right", "KL", at.left - 6, (low + high) / 2 + 1);
     const r = Math.max(1.5, Math.min(2.5, w / 2)),
       spots = new Path2D();
+    g.fillStyle = ink.kl;
     for (let i = 0; i < at.shown; i++) {
       const x = values[at.begin + i];
       if (!Number.isFinite(x)) continue;
@@ -255,7 +260,14 @@ export class LatencyBars {
       const over = part === "deciding" ? part : part in HATCHED ? "late" : "";
       return h("i", { class: `moe-cell ${over}`, style: `--c:${this.look.ink[part]};--f:100%` });
     };
-    this.legend.replaceChildren(...this.parts.map(([part]) => legendKey(swatch(part), part)));
+    const strip = (name) => h("i", { class: `moe-cell strip ${name}` });
+    this.keys = {
+      measured: legendKey(strip("measured"), "measured"),
+      emulated: legendKey(strip("late"), "emulated"),
+      changed: legendKey(strip("changed"), "settings changed"),
+    };
+    const parts = this.parts.map(([part]) => legendKey(swatch(part), part));
+    this.legend.replaceChildren(...parts, ...Object.values(this.keys));
     this.draw();
   }
 

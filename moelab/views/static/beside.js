@@ -3,8 +3,6 @@
 import { cross, h, markup, say } from "./element.js";
 import { signed, titleOf, written } from "./numbers.js";
 
-const OTHER_CLOCK = "times of different devices: no difference is taken";
-
 export class Beside {
   constructor(close) {
     this.head = h("span");
@@ -18,11 +16,11 @@ export class Beside {
   }
 
   show(two, saved) {
-    const { names, at, prompts, same_device: clock } = two;
+    const { names, at, prompts, verdict } = two;
     const numbers = names.map((name) => saved.find((run) => run.name === name)?.number ?? ""),
       parting = at === null ? "every token is the same" : `first different token: ${at}`,
       differ = prompts[0] !== prompts[1] ? "different prompts" : parting;
-    say(this.head, clock ? differ : `${differ} · ${OTHER_CLOCK}`);
+    say(this.head, `${differ} · ${verdict}`);
     this.texts.replaceChildren(...names.map((_, i) => text(two, numbers[i], i)));
     for (const mark of this.texts.querySelectorAll("mark"))
       mark.parentElement.scrollTop = Math.max(0, mark.offsetTop - 90);

@@ -3,14 +3,16 @@
 // expert. With few experts a chip says all in words; with many it is a shape and a number.
 
 import { cross, filledBar, h, icon, markup, say, shape } from "./element.js";
-import { bytes, kl, millis, rate, within } from "./numbers.js";
+import { inSum, spentOn } from "./figures.js";
+import { bytes, kl, millis, within } from "./numbers.js";
 import { brief, inWords, outcomes, wordOf } from "./outcomes.js";
 import { waitOf } from "./recording.js";
 
 const WORDY = 2; // experts a layer, up to which a chip has room for words
+const A_LINE = 4; // chips with room for a shape and two digits
 const FEW_ROWS = 16; // more than can be seen at once
-const ROW_PX = 25;
-const SEEN_PX = 300; // all three as history.css has it
+const LINE_PX = 25;
+const SEEN_PX = 300; // as history.css has it
 
 class Chips {
   /** `choose(layer, expert)` is called for a chip that is clicked. */
@@ -20,7 +22,7 @@ class Chips {
     this.choose = choose;
     this.rows = [];
     this.at = [0, 0];
-    this.K = this.top = this.turn = 0;
+    this.K = this.top = this.turn = this.tall = 0;
     this.node = h("div", {
       class: "moe-chips", role: "grid", "aria-label": "Experts used",
       onkeydown: (e) => this.key(e),
@@ -35,7 +37,10 @@ class Chips {
   build(K) {
     this.K = K;
     this.rows = Array.from({ length: this.layers }, (_, layer) => this.row(layer));
-    this.node.style.setProperty("--k", K);
+    const lines = Math.ceil(K / A_LINE);
+    this.tall = LINE_PX * lines;
+    this.node.style.setProperty("--k", `${Math.min(K, A_LINE)}`);
+    this.node.style.setProperty("--lines", `${lines}`);
     this.node.classList.toggle("wordy", K <= WORDY);
     this.node.replaceChildren(...this.rows.map((row) => row.node));
     this.focusable(0, 0);
@@ -46,7 +51,10 @@ class Chips {
       wait = h("span", { class: "moe-row-wait" }),
       nodes = cells.map((cell) => cell.node);
     const node = markup`
-      <div role="row"><span role="rowheader" class="moe-soft">${layer}</span>${[...nodes, wait]}</div>`;
+      <div role="row">
+        <span role="rowheader" class="moe-soft">${layer}</span>
+        <span role="presentation">${nodes}</span>${wait}
+      </div>`;
     return { node, cells, wait, turn: 0 };
   }
 
@@ -85,16 +93,16 @@ class Chips {
   /** In the middle of a token the layer at work is in sight. */
   follow() {
     const many = this.layers > FEW_ROWS,
-      y = Math.max(0, this.now) * ROW_PX - this.top;
-    if (!many || this.now === this.layers - 1 || (y >= 0 && y < SEEN_PX - ROW_PX)) return;
-    this.top = Math.max(0, Math.max(0, this.now) * ROW_PX - SEEN_PX / 2);
+      y = Math.max(0, this.now) * this.tall - this.top;
+    if (!many || this.now === this.layers - 1 || (y >= 0 && y < SEEN_PX - this.tall)) return;
+    this.top = Math.max(0, Math.max(0, this.now) * this.tall - SEEN_PX / 2);
     this.node.scrollTop = this.top;
   }
 
   /** Rows that can be seen; the others when they come into view. */
   fillRows() {
     const many = this.layers > FEW_ROWS,
-      from = many ? Math.max(0, Math.floor(this.top / ROW_PX) - 1) : 0,
+      from = many ? Math.max(0, Math.floor(this.top / this.tall) - 1) : 0,
       to = many ? Math.min(this.layers, from + FEW_ROWS) : this.layers;
     for (let l = from; l < to; l++) this.fillRow(l);
   }
@@ -147,9 +155,8 @@ class Chips {
   }
 }
 
-const AT_ONCE = 96; // chips
-const LATER_MS = 150;
-const KINDS_SHOWN = ["hit", "prefetch", "load", "downgrade", "skip", "substitute"];
+const MOST_ROWS = 12; // that are seen without scrolling, of one line each
+const KINDS_SHOWN = ["hit", "prefetch", "late", "load", "downgrade", "skip", "substitute"];
 
 export class Blame {
   /** `close` is null where there is nothing to close it for. */
@@ -188,44 +195,17 @@ export class Blame {
     say(this.title, `Token ${token} ${JSON.stringify(pieces[token])}`);
     this.showCost(tokens, token, model.causes);
     this.showTop(document.top, pieces[token], token, tokens.kl[token]);
-    say(this.head, token ? "experts by layer" : "experts by layer, of the prompt's last position");
-    this.showChips(recording, token, layer);
-  }
-
-  /** At once where there are few; many are drawn when the hand rests, or a few times a second. */
-  showChips(recording, token, layer) {
-    const show = () => {
-      this.late = 0;
-      this.drawn = performance.now();
-      this.chips.show(outcomes(recording, token), recording.gates.K, layer);
-    };
-    clearTimeout(this.late);
-    const many = recording.layers * recording.gates.K > AT_ONCE,
-      wait = many ? (this.drawn ?? -1e9) + LATER_MS - performance.now() : 0;
-    if (wait <= 0) show();
-    else this.late = setTimeout(show, wait);
+    const many = recording.layers > MOST_ROWS ? ` · ${recording.layers} layers: scroll` : "";
+    say(this.head, `experts by layer${token ? "" : ", of the prompt's last position"}${many}`);
+    this.chips.show(outcomes(recording, token), recording.gates.K, layer);
   }
 
   showCost(tokens, token, causes) {
-    const waits = causes.filter((c) => tokens[c][token] >= 0.005),
-      sum = waitOf(tokens, waits, token),
-      parts = waits.map((c) => `${c} ${rate(tokens[c][token])}`).join(", "),
-      deciding = tokens.deciding_ms[token];
-    this.node.dataset.wait = sum.toFixed(3);
+    const [total, parts] = inSum(spentOn(tokens, token)),
+      read = h("b", {}, `${bytes(tokens.bytes[token])} read`);
+    this.node.dataset.wait = waitOf(tokens, causes, token).toFixed(3);
     this.node.dataset.bytes = `${tokens.bytes[token]}`;
-    this.cost.replaceChildren(
-      h("b", {}, millis(tokens.total_ms[token])),
-      ` = ${rate(tokens.compute_ms[token])} computing + `,
-      deciding >= 0.005 ? `${rate(deciding)} deciding + ` : "",
-      h("b", {}, `${millis(sum)} waiting`),
-      waits.length > 1 ? ` (${parts})` : waits.length ? ` (${waits[0]})` : "",
-      "; ",
-      h("b", {}, `${bytes(tokens.bytes[token])} read`),
-    );
-  }
-
-  close() {
-    clearTimeout(this.late);
+    this.cost.replaceChildren(h("b", {}, total), ` = ${parts}; `, read);
   }
 
   showTop(top, piece, token, value) {
@@ -237,7 +217,7 @@ export class Blame {
     this.five[1].replaceChildren(...(full ?? []).map((entry) => line(entry, most, piece, "full")));
     const measured = Number.isFinite(value),
       said = ["KL divergence from full precision ", h("b", {}, kl(value)), " nats"],
-      missing = "Tick “measure KL” and run again to see full precision beside it.";
+      missing = "KL was not measured at this token: choose “KL: each token” and run again.";
     this.node.dataset.kl = measured ? value : "";
     this.missing.replaceChildren(...(measured ? said : [missing]));
   }

@@ -1,7 +1,7 @@
 // The budget: one native slider from nothing to every expert at 16 bit, with ticks at what one
 // token needs and at everything in the bits now set. Below the red line nothing can run.
 
-import { h, Hold, markup, say } from "./element.js";
+import { h, holdOf, markup, say } from "./element.js";
 import { bytes, percent } from "./numbers.js";
 
 const SLIDER = 400;
@@ -38,7 +38,7 @@ export class Budget {
         change(budget);
       },
     });
-    this.hold = new Hold(this.slider, settle);
+    this.held = holdOf(this.slider, settle);
     this.value = h("output", { class: "moe-value", "aria-live": "off" }); // the slider says it
     this.marks = ["one token", "everything"].map((words) => [h("i"), h("span", {}, words)]);
     this.never = h("span", { class: "moe-never" });
@@ -60,7 +60,7 @@ export class Budget {
     const { layers, experts, expert_bytes } = this.options,
       share = (nbytes) => Math.min(1, nbytes / this.total);
     this.bits = now.bits;
-    if (settled && !this.hold.held) {
+    if (settled && !this.held()) {
       this.slider.value = `${Math.round(SLIDER * share(now.budget_bytes))}`;
       this.label(now.budget_bytes);
     }
@@ -77,9 +77,5 @@ export class Budget {
       tick.style.setProperty("--at", shares[i]);
       label.style.left = `${lefts[i]}px`;
     });
-  }
-
-  close() {
-    this.hold.close();
   }
 }

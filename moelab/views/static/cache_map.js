@@ -1,16 +1,16 @@
 // The cache map: layers down, experts across. Colour and fill are the resident bits; an orange
-// frame flashes where an expert was loaded, a dot marks what the newest token used.
+// frame marks what was loaded since the frame before, a dot what the newest token used.
 
 import { fillBox, fillWords, Sheet, stamp, triangle } from "./canvas.js";
 import { FILL } from "./colours.js";
 import { h, icon, legendKey, markup } from "./element.js";
 import { percent, short } from "./numbers.js";
 import { MARKS } from "./replay.js";
-import { FADE_MS, Tiles } from "./tiles.js";
+import { Tiles } from "./tiles.js";
 import { drawWhy } from "./tip.js";
 
 /** Twenty pixels a layer where there are few; eight, or of very many six, at least. */
-const tallFor = (layers) => Math.max(138, Math.min(208, layers * 20), layers * (layers > 36 ? 6 : 8));
+const tallFor = (layers) => Math.max(120, Math.min(208, layers * 20), layers * (layers > 36 ? 6 : 8));
 
 export class CacheMap {
   /** `onPick(layer, expert)` is called for an expert that is clicked. */
@@ -27,7 +27,8 @@ export class CacheMap {
     this.sheet = new Sheet(label, () => this.draw());
     this.sheet.box.style.height = `${tallFor(this.layers) + 16}px`;
     this.tiles = new Tiles(look, this.sheet, options);
-    this.seen = new Int32Array(this.layers * this.experts).fill(-1);
+    this.seen = 0;
+    this.frame = null;
     this.legend = h("div", { class: "moe-legend" });
     this.node = markup`
       <section class="moe-panel moe-map" aria-label="Cache map">
@@ -55,7 +56,7 @@ export class CacheMap {
     if (step === undefined) return;
     event.preventDefault();
     const next = this.at === null ? 0 : this.at + step;
-    if (next >= 0 && next < this.seen.length) this.point(next);
+    if (next >= 0 && next < this.layers * experts) this.point(next);
   }
 
   pick(cell) {
@@ -69,16 +70,11 @@ export class CacheMap {
   }
 
   show(frame) {
-    const fresh = frame.run !== this.run || frame.past || this.frame?.past,
-      now = performance.now(),
-      { loaded } = frame.map,
-      { flashed } = this.tiles;
-    this.run = frame.run;
-    for (let i = 0; i < loaded.length; i++) {
-      if (loaded[i] !== this.seen[i] && loaded[i] >= 0 && !fresh) flashed[i] = now;
-      else if (frame.past) flashed[i] = -1e9;
-      this.seen[i] = loaded[i];
-    }
+    const { newest, past } = frame,
+      follows = this.frame?.run === frame.run && !this.frame.past;
+    if (past) this.seen = newest; // its loads are among the marks
+    else if (!follows) this.seen = Math.max(-1, newest - 1);
+    else if (newest !== this.frame.newest) this.seen = Math.min(this.frame.newest, newest - 1);
     this.frame = frame;
     this.draw();
     if (this.at !== null) this.describe();
@@ -88,7 +84,7 @@ export class CacheMap {
     if (!this.frame || !this.sheet.width) return;
     const g = this.sheet.begin(),
       { tiles } = this;
-    tiles.paint(g, this.frame);
+    tiles.paint(g, this.frame, this.seen);
     if (this.frame.past) this.drawPast(g, tiles.grid());
     this.drawAxes(g, tiles.grid());
     for (const [cell, line] of [[this.chosen, 2.5], [this.at, 2]]) {
@@ -98,8 +94,6 @@ export class CacheMap {
       const [x, y, w, t] = tiles.box(cell);
       g.strokeRect(x - 1, y - 1, w + 2, t + 2);
     }
-    clearTimeout(this.timer);
-    if (tiles.fading) this.timer = setTimeout(() => this.draw(), FADE_MS); // mostly a frame is first
   }
 
   /** What the token shown did by then: loaded and prefetched experts, those that left, the layer. */
@@ -212,7 +206,6 @@ export class CacheMap {
   }
 
   close() {
-    clearTimeout(this.timer);
     this.why?.close();
     this.sheet.close();
   }

@@ -12,7 +12,7 @@ export const FILL = { 16: 1, 8: 0.74, 4: 0.5, 3: 0.36, 2: 0.24 };
 export const INK = {
   compute: "compute", deciding: "deciding", "on demand": "load", "prefetch late": "late",
   evict: "substitute", kl: "measured", hit: "measured", load: "load", prefetch: "prefetch",
-  downgrade: "downgrade", substitute: "substitute",
+  late: "late", downgrade: "downgrade", substitute: "substitute",
   text: "text-1", soft: "soft", line: "line", cell: "fill", ground: "ground",
 };
 

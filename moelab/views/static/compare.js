@@ -5,7 +5,7 @@ import { Beside } from "./beside.js";
 import { still } from "./colours.js";
 import { button, cross, focused, h, keep, markup, say, voice } from "./element.js";
 import { COLUMNS_OF_RUNS, Scatter } from "./scatter.js";
-import { titleOf, written } from "./numbers.js";
+import { rate, titleOf, written } from "./numbers.js";
 import { WhatIf } from "./whatif.js";
 
 const BEST = "No other run on this device beats it";
@@ -208,6 +208,8 @@ export class Runs {
       badge = h("b", { class: "moe-badge", title: run.device }, run.timing);
     badge.classList.toggle("emulated", run.emulated);
     const cells = COLUMNS_OF_RUNS.map((k) => h("td", { "data-key": k }, written(k, run[k])));
+    const [low, high] = run.range ?? [0, 0];
+    if (high > low) cells[0].append(h("small", {}, `${rate(low)} to ${rate(high)}`));
     return markup`
       <tr data-name="${name}" class="${box.checked ? "on" : ""}">
         <td>${box}</td>
@@ -230,23 +232,22 @@ export class Runs {
 class Export {
   constructor(model) {
     this.model = model;
-    this.asked = false;
     this.said = h("span", { role: "status" });
     const title = "Save the newest run as one HTML file that works without a kernel or a network";
     this.go = button("Export", { title, onclick: () => this.ask() });
     this.node = h("span", {}, this.go, this.said);
-    this.heard = ({ page }, buffers) => page && this.asked && this.save(page, buffers);
+    this.heard = ({ page }, buffers) => page && this.go.disabled && this.save(page, buffers);
     model.on("msg:custom", this.heard);
   }
 
   ask() {
-    this.asked = this.go.disabled = true;
+    this.go.disabled = true;
     say(this.said, "exporting …");
     this.model.send({ do: "page" });
   }
 
   save({ error, tokens }, [page]) {
-    this.asked = this.go.disabled = false;
+    this.go.disabled = false;
     say(this.said, error ?? "");
     this.said.className = error ? "moe-refused" : "";
     if (error) return;

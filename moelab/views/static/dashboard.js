@@ -106,7 +106,7 @@ class View {
     this.pick = new ModelPick(model);
     const shape = h("span", { class: "moe-soft" }, modelShape(options));
     this.root.prepend(
-      headOf(this.pick.pick, shape, this.stage.status, this.runs.bar),
+      headOf(this.pick.pick, shape, this.runs.bar, this.stage.status),
       this.pick.line, this.settings.node, this.runs.whatIf.node,
       this.stage.figures.node, this.stage.timeline.node, this.stage.main,
       this.runs.node, this.settings.fault.node,

@@ -1,7 +1,7 @@
 // The strategy, opened up: one drop-down per decision, each offering that part of every strategy,
 // and the parameters of the parts chosen. Folded away it is one line that explains the strategy.
 
-import { button, optionsOf, h, Hold, markup, say, unique } from "./element.js";
+import { button, optionsOf, h, holdOf, markup, say, unique } from "./element.js";
 
 class Parameter {
   constructor({ roles, name, text, low, high, step, choices }, change, settle) {
@@ -21,7 +21,7 @@ class Parameter {
         onchange: () => this.typed(),
         onblur: () => (this.typing = false),
       });
-      this.hold = new Hold(this.input, settle);
+      this.held = holdOf(this.input, settle);
     }
     this.node = markup`
       <div class="moe-parameter ${this.number ? "" : "choice"}">
@@ -42,13 +42,9 @@ class Parameter {
   }
 
   sync(value) {
-    if (this.hold?.held) return;
+    if (this.held?.()) return;
     this.input.value = value;
     if (this.number && !this.typing) this.number.value = `${+value.toPrecision(3)}`;
-  }
-
-  close() {
-    this.hold?.close();
   }
 }
 
@@ -65,7 +61,6 @@ class PartParameters {
   sync(parameters, settled) {
     const signature = JSON.stringify(parameters, (key, x) => (key === "value" ? undefined : x));
     if (signature !== this.signature) {
-      this.close();
       this.signature = signature;
       this.fields = Object.fromEntries(
         parameters.map((p) => [p.name, new Parameter(p, this.change, this.settle)]),
@@ -79,10 +74,6 @@ class PartParameters {
 
   inputs() {
     return Object.entries(this.fields).map(([name, field]) => [name, field.input]);
-  }
-
-  close() {
-    for (const field of Object.values(this.fields)) field.close();
   }
 }
 
@@ -142,9 +133,5 @@ export class Decisions {
   controls() {
     const selects = Object.values(this.selects).map(({ node }) => [node.name, node]);
     return [...selects, ...this.parameters.inputs()];
-  }
-
-  close() {
-    this.parameters.close();
   }
 }

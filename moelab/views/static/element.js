@@ -87,6 +87,7 @@ export const SHAPES = {
   hit: "M6 2a4 4 0 1 0 0 8a4 4 0 1 0 0-8z",
   load: "M1 2h10L6 10.5z",
   prefetch: "M1 1.5L6 6 1 10.5zM6 1.5L11 6 6 10.5z",
+  late: "M1 1.5L7 6 1 10.5zM8.4 1.5h2.4v9H8.4z",
   downgrade: "M4.4 1h3.2v5H11L6 11.4 1 6h3.4z",
   skip: "M1 4.8h10v2.4H1z",
   substitute: "M6 .8L11.2 6 6 11.2.8 6z",
@@ -133,23 +134,11 @@ export function showBadge(node, device, words) {
 }
 
 /**
- * Whether a slider is in a hand. A drag may end anywhere on the page, and where it ends as it began
- * there is no change event: `settle` is called either way.
+ * Whether a slider is in a hand; `settle` is called when it is let go, wherever that is. A drag that
+ * ends where it began has no change event.
  */
-export class Hold {
-  constructor(slider, settle) {
-    this.held = false;
-    this.listening = new AbortController();
-    slider.addEventListener("pointerdown", () => (this.held = true));
-    const release = () => {
-      if (!this.held) return;
-      this.held = false;
-      settle();
-    };
-    const how = { capture: true, signal: this.listening.signal };
-    for (const end of ["pointerup", "pointercancel"]) document.addEventListener(end, release, how);
-  }
-  close() {
-    this.listening.abort();
-  }
+export function holdOf(slider, settle) {
+  slider.addEventListener("pointerdown", (e) => slider.setPointerCapture(e.pointerId));
+  slider.addEventListener("lostpointercapture", settle);
+  return () => slider.matches(":active");
 }

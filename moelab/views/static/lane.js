@@ -203,7 +203,7 @@ const isUpper = ({ kind }) => kind === "load" || kind === "prefetch" || kind ===
 
 function shapeOf({ kind, lower, cause }) {
   if (lower && kind === "hit") return "downgrade";
-  return kind === "hit" && cause === "prefetched" ? "prefetch" : kind;
+  return (kind === "hit" && { prefetched: "prefetch", "prefetch late": "late" }[cause]) || kind;
 }
 
 function happening({ kind, token, at, bits, lower, cause }) {

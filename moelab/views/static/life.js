@@ -16,6 +16,12 @@ const CAUSES = {
   failed: "its prefetch failed",
 };
 
+/** What the lane draws: above the band what came and left, below it each use by where it came from. */
+const GLYPHS = [
+  ["load", "loaded"], ["prefetch", "read ahead, or used in time"], ["late", "used, but late"],
+  ["evict", "left"], ["hit", "used"], ["downgrade", "at fewer bits"], ["skip", "skipped"],
+];
+
 export class Life {
   constructor(look, axis, layers, { go, reason, close }) {
     this.go = go;
@@ -29,7 +35,10 @@ export class Life {
     this.node = markup`
       <section class="moe-panel moe-life" aria-label="Life of an expert" hidden>
         <header>${[this.title, this.summary, cross("Close this life", close)]}</header>
-        ${[this.lane.sheet.box, this.why]}
+        ${this.lane.sheet.box}
+        <div class="moe-legend" aria-hidden="true">${GLYPHS.map(([kind, words]) =>
+          h("span", { class: "moe-key", "data-kind": kind }, icon(kind), words))}</div>
+        ${this.why}
       </section>`;
   }
 

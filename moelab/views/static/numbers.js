@@ -58,7 +58,7 @@ export function signed(key, x) {
   return `${x < 0 ? "−" : "+"}${written(key, Math.abs(x)).replace("%", "points")}`;
 }
 
-const PLURALS = { prefetch: "prefetches", evict: "evictions" };
+const PLURALS = { prefetch: "prefetches", evict: "evictions", late: "late" };
 
 export function plural(n, kind) {
   const one = kind === "evict" ? "eviction" : kind;

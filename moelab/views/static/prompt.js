@@ -9,8 +9,9 @@ const NOTE_MS = 4000;
 const CHAT = "Put the prompt into the model's chat template: it answers instead of continuing";
 
 export class Prompt {
-  constructor(model, options, measure) {
+  constructor(model, options, sender, measure) {
     this.model = model;
+    this.sender = sender;
     this.prompts = options.prompts;
     this.prompt = h("textarea", {
       rows: 2, "aria-label": "Prompt", spellcheck: "false",
@@ -29,7 +30,7 @@ export class Prompt {
     this.chat = h("input", { type: "checkbox", name: "chat", onchange });
     this.limit = h("output", { class: "moe-limit" });
     this.go = button("Run", { class: "moe-run", onclick: () => this.run() });
-    this.halt = button("Stop", { onclick: () => model.send({ do: "stop", where: "run" }) });
+    this.halt = button("Stop", { onclick: () => sender.send({ do: "stop", where: "run" }) });
     this.starts = this.dropDown();
     const chat = options.chat && markup`<label title="${CHAT}">${this.chat}chat</label>`;
     this.node = markup`
@@ -44,7 +45,7 @@ export class Prompt {
             <span class="moe-tokens"><label>max tokens ${this.tokens}</label>${this.limit}</span>
             ${chat}
             <label title="Run the full-precision model along on the same context">
-              ${measure}measure KL
+              measure KL ${measure}
             </label>
           </div>
         </div>
@@ -85,7 +86,7 @@ export class Prompt {
   run() {
     if (this.running) return;
     const form = { prompt: this.prompt.value, max_new_tokens: this.count(), chat: this.chat.checked };
-    this.model.send({ do: "run", form, where: "run" });
+    this.sender.send({ do: "run", form, where: "run" });
   }
 
   /** Show the form, but never write into a field that is being typed in. */

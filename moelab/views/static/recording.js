@@ -32,16 +32,19 @@ function column(Type, raw) {
 const columns = (types, raw) =>
   Object.fromEntries(Object.entries(types).map(([name, Type]) => [name, column(Type, raw[name])]));
 
+/** Parts of a token's time that older recordings do not have: they are nothing there. */
+const LATER = ["deciding_ms", "measuring_ms", "setup_ms"];
+
 /**
- * The figures of tokens by their columns' names; recordings from before the strategy's own time
- * was taken have none of it: it is nothing there.
+ * The figures of tokens by their columns' names.
  * @param {string[]} names
  * @param {Float32Array} values [C, T], a row for each name
  * @returns {Record<string, Float32Array>}
  */
 export function byName(names, values) {
   const count = values.length / names.length,
-    tokens = { deciding_ms: new Float32Array(count) };
+    /** @type {Record<string, Float32Array>} */
+    tokens = Object.fromEntries(LATER.map((name) => [name, new Float32Array(count)]));
   names.forEach((name, c) => (tokens[name] = values.subarray(c * count, (c + 1) * count)));
   return tokens;
 }
@@ -110,6 +113,11 @@ export class Recording {
 
   cause(row) {
     return this.causes[this.events.cause[row]];
+  }
+
+  /** Whether a row is a right guess whose bytes were still on their way. */
+  isLate(row) {
+    return this.events.kind[row] === KIND.hit && this.cause(row) === "prefetch late";
   }
 
   /** The settings in force at a token. */

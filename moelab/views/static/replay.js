@@ -102,6 +102,9 @@ export class Replay {
       resident: this.resident(bits, token),
       recent: this.figures(Math.max(since, whole - RECENT), whole),
       whole: this.figures(since, whole),
+      span: [Math.max(since, whole - RECENT), whole],
+      sentence: document.sentence ? `At the end: ${document.sentence}` : "",
+      change: "", of: "", guesses: {},
     };
   }
 
@@ -156,12 +159,11 @@ export class Replay {
   /** What the token had cost when this layer had been decided. */
   counts(token, layer) {
     const { events, layers } = this.recording,
-      out = Object.fromEntries(KINDS.map((kind) => [kind, 0]));
-    out.bytes = 0;
+      out = Object.fromEntries([...KINDS, "late", "bytes"].map((kind) => [kind, 0]));
     const end = this.recording.upTo(token, layer);
     for (let i = this.recording.upTo(token - 1, layers); i < end; i++) {
       const kind = events.kind[i];
-      out[KINDS[kind]] += 1;
+      out[this.recording.isLate(i) ? "late" : KINDS[kind]] += 1;
       if (kind === KIND.load || kind === KIND.prefetch) out.bytes += events.bytes[i];
     }
     return out;

@@ -4,7 +4,7 @@
 
 import { Budget } from "./budget.js";
 import { Decisions } from "./decisions.js";
-import { cross, h, keep, markup, optionsOf, say, showBadge } from "./element.js";
+import { button, cross, h, keep, markup, optionsOf, say, showBadge } from "./element.js";
 import { within } from "./numbers.js";
 import { Prompt } from "./prompt.js";
 
@@ -46,15 +46,30 @@ class Fault {
 
 const THROTTLE_MS = 50;
 const UNANSWERED_MS = 1000;
+const DEAF_MS = 1500;
 
-/** Sends changes at most every 50 ms: of each setting the newest, one unanswered at a time. */
+/**
+ * Tells the kernel what is asked for and knows what it has answered. Of each setting the newest is
+ * sent, at most every 50 ms, one unanswered at a time.
+ */
 export class Sender {
-  constructor(model) {
+  /** `deaf(on)` is told when the kernel has not answered for a while, and when it has again. */
+  constructor(model, deaf = (_on) => {}) {
     this.model = model;
+    this.deaf = deaf;
     this.waiting = {};
     this.n = Date.now();
     this.sentAt = 0;
-    this.timer = undefined;
+    this.timer = this.patience = undefined;
+  }
+
+  /** Ask for something now. */
+  send(content) {
+    const pending = !this.answered();
+    this.n += 1;
+    this.sentAt = Date.now();
+    this.model.send({ ...content, n: this.n });
+    if (!pending) this.patience = setTimeout(() => this.deaf(!this.answered()), DEAF_MS);
   }
 
   /** `where` is the control that asked: an error is drawn there. */
@@ -73,6 +88,7 @@ export class Sender {
 
   flush() {
     clearTimeout(this.timer);
+    if (this.answered()) this.deaf(false);
     const [where] = Object.keys(this.waiting);
     if (where === undefined) return;
     const wait = this.sentAt + (this.answered() ? THROTTLE_MS : UNANSWERED_MS) - Date.now();
@@ -82,21 +98,46 @@ export class Sender {
     }
     const changes = this.waiting[where];
     delete this.waiting[where]; // one setting a message: an error then is about one control
-    this.n += 1;
-    this.sentAt = Date.now();
-    this.model.send({ do: "update", where, changes, n: this.n });
+    this.send({ do: "update", where, changes });
     this.timer = setTimeout(() => this.flush(), THROTTLE_MS);
   }
+
+  close() {
+    clearTimeout(this.timer);
+    clearTimeout(this.patience);
+  }
 }
+
+/** Said while the kernel does not answer; Stop would not reach it either. */
+class Deaf {
+  constructor(model) {
+    this.kernel = () => model.widget_manager?.kernel; // JupyterLab and Notebook 7 have it
+    const onclick = () => this.kernel().interrupt();
+    this.cut = button("Interrupt the cell", { title: "As ■ in the notebook's toolbar", onclick });
+    this.words = h("span");
+    this.node = markup`<p class="moe-deaf" role="alert" hidden>${[this.words, this.cut]}</p>`;
+  }
+
+  show(on) {
+    if (this.node.hidden === !on) return;
+    this.node.hidden = !on;
+    this.cut.hidden = !this.kernel()?.interrupt;
+    const now = this.cut.hidden ? " To end it now, interrupt the kernel in the notebook." : "";
+    say(this.words, `The kernel is busy with a cell; changes apply when it ends.${now}`);
+  }
+}
+
+/** KL is measured at every n-th token: it takes a second model's time. */
+const MEASURED = [[0, "off"], [1, "each token"], [4, "1 in 4"], [16, "1 in 16"]];
 
 export class Settings {
   constructor(model, options) {
     this.model = model;
     this.options = options;
-    this.sender = new Sender(model);
-    const onchange = () => this.sender.change({ measure_kl: this.measure.checked });
-    this.measure = h("input", { type: "checkbox", name: "measure_kl", onchange });
-    this.ask = new Prompt(model, options, this.measure);
+    this.deaf = new Deaf(model);
+    this.sender = new Sender(model, (on) => this.deaf.show(on));
+    this.measure = this.select("measure_kl", optionsOf(MEASURED), Number);
+    this.ask = new Prompt(model, options, this.sender, this.measure);
     const change = (changes, where) => this.sender.change(changes, where),
       settle = () => this.sync();
     this.budget = new Budget(options, (budget) => change({ budget }), settle);
@@ -106,7 +147,7 @@ export class Settings {
     this.strategy = this.presets();
     this.decisions.line.prepend(markup`<label class="moe-pick">Strategy ${this.strategy}</label>`);
     this.node = markup`
-      <div class="moe-controls">${[this.ask.node, this.row(), this.decisions.node]}</div>`;
+      <div class="moe-controls">${[this.ask.node, this.deaf.node, this.row(), this.decisions.node]}</div>`;
   }
 
   /** One preset per strategy, by group; `own` stands for a mix or one made in a notebook cell. */
@@ -160,7 +201,9 @@ export class Settings {
     const now = this.model.get("controls"),
       settled = this.sender.settled();
     if (settled) {
-      this.measure.checked = now.measure_kl;
+      const every = now.measure_kl; // from Python it may be any number
+      if (!MEASURED.some(([n]) => n === every)) this.measure.append(...optionsOf([[every, `1 in ${every}`]]));
+      this.measure.value = every;
       for (const name of ["bits", "low_bits", "device", "prefetch"]) {
         const unread = now.unread.includes(name);
         this[name].disabled = unread;
@@ -198,8 +241,7 @@ export class Settings {
   }
 
   close() {
-    this.budget.close();
-    this.decisions.close();
+    this.sender.close();
   }
 }
 

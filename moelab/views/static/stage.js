@@ -1,60 +1,18 @@
 // The views that draw a frame, live or past, and what ties them together: one cursor, one moment,
-// one chosen expert. The dashboard and an exported page both stand on it. The running figures, its
-// first row, are large for the last tokens and small for the run since the device changed.
+// one chosen expert. The dashboard and an exported page both stand on it.
 
 import { Blame } from "./blame.js";
 import { LatencyBars } from "./bars.js";
 import { CacheMap } from "./cache_map.js";
 import { inkOf, STRONG, themeOf, TIERS } from "./colours.js";
 import { h, markup, say, showBadge, voice } from "./element.js";
+import { RunningFigures } from "./figures.js";
 import { Life } from "./life.js";
-import { bytes, plural, written } from "./numbers.js";
+import { plural } from "./numbers.js";
 import { costliest, digest } from "./replay.js";
 import { TokenText } from "./text.js";
 import { Timeline, Travel } from "./timeline.js";
 import { Cursor, Tip } from "./tip.js";
-
-const TILES = [
-  ["tokens_per_s", "tokens/s", "Tokens per second, the last 16 tokens"],
-  ["hit_ratio", "hit ratio", "Experts found resident, of those hit or loaded on demand"],
-  ["bytes_per_token", "read per token", "Bytes read from the device per token"],
-  ["stall_share", "stall share", "Part of the time spent waiting for experts"],
-  ["kl_mean", "mean KL", "KL divergence of the next-token distribution from full precision"],
-];
-const MEMORY = "Bytes of resident experts, loads in flight included, of the budget";
-
-class RunningFigures {
-  constructor() {
-    this.tiles = TILES.map(([key, name, title]) => ({ key, ...tile(name, title) }));
-    this.memory = tile("resident", MEMORY);
-    this.memory.node.classList.add("wide");
-    this.fill = h("i", { class: "moe-bar", "aria-hidden": true });
-    this.memory.small.before(this.fill);
-    const nodes = [...this.tiles, this.memory].map(({ node }) => node);
-    this.node = markup`
-      <section class="moe-figures" aria-label="Running figures">${nodes}</section>`;
-  }
-
-  show({ recent, whole, resident, origins }) {
-    const since = origins.length > 1 ? `since ${origins.at(-1).token}` : "";
-    for (const { key, value, small } of this.tiles) {
-      const run = written(key, whole[key]);
-      say(value, written(key, recent[key]));
-      say(small, !whole.tokens ? "" : since ? `${run} ${since}` : `run ${run}`);
-    }
-    const { bytes: held, budget_bytes: budget, experts } = resident;
-    say(this.memory.value, bytes(held));
-    say(this.memory.small, `of ${bytes(budget)} · ${experts} experts`);
-    this.fill.style.setProperty("--p", `${Math.min(100, (100 * held) / budget)}%`);
-  }
-}
-
-function tile(name, title) {
-  const value = h("b", {}, "–"),
-    small = h("small");
-  const parts = [h("span", {}, name), value, small];
-  return { node: h("div", { class: "moe-tile", title }, ...parts), value, small };
-}
 
 /** The element of a dashboard, and its first line. */
 export const rootOf = (words, props = {}) =>
@@ -168,7 +126,7 @@ export class Stage {
     if (!at) {
       this.timeline.tell(null, null);
       say(this.state, stateOf(frame));
-      say(this.count, frame.run ? plural(frame.newest + 1, "token") : "");
+      say(this.count, frame.running ? plural(frame.newest + 1, "token") : "");
     }
     const kind = device.emulated ? "emulated" : "measured";
     showBadge(this.origin, device, `${kind}: ${device.title}`);
@@ -236,11 +194,9 @@ export class Stage {
     this.closed = true;
     this.travel.pause();
     clearTimeout(this.speaking);
-    for (const view of [this.map, this.bars, this.text, this.blame, this.life, this.source])
+    for (const view of [this.map, this.bars, this.text, this.life, this.source])
       view.close();
   }
 }
 
-function stateOf({ running, error, stopped, run }) {
-  return running ? "running" : error ? "failed" : stopped ? "stopped" : run ? "finished" : "ready";
-}
+const stateOf = ({ running, ended, run }) => (running ? "running" : ended || (run ? "ended" : "ready"));

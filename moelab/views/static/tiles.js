@@ -2,11 +2,9 @@
 // just loaded and what the newest token used. All of them are painted each time.
 
 import { fillBox, hatch } from "./canvas.js";
-import { FILL, still } from "./colours.js";
+import { FILL } from "./colours.js";
 
-const FLASH_MS = 450;
-export const FADE_MS = 120;
-const ROOMY = 12; // px a cell needs for a dot with a rim; below it is a hole
+const ROOMY = 12; // px a cell needs for a dot with a rim; below it is a square
 
 export class Tiles {
   constructor(look, sheet, { layers, experts }) {
@@ -14,9 +12,7 @@ export class Tiles {
     this.sheet = sheet;
     this.layers = layers;
     this.experts = experts;
-    this.fading = false;
     this.x = this.w = this.y = this.t = new Float64Array();
-    this.flashed = new Float64Array(layers * experts).fill(-1e9);
   }
 
   /** Where cells are, on whole pixels of the screen. */
@@ -40,11 +36,11 @@ export class Tiles {
     return [this.x[e], this.y[l], this.w[e], this.t[l]];
   }
 
-  /** Paint them; `fading` says whether they will look different without a new frame. */
-  paint(g, { map, newest }) {
+  /** Paint them; what was loaded since token `seen` has a frame. */
+  paint(g, { map, newest }, seen) {
     this.grid();
     const { ink, tiers } = this.look,
-      { bits, in_flight: flight, used } = map;
+      { bits, in_flight: flight, used, loaded } = map;
     const each = (pick, draw) => {
       for (let i = 0; i < bits.length; i++) if (pick(i)) draw(i, ...this.box(i));
     };
@@ -58,7 +54,12 @@ export class Tiles {
     }
     g.fillStyle = hatch(g, ink["prefetch late"]);
     each((i) => flight[i], (_, x, y, w, t) => g.fillRect(x, y, w, t));
-    this.paintFlashes(g, each);
+    const line = Math.min(3, Math.max(1, Math.min(this.at.w, this.at.t) / 7));
+    g.strokeStyle = ink.load;
+    g.lineWidth = line;
+    each((i) => loaded[i] > seen, (_, x, y, w, t) =>
+      g.strokeRect(x + line / 2, y + line / 2, w - line, t - line),
+    );
     this.paintUses(g, each, (i) => used[i] === newest && newest >= 0, bits);
   }
 
@@ -73,25 +74,7 @@ export class Tiles {
     for (const [a, b] of gaps(y, t)) g.clearRect(x[0], a, right, b - a);
   }
 
-  /** A frame that fades where an expert was loaded; it only ends where motion is not welcome. */
-  paintFlashes(g, each) {
-    const most = Math.min(3, this.at.w / 3, this.at.t / 3),
-      now = performance.now(),
-      left = (i) => 1 - (now - this.flashed[i]) / FLASH_MS;
-    this.fading = false;
-    g.strokeStyle = this.look.ink.load;
-    each((i) => left(i) > 0, (i, x, y, w, t) => {
-      const strength = still() ? 1 : left(i),
-        line = most * (0.4 + 0.6 * strength);
-      this.fading = true;
-      g.globalAlpha = Math.min(1, 1.5 * strength);
-      g.lineWidth = line;
-      g.strokeRect(x + line / 2, y + line / 2, w - line, t - line);
-    });
-    g.globalAlpha = 1;
-  }
-
-  /** What the newest token used: a dot with a rim, or a hole where dots would drown the map. */
+  /** What the newest token used: a dot with a rim, or a square where dots would drown the map. */
   paintUses(g, each, isUsed, bits) {
     const { ground, text } = this.look.ink,
       small = Math.min(this.at.w, this.at.t),
@@ -101,7 +84,7 @@ export class Tiles {
     each(isUsed, (i, x, y, w, t) => {
       if (small < ROOMY) {
         const side = Math.max(1, Math.round(Math.min(w, t) / 2));
-        fillBox(g, bits[i] ? ground : text, x + (w - side) / 2, y + (t - side) / 2, side, side);
+        fillBox(g, FILL[bits[i]] > 0.5 ? ground : text, x + (w - side) / 2, y + (t - side) / 2, side, side);
         return;
       }
       g.fillStyle = ground;

@@ -92,7 +92,7 @@ export class Travel {
 
 const HINT = "Click a token, or drag: every moment of the run is kept.";
 const PLAY = "Play the run, layer by layer";
-const TALLIED = ["hit", "load", "prefetch", "downgrade", "skip", "substitute", "evict"];
+const TALLIED = ["hit", "late", "load", "prefetch", "downgrade", "skip", "substitute", "evict"];
 
 export class Timeline {
   /** `go(token, layer)`, `live()`, `play()` and `costliest()` are what its controls ask for. */

@@ -3,6 +3,7 @@
 // One question at a time: the kernel may be busy.
 
 import { filledBar, h, markup, shareOf } from "./element.js";
+import { inSum, spentOn } from "./figures.js";
 import { bytes, kl, millis, short, within } from "./numbers.js";
 
 const REST_MS = 90;
@@ -147,21 +148,19 @@ export class Cursor {
 }
 
 /** What the tooltip says of a token: title and rows. */
-export function describeToken({ tokens: t, texts, first, causes }, token) {
+export function describeToken({ tokens: t, texts, first }, token) {
   const i = token - first,
-    some = (name) => (t[name][i] ? [[name, `${t[name][i]}`]] : []),
-    waited = (name, words) => (t[name][i] >= 0.005 ? [[words, millis(t[name][i])]] : []);
+    spent = spentOn(t, i),
+    some = (name) => (t[name]?.[i] ? [[name, `${t[name][i]}`]] : []);
   return [
     `token ${token} ${JSON.stringify(texts[i])}`,
     [
-      ["latency", millis(t.total_ms[i])],
-      ["compute", millis(t.compute_ms[i])],
-      ...waited("deciding_ms", "deciding"),
-      ...causes.flatMap((cause) => waited(cause, `stall: ${cause}`)),
+      ["by the watch", inSum(spent)[0]],
+      ...spent.filter(([, ms]) => ms >= 0.005).map(([words, ms]) => [words, millis(ms)]),
       ["read", bytes(t.bytes[i])],
       ["hits", `${t.hits[i]}`],
       ["loads", `${t.loads[i]}`],
-      ...["prefetches", "downgrades", "skips", "substitutes"].flatMap(some),
+      ...["late", "prefetches", "downgrades", "skips", "substitutes"].flatMap(some),
       ["KL", Number.isFinite(t.kl[i]) ? kl(t.kl[i]) : "not measured"],
       ["resident", `${bytes(t.resident_bytes[i])} of ${bytes(t.budget_bytes[i])}`],
     ],
