@@ -337,7 +337,7 @@ class Lab:
         return WhatIf(self, run, changes, repeats).compare()
 
     def repeat(self, *names: str, repeats: int = REPEATS) -> Comparison:
-        """Make saved runs again in turn, all or those named; its ``verdict()`` is no noise."""
+        """Make saved runs again in turn, all or those named, to know what is noise."""
         return repeated(self, names or tuple(self.saved), repeats)
 
     @property
