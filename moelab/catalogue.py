@@ -18,9 +18,12 @@ import torch
 
 from moelab import demo
 from moelab.demo import smollm2
+from moelab.models.families import positions
+from moelab.models.shards import Checkpoint
 from moelab.scheduling.budget import minimum_budget
 from moelab.store.codecs import TIERS
 from moelab.store.paths import cache_dir
+from moelab.store.source import is_hub_id, refuse_formats, state
 from moelab.store.store import Store, StoreError
 
 if TYPE_CHECKING:
@@ -62,26 +65,27 @@ def find_store(
     ImportError
         The model comes in a package that is not installed; the message holds the command.
     """
-    if str(model) == "demo":
+    if model == "demo":
         return _packed(demo.checkpoint(), "demo", tiers, progress)
-    if str(model) == SMOLLM2:
+    if model == SMOLLM2:
         return _packed(smollm2.build(progress=progress), SMOLLM2, tiers, progress)
-    path = Path(model).expanduser()
+    if is_hub_id(model):
+        return _packed(str(model), str(model).replace("/", "--"), tiers, progress)
+    path = Path(model).expanduser().absolute()  # whatever the working directory is later
     if (path / "manifest.json").is_file():
         return path
+    refuse_formats(path)
     if (path / "config.json").is_file():
         return _packed(path, path.resolve().name, tiers, progress)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        return _packed(str(model), str(model).replace("/", "--"), tiers, progress)
     raise ValueError(
-        f"model {str(model)!r} is not 'demo', {SMOLLM2!r}, a store (a folder with manifest.json), "
+        f"model {model!r} is not 'demo', {SMOLLM2!r}, a store (a folder with manifest.json), "
         "a checkpoint (a folder with config.json and safetensors) or a hub id like 'org/name'"
     )
 
 
 def destination(source: str | Path, name: str, tiers: Sequence[int]) -> Path:
     """Where a checkpoint's store lies in the user's cache, or will lie."""
-    slug = re.sub(r"[^\w.-]", "_", name)
+    slug = re.sub(r"[^\w.-]", "_", name).encode()[:100].decode(errors="ignore")  # of 255 bytes
     return cache_dir() / "stores" / f"{slug}-{_fingerprint(source, tiers)}"
 
 
@@ -104,57 +108,24 @@ def _fingerprint(source: str | Path, tiers: Sequence[int]) -> str:
     A hub id has no fingerprint of files, only its name and the tiers: what is packed of it stays,
     whatever is uploaded under that name later.
     """
-    digest = hashlib.blake2b(repr((str(source), sorted(tiers))).encode(), digest_size=6)
+    place = source.resolve() if isinstance(source, Path) else source
+    digest = hashlib.blake2b(repr((str(place), sorted(tiers))).encode(), digest_size=6)
     if isinstance(source, Path):
-        for file in sorted([*source.glob("*.safetensors"), *source.glob("*.json")]):
-            stat = file.stat()
-            digest.update(repr((file.name, stat.st_size, stat.st_mtime_ns)).encode())
+        digest.update(repr(state(source)).encode())
     return digest.hexdigest()
 
 
 def compute_dtype(store: Store) -> torch.dtype:
-    """Float32 where the non-expert weights are small: exact, and faster on CPUs without bf16."""
-    files = store.checkpoint_dir.glob("*.safetensors")
-    small = sum(f.stat().st_size for f in files) <= CHEAP_BYTES
-    return torch.float32 if small else getattr(torch, store.layout.dtype)
+    """Float32 where that is small or no 16-bit type holds all weights, else the experts' own.
 
-
-def model_sampling(folder: Path) -> dict[str, Any]:
-    """The model's own way of sampling; greedy where it says nothing."""
-    from transformers import GenerationConfig
-
-    try:
-        config = GenerationConfig.from_pretrained(folder)
-    except OSError:
-        return {}
-    if not config.do_sample:
-        return {}
-    names = ("temperature", "top_p", "top_k", "repetition_penalty")
-    return {n: v for n in names if (v := getattr(config, n, None)) is not None}
-
-
-def load_tokenizer(store: Store) -> Any:
-    """The tokenizer of a store, from its own files only.
-
-    Raises
-    ------
-    ValueError
-        The checkpoint brought none that can be used, or is an encoder-decoder.
+    Float32 is exact, and faster on CPUs without bf16.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    folder, local = store.checkpoint_dir, {"local_files_only": True, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(folder, **local)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{store.path} is an encoder-decoder; moelab runs decoder-only models")
-    try:
-        return AutoTokenizer.from_pretrained(folder, config=config, **local)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise ValueError(
-            f"{store.path} has no usable tokenizer ({reason}); put tokenizer.json beside the "
-            "checkpoint's config.json and pack it again"
-        ) from error
+    weights = Checkpoint(store.checkpoint_dir)
+    half = {"F16": torch.float16, "BF16": torch.bfloat16}
+    kinds = {half[w.dtype] for w in weights.info.values() if w.dtype in half}
+    own = getattr(torch, store.layout.dtype)
+    small = sum(file.stat().st_size for file in weights.files) <= CHEAP_BYTES
+    return torch.float32 if small or kinds - {own} else own
 
 
 def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dict[str, Any]:
@@ -166,6 +137,7 @@ def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dic
         "layers": shape.layers,
         "experts_per_layer": max(shape.experts),
         "top_k": shape.top_k,
+        "positions": positions(engine.model),
         "tiers": tuple(sorted(shape.nbytes, reverse=True)),
         "expert_bytes": dict(shape.nbytes),
         "all_experts_bytes": shape.all_bytes(max(shape.nbytes)),
@@ -179,5 +151,9 @@ def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dic
         "non_expert_parameters": sum(
             p.numel() for p in engine.model.parameters() if p.device.type != "meta"
         ),
+        "max_position_embeddings": getattr(
+            engine.model.config.get_text_config(), "max_position_embeddings", None
+        ),
+        "notes": store.manifest.notes,
         "store": str(store.path),
     }

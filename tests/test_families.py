@@ -18,6 +18,9 @@ import reference
 import tiny_families
 import tiny_models
 from moelab.models.adapter import MoELayer, find_moe
+from moelab.models.checkpoint import ExpertReader
+from moelab.models.inventory import inventory
+from moelab.models.skeleton import blank_model
 
 IDS = torch.tensor([[3, 17, 99, 4, 250, 31, 77]])
 NO_LOOK_AHEAD = {"flint", "jamba", "nemotron_h"}  # tiny, they have one MoE layer only
@@ -84,6 +87,9 @@ def test_family_is_served_exactly(name, tmp_path, monkeypatch):
     if name == "nllb_moe":
         experts = type(find_moe(theirs)[0].module)
         monkeypatch.setattr(experts, "forward", nllb_forward)
+    blank = blank_model(tmp_path)
+    reader = ExpertReader(blank, tmp_path)
+    assert inventory(blank, reader.layers, reader.checkpoint, reader.found) == ()
     served = Served(tmp_path)
     expected, got = logits(theirs), logits(served.model)
     assert (got - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())

@@ -68,7 +68,7 @@ class BadTier(Precision):
         ({"route": Short()}, ValueError),
         ({"prefetch": BadBegin()}, ZeroDivisionError),
         ({"evict": BadObserve()}, ZeroDivisionError),
-        ({"evict": BadScore(), "budget": "10%"}, ZeroDivisionError),
+        ({"evict": BadScore(), "budget": "15%"}, ZeroDivisionError),
         ({"prefetch": BadPredict()}, ZeroDivisionError),
         ({"precision": BadTier()}, ZeroDivisionError),
     ],
@@ -123,8 +123,9 @@ def test_a_busy_lab_says_why_and_a_closed_one_that_it_is_closed(lab):
     with lab._session.claimed():  # as a calibration does
         assert lab.why(0)
     lab.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        lab.why(0)
+    for ask in (lambda: lab.why(0), lambda: lab.generate(PROMPT), lambda: lab.update(bits=4)):
+        with pytest.raises(RuntimeError, match="closed"):
+            ask()
 
 
 @pytest.mark.alone  # what SwapMoE computes with is what has landed by then

@@ -107,7 +107,7 @@ def mutated(document, rng: random.Random):
         elif way == 1 and isinstance(holder, list):
             holder.insert(key, copy.deepcopy(value))
         elif way == 2 and type(value) in (int, float):
-            holder[key] = rng.choice((-value, value * 1000, value + 1, value / 3, value - 1))
+            holder[key] = rng.choice((-value, value * 1000, value + 1, value // 3, value - 1))
         elif way == 3:
             other, at = rng.choice(places(document))
             holder[key] = copy.deepcopy(other[at])
@@ -278,7 +278,7 @@ def test_a_trace_is_refused_by_name_or_can_be_decided(run, tmp_path):
         except ValueError as refused:  # a budget too small, a strategy unknown here
             expect(refused)
             return False
-        full = trace.resident and sum(trace.shape.nbytes[b] for _, b in trace.resident)
+        full = sum(trace.shape.nbytes[b] for _, b in trace.resident)
         if full <= trace.changes[0].knobs.budget_bytes:
             held_is_kept(trace, done.decisions)
         return True

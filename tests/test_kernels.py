@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,30 +70,31 @@ def error(result: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(result - expected) / np.linalg.norm(expected))
 
 
+def case(tiers, count=1, width=192, inner=128, half="bfloat16"):
+    """What `run` and `reference` take: an expert of each tier, all chosen by every token."""
+    layout, tiers = swiglu_layout(width, inner, half), list(tiers)
+    gate = np.ones((len(tiers), count), np.float32)
+    return layout, make_blobs(layout, tiers), tiers, tokens(count, width), gate
+
+
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("width", "inner"), SHAPES)
 @pytest.mark.parametrize("bits", TIERS)
 def test_every_tier_and_shape_matches_torch(bits, width, inner, half):
-    layout, x = swiglu_layout(width, inner, half), tokens(3, width)
-    blobs, gate = make_blobs(layout, [bits]), np.ones((1, 3), np.float32)
-    got = run(layout, blobs, [bits], x, gate)
-    assert error(got, reference(layout, blobs, [bits], x, gate)) < ACTIVATION_ERROR[bits]
+    given = case([bits], 3, width, inner, half)
+    assert error(run(*given), reference(*given)) < ACTIVATION_ERROR[bits]
 
 
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
 def test_16_bit_is_within_1e_5_of_upcast_weights_at_olmoe_size(half):
-    layout, x = swiglu_layout(2048, 1024, half), tokens(1, 2048)
-    blobs, gate = make_blobs(layout, [16]), np.ones((1, 1), np.float32)
-    expected = reference(layout, blobs, [16], x, gate)
-    got = run(layout, blobs, [16], x, gate)
-    assert np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()
+    given = case([16], 1, 2048, 1024, half)
+    expected = reference(*given)
+    assert np.abs(run(*given) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("count", range(1, 9))
 def test_tiers_mix_in_one_call_for_any_number_of_tokens(count):
-    tiers = [4, 16, 2, 8, 3, 16, 8]
-    layout, x = swiglu_layout(192, 128), tokens(count, 192)
-    blobs = make_blobs(layout, tiers)
+    layout, blobs, tiers, x, _ = case([4, 16, 2, 8, 3, 16, 8], count)
     gate = np.abs(tokens(len(tiers), count, seed=1))
     mixed = run(layout, blobs, tiers, x, gate)
     assert error(mixed, reference(layout, blobs, tiers, x, gate)) < 0.03
@@ -105,10 +106,9 @@ def test_tiers_mix_in_one_call_for_any_number_of_tokens(count):
 
 
 def test_each_expert_writes_its_own_place_and_only_where_it_is_chosen():
-    layout, x = swiglu_layout(64, 64), tokens(2, 64)
-    blobs, gate = make_blobs(layout, [16, 4]), np.array([[0.5, 0], [0, 2]], np.float32)
-    out = np.full((2, 2, 64), 7, np.float32)
-    run(layout, blobs, [16, 4], x, gate, out)
+    layout, blobs, tiers, x, _ = case([16, 4], 2, 64, 64)
+    gate, out = np.array([[0.5, 0], [0, 2]], np.float32), np.full((2, 2, 64), 7, np.float32)
+    run(layout, blobs, tiers, x, gate, out)
     assert (out[[0, 1], [1, 0]] == 7).all()
     alone = run(layout, blobs[1:], [4], x, gate[1:])
     assert np.array_equal(out[1, 1], alone[1])
@@ -116,16 +116,12 @@ def test_each_expert_writes_its_own_place_and_only_where_it_is_chosen():
 
 
 def test_no_experts_and_no_tokens_do_nothing():
-    layout, x = swiglu_layout(64, 64), tokens(2, 64)
-    assert not run(layout, [], [], x, np.zeros((0, 2), np.float32)).any()
-    blobs = make_blobs(layout, [4])
-    assert run(layout, blobs, [4], x[:0], np.zeros((1, 0), np.float32)).shape == (0, 64)
+    assert not run(*case([], 2)).any()
+    assert run(*case([4], 0)).shape == (0, 192)
 
 
 def test_a_zero_gate_weight_means_the_expert_is_not_touched():
-    tiers = [8, 2, 16]
-    layout, x = swiglu_layout(192, 128), tokens(4, 192)
-    blobs = make_blobs(layout, tiers)
+    layout, blobs, tiers, x, _ = case([8, 2, 16], 4)
     gate = np.array([[1, 0, 0, 2], [0, 0, 3, 0], [0, 0, 0, 0]], np.float32)
     blobs[2][:] = 255  # would be NaN
     got = run(layout, blobs, tiers, x, gate)
@@ -136,30 +132,25 @@ def test_a_zero_gate_weight_means_the_expert_is_not_touched():
 
 @pytest.mark.parametrize("bits", TIERS)
 def test_a_token_does_not_depend_on_its_neighbours(bits):
-    layout, x = swiglu_layout(192, 128), tokens(5, 192)
-    blobs, gate = make_blobs(layout, [bits]), np.ones((1, 5), np.float32)
-    together = run(layout, blobs, [bits], x, gate)
+    given = layout, blobs, tiers, x, gate = case([bits], 5)
+    together = run(*given)
     for t in range(5):
-        alone = run(layout, blobs, [bits], x[t : t + 1].copy(), gate[:, :1].copy())
+        alone = run(layout, blobs, tiers, x[t : t + 1].copy(), gate[:, :1].copy())
         assert np.array_equal(alone[0], together[t])
 
 
 @pytest.mark.parametrize("bits", TIERS)
 def test_a_blob_may_start_anywhere(bits):
-    layout, x = swiglu_layout(64, 64), tokens(1, 64)
-    blobs, gate = make_blobs(layout, [bits]), np.ones((1, 1), np.float32)
-    shifted = np.concatenate([np.zeros(3, np.uint8), blobs[0]])[3:]
-    assert np.array_equal(
-        run(layout, [shifted], [bits], x, gate), run(layout, blobs, [bits], x, gate)
-    )
+    given = layout, (blob,), tiers, x, gate = case([bits])
+    shifted = np.concatenate([np.zeros(3, np.uint8), blob])[3:]
+    assert np.array_equal(run(layout, [shifted], tiers, x, gate), run(*given))
 
 
 @pytest.mark.parametrize("bits", TIERS)
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e3])
 def test_silu_has_its_limits_and_no_nan(bits, scale):
-    layout, x = swiglu_layout(192, 128), tokens(2, 192) * np.float32(scale)
-    blobs, gate = make_blobs(layout, [bits]), np.ones((1, 2), np.float32)
-    got, expected = (f(layout, blobs, [bits], x, gate) for f in (run, reference))
+    layout, blobs, tiers, x, gate = case([bits], 2)
+    got, expected = (f(layout, blobs, tiers, x * np.float32(scale), gate) for f in (run, reference))
     assert np.isfinite(got).all()
     assert np.linalg.norm(got - expected) <= ACTIVATION_ERROR[bits] * np.linalg.norm(expected)
 
@@ -177,9 +168,9 @@ def test_silu_of_a_large_negative_gate_is_zero():
 @pytest.mark.parametrize("bits", TIERS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_activations_that_are_not_finite_show_in_the_output(bits, bad):
-    layout, x = swiglu_layout(192, 128), tokens(2, 192)
-    x[0, 7] = bad
-    got = run(layout, make_blobs(layout, [bits]), [bits], x, np.ones((1, 2), np.float32))
+    given = case([bits], 2)
+    given[3][0, 7] = bad
+    got = run(*given)
     assert not np.isfinite(got[0]).any()
     assert np.isfinite(got[1]).all()
 
@@ -201,40 +192,26 @@ def test_extreme_codes_do_not_saturate(bits):
 @pytest.mark.parametrize("count", [1, kernels.KERNEL_TOKENS, kernels.KERNEL_TOKENS + 1])
 @pytest.mark.parametrize("bits", TIERS)
 def test_prefill_gives_what_single_tokens_give(bits, count):
-    layout, x = swiglu_layout(192, 128), tokens(count, 192)
-    blobs, gate = make_blobs(layout, [bits]), np.ones((1, count), np.float32)
-    many = kernels.swiglu_prefill(blobs[0], bits, layout, torch.from_numpy(x)).numpy()
-    expected = reference(layout, blobs, [bits], x, gate)
+    given = layout, (blob,), _, x, _ = case([bits], count)
+    many = kernels.swiglu_prefill(blob, bits, layout, torch.from_numpy(x)).numpy()
     limit = ACTIVATION_ERROR[bits] if count <= kernels.KERNEL_TOKENS else 1e-6
-    assert error(many, expected) < limit
-    assert error(run(layout, blobs, [bits], x, gate), many) < ACTIVATION_ERROR[bits]
+    assert error(many, reference(*given)) < limit
+    assert error(run(*given), many) < ACTIVATION_ERROR[bits]
 
 
 def test_prefill_refuses_what_is_not_the_experts_blob():
-    layout = swiglu_layout(192, 128)
-    blob = make_blobs(layout, [4])[0]
+    layout, (blob,), *_ = case([4])
     for count in (1, 40):
         with pytest.raises(ValueError, match="8 bit needs uint8"):
             kernels.swiglu_prefill(blob, 8, layout, torch.zeros(count, 192))
 
 
 def test_threads_may_call_at_once():
-    tiers = list(TIERS)
-    layout, x = swiglu_layout(192, 128), tokens(2, 192)
-    blobs, gate = make_blobs(layout, tiers), np.ones((5, 2), np.float32)
-    expected, wrong = run(layout, blobs, tiers, x, gate), []
-
-    def work() -> None:
-        wrong.extend(
-            i for i in range(50) if not np.array_equal(run(layout, blobs, tiers, x, gate), expected)
-        )
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    given = case(TIERS, 2)
+    expected = run(*given)
+    with ThreadPoolExecutor(4) as pool:
+        results = pool.map(lambda _: run(*given), range(200))
+    assert all(np.array_equal(result, expected) for result in results)
 
 
 def test_supports_swiglu_and_nothing_else():
@@ -260,13 +237,12 @@ def test_supports_swiglu_and_nothing_else():
 
 
 def test_wrong_arrays_are_refused_before_memory_is_read():
-    layout, x = swiglu_layout(64, 64), tokens(2, 64)
-    blob = make_blobs(layout, [4])[0]
+    _, (blob,), tiers, x, gate = case([4], 2, 64, 64)
     good = {
         "addrs": np.array([blob.ctypes.data], np.uintp),
-        "bits": np.array([4]),
+        "bits": np.array(tiers),
         "x": x,
-        "gate": np.ones((1, 2), np.float32),
+        "gate": gate,
         "out": np.zeros((1, *x.shape), np.float32),
         "inner": 64,
         "half": "bfloat16",
@@ -294,17 +270,13 @@ def test_wrong_arrays_are_refused_before_memory_is_read():
 
 PROBE = """
 import json, sys, time
-import numpy as np
 sys.path.insert(0, {tests!r})
 import test_kernels as t
 from moelab.engine import kernels
 start = time.perf_counter()
 kernels.warm_up()
 warm = time.perf_counter() - start
-layout, tiers = t.swiglu_layout(192, 128), list(t.TIERS)
-blobs, x = t.make_blobs(layout, tiers), t.tokens(3, 192)
-rows = [t.run(layout, [b], [n], x, np.ones((1, 3), np.float32)).tolist()
-        for b, n in zip(blobs, tiers)]
+rows = [t.run(*t.case([bits], 3)).tolist() for bits in t.TIERS]
 print(json.dumps({{"avx2": kernels.AVX2, "warm": warm, "rows": rows}}))
 """
 
@@ -348,19 +320,9 @@ def test_kernels_are_cached_between_processes_and_portable_ones_apart(numba_cach
 @pytest.mark.slow
 @pytest.mark.skipif(not kernels.AVX2, reason="these already run the portable kernels")
 def test_portable_kernels_pass_all_of_these_tests(numba_cache):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            __file__,
-            "-k",
-            "not between_processes",
-        ],
+        [*command, "-k", "not between_processes"],
         env={**os.environ, **numba_cache, "MOELAB_PORTABLE": "1"},
         cwd=Path(__file__).parent.parent,
         check=False,

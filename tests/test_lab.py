@@ -60,7 +60,9 @@ def test_a_run_can_be_watched_stopped_and_joined(lab):
     run.stop()
     run.join()
     assert 3 <= len(run.tokens) < 400
+    assert run.stopped
     assert run.error is None
+    assert not lab.generate(PROMPT, max_new_tokens=1).stopped
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another(lab):
@@ -84,13 +86,6 @@ def test_a_change_acts_on_the_next_token_and_is_marked(lab):
     assert set(loads.bits[loads.token > token]) <= {4}
     assert set(loads.bits[loads.token < token]) == {16}
     lab.update(bits=16, budget="25%")
-
-
-def test_a_change_between_runs_acts_at_once(lab):
-    lab.generate(PROMPT, max_new_tokens=4)
-    lab.update(budget="10%")
-    assert lab.info()["resident_bytes"] <= lab.settings.budget_bytes
-    lab.update(budget="25%")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +121,8 @@ def test_a_refused_change_says_what_to_do_and_changes_nothing(lab, change, messa
         ({"prompt": ""}, "the prompt is empty"),
         ({"max_new_tokens": 0}, "1 or more"),
         ({"temperature": -1}, "0 .greedy. or above"),
-        ({"top_p": 0}, "at most 1"),
+        ({"top_p": 1.5}, "0 .the likeliest token only. to 1 .off."),
+        ({"top_k": -2}, "a whole number, 0 or -1 for off"),
         ({"changes": {"2": {"bits": 4}}}, "'2': ...}: a key is a token's number from 0"),
         ({"changes": {-1: {"bits": 4}}}, "a key is a token's number from 0"),
     ],
@@ -211,13 +207,6 @@ def test_the_demo_brings_prompts_and_probes(lab):
     assert len(lab.prompts()) >= 5
 
 
-def test_a_closed_lab_says_so(demo_store):
-    lab = moelab.open("demo", progress=False)
-    lab.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        lab.generate(PROMPT)
-
-
 def test_a_loads_trace_opens_in_perfetto(lab, tmp_path):
     import json
 
@@ -256,10 +245,3 @@ def test_a_strategy_brings_low_bits_that_are_below_the_bits_in_force(lab):
     assert lab.update(strategy="hobbit").low_bits == 4, "there is nothing below: as it brings it"
     lab.update(strategy="lru", bits=16)
     assert lab.update(strategy="hobbit").low_bits == 4
-
-
-def test_a_run_says_whether_it_was_stopped(lab):
-    run = lab.start(PROMPT, max_new_tokens=500, ignore_eos=True)
-    run.stop()
-    assert run.join().stopped
-    assert not lab.generate(PROMPT, max_new_tokens=1).stopped

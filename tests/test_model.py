@@ -16,6 +16,7 @@ import tiny_models
 from moelab.models.adapter import attach, find_moe, load_skeleton
 from moelab.models.checkpoint import ExpertReader
 from moelab.models.shards import Checkpoint
+from moelab.store.pack import pack
 from reference import run_experts
 from tiny_models import edit
 
@@ -275,26 +276,12 @@ def test_a_weight_of_the_wrong_shape_is_refused_by_name(qwen, tmp_path):
         load_skeleton(broken, dtype=torch.float32)
 
 
-def test_a_missing_expert_is_refused_by_layer_and_number(qwen, tmp_path):
-    name = "model.layers.2.mlp.experts.4.up_proj.weight"
-    broken = edit(qwen, tmp_path / "m", lambda t: t.pop(name))
-    model = load_skeleton(broken, dtype=torch.float32)
-    with pytest.raises(ValueError, match="layer 2 expert 4"):
-        ExpertReader(model, broken)
-
-
 def test_pickled_weights_are_refused_with_the_next_step(tmp_path, qwen):
     folder = tmp_path / "pickled"
     folder.mkdir()
     (folder / "config.json").write_text((qwen / "config.json").read_text())
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ValueError, match="save_pretrained"):
-        load_skeleton(folder, dtype=torch.float32)
-
-
-def test_unknown_quantisation_is_refused(tmp_path, qwen):
-    folder = edit(qwen, tmp_path / "q", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ValueError, match="gptq"):
         load_skeleton(folder, dtype=torch.float32)
 
 
@@ -397,3 +384,43 @@ def test_fp8_experts_and_weights_are_scaled_block_by_block(tmp_path):
     for key in plain:
         assert torch.equal(state[key], expected[key].float()), key
     assert all(torch.isfinite(logits).all() for logits in decode(served.model, steps=1))
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 4)])
+def test_fp8_scales_of_fused_experts_are_applied_expert_by_expert(tmp_path, grid):
+    source = tiny_models.gpt_oss(tmp_path / "bf16")
+    expected: dict[str, torch.Tensor] = {}
+
+    def quantise(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [k for k in tensors if k.endswith("_proj") and ".experts." in k]:
+            weight = tensors[key].float()
+            scale = torch.rand(6, *grid) * 0.01 + 0.005
+            spread = scale.repeat_interleave(weight.shape[1] // grid[0], 1)
+            spread = spread.repeat_interleave(weight.shape[2] // grid[1], 2)
+            if grid == (1, 1):
+                spread = scale
+            tensors[key] = (weight / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+            tensors[key + "_scale_inv"] = scale
+            expected[key] = (tensors[key].float() * spread).to(torch.bfloat16)
+
+    method = {"quant_method": "fp8", "weight_block_size": [48, 32]}
+    served = Served(edit(source, tmp_path / "fp8", quantise, quantization_config=method))
+    for layer in served.adapter.layers:
+        for expert in range(6):
+            got = served.reader(layer.index, expert)
+            for name in ("gate_up_proj", "down_proj"):
+                assert torch.equal(got[name], expected[f"{layer.name}.{name}"][expert])
+
+
+def test_an_fp8_weight_without_its_scale_is_refused_by_name(tmp_path):
+    def quantise(tensors: dict[str, torch.Tensor]) -> None:
+        key = "model.layers.1.mlp.experts.gate_up_proj"
+        tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+
+    method = {"quant_method": "fp8", "weight_block_size": [48, 32]}
+    bf16 = tiny_models.gpt_oss(tmp_path / "bf16")
+    source = edit(bf16, tmp_path / "fp8", quantise, quantization_config=method)
+    with pytest.raises(
+        ValueError, match="gate_up_proj' is fp8 and has no .*gate_up_proj_scale_inv"
+    ):
+        pack(source, tmp_path / "store", progress=False)

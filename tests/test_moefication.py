@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import moelab
+import tiny_models
 from moelab.demo.mixture import stock
 from moelab.training.moefy import (
     Course,
@@ -277,7 +278,8 @@ def test_the_card_holds_what_was_measured(dense, student, ids):
 
 def test_moelab_opens_what_was_made(dense, student, ids, tmp_path, monkeypatch):
     monkeypatch.setenv("MOELAB_CACHE", str(tmp_path / "cache"))
-    folder = materialise(dense, student, tmp_path / "moe", top_k=2, dtype=torch.float32)
+    words = {"tokenizer": tiny_models.tokenizer(), "dtype": torch.float32}
+    folder = materialise(dense, student, tmp_path / "moe", top_k=2, **words)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert type(loaded).__name__ == "Glm4MoeForCausalLM"
     with torch.no_grad():

@@ -232,11 +232,11 @@ def test_a_conversation_is_taken_as_a_list_of_messages(lab):
 
 
 def test_a_chat_that_cannot_be_is_refused(lab):
-    with pytest.raises(ValueError, match="messages are a list like"):
+    with pytest.raises(ValueError, match="messages are a list"):
         lab.start([{"content": "Hi"}])
-    with pytest.raises(ValueError, match="messages are a list like"):
+    with pytest.raises(ValueError, match="messages are a list"):
         lab.start(["Hi"])
-    with pytest.raises(ValueError, match="messages are a list like"):
+    with pytest.raises(ValueError, match="messages are a list"):
         lab.start([{"role": "user", "content": [{"type": "image"}]}])
     with pytest.raises(ValueError, match="give a text instead of messages"):
         lab.start([{"role": "user", "content": "Hi"}], chat=False)

@@ -184,16 +184,6 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
         pack("somebody/tiny-moe", tmp_path / "store", progress=False)
 
 
-def test_weights_that_are_not_finite_are_refused_by_layer_and_expert(qwen, tmp_path):
-    def spoil(tensors):
-        tensors["model.layers.1.mlp.experts.4.up_proj.weight"][3, 5] = float("nan")
-
-    source = tiny_models.edit(qwen, tmp_path / "nan", spoil)
-    with pytest.raises(StoreError, match="layer 1 expert 4"):
-        pack(source, tmp_path / "store", progress=False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["nan"]
-
-
 def full_after(experts: int, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """Let the encoder fail as if something happened after some experts."""
     count = iter(range(experts))
@@ -224,8 +214,8 @@ def test_an_interrupted_pack_leaves_nothing(qwen, tmp_path, monkeypatch, error, 
 def test_who_is_told_how_far_it_is_may_also_stop_it(qwen, tmp_path):
     told = []
     pack(qwen, tmp_path / "store", tiers=(4,), progress=told.append)
-    assert (told[0], told[-1]) == ("reading the source", "writing what is not an expert")
-    done = [int(words.split()[-2]) for words in told[1:-1]]
+    assert told[:2] == ["reading the source", "writing what is not an expert"]
+    done = [int(words.split()[-2]) for words in told[2:]]
     assert done == sorted(done)
     assert done[0] == 0
     assert 80 < done[-1] < 100
@@ -304,7 +294,7 @@ def test_kill_9_leaves_no_store_and_the_next_pack_cleans_up(qwen, tmp_path):
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not target.exists()
-    assert len(list(tmp_path.glob("store.partial-*"))) == 1
+    assert sum(left.is_dir() for left in tmp_path.glob("store.partial-*")) == 1
     pack(qwen, target, tiers=(4,), progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
     Store.open(target, verify=True)

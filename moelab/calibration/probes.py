@@ -93,7 +93,7 @@ def record(
 
     def heard(layer: int, x: torch.Tensor, routed: Routed) -> None:
         asked = engine.adapter.look_ahead(layer, look_ahead) if look_ahead else []
-        coming = [(at, Routed(*choice, trace.shape.experts[at])) for at, *choice in asked]
+        coming = [(at, Routed(idx, w, trace.shape.experts[at])) for at, idx, w in asked]
         norms = x.float().norm(dim=-1).tolist()
         for t, own in enumerate(zip(routed.experts, routed.weights, strict=True)):
             ahead = (LookAhead(at, its.experts[t], its.weights[t]) for at, its in coming if t)

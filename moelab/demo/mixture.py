@@ -256,7 +256,7 @@ def materialise(
     top_k
         Active experts.
     tokenizer
-        Saved beside the model, with its chat template.
+        Saved beside the model, with its chat template; without one moelab does not pack it.
     dtype
         Of the weights, but for the routers, which stay in float32.
 
@@ -275,9 +275,9 @@ def materialise(
     folder = Path(folder)
     model = stock(dense, student, top_k=top_k, dtype=dtype)
     model.generation_config = dense.generation_config
-    remove_stale(folder)
     tensors = {v.data_ptr(): v.nbytes for v in model.state_dict().values()}  # a tied one once
     check_room(folder, sum(tensors.values()), "the checkpoint")
+    remove_stale(folder)
     with partial_folder(folder) as partial:
         model.save_pretrained(partial)
         if tokenizer is not None:

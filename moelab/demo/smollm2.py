@@ -148,6 +148,7 @@ def build(
     from filelock import FileLock
 
     from moelab.demo.mixture import Delta, materialise
+    from moelab.store.destination import make_folder
 
     delta, top_k = delta or DELTA, TOP_K if top_k is None else top_k
     if top_k < 1:
@@ -160,7 +161,7 @@ def build(
     made = folder(delta, top_k)
     if is_built(made):
         return made
-    made.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(made.parent)
     with FileLock(made.with_suffix(".lock")), _steps(progress) as step:
         if not is_built(made):
             step("reading SmolLM2-135M (half a minute)")
@@ -176,17 +177,16 @@ def build(
 @contextmanager
 def _steps(progress: bool | Callable[[str], None]) -> Iterator[Callable[[str], None]]:
     """What to call at each of three steps; no bars of transformers' own."""
-    from transformers.utils import logging
+    from moelab.models.inventory import no_bars
 
     try:
         reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
     except ImportError:  # another version keeps it elsewhere: its bar is seen then
         reader = SimpleNamespace()
-    shown, their_bar = logging.is_progress_bar_enabled(), getattr(reader, "tqdm", None)
-    logging.disable_progress_bar()
+    their_bar = getattr(reader, "tqdm", None)
     reader.tqdm = partial(tqdm, disable=True)
     try:
-        with tqdm(total=3, unit="step", disable=progress is not True) as bar:
+        with no_bars(), tqdm(total=3, unit="step", disable=progress is not True) as bar:
 
             def step(words: str) -> None:
                 if callable(progress):
@@ -197,5 +197,3 @@ def _steps(progress: bool | Callable[[str], None]) -> Iterator[Callable[[str], N
             yield step
     finally:
         reader.tqdm = their_bar
-        if shown:
-            logging.enable_progress_bar()

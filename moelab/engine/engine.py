@@ -30,6 +30,7 @@ from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Key, LookAhead
 from moelab.scheduling.trace import Change, LayerInput, Trace
 from moelab.settings import Settings
+from moelab.store.foreign import foreign
 from moelab.store.store import Store
 
 Heard = Callable[[int, torch.Tensor, Routed], None]
@@ -49,7 +50,8 @@ class Engine:
         self.shape = store.shape
         kernels.warm_up()
         self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
-        self.model = load_skeleton(store.checkpoint_dir, dtype=dtype, check=store.check_model)
+        with foreign(store.checkpoint_dir / "config.json"):
+            self.model = load_skeleton(store.checkpoint_dir, dtype=dtype, check=store.check_model)
         self.adapter = attach(self.model, self._layer)
         self.compute = ExpertCompute(store, self.adapter)
         self.arena = Arena(dict(store.slot_bytes), settings.budget_bytes)
@@ -116,13 +118,14 @@ class Engine:
         new_strategy = settings.strategy if settings.strategy is not old.strategy else None
         with self.lock:
             plan = self.scheduler.change(settings.knobs(), new_strategy)
-        self.settings = settings
         try:
             begun = time.perf_counter()
             self._issue(plan, None)  # waits where a read has begun of what must leave
             self.setup_ms += 1e3 * (time.perf_counter() - begun)
-            self.arena.set_limit(settings.budget_bytes)
             self.arena.trim()  # of other bits they may never be asked for again
+            # A smaller budget is told when it is kept: evicted and given back before this line.
+            self.arena.set_limit(settings.budget_bytes)
+            self.settings = settings
             fresh = not settings.strategy.shares(old.strategy)
             self._record_settings(settings.strategy, fresh=fresh)
             self._set_up()

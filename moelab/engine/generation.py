@@ -1,34 +1,31 @@
 """One sequence through the engine, token by token, beside the full-precision model on request.
 
 A hand-written loop instead of ``generate()``: settings and a stop take effect between tokens.
-Sampling is transformers' own logits processors with a generator of our own.
+Sampling is transformers' own logits processors, made from the model's generation config, with a
+generator of our own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, PreTrainedModel
 
 from moelab.engine.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn; ``temperature`` 0 is greedy.
+    """How the next token is drawn; ``temperature`` 0 is greedy, ``top_k`` 0 (or -1) is off.
 
     Raises
     ------
@@ -43,36 +40,69 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature}: 0 (greedy) or above")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: above 0, at most 1")
-        if self.repetition_penalty <= 0:
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: 0 (the likeliest token only) to 1 (off)")
+        if not isinstance(self.top_k, int) or self.top_k < -1:
+            raise ValueError(f"top_k={self.top_k!r}: a whole number, 0 or -1 for off")
+        if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty={self.repetition_penalty}: above 0 (1: none)")
+        object.__setattr__(self, "top_k", max(0, self.top_k))
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, **own: Any) -> Sampling:
+        """As the model's generation config says, but for what is given; None is not given."""
+        config = model.generation_config
+        said = {name: getattr(config, name) for name in ("top_p", "top_k", "repetition_penalty")}
+        said["temperature"] = (config.temperature or 1.0) if config.do_sample else 0.0
+        said |= {name: value for name, value in own.items() if value is not None}
+        return cls(**{name: value for name, value in said.items() if value is not None})
+
+
+OTHER_WAYS = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale", "num_return_sequences"), 1),
+    **dict.fromkeys(("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens"), None),
+    **dict.fromkeys(("constraints", "force_words_ids", "stop_strings", "max_time"), None),
+    **dict.fromkeys(("token_healing", "forced_eos_token_id"), None),
+}
+"""What a generation config may ask for beyond logits processors, and what it is when it is off."""
+
+
+def warn_of_other_ways(model: PreTrainedModel, name: str) -> None:
+    """Name what the model's generation config asks for that no run does, like ``num_beams=4``."""
+    asked = {way: getattr(model.generation_config, way, None) for way in OTHER_WAYS}
+    if found := [f"{way}={v!r}" for way, v in asked.items() if v and v != OTHER_WAYS[way]]:
+        warnings.warn(
+            f"the generation config of {name!r} asks for {', '.join(found)}, which no run does; "
+            "all else in it is honoured",
+            stacklevel=5,  # whoever opened the lab
+        )
 
 
 class Sampler:
-    """Draws tokens from logits."""
+    """Draws tokens from logits, after a prompt of ``prompt`` tokens."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, model: Any, sampling: Sampling, prompt: int) -> None:
         self._greedy = sampling.temperature == 0
         self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._steps = LogitsProcessorList()
-        if sampling.repetition_penalty != 1:
-            self._steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-        if not self._greedy:
-            self._steps.append(TemperatureLogitsWarper(float(sampling.temperature)))
-            if sampling.top_k:
-                self._steps.append(TopKLogitsWarper(sampling.top_k))
-            if sampling.top_p < 1:
-                self._steps.append(TopPLogitsWarper(sampling.top_p))
+        config = copy.deepcopy(model.generation_config)
+        own = asdict(sampling) | {"temperature": float(sampling.temperature)}
+        for name, value in (OTHER_WAYS | own | {"do_sample": not self._greedy}).items():
+            setattr(config, name, value)  # `update` would log what is at odds in the model's own
+        model._prepare_special_tokens(config, device="cpu")
+        self._steps = model._get_logits_processor(config, prompt, device="cpu")
 
     def draw(self, ids: Sequence[int], logits: torch.Tensor) -> int:
         """The next token after ``ids`` from logits ``[V]``."""
-        scores = self._steps(torch.tensor([ids]), logits.float()[None])[0]  # pyright: ignore[reportArgumentType]
-        if self._greedy:
-            return int(scores.argmax())
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        with threads(1):  # to wake another one takes longer than what it does
+            scores = logits.float()[None]
+            if self._steps:
+                scores = self._steps(torch.tensor([ids]), scores)  # pyright: ignore[reportArgumentType]
+            if self._greedy:
+                return int(scores[0].argmax())
+            shares = scores[0].softmax(-1)
+            return int(torch.multinomial(shares, 1, generator=self._generator))
 
 
 TOP = 5
@@ -111,18 +141,29 @@ def threads(count: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
+class NotFiniteError(RuntimeError):
+    """Logits with a NaN or an infinity in them: nothing can be drawn from or measured on these."""
+
+
 class Stream:
     """A growing sequence with its key-value cache."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._ids: list[int] = []
         self._cache = DynamicCache(config=engine.model.config)
         weights = (p for p in engine.model.parameters() if p.device.type != "meta")
         self._tiny = sum(p.numel() for p in weights) < TINY_PARAMETERS
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[int], *, keep: int = 1) -> torch.Tensor:
-        """Append ``ids`` and return the logits of the last ``keep`` positions ``[keep, V]``."""
+        """Append ``ids`` and return the logits of the last ``keep`` positions ``[keep, V]``.
+
+        Raises
+        ------
+        NotFiniteError
+            They have a NaN or an infinity; the message says at which token, and where from.
+        """
         one_is_the_loaders = max(1, torch.get_num_threads() - 1)
         with threads(1 if self._tiny else one_is_the_loaders):
             out = self.engine.model(
@@ -131,6 +172,14 @@ class Stream:
                 use_cache=True,
                 logits_to_keep=keep,
             )
+            self._ids += ids
+            largest = out.logits[0].amax(-1)  # [keep]; of a NaN it is NaN, and -inf may be a mask
+            if not (finite := largest.isfinite()).all():
+                at = len(self._ids) - keep + int(finite.int().argmin())
+                raise NotFiniteError(
+                    f"NaN or infinity in the logits after token {at} of the sequence (id "
+                    f"{self._ids[at]}): {cause(self.engine, self._ids[: at + 1])}"
+                )
         return out.logits[0]
 
 
@@ -161,3 +210,34 @@ class Reference(Stream):
             out = self.forward(new, keep=keep)
         self._seen = len(ids)
         return out
+
+
+@torch.inference_mode()
+def cause(engine: Engine, ids: Sequence[int]) -> str:
+    """What makes the logits after ``ids`` not finite: a weight, a module, or too few bits."""
+    for name, weight in engine.model.state_dict().items():
+        if weight.device.type != "meta" and not weight.isfinite().all():
+            return f"{name} has NaN or infinity; repair the checkpoint and pack it again"
+    dtype, found = str(engine.model.dtype).removeprefix("torch."), []
+
+    def watch(name: str) -> Any:
+        def seen(_module: Any, _inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, torch.Tensor) and not first.isfinite().all():
+                found.append(name)
+
+        return seen
+
+    named = [(name, module) for name, module in engine.model.named_modules() if name]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in named]
+    try:
+        with engine.full_precision():
+            engine.model(torch.tensor([list(ids)]), use_cache=False, logits_to_keep=1)  # pyright: ignore[reportArgumentType]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        return "at full precision they are finite; lab.update(bits=...) with more bits"
+    if dtype == "float32":
+        return f"{found[0]} is the first whose output is not finite; its weights are too large"
+    return f"{found[0]} overflows {dtype} first; open the model with dtype=torch.float32"

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moelab.engine.process import Process
 from moelab.store.blobs import BlobFile
 from moelab.store.devices import Device, Throttle, device, sleep_until
 
@@ -72,6 +73,7 @@ class Loader:
         self._profile: Device = device(profile)
         self._active = 0  # loads begun and not done: never more than the device's queue
         self._closed = False
+        self._process = Process("this loader works")
         count = 1 if nbytes >= BIG else SMALL_READERS
         self._threads = [
             threading.Thread(target=self._work, name=f"moelab-load-{i}", daemon=True)
@@ -145,6 +147,8 @@ class Loader:
 
     def close(self) -> None:
         """Finish what was begun, withdraw the rest, stop the threads."""
+        if not self._process.here:  # at the end of a fork: threads and locks are the parent's
+            return
         with self._cond:
             self._closed = True
             for queue in self._queues:

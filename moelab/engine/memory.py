@@ -74,9 +74,9 @@ class Arena:
         self._free[slot.bits].append(slot)
 
     def set_limit(self, limit_bytes: int) -> None:
-        """A new budget; free slots above it return to the system."""
-        self.limit_bytes = limit_bytes
+        """A new budget; free slots above it return to the system first: never above, even then."""
         self._unmap(limit_bytes)
+        self.limit_bytes = limit_bytes
 
     def trim(self) -> None:
         """Return every free slot to the system."""

@@ -7,10 +7,39 @@ instead of answering.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Messages = Sequence[Mapping[str, str]]
 """A conversation: ``[{"role": "user", "content": "Hello"}, ...]``."""
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint, from its own files only.
+
+    Raises
+    ------
+    ValueError
+        The checkpoint brought none that can be used, or is an encoder-decoder.
+    """
+    from transformers import AutoTokenizer
+
+    from moelab.models.skeleton import LOCAL, read_config
+
+    config = read_config(folder)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{folder} is an encoder-decoder; moelab runs decoder-only models")
+    reason = "it knows no word"  # such a one transformers makes where there is no file
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **LOCAL)
+        if tokenizer("Hello", add_special_tokens=False).input_ids:
+            return tokenizer
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+    raise ValueError(
+        f"{folder} has no usable tokenizer ({reason}); put tokenizer.json beside the "
+        "checkpoint's config.json and pack it again"
+    )
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -36,8 +65,13 @@ def messages(tokenizer: Any, prompt: str | Messages, chat: bool | None) -> tuple
         A chat without a template, a conversation that is none, or one that is to be plain text.
     """
     plain = isinstance(prompt, str)
-    if not plain and not isinstance(prompt, Sequence):
-        raise ValueError(f"prompt={prompt!r}: a text, or a list of messages")
+    if not plain and not (
+        isinstance(prompt, Sequence) and prompt and all(map(_is_message, prompt))
+    ):
+        raise ValueError(
+            f"prompt={str(prompt)[:80]}: give one text or a conversation; its messages are a list "
+            "like [{'role': 'user', 'content': 'Hello'}, ...]"
+        )
     if chat is None:
         chat = not plain or has_template(tokenizer)
     if not chat:
@@ -46,10 +80,7 @@ def messages(tokenizer: Any, prompt: str | Messages, chat: bool | None) -> tuple
         return ()
     if not has_template(tokenizer):
         raise ValueError("this model's tokenizer has no chat template; give a text and chat=False")
-    found = ({"role": "user", "content": prompt},) if plain else tuple(prompt)
-    if not found or not all(map(_is_message, found)):
-        raise ValueError("messages are a list like [{'role': 'user', 'content': 'Hello'}, ...]")
-    found = tuple(map(dict, found))
+    found = ({"role": "user", "content": prompt},) if plain else tuple(map(dict, prompt))
     if not found[-1]["content"].strip():
         raise ValueError("the prompt is empty; give at least one word")
     return found
@@ -64,9 +95,30 @@ def _is_message(one: Any) -> bool:
 
 
 def encode(tokenizer: Any, conversation: Messages) -> list[int]:
-    """Token ids of a conversation, up to where the model is to answer."""
-    return list(
-        tokenizer.apply_chat_template(
-            list(conversation), add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-    )
+    """Token ids of a conversation, up to where the model is to answer.
+
+    Raises
+    ------
+    ValueError
+        The template refuses the conversation, goes beyond its bounds, or makes nothing of it.
+    """
+    from moelab.models.template import within_bounds
+
+    roles = ", ".join(one["role"] for one in conversation)
+    try:
+        with within_bounds(tokenizer.get_chat_template()):
+            text = tokenizer.apply_chat_template(
+                list(conversation), add_generation_prompt=True, tokenize=False
+            )
+    except Exception as error:  # whatever a template does: it came with the checkpoint
+        raise ValueError(
+            f"this model's chat template refuses messages of {roles}: {error}; leave out the role "
+            "that it does not know, or give a text and chat=False"
+        ) from error
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise ValueError(
+            f"this model's chat template makes no text of messages of {roles}; give a text and "
+            "chat=False"
+        )
+    return ids

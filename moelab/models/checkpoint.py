@@ -12,6 +12,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +49,14 @@ class Split:
 
     experts: dict[int, dict[str, Source]]
     rest: tuple[str, ...]
-    unused: tuple[str, ...]
+    unused: dict[str, str]  # to the name in the model that transformers would look for
+
+    @property
+    def expert_keys(self) -> list[str]:
+        """Names of all tensors that belong to experts, but for their scales."""
+        sources = chain.from_iterable(plan.values() for plan in self.experts.values())
+        groups = chain.from_iterable(source.groups.values() for source in sources)
+        return list(chain.from_iterable(group.values() for group in groups))
 
 
 def split(model: PreTrainedModel, layers: Sequence[MoELayer], checkpoint: Checkpoint) -> Split:
@@ -77,13 +85,17 @@ def split(model: PreTrainedModel, layers: Sequence[MoELayer], checkpoint: Checkp
         return target, pattern
 
     experts: dict[int, dict[str, Source]] = {}
-    rest, unused = [], []
+    rest: list[str] = []
+    unused: dict[str, str] = {}
     for key in checkpoint.names():
-        target, pattern = rename(key.removesuffix(SCALE))
+        weight = key.removesuffix(SCALE)
+        target, pattern = rename(weight)
         place = expert_parameter(re.sub(r"_(blocks|scales)$", "", target), layers)
-        if place is None:
-            (rest if target in state else unused).append(key)
-        elif not key.endswith(SCALE):
+        if weight not in checkpoint.info or (place is None and target not in state):
+            unused[key] = target
+        elif place is None:
+            rest.append(key)
+        elif key == weight:  # its scale is read along with it
             layer, parameter = place
             converter = by_pattern.get(pattern) if pattern is not None else None
             source = experts.setdefault(layer.index, {}).setdefault(
@@ -91,7 +103,7 @@ def split(model: PreTrainedModel, layers: Sequence[MoELayer], checkpoint: Checkp
             )
             group = pattern or target.rpartition(".")[2]
             source.groups.setdefault(group, {})[_expert_number(key)] = key
-    return Split(experts, tuple(rest), tuple(unused))
+    return Split(experts, tuple(rest), unused)
 
 
 def _expert_number(key: str) -> int | None:
@@ -131,8 +143,8 @@ class ExpertReader:
     ----------
     checkpoint, layers
         The files, and the model's MoE layers.
-    rest
-        Names of the tensors that the model uses besides its experts.
+    found
+        Which tensors are experts', which the model uses besides, and which it does not.
 
     Raises
     ------
@@ -144,7 +156,7 @@ class ExpertReader:
         self.checkpoint, self.layers = Checkpoint(path), find_moe(model)
         self._model = _OneExpert(model)
         found = split(model, self.layers, self.checkpoint)
-        self._plan, self.rest = found.experts, found.rest
+        self.found, self._plan = found, found.experts
         for layer in self.layers:
             self._check(layer)
 
@@ -156,13 +168,12 @@ class ExpertReader:
         }
         return {name: found[name].contiguous() for name, _ in self.layers[layer].tensors}
 
-    def dtype(self, layer: int) -> torch.dtype:
-        """The type of a layer's expert weights as the reader gives them."""
-        source = next(iter(self._plan[layer].values()))
-        key = next(iter(next(iter(source.groups.values())).values()))
-        stored = DTYPES[self.checkpoint.info[key].dtype]
-        plain = (torch.float16, torch.float32, torch.float64)
-        return stored if stored in plain else torch.bfloat16
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The types of the expert weights, over all layers, as the reader gives them."""
+        stored = {DTYPES[self.checkpoint.info[key].dtype] for key in self.found.expert_keys}
+        plain = {torch.float16, torch.float32, torch.float64}
+        return {kind if kind in plain else torch.bfloat16 for kind in stored}
 
     def _check(self, layer: MoELayer) -> None:
         """Every expert of a layer must be there before anything is promised."""
@@ -178,14 +189,39 @@ class ExpertReader:
                 f"{self.checkpoint.path}: layer {layer.index} ({layer.name}) has "
                 f"{', '.join(sorted(plan))}, the model needs {', '.join(sorted(wanted))}"
             )
-        for source in plan.values():
-            for pattern, keys in source.groups.items():
-                missing = set() if None in keys else set(range(layer.num_experts)) - set(keys)
-                if missing:
-                    raise ValueError(
-                        f"{self.checkpoint.path}: layer {layer.index} expert {min(missing)} has no "
-                        f"{pattern!r}; the checkpoint is incomplete, download it again"
-                    )
+        for name, source in plan.items():
+            self._check_groups(layer, name, source)
+
+    def _check_groups(self, layer: MoELayer, name: str, source: Source) -> None:
+        """All that makes a parameter is there, for just as many experts as the model has."""
+        path, where = self.checkpoint.path, f"layer {layer.index}"
+        got, needed = source.groups.keys(), {f"{name}_blocks", f"{name}_scales"}  # mxfp4
+        if source.converter is not None:
+            needed = set(source.converter.source_patterns)
+        elif not needed & got:
+            needed = set(list(got)[:1])
+        if got != needed:
+            raise ValueError(
+                f"{path}: {where} brings {' and '.join(sorted(got))} for {name}, the model makes "
+                f"it of {' and '.join(sorted(needed))}; the checkpoint is incomplete or of another "
+                "architecture"
+            )
+        for pattern, keys in source.groups.items():
+            count = layer.num_experts
+            if None in keys:
+                found = set(range(self.checkpoint.info[keys[None]].shape[0]))
+            else:
+                found = {expert for expert in keys if expert is not None}
+            if missing := set(range(count)) - found:
+                raise ValueError(
+                    f"{path}: {where} expert {min(missing)} has no {pattern!r}; the checkpoint is "
+                    "incomplete, download it again"
+                )
+            if more := found - set(range(count)):
+                raise ValueError(
+                    f"{path}: {where} holds an expert {max(more)}, its config.json says "
+                    f"{count} experts; give the config.json that belongs to the weights"
+                )
 
     def _parameter(self, source: Source, name: str, expert: int) -> torch.Tensor:
         pieces = {p: self._piece(keys, expert) for p, keys in source.groups.items()}

@@ -96,7 +96,7 @@ def find_moe(model: nn.Module) -> list[MoELayer]:
     Raises
     ------
     ValueError
-        The model has no experts.
+        The model has no experts, or fewer than it is to activate.
     """
     layers: list[MoELayer] = []
     for name, module in model.named_modules():
@@ -164,6 +164,12 @@ def _describe(
     router = next(
         (r for a in ("gate", "router") if isinstance(r := getattr(block, a, None), nn.Module)), None
     )
+    top_k = special.top_k if special and special.top_k else _top_k(router, block, module)
+    if top_k > module.num_experts:
+        raise ValueError(
+            f"layer {index} ({name}) has {module.num_experts} experts and is to activate {top_k} "
+            "for a token; correct config.json"
+        )
     return MoELayer(
         index=index,
         name=name,
@@ -171,7 +177,7 @@ def _describe(
         router=router,
         block=block,
         num_experts=module.num_experts,
-        top_k=special.top_k if special and special.top_k else _top_k(router, block, module),
+        top_k=top_k,
         activation=_activation(getattr(module, "act_fn", None)),
         gating=_gating(module),
         transposed=module.is_transposed,
@@ -243,3 +249,9 @@ def _read_choice(output: Any) -> Choice | None:
     idx = tensors[at].reshape(-1, tensors[at].shape[-1]).to(torch.int64)
     weights = [t for t in tensors[:at] if t.is_floating_point() and t.numel() == idx.numel()]
     return (idx, weights[-1].reshape(idx.shape)) if weights else None
+
+
+def positions(model: nn.Module) -> int | None:
+    """Tokens of prompt and text the model was made for; None where its config does not say."""
+    config: Any = model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

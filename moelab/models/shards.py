@@ -35,6 +35,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FP8 = ("F8_E4M3", "F8_E5M2")
 SCALE = "_scale_inv"  # fp8: one scale per block beside each weight
 _CHUNK = 1 << 20
 
@@ -93,18 +94,17 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.files = _shards(self.path)
+        self.files = weight_files(self.path)
         self.info: dict[str, TensorInfo] = {}
         for number, file in enumerate(self.files):
             self.info |= _read_header(file, number)
 
     @cached_property
-    def _block(self) -> tuple[int, int]:
-        """Rows and columns that share one fp8 scale."""
+    def quantisation(self) -> dict[str, Any]:
+        """What `config.json` says of the weights' quantisation; empty where it says nothing."""
         config = self.path / "config.json"
-        data = json.loads(config.read_text()) if config.is_file() else {}
-        block = (data.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
-        return int(block[0]), int(block[1])
+        data = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+        return data.get("quantization_config") or {}
 
     def names(self) -> list[str]:
         """All tensor names, layers and experts in numerical order."""
@@ -119,23 +119,36 @@ class Checkpoint:
         """Read one whole tensor, in bfloat16 if it is fp8 with scales beside it."""
         if key + SCALE not in self.info:
             return self.tensor(key)
-        return _dequantise_fp8(self.tensor(key), self.tensor(key + SCALE), self._block)
+        return self._scaled(self.tensor(key), self.tensor(key + SCALE))
 
     def row(self, key: str, index: int) -> torch.Tensor:
-        """Read `tensor[index : index + 1]` of a tensor that holds all experts of a layer."""
+        """Read `weight[index : index + 1]` of a tensor that holds all experts of a layer."""
+        piece = self._row(key, index)
+        scales = self.info.get(key + SCALE)
+        if scales is None:
+            return piece
+        each = scales.shape[:1] == self.info[key].shape[:1]
+        scale = self._row(key + SCALE, index)[0] if each else self.tensor(key + SCALE)
+        return self._scaled(piece[0], scale)[None]
+
+    def _row(self, key: str, index: int) -> torch.Tensor:
         info = self.info[key]
         size = info.nbytes // info.shape[0]
         start = info.start + index * size
         return self._read(info, start, start + size, (1, *info.shape[1:]))
 
-    def chunks(self, key: str) -> Iterator[bytes]:
-        """Yield the raw bytes of one tensor in pieces of at most 1 MiB."""
+    def _scaled(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        rows, columns = self.quantisation.get("weight_block_size") or (128, 128)
+        return _dequantise_fp8(weight, scale, (rows, columns))
+
+    def chunks(self, key: str) -> Iterator[np.ndarray]:
+        """Yield the bytes of one tensor, uint8, in pieces of at most 1 MiB."""
         info = self.info[key]
         for start in range(info.start, info.stop, _CHUNK):
             stop = min(start + _CHUNK, info.stop)
             buffer = np.empty(stop - start, dtype=np.uint8)
             self._fill(info.shard, buffer, start)
-            yield buffer.tobytes()
+            yield buffer
 
     def _read(
         self, info: TensorInfo, start: int, stop: int, shape: tuple[int, ...]
@@ -158,21 +171,20 @@ class Checkpoint:
                 done += got
 
 
-def _shards(path: Path) -> list[Path]:
-    """The safetensors files of a folder, by its index where there is one."""
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files that transformers would load of a folder, in its order.
+
+    Raises
+    ------
+    ValueError
+        There is none, or the index is damaged or names what is not there.
+    """
+    if (path / "model.safetensors").is_file():  # before the index, which may be of older shards
+        return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [n for n in names if Path(n).name != n or not (path / n).is_file()]
-        if missing:
-            raise ValueError(
-                f"{index} names {missing[0]!r}, which is not a file in {path} "
-                f"({len(missing)} of {len(names)} shards missing); finish the download"
-            )
-        return [path / n for n in names]
+    if index.is_file():
+        return _indexed(index)
     files = sorted(path.glob("*.safetensors"))
-    if (path / "model.safetensors").exists():
-        files = [path / "model.safetensors"]
     if files:
         return files
     pickled = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
@@ -183,6 +195,23 @@ def _shards(path: Path) -> list[Path]:
             "writes safetensors, and give that folder"
         )
     raise ValueError(f"{path} holds no *.safetensors file; give the folder of a checkpoint")
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The shards that an index names."""
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        missing = [n for n in names if Path(n).name != n or not (index.parent / n).is_file()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is damaged: it has no readable weight_map ({error}); download it again"
+        ) from error
+    if missing:
+        raise ValueError(
+            f"{index} names {missing[0]!r}, which is not a file in {index.parent} "
+            f"({len(missing)} of {len(names)} shards missing); finish the download"
+        )
+    return [index.parent / n for n in names]
 
 
 def _read_header(file: Path, shard: int) -> dict[str, TensorInfo]:

@@ -9,6 +9,7 @@ it does not know: what becomes of the experts (`adapter`).
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,16 +20,16 @@ from typing import Any
 import torch
 import transformers
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging as transformers_logging
 
 from moelab.models.checkpoint import QUANTISED, split
+from moelab.models.config import make_config, read_json
 from moelab.models.families import MoELayer, expert_parameter, find_moe
+from moelab.models.inventory import no_bars, refuse_incomplete
 from moelab.models.shards import SCALE, Checkpoint, LazyTensor
 
 
@@ -70,6 +71,7 @@ def load_skeleton(
         check(blank, layers)
     checkpoint = Checkpoint(path)
     rest = split(blank, layers, checkpoint).rest
+    _refuse_larger(blank, layers, checkpoint, rest)
     weights = {key: LazyTensor(checkpoint, key) for key in rest if not key.endswith(SCALE)}
     with _quiet(family.__name__):
         loaded: Any = _skeleton_class(family, layers).from_pretrained(
@@ -82,11 +84,25 @@ def load_skeleton(
         )
     model, report = loaded
     model.__class__ = family
-    _refuse_incomplete(report, layers, path)
+    refuse_incomplete(report["missing_keys"], report["mismatched_keys"], layers, path)
     model.config.name_or_path = model.name_or_path = str(path)
     if (path / "generation_config.json").exists() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval()
+
+
+def _refuse_larger(
+    blank: PreTrainedModel, layers: Sequence[MoELayer], checkpoint: Checkpoint, rest: Sequence[str]
+) -> None:
+    """Refuse a configuration that would fill the memory with weights that no file holds."""
+    own = [p for n, p in blank.named_parameters() if expert_parameter(n, layers) is None]
+    asked = sum(p.numel() for p in own)
+    held = sum(math.prod(checkpoint.info[key].shape) for key in rest)
+    if asked > 2 * held:
+        raise ValueError(
+            f"{checkpoint.path / 'config.json'} asks for {asked} weights besides the experts, the "
+            f"files hold {held}; give the config.json that belongs to them"
+        )
 
 
 def blank_model(path: str | os.PathLike[str]) -> PreTrainedModel:
@@ -96,11 +112,40 @@ def blank_model(path: str | os.PathLike[str]) -> PreTrainedModel:
         return model_class(config)._from_config(config)
 
 
+LOCAL: dict[str, bool] = {"local_files_only": True, "trust_remote_code": False}
+
+
 def read_config(path: Path) -> PreTrainedConfig:
-    """Read `config.json`, and refuse quantisation formats whose experts cannot be read."""
-    if not (path / "config.json").is_file():
+    """Read `config.json`, and refuse quantisation formats whose experts cannot be read.
+
+    Raises
+    ------
+    ValueError
+        It is missing or damaged, asks for a model that transformers itself does not have, or for
+        weights of another format.
+    """
+    file = path / "config.json"
+    if not file.is_file():
         raise ValueError(f"{path} has no config.json; give the folder of a transformers checkpoint")
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    data = read_json(file)
+    mlx = data.get("quantization")
+    if isinstance(mlx, dict) and "bits" in mlx:
+        raise ValueError(
+            f"{path} is quantised to {mlx['bits']} bit by MLX; moelab reads the checkpoint that it "
+            "was made of: give that one"
+        )
+    try:
+        config = make_config(data)
+    except Exception as error:
+        if "auto_map" in data:
+            raise ValueError(
+                f"{path} needs code of its own (auto_map in config.json), and moelab "
+                "never runs code that comes with a checkpoint; give a model that transformers has"
+            ) from error
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(
+            f"{file} is not understood by transformers {transformers.__version__} ({reason})"
+        ) from error
     quantisation = getattr(config, "quantization_config", None) or {}
     if not isinstance(quantisation, dict):
         quantisation = quantisation.to_dict()
@@ -149,19 +194,6 @@ def _skeleton_class(
     return Skeleton
 
 
-def _refuse_incomplete(report: dict, layers: Sequence[MoELayer], path: Path) -> None:
-    missing = sorted(k for k in report["missing_keys"] if expert_parameter(k, layers) is None)
-    if missing:
-        raise ValueError(
-            f"{path} lacks {len(missing)} weights besides the experts, first {missing[0]!r}; "
-            "the checkpoint is incomplete or not of this architecture"
-        )
-    for key, found, wanted in report["mismatched_keys"]:
-        raise ValueError(
-            f"{path}: {key!r} has shape {tuple(found)}, its config.json asks for {tuple(wanted)}"
-        )
-
-
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
     """Keep transformers' load report and bar to this thread; show the report with an error."""
@@ -174,15 +206,12 @@ def _quiet(name: str) -> Iterator[None]:
         return False
 
     logger = logging.getLogger("transformers.modeling_utils")
-    bar = transformers_logging.is_progress_bar_enabled()
     logger.addFilter(keep)
-    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with no_bars():
+            yield
     except RuntimeError as error:
         details = "\n".join(reports)
         raise ValueError(f"transformers could not load {name}: {error}\n{details}") from error
     finally:
         logger.removeFilter(keep)
-        if bar:
-            transformers_logging.enable_progress_bar()

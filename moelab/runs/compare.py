@@ -14,6 +14,7 @@ import numpy as np
 
 from moelab.runs.recording import Recording
 from moelab.runs.rounds import TIMED
+from moelab.runs.schema import SAMPLED
 from moelab.spelling import number
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def code_of(document: Mapping[str, Any]) -> str:
     doc, (first, *later) = document, document["settings"]
     sampling = doc["sampling"]
     asked = {"max_new_tokens": doc["max_new_tokens"]}
-    asked |= {n: sampling[n] for n in ("temperature", "top_p", "repetition_penalty", "seed")}
+    asked |= {n: sampling[n] for n in SAMPLED}
     if doc["ignore_eos"]:
         asked["ignore_eos"] = True
     if not doc["messages"]:

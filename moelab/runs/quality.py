@@ -25,7 +25,8 @@ def kl_divergence(full: torch.Tensor, degraded: torch.Tensor) -> torch.Tensor:
     """KL(full || degraded) in nats from logits ``[..., V]``; shape ``[...]``, float64, >= 0."""
     p = torch.log_softmax(full.double(), -1)
     q = torch.log_softmax(degraded.double(), -1)
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
+    # What has no probability at full precision counts for nothing, also where neither has any.
+    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).clamp_min(0.0)
 
 
 @dataclass(frozen=True, slots=True)

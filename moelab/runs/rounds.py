@@ -7,6 +7,7 @@ again, each time beginning with another, so that a machine that slows down slows
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -126,15 +127,12 @@ class Rounds:
 
     def _make(self, one: Again, second: Lab) -> None:
         asked, settings = one.was.request, one.plan[0][1]
-        sampling = asked.sampling
+        seed = {} if one.seed is None else {"seed": one.seed}
         second._session.stand(settings, begun(one.was, settings))
         self.run = run = second.start(
             asked.messages or asked.prompt,
             max_new_tokens=len(one.was.tokens),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=sampling.seed if one.seed is None else one.seed,
+            **dataclasses.asdict(asked.sampling) | seed,
             ignore_eos=asked.ignore_eos,
             chat=bool(asked.messages),
             changes=dict(one.plan[1:]),

@@ -15,6 +15,7 @@ import numpy as np
 
 from moelab.engine.generation import Sampling
 from moelab.engine.log import EventLog
+from moelab.engine.process import Process
 from moelab.runs.account import Account, Limits
 from moelab.runs.tokens import Noted, TokenReport, Tokens, summary, table
 from moelab.scheduling.strategy import part_title
@@ -113,6 +114,7 @@ class Run:
         self._ids, self._tokenizer, self._eos = ids, tokenizer, eos
         self._stop, self._done = threading.Event(), threading.Event()
         self.peak_bytes, self.direct, self.setup_ms = 0, True, 0.0
+        self._process = Process("this run goes on")
         self._begin(EventLog(), Trace(shape))
 
     # -- for the person ---------------------------------------------------------------------
@@ -133,6 +135,8 @@ class Run:
 
     def join(self, timeout: float | None = None) -> Run:
         """Wait for the end; Ctrl-C stops the run. Raises what the run raised."""
+        if self.running:  # else there is nothing to wait for, in whatever process
+            self._process.check()
         try:
             self._done.wait(timeout)
         except KeyboardInterrupt:
@@ -245,3 +249,11 @@ class Run:
         if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
             piece, self.text = text[len(self.text) :], text
         self._tokens.add(noted._replace(text=piece))
+
+    def _end(self) -> None:
+        """No byte comes any more: what was kept back as half a character is the end of the text."""
+        text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if self.tokens:
+            self._tokens.extend(text[len(self.text) :])
+        self.text = text
+        self._done.set()

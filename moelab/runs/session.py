@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,8 +18,18 @@ import numpy as np
 import torch
 
 from moelab.engine.engine import Engine
-from moelab.engine.generation import Decoder, Reference, Sampler, Sampling, likeliest, threads
+from moelab.engine.generation import (
+    Decoder,
+    Reference,
+    Sampler,
+    Sampling,
+    likeliest,
+    threads,
+    warn_of_other_ways,
+)
+from moelab.engine.process import Process
 from moelab.models.chat import Messages, encode, messages
+from moelab.models.families import positions
 from moelab.runs.quality import kl_divergence
 from moelab.runs.run import Asked, Likeliest, Run
 from moelab.runs.tokens import Noted
@@ -41,7 +52,7 @@ class Session:
         Freshly opened.
     strategies
         Makes strategies by name, with what was measured of the model.
-    tokenizer, sampling
+    tokenizer
         The model's own.
     name
         Of the model, for its runs.
@@ -52,18 +63,20 @@ class Session:
         engine: Engine,
         strategies: MakeStrategy,
         tokenizer: Any,
-        sampling: Mapping[str, Any],
         name: str,
     ) -> None:
         self.engine, self.settings = engine, engine.settings
-        self.tokenizer, self._sampling, self._name = tokenizer, sampling, name
+        warn_of_other_ways(engine.model, name)
+        self.tokenizer, self._name = tokenizer, name
         self.run: Run | None = None
         self.closed = False
+        self._process = Process("this lab was opened")
         self._strategies = strategies
         self.lock, self._busy = threading.RLock(), threading.Lock()
 
     def update(self, **changes: Any) -> Settings:
         """See `moelab.Lab.update`."""
+        self._process.check()  # first of all: in a fork a lock may be held for ever
         with self.lock:
             if self.closed:
                 raise RuntimeError(CLOSED)
@@ -87,8 +100,9 @@ class Session:
         Raises
         ------
         RuntimeError
-            Somebody else has it, or the lab is closed.
+            Somebody else has it, the lab is closed, or of another process.
         """
+        self._process.check()
         last = self.run
         if last is not None and last.stopped:
             last._done.wait()
@@ -124,6 +138,7 @@ class Session:
 
     def close(self) -> None:
         """Stop the run and let go of everything; waits for whoever is at work."""
+        self._process.check()
         with self.lock:
             if self.closed:
                 return
@@ -163,6 +178,7 @@ class Session:
 
     def why(self, layer: int) -> dict[int, dict[str, float]]:
         """The evict decision's terms of each resident expert of a layer; also during a run."""
+        self._process.check()
         if self.closed:
             raise RuntimeError(CLOSED)
         with self.engine.lock:
@@ -172,9 +188,26 @@ class Session:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that is to be continued."""
-        if ids := self.tokenizer(text)["input_ids"]:
-            return list(ids)
-        raise ValueError("the prompt is empty; give at least one word")
+        return self._checked(list(self.tokenizer(text)["input_ids"]))
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        """Token ids that the model can be given.
+
+        Raises
+        ------
+        ValueError
+            There are none, or one that the model has no embedding for.
+        """
+        if not ids:
+            raise ValueError("the prompt is empty; give at least one word")
+        words = len(self.engine.model.get_input_embeddings().weight)  # pyright: ignore[reportArgumentType]
+        if max(ids) >= words:
+            word = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise ValueError(
+                f"the tokenizer makes token {max(ids)} ({word!r}) of this prompt, the model knows "
+                f"0 to {words - 1}; leave it out, or pack the checkpoint with its own tokenizer"
+            )
+        return ids
 
     def eos(self, *, chat: bool) -> set[int]:
         """What ends a text; an answer ends with the tokenizer's own end of a turn as well."""
@@ -202,9 +235,17 @@ class Session:
                 raise ValueError(f"changes={{{token!r}: ...}}: a key is a token's number from 0")
         said = messages(self.tokenizer, prompt, chat)
         text = said[-1]["content"] if said else str(prompt)
-        ids = encode(self.tokenizer, said) if said else self.encode(text)
-        own = {"seed": self.settings.seed} | {k: v for k, v in sampling.items() if v is not None}
-        how = Sampling(**{**self._sampling, **own})
+        ids = self._checked(encode(self.tokenizer, said)) if said else self.encode(text)
+        most = positions(self.engine.model)
+        if most and len(ids) > most:
+            warnings.warn(
+                f"the prompt has {len(ids)} tokens and this model was made for {most} positions; "
+                "what it writes after them makes no sense: shorten it",
+                stacklevel=4,
+            )
+        if sampling["seed"] is None:
+            sampling["seed"] = self.settings.seed
+        how = Sampling.of(self.engine.model, **sampling)
         run = Run(
             Asked(text, max_new_tokens, how, ignore_eos, said),
             ids,
@@ -238,7 +279,7 @@ class Session:
             run.ended, run.error = "failed", error
         finally:
             self.release()
-            run._done.set()
+            run._end()
 
     def _generate(self, run: Run, changes: dict[int, Settings | Mapping[str, Any]]) -> None:
         engine, begun = self.engine, time.perf_counter()
@@ -246,8 +287,8 @@ class Session:
         engine.new_sequence()
         assert engine.trace is not None
         run._begin(engine.log, engine.trace)
-        decoder, sampler = Decoder(engine), Sampler(run.request.sampling)
-        measure = Measure(engine)
+        decoder, measure = Decoder(engine), Measure(engine)
+        sampler = Sampler(engine.model, run.request.sampling, len(run._ids))
         context, new = list(run._ids), list(run._ids)
         try:
             while not run.ended:

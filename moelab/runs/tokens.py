@@ -141,6 +141,12 @@ class Tokens:
         """A token is complete."""
         self._noted.append(noted)
 
+    def extend(self, text: str) -> None:
+        """The last token's text goes on; nothing is noted after this."""
+        last, (known, final) = self._noted[-1], self._known
+        self._noted[-1] = last._replace(text=last.text + text)
+        self._known = known, min(final, len(self) - 1)
+
     def reports(self) -> list[TokenReport]:
         """One a token; from any thread.
 

@@ -217,7 +217,7 @@ def _refuse(name: str, tensor: torch.Tensor, limit: float) -> NoReturn:
     if math.isfinite(largest):
         raise ValueError(
             f"{name} has weights up to {largest:.3g}, this tier holds at most {limit:.3g}; "
-            "pack a bfloat16 checkpoint with tiers=(16,)"
+            "pack with tiers=(16,), which holds all that bfloat16 does"
         )
     raise ValueError(f"{name} has NaN or infinite weights; repair the checkpoint first")
 

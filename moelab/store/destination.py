@@ -1,30 +1,65 @@
 """A folder that appears whole or not at all.
 
-A store is written beside its destination and takes the destination's name at the very end. What a
-killed process leaves behind has that process's number in its name and is removed by the next.
+A store is written beside its destination under a name of its own, and takes the destination's name
+at the very end. Meanwhile its writer holds a lock beside it that the system releases when a process
+ends, however it ends: the number of a process says nothing where two containers share a disk. What
+nobody holds the lock of was left by somebody killed, and is removed by the next.
 """
 
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
+from filelock import FileLock, Timeout
 
 from moelab.store.manifest import StoreError
 from moelab.store.store import Store
 
+LOCK, OLD = ".lock", ".old"
+"""Beside a folder that is being written: its writer's lock, and the store it takes the place of."""
+
 
 def remove_stale(destination: Path) -> None:
     """Remove what a killed process left beside the destination."""
-    for folder in destination.parent.glob(f"{destination.name}.partial-*"):
-        pid = folder.name.rpartition("-")[2]
-        if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
-            shutil.rmtree(folder, ignore_errors=True)
+    left = destination.parent.glob(f"{glob.escape(destination.name)}.partial-*")
+    for partial in {path.with_suffix("") if path.suffix in (OLD, LOCK) else path for path in left}:
+        lock = _beside(partial, LOCK)
+        with suppress(Timeout, OSError), FileLock(lock, timeout=0):
+            for folder in (partial, _beside(partial, OLD)):
+                shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def _beside(partial: Path, suffix: str) -> Path:
+    return partial.with_name(partial.name + suffix)
+
+
+def _unwritable(folder: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"the folder {folder} cannot be made or written ({error.strerror}); choose one that can "
+        "be, for moelab's cache by setting MOELAB_CACHE"
+    )
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that is not there yet.
+
+    Raises
+    ------
+    StoreError
+        It cannot be made; the message says what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def check_room(folder: Path, nbytes: int, what: str, otherwise: str = "") -> None:
@@ -36,7 +71,7 @@ def check_room(folder: Path, nbytes: int, what: str, otherwise: str = "") -> Non
         Fewer than ``nbytes`` bytes are free; it says so of ``what``, and what to do ``otherwise``.
     """
     parent = folder.parent
-    parent.mkdir(parents=True, exist_ok=True)
+    make_folder(parent)
     free = shutil.disk_usage(parent).free
     if free < nbytes:
         raise StoreError(
@@ -47,9 +82,15 @@ def check_room(folder: Path, nbytes: int, what: str, otherwise: str = "") -> Non
 
 @contextmanager
 def partial_folder(destination: Path) -> Iterator[Path]:
-    """A folder to write into, gone at the end whatever happens."""
-    partial = destination.with_name(f"{destination.name}.partial-{os.getpid()}")
-    partial.mkdir()
+    """A folder to write into, locked meanwhile and gone at the end whatever happens."""
+    partial = destination.with_name(f"{destination.name}.partial-{uuid.uuid4().hex}")
+    make_folder(destination.parent)
+    lock = FileLock(_beside(partial, LOCK))
+    try:
+        lock.acquire()
+        partial.mkdir()
+    except OSError as error:
+        raise _unwritable(destination.parent, error) from error
     try:
         yield partial
     except OSError as error:
@@ -61,20 +102,27 @@ def partial_folder(destination: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _beside(partial, LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 def move(partial: Path, destination: Path, *, overwrite: bool) -> None:
     """Give the finished store its name; an old store steps aside and comes back on failure.
 
-    Where another process has put the same store there meanwhile, that one stays: it may be in use.
+    Where the same store is there already, that one stays: it may be in use.
+
+    Raises
+    ------
+    StoreError
+        Something else is in the way, or what has the name afterwards is not what was written.
     """
-    old = None
+    old, written = None, partial.stat().st_ino
     if destination.exists() and any(destination.iterdir()):
         if _is_same_store(partial, destination):
             return
         if not overwrite:
             raise StoreError(f"{destination} appeared while packing; choose another destination")
-        old = destination.with_name(f"{destination.name}.partial-old-{os.getpid()}")
+        old = _beside(partial, OLD)
         destination.rename(old)
     try:
         partial.rename(destination)
@@ -83,6 +131,9 @@ def move(partial: Path, destination: Path, *, overwrite: bool) -> None:
             if old is not None:
                 old.rename(destination)
             raise
+    else:
+        if destination.stat().st_ino != written:
+            raise StoreError(f"{destination} was replaced by somebody else meanwhile; pack again")
     sync(destination.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -291,7 +291,7 @@ def _check_types(data: dict[str, Any]) -> None:
 def check_inside(name: str) -> None:
     """Refuse a file name that is not `file` or `model/file`."""
     if len(name) > LONGEST_NAME or not name.isprintable():
-        raise ValueError(f"file name {shortened(name)} is too long or cannot be read")
+        raise ValueError(f"file name {shortened(name, 60)} is too long or cannot be printed")
     parts = PurePosixPath(name).parts
     plain = "\\" not in name and ".." not in parts and "/".join(parts) == name
     if not plain or len(parts) not in (1, 2) or (len(parts) == 2 and parts[0] != MODEL):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
-from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from types import CodeType
@@ -27,12 +25,16 @@ from typing import Any
 import torch
 import transformers
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
+from moelab.models.chat import load_tokenizer
 from moelab.models.checkpoint import ExpertReader
-from moelab.models.shards import Checkpoint
+from moelab.models.inventory import inventory
+from moelab.models.shards import DTYPES, Checkpoint
 from moelab.models.skeleton import blank_model
 from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
 from moelab.store.destination import check_room, move, partial_folder, remove_stale, sync
+from moelab.store.foreign import foreign
 from moelab.store.manifest import (
     FORMAT,
     MODEL,
@@ -44,23 +46,10 @@ from moelab.store.manifest import (
     experts_file,
     of_model,
 )
+from moelab.store.source import fetch, kept, refuse_pointers
 from moelab.store.store import Store
 
-_KEEP = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template.*",
-    "*processor_config.json",
-    "*.tiktoken",
-    "*.model",
-    "LICENSE*",
-    "NOTICE*",
-)
+_COARSE = 1e-5  # where no weight is larger, float16 scales cost 8 bit half as much error again
 _WORKERS = min(2, os.cpu_count() or 1)  # each holds a float32 copy of one matrix
 _PACKING = threading.Lock()  # two threads with one destination: the second finds it done
 
@@ -110,8 +99,8 @@ def pack(
     >>> pack("path/to/checkpoint", "stores/mine", tiers=(16, 4))  # doctest: +SKIP
     """
     tiers = _check_tiers(tiers)
-    destination = Path(destination).absolute()
-    folder, name = _fetch(source)
+    destination = Path(destination).expanduser().absolute()
+    folder, name = fetch(source)
     with _PACKING:
         work = _Work(folder, name, tiers, progress, fit)
         if _is_done(destination, work, overwrite=overwrite):
@@ -121,6 +110,7 @@ def pack(
         with partial_folder(destination) as partial:
             work.write(partial)
             move(partial, destination, overwrite=overwrite)
+        Store.open(destination)  # what has the name now is whole
     return destination
 
 
@@ -137,15 +127,24 @@ class _Work:
     ) -> None:
         self.folder, self.fit = folder, fit
         self.bars, self.tell = progress is True, progress if callable(progress) else lambda _: None
-        model = blank_model(folder)
-        self.reader = ExpertReader(model, folder)
+        self.kept = kept(folder)
+        refuse_pointers([*self.kept, *folder.glob("*.safetensors")])
+        with foreign(folder / "config.json"):
+            model = blank_model(folder)
+            self.reader = ExpertReader(model, folder)
+        with foreign(folder / "tokenizer.json"):
+            load_tokenizer(folder)
+        with foreign(folder / "generation_config.json"):
+            if (folder / "generation_config.json").is_file():
+                GenerationConfig.from_pretrained(folder)
         self.checkpoint = self.reader.checkpoint
-        stored = self.reader.dtype(0)
-        self.half = stored if stored == torch.float16 else torch.bfloat16
-        self.kept = [f for f in sorted(folder.iterdir()) if f.is_file() and _is_kept(f.name)]
-        notes = []
-        if stored in (torch.float32, torch.float64):
-            notes.append(f"experts are {_word(stored)} in the source, stored as bfloat16")
+        stored = self.reader.dtypes
+        # Only bfloat16 has the range of every type; float16 is kept where there is nothing else.
+        half = torch.float16 if stored == {torch.float16} else torch.bfloat16
+        notes = [*inventory(model, self.reader.layers, self.checkpoint, self.reader.found)]
+        if stored != {half}:
+            kinds = " and ".join(sorted(map(_word, stored)))
+            notes.append(f"experts are {kinds} in the source, stored as {_word(half)}")
         if fit is not None:
             notes.append(f"ranges by {getattr(fit, '__name__', fit)}")
         experts = of_model(model, self.reader.layers)
@@ -158,7 +157,7 @@ class _Work:
             transformers_version=transformers.__version__,
             notes=tuple(notes),
             tiers=tiers,
-            layout=Layout(experts.pop("tensors"), _word(self.half)),
+            layout=Layout(experts.pop("tensors"), _word(half)),
             files={},
             checksums={},
             **experts,
@@ -168,7 +167,7 @@ class _Work:
     def store_bytes(self) -> int:
         """Size of the store, but for a page or two."""
         experts = sum(self.manifest.slot_bytes.values()) * sum(self.manifest.experts_per_layer)
-        return experts + sum(self.checkpoint.info[key].nbytes for key in self.reader.rest)
+        return experts + sum(self.checkpoint.info[key].nbytes for key in self.reader.found.rest)
 
     @cached_property
     def identity(self) -> tuple[str, str]:
@@ -186,15 +185,10 @@ class _Work:
         """Write the whole store into an empty folder."""
         store_id, source_digest = self.identity
         self.manifest = replace(self.manifest, id=store_id, source_digest=source_digest)
-        if self.bars:
-            for note in self.manifest.notes:
-                tqdm.write(f"{self.manifest.source}: {note}")
+        for note in self.manifest.notes:
+            self._say(note)
+        self._write_rest(partial / MODEL)
         checksums = self._write_experts(partial)
-        self.tell("writing what is not an expert")
-        (partial / MODEL).mkdir()
-        write_safetensors(partial / MODEL / "model.safetensors", self.checkpoint, self.reader.rest)
-        for file in self.kept:
-            shutil.copyfile(file, partial / MODEL / file.name)
         files = {}
         for file in sorted((partial / MODEL).iterdir()):
             files[f"{MODEL}/{file.name}"] = (file.stat().st_size, digest_file(file))
@@ -205,17 +199,33 @@ class _Work:
         for name in (*files, NAME):
             sync(partial / name)
 
+    def _say(self, note: str) -> None:
+        if self.bars:
+            tqdm.write(f"{self.manifest.source}: {note}")
+
+    def _write_rest(self, folder: Path) -> None:
+        """What is not an expert; before the experts, as it is sooner found to be spoilt."""
+        self.tell("writing what is not an expert")
+        folder.mkdir()
+        write_safetensors(folder / "model.safetensors", self.checkpoint, self.reader.found.rest)
+        for file in self.kept:
+            shutil.copyfile(file, folder / file.name)
+
     def _write_experts(self, partial: Path) -> dict[int, tuple[str, ...]]:
         tiers, layout = self.manifest.tiers, self.manifest.layout
         checksums: dict[int, list[str]] = {bits: [] for bits in tiers}
+        coarse = set()
         with ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(_WORKERS))
             out = {b: stack.enter_context((partial / experts_file(b)).open("wb")) for b in tiers}
             for bits, stream in out.items():
                 stream.write(self.manifest.header(bits))
             for layer, expert in self._all_experts():
-                tensors = {k: t.to(self.half) for k, t in self.reader(layer, expert).items()}
+                tensors = self.reader(layer, expert)
                 blobs = {b: pool.submit(encode, tensors, layout, b, fit=self.fit) for b in tiers}
+                matrices = (t for t in tensors.values() if t.ndim > 1 and min(tiers) < 16)
+                if any(0 < float(t.abs().max()) < _COARSE for t in matrices):
+                    coarse.add(layer)
                 for bits, stream in out.items():
                     try:
                         blob = blobs.pop(bits).result().data
@@ -223,6 +233,13 @@ class _Work:
                         raise StoreError(f"layer {layer} expert {expert}: {error}") from error
                     stream.write(blob)
                     checksums[bits].append(digest(blob))
+        if coarse:
+            note = (
+                f"layers {', '.join(map(str, sorted(coarse)))} have matrices without a weight "
+                f"above {_COARSE:g}: under 16 bit their float16 scales are coarse"
+            )
+            self._say(note)
+            self.manifest = replace(self.manifest, notes=(*self.manifest.notes, note))
         return {bits: tuple(sums) for bits, sums in checksums.items()}
 
     def _all_experts(self) -> Iterator[tuple[int, int]]:
@@ -235,7 +252,13 @@ class _Work:
 
 
 def write_safetensors(path: Path, checkpoint: Checkpoint, keys: Iterable[str]) -> None:
-    """Copy some tensors of a checkpoint into one safetensors file, byte by byte."""
+    """Copy some tensors of a checkpoint into one safetensors file, byte by byte.
+
+    Raises
+    ------
+    StoreError
+        One holds what is no finite number; a router or a norm that does answers nothing but NaN.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     keys, end = list(keys), 0
     for key in keys:
@@ -247,8 +270,16 @@ def write_safetensors(path: Path, checkpoint: Checkpoint, keys: Iterable[str]) -
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for key in keys:
+            kind = DTYPES[checkpoint.info[key].dtype]
             for piece in checkpoint.chunks(key):
-                stream.write(piece)
+                values = torch.from_numpy(piece).view(kind)
+                values = values.float() if kind.itemsize == 1 else values  # fp8 has no isfinite
+                if not values.isfinite().all():
+                    raise StoreError(
+                        f"{checkpoint.path}: {key} has NaN or infinite weights; repair the "
+                        "checkpoint first"
+                    )
+                stream.write(piece.data)
 
 
 def _word(dtype: torch.dtype) -> str:
@@ -273,35 +304,6 @@ def _portable(constant: Any) -> Any:
     if isinstance(constant, CodeType):
         return constant.co_code, constant.co_names, [_portable(c) for c in constant.co_consts]
     return sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
-
-
-def _is_kept(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in _KEEP)
-
-
-def _fetch(source: str | os.PathLike[str]) -> tuple[Path, str]:
-    """The checkpoint's folder, downloaded if need be, and the name to remember it by."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder.resolve(), folder.resolve().name
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or folder.exists():
-        raise StoreError(
-            f"{source} is neither a folder nor a hub id such as 'allenai/OLMoE-1B-7B-0924'"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        path = snapshot_download(
-            str(source),
-            allow_patterns=["*.safetensors", "*.json", *_KEEP],
-            ignore_patterns=["*/*", "consolidated*"],  # the same weights in other formats
-        )
-    except Exception as error:
-        raise StoreError(
-            f"{source} is no folder here and could not be downloaded ({error}); "
-            "check the name and the network, or give the folder of a checkpoint"
-        ) from error
-    return Path(path), str(source)
 
 
 def _is_done(destination: Path, work: _Work, *, overwrite: bool) -> bool:

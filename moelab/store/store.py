@@ -41,6 +41,7 @@ from moelab.store.manifest import (
 
 __all__ = ["Store", "StoreError"]
 
+_LARGEST = 1 << 28  # of what libraries read whole: configuration, tokenizer
 _SMALL = 1 << 20  # files up to this size are checked against their checksum when opening
 
 
@@ -90,7 +91,7 @@ class Store:
         >>> store.read(layer=0, expert=3, bits=4).nbytes == store.slot_bytes[4]  # doctest: +SKIP
         True
         """
-        store = cls(Path(path))
+        store = cls(Path(path).expanduser().absolute())  # wherever the process works later
         store._check_files()
         if verify:
             store.verify()
@@ -250,6 +251,8 @@ class Store:
                     f"{file} is {word}: {found} bytes, the manifest says {size}; "
                     "pack the model again"
                 )
+            if size > _LARGEST and not name.endswith((".bin", ".safetensors")):
+                raise StoreError(f"{file} has {size} bytes, more than a file of its kind needs")
             if checksum and size <= _SMALL:
                 self._check_sum(name, checksum)
         for bits in self.tiers:

@@ -67,7 +67,7 @@ def main(
     )
     card_file.write_text(text, encoding="utf-8")
     measured = {"quality": compared, "samples": samples, "in the lab": lab}
-    record = {name: frame.to_dict("records") for name, frame in measured.items()}
+    record: dict[str, Any] = {name: frame.to_dict("records") for name, frame in measured.items()}
     record["routing"] = {k: share.tolist() for k, share in shares.items()}
     card_file.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     typer.echo(f"{card_file} written")

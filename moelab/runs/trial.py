@@ -1,0 +1,68 @@
+"""Everything a first token needs of a store's files, tried once when the store is opened.
+
+A store may come from anybody: its files can be whole and still make no model. Whoever opens it is
+told so then, by the file's name, and not in the middle of a run.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from moelab.engine.generation import Stream
+from moelab.models.chat import load_tokenizer
+from moelab.models.tokenizer_trial import try_tokenizer
+from moelab.runs.session import Session
+from moelab.store.foreign import foreign
+from moelab.store.manifest import digest_file
+from moelab.store.paths import cache_dir
+from moelab.store.store import Store
+
+
+def tokenizer_of(store: Store) -> Any:
+    """The store's tokenizer, its file tried elsewhere before it is read here.
+
+    Raises
+    ------
+    StoreError
+        It cannot be used, or another store has taken this one's place.
+    """
+    store.check_in_place()
+    file = store.checkpoint_dir / "tokenizer.json"
+    with foreign(file):
+        if file.is_file():
+            _try_once(file)
+        return load_tokenizer(store.checkpoint_dir)
+
+
+def _try_once(file: Path) -> None:
+    """Every content of a file is tried once on a machine."""
+    mark = cache_dir() / "tried" / digest_file(file)
+    if mark.is_file():
+        return
+    try_tokenizer(file)
+    with suppress(OSError):  # then it is tried again
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def trial(store: Store, session: Session) -> None:
+    """Encode, decode, and compute two tokens without experts.
+
+    Raises
+    ------
+    StoreError
+        A file cannot be used, or another store has taken this one's place meanwhile.
+    """
+    folder, engine = store.checkpoint_dir, session.engine
+    with foreign(folder / "tokenizer.json"):
+        session.tokenizer.decode(session.encode("Hello, world! 12"))
+    with foreign(folder / "generation_config.json"):
+        ends = session.eos(chat=True)
+        if not all(isinstance(token, int) for token in ends):
+            raise ValueError(f"eos_token_id is {ends}, not numbers of tokens")
+    with foreign(folder / "config.json"), engine.full_precision(lambda _: 0):
+        if not Stream(engine).forward([0, 0]).isfinite().all():
+            raise ValueError("the weights besides the experts give no finite numbers")
+    store.check_in_place()

@@ -1,0 +1,119 @@
+"""The checkpoint that a store is made of: a folder or a download, and which of its files count.
+
+What it does not know: what is in a weight's file (`moelab.models.shards`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+from moelab.models.shards import weight_files
+from moelab.store.manifest import StoreError
+
+_KEPT = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+    "*processor_config.json",
+    "*.tiktoken",
+    "*.model",
+    "LICENSE*",
+    "NOTICE*",
+)
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def is_hub_id(source: str | os.PathLike[str]) -> bool:
+    """Whether it is a text like ``org/name`` and no path of this machine; a `Path` is a path."""
+    named = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    return bool(named) and not Path(source).exists()
+
+
+def fetch(source: str | os.PathLike[str]) -> tuple[Path, str]:
+    """The checkpoint's folder, downloaded if need be, and the name to remember it by.
+
+    Raises
+    ------
+    StoreError
+        It is neither, or cannot be downloaded, or holds another format than safetensors.
+    """
+    if not is_hub_id(source):
+        folder = Path(source).expanduser().resolve()
+        refuse_formats(folder)
+        if not folder.is_dir():
+            raise StoreError(
+                f"{source} is neither a folder nor a hub id such as 'allenai/OLMoE-1B-7B-0924'"
+            )
+        return folder, folder.name
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(
+            str(source),
+            allow_patterns=["*.safetensors", "*.json", *_KEPT],
+            ignore_patterns=["*/*", "consolidated*"],  # the same weights in other formats
+        )
+    except Exception as error:
+        raise StoreError(
+            f"{source} is no folder here and could not be downloaded ({error}); "
+            "check the name and the network, or give the folder of a checkpoint"
+        ) from error
+    return Path(path), str(source)
+
+
+def kept(folder: Path) -> list[Path]:
+    """The files that go along into a store as they are: configuration, tokenizer, licence."""
+    files = (file for file in sorted(folder.iterdir()) if file.is_file())
+    return [file for file in files if any(fnmatch(file.name, pattern) for pattern in _KEPT)]
+
+
+def refuse_pointers(files: Iterable[Path]) -> None:
+    """Refuse what Git LFS leaves in place of a file that was not fetched.
+
+    Raises
+    ------
+    StoreError
+        By the first such file's name.
+    """
+    for file in files:
+        with file.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise StoreError(
+                    f"{file} is a pointer of Git LFS and not the file itself; run `git lfs pull` "
+                    f"in {file.parent}"
+                )
+
+
+def state(folder: Path) -> list[tuple]:
+    """Changes with every file that packing reads, also where size and time were kept.
+
+    A file that is replaced or written to gets another time of change (`st_ctime`), which no
+    program can set.
+    """
+    files = [(file, file.stat()) for file in (*weight_files(folder), *kept(folder))]
+    return [(file.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in files]
+
+
+def refuse_formats(path: Path) -> None:
+    """Name what a model of another kind is, instead of what it lacks.
+
+    Raises
+    ------
+    StoreError
+        It is a GGUF file, or a folder with such files and no safetensors.
+    """
+    gguf = [path] if path.is_file() and path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if gguf and not any(path.glob("*.safetensors")):
+        raise StoreError(
+            f"{gguf[0]} is a GGUF file, the format of llama.cpp; moelab reads safetensors: give "
+            "the checkpoint that it was made of"
+        )
