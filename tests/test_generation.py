@@ -86,17 +86,26 @@ def test_top_k_and_top_p_narrow_a_draw_and_can_be_off(lab):
     assert {flat.draw([0], torch.arange(9.0) / 100) for _ in range(60)} == {6, 7, 8}
 
 
-def test_what_no_run_does_of_a_generation_config_is_named_at_opening(lab, monkeypatch):
+@pytest.fixture
+def opened(lab, monkeypatch):
+    """Opens the model once more with something changed in it."""
     real = moelab.engine.engine.load_skeleton
 
-    def with_beams(*args, **options):
-        model = real(*args, **options)
-        model.generation_config.num_beams = 4
-        return model
+    def open_with(change):
+        def load(*args, **options):
+            model = real(*args, **options)
+            change(model)
+            return model
 
-    monkeypatch.setattr("moelab.engine.engine.load_skeleton", with_beams)
-    with pytest.warns(UserWarning, match="asks for num_beams=4, which no run does"):
+        monkeypatch.setattr("moelab.engine.engine.load_skeleton", load)
         lab._beside(lab.settings).close()
+
+    return open_with
+
+
+def test_what_no_run_does_of_a_generation_config_is_named_at_opening(opened):
+    with pytest.warns(UserWarning, match="asks for num_beams=4, which no run does"):
+        opened(lambda model: setattr(model.generation_config, "num_beams", 4))
 
 
 # -- numbers --------------------------------------------------------------------------------------
@@ -134,6 +143,11 @@ def test_logits_that_are_no_numbers_end_everything_and_say_where_from(
     with torch.no_grad():
         weight.copy_(whole)
     assert len(lab.generate(PROMPT, max_new_tokens=4, ignore_eos=True).tokens) == 4
+
+
+def test_a_model_whose_dense_weights_are_no_numbers_is_refused_at_opening(opened):
+    with pytest.raises(moelab.StoreError, match="model.norm.weight has NaN or infinity; repair"):
+        opened(lambda model: model.model.norm.weight.data.fill_(torch.nan))
 
 
 def test_memory_is_given_back_before_a_smaller_budget_is_told(demo_lab, monkeypatch):

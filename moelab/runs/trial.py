@@ -10,12 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moelab.engine.generation import Stream
+from moelab.engine.generation import NotFiniteError, Stream
 from moelab.models.chat import load_tokenizer
 from moelab.models.tokenizer_trial import try_tokenizer
 from moelab.runs.session import Session
 from moelab.store.foreign import foreign
-from moelab.store.manifest import digest_file
+from moelab.store.manifest import StoreError, digest_file
 from moelab.store.paths import cache_dir
 from moelab.store.store import Store
 
@@ -72,5 +72,7 @@ def _try(folder: Path, session: Session) -> None:
         if not all(isinstance(token, int) for token in ends):
             raise ValueError(f"eos_token_id is {ends}, not numbers of tokens")
     with foreign(folder / "config.json"), engine.full_precision(lambda _: 0):
-        if not Stream(engine).forward([0, 0]).isfinite().all():
-            raise ValueError("the weights besides the experts give no finite numbers")
+        try:
+            Stream(engine).forward([0, 0])
+        except NotFiniteError as error:
+            raise StoreError(f"{folder.parent}: {error}") from error
