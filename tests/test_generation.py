@@ -178,8 +178,11 @@ def test_what_is_no_text_and_no_conversation_is_refused(lab, prompt):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('System role not supported') }}", "of system, user: System role not"),
-        ("{{ messages + 1 }}", "refuses messages of system, user"),
+        (
+            "{{ raise_exception('System role not supported') }}",
+            "used: System role not supported; .* messages of system, user: leave",
+        ),
+        ("{{ messages + 1 }}", "cannot be used: .*messages of system, user"),
         ("{% if false %}{% endif %}", "makes no text of messages of system, user"),
     ],
 )

@@ -110,7 +110,7 @@ class ShortLayer:
             stream = Stream(self._engine)
             try:
                 for begin, experts in zip(range(0, len(ids), f), chosen, strict=True):
-                    mask = torch.zeros(self._engine.shape.experts[layer], dtype=torch.bool)
+                    mask = np.zeros(self._engine.shape.experts[layer], bool)
                     mask[list(experts)] = True
                     adapter.steer(layer, mask)
                     chunk = ids[begin : begin + f]

@@ -110,10 +110,10 @@ def encode(tokenizer: Any, conversation: Messages) -> list[int]:
             text = tokenizer.apply_chat_template(
                 list(conversation), add_generation_prompt=True, tokenize=False
             )
-    except Exception as error:  # whatever a template does: it came with the checkpoint
+    except ValueError as error:
         raise ValueError(
-            f"this model's chat template refuses messages of {roles}: {error}; leave out the role "
-            "that it does not know, or give a text and chat=False"
+            f"{error}; it was given messages of {roles}: leave out the role that it does not know, "
+            "or give a text and chat=False"
         ) from error
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
