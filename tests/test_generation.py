@@ -178,10 +178,7 @@ def test_what_is_no_text_and_no_conversation_is_refused(lab, prompt):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (
-            "{{ raise_exception('System role not supported') }}",
-            "used: System role not supported; .* messages of system, user: leave",
-        ),
+        ("{{ raise_exception('No system role') }}", "used: No system role; .*system, user: leave"),
         ("{{ messages + 1 }}", "cannot be used: .*messages of system, user"),
         ("{% if false %}{% endif %}", "makes no text of messages of system, user"),
     ],
