@@ -295,18 +295,18 @@ def _step(row: dict[str, Any], shape: Shape, key: Callable[[Any], Key]) -> Layer
     for experts, weights in (("experts", "weights"), ("wanted", "wanted_weights")):
         if row[experts] is None and row[weights] is None and experts == "wanted":
             continue
-        rows = [
-            _chosen(*of, most, "a token") for of in zip(row[experts], row[weights], strict=True)
-        ]
+        each = zip(row[experts], row[weights], strict=True)
+        rows = [_chosen(es, ws, most, "a token") for es, ws in each]
         row[experts], row[weights] = tuple(zip(*rows, strict=True))
         _whole(len(rows), tokens, tokens, "tokens of a step")
     ahead = []
-    for layer, *of in row["look_ahead"]:
+    for layer, es, ws in row["look_ahead"]:
         _whole(layer, 0, shape.layers - 1, "layer ahead")
-        ahead.append(LookAhead(layer, *_chosen(*of, shape.experts[layer], "a layer ahead")))
+        ahead.append(LookAhead(layer, *_chosen(es, ws, shape.experts[layer], "a layer ahead")))
     norms = row["norms"]
     if norms is not None:
         norms = tuple(_real(norm, "norm") for norm in norms)
         _whole(len(norms), tokens, tokens, "norms of a step")
-    keys = {name: tuple(map(key, row[name])) for name in ("in_flight", "unread")}
-    return LayerInput(**row | keys | {"look_ahead": tuple(ahead), "norms": norms})
+    row |= {name: tuple(map(key, row[name])) for name in ("in_flight", "unread")}
+    row |= {"look_ahead": tuple(ahead), "norms": norms}
+    return LayerInput(**row)
