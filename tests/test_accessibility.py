@@ -317,7 +317,7 @@ def test_beside_a_file_browser_nothing_is_cut_off_and_nothing_is_covered(
     bare = Bare(page, layers=layers, experts=experts, top_k=top_k)
     bare.more(running=True)
     plot = bare.root.locator(".moe-bars canvas").bounding_box()
-    assert plot["height"] >= 170, "bars can be told apart"
+    assert plot["height"] >= 168, "bars can be told apart"
     assert not bare.root.evaluate(CLIPPED, WHOLE)
     for name in ("Save", "What if", "Export", "Saved runs"):
         box = bare.root.get_by_role("button", name=name, exact=True).bounding_box()

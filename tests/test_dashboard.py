@@ -22,8 +22,7 @@ from moelab.runs.tokens import COLUMNS, figures
 from moelab.spelling import about, in_words, merge_changes
 from moelab.strategies import Evict, Parameter, Precision
 from moelab.views.picture import lay_out
-from moelab.widgets import Dashboard, frame
-from moelab.widgets import dashboard as module
+from moelab.widgets import Dashboard, frame, notebook
 from moelab.widgets.frame import Framer
 from moelab.widgets.queries import explained_now as reasons
 
@@ -600,8 +599,8 @@ class TestLife:
 
     def test_what_a_cell_showed_is_closed_when_it_is_run_again(self, lab, monkeypatch):
         where = {}
-        monkeypatch.setattr(module, "_here", lambda: (where["cell"], where["execution"]))
-        monkeypatch.setattr(module, "_cells", {})
+        monkeypatch.setattr(notebook, "_here", lambda: (where["cell"], where["execution"]))
+        monkeypatch.setattr(notebook, "_cells", {})
         shown = [Dashboard(lab) for _ in range(4)]
 
         def run(cell, execution, *dashboards):

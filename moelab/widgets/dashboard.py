@@ -9,7 +9,6 @@ refuse is drawn beside the control, because print and raise in a callback are in
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 import weakref
@@ -26,6 +25,7 @@ from moelab.views.scripts import STYLES, script, styles
 from moelab.widgets.drawer import Drawer
 from moelab.widgets.frame import Framer, controls, options
 from moelab.widgets.models import Models
+from moelab.widgets.notebook import hear_in_subshell, name_of, take_place
 from moelab.widgets.queries import RunQueries, explained_now
 
 FRAMES_PER_S = 12.0
@@ -95,11 +95,7 @@ class Dashboard(anywidget.AnyWidget):
             lab, self._is_running, self._show, lambda told: self.set_trait("models", told)
         )
         self.on_msg(self._on_message)
-        if hasattr(self.comm, "_reply_subshell_for"):
-            # ipykernel 7 hands what a view says to the shell that last spoke to it. Here that is
-            # the publisher's thread, thus the main shell, which may be busy with a cell; the view
-            # has a subshell of its own where its page asked for one.
-            self.comm._reply_subshell_for = lambda _said, asked: asked
+        hear_in_subshell(self.comm)
 
     # -- what the view says ---------------------------------------------------------------------
 
@@ -219,9 +215,7 @@ class Dashboard(anywidget.AnyWidget):
                 self.options, self.controls = offered, self._controls()
                 self.form, self.error = {**self.form, **_first_form(offered)}, {}
                 self.frame = {"seq": self._next(), **self._frames().build()}
-        mine = (name for name, value in vars(sys.modules["__main__"]).items() if value is self)
-        named = next((name for name in mine if not name.startswith("_")), None)
-        return f"lab = {named or 'moelab.Dashboard.newest()'}.lab"
+        return f"lab = {name_of(self) or 'moelab.Dashboard.newest()'}.lab"
 
     @property
     def _lab(self) -> Any:
@@ -346,7 +340,7 @@ class Dashboard(anywidget.AnyWidget):
         if bundle is None:
             return None
         self.start()
-        for old in _take_place(self):
+        for old in take_place(self):
             old.close()
         data, metadata = bundle
         return {**self.report()._repr_mimebundle_(), **data}, metadata
@@ -365,38 +359,3 @@ def _first_form(offered: dict[str, Any]) -> dict[str, Any]:
         "shade": "cost",
         "decisions": False,
     }
-
-
-# -- which cell shows which dashboard -------------------------------------------------------------
-
-_cells: dict[str, tuple[str, weakref.WeakSet[Dashboard]]] = {}
-"""By cell: the execution that showed them, and what it showed.
-
-Jupyter keeps every widget for good, in the kernel and in the page, and with it all it holds. Where
-the notebook says which cell is being run (JupyterLab, Notebook 7 and VS Code do), what that cell
-showed before can be closed; where it does not, nothing is.
-"""
-
-
-def _take_place(shown: Dashboard) -> list[Dashboard]:
-    """Note that it is in the cell being run; what the cell's former run alone showed."""
-    cell, execution = _here()
-    if not cell:
-        return []
-    before, former = _cells.get(cell, ("", weakref.WeakSet()))
-    if execution != before:
-        _cells[cell] = execution, weakref.WeakSet()
-    _cells[cell][1].add(shown)
-    still = {one for _, here in _cells.values() for one in here}
-    return [old for old in former if old not in still]
-
-
-def _here() -> tuple[str, str]:
-    """Ids of the cell and of its execution; empty where there is none or nobody tells."""
-    kernel = sys.modules.get("ipykernel.zmqshell")
-    shell = kernel and kernel.ZMQInteractiveShell._instance
-    if not shell:
-        return "", ""
-    asked = shell.get_parent() or {}
-    cell = asked.get("metadata", {}).get("cellId")
-    return cell or "", asked.get("header", {}).get("msg_id", "")

@@ -32,12 +32,8 @@ export class CacheMap {
     this.legend = h("div", { class: "moe-legend" });
     this.node = markup`
       <section class="moe-panel moe-map" aria-label="Cache map">
-        <header>
-          <h3>Cache map</h3>
-          <span class="moe-soft">layers × experts; click one to see its life</span>
-        </header>
+        <header><h3>Cache map</h3>${this.legend}</header>
         ${this.sheet.box}
-        ${this.legend}
       </section>`;
     this.sheet.on({
       pointermove: (e) => this.point(this.cellAt(e.offsetX, e.offsetY), e),
@@ -199,7 +195,7 @@ export class CacheMap {
       left = legendKey(icon("evict"), "left");
     left.classList.add("moe-only-past");
     this.legend.replaceChildren(
-      ...this.tiers.map((b) => key(`${b} bit`, "", `--c:${tiers[b]};--f:${100 * FILL[b]}%`)),
+      ...this.tiers.map((b) => key(`${b}`, "", `--c:${tiers[b]};--f:${100 * FILL[b]}%`)), "bit",
       key("loaded", "loaded"), key("in flight", "flight"), key("used now", "used"), left,
     );
     this.draw();

@@ -90,7 +90,7 @@ export class Travel {
   }
 }
 
-const HINT = "Click a token, or drag: every moment of the run is kept.";
+const HINT = "Click a token or an expert, or drag: every moment of the run is kept.";
 const PLAY = "Play the run, layer by layer";
 const TALLIED = ["hit", "late", "load", "prefetch", "downgrade", "skip", "substitute", "evict"];
 
