@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import moelab
+from moelab.calibration.probes import texts_of
 from moelab.calibration.profile import Profile, Strategies
 from moelab.catalogue import bundled, compute_dtype, describe
 from moelab.engine.engine import Engine
@@ -52,9 +53,8 @@ class Lab:
         strategies: Strategies | None = None,
         progress: bool = True,
     ) -> None:
-        self._store, self._progress = store, progress
+        self._store, self._shape, self._progress = store, store.shape, progress
         self.name = name or store.manifest.source
-        self._shape = store.shape
         self._tokenizer = tokenizer = tokenizer_of(store)
         self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
         weakref.finalize(self, self._engine.loader.close)
@@ -62,13 +62,7 @@ class Lab:
         self._session = Session(self._engine, self._strategies, tokenizer, self.name)
         self._encode = self._session.encode
         self._saved = SavedRuns()
-        try:
-            trial(store, self._session)
-        except BaseException:
-            self.close()
-            raise
-
-    # -- settings ---------------------------------------------------------------------------
+        trial(store, self._session)
 
     @property
     def settings(self) -> Settings:
@@ -205,9 +199,7 @@ class Lab:
         """
         if max_tokens < 2:
             raise ValueError(f"max_tokens={max_tokens}: 2 or more")
-        texts = [text] if text is not None else list(self.probes().values())
-        if not texts:
-            raise ValueError("this model brings no probe texts; give text=")
+        texts = texts_of(self, None if text is None else [text])
         ids = [self._encode(t)[:max_tokens] for t in texts]
         if min(map(len, ids)) < 2:
             raise ValueError("nothing to score: the text needs at least two tokens")
@@ -345,7 +337,7 @@ class Lab:
         return WhatIf(self, run, changes, repeats).compare()
 
     def repeat(self, *names: str, repeats: int = REPEATS) -> Comparison:
-        """Make saved runs again in turn, all or those named; its ``verdict()`` is no noise."""
+        """Make saved runs again in turn, all or those named, to know what is noise."""
         return repeated(self, names or tuple(self.saved), repeats)
 
     @property

@@ -268,6 +268,7 @@ def main(count: int, seed: int, folder: Path) -> None:
             if found["kind"] not in ("opened", "refused"):
                 print(json.dumps({"number": number, "verify": verify, "done": done} | found))
                 sys.stdout.flush()
+        print(number, dict(tally), file=sys.stderr)  # how far it is
     print(json.dumps(tally))
 
 

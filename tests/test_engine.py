@@ -370,7 +370,13 @@ def test_a_store_damaged_while_running_ends_the_run_not_the_lab(demo_store, tmp_
             run.join()
         assert run.error is not None
         assert lab.info()["resident_bytes"] == 0
-        file.write_bytes(whole)
+        lab.update(bits=4)
+        assert len(lab.generate(PROMPT, max_new_tokens=4, ignore_eos=True).tokens) == 4
+        file.write_bytes(whole)  # by whomever: it is opened again before it is read again
+        lab.update(bits=16)
+        with pytest.raises(OSError, match=r"experts-16\.bin.*written to since it was opened"):
+            lab.generate(PROMPT, max_new_tokens=4)
+    with moelab.open(store, budget="10%", measure_kl=False, progress=False) as lab:
         assert len(lab.generate(PROMPT, max_new_tokens=4, ignore_eos=True).tokens) == 4
 
 

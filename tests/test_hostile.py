@@ -102,28 +102,23 @@ def test_a_manifest_that_contradicts_its_configuration_is_refused_before_a_kerne
         ({"top_k": 7}, "fewer than top_k=7 experts"),
         ({"tiers": [4, 16]}, "highest first"),
         ({"notes": [1]}, "notes="),
-        ({"source": "x" * 200_000}, None),
+        ({"source": "x" * 200_000}, "source has a text of 200000 characters"),
         ({"files": {"x" * 300: [1, ""]}}, "too long"),
     ],
 )
 def test_fields_of_a_manifest_are_what_they_have_to_be(store, entries, message):
     change(store, **entries)
-    if message is None:
-        return Store.open(store).verify()
     with pytest.raises(StoreError, match=message) as refused:
         Store.open(store)
     assert len(str(refused.value)) < 1000
-    return None
 
 
 def test_sizes_are_bounded_before_anything_is_parsed(store, monkeypatch):
-    for name, limit in (("MOST_BYTES", 100), ("MOST_BYTES", 1 << 20)):
-        monkeypatch.setattr(manifest, name, limit)
-        if limit < 1000:
-            with pytest.raises(StoreError, match="longer than"):
-                Store.open(store)
     (store / "manifest.json").write_text("[" * 200_000)
     with pytest.raises(StoreError, match="not a store's manifest"):
+        Store.open(store)
+    monkeypatch.setattr(manifest, "MOST_BYTES", 100)
+    with pytest.raises(StoreError, match="longer than"):
         Store.open(store)
 
 

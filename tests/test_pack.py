@@ -286,10 +286,8 @@ SLOW_PACK = textwrap.dedent(
 def test_kill_9_leaves_no_store_and_the_next_pack_cleans_up(qwen, tmp_path):
     target = tmp_path / "store"
     child = subprocess.Popen([sys.executable, "-c", SLOW_PACK, qwen, target], cwd=ROOT)
-    deadline = time.monotonic() + 60
     while not any(f.stat().st_size > PAGE for f in tmp_path.glob("store.partial-*/experts-4.bin")):
         assert child.poll() is None
-        assert time.monotonic() < deadline
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     child.wait()

@@ -290,7 +290,7 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(qwen, tmp_path, monkeyp
     (tmp_path / "taken").write_text("no folder")
     monkeypatch.setenv("MOELAB_CACHE", str(tmp_path / "taken" / "cache"))
     with pytest.raises(
-        ValueError, match=r"taken.* cannot be made \(Not a directory\).*MOELAB_CACHE"
+        ValueError, match=r"taken.* cannot be made or written \(Not a directory\).*MOELAB_CACHE"
     ):
         find(qwen)
 

@@ -105,7 +105,8 @@ class Partial(UserDict):
         self._head = {"model": model_of(store), "made_from": made_from}
         self._saved = time.monotonic()
         docs = (_read(folder / self._name, {*self._head, "values"}) for folder in _folders(store))
-        same = (d for d in docs if d and all(d[k] == v for k, v in self._head.items()))
+        docs = (d for d in docs if d and isinstance(d["values"], dict))
+        same = (d for d in docs if all(d[k] == v for k, v in self._head.items()))
         super().__init__(next(same, {"values": {}})["values"])
 
     def __setitem__(self, name: str, value: Any) -> None:

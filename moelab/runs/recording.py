@@ -22,7 +22,17 @@ import moelab
 from moelab.engine.log import as_frame
 from moelab.replays.why import by_row, until
 from moelab.runs.account import Account, Limits
-from moelab.runs.schema import EVENTS, GATES, decoded, embedded, encoded, pack, records, unpack
+from moelab.runs.schema import (
+    EVENTS,
+    GATES,
+    MOST_BYTES,
+    decoded,
+    embedded,
+    encoded,
+    pack,
+    records,
+    unpack,
+)
 from moelab.runs.snapshot import RunReader
 from moelab.runs.tokens import COLUMNS
 from moelab.scheduling import events as codes
@@ -118,6 +128,8 @@ class Recording:
         >>> moelab.Recording.load("run.html").blame(3)  # doctest: +SKIP
         """
         path = Path(path)
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise ValueError(f"{path.name} has {size} bytes; {MOST_BYTES} at most")
         data = path.read_bytes()
         if data[:1] == b"<":
             data = embedded(data.decode("utf-8", "replace"), path.name)

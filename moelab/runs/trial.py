@@ -48,14 +48,23 @@ def _try_once(file: Path) -> None:
 
 
 def trial(store: Store, session: Session) -> None:
-    """Encode, decode, and compute two tokens without experts.
+    """Encode, decode, and compute two tokens without experts; the session is closed on failure.
 
     Raises
     ------
     StoreError
         A file cannot be used, or another store has taken this one's place meanwhile.
     """
-    folder, engine = store.checkpoint_dir, session.engine
+    try:
+        _try(store.checkpoint_dir, session)
+        store.check_in_place()
+    except BaseException:
+        session.close()
+        raise
+
+
+def _try(folder: Path, session: Session) -> None:
+    engine = session.engine
     with foreign(folder / "tokenizer.json"):
         session.tokenizer.decode(session.encode("Hello, world! 12"))
     with foreign(folder / "generation_config.json"):
@@ -65,4 +74,3 @@ def trial(store: Store, session: Session) -> None:
     with foreign(folder / "config.json"), engine.full_precision(lambda _: 0):
         if not Stream(engine).forward([0, 0]).isfinite().all():
             raise ValueError("the weights besides the experts give no finite numbers")
-    store.check_in_place()

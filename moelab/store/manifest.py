@@ -22,7 +22,7 @@ from moelab.store.codecs import PAGE, TIERS, Layout, nbytes
 FORMAT = 1
 NAME = "manifest.json"
 MOST_BYTES = 32 << 20  # of a manifest: 160,000 experts at five tiers
-LONGEST_NAME = 255
+LONGEST_NAME, LONGEST_TEXT = 255, 10_000
 MODEL = "model"  # folder of the configuration, the tokenizer and the non-expert weights
 _MAGIC = b"moelab experts\n\0"
 OF_LAYER = (
@@ -146,6 +146,7 @@ class Manifest:
         try:
             data = json.loads(text)
             version, checksum = data.pop("format"), data.pop("checksum")
+            own = _own_checksum({"format": version, **data})
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise StoreError(
                 f"{NAME} is not a store's manifest ({shortened(error)}); pack again"
@@ -155,11 +156,11 @@ class Manifest:
                 f"{NAME} has format {shortened(version)}, this moelab reads {FORMAT}; "
                 "pack the model again"
             )
-        if checksum != _own_checksum({"format": version, **data}):
+        if checksum != own:
             raise StoreError(f"{NAME} was edited or damaged (checksum differs); pack again")
         try:
             return cls._checked(data)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             raise StoreError(f"{NAME} makes no sense ({shortened(error)}); pack again") from error
 
     @classmethod
@@ -279,13 +280,15 @@ def _check_types(data: dict[str, Any]) -> None:
         **dict.fromkeys(("files", "checksums"), dict),
     }
     for name, kind in of.items():
-        entries = data[name] if kind is list else [data[name]]
-        if type(data[name]) is not kind or any(
-            type(e) is not LISTS.get(name, kind) for e in entries
-        ):
-            raise ValueError(f"{name}={shortened(data[name])} is not what it has to be")
-        if any(type(e) is int and not 0 < e < 2**48 for e in entries):
-            raise ValueError(f"{name}={shortened(data[name])} has a number that cannot be")
+        value = data[name]
+        entries = value if type(value) is list else [value]
+        if type(value) is not kind or any(type(e) is not LISTS.get(name, kind) for e in entries):
+            raise ValueError(f"{name}={shortened(value)} is not what it has to be")
+        for entry in entries:
+            if type(entry) is int and not 0 < entry < 2**48:
+                raise ValueError(f"{name}={shortened(value)} has a number that cannot be")
+            if type(entry) is str and len(entry) > LONGEST_TEXT:
+                raise ValueError(f"{name} has a text of {len(entry)} characters")
 
 
 def check_inside(name: str) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import moelab
+from moelab.runs.account import ending
 from moelab.runs.compare import recorded
 from moelab.runs.schema import RECORDING
 from moelab.runs.tokens import figures
@@ -81,6 +82,7 @@ class Report:
             "origins": d["origins"],
             "map": {"bits": recording.cache_map()["bits"].tobytes()},
             "whole": figures(values.T[since:], first=since),
+            "ended": ending(d.get("ended", ""), count, d["max_new_tokens"]),
         }
         changed = "at the end: " if len(d["settings"]) > 1 else ""
         return cls(frame, d["model"], changed + d["settings"][-1]["about"])
@@ -118,8 +120,9 @@ class Report:
         """The running figures, in words; never over two devices."""
         w, origins = self.frame["whole"], self.frame["origins"]
         since = f" since token {origins[-1]['token']}" if len(origins) > 1 else ""
+        tokens = f"{self.frame['first'] + self.frame['count']} tokens"
         return (
-            f"{self.frame['first'] + self.frame['count']} tokens, "
+            f"{self.frame.get('ended') or tokens}, "
             f"{number(w['tokens_per_s'])} tokens/s, hit ratio {number(w['hit_ratio'], '.0%')}, "
             f"{size(w['bytes_per_token'])} read per token, "
             f"stall share {number(w['stall_share'], '.0%')}, mean KL {number(w['kl_mean'])}{since}"
