@@ -300,13 +300,10 @@ class Lab:
     def what_if(self, run: Run, *, repeats: int = REPEATS, **changes: Any) -> Comparison:
         """The same run once more with other settings, in a second lab, beside what it was.
 
-        The second lab is over the same store, with an arena and weights of its own: for as long as
-        this takes, both budgets and the non-expert weights twice are in memory. It begins with the
-        residents and all that the strategy had learnt when ``run`` began (as far as they fit), and
-        goes through the same changes at the same tokens with ``changes`` on top. Prompt, sampling,
-        seed and the number of tokens are the run's. With no change the decisions and the text are
-        the same, unless the strategy goes by what has landed (`Part.observes` "in_flight" or
-        "unread"), which is a matter of time. Ctrl-C stops it.
+        The second lab is over the same store: for as long as this takes, both budgets and the
+        non-expert weights twice are in memory. It begins with the residents and all that the
+        strategy had learnt when ``run`` began, and goes through the same changes at the same tokens
+        with ``changes`` on top: with none, decisions and text are the same. Ctrl-C stops it.
 
         Parameters
         ----------
@@ -328,11 +325,6 @@ class Lab:
             A change is refused, for instance as the budget cannot hold what is to be kept.
         RuntimeError
             A run is going on.
-
-        Examples
-        --------
-        >>> lab.what_if(run, strategy="hobbit").diverges_at  # doctest: +SKIP
-        17
         """
         return WhatIf(self, run, changes, repeats).compare()
 

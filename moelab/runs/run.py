@@ -204,13 +204,15 @@ class Run:
         reports = self.token_reports[:last]
         return Account.of(table(reports[first:]), self._tokens.records(first, len(reports)))
 
-    def sentence(self, first: int = 1) -> str:
-        """Why the speed is what it is, of the tokens from ``first`` and the last change on."""
-        since, settings = self.history[-1]
-        shape, evict = self._trace.shape, settings.strategy.evict
+    def limits(self) -> Limits:
+        """What the strategy in force had to do with, for `Account.sentence`."""
+        settings, shape = self.history[-1][1], self._trace.shape
         cycle = shape.token_cycle_bytes(settings.bits)
-        limits = Limits(settings.budget_bytes, cycle, part_title(evict))
-        return self.account(max(first, since)).sentence(limits)
+        return Limits(settings.budget_bytes, cycle, part_title(settings.strategy.evict))
+
+    def sentence(self) -> str:
+        """Why the speed is what it is, of the tokens since settings last changed."""
+        return self.account(max(1, self.history[-1][0])).sentence(self.limits())
 
     # -- what stays -------------------------------------------------------------------------
 

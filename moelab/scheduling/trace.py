@@ -23,6 +23,8 @@ OLDEST = 3
 MOST_BYTES = 512 * 2**20
 """A file larger than this is refused before it is read."""
 MOST_EXPERTS, MOST_LAYERS = 2**20, 2**12
+LONGEST = 100
+"""Characters of a parameter that is a word."""
 MOST = 2**60
 """Of bytes; no weight, norm or parameter is larger either."""
 
@@ -237,6 +239,12 @@ def _real(value: Any, what: str, low: float = 0) -> float:
     return float(value)
 
 
+def _word(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError(f"{str(value)[:40]} is neither a number nor a word")
+    return value
+
+
 def _bits(shape: Shape, bits: Any) -> int:
     if type(bits) is not int or bits not in shape.nbytes:
         raise ValueError(f"{str(bits)[:40]} bit is none of the tiers {sorted(shape.nbytes)}")
@@ -271,8 +279,10 @@ def _change(
     for what, value in own.items():
         if type(value) in (int, float):
             _real(value, what, low=-MOST)
-        elif value is not None and type(value) not in (str, bool):
-            raise ValueError(f"{what} is {str(value)[:40]}; a number or a word")
+        elif value is not None and type(value) is not bool and len(_word(value)) > LONGEST:
+            raise ValueError(f"{what} has {len(value)} characters; {LONGEST} at most")
+    if own.get("low_bits") is not None:
+        _bits(shape, own["low_bits"])
     budget = _whole(knobs["budget_bytes"], 0, MOST, "budget_bytes")
     now = Knobs(budget, _bits(shape, knobs["bits"]))
     return Change(_whole(at, 0, MOST, "at"), now, name, fresh, own, pinned=pinned or None)
@@ -295,18 +305,18 @@ def _step(row: dict[str, Any], shape: Shape, key: Callable[[Any], Key]) -> Layer
     for experts, weights in (("experts", "weights"), ("wanted", "wanted_weights")):
         if row[experts] is None and row[weights] is None and experts == "wanted":
             continue
-        rows = [
-            _chosen(*of, most, "a token") for of in zip(row[experts], row[weights], strict=True)
-        ]
+        each = zip(row[experts], row[weights], strict=True)
+        rows = [_chosen(es, ws, most, "a token") for es, ws in each]
         row[experts], row[weights] = tuple(zip(*rows, strict=True))
         _whole(len(rows), tokens, tokens, "tokens of a step")
     ahead = []
-    for layer, *of in row["look_ahead"]:
+    for layer, es, ws in row["look_ahead"]:
         _whole(layer, 0, shape.layers - 1, "layer ahead")
-        ahead.append(LookAhead(layer, *_chosen(*of, shape.experts[layer], "a layer ahead")))
+        ahead.append(LookAhead(layer, *_chosen(es, ws, shape.experts[layer], "a layer ahead")))
     norms = row["norms"]
     if norms is not None:
         norms = tuple(_real(norm, "norm") for norm in norms)
         _whole(len(norms), tokens, tokens, "norms of a step")
-    keys = {name: tuple(map(key, row[name])) for name in ("in_flight", "unread")}
-    return LayerInput(**row | keys | {"look_ahead": tuple(ahead), "norms": norms})
+    row |= {name: tuple(map(key, row[name])) for name in ("in_flight", "unread")}
+    row |= {"look_ahead": tuple(ahead), "norms": norms}
+    return LayerInput(**row)

@@ -178,9 +178,10 @@ def rows(saved: Any) -> list[dict[str, Any]]:
     """A row for each saved run."""
     if not len(saved):
         return []
-    beside = saved.compare()
+    beside = saved.compare()  # as they are now: a what-if may save others meanwhile
     front = beside.front()
-    return [_row(name, saved, name in front) | {"range": beside.ranges(name)} for name in saved]
+    ranges = {name: beside.ranges(name) for name in beside.names}
+    return [_row(name, saved, name in front) | {"range": ranges[name]} for name in ranges]
 
 
 def _row(name: str, saved: Any, best: bool) -> dict[str, Any]:

@@ -272,12 +272,13 @@ def spoken(run: Any, settings: Any, first: int, *, running: bool) -> dict[str, A
     """
     if run is None:
         return {"guesses": {}, "sentence": IDLE, "change": "", "of": "", "ended": ""}
-    held = run.history[-1][1]
+    since, held = run.history[-1]
+    account = run.account(max(first, since))
     stale = not running and differences(held, settings)
     asked = run.request.max_new_tokens
     return {
-        "guesses": dict(run.account(first).guesses),
-        "sentence": run.sentence(first),
+        "guesses": dict(account.guesses),
+        "sentence": account.sentence(run.limits()),
         "change": _change(run),
         "of": short(held, run.trace.shape) if stale else "",
         "ended": "" if running else ending(run.ended, len(run.tokens), asked),

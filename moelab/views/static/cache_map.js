@@ -1,5 +1,5 @@
 // The cache map: layers down, experts across. Colour and fill are the resident bits; an orange
-// frame marks what was loaded since the frame before, a dot what the newest token used.
+// frame marks what was loaded for the newest token, a dot what it used.
 
 import { fillBox, fillWords, Sheet, stamp, triangle } from "./canvas.js";
 import { FILL } from "./colours.js";
@@ -27,7 +27,6 @@ export class CacheMap {
     this.sheet = new Sheet(label, () => this.draw());
     this.sheet.box.style.height = `${tallFor(this.layers) + 16}px`;
     this.tiles = new Tiles(look, this.sheet, options);
-    this.seen = 0;
     this.frame = null;
     this.legend = h("div", { class: "moe-legend" });
     this.node = markup`
@@ -66,11 +65,6 @@ export class CacheMap {
   }
 
   show(frame) {
-    const { newest, past } = frame,
-      follows = this.frame?.run === frame.run && !this.frame.past;
-    if (past) this.seen = newest; // its loads are among the marks
-    else if (!follows) this.seen = Math.max(-1, newest - 1);
-    else if (newest !== this.frame.newest) this.seen = Math.min(this.frame.newest, newest - 1);
     this.frame = frame;
     this.draw();
     if (this.at !== null) this.describe();
@@ -80,7 +74,7 @@ export class CacheMap {
     if (!this.frame || !this.sheet.width) return;
     const g = this.sheet.begin(),
       { tiles } = this;
-    tiles.paint(g, this.frame, this.seen);
+    tiles.paint(g, this.frame);
     if (this.frame.past) this.drawPast(g, tiles.grid());
     this.drawAxes(g, tiles.grid());
     for (const [cell, line] of [[this.chosen, 2.5], [this.at, 2]]) {

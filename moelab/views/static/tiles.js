@@ -36,8 +36,8 @@ export class Tiles {
     return [this.x[e], this.y[l], this.w[e], this.t[l]];
   }
 
-  /** Paint them; what was loaded since token `seen` has a frame. */
-  paint(g, { map, newest }, seen) {
+  /** Paint them; in the past, loads are among the marks of the token shown. */
+  paint(g, { map, newest, past }) {
     this.grid();
     const { ink, tiers } = this.look,
       { bits, in_flight: flight, used, loaded } = map;
@@ -57,7 +57,7 @@ export class Tiles {
     const line = Math.min(3, Math.max(1, Math.min(this.at.w, this.at.t) / 7));
     g.strokeStyle = ink.load;
     g.lineWidth = line;
-    each((i) => loaded[i] > seen, (_, x, y, w, t) =>
+    each((i) => loaded[i] === newest && newest >= 0 && !past, (_, x, y, w, t) =>
       g.strokeRect(x + line / 2, y + line / 2, w - line, t - line),
     );
     this.paintUses(g, each, (i) => used[i] === newest && newest >= 0, bits);
