@@ -218,7 +218,7 @@ def test_only_strategies_that_ask_are_told_what_was_not_read():
 
 def test_a_trace_with_everything_in_it_survives_the_disk(tmp_path):
     given = LayerInput(
-        1, ((4, 3),), ((0.5, 0.5),), False, (), ((0, 1),), ((0.6, 0.4),), (2.5,), keys((0, 1)),
+        0, ((4, 3),), ((0.5, 0.5),), False, (), ((0, 1),), ((0.6, 0.4),), (2.5,), keys((0, 1)),
         keys((1, 2)),
     )  # fmt: skip
     trace = Trace(SHAPE, [given])

@@ -176,12 +176,14 @@ class TestFrame:
         run = lab.start("Once", max_new_tokens=40)
         wait_until(lambda: len(run.token_reports) == 20)
         before = framer.build()
-        assert (before["sentence"], before["change"]) == (run.account(4).sentence(run.limits()), "")
+        account = run.account(before["span"][0])
+        assert (before["sentence"], before["change"]) == (account.sentence(run.limits()), "")
         lab.update(bits=2)
         run.go_on.set()
         run.join()
         after = framer.build()
-        assert after["sentence"] == run.sentence()
+        account = run.account(after["span"][0])
+        assert after["sentence"] == account.sentence(run.limits())
         assert re.match(r"bits 16 \N{RIGHTWARDS ARROW} 2: .*wait \N{MINUS SIGN}\d", after["change"])
 
     def test_a_slider_drag_is_one_mark(self):

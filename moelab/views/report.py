@@ -204,7 +204,7 @@ def html(packed: bytes, *, title: str, picture: str = "") -> str:
     Examples
     --------
     >>> from moelab.runs.schema import embedded
-    >>> embedded(html(b"packed", title="a run"))
+    >>> embedded(html(b"packed", title="a run"), "run.html")
     b'packed'
     """
     return f"""<!doctype html>

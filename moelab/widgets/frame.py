@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -196,6 +197,10 @@ def _shown(roles: list[str], parameter: Parameter, value: Any) -> dict[str, Any]
     }
 
 
+READ_S = 0.5
+"""What is said in words of a run that goes on changes no faster."""
+
+
 class Framer:
     """Builds frames of the lab's newest run, reading each token report once.
 
@@ -211,6 +216,7 @@ class Framer:
         self._lab, self._each = lab, info["expert_bytes"]
         self._number = 0
         self._reader: RunReader | None = None
+        self._said: tuple[Any, float, dict[str, Any]] = (None, 0.0, {})  # run, until when, what
 
     def newest(self) -> tuple[int, RunReader | None]:
         """The lab's newest run and its number, which no other has; (0, None) where none is yet."""
@@ -250,8 +256,17 @@ class Framer:
             "recent": figures(values[recent:], first=first + recent),
             "whole": figures(values[since:], first=first + since),
             "span": [first + recent, len(reports)],
-            **spoken(run, self._lab.settings, max(1, first + recent), running=running),
+            **self._spoken(run, max(1, first + recent), running=running),
         }
+
+    def _spoken(self, run: Any, first: int, *, running: bool) -> dict[str, Any]:
+        """What is said of the run; while it goes on, nobody reads it faster than `READ_S`."""
+        of, until, said = self._said
+        now = time.monotonic()
+        if not running or of is not run or now >= until:
+            said = spoken(run, self._lab.settings, first, running=running)
+            self._said = (run if running else None), now + READ_S, said
+        return said
 
     def _resident(self, bits: np.ndarray) -> dict[str, int]:
         tiers, counts = np.unique(bits[bits > 0], return_counts=True)
