@@ -402,7 +402,7 @@ SLIDE = """async (root, [value, budget]) => {
 }"""
 
 
-def test_the_first_token_under_a_new_budget_is_drawn_within_150_ms(dash):
+def test_the_first_token_under_a_new_budget_is_drawn_within_a_quarter_of_a_second(dash):
     """From the slider's event to that token on the screen, at our part of the processor."""
     page = dash.page
     total = int(kernel(page, "print(lab.info()['all_experts_bytes'])"))
@@ -418,7 +418,7 @@ def test_the_first_token_under_a_new_budget_is_drawn_within_150_ms(dash):
     dash.stop()
     ours = (before + share()) / 2
     record("slider to token", **figures, share=ours)
-    assert statistics.median(took) <= 150 / ours
+    assert statistics.median(took) <= 250 / ours
 
 
 def test_twenty_seconds_of_changing_settings_leave_nothing_behind(dash):

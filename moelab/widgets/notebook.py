@@ -11,6 +11,9 @@ import sys
 import weakref
 from typing import Any
 
+SWITCH_S = 0.001
+"""Python's switch interval beside a dashboard; its default of 5 ms is felt on a slider."""
+
 _cells: dict[str, tuple[str, weakref.WeakSet[Any]]] = {}
 """By cell: the execution that showed them, and what it showed."""
 
@@ -42,6 +45,8 @@ def hear_in_subshell(comm: Any) -> None:
     """
     if hasattr(comm, "_reply_subshell_for"):
         comm._reply_subshell_for = lambda _said, asked: asked
+        # A message passes four threads there, and each may wait this long for a run's own.
+        sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
 
 
 def _here() -> tuple[str, str]:
