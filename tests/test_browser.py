@@ -261,9 +261,11 @@ def test_controls_work_while_a_cell_is_busy(dash):
 def test_a_kernel_that_is_busy_with_a_cell_is_noticed_and_can_be_interrupted(dash):
     dash.page.evaluate(BUSY, "disabled")  # as with an older kernel
     try:
+        lies = dash.slider.bounding_box()
         dash.choose("bits", "8")
         deaf = dash.root.locator(".moe-deaf")
         deaf.wait_for()
+        assert dash.slider.bounding_box() == lies  # it moves nothing under a hand
         assert "busy with a cell; changes apply when it ends" in deaf.inner_text()
         shot(dash.page, "lab-light-busy-kernel")
         deaf.get_by_role("button", name="Interrupt the cell").click()
