@@ -16,6 +16,9 @@ NOT_QUICK := bench_papers calibration challenges cli counterfactual demo_model f
     moefication moefication_smollm2 pack serve workers
 BIN       := .venv/bin
 
+# .venv is compiled when it is first imported; where this is set, every process would do it again: 9 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help lab test quick lint pins environment clean
 

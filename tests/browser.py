@@ -118,16 +118,20 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def live_page(chromium, jupyter, request):
-    """The live lab with all its cells run, on a laptop's screen; `page.faults` are its errors.
+    """The live lab on a laptop's screen, its cells run; `page.faults` are the page's errors.
 
     Each file of tests has its own copy of the notebook, and a workspace in which nothing is open.
+    A file that says ``CELLS`` has so many of its cells of code, which saves their time.
     """
     context = chromium.new_context(viewport={"width": 1280, "height": 800})
     page = context.new_page()
     page.set_default_timeout(120_000)
     page.faults = []
     page.on("pageerror", lambda error: page.faults.append(str(error)))
-    open_and_run_all(page, jupyter, request.module.__name__, shipped("01_live_lab"))
+    notebook, cells = shipped("01_live_lab"), getattr(request.module, "CELLS", None)
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    notebook["cells"] = code[:cells] if cells else notebook["cells"]
+    open_and_run_all(page, jupyter, request.module.__name__, notebook)
     page.wait_for_function(ALL_HAVE_RUN, timeout=400_000)
     yield page
     page.evaluate(SHUT_DOWN)

@@ -16,6 +16,7 @@ SLIDE = """(slider, share) => {
 }"""
 ALL_BYTES = 6 * 16 * 221_184
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(900)]
+CELLS = 1  # the dashboard
 
 
 class Drawer:

@@ -23,6 +23,7 @@ from test_accessibility import Bare
 from test_browser import Dash, dash, theme  # noqa: F401 the second is a fixture
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(900)]
+CELLS = 1  # the dashboard
 TOKENS = 40
 IN_KERNEL = """
 import json, numpy as np
