@@ -352,6 +352,11 @@ def test_mxfp4_experts_are_decoded_like_transformers_does(tmp_path):
                 assert torch.equal(got[name], packed[f"{layer.name}.{name}"][expert])
     assert all(torch.isfinite(logits).all() for logits in decode(served.model, steps=1))
 
+    lost = "model.layers.1.mlp.experts.down_proj_scales"
+    source = edit(tmp_path / "mxfp4", tmp_path / "lost", lambda tensors: tensors.pop(lost))
+    with pytest.raises(ValueError, match="layer 1 brings down_proj_blocks for down_proj"):
+        pack(source, tmp_path / "store", tiers=(16,), progress=False)
+
 
 def test_fp8_experts_and_weights_are_scaled_block_by_block(tmp_path):
     source = tiny_models.deepseek_v3(tmp_path / "bf16", hidden_size=192, moe_intermediate_size=160)

@@ -7,7 +7,6 @@ it may not multiply so that a single step of it would be too much.
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,11 @@ from typing import Any
 
 from jinja2 import nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template
+
+try:
+    import resource
+except ImportError:  # Windows: the memory of a template is not watched there, its time is
+    resource = None
 
 MOST_SOURCE = 1 << 18  # characters
 MOST_OUTPUT = 1 << 22  # characters
@@ -84,4 +88,6 @@ def _concat(pieces: Iterable[str]) -> str:
 
 
 def _peak_bytes() -> int:
+    if resource is None:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _PEAK_UNIT

@@ -7,7 +7,6 @@ know: texts that are worse than those it tries.
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -47,9 +46,14 @@ def try_tokenizer(file: Path) -> None:
 
 
 def _main(file: str) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))  # seconds of processor time
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        import resource
+    except ImportError:  # Windows: there the time alone has a limit
+        pass
+    else:
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))  # seconds of processor time
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(file)
