@@ -112,7 +112,7 @@ def mutated(document, rng: random.Random):
             other, at = rng.choice(places(document))
             holder[key] = copy.deepcopy(other[at])
         else:
-            holder[key] = rng.choice(NASTY)
+            holder[key] = copy.deepcopy(rng.choice(NASTY))
         if not document:
             return document
     return document
