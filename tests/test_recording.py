@@ -327,6 +327,7 @@ BROKEN = {
     ),
     "format": lambda d: d.update(format=2),
     "gates.expert": lambda d: d["gates"].update(expert="not base64"),
+    "model.causes": lambda d: d["model"].update(causes=["on demand", "prefetch late", ""]),
     "pieces": lambda d: d.update(pieces=[1] * TOKENS),
     "evictions": lambda d: d["evictions"].update({"9" * 9: next(iter(d["evictions"].values()))}),
     "start.bits": lambda d: d["start"].update(bits=[7] * len(d["start"]["bits"])),

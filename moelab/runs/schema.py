@@ -25,7 +25,7 @@ import numpy as np
 
 from moelab.runs.account import ENDINGS
 from moelab.runs.rounds import MOST_REPEATS, TIMED
-from moelab.runs.tokens import COLUMNS, Noted, fold, summary, table
+from moelab.runs.tokens import COLUMNS, STALLS, Noted, fold, summary, table
 from moelab.scheduling.events import CAUSE, DTYPE, EVICT, KINDS, LOAD, NONE, PREFETCH
 from moelab.spelling import reread
 
@@ -107,7 +107,7 @@ SCHEMA = _object(
         **dict.fromkeys(("name", "architecture"), _TEXT),
         **dict.fromkeys(("layers", "experts", "top_k"), _SIZE),
         tiers=_list(_SIZE, minItems=1),
-        causes=_list(_TEXT),
+        causes={"const": list(STALLS)},
         expert_bytes={"type": "object", "additionalProperties": _BYTES},
         all_experts_bytes=_BYTES,
     ),
