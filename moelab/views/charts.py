@@ -154,6 +154,7 @@ def bars(
         marker_pattern={"fillmode": "replace", "fgcolor": "#fff", "size": 6}, **style
     )
     figure.for_each_trace(lambda t: t.update(marker_pattern_bgcolor=t.marker.color))
+    figure.update_layout(barmode="group")  # plotly express says "relative" over any template
     return figure.update_xaxes(type="category", showgrid=False)
 
 
@@ -269,7 +270,6 @@ def _template() -> Any:
         "font": {"color": INK, "size": 13, "family": "system-ui, sans-serif"},
         "legend": {"bgcolor": PAPER},
         "hoverlabel": {"font": {"size": 13}},
-        "barmode": "group",
         "xaxis": axis,
         "yaxis": axis,
     }
