@@ -225,7 +225,9 @@ def memory_and_speed(comparison: Comparison) -> go.Figure:
     known = np.log10(frame["KL"].dropna().clip(1e-5))
     low, high = (known.min(), known.max()) if len(known) else (0.0, 0.0)
     high = max(high, low + 1.0)
-    ticks = np.arange(np.ceil(low), high + 0.01)
+    steps = np.log10((1, 2, 5) if high - low < 2.5 else (1,))  # a decade has three ticks, many one
+    ticks = np.add.outer(np.arange(np.floor(low), high + 1), steps).ravel()
+    ticks = ticks[(ticks > low - 0.01) & (ticks < high + 0.01)]
     words = [f"{10.0**t:.0e}" for t in ticks]
     bar = {"title": {"text": "mean KL"}, "tickvals": ticks.tolist(), "ticktext": words}
     scale = {"colorscale": "Cividis", "cmin": low, "cmax": high, "showscale": True, "colorbar": bar}
