@@ -93,7 +93,7 @@ def serve(
     ip: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8866,
     max_visitors: Annotated[
-        int | None, typer.Option(help="Kernels at a time [default: as fit the memory].")
+        int | None, typer.Option(help="Kernels at a time.", show_default="as fit the memory")
     ] = None,
     *,
     browser: Annotated[bool, typer.Option(help="Open the page here too.")] = True,

@@ -207,7 +207,8 @@ def short(settings: Settings, shape: Shape) -> str:
     device = DEVICES[s.device].title.partition(",")[0].partition(" (")[0]
     pins = "".join(f", expert {at}.{e} pinned at {b} bit" for (at, e), b in strategy.pinned.items())
     disk = "disk" if s.device == "disk" else device
-    return f"{strategy.name}, {share:.3g} %, {s.bits}{pair} bit, {disk}{pins}"
+    name = strategy.name.replace("*", " changed")  # a star would have to be explained
+    return f"{name}, {share:.3g} %, {s.bits}{pair} bit, {disk}{pins}"
 
 
 def shown(settings: Settings) -> dict[str, str]:

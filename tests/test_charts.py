@@ -96,7 +96,8 @@ def test_a_curve_is_drawn_from_left_to_right_and_marked(figures):
     assert figure.layout.annotations[0].x == pytest.approx(np.log10(25))  # and notes in powers
 
 
-def test_bars_say_their_value_or_the_words_given():
+def test_bars_stand_side_by_side_and_say_their_value_or_the_words_given(figures):
+    assert figures["bars"].layout.barmode == "group"  # stacked, 9 and 12 would look like 21
     (plain,) = charts.bars(FRAME, "who", "speed", title="").data
     assert list(plain.text) == ["20", "9", "12", "30"]
     (worded,) = charts.bars(FRAME, "who", "speed", title="", text="where").data

@@ -170,6 +170,9 @@ def test_the_scatter_shows_kl_by_colour_and_size_and_how_it_was_timed_by_shape()
     assert measured.marker.symbol[0] != emulated.marker.symbol[0]
     assert list(measured.text) == ["fine", "rough", "unknown"]
     assert list(front.x) == [5, 6]
+    near = {name: Recorded([1], kl_mean=kl) for name, kl in (("a", 0.011), ("b", 0.04))}
+    ticks = Comparison(near).figure().data[0].marker.colorbar.ticktext
+    assert ticks == ("2e-02", "5e-02", "1e-01"), "also where all KLs lie within a decade"
 
 
 def test_text_is_shown_as_text_with_the_first_different_token_marked():
@@ -311,11 +314,11 @@ def test_copied_code_makes_the_same_run_again(saved_runs):
 
 def test_saved_runs_are_named_renamed_saved_and_loaded(saved_runs, tmp_path):
     lab, run = saved_runs
-    assert list(lab.saved) == ["a quarter", "lru*, 50 %, 4 bit, disk"]
+    assert list(lab.saved) == ["a quarter", "lru changed, 50 %, 4 bit, disk"]
     files = lab.saved.save(tmp_path / "saved")
     assert files[0].name == "a quarter.moelab.json.gz"
     other = SavedRuns()
-    assert other.load(tmp_path / "saved") == ["a quarter", "lru , 50 %, 4 bit, disk"]
+    assert other.load(tmp_path / "saved") == ["a quarter", "lru changed, 50 %, 4 bit, disk"]
     assert other["a quarter"].document["ids"] == run.tokens
     assert other.run("a quarter") is None
     assert lab.saved.run("a quarter") is run

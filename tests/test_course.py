@@ -54,8 +54,24 @@ def test_an_answer_of_the_wrong_kind_is_told_what_to_give(number, no_engine):
     assert re.search(r"give|must be an object", verdict.said)
 
 
+@pytest.mark.parametrize(
+    ("number", "answer", "told"),
+    [
+        ("02.2", 14.5, "whole number"),
+        ("02.3", 0.5, r'check\("02\.3", answer, run=run\)'),
+        ("03.2", "prefetch", "allocate, route, precision, evict as"),
+        ("04.2", {"device": "disk"}, "about 'hdd'"),
+        ("08.2", {"bits": 4, "device": "nvme"}, "about 'sd_card'"),
+    ],
+)
+def test_an_answer_to_another_question_is_told_which_is_asked(number, answer, told, no_engine):
+    verdict = check(number, answer)
+    assert verdict.right is False
+    assert re.search(told, verdict.said)
+
+
 def test_an_unknown_exercise_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match=r"no exercise '9\.9'.*03\.1"):
+    with pytest.raises(ValueError, match=r"no exercise '9\.9'; there are 00\.1, 00\.2, 01\.1"):
         check("9.9", 1)
 
 
@@ -100,3 +116,4 @@ def test_an_answer_is_right_for_the_run_it_was_read_from_and_for_no_other(demo_l
     at = 1e3 * runs[0].per_token.bytes[1:].mean() / runs[0].per_token.compute_ms[1:].median()
     assert check("08.1", at, run=runs[0]).right
     assert not check("08.1", at / 10, run=runs[0]).right
+    assert "did you mean MB/s? Then give 25e6" in check("08.1", 25, run=runs[0]).said

@@ -11,6 +11,7 @@ as welcome as the expected one.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from moelab.course import papers, practice
@@ -39,10 +40,18 @@ def check(exercise: str, answer: Any = None, **given: Any) -> Verdict:
         your own raises comes as it is, with its traceback.
     """
     if exercise not in CHECKS:
-        raise ValueError(f"there is no exercise {exercise!r}; there are {', '.join(CHECKS)}")
+        raise ValueError(
+            f"there is no exercise {exercise!r}; there are {', '.join(sorted(CHECKS))}"
+        )
     if unanswered(answer):
         return Verdict(exercise, None, "Put your answer in place of the dots.")
+    judge = CHECKS[exercise]
+    for name, wanted in signature(judge).parameters.items():
+        needed = wanted.kind is wanted.KEYWORD_ONLY and wanted.default is wanted.empty
+        if needed and name not in given:
+            call = f'check("{exercise}", answer, {name}={name})'
+            return Verdict(exercise, False, f"Give the {name} it is about too: {call}.")
     try:
-        return Verdict(exercise, *CHECKS[exercise](answer, **given))
+        return Verdict(exercise, *judge(answer, **given))
     except ValueError as refused:
         return Verdict(exercise, False, f"{refused}.")

@@ -102,14 +102,22 @@ def given(
     return answer
 
 
-def a_number(answer: Any, what: str) -> float:
+def a_number(answer: Any, what: str, *, whole: bool = False) -> float:
     """The answer as a number."""
-    return float(given(answer, Real, f"a number: {what}"))
+    value = float(given(answer, Real, kind := f"a {'whole ' if whole else ''}number: {what}"))
+    if whole and not value.is_integer():
+        raise RefusedError(f"give {kind}; this is {answer!r}")
+    return value
 
 
-def settings(answer: Any, example: str) -> dict[str, Any]:
-    """The answer as settings for ``lab.update``."""
-    return dict(given(answer, Mapping, f"settings as a dict, {example}"))
+def settings(answer: Any, example: str, *, device: str | None = None) -> dict[str, Any]:
+    """The answer as settings for ``lab.update``, on the device that the exercise is about."""
+    found = dict(given(answer, Mapping, f"settings as a dict, {example}"))
+    if device and found.setdefault("device", device) != device:
+        raise RefusedError(
+            f"this exercise is about {device!r}: leave device out; this is {found['device']!r}"
+        )
+    return found
 
 
 def is_run(answer: Any, *, least: int) -> moelab.Run:

@@ -154,6 +154,7 @@ def bars(
         marker_pattern={"fillmode": "replace", "fgcolor": "#fff", "size": 6}, **style
     )
     figure.for_each_trace(lambda t: t.update(marker_pattern_bgcolor=t.marker.color))
+    figure.update_layout(barmode="group")  # plotly express says "relative" over any template
     return figure.update_xaxes(type="category", showgrid=False)
 
 
@@ -224,7 +225,9 @@ def memory_and_speed(comparison: Comparison) -> go.Figure:
     known = np.log10(frame["KL"].dropna().clip(1e-5))
     low, high = (known.min(), known.max()) if len(known) else (0.0, 0.0)
     high = max(high, low + 1.0)
-    ticks = np.arange(np.ceil(low), high + 0.01)
+    steps = np.log10((1, 2, 5) if high - low < 2.5 else (1,))  # a decade has three ticks, many one
+    ticks = np.add.outer(np.arange(np.floor(low), high + 1), steps).ravel()
+    ticks = ticks[(ticks > low - 0.01) & (ticks < high + 0.01)]
     words = [f"{10.0**t:.0e}" for t in ticks]
     bar = {"title": {"text": "mean KL"}, "tickvals": ticks.tolist(), "ticktext": words}
     scale = {"colorscale": "Cividis", "cmin": low, "cmax": high, "showscale": True, "colorbar": bar}
@@ -269,7 +272,6 @@ def _template() -> Any:
         "font": {"color": INK, "size": 13, "family": "system-ui, sans-serif"},
         "legend": {"bgcolor": PAPER},
         "hoverlabel": {"font": {"size": 13}},
-        "barmode": "group",
         "xaxis": axis,
         "yaxis": axis,
     }
