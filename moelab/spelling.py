@@ -23,6 +23,9 @@ from moelab.settings import Settings
 from moelab.store.devices import DEVICES
 from moelab.strategies import GROUPS, NAMES, make, maker
 
+CALLED = {"depth": "prefetch ahead", "budget_bytes": "budget"}
+"""Settings that a screen calls otherwise than code does."""
+
 LABEL = 48
 """Characters of a mark on the time axis at most; choosing a strategy changes many settings."""
 
@@ -338,9 +341,13 @@ def merge_changes(
     return marks
 
 
+def called(setting: str) -> str:
+    """A setting's name as the dashboard has it."""
+    return CALLED.get(setting, setting.replace("_", " "))
+
+
 def _label(changed: Mapping[str, Any]) -> str:
-    words = (f"{k.removesuffix('_bytes').replace('_', ' ')} {v}" for k, v in changed.items())
-    label = ", ".join(words)
+    label = ", ".join(f"{called(k)} {v}" for k, v in changed.items())
     return label if len(label) <= LABEL else label[: LABEL - 1].rstrip(" ,") + "…"
 
 

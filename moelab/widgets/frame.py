@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +27,7 @@ from moelab.runs.tokens import COLUMNS, STALLS, figures
 from moelab.scheduling.strategy import Parameter, Strategy, part_title
 from moelab.spelling import (
     about,
+    called,
     differences,
     first_line,
     in_words,
@@ -197,10 +197,6 @@ def _shown(roles: list[str], parameter: Parameter, value: Any) -> dict[str, Any]
     }
 
 
-READ_S = 0.5
-"""What is said in words of a run that goes on changes no faster."""
-
-
 class Framer:
     """Builds frames of the lab's newest run, reading each token report once.
 
@@ -216,7 +212,6 @@ class Framer:
         self._lab, self._each = lab, info["expert_bytes"]
         self._number = 0
         self._reader: RunReader | None = None
-        self._said: tuple[Any, float, dict[str, Any]] = (None, 0.0, {})  # run, until when, what
 
     def newest(self) -> tuple[int, RunReader | None]:
         """The lab's newest run and its number, which no other has; (0, None) where none is yet."""
@@ -256,17 +251,8 @@ class Framer:
             "recent": figures(values[recent:], first=first + recent),
             "whole": figures(values[since:], first=first + since),
             "span": [first + recent, len(reports)],
-            **self._spoken(run, max(1, first + recent), running=running),
+            **spoken(reader, self._lab.settings, rows, first + recent, running=running),
         }
-
-    def _spoken(self, run: Any, first: int, *, running: bool) -> dict[str, Any]:
-        """What is said of the run; while it goes on, nobody reads it faster than `READ_S`."""
-        of, until, said = self._said
-        now = time.monotonic()
-        if not running or of is not run or now >= until:
-            said = spoken(run, self._lab.settings, first, running=running)
-            self._said = (run if running else None), now + READ_S, said
-        return said
 
     def _resident(self, bits: np.ndarray) -> dict[str, int]:
         tiers, counts = np.unique(bits[bits > 0], return_counts=True)
@@ -275,8 +261,12 @@ class Framer:
         return {"experts": int(counts.sum()), "bytes": total, "budget_bytes": budget}
 
 
-def spoken(run: Any, settings: Any, first: int, *, running: bool) -> dict[str, Any]:
+def spoken(
+    reader: RunReader | None, settings: Any, rows: np.ndarray, first: int, *, running: bool
+) -> dict[str, Any]:
     """What is said of a run: why its tokens from ``first`` on cost what they did, and how it ended.
+
+    ``rows`` are the figures of its tokens [T, C] that the frame shows: what is said is of these.
 
     Returns
     -------
@@ -285,24 +275,25 @@ def spoken(run: Any, settings: Any, first: int, *, running: bool) -> dict[str, A
         ``change``, where settings were changed on the way; ``of``: the settings of the run, where
         they are not those in force any more; ``ended``: why and when.
     """
-    if run is None:
+    if reader is None:
         return {"guesses": {}, "sentence": IDLE, "change": "", "of": "", "ended": ""}
-    since, held = run.history[-1]
-    account = run.account(max(first, since))
+    run: Any = reader.run
+    account = reader.account(rows, max(1, first))
+    held, asked = run.history[-1][1], run.request.max_new_tokens
     stale = not running and differences(held, settings)
-    asked = run.request.max_new_tokens
     return {
         "guesses": dict(account.guesses),
         "sentence": account.sentence(run.limits()),
-        "change": _change(run),
+        "change": _change(reader, rows),
         "of": short(held, run.trace.shape) if stale else "",
-        "ended": "" if running else ending(run.ended, len(run.tokens), asked),
+        "ended": "" if running else ending(run.ended, len(rows), asked),
     }
 
 
-def _change(run: Any) -> str:
+def _change(reader: RunReader, rows: np.ndarray) -> str:
     """What the last change of settings did to a token, once there are tokens on both sides."""
-    marks, count = merge_changes(run.changes), len(run.token_reports)
+    run: Any = reader.run
+    marks, count = merge_changes(run.changes), len(rows)
     if not marks or marks[-1]["first"] < 2 or marks[-1]["last"] >= count:
         return ""  # decoded tokens are on one side of it only
     first, last = marks[-1]["first"], marks[-1]["last"]
@@ -311,8 +302,8 @@ def _change(run: Any) -> str:
         return ""  # a measured and an emulated time have no difference
     old = shown(was) | shown_strategy(was.strategy)
     what = ", ".join(
-        f"{name.replace('_', ' ')} {old.get(name, 'none')} \N{RIGHTWARDS ARROW} {value}"
+        f"{called(name)} {old.get(name, 'none')} \N{RIGHTWARDS ARROW} {value}"
         for name, value in differences(was, now).items()
     )
-    before = run.account(max(1, first - RECENT_TOKENS), first)
-    return before.change_to(run.account(max(last, count - RECENT_TOKENS)), what)
+    before = reader.account(rows, max(1, first - RECENT_TOKENS), first)
+    return before.change_to(reader.account(rows, max(last, count - RECENT_TOKENS)), what)
