@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moelab.scheduling.budget import size
 from moelab.scheduling.strategy import ROLES, Own, Strategy, part_title
 from moelab.scheduling.stream import Shape
 from moelab.settings import Settings
@@ -296,16 +297,6 @@ def sentence(settings: Any, expert_bytes: Mapping[int, int], all_experts_bytes: 
         f"budget {size(budget)} = {budget / all_experts_bytes:.0%} = {experts} experts, "
         f"{settings.bits} bit{low}, {strategy}{ahead}"
     )
-
-
-def size(nbytes: float | None) -> str:
-    """Bytes in words: ``5.31 MB``."""
-    if nbytes is None:
-        return "-"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.3g} {unit}"
-    return f"{nbytes:.0f} B"
 
 
 def number(value: float | None, form: str = ".3g") -> str:

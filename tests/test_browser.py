@@ -181,8 +181,8 @@ def test_errors_are_drawn_and_go_when_mended(dash):
     dash.root.get_by_role("button", name="Run", exact=True).click()
     alert.wait_for()
     prompt.fill("The")
-    dash.run(tokens=3)
     alert.wait_for(state="hidden")
+    dash.run(tokens=3)
 
 
 def test_everything_can_be_done_with_the_keyboard(dash):

@@ -24,7 +24,8 @@ from moelab import strategies
 from moelab.runs.account import ending
 from moelab.runs.snapshot import RunReader, origins
 from moelab.runs.tokens import COLUMNS, STALLS, figures
-from moelab.scheduling.strategy import Parameter, Strategy, part_title
+from moelab.scheduling.parts import Precision, Prefetch
+from moelab.scheduling.strategy import Parameter, Strategy, is_on, part_parameters, part_title
 from moelab.spelling import (
     about,
     called,
@@ -60,8 +61,9 @@ QUESTIONS = {
     "prefetch": "Ahead of need: who is fetched before a token asks for it",
 }
 SWITCHES = {"low_bits": "low_bits", "depth": "prefetch"}
-"""Parameters with a control of their own, by its name; where they are off, their part does nothing.
-"""
+"""Parameters with a control of their own, by its name."""
+OFF = {"precision": Precision(), "prefetch": Prefetch()}
+"""What the parts that can be switched off are then."""
 
 
 def options(lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,14 +129,10 @@ def _distinct() -> dict[str, dict[type, str]]:
         for name, strategy in named().items():
             kind = type(strategy.parts[role])
             if kind not in kinds or (
-                _is_on(strategy.parts[role]) and not _is_on(named()[kinds[kind]].parts[role])
+                is_on(strategy.parts[role]) and not is_on(named()[kinds[kind]].parts[role])
             ):
                 kinds[kind] = name
     return found
-
-
-def _is_on(part: Any) -> bool:
-    return all(getattr(part, p.name) for p in part.parameters if p.name in SWITCHES)
 
 
 def decisions() -> list[dict[str, Any]]:
@@ -165,13 +163,14 @@ def chosen(strategy: Strategy) -> dict[str, Any]:
     parameters = [
         _shown(_having(strategy, p), p, v) for name, (_, p, v) in known.items() if name not in off
     ]
+    doing = {r: p if is_on(p) else OFF.get(r, p) for r, p in strategy.parts.items()}
     return {
         "strategy": strategy.name,
         "label": spelled(strategy.name),
         "about": about(strategy),
         "parts": {
             role: {"value": _distinct()[role].get(type(part), ""), "title": part_title(part)}
-            for role, part in strategy.parts.items()
+            for role, part in doing.items()
         },
         "parameters": sorted(parameters, key=lambda p: [*QUESTIONS].index(p["roles"][0])),
         "unread": [name for has, name in SWITCHES.items() if has not in known],
@@ -181,7 +180,7 @@ def chosen(strategy: Strategy) -> dict[str, Any]:
 def _having(strategy: Strategy, parameter: Parameter) -> list[str]:
     """The decisions whose part has this parameter: one object may take several."""
     parts = strategy.parts.items()
-    return [role for role, part in parts if parameter in getattr(part, "parameters", ())]
+    return [role for role, part in parts if parameter in part_parameters(part)]
 
 
 def _shown(roles: list[str], parameter: Parameter, value: Any) -> dict[str, Any]:

@@ -79,6 +79,7 @@ export class Stage {
   /** A live frame has come. */
   follow(frame) {
     if (this.live && frame.run !== this.live.run) {
+      this.seeks = -1;
       this.travel.live();
       this.choose(null);
     }
@@ -177,6 +178,7 @@ export class Stage {
 
   /** One step back: the expert first, then the past. */
   leave() {
+    this.seeks = -1;
     if (this.canLive && (this.travel.at || this.travel.wanted)) this.travel.live();
     else this.choose(null);
   }
