@@ -151,7 +151,7 @@ SMALL, LARGE = Limits(4_000_000, 12_000_000, "least recently used"), Limits(10**
             account(compute_ms=62, hits=1, evict=0.4, **{"on demand": 38, "prefetch late": 14.8}),
             LARGE,
             ("compute-bound: 62 of 115 ms are compute, 53.2 wait: 38 for loads on demand, 14.8 for "
-             "late prefetches; 100% of the requests hit"),
+             "late prefetches, 0.4 to evict what is still on its way; 100% of the requests hit"),
         ),
         (
             account(compute_ms=20, hits=1, evict=2, **{"on demand": 9, "prefetch late": 12}),

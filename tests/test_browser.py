@@ -568,7 +568,7 @@ def test_every_strategy_fits_the_page(dash):
         assert dash.root.locator(".moe-about").inner_text(), name
 
 
-def test_a_reload_shows_the_current_state(dash):
+def test_a_reload_shows_the_current_state_and_a_restart_that_its_kernel_is_gone(dash):
     dash.choose("bits", "8")
     dash.open()
     dash.run(tokens=20)
@@ -581,3 +581,9 @@ def test_a_reload_shows_the_current_state(dash):
     again.until(lambda: again.text.inner_text() == before, "the same text")
     assert again.root.locator(".moe-decide").is_visible(), "the decisions are still open"
     assert again.root.locator("select[name=bits]").input_value() == "8"
+    assert "lab" in kernel(again.page, "print(dir())")
+    again.page.evaluate(f"() => {KERNEL}.restart()")
+    words = again.root.locator(".moe-deaf")
+    again.until(lambda: "is gone: run its cell again" in words.inner_text(), "its kernel is gone")
+    again.choose("bits", "4")
+    assert not words.get_by_role("button").is_visible(), "there is no cell to interrupt"

@@ -24,6 +24,8 @@ FATES = ("right", "late", "wasted", "waiting")
 """What may become of the bytes of a prefetch."""
 LEAST_MS = 0.5
 """A change of a part of a token's time below this is not worth a word."""
+SEEN_MS = 0.005
+"""A part below this is 0.00 ms where it is written."""
 _WORDS = {
     "on demand": "for loads on demand",
     "prefetch late": "for late prefetches",
@@ -128,10 +130,10 @@ class Account:
 
     def _waiting(self) -> str:
         """What is waited for, each cause with its own time where there are several."""
-        first, *others = sorted(STALLS, key=self.ms.__getitem__, reverse=True)
-        several = [first, *(cause for cause in others if self.ms[cause] >= LEAST_MS)]
-        if len(several) == 1:
-            return f"wait {_WORDS[first]}"
+        causes = sorted(STALLS, key=self.ms.__getitem__, reverse=True)
+        several = [cause for cause in causes if self.ms[cause] >= SEEN_MS]
+        if len(several) < 2:
+            return f"wait {_WORDS[causes[0]]}"
         return "wait: " + ", ".join(f"{self.ms[c]:.3g} {_WORDS[c]}" for c in several)
 
     def _reason(self, limits: Limits) -> str:

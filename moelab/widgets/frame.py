@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from moelab import strategies
-from moelab.runs.account import ending
+from moelab.runs.account import Account, ending
 from moelab.runs.snapshot import RunReader, origins
 from moelab.runs.tokens import COLUMNS, STALLS, figures
 from moelab.scheduling.parts import Precision, Prefetch
@@ -277,23 +277,27 @@ def spoken(
     if reader is None:
         return {"guesses": {}, "sentence": IDLE, "change": "", "of": "", "ended": ""}
     run: Any = reader.run
-    account = reader.account(rows, max(1, first))
+    first = max(1, first)
+    account = reader.account(rows, first)
     held, asked = run.history[-1][1], run.request.max_new_tokens
     stale = not running and differences(held, settings)
     return {
         "guesses": dict(account.guesses),
         "sentence": account.sentence(run.limits()),
-        "change": _change(reader, rows),
+        "change": _change(reader, rows, first, account),
         "of": short(held, run.trace.shape) if stale else "",
         "ended": "" if running else ending(run.ended, len(rows), asked),
     }
 
 
-def _change(reader: RunReader, rows: np.ndarray) -> str:
-    """What the last change of settings did to a token, once there are tokens on both sides."""
+def _change(reader: RunReader, rows: np.ndarray, since: int, account: Account) -> str:
+    """What the last change of settings did to a token, once there are tokens on both sides.
+
+    ``account`` is that of the tokens from ``since`` on; those under other settings are left out.
+    """
     run: Any = reader.run
-    marks, count = merge_changes(run.changes), len(rows)
-    if not marks or marks[-1]["first"] < 2 or marks[-1]["last"] >= count:
+    marks = merge_changes(run.changes)
+    if not marks or marks[-1]["first"] < 2 or marks[-1]["last"] >= len(rows):
         return ""  # decoded tokens are on one side of it only
     first, last = marks[-1]["first"], marks[-1]["last"]
     was, now = [s for token, s in run.history if token < first][-1], run.history[-1][1]
@@ -305,4 +309,4 @@ def _change(reader: RunReader, rows: np.ndarray) -> str:
         for name, value in differences(was, now).items()
     )
     before = reader.account(rows, max(1, first - RECENT_TOKENS), first)
-    return before.change_to(reader.account(rows, max(last, count - RECENT_TOKENS)), what)
+    return before.change_to(account if since >= last else reader.account(rows, last), what)

@@ -64,6 +64,13 @@ test("a kernel that does not answer is noticed, and that it does again", ({ mock
   assert.equal(told.at(-1), false);
 });
 
+test("what cannot be sent has no kernel any more", () => {
+  const told = [],
+    send = () => { throw new Error("Cannot send"); };
+  new Sender({ get: () => ({}), send }, (on) => told.push(on)).change({ bits: 4 });
+  assert.deepEqual(told.slice(-1), ["gone"]);
+});
+
 test("a moment stays within the run, and live is the newest again", () => {
   const held = { recording: { count: 10 } },
     travel = new Travel({ count: () => 10, past: () => held }, 6, () => {}, () => {});

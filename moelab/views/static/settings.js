@@ -56,7 +56,7 @@ const DEAF_MS = 1500;
  * sent, at most every 50 ms, one unanswered at a time.
  */
 export class Sender {
-  /** `deaf(on)` is told when the kernel has not answered for a while, and when it has again. */
+  /** `deaf(on)` is told when the kernel has not answered for a while, or is gone, or has again. */
   constructor(model, deaf = (_on) => {}) {
     this.model = model;
     this.deaf = deaf;
@@ -71,7 +71,11 @@ export class Sender {
     const pending = !this.answered();
     this.n += 1;
     this.sentAt = Date.now();
-    this.model.send({ ...content, n: this.n });
+    try {
+      this.model.send({ ...content, n: this.n });
+    } catch {
+      return this.deaf("gone"); // its end in the kernel is
+    }
     if (!pending) this.patience = setTimeout(() => this.deaf(!this.answered()), DEAF_MS);
   }
 
@@ -120,8 +124,7 @@ class Deaf {
     this.kernel = () => model.widget_manager?.kernel; // JupyterLab and Notebook 7 have it
     this.gone = false;
     this.moved = (_, status) => {
-      this.gone ||= ENDS.includes(status);
-      if (this.gone) this.show(true);
+      if (ENDS.includes(status)) this.show("gone");
     };
     this.heard = this.kernel()?.statusChanged;
     this.heard?.connect(this.moved);
@@ -132,6 +135,7 @@ class Deaf {
   }
 
   show(on) {
+    this.gone ||= on === "gone";
     this.node.hidden = !on && !this.gone;
     if (this.node.hidden) return;
     const kernel = this.kernel(),
