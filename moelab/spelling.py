@@ -17,11 +17,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moelab.scheduling.budget import size
 from moelab.scheduling.strategy import ROLES, Own, Strategy, part_title
 from moelab.scheduling.stream import Shape
 from moelab.settings import Settings
 from moelab.store.devices import DEVICES
 from moelab.strategies import GROUPS, NAMES, make, maker
+
+CALLED = {"depth": "prefetch ahead", "budget_bytes": "budget"}
+"""Settings that a screen calls otherwise than code does."""
 
 LABEL = 48
 """Characters of a mark on the time axis at most; choosing a strategy changes many settings."""
@@ -296,16 +300,6 @@ def sentence(settings: Any, expert_bytes: Mapping[int, int], all_experts_bytes: 
     )
 
 
-def size(nbytes: float | None) -> str:
-    """Bytes in words: ``5.31 MB``."""
-    if nbytes is None:
-        return "-"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.3g} {unit}"
-    return f"{nbytes:.0f} B"
-
-
 def number(value: float | None, form: str = ".3g") -> str:
     """A figure, or a dash where there is none."""
     return "-" if value is None else format(value, form)
@@ -339,9 +333,13 @@ def merge_changes(
     return marks
 
 
+def called(setting: str) -> str:
+    """A setting's name as the dashboard has it."""
+    return CALLED.get(setting, setting.replace("_", " "))
+
+
 def _label(changed: Mapping[str, Any]) -> str:
-    words = (f"{k.removesuffix('_bytes').replace('_', ' ')} {v}" for k, v in changed.items())
-    label = ", ".join(words)
+    label = ", ".join(f"{called(k)} {v}" for k, v in changed.items())
     return label if len(label) <= LABEL else label[: LABEL - 1].rstrip(" ,") + "…"
 
 

@@ -144,8 +144,20 @@ SMALL, LARGE = Limits(4_000_000, 12_000_000, "least recently used"), Limits(10**
         (
             account(compute_ms=30, hits=3, loads=1, **{"prefetch late": 4}),
             LARGE,
-            ("compute-bound: 30 of 34 ms are compute, 4 wait for prefetches that come late; "
+            ("compute-bound: 30 of 34 ms are compute, 4 wait for late prefetches; "
              "75% of the requests hit"),
+        ),
+        (
+            account(compute_ms=62, hits=1, evict=0.4, **{"on demand": 38, "prefetch late": 14.8}),
+            LARGE,
+            ("compute-bound: 62 of 115 ms are compute, 53.2 wait: 38 for loads on demand, 14.8 for "
+             "late prefetches, 0.4 to evict what is still on its way; 100% of the requests hit"),
+        ),
+        (
+            account(compute_ms=20, hits=1, evict=2, **{"on demand": 9, "prefetch late": 12}),
+            LARGE,
+            ("disk-bound: 23 of 43 ms wait: 12 for late prefetches, 9 for loads on demand, 2 to "
+             "evict what is still on its way; 100% of the requests hit"),
         ),
         (
             account(compute_ms=3, deciding_ms=9, hits=1, late=1, evict=0),
@@ -168,7 +180,7 @@ def test_a_change_is_told_part_by_part_with_what_was_read_for_nothing():
     after = account([guess, gone], compute_ms=6.2, **{"on demand": 31})
     assert after.guesses["wasted"] == 1_700_000
     assert before.change_to(after, "prefetch 0 -> 1") == (
-        "prefetch 0 -> 1: wait \N{MINUS SIGN}3 ms, wasted reads +5 ms"
+        "prefetch 0 -> 1: wait \N{MINUS SIGN}3 ms, wasted reads +1.7 MB"
     )
     assert before.change_to(before, "bits 4").endswith("no part of a token moved by 0.5 ms")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from browser import kernel, record, reload, run_cell, share, shot
+from browser import ALL_HAVE_RUN, kernel, record, reload, run_cell, share, shot
 from soak import Soak, growth
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -181,8 +181,8 @@ def test_errors_are_drawn_and_go_when_mended(dash):
     dash.root.get_by_role("button", name="Run", exact=True).click()
     alert.wait_for()
     prompt.fill("The")
-    dash.run(tokens=3)
     alert.wait_for(state="hidden")
+    dash.run(tokens=3)
 
 
 def test_everything_can_be_done_with_the_keyboard(dash):
@@ -528,6 +528,17 @@ def test_an_error_moves_nothing_lies_beside_its_control_and_can_be_put_away(dash
     alert.wait_for()
     t1.press("Home")
     alert.wait_for(state="hidden")
+
+
+def test_a_restart_of_the_kernel_is_said_and_its_cell_brings_a_new_dashboard(dash):
+    dash.page.evaluate(f"() => {KERNEL}.restart()")
+    words = dash.root.locator(".moe-deaf")
+    dash.until(lambda: "is gone: run its cell again" in words.inner_text(), "its kernel is gone")
+    dash.choose("bits", "8")
+    assert not words.get_by_role("button").is_visible(), "there is no cell to interrupt"
+    dash.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    dash.until(lambda: not words.is_visible() and dash.root.is_visible(), "another one")
+    dash.page.wait_for_function(ALL_HAVE_RUN, timeout=400_000)
 
 
 def test_the_tip_says_why_a_resident_expert_would_stay_or_go(dash):

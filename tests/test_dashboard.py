@@ -19,7 +19,7 @@ import moelab
 from fake_lab import FakeLab
 from moelab import strategies
 from moelab.runs.tokens import COLUMNS, figures
-from moelab.spelling import about, in_words, merge_changes
+from moelab.spelling import about, in_words, merge_changes, size
 from moelab.strategies import Evict, Parameter, Precision
 from moelab.views.picture import lay_out
 from moelab.widgets import Dashboard, frame, notebook
@@ -230,7 +230,9 @@ class TestActions:
         before = lab.settings
         says(dashboard, "update", where="budget", changes={"budget": 1000}, n=1)
         assert dashboard.error["where"] == "budget"
-        assert "raise it to" in dashboard.error["text"]
+        text = dashboard.error["text"]
+        assert re.search(r"raise it to \d+ bytes \([\d.]+ [kM]B\) or more", text)
+        assert text.endswith(f"it stays at {size(before.budget_bytes)}")
         assert lab.settings == before
         assert dashboard.controls["budget_bytes"] == before.budget_bytes
         says(dashboard, "update", changes={"budget": 9_000_000}, n=2)
@@ -333,10 +335,20 @@ class TestDecisions:
         now = frame.chosen(strategies.make(name))
         offered = {d["role"]: {c["value"]: c for c in d["choices"]} for d in frame.decisions()}
         for role, part in now["parts"].items():
-            assert offered[role][part["value"]]["title"] == part["title"], role
+            if part["value"] or part["title"] != "nothing ahead":  # no strategy is made with that
+                assert offered[role][part["value"]]["title"] == part["title"], role
         assert now["about"] == next(
             p["text"] for g in frame.presets() for p in g["entries"] if p["name"] == name
         )
+
+    def test_a_part_that_is_switched_off_is_shown_as_what_it_does(self, lab):
+        made = strategies.make("lru")
+        titles = {role: part["title"] for role, part in frame.chosen(made)["parts"].items()}
+        assert (titles["precision"], titles["prefetch"]) == ("as asked for", "nothing ahead")
+        assert repr(made) == "<Strategy lru>"
+        on = made.tuned(depth=1)
+        assert frame.chosen(on)["parts"]["prefetch"]["title"].startswith("the next layers' gates")
+        assert repr(on) == "<Strategy lru: depth=1>"
 
     @pytest.mark.parametrize("name", strategies.NAMES)
     def test_its_parameters_are_explained_and_within_their_range(self, lab, name):

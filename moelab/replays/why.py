@@ -48,7 +48,8 @@ def reasons(trace: Trace, wanted: Collection[int]) -> dict[int, dict[str, Any]]:
     dict
         By number: ``policy``, ``terms`` (names), ``texts`` (a line about each), ``victim`` and
         ``survivors`` as [layer, expert, bits, value of each term], those nearest to going first;
-        a value that is not finite is None. ``error`` is what a policy raised when it was asked.
+        a value that is not finite is None. ``tie``: how many of these scored the same as the
+        victim, where the least recently used leaves. ``error`` is what a policy raised when asked.
 
     Examples
     --------
@@ -117,8 +118,10 @@ def _reason(policy: Any, view: View, keys: list[Key]) -> dict[str, Any]:
     """What a policy says of its victim, the first, and of those who would have been next."""
     rows = [[*view.shape.place(key), int(view.bits[key])] for key in keys]
     told: dict[str, Any] = {"policy": part_title(policy), "terms": [], "texts": [], "error": ""}
-    told |= {"victim": rows[0], "survivors": rows[1:]}
+    told |= {"victim": rows[0], "survivors": rows[1:], "tie": 0}
     try:
+        score = policy.score(view)[keys]
+        told["tie"] = int((score[1:] == score[0]).sum())
         terms: Mapping[str, np.ndarray] = policy.terms(view)
         texts = getattr(policy, "explained", {})
         told |= {"terms": list(terms), "texts": [str(texts.get(name, "")) for name in terms]}

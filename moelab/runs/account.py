@@ -24,10 +24,12 @@ FATES = ("right", "late", "wasted", "waiting")
 """What may become of the bytes of a prefetch."""
 LEAST_MS = 0.5
 """A change of a part of a token's time below this is not worth a word."""
+SEEN_MS = 0.005
+"""A part below this is 0.00 ms where it is written."""
 _WORDS = {
     "on demand": "for loads on demand",
-    "prefetch late": "for prefetches that come late",
-    "evict": "for copies that leave while they are still on their way",
+    "prefetch late": "for late prefetches",
+    "evict": "to evict what is still on its way",
 }
 
 
@@ -101,11 +103,6 @@ class Account:
         """The part of it that is waiting."""
         return sum(self.ms[cause] for cause in STALLS)
 
-    @property
-    def wasted_ms(self) -> float:
-        """What the bytes that nobody used took to read; part of the waiting or beside it."""
-        return 1e3 * self.guesses["wasted"] / self.bandwidth if self.bandwidth else 0.0
-
     def sentence(self, limits: Limits) -> str:
         """Why the speed is what it is.
 
@@ -116,21 +113,28 @@ class Account:
         """
         if not self.tokens:
             return "no token has been decoded yet"
-        cause = max(STALLS, key=self.ms.__getitem__)
         parts = {
-            "disk-bound": (self.wait_ms, f"wait {_WORDS[cause]}"),
+            "disk-bound": (self.wait_ms, self._waiting()),
             "compute-bound": (self.ms["compute"], "are compute"),
             "bound by deciding": (self.ms["deciding"], "are the strategy's own time"),
         }
         name = max(parts, key=lambda bound: parts[bound][0])
-        part = self.ms[cause] if name == "disk-bound" else parts[name][0]
-        said = [f"{name}: {part:.3g} of {self.total_ms:.3g} ms {parts[name][1]}"]
+        part, words = parts[name]
+        said = [f"{name}: {part:.3g} of {self.total_ms:.3g} ms {words}"]
         if name != "disk-bound" and self.wait_ms >= LEAST_MS:
-            said[0] += f", {self.wait_ms:.3g} wait {_WORDS[cause]}"
+            said[0] += f", {self.wait_ms:.3g} {self._waiting()}"
         if self.bytes:
             speed = f" at {size(self.bandwidth)}/s" if self.bandwidth else ""
             said.append(f"{size(self.bytes)} a token{speed}")
         return "; ".join([*said, self._reason(limits)])
+
+    def _waiting(self) -> str:
+        """What is waited for, each cause with its own time where there are several."""
+        causes = sorted(STALLS, key=self.ms.__getitem__, reverse=True)
+        several = [cause for cause in causes if self.ms[cause] >= SEEN_MS]
+        if len(several) < 2:
+            return f"wait {_WORDS[causes[0]]}"
+        return "wait: " + ", ".join(f"{self.ms[c]:.3g} {_WORDS[c]}" for c in several)
 
     def _reason(self, limits: Limits) -> str:
         asked, cycle = sum(self.requests.values()), size(limits.cycle_bytes)
@@ -142,19 +146,25 @@ class Account:
         return f"{hits:.0%} of the requests hit" + f", {late:.0%} come late" * (late >= 0.005)
 
     def change_to(self, after: Account, what: str) -> str:
-        """What a change did, part by part: ``prefetch 0 -> 1: wait -3 ms, wasted reads +6 ms``."""
+        """What a change did: ``prefetch ahead off -> +1: wait -3 ms, wasted reads +1.2 MB``."""
         if not (self.tokens and after.tokens):
             return f"{what}: no token on both sides of it yet"
         parts = {"compute": "compute", "deciding": "deciding"}
         moved = {word: after.ms[part] - self.ms[part] for part, word in parts.items()}
         moved |= {"wait": after.wait_ms - self.wait_ms}
-        moved |= {"wasted reads": after.wasted_ms - self.wasted_ms}
-        told = [f"{word} {_signed(ms)} ms" for word, ms in moved.items() if abs(ms) >= LEAST_MS]
+        told = [
+            f"{w} {_signed(ms, f'{abs(ms):.2g} ms')}"
+            for w, ms in moved.items()
+            if abs(ms) >= LEAST_MS
+        ]
+        wasted = after.guesses["wasted"] - self.guesses["wasted"]
+        if wasted:
+            told.append(f"wasted reads {_signed(wasted, size(abs(wasted)))}")
         return f"{what}: " + (", ".join(told) or f"no part of a token moved by {LEAST_MS:g} ms")
 
 
-def _signed(ms: float) -> str:
-    return f"{ms:+.2g}".replace("-", "\N{MINUS SIGN}")
+def _signed(value: float, words: str) -> str:
+    return ("\N{MINUS SIGN}" if value < 0 else "+") + words
 
 
 def guesses(rows: np.ndarray) -> dict[str, int]:
@@ -162,21 +172,19 @@ def guesses(rows: np.ndarray) -> dict[str, int]:
 
     What is resident before the first token, or after a change of settings, is no guess.
     """
-    used = {e.HIT: "right", e.SUBSTITUTE: "right", e.EVICT: "wasted"}
-    touches = rows[np.isin(rows["kind"], (e.PREFETCH, e.LOAD, *used))]
+    touches = rows[np.isin(rows["kind"], (e.PREFETCH, e.LOAD, e.HIT, e.SUBSTITUTE, e.EVICT))]
     key = touches["layer"].astype(np.int64) << 16 | touches["expert"]
     touches = touches[order := np.argsort(key, kind="stable")]  # of one expert, then of the next
     key = key[order]
-    made = (touches["kind"] == e.PREFETCH) & (touches["at"] >= 0)
-    found: dict[str, int] = dict.fromkeys(FATES, 0)
-    for i in np.flatnonzero(made).tolist():
-        fate = "waiting"
-        if i + 1 < len(key) and key[i + 1] == key[i]:
-            then = touches[i + 1]
-            fate = used.get(int(then["kind"]), "wasted")
-            fate = "late" if then["kind"] == e.HIT and then["cause"] == e.LATE else fate
-        found[fate] += int(touches["bytes"][i])
-    return found
+    made = np.flatnonzero((touches["kind"] == e.PREFETCH) & (touches["at"] >= 0))
+    then = touches[np.minimum(made + 1, len(touches) - 1)]
+    cases = {
+        "waiting": np.append(key, -1)[made + 1] != key[made],
+        "late": (then["kind"] == e.HIT) & (then["cause"] == e.LATE),
+        "right": np.isin(then["kind"], (e.HIT, e.SUBSTITUTE)),
+    }
+    fate = np.select(list(cases.values()), list(cases), "wasted")
+    return {name: int(touches["bytes"][made[fate == name]].sum()) for name in FATES}
 
 
 def bandwidth(rows: np.ndarray) -> float | None:

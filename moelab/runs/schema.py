@@ -91,10 +91,12 @@ def _object(optional: tuple[str, ...] = (), /, **fields: Any) -> dict[str, Any]:
 _PAIR = _list([_TEXT, _NUMBER], minItems=2, maxItems=2)
 _WHO = _list([_INDEX, _INDEX, _INDEX], additionalItems=_FIGURE, minItems=3)
 _EVICTION = _object(
+    ("tie",),
     **dict.fromkeys(("policy", "error"), _TEXT),
     **dict.fromkeys(("terms", "texts"), _list(_TEXT)),
     victim=_WHO,
     survivors=_list(_WHO, maxItems=8),
+    tie=_INDEX,
 )
 _CHANGE = _list([_INDEX, _WORDS], minItems=2, maxItems=2)
 _SHOWN = _WORDS | {"required": ["bits"]}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import moelab
+from moelab.runs.account import Account
 from moelab.runs.schema import EVENTS, FORMAT
 from moelab.runs.tokens import COLUMNS, STALLS, table, titled
 from moelab.scheduling.events import AHEAD, CAUSES
@@ -60,6 +61,11 @@ class RunReader:
         """Token reports by now, and their figures [T, C]."""
         reports = self.run.token_reports
         return reports, table(reports).astype("<f4")
+
+    def account(self, values: np.ndarray, first: int, last: int | None = None) -> Account:
+        """The account of tokens ``first`` to before ``last``, of figures that `tokens` gave."""
+        last = len(values) if last is None else last
+        return Account.of(values[first:last], self.run._tokens.records(first, last))
 
     def read(self, start: int = 0) -> dict[str, Any]:
         """The document by now, with the events from row ``start`` on; without ``evictions``."""

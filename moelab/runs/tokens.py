@@ -134,8 +134,9 @@ class Tokens:
 
     def records(self, first: int, last: int) -> np.ndarray:
         """The events of the tokens from ``first`` to before ``last``."""
-        ends = [0, *(noted.rows for noted in self._noted[:last])]
-        return self._log.records(ends[min(first, len(ends) - 1)], ends[-1])
+        last = min(last, len(self))
+        begin, end = (self._noted[n - 1].rows if n else 0 for n in (min(first, last), last))
+        return self._log.records(begin, end)
 
     def add(self, noted: Noted) -> None:
         """A token is complete."""

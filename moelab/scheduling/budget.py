@@ -41,9 +41,9 @@ def check_budget(shape: Shape, strategy: Strategy, knobs: Knobs) -> None:
     pins = len(strategy.pinned)
     beside = f" beside {pins} pinned expert{'s'[: pins > 1]}" if pins else ""
     raise BudgetError(
-        f"budget {_mb(knobs.budget_bytes)} is below one layer's need with strategy "
-        f"{strategy.name!r} (top-{shape.top_k} at {knobs.bits} bit{beside}: {_mb(need)}); "
-        f"raise it to {need} bytes or more, or choose fewer bits"
+        f"budget {size(knobs.budget_bytes)} is below one layer's need with strategy "
+        f"{strategy.name!r} (top-{shape.top_k} at {knobs.bits} bit{beside}: {size(need)}); "
+        f"raise it to {need} bytes ({size(need)}) or more, or choose fewer bits"
     )
 
 
@@ -114,5 +114,11 @@ class _Needs:
         return True
 
 
-def _mb(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.3g} MB"
+def size(nbytes: float | None) -> str:
+    """Bytes in words: ``5.31 MB``."""
+    if nbytes is None:
+        return "-"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.3g} {unit}"
+    return f"{nbytes:.0f} B"

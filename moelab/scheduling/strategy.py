@@ -71,6 +71,9 @@ _RETIRED = {
 }
 """Methods of version 0.3, by what stands for them now."""
 
+SWITCHES = ("low_bits", "depth")
+"""Parameters that switch their part off."""
+
 _lineages = itertools.count(1)
 
 
@@ -114,7 +117,8 @@ class Strategy:
     keywords: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
-        own = ", ".join(f"{name}={value}" for name, value in self.values.items())
+        known = {p.name for part in self.objects for p in part_parameters(part) if is_on(part)}
+        own = ", ".join(f"{name}={value}" for name, value in self.values.items() if name in known)
         return f"<Strategy {self.name}{': ' if own else ''}{own}>"
 
     def __post_init__(self) -> None:
@@ -234,6 +238,16 @@ def begun_anew(part: Any) -> Any:
     new = copy.copy(part)
     vars(new)["_lineage"] = next(_lineages)
     return new
+
+
+def part_parameters(part: Any) -> tuple[Parameter, ...]:
+    """A part's parameters; it need not have any."""
+    return getattr(part, "parameters", ())
+
+
+def is_on(part: Any) -> bool:
+    """Whether a part does anything: without second bits or a look-ahead, some do not."""
+    return all(getattr(part, p.name) for p in part_parameters(part) if p.name in SWITCHES)
 
 
 def part_title(part: Any) -> str:

@@ -131,7 +131,7 @@ def _drawn(frame: Mapping[str, Any], model: Mapping[str, Any], head: tuple[str, 
         at = np.arange(frame["count"]) + 0.43
         axes["kl"].plot(at, values["kl"].clip(1e-4, 1), "_", c=KL, ms=3)
         axes["kl"].set(yscale="log", ylim=(1e-4, 1))
-        axes["kl"].set_yticks([1e-4, 1e-2, 1], ["10⁻⁴", "KL", "1"])
+        axes["kl"].set_yticks([1e-4, 1e-2, 1], ["≤10⁻⁴", "KL", "1"])
         axes["kl"].minorticks_off()
     _text(axes["text"], values["total_ms"], rows)
     return figure
@@ -209,7 +209,11 @@ def _bars(axes: Any, values: Mapping[str, np.ndarray]) -> None:
     gaps = count <= 300  # between tokens, where there is room
     edges = np.append(np.add.outer(np.arange(count), (0, 0.86)[: 1 + gaps]).ravel(), count)
     axes.grid(visible=True)
-    axes.set_ylim(0, 1.15 * max(0.5, float(np.quantile(total, 0.96))))
+    top = 1.15 * max(0.5, float(np.quantile(total, 0.96)))
+    axes.set_ylim(0, top)
+    shrunk = np.minimum(1, top / np.maximum(total, 1e-6))  # a bar that is cut shows all its parts
+    cut = np.flatnonzero(shrunk < 1)
+    axes.plot(cut + 0.43, np.full(len(cut), 1.02 * top), "^", c=TEXT, ms=3, clip_on=False)
     axes.yaxis.set_major_locator(MaxNLocator(3))
     axes.text(-0.006, 1.04, "ms", transform=axes.transAxes, ha="right", color=SOFT, size=7)
     below = np.zeros(count)
@@ -217,6 +221,7 @@ def _bars(axes: Any, values: Mapping[str, np.ndarray]) -> None:
         spent = values.get(f"{part}_ms", values.get(part))
         if spent is None or not spent.any():
             continue
+        spent = spent * shrunk
         tops, bases = (np.repeat(v, 1 + gaps) for v in (below + spent, below))
         if gaps:
             tops[1::2] = np.nan

@@ -2,8 +2,9 @@
 
 The files import each other by name, so that Node and editors read them as they are. Here each
 file follows those it imports, its `import` lines (``import { a } from "./b.js"``) and the word
-`export` are taken away, and all share one scope: no two files may declare the same name. Nothing is
-installed, and no tool has to run before a change is seen.
+`export` are taken away, and all share one scope: no two files may declare the same name. Comments
+on lines of their own stay behind: every widget sends its script. Nothing is installed, and no tool
+has to run before a change is seen.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ STYLES = ("controls", "views", "history", "compare", "dashboard")
 PAGE_STYLES = ("controls", "views", "history", "dashboard", "page")
 
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./(\w+)\.js";\n', re.MULTILINE)
-_TYPES = re.compile(r"^/\*\* @import .*\*/\n", re.MULTILINE)  # for editors and tsc alone
+_COMMENT = re.compile(r"^ *(?://.*|/\*\*(?s:.*?)\*/)\n", re.MULTILINE)
 _EXPORT = re.compile(r"^export (?!default )", re.MULTILINE)
 
 
@@ -50,7 +51,7 @@ def styles(names: Iterable[str]) -> str:
 
 
 def _bare(text: str) -> str:
-    """A script without what makes it a module."""
-    for part in (_IMPORT, _TYPES, _EXPORT):
+    """A script without what makes it a module, and without comments."""
+    for part in (_IMPORT, _COMMENT, _EXPORT):
         text = part.sub("", text)
     return text

@@ -19,7 +19,7 @@ import traitlets
 
 import moelab
 from moelab.runs.snapshot import RunReader
-from moelab.spelling import in_words, sentence
+from moelab.spelling import in_words, sentence, size
 from moelab.views.report import Report
 from moelab.views.scripts import STYLES, script, styles
 from moelab.widgets.drawer import Drawer
@@ -142,7 +142,14 @@ class Dashboard(anywidget.AnyWidget):
                     self._let_go()
 
     def _update(self, content: dict[str, Any]) -> None:
-        self._lab.update(**content["changes"])
+        changes = content["changes"]
+        try:
+            self._lab.update(**changes)
+        except ValueError as error:
+            stays = size(self._lab.settings.budget_bytes)
+            raise ValueError(
+                f"{error}; it stays at {stays}" if "budget" in changes else error
+            ) from error
         self._awaited = True
         self._clear_error()
 
@@ -155,6 +162,7 @@ class Dashboard(anywidget.AnyWidget):
         length = int(asked["max_new_tokens"])
         run = self._lab.start(asked["prompt"], max_new_tokens=length, **chat)
         self._mine = weakref.ref(run)
+        self._models.settle()
         self._clear_error()
 
     def _show_error(self, where: str, error: Exception) -> None:

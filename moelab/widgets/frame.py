@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import functools
 import itertools
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from moelab import strategies
-from moelab.runs.account import ending
+from moelab.runs.account import Account, ending
 from moelab.runs.snapshot import RunReader, origins
 from moelab.runs.tokens import COLUMNS, STALLS, figures
-from moelab.scheduling.strategy import Parameter, Strategy, part_title
+from moelab.scheduling.parts import Precision, Prefetch
+from moelab.scheduling.strategy import Parameter, Strategy, is_on, part_parameters, part_title
 from moelab.spelling import (
     about,
+    called,
     differences,
     first_line,
     in_words,
@@ -60,8 +61,9 @@ QUESTIONS = {
     "prefetch": "Ahead of need: who is fetched before a token asks for it",
 }
 SWITCHES = {"low_bits": "low_bits", "depth": "prefetch"}
-"""Parameters with a control of their own, by its name; where they are off, their part does nothing.
-"""
+"""Parameters with a control of their own, by its name."""
+OFF = {"precision": Precision(), "prefetch": Prefetch()}
+"""What the parts that can be switched off are then."""
 
 
 def options(lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,14 +129,10 @@ def _distinct() -> dict[str, dict[type, str]]:
         for name, strategy in named().items():
             kind = type(strategy.parts[role])
             if kind not in kinds or (
-                _is_on(strategy.parts[role]) and not _is_on(named()[kinds[kind]].parts[role])
+                is_on(strategy.parts[role]) and not is_on(named()[kinds[kind]].parts[role])
             ):
                 kinds[kind] = name
     return found
-
-
-def _is_on(part: Any) -> bool:
-    return all(getattr(part, p.name) for p in part.parameters if p.name in SWITCHES)
 
 
 def decisions() -> list[dict[str, Any]]:
@@ -165,13 +163,14 @@ def chosen(strategy: Strategy) -> dict[str, Any]:
     parameters = [
         _shown(_having(strategy, p), p, v) for name, (_, p, v) in known.items() if name not in off
     ]
+    doing = {r: p if is_on(p) else OFF.get(r, p) for r, p in strategy.parts.items()}
     return {
         "strategy": strategy.name,
         "label": spelled(strategy.name),
         "about": about(strategy),
         "parts": {
             role: {"value": _distinct()[role].get(type(part), ""), "title": part_title(part)}
-            for role, part in strategy.parts.items()
+            for role, part in doing.items()
         },
         "parameters": sorted(parameters, key=lambda p: [*QUESTIONS].index(p["roles"][0])),
         "unread": [name for has, name in SWITCHES.items() if has not in known],
@@ -181,7 +180,7 @@ def chosen(strategy: Strategy) -> dict[str, Any]:
 def _having(strategy: Strategy, parameter: Parameter) -> list[str]:
     """The decisions whose part has this parameter: one object may take several."""
     parts = strategy.parts.items()
-    return [role for role, part in parts if parameter in getattr(part, "parameters", ())]
+    return [role for role, part in parts if parameter in part_parameters(part)]
 
 
 def _shown(roles: list[str], parameter: Parameter, value: Any) -> dict[str, Any]:
@@ -195,10 +194,6 @@ def _shown(roles: list[str], parameter: Parameter, value: Any) -> dict[str, Any]
         "choices": list(parameter.choices),
         "value": value if parameter.choices else float(value),
     }
-
-
-READ_S = 0.5
-"""What is said in words of a run that goes on changes no faster."""
 
 
 class Framer:
@@ -216,7 +211,6 @@ class Framer:
         self._lab, self._each = lab, info["expert_bytes"]
         self._number = 0
         self._reader: RunReader | None = None
-        self._said: tuple[Any, float, dict[str, Any]] = (None, 0.0, {})  # run, until when, what
 
     def newest(self) -> tuple[int, RunReader | None]:
         """The lab's newest run and its number, which no other has; (0, None) where none is yet."""
@@ -256,17 +250,8 @@ class Framer:
             "recent": figures(values[recent:], first=first + recent),
             "whole": figures(values[since:], first=first + since),
             "span": [first + recent, len(reports)],
-            **self._spoken(run, max(1, first + recent), running=running),
+            **spoken(reader, self._lab.settings, rows, first + recent, running=running),
         }
-
-    def _spoken(self, run: Any, first: int, *, running: bool) -> dict[str, Any]:
-        """What is said of the run; while it goes on, nobody reads it faster than `READ_S`."""
-        of, until, said = self._said
-        now = time.monotonic()
-        if not running or of is not run or now >= until:
-            said = spoken(run, self._lab.settings, first, running=running)
-            self._said = (run if running else None), now + READ_S, said
-        return said
 
     def _resident(self, bits: np.ndarray) -> dict[str, int]:
         tiers, counts = np.unique(bits[bits > 0], return_counts=True)
@@ -275,8 +260,12 @@ class Framer:
         return {"experts": int(counts.sum()), "bytes": total, "budget_bytes": budget}
 
 
-def spoken(run: Any, settings: Any, first: int, *, running: bool) -> dict[str, Any]:
+def spoken(
+    reader: RunReader | None, settings: Any, rows: np.ndarray, first: int, *, running: bool
+) -> dict[str, Any]:
     """What is said of a run: why its tokens from ``first`` on cost what they did, and how it ended.
+
+    ``rows`` are the figures of its tokens [T, C] that the frame shows: what is said is of these.
 
     Returns
     -------
@@ -285,25 +274,30 @@ def spoken(run: Any, settings: Any, first: int, *, running: bool) -> dict[str, A
         ``change``, where settings were changed on the way; ``of``: the settings of the run, where
         they are not those in force any more; ``ended``: why and when.
     """
-    if run is None:
+    if reader is None:
         return {"guesses": {}, "sentence": IDLE, "change": "", "of": "", "ended": ""}
-    since, held = run.history[-1]
-    account = run.account(max(first, since))
+    run: Any = reader.run
+    first = max(1, first)
+    account = reader.account(rows, first)
+    held, asked = run.history[-1][1], run.request.max_new_tokens
     stale = not running and differences(held, settings)
-    asked = run.request.max_new_tokens
     return {
         "guesses": dict(account.guesses),
         "sentence": account.sentence(run.limits()),
-        "change": _change(run),
+        "change": _change(reader, rows, first, account),
         "of": short(held, run.trace.shape) if stale else "",
-        "ended": "" if running else ending(run.ended, len(run.tokens), asked),
+        "ended": "" if running else ending(run.ended, len(rows), asked),
     }
 
 
-def _change(run: Any) -> str:
-    """What the last change of settings did to a token, once there are tokens on both sides."""
-    marks, count = merge_changes(run.changes), len(run.token_reports)
-    if not marks or marks[-1]["first"] < 2 or marks[-1]["last"] >= count:
+def _change(reader: RunReader, rows: np.ndarray, since: int, account: Account) -> str:
+    """What the last change of settings did to a token, once there are tokens on both sides.
+
+    ``account`` is that of the tokens from ``since`` on; those under other settings are left out.
+    """
+    run: Any = reader.run
+    marks = merge_changes(run.changes)
+    if not marks or marks[-1]["first"] < 2 or marks[-1]["last"] >= len(rows):
         return ""  # decoded tokens are on one side of it only
     first, last = marks[-1]["first"], marks[-1]["last"]
     was, now = [s for token, s in run.history if token < first][-1], run.history[-1][1]
@@ -311,8 +305,8 @@ def _change(run: Any) -> str:
         return ""  # a measured and an emulated time have no difference
     old = shown(was) | shown_strategy(was.strategy)
     what = ", ".join(
-        f"{name.replace('_', ' ')} {old.get(name, 'none')} \N{RIGHTWARDS ARROW} {value}"
+        f"{called(name)} {old.get(name, 'none')} \N{RIGHTWARDS ARROW} {value}"
         for name, value in differences(was, now).items()
     )
-    before = run.account(max(1, first - RECENT_TOKENS), first)
-    return before.change_to(run.account(max(last, count - RECENT_TOKENS)), what)
+    before = reader.account(rows, max(1, first - RECENT_TOKENS), first)
+    return before.change_to(account if since >= last else reader.account(rows, last), what)

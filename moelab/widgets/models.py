@@ -49,7 +49,7 @@ class Models:
         self._labs = weakref.WeakValueDictionary({self._first: lab})
         self._running, self._bind, self._tell = running, bind, tell
         self._working, self._stop = threading.Lock(), threading.Event()
-        self._said, self._step_said = 0, ""
+        self._said, self._step_said, self._refused = 0, "", False
         self.thread: threading.Thread | None = None
         self._say()
 
@@ -76,6 +76,11 @@ class Models:
             work = {"target": self._work, "args": (name,), "name": "moelab-open"}
             self.thread = threading.Thread(**work, daemon=True)
             self.thread.start()
+
+    def settle(self) -> None:
+        """Forget what was refused: something runs on the model that is shown."""
+        if self._refused:
+            self._say()
 
     def leave(self) -> None:
         """Go back to the lab shown first, if it is still there."""
@@ -125,6 +130,7 @@ class Models:
     def _say(self, **told: str) -> None:
         known = offered()
         rows = [{"name": name, "missing": known.get(name, "")} for name in self._names()]
+        self._refused = "error" in told
         self._said += 1  # the same refusal again must reach the drop-down, which went ahead
         self._tell({"now": self._now, "offered": rows, "said": self._said, **told})
 

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { budgetInWords, placed } from "../../moelab/views/static/budget.js";
 import { aboutRun, nextSort, sorted, ticked } from "../../moelab/views/static/compare.js";
-import { fronts, stepOf, topOf } from "../../moelab/views/static/scatter.js";
+import { apart, fronts, stepOf, topOf } from "../../moelab/views/static/scatter.js";
 import { Sender } from "../../moelab/views/static/settings.js";
 import { Travel } from "../../moelab/views/static/timeline.js";
 
@@ -64,6 +64,13 @@ test("a kernel that does not answer is noticed, and that it does again", ({ mock
   assert.equal(told.at(-1), false);
 });
 
+test("what cannot be sent has no kernel any more", () => {
+  const told = [],
+    send = () => { throw new Error("Cannot send"); };
+  new Sender({ get: () => ({}), send }, (on) => told.push(on)).change({ bits: 4 });
+  assert.deepEqual(told.slice(-1), ["gone"]);
+});
+
 test("a moment stays within the run, and live is the newest again", () => {
   const held = { recording: { count: 10 } },
     travel = new Travel({ count: () => 10, past: () => held }, 6, () => {}, () => {});
@@ -106,6 +113,13 @@ test("a run says what its name does not", () => {
 test("the plane's axes hold every run, and KL has four steps", () => {
   assert.equal(topOf([{ peak: 3e6 }, { peak: null }], "peak"), 4e6);
   assert.deepEqual([null, 0.005, 0.05, 3].map((x) => stepOf(x).bits), [16, 8, 4, 2]);
+});
+
+test("numbers of runs beside each other are never printed over each other", () => {
+  const lows = apart([{ x: 9, y: 30 }, { x: 12, y: 18 }, { x: 60, y: 19 }]).map(({ low }) => low);
+  assert.deepEqual(lows, [18, 19, 30]);
+  const same = apart([1, 2, 3].map(() => ({ x: 9, y: 30 }))).map(({ low }) => low);
+  assert.deepEqual(same, [30, 42, 54]);
 });
 
 test("runs no other beats make a line for each device", { skip: !Object.groupBy }, () => {

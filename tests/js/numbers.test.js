@@ -29,6 +29,7 @@ test("a difference has a sign, and shares differ in points", () => {
   assert.equal(n.signed("bytes_per_token", 211e3), "+211 kB");
   assert.equal(n.signed("tokens", 0), "same");
   assert.equal(n.signed("device", null), "");
+  assert.deepEqual([7, 31.56023467422278].map((x) => n.written("another", x)), ["7", "31.6"]);
 });
 
 test("many of a kind", () => {

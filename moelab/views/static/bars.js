@@ -123,16 +123,19 @@ export class LatencyBars {
 
   drawParts(g, at, w) {
     const { ink } = this.look,
-      y = (ms) => at.tall * Math.min(1, ms / this.scale),
+      total = new Float32Array(at.shown),
       sums = new Float32Array(at.shown);
+    for (const [, column] of this.parts)
+      total.forEach((ms, i) => (total[i] = ms + this.frame.tokens[column][at.begin + i]));
+    const y = (ms, i) => (at.tall * ms) / Math.max(this.scale, total[i]); // cut: all parts shrink
     for (const [part, column] of this.parts) {
       const values = this.frame.tokens[column],
         over = HATCHED[part],
         lines = over && hatch(g, over.lines(ink), 3, over.way);
       g.fillStyle = ink[part];
       for (let i = 0; i < at.shown; i++) {
-        const low = y(sums[i]),
-          high = y((sums[i] += values[at.begin + i]));
+        const low = y(sums[i], i),
+          high = y((sums[i] += values[at.begin + i]), i);
         if (!(high > low)) continue;
         /** @type {[number, number, number, number]} */
         const bar = [at.left + i * at.step, at.base - high, w, high - low];
@@ -144,7 +147,7 @@ export class LatencyBars {
       }
     }
     g.fillStyle = ink.text;
-    sums.forEach((sum, i) => {
+    total.forEach((sum, i) => {
       const x = at.left + i * at.step + w / 2; // a bar taller than the axis ends in an arrow head
       if (sum > this.scale) triangle(g, [x - 3, at.top - 1], [x + 3, at.top - 1], [x, at.top - 6]);
     });
@@ -215,7 +218,7 @@ export class LatencyBars {
     for (const y of [low, (low + high) / 2, high])
       fillBox(g, ink.line, at.left, Math.round(y), at.width, 1, 0.7);
     fillWords(g, ink.kl, "right", "KL 1", at.left - 6, high + 1);
-    fillWords(g, ink.soft, "right", "10⁻⁴", at.left - 6, low - 1);
+    fillWords(g, ink.soft, "right", "≤10⁻⁴", at.left - 6, low - 1);
     const r = Math.max(1.5, Math.min(2.5, w / 2)),
       spots = new Path2D();
     g.fillStyle = ink.kl;

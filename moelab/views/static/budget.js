@@ -5,6 +5,7 @@ import { h, holdOf, markup, say } from "./element.js";
 import { bytes, percent } from "./numbers.js";
 
 const SLIDER = 400;
+const NEVER = "Below the red mark nothing can run: the experts of one layer do not fit";
 
 /** A budget in words. @param {number} budget bytes @param {number} bits */
 export function budgetInWords(budget, bits, { layers, experts, expert_bytes, all_experts_bytes }) {
@@ -41,7 +42,7 @@ export class Budget {
     this.held = holdOf(this.slider, settle);
     this.value = h("output", { class: "moe-value", "aria-live": "off" }); // the slider says it
     this.marks = ["one token", "everything"].map((words) => [h("i"), h("span", {}, words)]);
-    this.never = h("span", { class: "moe-never" });
+    this.never = h("span", { class: "moe-never", title: NEVER });
     this.node = markup`
       <label class="moe-field moe-budget">
         <span>Budget${this.value}</span>

@@ -9,6 +9,8 @@ import { MARKS } from "./replay.js";
 import { Tiles } from "./tiles.js";
 import { drawWhy } from "./tip.js";
 
+const EMPTY = "; an empty cell with this mark has left again within the token";
+
 /** Twenty pixels a layer where there are few; eight, or of very many six, at least. */
 const tallFor = (layers) => Math.max(120, Math.min(208, layers * 20), layers * (layers > 36 ? 6 : 8));
 
@@ -152,6 +154,7 @@ export class CacheMap {
   describe() {
     if (!this.frame || this.at === null) return;
     const { bits, in_flight: flight, used, loaded, uses } = this.frame.map,
+      { newest } = this.frame,
       i = this.at;
     const layer = Math.floor(i / this.experts),
       row = uses.subarray(layer * this.experts, (layer + 1) * this.experts);
@@ -159,8 +162,9 @@ export class CacheMap {
       rank = row.filter((n) => n > uses[i]).length + 1;
     const token = (n, never = "never") => (n < 0 ? never : `token ${n}`);
     const share = total ? ` (${percent(uses[i] / total)}, rank ${rank} of ${this.experts})` : "";
+    const left = newest >= 0 && [used[i], loaded[i]].includes(newest) ? ", left again" : "";
     const rows = [
-      ["resident", bits[i] ? `${bits[i]} bit${flight[i] ? ", in flight" : ""}` : "no"],
+      ["resident", bits[i] ? `${bits[i]} bit${flight[i] ? ", in flight" : ""}` : `no${left}`],
       ["uses", `${uses[i]}${share}`],
       ["last used", token(used[i], "not in this run")],
       ["last load", token(loaded[i], bits[i] ? "before this run" : "not in this run")],
@@ -185,12 +189,18 @@ export class CacheMap {
 
   relabel() {
     const { tiers } = this.look,
-      key = (words, name, style) => legendKey(h("i", { class: `moe-cell ${name}`, style }), words),
+      key = (words, name, style, title = "") => {
+        const made = legendKey(h("i", { class: `moe-cell ${name}`, style }), words);
+        made.title = title;
+        return made;
+      },
       left = legendKey(icon("evict"), "left");
     left.classList.add("moe-only-past");
     this.legend.replaceChildren(
       ...this.tiers.map((b) => key(`${b}`, "", `--c:${tiers[b]};--f:${100 * FILL[b]}%`)), "bit",
-      key("loaded", "loaded"), key("in flight", "flight"), key("used now", "used"), left,
+      key("loaded", "loaded", "", `Loaded for the token shown${EMPTY}`),
+      key("in flight", "flight"),
+      key("used now", "used", "", `Used by the token shown${EMPTY}`), left,
     );
     this.draw();
   }

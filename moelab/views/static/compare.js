@@ -192,7 +192,7 @@ export class Runs {
     });
     box.checked = this.ticked.includes(name);
     const rename = h("input", {
-      ...{ type: "text", value: name, "aria-label": `Name of run ${number}`, ...f("name") },
+      ...{ type: "text", value: name, title: name, "aria-label": `Name of run ${number}`, ...f("name") },
       onchange: () => rename.value.trim() && this.ask("rename", { name, new: rename.value }),
       onkeydown: (e) => {
         if (e.key === "Escape") rename.value = name;
@@ -209,7 +209,7 @@ export class Runs {
     badge.classList.toggle("emulated", run.emulated);
     const cells = COLUMNS_OF_RUNS.map((k) => h("td", { "data-key": k }, written(k, run[k])));
     const [low, high] = run.range ?? [0, 0];
-    if (high > low) cells[0].append(h("small", {}, `${rate(low)} to ${rate(high)}`));
+    if (high > low) cells[0].append(h("small", { class: "whole" }, `${rate(low)}–${rate(high)}`));
     return markup`
       <tr data-name="${name}" class="${box.checked ? "on" : ""}">
         <td>${box}</td>

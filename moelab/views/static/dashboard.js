@@ -3,7 +3,7 @@
 
 import { DARK, STRONG } from "./colours.js";
 import { Runs } from "./compare.js";
-import { button, h, keep, markup, optionsOf, say } from "./element.js";
+import { button, cross, h, keep, markup, optionsOf, say } from "./element.js";
 import { array, byName } from "./recording.js";
 import { Settings } from "./settings.js";
 import { KernelSource } from "./source.js";
@@ -34,8 +34,9 @@ class ModelPick {
         if (opening) say(this.words, "stopping after this step …");
       },
     });
+    this.close = cross("Dismiss", () => choose(this.told.now));
     this.line = markup`
-      <div class="moe-opening">${[this.words, this.code, this.yes, this.no]}</div>`;
+      <div class="moe-opening">${[this.words, this.code, this.yes, this.no, this.close]}</div>`;
     this.sync();
   }
 
@@ -50,6 +51,7 @@ class ModelPick {
     this.pick.disabled = Boolean(opening);
     this.yes.hidden = !asks;
     this.no.hidden = !opening && !asks;
+    this.close.hidden = Boolean(opening || asks);
     const words = [
       opening && `${opening} …`,
       asks && `A run is going on. Opening ${asks} ends it.`,
@@ -169,6 +171,7 @@ class View {
     const frame = decode(raw, this.options);
     this.frame = frame;
     this.stage.follow(frame);
+    this.runs.whatIf.moved();
     this.settings.ask.showRunning(frame.running);
     this.errorChanged();
     Object.assign(this.root.dataset, {

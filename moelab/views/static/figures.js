@@ -5,10 +5,10 @@ import { h, markup, say } from "./element.js";
 import { bytes, millis, rate, written } from "./numbers.js";
 
 const TILES = [
-  ["tokens_per_s", "speed", "tokens/s", "Tokens a second as a watch shows them, the last 16 tokens"],
+  ["tokens_per_s", "speed", "tokens/s", "Tokens a second as a watch shows them"],
   ["hit_ratio", "found in memory", "hit ratio", "Requests for an expert that found it resident"],
   ["bytes_per_token", "read from disk", "a token", "Bytes read from the device, also ahead of need"],
-  ["stall_share", "spent waiting", "stall share", "Part of the time spent waiting for experts"],
+  ["stall_share", "spent waiting", "stalled", "Stall share: part of the time spent waiting for experts"],
   ["kl_mean", "off full precision", "mean KL", "KL divergence of the next token's distribution"],
 ];
 const MEMORY = "Bytes of resident experts, loads in flight included, of the budget";
@@ -53,7 +53,7 @@ function ofGuesses({ right = 0, late = 0, wasted = 0 }) {
 
 export class RunningFigures {
   constructor() {
-    this.tiles = TILES.map(([key, name, term, title]) => ({ key, term, ...tile(name, title) }));
+    this.tiles = TILES.map(([key, name, term, title]) => ({ key, term, title, ...tile(name, title) }));
     this.memory = tile("in memory, resident", MEMORY);
     this.memory.node.classList.add("wide");
     this.fill = h("i", { class: "moe-bar", "aria-hidden": true });
@@ -74,10 +74,14 @@ export class RunningFigures {
 
   show(frame) {
     const { recent, whole, resident, origins, of, sentence, change, guesses } = frame,
-      since = origins.length > 1 ? ` since ${origins.at(-1).token}` : "";
-    for (const { key, term, value, small } of this.tiles) {
+      since = origins.length > 1 && origins.at(-1).token;
+    for (const { key, term, title, value, small, node } of this.tiles) {
+      const all = written(key, whole[key]);
       say(value, written(key, recent[key]));
-      say(small, whole.tokens ? `${term} · run ${written(key, whole[key])}${since}` : term);
+      say(small, !whole.tokens ? term : since ? `since ${since}: ${all}` : `${term} · run ${all}`);
+      node.title = `${title}. Large: the newest 16 tokens. Small: ${
+        since ? `from token ${since} on, where the device changed` : "the whole run"}${
+        key === "kl_mean" ? "" : ", without token 0, which carries the prompt"}.`;
     }
     const { bytes: held, budget_bytes: budget, experts } = resident;
     say(this.memory.value, bytes(held));

@@ -103,8 +103,10 @@ export class Life {
 const told = (title, words) =>
   [h("strong", {}, title), h("span", { class: "moe-soft" }, ` ${words}`)];
 
+const TIE = "that stayed: among equals the least recently used leaves";
+
 /** A table of the strategy's terms: who left first, then who stayed, nearest to going first. */
-function drawLeft(title, { policy, terms, texts, victim, survivors, error }) {
+function drawLeft(title, { policy, terms, texts, victim, survivors, tie, error }) {
   if (error || !terms?.length || !victim)
     return told(title, error || (policy ? `${policy}: no terms decided this` : "not recorded"));
   const rows = [victim, ...survivors],
@@ -123,7 +125,7 @@ function drawLeft(title, { policy, terms, texts, victim, survivors, error }) {
     texts?.[i] ? [" · ", h("b", {}, name), ` ${texts[i]}`] : [],
   );
   return [
-    ...told(title, `by ${policy}`),
+    ...told(title, `by ${policy}${tie ? `; a tie with ${plural(tie, "expert")} ${TIE}` : ""}`),
     markup`
       <table>
         <thead><tr><th></th><th scope="col">expert</th><th></th>${heads}</tr></thead>

@@ -29,6 +29,7 @@ export function kl(x) {
 /** How a figure of a run is called and written. */
 const FIGURES = {
   tokens_per_s: { title: "tokens/s", write: rate },
+  engine_tokens_per_s: { title: "tokens/s, engine alone", write: rate },
   hit_ratio: { title: "hit ratio", write: percent },
   byte_hit_ratio: { title: "byte hit ratio", write: percent },
   bytes_per_token: { title: "read/token", write: bytes },
@@ -43,12 +44,14 @@ const FIGURES = {
   tpot_ms_p99: { title: "per token, 99 %", write: millis },
 };
 
+const plainly = (x) => (Number.isInteger(x) ? `${x}` : short(x));
+
 export const titleOf = (key) => FIGURES[key]?.title ?? key;
 
 /** A figure in words; what is no number stays as it is. */
 export function written(key, x) {
   if (x === null || x === undefined) return "–";
-  return typeof x === "number" ? (FIGURES[key]?.write ?? String)(x) : x;
+  return typeof x === "number" ? (FIGURES[key]?.write ?? plainly)(x) : x;
 }
 
 /** A difference with its sign; of shares in points, as a share of a share would mislead. */

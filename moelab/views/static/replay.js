@@ -103,7 +103,7 @@ export class Replay {
       recent: this.figures(Math.max(since, whole - RECENT), whole),
       whole: this.figures(since, whole),
       span: [Math.max(since, whole - RECENT), whole],
-      sentence: document.sentence ? `At the end: ${document.sentence}` : "",
+      sentence: document.sentence ? `${spanOf(document)}: ${document.sentence}` : "",
       change: "", of: "", guesses: {},
     };
   }
@@ -174,6 +174,10 @@ export class Replay {
     return costliest(tokens, model.causes, count, Math.min(1, count - 1));
   }
 }
+
+/** Which tokens a recording's sentence is about, whatever moment is shown. */
+const spanOf = ({ settings }) => (settings.at(-1).token > 1
+  ? `Over the tokens from ${settings.at(-1).token} on` : "Over the whole run");
 
 /** The token from `begin` on that waited longest: 1 leaves out the prefill. */
 export function costliest(tokens, causes, count, begin) {

@@ -34,6 +34,18 @@ export function fronts(runs) {
 /** The step of a KL; one that is not known is drawn as the smallest. */
 export const stepOf = (x) => KL_STEPS.find(({ below }) => (x ?? 0) < below);
 
+const NUMBER = { wide: 20, tall: 12 };
+
+/** Points with the height of their number, `low`: beside the point, or below another's number. */
+export function apart(points) {
+  const placed = [];
+  for (const point of points.toSorted((a, b) => a.y - b.y)) {
+    const near = placed.filter((p) => Math.abs(p.x - point.x) < NUMBER.wide);
+    placed.push({ ...point, low: Math.max(point.y, ...near.map((p) => p.low + NUMBER.tall)) });
+  }
+  return placed;
+}
+
 const timingOf = ({ timing }) => (timing in SHAPE_OF ? timing : "measured");
 
 /** A run's mark: hollow where the KL is not known. */
@@ -89,12 +101,8 @@ export class Scatter {
       const d = line.map((run) => `${x(run.peak)} ${y(run.tokens_per_s)}`).join("L");
       parts.push(svg("path", { d: `M${d}`, class: "front" }));
     }
-    const placed = [];
-    for (const run of this.runs) {
-      const at = { run, x: x(run.peak), y: y(run.tokens_per_s), r: stepOf(run.kl_mean).r },
-        near = placed.filter((p) => Math.hypot(p.x - at.x, p.y - at.y) < 16);
-      placed.push({ ...at, down: near.length }); // numbers apart
-    }
+    const placed = apart(this.runs.map((run) =>
+      ({ run, x: x(run.peak), y: y(run.tokens_per_s), r: stepOf(run.kl_mean).r })));
     placed.sort((a, b) => b.r - a.r); // a small mark is not hidden by a large one
     this.sheet.setAttribute("viewBox", `0 0 ${wide} ${tall}`);
     this.sheet.replaceChildren(...parts, ...placed.map((at) => this.point(at)));
@@ -102,7 +110,7 @@ export class Scatter {
     this.relabel();
   }
 
-  point({ run, x, y, r, down }) {
+  point({ run, x, y, r, low }) {
     const on = this.ticked.includes(run.name),
       { tip, look } = this.stage;
     const words = [
@@ -133,7 +141,7 @@ export class Scatter {
       },
       ...(run.best ? [svg("path", { d: SHAPE_OF[timingOf(run)](r + 3.5), class: "ring" })] : []),
       mark(run, look),
-      svg("text", { x: 18, y: 4 + 11 * down }, run.number),
+      svg("text", { x: 18, y: 4 + low - y }, run.number),
     );
     return node;
   }

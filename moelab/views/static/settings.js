@@ -11,18 +11,20 @@ import { Prompt } from "./prompt.js";
 class Fault {
   constructor(dismissed) {
     this.words = h("span");
-    const close = () => {
+    this.dismiss = () => {
+      if (this.node.hidden) return;
       this.dismissed = this.key;
       this.node.hidden = true;
       dismissed();
     };
+    const close = cross("Dismiss", this.dismiss);
     this.node = markup`
-      <div class="moe-error" role="alert" hidden>${[this.words, cross("Dismiss", close)]}</div>`;
+      <div class="moe-error" role="alert" hidden>${[this.words, close]}</div>`;
   }
 
-  /** Say it under `control`; a fault of the same `key` stays away once it is dismissed. */
-  show(text, control, key) {
-    this.control = control;
+  /** Say it under the first control that is seen; one of the same `key` stays away once dismissed. */
+  show(text, controls, key) {
+    this.controls = controls;
     this.key = key;
     if (!text) this.dismissed = null;
     say(this.words, text);
@@ -32,9 +34,10 @@ class Fault {
 
   place() {
     if (this.node.hidden) return;
-    const root = this.node.offsetParent?.getBoundingClientRect();
-    if (!root) return;
-    const of = this.control.getBoundingClientRect();
+    const root = this.node.offsetParent?.getBoundingClientRect(),
+      control = this.controls.find((one) => one.offsetParent); // the decisions may be folded away
+    if (!root || !control) return;
+    const of = control.getBoundingClientRect();
     const wide = this.node.offsetWidth,
       left = within(of.left - root.left, 14, root.width - wide - 14);
     const tip = of.left - root.left - left + Math.min(of.width / 2, 24);
@@ -53,7 +56,7 @@ const DEAF_MS = 1500;
  * sent, at most every 50 ms, one unanswered at a time.
  */
 export class Sender {
-  /** `deaf(on)` is told when the kernel has not answered for a while, and when it has again. */
+  /** `deaf(on)` is told when the kernel has not answered for a while, or is gone, or has again. */
   constructor(model, deaf = (_on) => {}) {
     this.model = model;
     this.deaf = deaf;
@@ -68,7 +71,11 @@ export class Sender {
     const pending = !this.answered();
     this.n += 1;
     this.sentAt = Date.now();
-    this.model.send({ ...content, n: this.n });
+    try {
+      this.model.send({ ...content, n: this.n });
+    } catch {
+      return this.deaf("gone"); // its end in the kernel is
+    }
     if (!pending) this.patience = setTimeout(() => this.deaf(!this.answered()), DEAF_MS);
   }
 
@@ -108,10 +115,19 @@ export class Sender {
   }
 }
 
+/** States of a kernel after which it does not know what it showed before. */
+const ENDS = ["restarting", "autorestarting", "terminating", "dead"];
+
 /** Said while the kernel does not answer; Stop would not reach it either. */
 class Deaf {
   constructor(model) {
     this.kernel = () => model.widget_manager?.kernel; // JupyterLab and Notebook 7 have it
+    this.gone = false;
+    this.moved = (_, status) => {
+      if (ENDS.includes(status)) this.show("gone");
+    };
+    this.heard = this.kernel()?.statusChanged;
+    this.heard?.connect(this.moved);
     const onclick = () => this.kernel().interrupt();
     this.cut = button("Interrupt the cell", { title: "As ■ in the notebook's toolbar", onclick });
     this.words = h("span");
@@ -119,11 +135,19 @@ class Deaf {
   }
 
   show(on) {
-    if (this.node.hidden === !on) return;
-    this.node.hidden = !on;
-    this.cut.hidden = !this.kernel()?.interrupt;
-    const now = this.cut.hidden ? " To end it now, interrupt the kernel in the notebook." : "";
-    say(this.words, `The kernel is busy with a cell; changes apply when it ends.${now}`);
+    this.gone ||= on === "gone";
+    this.node.hidden = !on && !this.gone;
+    if (this.node.hidden) return;
+    const kernel = this.kernel(),
+      gone = this.gone || kernel?.status === "idle"; // has time, and does not answer
+    this.cut.hidden = gone || !kernel?.interrupt;
+    const now = this.cut.hidden ? " To end it now, interrupt the kernel in the notebook." : "",
+      busy = `The kernel is busy with a cell; changes apply when it ends.${now}`;
+    say(this.words, gone ? "The kernel of this dashboard is gone: run its cell again." : busy);
+  }
+
+  close() {
+    this.heard?.disconnect(this.moved);
   }
 }
 
@@ -144,6 +168,8 @@ export class Settings {
     const toggled = (decisions) => keep(model, { decisions });
     this.decisions = new Decisions(options, { change, settle, toggled });
     this.fault = new Fault(() => model.send({ do: "dismiss" }));
+    // What was wrong with a run may be right now; a setting that holds is answered by the kernel.
+    this.ask.node.addEventListener("input", () => this.about === "run" && this.fault.dismiss());
     this.strategy = this.presets();
     this.decisions.line.prepend(markup`<label class="moe-pick">Strategy ${this.strategy}</label>`);
     this.node = markup`
@@ -235,13 +261,14 @@ export class Settings {
       if (text && name === where) control.setAttribute("aria-invalid", "true");
       else control.removeAttribute("aria-invalid");
     }
-    const control = where === "run" ? this.ask.go : (about[where] ?? this.ask.go);
-    const beside = control.offsetParent ? control : this.strategy; // decisions may be folded away
+    this.about = where;
+    const beside = [about[where] ?? this.ask.prompt, this.strategy];
     this.fault.show(text, beside, `${run} ${where} ${text}`);
   }
 
   close() {
     this.sender.close();
+    this.deaf.close();
   }
 }
 

@@ -32,6 +32,7 @@ export class Stage {
     this.look = { theme: "", strong: false, ink: {}, tiers: {} };
     this.frame = this.live = null;
     this.queued = 0;
+    this.seeks = -1;
     this.closed = false;
     this.repaint();
     const { look } = this,
@@ -78,6 +79,7 @@ export class Stage {
   /** A live frame has come. */
   follow(frame) {
     if (this.live && frame.run !== this.live.run) {
+      this.seeks = -1;
       this.travel.live();
       this.choose(null);
     }
@@ -101,6 +103,7 @@ export class Stage {
   draw() {
     const { travel } = this,
       past = travel.arrive();
+    if (this.seeks >= 0 && this.source.past(this.seeks)) this.goCostliest();
     if (travel.at && past) {
       this.show(past.frame(travel.at.token, travel.at.layer));
       this.blame.show(past.recording, travel.at);
@@ -163,16 +166,19 @@ export class Stage {
     this.queue();
   }
 
+  /** Of all tokens there are: what is held of a recording, or is in a frame, may be some of them. */
   goCostliest() {
-    const past = this.source.past();
+    const { tokens, causes, first = 0, count = 0, newest = 0 } = this.live ?? {},
+      past = this.source.past(Math.max(newest, this.seeks, 0));
+    this.seeks = -1;
     if (past) return this.travel.go(past.costliest(), null);
-    const { tokens, causes, first = 0, count = 0 } = this.live ?? {};
-    const begin = first === 0 && count > 1 ? 1 : 0;
-    if (count) this.travel.go(first + costliest(tokens, causes, count, begin), null);
+    if (first) this.seeks = newest; // it has been asked for
+    else if (count) this.travel.go(costliest(tokens, causes, count, Math.min(1, count - 1)), null);
   }
 
   /** One step back: the expert first, then the past. */
   leave() {
+    this.seeks = -1;
     if (this.canLive && (this.travel.at || this.travel.wanted)) this.travel.live();
     else this.choose(null);
   }

@@ -135,7 +135,7 @@ export class Timeline {
     this.layer.value = `${layer + 1}`;
     for (const input of [this.token, this.layer, this.play, this.dear]) input.disabled = count < 1;
     const words = piece === undefined ? "" : ` ${JSON.stringify(piece)}`;
-    say(this.says, count ? `token ${token} of ${top}` : "no token yet");
+    say(this.says, count ? `token ${token} of 0–${top}` : "no token yet");
     say(this.inLayer, inLayer(layer, this.layers));
     this.token.setAttribute("aria-valuetext", `${this.says.textContent}${words}`);
     this.layer.setAttribute("aria-valuetext", this.inLayer.textContent);

@@ -2,8 +2,6 @@
 
 import { button, optionsOf, h, markup, say } from "./element.js";
 
-const MOVED = ["change:controls", "change:frame"];
-
 export class WhatIf {
   constructor(model, options, stage, ask) {
     this.model = model;
@@ -30,8 +28,8 @@ export class WhatIf {
         <label>${[this.pins, this.expert]}</label>
         ${[this.bits, this.go, this.halt, this.progress, this.state]}
       </div>`;
-    this.moved = () => this.node.hidden || this.wonder();
-    for (const what of MOVED) model.on(what, this.moved);
+    this.moved = () => this.node.hidden || this.wonder(); // also for each frame drawn
+    model.on("change:controls", this.moved);
     this.chosen = new MutationObserver(tell); // another expert on the cache map
     this.chosen.observe(stage.life.node, { attributeFilter: ["data-expert"] });
   }
@@ -111,6 +109,6 @@ export class WhatIf {
   close() {
     this.chosen.disconnect();
     clearTimeout(this.timer);
-    for (const what of MOVED) this.model.off(what, this.moved);
+    this.model.off("change:controls", this.moved);
   }
 }
