@@ -340,6 +340,21 @@ def test_changes_of_parts_during_a_run_are_marked_and_replayed(lab):
     lab.update(strategy="lru", budget="40%")
 
 
+def test_another_strategy_decides_a_trace_under_the_budgets_that_were_recorded(lab):
+    lab.update(strategy="lru", budget="20%", bits=16)
+    run = lab.generate(PROMPT, max_new_tokens=20, temperature=0, ignore_eos=True)
+    first = run.trace.changes[0].knobs
+    for name in ("lru", "lfu", "layer_lru", "on_demand"):
+        told = replay(run.trace, make(name))
+        assert told.decisions == replay(run.trace, make(name), first).decisions
+        assert f"hit ratio {told.hit_ratio:.3f}" in repr(told)
+    assert told.hit_ratio == 0 < replay(run.trace).hit_ratio
+    with pytest.raises(TypeError, match=r"this is a Run; give a trace, as in run\.trace"):
+        replay(run)
+    with pytest.raises(ValueError, match="knobs= without strategy="):
+        replay(run.trace, knobs=first)
+
+
 def test_a_saved_run_is_decided_again_from_the_names_alone(lab, tmp_path):
     lab._engine.recover()
     lab.update(strategy="lru")

@@ -201,8 +201,11 @@ def test_a_token_that_the_model_does_not_know_is_refused_by_its_name(demo_lab):
 def test_a_prompt_longer_than_the_model_was_made_for_warns_with_the_numbers(lab):
     most = lab.info()["positions"]
     text = " ".join(["word"] * (most + 5))
-    with pytest.warns(UserWarning, match=rf"prompt has 1\d+ tokens .* made for {most} positions"):
+    with pytest.warns(UserWarning, match=rf"prompt has 1\d+ tokens.* made for {most} positions"):
         assert len(lab.generate(text, max_new_tokens=1).tokens) == 1
+    with pytest.warns(UserWarning, match=rf"has 1 tokens, {most} are to follow"):
+        run = lab.start("word", max_new_tokens=most)
+    run.stop()
 
 
 @pytest.mark.parametrize("text", ["a caf\u00e9", "wait \ufffd", "\ufffd", "half of \U0001f642"])

@@ -112,7 +112,7 @@ def mutated(document, rng: random.Random):
             other, at = rng.choice(places(document))
             holder[key] = copy.deepcopy(other[at])
         else:
-            holder[key] = rng.choice(NASTY)
+            holder[key] = copy.deepcopy(rng.choice(NASTY))
         if not document:
             return document
     return document
@@ -125,13 +125,13 @@ def limited(what):
     def late(*_):
         raise AssertionError(f"hangs: {what}")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of its own time: a machine may be busy
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def expect(refused: ValueError, words: str = "") -> None:

@@ -18,7 +18,7 @@ from moelab.scheduling.stream import Knobs, Shape
 from moelab.scheduling.trace import Change, Trace
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Replay:
     """The outcome of a replay.
 
@@ -34,6 +34,10 @@ class Replay:
     rows: list[Row] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     bytes: int = 0
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {kind}s" for kind, count in self.counts.items())
+        return f"<Replay: hit ratio {self.hit_ratio:.3f}; {counts}; {self.bytes} bytes read>"
 
     @property
     def decisions(self) -> list[Decision]:
@@ -72,7 +76,8 @@ def replay(
     trace
         Recorded by a run (``run.trace``) or loaded.
     strategy, knobs
-        Other than the recorded ones, for the whole trace; both or neither.
+        Other than the recorded ones, for the whole trace. Without ``knobs`` the recorded budget and
+        bits stay as they were, from token to token.
     strategies
         Name -> strategy, for a trace from a file, which knows its strategies by name only.
     make
@@ -83,11 +88,17 @@ def replay(
     ValueError
         The trace records no settings, or a strategy's name is not among ``strategies``.
     """
+    if not isinstance(trace, Trace):
+        raise TypeError(f"this is a {type(trace).__name__}; give a trace, as in run.trace")
     changes = list(trace.changes)
-    if strategy is not None and knobs is not None:
+    if knobs is not None:
+        if strategy is None:
+            raise ValueError("knobs= without strategy=: give both")
         changes = [Change(0, knobs, strategy.name, strategy=strategy)]
     if not changes or changes[0].at != 0:
         raise ValueError("this trace records no settings; give strategy= and knobs=")
+    if strategy is not None:
+        changes = [c._replace(name=strategy.name, strategy=strategy) for c in changes]
     changes = _found(changes, strategies or {})
     first = changes.pop(0)
     assert first.strategy is not None

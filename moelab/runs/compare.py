@@ -6,6 +6,7 @@ they come from the same device: a measured and an emulated speed have no differe
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -57,14 +58,14 @@ class Comparison:
 
         With two runs, ``difference`` is the second minus the first. It is left out for times that
         come from different devices, or of which `verdict` cannot tell two apart; ``timing`` says
-        which are measured and which emulated. ``runs`` is how often each was made, ``slowest`` and
-        ``fastest`` its tokens a second.
+        which are measured and which emulated. ``runs`` is how often each was made; of several times
+        the medians are shown, and as ``slowest`` and ``fastest`` its tokens a second.
         """
         import pandas as pd
 
         columns = {
-            name: {"settings": doc["settings"][0]["short"]} | doc["summary"] | self._spread(name)
-            for name, doc in self._documents.items()
+            n: {"settings": doc["settings"][0]["short"]} | self.figures(n) | self._spread(n)
+            for n, doc in self._documents.items()
         }
         frame = pd.DataFrame(columns, dtype=object)
         if len(columns) == 2:
@@ -79,6 +80,15 @@ class Comparison:
         """Whether all times come from one device and way of timing, so that they compare."""
         return len({_origin(doc) for doc in self._documents.values()}) == 1
 
+    def figures(self, name: str) -> dict[str, Any]:
+        """A run's summary; of a run that was made several times, times are the medians."""
+        found = dict(self._documents[name]["summary"])
+        each = self._documents[name].get("repeats") or ()
+        for key in TIMED:
+            known = [one[key] for one in each if one.get(key) is not None]
+            found |= {key: statistics.median(known)} if known else {}
+        return found
+
     def ranges(self, name: str) -> tuple[float, float] | None:
         """Tokens a second of a run's slowest and fastest time; None where it has no speed."""
         doc = self._documents[name]
@@ -88,7 +98,8 @@ class Comparison:
     def verdict(self) -> str:
         """Which run is the fastest, and from which of the others it is not told apart.
 
-        Two runs are told apart where the ranges of their repeats do not meet.
+        Two runs are told apart where the ranges of their repeats lie apart by more than either is
+        wide: of three times each, that ranges do not meet is chance in one case of ten.
         """
         speeds = {name: self.ranges(name) for name in self.names}
         if len(speeds) < 2:
@@ -168,7 +179,7 @@ class Comparison:
 
         points = []
         for name, doc in self._documents.items():
-            s, timing = doc["summary"], " on ".join(_origin(doc))
+            s, timing = self.figures(name), " on ".join(_origin(doc))
             points.append(
                 (name, s["peak_resident_bytes"] / 1e6, s["tokens_per_s"], s["kl_mean"], timing)
             )
@@ -208,10 +219,10 @@ class Comparison:
         a, b = self.ranges(one), self.ranges(other)
         if a is None or b is None or min(self._times(one), self._times(other)) < 2:
             return True
-        return a[1] < b[0] or b[1] < a[0]
+        return max(a[0] - b[1], b[0] - a[1]) > max(a[1] - a[0], b[1] - b[0])
 
     def _speed(self, name: str) -> float:
-        return self._documents[name]["summary"]["tokens_per_s"] or 0.0
+        return self.figures(name)["tokens_per_s"] or 0.0
 
     def _told(self, name: str) -> str:
         speed, ends = number(self._speed(name)), self.ranges(name)

@@ -258,10 +258,10 @@ class Session:
         text = said[-1]["content"] if said else str(prompt)
         ids = self._checked(encode(self.tokenizer, said)) if said else self.encode(text)
         most = positions(self.engine.model)
-        if most and len(ids) > most:
+        if most and len(ids) + max_new_tokens > most:
             warnings.warn(
-                f"the prompt has {len(ids)} tokens and this model was made for {most} positions; "
-                "what it writes after them makes no sense: shorten it",
+                f"the prompt has {len(ids)} tokens, {max_new_tokens} are to follow, and this model "
+                f"was made for {most} positions; what it writes after them makes no sense",
                 stacklevel=4,
             )
         if sampling["seed"] is None:

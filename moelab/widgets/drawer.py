@@ -181,14 +181,13 @@ def rows(saved: Any) -> list[dict[str, Any]]:
     beside = saved.compare()  # as they are now: a what-if may save others meanwhile
     front = beside.front()
     ranges = {name: beside.ranges(name) for name in beside.names}
-    return [_row(name, saved, name in front) | {"range": ranges[name]} for name in ranges]
+    return [_row(name, saved, beside, name in front) | {"range": ranges[name]} for name in ranges]
 
 
-def _row(name: str, saved: Any, best: bool) -> dict[str, Any]:
+def _row(name: str, saved: Any, beside: Comparison, best: bool) -> dict[str, Any]:
     import moelab
 
-    doc = saved[name].document
-    summary = doc["summary"]
+    doc, summary = beside.recordings[name].document, beside.figures(name)
     device = moelab.devices().get(summary["device"])
     return {
         "name": name,
