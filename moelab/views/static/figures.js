@@ -60,7 +60,7 @@ export class RunningFigures {
     this.fill = h("i", { class: "moe-bar", "aria-hidden": true });
     this.beside = h("i", { class: "moe-bar dense", "aria-hidden": true, hidden: !dense_bytes });
     this.memory.small.before(h("div", { class: "moe-held" }, this.fill, this.beside));
-    const words = `Attention, head and all else that is no expert's: ${bytes(dense_bytes)}, large weights at ${dense_bits} bit.`;
+    const words = `Below: attention, head and all else that is no expert's, ${bytes(dense_bytes)}, large weights at ${dense_bits} bit.`;
     if (dense_bytes) this.memory.node.title = `${MEMORY}. ${words}`;
     const nodes = [...this.tiles, this.memory].map(({ node }) => node);
     this.of = h("p", { class: "moe-of", role: "status" });
@@ -85,8 +85,7 @@ export class RunningFigures {
     }
     const { bytes: held, budget_bytes: budget, experts } = resident;
     say(this.memory.value, bytes(held));
-    const beside = this.dense ? ` · dense ${bytes(this.dense)}` : "";
-    say(this.memory.small, `of ${bytes(budget)} · ${experts} experts${beside}`);
+    say(this.memory.small, `of ${bytes(budget)} · ${experts} experts`);
     const filled = (bar, part) =>
       bar.style.setProperty("--p", `${Math.min(100, (100 * part) / Math.max(budget, this.dense))}%`);
     filled(this.fill, held);

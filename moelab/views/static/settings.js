@@ -172,10 +172,6 @@ export class Settings {
     this.bits = this.select("bits", optionsOf(bits), Number);
     this.low_bits = this.select("low_bits", lows, (x) => (x ? Number(x) : null));
     this.prefetch = this.select("prefetch", depths, Number);
-    const onchange = () =>
-      this.sender.change({ budget: this.auto.checked ? "auto" : this.model.get("controls").budget_bytes });
-    this.auto = h("input", { type: "checkbox", name: "auto", onchange });
-    this.auto.title = "The budget follows what this machine can spare; a drag of the slider ends it";
     const clock = (words, emulated) => {
       const these = devices.filter((d) => d.emulated === emulated);
       return groupOf(words, these.map((d) => [d.name, d.title]));
@@ -187,7 +183,6 @@ export class Settings {
     return markup`
       <div class="moe-row moe-set">
         ${this.budget.node}
-        ${field("auto", this.auto)}
         ${field("Bits", this.bits)}
         ${field("Low bits", this.low_bits)}
         ${field("Prefetch ahead", this.prefetch)}
@@ -206,7 +201,6 @@ export class Settings {
     const now = this.model.get("controls"),
       settled = this.sender.settled();
     if (settled) {
-      this.auto.checked = now.auto;
       const every = now.measure_kl; // from Python it may be any number
       if (!MEASURED.some(([n]) => n === every)) this.measure.append(...optionsOf([[every, `1 in ${every}`]]));
       this.measure.value = every;
