@@ -81,5 +81,5 @@ def check(name: str, data: Any, shape: Shape) -> None:
                 make(strategy, data)
     except fastjsonschema.JsonSchemaValueException as error:
         raise ValueError(error.message.removeprefix("data.")[:200]) from None
-    except (LookupError, TypeError, ArithmeticError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{type(error).__name__}: {error}"[:200]) from None
