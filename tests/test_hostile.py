@@ -199,6 +199,8 @@ def test_whatever_a_library_raises_names_the_file(tmp_path, error):
         ("tokenizer.json", {"decoder": {"type": "none such"}}),
         ("tokenizer_config.json", {"tokenizer_class": 5}),
         ("generation_config.json", {"eos_token_id": "end"}),
+        ("generation_config.json", {"bos_token_id": "start"}),
+        ("generation_config.json", {"no_repeat_ngram_size": "two"}),
     ],
 )
 def test_what_a_first_token_needs_is_tried_when_the_store_is_opened(store, name, entries):

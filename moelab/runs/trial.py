@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moelab.engine.generation import NotFiniteError, Stream
+from moelab.engine.generation import NotFiniteError, Sampler, Sampling, Stream
 from moelab.models.chat import load_tokenizer
 from moelab.models.tokenizer_trial import try_tokenizer
 from moelab.runs.session import Session
@@ -48,7 +48,7 @@ def _try_once(file: Path) -> None:
 
 
 def trial(store: Store, session: Session) -> None:
-    """Encode, decode, and compute two tokens without experts; the session is closed on failure.
+    """Encode, decode, compute two tokens without experts, draw; the session is closed on failure.
 
     Raises
     ------
@@ -73,6 +73,9 @@ def _try(folder: Path, session: Session) -> None:
             raise ValueError(f"eos_token_id is {ends}, not numbers of tokens")
     with foreign(folder / "config.json"), engine.full_precision(lambda _: 0):
         try:
-            Stream(engine).forward([0, 0])
+            logits = Stream(engine).forward([0, 0])[-1]
         except NotFiniteError as error:
             raise StoreError(f"{folder.parent}: {error}") from error
+    with foreign(folder / "generation_config.json"):
+        for own in ({"temperature": 0.0}, {"temperature": 1.0}):
+            Sampler(engine.model, Sampling.of(engine.model, **own), 2).draw([0, 0], logits)
