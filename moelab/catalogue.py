@@ -14,12 +14,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from moelab import demo
 from moelab.demo import smollm2
 from moelab.models.families import positions
-from moelab.models.shards import Checkpoint
 from moelab.scheduling.budget import minimum_budget
 from moelab.store.codecs import TIERS
 from moelab.store.paths import cache_dir
@@ -115,19 +112,6 @@ def _fingerprint(source: str | Path, tiers: Sequence[int]) -> str:
     return digest.hexdigest()
 
 
-def compute_dtype(store: Store) -> torch.dtype:
-    """Float32 where that is small or no 16-bit type holds all weights, else the experts' own.
-
-    Float32 is exact, and faster on CPUs without bf16.
-    """
-    weights = Checkpoint(store.checkpoint_dir)
-    half = {"F16": torch.float16, "BF16": torch.bfloat16}
-    kinds = {half[w.dtype] for w in weights.info.values() if w.dtype in half}
-    own = getattr(torch, store.layout.dtype)
-    small = sum(file.stat().st_size for file in weights.files) <= CHEAP_BYTES
-    return torch.float32 if small or kinds - {own} else own
-
-
 def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dict[str, Any]:
     """What a person reads before choosing a budget: sizes in bytes, counts of experts."""
     s, shape = settings, engine.shape
@@ -151,6 +135,8 @@ def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dic
         "non_expert_parameters": sum(
             p.numel() for p in engine.model.parameters() if p.device.type != "meta"
         ),
+        "dense_bits": engine.dense_bits,
+        "dense_bytes": engine.dense_bytes,
         "max_position_embeddings": getattr(
             engine.model.config.get_text_config(), "max_position_embeddings", None
         ),

@@ -25,6 +25,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Literal
 
+from moelab.engine.spare import Machine
 from moelab.store.paths import cache_dir
 
 State = Literal["ok", "note", "problem"]
@@ -302,29 +303,13 @@ def memory() -> Iterator[Check]:
     import psutil
 
     free, whole = psutil.virtual_memory().available, psutil.virtual_memory().total
-    limit = memory_limit_bytes()
+    limit = Machine().limit_bytes()
     found = f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB are free"
     if limit is not None and limit < whole:
         free = min(free, limit)
         found += f"; a container's limit is {limit / 1e9:.2f} GB"
     few = f", and the demo with JupyterLab takes {LAB_BYTES / 1e9:.1f} GB" * (free < LAB_BYTES)
     yield _line("memory", found, few, "shut other kernels down: jupyter server list")
-
-
-def memory_limit_bytes(
-    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> int | None:
-    """The least limit of the control groups of this process (version 2 or 1), if any has one."""
-    limits: list[int] = []
-    tops = {"": (root, "memory.max"), "memory": (root / "memory", "memory.limit_in_bytes")}
-    for line in groups.read_text("utf-8").splitlines() if groups.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        for top, file in (tops[c] for c in controllers.split(",") if c in tops):
-            inner = top / path.lstrip("/")
-            for folder in (f for f in (inner, *inner.parents) if f.is_relative_to(top)):
-                with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-                    limits.append(int((folder / file).read_text("utf-8")))
-    return min(limits, default=None)
 
 
 def cache_folder() -> Iterator[Check]:

@@ -18,7 +18,7 @@ import torch
 import moelab
 from moelab.calibration.probes import texts_of
 from moelab.calibration.profile import Profile, Strategies
-from moelab.catalogue import bundled, compute_dtype, describe
+from moelab.catalogue import bundled, describe
 from moelab.engine.engine import Engine
 from moelab.models.chat import Messages, has_template
 from moelab.runs.compare import Comparison
@@ -49,14 +49,16 @@ class Lab:
         settings: Settings,
         *,
         name: str = "",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
+        threads: int | None = None,
+        dense_bits: int = 16,
         strategies: Strategies | None = None,
         progress: bool = True,
     ) -> None:
         self._store, self._shape, self._progress = store, store.shape, progress
         self.name = name or store.manifest.source
         self._tokenizer = tokenizer = tokenizer_of(store)
-        self._engine = Engine(store, settings, dtype=dtype or compute_dtype(store))
+        self._engine = Engine(store, settings, dtype, threads, dense_bits)
         weakref.finalize(self, self._engine.loader.close)
         self._strategies = strategies or Strategies(store)
         self._session = Session(self._engine, self._strategies, tokenizer, self.name)
@@ -74,15 +76,21 @@ class Lab:
         """The newest run."""
         return self._session.run
 
+    @property
+    def follows(self) -> bool:
+        """Whether the budget follows the machine: ``lab.update(budget="auto")``."""
+        return self._session.auto is not None
+
     def update(self, **changes: Any) -> Settings:
         """Change settings at any time, from any thread; the next token obeys.
 
         Parameters
         ----------
         changes
-            Any of `Settings`, ``budget``, a decision of the strategy (``evict="hobbit"``, or an
-            object of your own), a parameter of its parts (``w_lru=0.4``), or ``pin``: experts to
-            keep for good, ``{(layer, expert): bits}``. A part brings its own parameters.
+            Any of `Settings`, ``budget`` (``"auto"``: what the machine can spare, from now on), a
+            decision of the strategy (``evict="hobbit"``, or an object of your own), a parameter of
+            its parts (``w_lru=0.4``), or ``pin``: experts to keep for good,
+            ``{(layer, expert): bits}``. A part brings its own parameters.
 
         Raises
         ------
@@ -388,5 +396,5 @@ class Lab:
 
     def _beside(self, settings: Settings) -> Lab:
         """A second lab on the same store, with memory and weights of its own."""
-        dtype = self._engine.model.dtype
-        return Lab(self._store, settings, name=self.name, dtype=dtype, strategies=self._strategies)
+        how = self._engine.opened | {"name": self.name, "strategies": self._strategies}
+        return Lab(self._store, settings, **how)

@@ -24,6 +24,8 @@ from moelab.store.codecs import TIERS
 from moelab.store.store import Store
 from moelab.strategies import make
 
+DENSE_BITS = (16, 8, 4)
+
 
 def open(  # noqa: A001
     model: str | Path = "demo",
@@ -37,7 +39,9 @@ def open(  # noqa: A001
     measure_kl: int | None = None,
     seed: int = 0,
     tiers: Sequence[int] = TIERS,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
+    dense_bits: int = 16,
+    threads: int | None = None,
     verify: bool = False,
     progress: bool | Callable[[str], None] = True,
 ) -> Lab:
@@ -50,7 +54,8 @@ def open(  # noqa: A001
         checkpoint folder, or a hub id; the latter are packed first.
     budget
         For resident experts: bytes, ``"64MB"``, ``"1.5GiB"`` or ``"50%"`` of all experts. Default
-        25 %, or the least that works where a layer needs more.
+        25 %, or the least that works where a layer needs more. ``"auto"`` begins there and follows
+        what the machine can spare.
     bits, low_bits
         Tier asked for (default: the strategy's, else the store's best) and the second tier of a
         pair (default: the strategy's; 0 for none).
@@ -65,7 +70,12 @@ def open(  # noqa: A001
     tiers
         Tiers to pack where the model has to be packed.
     dtype
-        Of the non-expert weights; default float32 for small models, else the checkpoint's own.
+        To compute in. With float32, 16-bit dense weights take 16 bits of memory all the same.
+    dense_bits
+        What large dense weights (attention, shared experts, head, embeddings) are kept at: 16 (the
+        checkpoint's own), 8 or 4. ``info()["dense_bytes"]`` is their memory, beside the budget.
+    threads
+        Cores that compute; default: those of torch, which obeys OMP_NUM_THREADS.
     verify
         Check every blob's checksum before opening.
     progress
@@ -80,27 +90,44 @@ def open(  # noqa: A001
     ImportError
         The model comes in a package that is not installed; the message holds the command.
     """
+    if dense_bits not in DENSE_BITS or (dense_bits < 16 and dtype != torch.float32):
+        raise ValueError(
+            f"dense_bits={dense_bits}: one of {DENSE_BITS}; below 16 with dtype=torch.float32"
+        )
     store = Store.open(find_store(model, tiers=tiers, progress=progress), verify=verify)
-    shape, best, strategies = store.shape, max(store.tiers), Strategies(store)
-    if measure_kl is None:
-        measure_kl = shape.all_bytes(best) <= CHEAP_BYTES
-    asked: dict[str, Any] = {"bits": bits, "low_bits": low_bits, "prefetch": prefetch}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if strategy != "lru":
-        asked["strategy"] = strategy
-
-    def settle(budget_bytes: int) -> Settings:
-        plain = Settings(budget_bytes, bits=best, strategy=make("lru"), measure_kl=measure_kl)
-        return plain.change(shape, make=strategies, device=device, seed=seed, **asked)
-
-    return Lab(
+    strategies = Strategies(store)
+    asked = {"bits": bits, "low_bits": low_bits, "prefetch": prefetch, "strategy": strategy}
+    asked |= {"device": device, "seed": seed, "measure_kl": measure_kl}
+    lab = Lab(
         store,
-        _default(settle, shape) if budget is None else settle(parse_budget(budget, shape)),
+        _settings(store.shape, strategies, None if budget == "auto" else budget, asked),
         name=model if isinstance(model, str) else str(model.expanduser().absolute()),
         dtype=dtype,
+        threads=threads,
+        dense_bits=dense_bits,
         strategies=strategies,
         progress=progress is True,
     )
+    if budget == "auto":
+        lab.update(budget="auto")
+    return lab
+
+
+def _settings(
+    shape: Shape, make_one: Strategies, budget: int | str | None, asked: dict[str, Any]
+) -> Settings:
+    """Settings from what was asked for; without a budget, a quarter of the experts."""
+    best = max(shape.nbytes)
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if asked["strategy"] == "lru":
+        del asked["strategy"]
+    cheap = shape.all_bytes(best) <= CHEAP_BYTES
+
+    def settle(budget_bytes: int) -> Settings:
+        plain = Settings(budget_bytes, bits=best, strategy=make("lru"), measure_kl=cheap)
+        return plain.change(shape, make=make_one, **asked)
+
+    return _default(settle, shape) if budget is None else settle(parse_budget(budget, shape))
 
 
 def _default(settle: Callable[[int], Settings], shape: Shape) -> Settings:
@@ -114,6 +141,6 @@ def _default(settle: Callable[[int], Settings], shape: Shape) -> Settings:
     warnings.warn(
         f"25 % of the experts are less than one layer needs for a token; the budget is the least "
         f"that works, {least / 1e6:.3g} MB ({least / whole:.0%})",
-        stacklevel=3,
+        stacklevel=4,
     )
     return settle(least)

@@ -228,7 +228,7 @@ def parse_budget(value: float | str, shape: Shape) -> int:
         found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*|%)\s*", str(value))
         if not found or (found[2] != "%" and found[2].lower() not in _UNITS):
             raise ValueError(
-                f"budget {value!r} is not a size; write 8000000, '8MB', '1.5GiB' or '25%'"
+                f"budget {value!r} is not a size; write 8000000, '8MB', '1.5GiB', '25%' or 'auto'"
             )
         number, unit = float(found[1]), found[2].lower()
     if not math.isfinite(number) or number <= 0:

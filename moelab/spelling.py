@@ -36,7 +36,7 @@ LONGEST_CODE = 20_000
 _FIELDS = ("bits", "device", "measure_kl", "seed")
 
 
-def opened(model: str, settings: Settings) -> str:
+def opened(model: str, settings: Settings, dense_bits: int = 16) -> str:
     """Code that opens a lab with these settings: ``moelab.open``, and ``lab.update`` if needed.
 
     Examples
@@ -55,6 +55,8 @@ def opened(model: str, settings: Settings) -> str:
         "device": settings.device,
         "measure_kl": settings.measure_kl,
     }
+    if dense_bits < 16:
+        first["dense_bits"] = dense_bits
     if settings.seed:
         first["seed"] = settings.seed
     line = f"lab = moelab.open({_word(model)}, {_written(first)})"

@@ -72,7 +72,7 @@ class FakeRun(Run):
 class FakeLab:
     """The part of `Lab` that the dashboard may use."""
 
-    closed = False
+    closed = follows = False
 
     def __init__(self, *, layers=8, experts=32, top_k=4, token_ms=1.0, budget=0.25, seed=0):
         self.token_ms, self._lock = token_ms, threading.RLock()
@@ -118,6 +118,8 @@ class FakeLab:
             "tiers": tuple(EXPERT_BYTES),
             "expert_bytes": dict(EXPERT_BYTES),
             "all_experts_bytes": shape.all_bytes(16),
+            "dense_bits": 16,
+            "dense_bytes": 1_000_000,
             "token_cycle_bytes": shape.token_cycle_bytes(s.bits),
             "minimum_budget_bytes": minimum_budget(shape, s.strategy, s.knobs()),
             "budget_bytes": s.budget_bytes,

@@ -592,3 +592,16 @@ def test_a_reload_shows_the_current_state(dash):
     again.until(lambda: again.text.inner_text() == before, "the same text")
     assert again.root.locator(".moe-decide").is_visible(), "the decisions are still open"
     assert again.root.locator("select[name=bits]").input_value() == "8"
+
+
+def test_a_budget_can_follow_the_machine_until_it_is_set_by_hand(dash):
+    auto = dash.root.get_by_label("auto")
+    assert not auto.is_checked()
+    held = dash.data("budget")
+    auto.check()
+    dash.until(lambda: dash.data("budget") > 1.5 * held, "it takes what is free")
+    assert kernel(dash.page, "print(lab.follows)") == "True"
+    shot(dash.page, "lab-light-auto")
+    dash.drag(0.3)
+    dash.until(lambda: not auto.is_checked(), "a drag ends it")
+    assert kernel(dash.page, "print(lab.follows)") == "False"

@@ -206,6 +206,7 @@ def test_a_prompt_longer_than_the_model_was_made_for_warns_with_the_numbers(lab)
     with pytest.warns(UserWarning, match=rf"has 1 tokens, {most} are to follow"):
         run = lab.start("word", max_new_tokens=most)
     run.stop()
+    run.join()
 
 
 @pytest.mark.parametrize("text", ["a caf\u00e9", "wait \ufffd", "\ufffd", "half of \U0001f642"])

@@ -14,6 +14,7 @@ import pytest
 import moelab
 from conftest import CACHE
 from moelab import health
+from moelab.engine.spare import Machine
 from moelab.health import Check, Diagnosis
 
 MIXED = Diagnosis(
@@ -150,16 +151,17 @@ def test_a_cache_that_cannot_be_written_is_a_problem(monkeypatch, tmp_path):
 )
 def test_the_limit_of_a_container_is_found(tmp_path, file, groups, limit):
     (tmp_path / "groups").write_text(groups)
+    machine = Machine(tmp_path / "groups", tmp_path)
     top = tmp_path / ("memory" if "limit" in file else "")
     (top / "a" / "b").mkdir(parents=True)
     (top / "a" / "b" / file).write_text("max")
-    assert health.memory_limit_bytes(tmp_path / "groups", tmp_path) is None
+    assert machine.limit_bytes() is None
     (top / "a" / file).write_text(limit)
-    assert health.memory_limit_bytes(tmp_path / "groups", tmp_path) == 800_000_000
+    assert machine.limit_bytes() == machine.total_bytes() == 800_000_000
 
 
 def test_too_little_memory_is_a_problem(monkeypatch):
-    monkeypatch.setattr(health, "memory_limit_bytes", lambda: 300_000_000)
+    monkeypatch.setattr(Machine, "limit_bytes", lambda _: 300_000_000)
     state, words, _ = states(health.memory)["memory"]
     assert state == "problem"
     assert "limit is 0.30 GB" in words

@@ -95,7 +95,7 @@ def test_a_change_acts_on_the_next_token_and_is_marked(lab):
             {"budget": "1KB"},
             r"below one layer's need.*raise it to \d+ bytes \(442 kB\) or more, or choose fewer",
         ),
-        ({"budget": "lots"}, r"'8MB', '1.5GiB' or '25%'"),
+        ({"budget": "lots"}, r"'8MB', '1.5GiB', '25%' or 'auto'"),
         ({"budget": -5}, "must be above 0"),
         ({"bits": 5}, r"bits=5 is not in this store; choose one of \[16, 8, 4, 3, 2\]"),
         ({"low_bits": 7}, "or None"),

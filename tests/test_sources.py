@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import moelab
 import tiny_models
-from moelab.catalogue import compute_dtype, find_store
+from moelab.catalogue import find_store
 from moelab.store.pack import pack
 from moelab.store.store import Store
 from tiny_models import edit
@@ -183,19 +183,6 @@ def test_weights_too_small_for_float16_scales_are_said(qwen, tmp_path):
         store = Store.open(pack(source, tmp_path / f"{notes}", tiers=tiers, progress=False))
         assert len(store.manifest.notes) == notes
     assert store.manifest.notes[0].startswith("layers 1 have matrices without a weight above 1e-05")
-
-
-def test_a_16_bit_type_that_does_not_hold_the_rest_is_not_computed_in(qwen, tmp_path, monkeypatch):
-    def narrow(tensors):
-        tensors.update({k: t.half() for k, t in tensors.items() if ".experts." in k})
-
-    monkeypatch.setattr("moelab.catalogue.CHEAP_BYTES", 0)  # as if the model were large
-    kinds = {}
-    for name, source in (("same", qwen), ("mixed", edit(qwen, tmp_path / "mixed", narrow))):
-        kinds[name] = compute_dtype(
-            Store.open(pack(source, tmp_path / f"{name} store", tiers=(16,)))
-        )
-    assert kinds == {"same": torch.bfloat16, "mixed": torch.float32}
 
 
 # -- the file that transformers would load ------------------------------------------------------

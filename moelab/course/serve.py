@@ -106,13 +106,12 @@ def serve(
     """
     if util.find_spec("voila") is None:
         raise ImportError("Voila is not installed here; run: pip install 'moelab[serve]'")
-    import psutil
-
-    from moelab.health import memory_limit_bytes, usable_cores
+    from moelab.engine.spare import Machine
+    from moelab.health import usable_cores
 
     if notebook is not None and not notebook.is_file():
         raise ValueError(f"there is no notebook {notebook}")
-    free = min(psutil.virtual_memory().available, memory_limit_bytes() or sys.maxsize)
+    free = Machine().spare_bytes()
     visitors = places(max_visitors, free, usable_cores())
     print(f"moelab: {announcement(visitors, free)}", flush=True)
     if ip not in {"127.0.0.1", "localhost", "::1"}:

@@ -119,12 +119,11 @@ class _Layer:
     def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
         self.layer, self._compute, self._x, self._routed = layer, compute, x, routed
 
-    def _gate(self, expert: int) -> np.ndarray:
-        """Gate weight of ``expert`` for every token, float32 ``[T]``."""
-        if len(self._routed.experts) == 1:  # decode: the arrays are not worth their overhead
-            pairs = zip(self._routed.experts[0], self._routed.weights[0], strict=True)
-            return np.array([sum(w for e, w in pairs if e == expert)], np.float32)
-        return np.where(self._routed.idx == expert, self._routed.gates, np.float32(0)).sum(1)
+    def _gates(self, served: Sequence[tuple[Serve, Slot]]) -> np.ndarray:
+        """Gate weights of experts for every token, float32 ``[n, T]``."""
+        experts = np.array([serve.expert for serve, _ in served])[:, None, None]
+        # A token's weights for one expert are added: a few routers choose an expert twice.
+        return np.where(self._routed.idx == experts, self._routed.gates, np.float32(0)).sum(2)
 
 
 class KernelBatch(_Layer):
@@ -146,7 +145,7 @@ class KernelBatch(_Layer):
             np.array([m.addr for _, m in served], np.uintp),
             np.array([s.bits for s, _ in served], np.int64),
             self._in.numpy(),
-            np.stack([self._gate(s.expert) for s, _ in served]).astype(np.float32, copy=False),
+            self._gates(served),
             outputs,
             inner=self._compute.inner,
             half=self._compute.layout.dtype,
@@ -181,8 +180,9 @@ class PrefillBatch(_Layer):
 
     def add(self, served: Sequence[tuple[Serve, Slot]]) -> None:
         """Compute one expert after another."""
-        for serve, memory in sorted(served, key=lambda one: one[0].expert):
-            gate = torch.from_numpy(self._gate(serve.expert))
+        served = sorted(served, key=lambda one: one[0].expert)
+        gates = torch.from_numpy(self._gates(served)) if served else ()
+        for (serve, memory), gate in zip(served, gates, strict=True):
             rows = gate.nonzero()[:, 0]
             y = self._expert(serve.bits, memory, rows, gate[rows, None].to(self._dtype))
             self._early[serve.expert] = rows, y

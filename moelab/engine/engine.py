@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from moelab.engine import kernels
+from moelab.engine import dense, kernels
 from moelab.engine.compute import Batch, ExpertCompute, Routed, Serve
 from moelab.engine.loader import Loader, Ticket
 from moelab.engine.log import EventLog
@@ -37,7 +37,11 @@ Heard = Callable[[int, torch.Tensor, Routed], None]
 
 
 class Engine:
-    """A model whose experts live on disk, within a budget; ``dtype`` is of all other weights.
+    """A model whose experts live on disk, within a budget.
+
+    ``dtype`` is what is computed in, ``threads`` the cores that compute (default: torch's own
+    number, which obeys OMP_NUM_THREADS and the cores this process may use), ``dense_bits`` what
+    large dense weights are kept at.
 
     Raises
     ------
@@ -45,13 +49,24 @@ class Engine:
         The budget is below one layer's need.
     """
 
-    def __init__(self, store: Store, settings: Settings, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings,
+        dtype: torch.dtype = torch.float32,
+        threads: int | None = None,
+        dense_bits: int = 16,
+    ) -> None:
         self.store, self.settings = store, settings
-        self.shape = store.shape
+        self.shape, self.threads = store.shape, threads or torch.get_num_threads()
+        self.opened = {"dtype": dtype, "threads": self.threads, "dense_bits": dense_bits}
         kernels.warm_up()
         self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
         with foreign(store.checkpoint_dir / "config.json"):
             self.model = load_skeleton(store.checkpoint_dir, dtype=dtype, check=store.check_model)
+        self.dense_bits, exact = dense_bits, lambda: self.reference is not None
+        dense.serve(self.model, dense_bits, store.checkpoint_dir, exact)
+        self.dense_bytes = dense.memory_bytes(self.model)
         self.adapter = attach(self.model, self._layer)
         self.compute = ExpertCompute(store, self.adapter)
         self.arena = Arena(dict(store.slot_bytes), settings.budget_bytes)

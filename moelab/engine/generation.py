@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import time
 import warnings
@@ -20,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from moelab.engine import kernels
+from moelab.engine.compute import FEW_TOKENS
 from moelab.engine.engine import Engine
 
 
@@ -130,7 +133,7 @@ TINY_PARAMETERS = 16_000_000
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Inside, torch uses at most ``count`` threads."""
+    """Inside, torch uses at most ``count`` threads; the kernels have cores of their own."""
     before = torch.get_num_threads()
     if count < before:
         torch.set_num_threads(count)
@@ -164,8 +167,9 @@ class Stream:
         NotFiniteError
             They have a NaN or an infinity; the message says at which token, and where from.
         """
-        one_is_the_loaders = max(1, torch.get_num_threads() - 1)
-        with threads(1 if self._tiny else one_is_the_loaders):
+        few = self._tiny or len(ids) <= FEW_TOKENS  # then torch's own operations are small ones
+        kernels.POOL.threads = 1 if self._tiny else self.engine.threads
+        with threads(1 if few else self.engine.threads):
             out = self.engine.model(
                 torch.tensor([list(ids)]),  # pyright: ignore[reportArgumentType]
                 past_key_values=self._cache,
@@ -215,10 +219,11 @@ class Reference(Stream):
 @torch.inference_mode()
 def cause(engine: Engine, ids: Sequence[int]) -> str:
     """What makes the logits after ``ids`` not finite: a weight, a module, or too few bits."""
-    for name, weight in engine.model.state_dict().items():
+    model = engine.model
+    for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
         if weight.device.type != "meta" and not weight.isfinite().all():
             return f"{name} has NaN or infinity; repair the checkpoint and pack it again"
-    dtype, found = str(engine.model.dtype).removeprefix("torch."), []
+    dtype, found = str(model.dtype).removeprefix("torch."), []
 
     def watch(name: str) -> Any:
         def seen(_module: Any, _inputs: Any, output: Any) -> None:
@@ -228,11 +233,11 @@ def cause(engine: Engine, ids: Sequence[int]) -> str:
 
         return seen
 
-    named = [(name, module) for name, module in engine.model.named_modules() if name]
+    named = [(name, module) for name, module in model.named_modules() if name]
     hooks = [module.register_forward_hook(watch(name)) for name, module in named]
     try:
         with engine.full_precision():
-            engine.model(torch.tensor([list(ids)]), use_cache=False, logits_to_keep=1)  # pyright: ignore[reportArgumentType]
+            model(torch.tensor([list(ids)]), use_cache=False, logits_to_keep=1)  # pyright: ignore[reportArgumentType]
     finally:
         for hook in hooks:
             hook.remove()

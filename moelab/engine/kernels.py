@@ -1,12 +1,13 @@
-"""SwiGLU experts straight from their blobs: one call per layer, each expert at its own tier.
+"""Experts and dense weights straight from their bytes: one call a layer, shared among cores.
 
 At 16 bit weights are widened to float32 and activations stay float32. Below, activations become
 integers with one scale per group of 64, int16 at 8 bit and int8 under it, and a group's dot
 product is ``scale * xs * sum(code * xq) + offset * xs * sum(xq)``. Nothing is unpacked to memory,
-so reading the blob is the cost. Kernels compile at first use, release the GIL and are cached on
-disk. What they do not know: biases, other activations, and devices other than the CPU.
+so reading the weights is the cost. Rows are shared in chunks (`cores`): which core computes an
+output changes nothing of it. Kernels compile at first use, release the GIL and are cached on disk.
+What they do not know: experts other than SwiGLU, and devices other than the CPU.
 
-Letters: T tokens, n experts, H model width, I inner width, K a row's length.
+Letters: T tokens, n experts, H model width, I inner width, K a row's length, N rows.
 """
 
 from __future__ import annotations
@@ -15,112 +16,55 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moelab.engine.row_dots import AVX2, dot_codes, dot_half, kernel
+from moelab.engine.chunks import DOWN, HIDDEN, LINEAR, POOL, ROWS, job_of, quantise, run
+from moelab.engine.row_dots import AVX2, kernel
 from moelab.store.codecs import GROUP, TIERS, Layout, check_blob, decode, nbytes
 from moelab.store.manifest import Manifest
 
-__all__ = ["AVX2", "KERNEL_TOKENS", "supports", "swiglu_experts", "swiglu_prefill", "warm_up"]
+__all__ = [
+    "AVX2",
+    "KERNEL_TOKENS",
+    "POOL",
+    "linear",
+    "supports",
+    "swiglu_experts",
+    "swiglu_prefill",
+    "warm_up",
+]
 
 KERNEL_TOKENS = 32
 """Up to so many tokens per expert the kernels are faster than decoding (measured with AVX2)."""
-
 _UINTP, _INT64, _FLOAT32 = np.dtype(np.uintp), np.dtype(np.int64), np.dtype(np.float32)
 
 
 @kernel
-def _quantise_rows(
-    x: np.ndarray, tokens: np.ndarray, levels: int, xq: np.ndarray, x_pairs: np.ndarray
-) -> None:
-    """float32 [T, K] -> integer codes, and per group scale and scale * sum(codes)."""
-    for t in tokens:
-        for g in range(x_pairs.shape[1]):
-            largest, poison = np.float32(0), np.float32(0)
-            for j in range(g * GROUP, (g + 1) * GROUP):
-                largest = max(largest, abs(x[t, j]))
-                poison += x[t, j] * np.float32(0)  # NaN as soon as one value is not finite
-            scale = max(largest, np.float32(1e-30)) / np.float32(levels)
-            inverse, total = np.float32(1) / scale, np.int32(0)
-            for j in range(g * GROUP, (g + 1) * GROUP):
-                code = np.int32(0) if poison != 0 else np.int32(np.rint(x[t, j] * inverse))
-                xq[t, j] = code
-                total += code
-            x_pairs[t, g, 0] = scale + poison
-            x_pairs[t, g, 1] = np.float32(total) * scale + poison
-
-
-@kernel
-def _quantise(
-    x: np.ndarray,
-    tokens: np.ndarray,
-    int8: bool,
-    int16: bool,
-    x8: np.ndarray,
-    x16: np.ndarray,
-    x_pairs: np.ndarray,
-) -> None:
-    if int8:
-        _quantise_rows(x, tokens, 127, x8, x_pairs[0])
-    if int16:
-        _quantise_rows(x, tokens, 32767, x16, x_pairs[1])
-
-
-@kernel
 def _linear(
+    board: int,
     address: int,
-    bits: int,
+    tier: int,
     bfloat: bool,
-    rows: int,
-    tokens: np.ndarray,
     x: np.ndarray,
-    x8: np.ndarray,
-    x16: np.ndarray,
-    x_pairs: np.ndarray,
     out: np.ndarray,
-) -> int:
-    """Set out[t] to W @ x[t] for the given tokens; returns the address after W.
-
-    W lies as `codecs.encode` wrote it: all rows of codes, then all rows of (scale, offset) pairs.
-    """
-    width = x.shape[1]
-    groups, row_bytes = width // GROUP, width * bits // 8
-    pairs = address + rows * row_bytes
-    at_x, at_pairs = x.ctypes.data, x_pairs[int(bits == 8)].ctypes.data
-    at_codes, step = (x16.ctypes.data, 2 * width) if bits == 8 else (x8.ctypes.data, width)
-    for r in range(rows):  # outside: a row comes from memory once, for all tokens
-        w, p = address + r * row_bytes, pairs + r * groups * 4
-        for t in tokens:
-            if bits == 16:
-                out[t, r] = dot_half(bfloat, w, at_x + t * width * 4, groups)
-            else:
-                codes, px = at_codes + t * step, at_pairs + t * groups * 8
-                out[t, r] = dot_codes(bits, w, p, codes, px, groups)
-    return pairs if bits == 16 else pairs + rows * groups * 4
-
-
-@kernel
-def _silu_mul(tokens: np.ndarray, hidden: np.ndarray, act: np.ndarray) -> None:
-    inner = act.shape[1]
-    for t in tokens:
-        for j in range(inner):
-            h = hidden[t, j]
-            act[t, j] = h / (np.float32(1) + np.exp(-h)) * hidden[t, inner + j]
-
-
-@kernel
-def _tokens(gate: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """List the tokens to which any of these experts [n, T] has a gate weight."""
-    n = 0
-    for t in range(gate.shape[1]):
-        for e in range(gate.shape[0]):
-            if gate[e, t] != 0:
-                room[n] = t
-                n += 1
-                break
-    return room[:n]
+) -> None:
+    tokens, width = x.shape
+    codes = np.empty((tokens, width), np.int16)
+    pairs = np.empty((tokens, width // GROUP + 1, 2), np.float32)
+    if tier < 16:
+        flat = pairs.reshape(-1)[: tokens * (width // GROUP) * 2]
+        pairs = flat.reshape((tokens, width // GROUP, 2))
+        for t in range(tokens):
+            quantise(x[t], 0, width // GROUP, tier == 8, codes[t], pairs[t])
+    job = job_of(board)
+    job[0], job[1], job[2], job[3] = LINEAR, out.shape[1], tokens, width
+    job[4], job[5], job[6] = tier, np.int64(bfloat), address
+    job[8], job[10] = x.ctypes.data, out.ctypes.data
+    job[11], job[13] = codes.ctypes.data, pairs.ctypes.data
+    run(board, -(-out.shape[1] // ROWS))
 
 
 @kernel
 def _experts(
+    board: int,
     addresses: np.ndarray,
     bits: np.ndarray,
     x: np.ndarray,
@@ -133,34 +77,34 @@ def _experts(
 
     Returns -1, or the index of an expert that cannot be, in which case nothing was done.
     """
+    n, (tokens, width) = len(addresses), x.shape
     some_int8 = some_int16 = False
-    for e in range(len(addresses)):
+    for e in range(n):
         if addresses[e] == 0 or bits[e] not in (16, 8, 4, 3, 2):
             return e
-        some_int8, some_int16 = some_int8 or bits[e] < 8, some_int16 or bits[e] == 8
-    count, width = x.shape
+        some_int8 |= bits[e] < 8
+        some_int16 |= bits[e] == 8
     # Only rows of tokens that are served are ever filled, and only those are read.
-    x8, x16 = np.empty((count, width), np.int8), np.empty((count, width), np.int16)
-    a8, a16 = np.empty((count, inner), np.int8), np.empty((count, inner), np.int16)
-    x_pairs = np.empty((2, count, width // GROUP, 2), np.float32)  # for int8, for int16
-    a_pairs = np.empty((2, count, inner // GROUP, 2), np.float32)
-    hidden = np.empty((count, 2 * inner), np.float32)
-    act = np.empty((count, inner), np.float32)
-    result = np.empty((count, width), np.float32)
-    room = np.empty(count, np.int64)
-    _quantise(x, _tokens(gate, room), some_int8, some_int16, x8, x16, x_pairs)
-    for e in range(len(addresses)):
-        tokens = _tokens(gate[e : e + 1], room)
-        if len(tokens) == 0:
-            continue
-        start, tier = np.int64(addresses[e]), bits[e]  # [gate; up] first, then down
-        down = _linear(start, tier, bfloat, 2 * inner, tokens, x, x8, x16, x_pairs, hidden)
-        _silu_mul(tokens, hidden, act)
-        _quantise(act, tokens, tier < 8, tier == 8, a8, a16, a_pairs)
-        _linear(down, tier, bfloat, width, tokens, act, a8, a16, a_pairs, result)
-        for t in tokens:
-            for j in range(width):
-                out[e, t, j] = gate[e, t] * result[t, j]
+    x8, x16 = np.empty((tokens, width), np.int16), np.empty((tokens, width), np.int16)
+    x_pairs = np.empty((2, tokens, width // GROUP, 2), np.float32)  # for int8, for int16
+    for t in range(tokens):
+        if some_int8:
+            quantise(x[t], 0, width // GROUP, False, x8[t], x_pairs[0, t])
+        if some_int16:
+            quantise(x[t], 0, width // GROUP, True, x16[t], x_pairs[1, t])
+    act, codes = np.empty((n, tokens, inner), np.float32), np.empty((n, tokens, inner), np.int16)
+    a_pairs = np.empty((n, tokens, inner // GROUP, 2), np.float32)
+    job = job_of(board)
+    job[0], job[1], job[2], job[3] = HIDDEN, n, tokens, width
+    job[4], job[5] = inner, np.int64(bfloat)
+    job[6], job[7] = addresses.ctypes.data, bits.ctypes.data
+    job[8], job[9], job[10] = x.ctypes.data, gate.ctypes.data, out.ctypes.data
+    job[11], job[12] = x8.ctypes.data, x16.ctypes.data
+    job[13], job[14] = x_pairs[0].ctypes.data, x_pairs[1].ctypes.data
+    job[15], job[16], job[17] = act.ctypes.data, codes.ctypes.data, a_pairs.ctypes.data
+    run(board, n * -(-inner // ROWS))
+    job[0] = DOWN
+    run(board, n * -(-width // ROWS))
     return -1
 
 
@@ -188,6 +132,47 @@ def supports(layout: Layout, experts: Manifest) -> bool:
     if len(up) != 2 or len(down) != 2 or up != (2 * down[1], down[0]):
         return False
     return down[0] % GROUP == 0 and down[1] % GROUP == 0
+
+
+def linear(
+    address: int, bits: int, half: str, x: np.ndarray, rows: int, *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Return ``x @ W.T`` for few tokens, W read where it lies.
+
+    Parameters
+    ----------
+    address : int
+        Where W starts: ``[N, K]`` at 16 bit; below, as `codecs.encode` writes one matrix.
+    bits : {16, 8, 4, 3, 2}
+        W's tier.
+    half : {"bfloat16", "float16"}
+        The dtype of the 16-bit tier.
+    x : numpy.ndarray
+        float32 ``[T, K]``; below 16 bit K is a multiple of 64.
+    rows : int
+        N.
+    out : numpy.ndarray
+        float32 ``[T, N]`` to write into.
+
+    Raises
+    ------
+    ValueError
+        On arrays of another dtype, shape or memory order, an unknown tier, or a K that is no
+        multiple of 64 below 16 bit.
+    """
+    tokens, width = x.shape
+    if out is None:
+        out = np.empty((tokens, rows), np.float32)
+    _check("x", x, _FLOAT32, (tokens, width))
+    _check("out", out, _FLOAT32, (tokens, rows))
+    if bits not in TIERS or address == 0 or (bits < 16 and width % GROUP):
+        raise ValueError(
+            f"W of rows of {width} at {bits} bit, address {address}: use tiers {TIERS}, rows of "
+            f"whole groups of {GROUP} below 16 bit, and weights in memory"
+        )
+    with POOL.board() as board:
+        _linear(board, address, bits, half == "bfloat16", x, out)
+    return out
 
 
 def swiglu_experts(
@@ -235,7 +220,8 @@ def swiglu_experts(
         raise ValueError(
             f"widths H={width} and I={inner} must be multiples of {GROUP}; ask supports() first"
         )
-    wrong = _experts(addrs, bits, x, gate, out, inner, half == "bfloat16")
+    with POOL.board() as board:
+        wrong = _experts(board, addrs, bits, x, gate, out, inner, half == "bfloat16")
     if wrong >= 0:
         raise ValueError(
             f"expert {wrong} of the call has {bits[wrong]} bit at address {addrs[wrong]}; use "

@@ -37,19 +37,38 @@ AVX2 = _has_avx2()
 """Whether the kernels use AVX2's own instructions, or what every machine has."""
 
 _intrinsic = cast("Callable[..., Any]", intrinsic)
-_TEXT = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=4).hexdigest()
+_FILES = [
+    Path(__file__).with_name(name)
+    for name in ("row_dots.py", "cores.py", "chunks.py", "kernels.py")
+]
+_TEXT = hashlib.blake2b(b"".join(f.read_bytes() for f in _FILES), digest_size=4).hexdigest()
 # Infinities and NaN must mean what they mean, so fastmath's nnan and ninf stay off.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile, with a cache key that knows MOELAB_PORTABLE and this file's text.
+    """Compile, with a cache key that knows MOELAB_PORTABLE and the text of these files.
 
-    numba's own key knows the CPU and the file of the function, not the intrinsics it calls.
+    numba's own key knows the CPU and the file of the function, not what it calls elsewhere.
     """
     function.__qualname__ += f"@{'avx2' if AVX2 else 'portable'}-{_TEXT}"
     is_dot = function.__name__.startswith("dot_")
     return compiled(fastmath=_FAST, forceinline=is_dot)(function)
+
+
+def intrinsic_of(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Make ``emit(builder, args)`` a function of compiled code with this signature."""
+
+    def decorate(emit: Callable[..., Any]) -> Any:
+        found = signature, lambda _c, b, _s, values: emit(b, values)
+        forms = (
+            lambda _context: found,
+            lambda _context, x: found,  # noqa: ARG005
+            lambda _context, x, y: found,  # noqa: ARG005
+        )
+        return _intrinsic(forms[len(signature.args)])
+
+    return decorate
 
 
 # ---- memory at an address, as LLVM sees it --------------------------------------------------
@@ -85,6 +104,20 @@ def _from_half(b: _Builder, half: Any) -> ir.Value:
 
 def _splat(value: float, lanes: int = 32, kind: ir.Type = _I8) -> ir.Constant:
     return ir.Constant(_V(kind, lanes), [value] * lanes)
+
+
+_bfloat16 = intrinsic_of(types.float32(types.intp))(
+    lambda b, at: b.bitcast(b.shl(b.zext(_load(b, at[0], 0, _I16), _I32), _I32(16)), _F32)
+)
+_float16 = intrinsic_of(types.float32(types.intp))(
+    lambda b, at: b.extract_element(_from_half(b, _load(b, at[0], 0, _V(_I16, 1))), _I32(0))
+)
+
+
+@kernel
+def half_value(bfloat: bool, address: int) -> Any:
+    """One 16-bit weight."""
+    return _bfloat16(address) if bfloat else _float16(address)
 
 
 def _permute(b: _Builder, value: Any, lanes: list[int]) -> ir.Value:

@@ -45,10 +45,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Split:
-    """A checkpoint's tensors, told apart: experts, everything else the model uses, and neither."""
+    """A checkpoint's tensors, told apart: experts, everything else the model uses, and neither.
+
+    `rest` maps a tensor's name to the model's name for the weight it becomes, or is a part of.
+    """
 
     experts: dict[int, dict[str, Source]]
-    rest: tuple[str, ...]
+    rest: dict[str, str]
     unused: dict[str, str]  # to the name in the model that transformers would look for
 
     @property
@@ -85,7 +88,7 @@ def split(model: PreTrainedModel, layers: Sequence[MoELayer], checkpoint: Checkp
         return target, pattern
 
     experts: dict[int, dict[str, Source]] = {}
-    rest: list[str] = []
+    rest: dict[str, str] = {}
     unused: dict[str, str] = {}
     for key in checkpoint.names():
         weight = key.removesuffix(SCALE)
@@ -94,7 +97,7 @@ def split(model: PreTrainedModel, layers: Sequence[MoELayer], checkpoint: Checkp
         if weight not in checkpoint.info or (place is None and target not in state):
             unused[key] = target
         elif place is None:
-            rest.append(key)
+            rest[key] = target
         elif key == weight:  # its scale is read along with it
             layer, parameter = place
             converter = by_pattern.get(pattern) if pattern is not None else None
@@ -103,7 +106,7 @@ def split(model: PreTrainedModel, layers: Sequence[MoELayer], checkpoint: Checkp
             )
             group = pattern or target.rpartition(".")[2]
             source.groups.setdefault(group, {})[_expert_number(key)] = key
-    return Split(experts, tuple(rest), unused)
+    return Split(experts, rest, unused)
 
 
 def _expert_number(key: str) -> int | None:

@@ -123,19 +123,21 @@ class Checkpoint:
 
     def row(self, key: str, index: int) -> torch.Tensor:
         """Read `weight[index : index + 1]` of a tensor that holds all experts of a layer."""
-        piece = self._row(key, index)
+        piece = self.rows(key, index, index + 1)
         scales = self.info.get(key + SCALE)
         if scales is None:
             return piece
         each = scales.shape[:1] == self.info[key].shape[:1]
-        scale = self._row(key + SCALE, index)[0] if each else self.tensor(key + SCALE)
+        scale = self.rows(key + SCALE, index, index + 1)[0] if each else self.tensor(key + SCALE)
         return self._scaled(piece[0], scale)[None]
 
-    def _row(self, key: str, index: int) -> torch.Tensor:
+    def rows(self, key: str, first: int, last: int) -> torch.Tensor:
+        """Read `weight[first:last]` as it is stored."""
         info = self.info[key]
         size = info.nbytes // info.shape[0]
-        start = info.start + index * size
-        return self._read(info, start, start + size, (1, *info.shape[1:]))
+        last = min(last, info.shape[0])
+        start, stop = info.start + first * size, info.start + last * size
+        return self._read(info, start, stop, (last - first, *info.shape[1:]))
 
     def _scaled(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         rows, columns = self.quantisation.get("weight_block_size") or (128, 128)

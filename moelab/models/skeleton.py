@@ -11,14 +11,16 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -30,7 +32,10 @@ from moelab.models.checkpoint import QUANTISED, split
 from moelab.models.config import make_config, read_json
 from moelab.models.families import MoELayer, expert_parameter, find_moe
 from moelab.models.inventory import no_bars, refuse_incomplete
-from moelab.models.shards import SCALE, Checkpoint, LazyTensor
+from moelab.models.shards import DTYPES, SCALE, Checkpoint, LazyTensor
+
+LARGE = 1 << 16
+"""Weights from which a linear layer keeps its 16 bits; a smaller one is faster in float32."""
 
 
 def load_skeleton(
@@ -49,7 +54,9 @@ def load_skeleton(
     path
         Checkpoint folder, or `Store.checkpoint_dir`, which holds no experts at all.
     dtype
-        Type to compute in; what a family keeps in float32 stays in float32.
+        Type to compute in; what a family keeps in float32 stays in float32. With float32, large
+        linear layers and embeddings that are no router's keep the 16 bits of the checkpoint: they
+        are computed by `moelab.engine.dense`.
     check
         Called with the model on the meta device and its MoE layers before a weight is read.
 
@@ -73,8 +80,9 @@ def load_skeleton(
     rest = split(blank, layers, checkpoint).rest
     _refuse_larger(blank, layers, checkpoint, rest)
     weights = {key: LazyTensor(checkpoint, key) for key in rest if not key.endswith(SCALE)}
+    plan = _half_plan(blank, layers, checkpoint, rest) if dtype == torch.float32 else {}
     with _quiet(family.__name__):
-        loaded: Any = _skeleton_class(family, layers).from_pretrained(
+        loaded: Any = _skeleton_class(family, layers, plan).from_pretrained(
             None,
             config=config,
             state_dict=weights,
@@ -92,7 +100,10 @@ def load_skeleton(
 
 
 def _refuse_larger(
-    blank: PreTrainedModel, layers: Sequence[MoELayer], checkpoint: Checkpoint, rest: Sequence[str]
+    blank: PreTrainedModel,
+    layers: Sequence[MoELayer],
+    checkpoint: Checkpoint,
+    rest: Mapping[str, str],
 ) -> None:
     """Refuse a configuration that would fill the memory with weights that no file holds."""
     own = [p for n, p in blank.named_parameters() if expert_parameter(n, layers) is None]
@@ -176,12 +187,46 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return family
 
 
+def _half_plan(
+    model: PreTrainedModel,
+    layers: Sequence[MoELayer],
+    checkpoint: Checkpoint,
+    rest: Mapping[str, str],
+) -> dict[str, torch.dtype]:
+    """Patterns of the weights that stay at 16 bit, because that is what the checkpoint holds.
+
+    A tied weight does where all modules that share it can compute with it.
+    """
+    stored: dict[str, set[torch.dtype]] = {}
+    for key, target in rest.items():
+        if not key.endswith(SCALE):
+            stored.setdefault(target, set()).add(DTYPES[checkpoint.info[key].dtype])
+    routers = {id(m) for at in layers if at.router is not None for m in at.router.modules()}
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter, weight in module.named_parameters(name, recurse=False):
+            owners.setdefault(id(weight), []).append((parameter, module))
+    plan: dict[str, torch.dtype] = {}
+    for shared in owners.values():
+        weight: Any = shared[0][1].get_parameter(shared[0][0].rpartition(".")[2])
+        kinds = set().union(*(stored.get(name, set()) for name, _ in shared))
+        half = kinds in ({torch.bfloat16}, {torch.float16}) and weight.numel() >= LARGE
+        ours = all(type(m) in (nn.Linear, nn.Embedding) for _, m in shared)
+        if half and ours and weight.ndim == 2 and not any(id(m) in routers for _, m in shared):
+            plan |= dict.fromkeys((f"^{re.escape(name)}$" for name, _ in shared), kinds.pop())
+    return plan
+
+
 def _skeleton_class(
-    family: type[PreTrainedModel], layers: Sequence[MoELayer]
+    family: type[PreTrainedModel], layers: Sequence[MoELayer], plan: dict[str, torch.dtype]
 ) -> type[PreTrainedModel]:
-    """The family's class, except that missing experts stay on meta instead of being filled."""
+    """The family's class, but missing experts stay on meta, and weights of `plan` in its dtype."""
 
     class Skeleton(family):
+        def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+            parent: Any = super()
+            return parent._get_dtype_plan(dtype) | plan
+
         def _move_missing_keys_from_meta_to_device(
             self, missing_keys: Any, *args: Any, **kwargs: Any
         ) -> None:

@@ -87,6 +87,8 @@ class Run:
         ``"failed"``; empty while it goes on.
     repeats
         Times of this run and of those that repeated it, where it was made again (`Rounds`).
+    dense
+        Bits that large dense weights are kept at, and bytes of all that is no expert's.
     error
         What made the run fail, or None.
     """
@@ -101,9 +103,10 @@ class Run:
         *,
         model: str = "",
         architecture: str = "",
+        dense: tuple[int, int] = (16, 0),
     ) -> None:
         self.request, self.prompt, self.text = request, request.prompt, ""
-        self.model, self.architecture = model, architecture
+        self.model, self.architecture, self.dense = model, architecture, dense
         self.ended, self.repeats = "", []
         self.error: BaseException | None = None
         self.tokens: list[int] = []

@@ -30,9 +30,11 @@ from moelab.engine.generation import (
 from moelab.engine.process import Process
 from moelab.models.chat import Messages, encode, messages
 from moelab.models.families import positions
+from moelab.runs.auto import Auto
 from moelab.runs.quality import kl_divergence
 from moelab.runs.run import Asked, Likeliest, Run
 from moelab.runs.tokens import Noted
+from moelab.scheduling.budget import BudgetError
 from moelab.scheduling.scheduler import Scheduler
 from moelab.settings import MakeStrategy, Settings
 from moelab.spelling import differences
@@ -73,24 +75,43 @@ class Session:
         self._process = Process("this lab was opened")
         self._strategies = strategies
         self.lock, self._busy = threading.RLock(), threading.Lock()
+        self.auto: Auto | None = None
+        self._cause = ""  # of the newest change of the budget, where a person made none
 
     def update(self, **changes: Any) -> Settings:
         """See `moelab.Lab.update`."""
         self._process.check()  # first of all: in a fork a lock may be held for ever
+        own = not {"budget", "memory", "budget_bytes"}.isdisjoint(changes)
+        if follow := changes.get("budget") == "auto":
+            del changes["budget"]
         with self.lock:
-            if self.closed:
-                raise RuntimeError(CLOSED)
-            new = self.settings.change(self.engine.shape, make=self._strategies, **changes)
-            if self._busy.acquire(blocking=False):  # no run: obey at once
-                try:
-                    self.engine.apply(new)
-                except BaseException:  # a policy of somebody's own failed
-                    self.engine.recover()
-                    raise
-                finally:
-                    self._busy.release()
-            self.settings = new
+            new = self._change(changes)
+            if own:
+                self._cause = ""
+                self.auto = Auto(self) if follow else None  # a former one sees it and ends
             return new
+
+    def follow(self, auto: Auto, budget: int, cause: str) -> None:
+        """Take a budget from whoever watches the machine, if that is still asked for."""
+        with self.lock, contextlib.suppress(BudgetError):  # fewer than a strategy of now needs
+            if self.auto is auto and not self.closed:
+                self._change({"budget": budget})
+                self._cause = cause
+
+    def _change(self, changes: dict[str, Any]) -> Settings:
+        if self.closed:
+            raise RuntimeError(CLOSED)
+        new = self.settings.change(self.engine.shape, make=self._strategies, **changes)
+        if self._busy.acquire(blocking=False):  # no run: obey at once
+            try:
+                self.engine.apply(new)
+            except BaseException:  # a policy of somebody's own failed
+                self.engine.recover()
+                raise
+            finally:
+                self._busy.release()
+        self.settings = new
+        return new
 
     # -- who is at work -----------------------------------------------------------------------
 
@@ -254,6 +275,7 @@ class Session:
             self.engine.shape,
             model=self._name,
             architecture=self.engine.store.manifest.architecture,
+            dense=(self.engine.dense_bits, self.engine.dense_bytes),
         )
         self.claim()
         try:
@@ -327,6 +349,8 @@ class Session:
         self.engine.apply(new)
         run.history.append((token, new))
         if changed := differences(old, new):
+            if "budget" in changed and self._cause:
+                changed["budget"] += f" ({self._cause})"
             run.changes.append((token, changed))
 
     def _note(self, run: Run, token: int, seconds: float, measure: Measure) -> None:

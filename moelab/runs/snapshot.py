@@ -117,6 +117,8 @@ class RunReader:
             "tiers": sorted(shape.nbytes, reverse=True),
             "expert_bytes": {str(bits): int(n) for bits, n in shape.nbytes.items()},
             "all_experts_bytes": int(shape.all_bytes(max(shape.nbytes))),
+            "dense_bits": run.dense[0],
+            "dense_bytes": run.dense[1],
             "causes": list(STALLS),
         }
 
@@ -129,7 +131,7 @@ class RunReader:
                 {
                     "token": token,
                     "shown": shown_strategy(settings.strategy) | shown(settings),
-                    "code": opened(self.run.model, settings),
+                    "code": opened(self.run.model, settings, self.run.dense[0]),
                     "update": changed(history[i - 1][1], settings) if i else "",
                     "short": short(settings, shape),
                     "about": sentence(settings, shape.nbytes, shape.all_bytes(max(shape.nbytes))),

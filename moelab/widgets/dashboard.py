@@ -330,7 +330,7 @@ class Dashboard(anywidget.AnyWidget):
             settings = self._lab.settings
             if settings is not self._told[0]:
                 self._told = settings, controls(settings, self._lab.info())
-            return {**self._told[1], "answered": self._answered}
+            return {**self._told[1], "auto": self._lab.follows, "answered": self._answered}
 
     # -- what stays when the kernel is gone -----------------------------------------------------
 

@@ -77,6 +77,8 @@ def options(lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> di
         "tiers": list(info["tiers"]),
         "expert_bytes": {str(bits): int(n) for bits, n in info["expert_bytes"].items()},
         "all_experts_bytes": int(info["all_experts_bytes"]),
+        "dense_bits": info["dense_bits"],
+        "dense_bytes": int(info["dense_bytes"]),
         "presets": presets(),
         "decisions": decisions(),
         "devices": [

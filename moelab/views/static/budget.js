@@ -40,15 +40,19 @@ export class Budget {
       },
     });
     this.held = holdOf(this.slider, settle);
+    this.auto = h("input", {
+      type: "checkbox", name: "auto", onchange: () => change(this.auto.checked ? "auto" : this.budget),
+    });
+    const follows = "The budget follows what this machine can spare, until it is set by hand";
     this.value = h("output", { class: "moe-value", "aria-live": "off" }); // the slider says it
     this.marks = ["one token", "everything"].map((words) => [h("i"), h("span", {}, words)]);
     this.never = h("span", { class: "moe-never", title: NEVER });
     this.node = markup`
-      <label class="moe-field moe-budget">
-        <span>Budget${this.value}</span>
+      <div class="moe-field moe-budget">
+        <span>Budget<label title="${follows}">${this.auto} auto</label>${this.value}</span>
         <span class="moe-track">${[this.never, this.slider]}</span>
         <span class="moe-marks" aria-hidden="true">${this.marks}</span>
-      </label>`;
+      </div>`;
   }
 
   label(budget) {
@@ -62,6 +66,8 @@ export class Budget {
       share = (nbytes) => Math.min(1, nbytes / this.total);
     this.bits = now.bits;
     if (settled && !this.held()) {
+      this.budget = now.budget_bytes;
+      this.auto.checked = now.auto;
       this.slider.value = `${Math.round(SLIDER * share(now.budget_bytes))}`;
       this.label(now.budget_bytes);
     }

@@ -52,12 +52,16 @@ function ofGuesses({ right = 0, late = 0, wasted = 0 }) {
 }
 
 export class RunningFigures {
-  constructor() {
+  constructor({ dense_bytes = 0, dense_bits }) {
+    this.dense = dense_bytes;
     this.tiles = TILES.map(([key, name, term, title]) => ({ key, term, title, ...tile(name, title) }));
     this.memory = tile("in memory, resident", MEMORY);
     this.memory.node.classList.add("wide");
     this.fill = h("i", { class: "moe-bar", "aria-hidden": true });
-    this.memory.small.before(this.fill);
+    this.beside = h("i", { class: "moe-bar dense", "aria-hidden": true, hidden: !dense_bytes });
+    this.memory.small.before(h("div", { class: "moe-held" }, this.fill, this.beside));
+    const words = `Below: attention, head and all else that is no expert's, ${bytes(dense_bytes)}, large weights at ${dense_bits} bit.`;
+    if (dense_bytes) this.memory.node.title = `${MEMORY}. ${words}`;
     const nodes = [...this.tiles, this.memory].map(({ node }) => node);
     this.of = h("p", { class: "moe-of", role: "status" });
     this.spent = h("p");
@@ -86,7 +90,10 @@ export class RunningFigures {
     const { bytes: held, budget_bytes: budget, experts } = resident;
     say(this.memory.value, bytes(held));
     say(this.memory.small, `of ${bytes(budget)} · ${experts} experts`);
-    this.fill.style.setProperty("--p", `${Math.min(100, (100 * held) / budget)}%`);
+    const filled = (bar, part) =>
+      bar.style.setProperty("--p", `${Math.min(100, (100 * part) / Math.max(budget, this.dense))}%`);
+    filled(this.fill, held);
+    filled(this.beside, this.dense);
     say(this.of, of ? `Of the last run, under other settings: ${of}. Run again for those now set.` : "");
     this.node.classList.toggle("stale", Boolean(of));
     say(this.spent, `${lately(frame)}${ofGuesses(guesses)}`);

@@ -41,7 +41,7 @@ export class Stage {
     this.tip = new Tip(root);
     const scrub = (tokens) => this.travel.at && this.travel.step(tokens);
     this.cursor = new Cursor(this.tip, { enter: go, scrub });
-    this.figures = new RunningFigures();
+    this.figures = new RunningFigures(options);
     this.map = new CacheMap(look, this.tip, why, options, choose);
     this.bars = new LatencyBars(look, this.cursor, options, go);
     this.text = new TokenText(look, this.cursor, shade, go);

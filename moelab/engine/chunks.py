@@ -1,0 +1,204 @@
+"""What one core computes without asking: chunks of rows of a layer's experts, or of one matrix.
+
+A job stands on a board (`cores`) as numbers and addresses; `run` publishes its chunks and helps.
+Activations are quantised by groups as `kernels` describes. What an output is computed from, and in
+which order, is the same whichever core takes its chunk.
+
+Letters: T tokens, n experts, H model width, I inner width, K a row's length, N rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.np.numpy_support import carray
+
+from moelab.engine.cores import JOB, Pool, done, finish, idle, publish, take
+from moelab.engine.row_dots import dot_codes, dot_half, half_value, intrinsic_of, kernel
+from moelab.store.groups import GROUP
+
+ROWS = 64
+"""Rows of a chunk; of the inner width they are whole groups, quantised where they were made."""
+
+HIDDEN, DOWN, LINEAR = 0, 1, 2  # kinds of jobs
+
+
+def _pointer(kind: Any, llvm: ir.Type) -> Any:
+    """An intrinsic that turns an address into a pointer for `carray`."""
+    return intrinsic_of(types.CPointer(kind)(types.intp))(
+        lambda b, args: b.inttoptr(args[0], ir.PointerType(llvm))
+    )
+
+
+_i16, _f32 = _pointer(types.int16, ir.IntType(16)), _pointer(types.float32, ir.FloatType())
+_i64 = _pointer(types.int64, ir.IntType(64))
+
+
+@kernel
+def job_of(board: int) -> np.ndarray:
+    """The numbers of the job on a board, int64 [32]."""
+    return carray(_i64(board + JOB), 32)
+
+
+@kernel
+def _quantise_groups(
+    x: np.ndarray, first: int, last: int, levels: int, xq: np.ndarray, pairs: np.ndarray
+) -> None:
+    """float32 [K] -> integer codes, and per group scale and scale * sum(codes)."""
+    for g in range(first, last):
+        largest, poison = np.float32(0), np.float32(0)
+        for j in range(g * GROUP, (g + 1) * GROUP):
+            largest = max(largest, abs(x[j]))
+            poison += x[j] * np.float32(0)  # NaN as soon as one value is not finite
+        scale = max(largest, np.float32(1e-30)) / np.float32(levels)
+        inverse, total = np.float32(1) / scale, np.int32(0)
+        for j in range(g * GROUP, (g + 1) * GROUP):
+            code = np.int32(0) if poison != 0 else np.int32(np.rint(x[j] * inverse))
+            xq[j] = code
+            total += code
+        pairs[g, 0] = scale + poison
+        pairs[g, 1] = np.float32(total) * scale + poison
+
+
+@kernel
+def quantise(
+    x: np.ndarray, first: int, last: int, wide: bool, codes: np.ndarray, pairs: np.ndarray
+) -> None:
+    """The same into int16 (``wide``, for 8-bit weights) or int8 codes, which share one buffer."""
+    if wide:
+        _quantise_groups(x, first, last, 32767, codes, pairs)
+    else:
+        _quantise_groups(x, first, last, 127, codes.view(np.int8), pairs)
+
+
+# ---- chunks: what one core computes without asking --------------------------------------------
+
+
+@kernel
+def _dot(
+    tier: int, bfloat: bool, row: int, pairs: int, x: int, xq: int, x_pairs: int, groups: int
+) -> Any:
+    """One row of weights times one token, at any tier; `row` and what follows are addresses."""
+    if tier == 16:
+        return dot_half(bfloat, row, x, groups)
+    return dot_codes(tier, row, pairs, xq, x_pairs, groups)
+
+
+@kernel
+def _hidden_chunk(job: np.ndarray, index: int) -> None:
+    """Act = silu(gate @ x) * (up @ x) for some rows of one expert, quantised for what follows."""
+    n, tokens, width, inner, bfloat = job[1], job[2], job[3], job[4], job[5] != 0
+    blocks = -(-inner // ROWS)
+    e, first = index // blocks, index % blocks * ROWS
+    last = min(first + ROWS, inner)
+    tier = carray(_i64(job[7]), n)[e]
+    groups, row_bytes = width // GROUP, width * tier // 8
+    start, wide = carray(_i64(job[6]), n)[e], np.int64(tier == 8)
+    pairs = start + 2 * inner * row_bytes
+    gate = carray(_f32(job[9]), (n, tokens))
+    act = carray(_f32(job[15]), (n, tokens, inner))
+    at_x, at_xq = job[8], job[11 + wide]
+    at_pairs = job[13 + wide]
+    for r in range(first, last):  # outside: a row comes from memory once, for all tokens
+        w, p = start + r * row_bytes, pairs + r * groups * 4
+        up, up_p = w + inner * row_bytes, p + inner * groups * 4
+        for t in range(tokens):
+            if gate[e, t] != 0:
+                x, xq, xp = at_x + 4 * t * width, at_xq + 2 * t * width, at_pairs + 8 * t * groups
+                h = _dot(tier, bfloat, w, p, x, xq, xp, groups)
+                u = _dot(tier, bfloat, up, up_p, x, xq, xp, groups)
+                act[e, t, r] = h / (np.float32(1) + np.exp(-h)) * u
+    if tier < 16:
+        codes = carray(_i16(job[16]), (n, tokens, inner))
+        a_pairs = carray(_f32(job[17]), (n, tokens, inner // GROUP, 2))
+        for t in range(tokens):
+            if gate[e, t] != 0:
+                g, end = first // GROUP, last // GROUP
+                quantise(act[e, t], g, end, tier == 8, codes[e, t], a_pairs[e, t])
+
+
+@kernel
+def _down_chunk(job: np.ndarray, index: int) -> None:
+    """Out = gate weight * (down @ act) for some rows of one expert."""
+    n, tokens, width, inner, bfloat = job[1], job[2], job[3], job[4], job[5] != 0
+    blocks = -(-width // ROWS)
+    e, first = index // blocks, index % blocks * ROWS
+    tier = carray(_i64(job[7]), n)[e]
+    groups, row_bytes = inner // GROUP, inner * tier // 8
+    start = carray(_i64(job[6]), n)[e] + 2 * inner * width * tier // 8
+    if tier < 16:
+        start += 2 * inner * width // GROUP * 4
+    pairs = start + width * row_bytes
+    gate = carray(_f32(job[9]), (n, tokens))
+    out = carray(_f32(job[10]), (n, tokens, width))
+    for r in range(first, min(first + ROWS, width)):
+        w, p = start + r * row_bytes, pairs + r * groups * 4
+        for t in range(tokens):
+            if gate[e, t] != 0:
+                row = e * tokens + t
+                a, aq = job[15] + 4 * row * inner, job[16] + 2 * row * inner
+                y = _dot(tier, bfloat, w, p, a, aq, job[17] + 8 * row * groups, groups)
+                out[e, t, r] = gate[e, t] * y
+
+
+@kernel
+def _linear_chunk(job: np.ndarray, index: int) -> None:
+    """X @ W.T for some rows of W; a 16-bit row may end in less than a group."""
+    rows, tokens, width, tier, bfloat = job[1], job[2], job[3], job[4], job[5] != 0
+    groups = width // GROUP
+    row_bytes = width * tier // 8
+    pairs = job[6] + rows * row_bytes
+    out = carray(_f32(job[10]), (tokens, rows))
+    x = carray(_f32(job[8]), (tokens, width))
+    for r in range(index * ROWS, min((index + 1) * ROWS, rows)):
+        w, p = job[6] + r * row_bytes, pairs + r * groups * 4
+        for t in range(tokens):
+            xq, xp = job[11] + 2 * t * width, job[13] + 8 * t * groups
+            y = _dot(tier, bfloat, w, p, job[8] + 4 * t * width, xq, xp, groups)
+            for j in range(groups * GROUP, width):
+                y += half_value(bfloat, w + 2 * j) * x[t, j]
+            out[t, r] = y
+
+
+@kernel
+def _chunk(board: int, index: int) -> None:
+    job = job_of(board)
+    if job[0] == HIDDEN:
+        _hidden_chunk(job, index)
+    elif job[0] == DOWN:
+        _down_chunk(job, index)
+    else:
+        _linear_chunk(job, index)
+
+
+@kernel
+def _work(board: int, patience: int) -> None:
+    """Take chunks of whatever is published, until none came for so many looks."""
+    looks = 0
+    while looks < patience:
+        index = take(board)
+        if index < 0:
+            looks = idle(looks)
+            continue
+        _chunk(board, index)
+        done(board)
+        looks = 0
+
+
+@kernel
+def run(board: int, chunks: int) -> None:
+    """Publish the job that stands on the board, help, and return when it is done."""
+    publish(board, chunks)
+    index = take(board)
+    while index >= 0:
+        _chunk(board, index)
+        done(board)
+        index = take(board)
+    finish(board, chunks)
+
+
+POOL = Pool(_work)
+"""The cores that compute; ``POOL.threads`` sets how many."""

@@ -1,0 +1,173 @@
+"""A budget that follows the machine: grown little by little, given back at once, with its cause."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import moelab
+from moelab.engine.spare import FILES, Machine
+from moelab.runs import auto
+
+MB = 1_000_000
+
+
+class Emptied(Machine):
+    """A machine whose free memory the test says."""
+
+    spare, waits = 10_000 * MB, 0.0
+
+    def total_bytes(self):
+        return 10_000 * MB
+
+    def spare_bytes(self):
+        return type(self).spare
+
+    def pressure(self):
+        return type(self).waits
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    kind = type("Kind", (Emptied,), {})
+    monkeypatch.setattr(auto, "Machine", kind)
+    monkeypatch.setattr(auto, "LOOK_S", 0.01)
+    return kind
+
+
+def until(lab, budget):
+    end = time.monotonic() + 30
+    while lab.settings.budget_bytes != budget:
+        assert time.monotonic() < end, lab.settings
+        time.sleep(0.005)
+
+
+def test_a_budget_takes_what_is_free_and_gives_it_back_in_a_run_which_says_why(demo_lab, machine):
+    lab = demo_lab
+    whole, least = (lab.info()[name] for name in ("all_experts_bytes", "minimum_budget_bytes"))
+    assert not lab.follows
+    how = {"max_new_tokens": 5000, "ignore_eos": True, "changes": {1: {"budget": "auto"}}}
+    run = lab.start("Once upon a time", **how)
+    until(lab, whole)
+    assert lab.follows
+    while run.peak_bytes < whole:
+        run._done.wait(0.01)
+    machine.spare = 400 * MB  # below a twentieth of the machine
+    until(lab, least)
+    machine.spare, machine.waits = 10_000 * MB, 0.5  # free memory does not help where all wait
+    time.sleep(0.1)
+    assert lab.settings.budget_bytes == least
+    machine.waits = 0.0
+    until(lab, whole)
+    lab.update(budget="30%")
+    assert not lab.follows
+    written = len(run.tokens)
+    while len(run.tokens) < written + 3:
+        run._done.wait(0.01)
+    run.stop()
+    run.join()
+    assert run.changes[-1] == (run.changes[-1][0], {"budget": "6.37 MB"})
+    told = [change["budget"] for _, change in run.changes[1:-1]]
+    assert all("auto: " in words and "of memory to spare" in words for words in told)
+    steps = [s.budget_bytes for _, s in run.history]
+    growing = [b / a for a, b in itertools.pairwise(steps) if b > a]
+    assert len(growing) > 10  # between two tokens it may have grown several times
+    for token in run.per_token.itertuples():
+        assert token.resident_bytes <= token.budget_bytes
+
+
+def test_a_lab_opened_with_auto_follows_and_what_it_follows_ends_with_it(demo_store, machine):
+    with moelab.open(demo_store, budget="auto", progress=False) as lab:
+        assert lab.follows
+        until(lab, lab.info()["all_experts_bytes"])
+        thread = lab._session.auto
+    assert thread._session() is None or thread._session().closed
+    with pytest.raises(ValueError, match="'25%' or 'auto'"):
+        moelab.open(demo_store, budget="automatic")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_a_control_group_leaves_is_what_can_be_spared(tmp_path, version):
+    top = tmp_path / ("memory" if version == 1 else "")
+    inner = top / "a"
+    inner.mkdir(parents=True)
+    (tmp_path / "groups").write_text("3:memory:/a\n" if version == 1 else "0::/a\n")
+    limit, used = FILES["memory" if version == 1 else ""]
+    (inner / limit).write_text("900000")
+    (inner / used).write_text("700000")
+    machine = Machine(tmp_path / "groups", tmp_path, tmp_path / "pressure")
+    assert (machine.spare_bytes(), machine.pressure()) == (200_000, 0)
+    (inner / "memory.stat").write_text("active_file 7\ninactive_file 50000\n")
+    (inner / "memory.pressure").write_text("some avg10=12.50 avg60=0.00 avg300=0.00 total=1\n")
+    assert (machine.spare_bytes(), machine.pressure()) == (250_000, 0.125)
+    (inner / used).write_text("990000")
+    assert machine.spare_bytes() == 0
+
+
+GROUP = Path("/sys/fs/cgroup/memory")
+INSIDE = """
+import json, sys, time
+import moelab
+lab = moelab.open(sys.argv[1], budget="auto", progress=False, measure_kl=False)
+run = lab.start("Once", max_new_tokens=10**6, ignore_eos=True)
+print("ready", flush=True)
+for line in sys.stdin:
+    print(json.dumps([lab.settings.budget_bytes, lab.info()["all_experts_bytes"]]), flush=True)
+"""
+EATER = "import sys; kept = b'x' * int(sys.argv[1]); print('full', flush=True); sys.stdin.read()"
+
+
+@pytest.mark.slow
+def test_a_neighbour_that_eats_the_memory_of_a_container_gets_it(demo_store, tmp_path):
+    group = GROUP / f"moelab-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group of version 1 can be made here: {error.strerror}")
+    (group / "memory.limit_in_bytes").write_text("2000M")
+    into = f"echo $$ > {group}/cgroup.procs && exec "
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+
+    def inside(code, argument):
+        words = [sys.executable, "-c", code, str(argument)]
+        return subprocess.Popen(["sh", "-c", into + '"$@"', "sh", *words], **streams)
+
+    def budget():
+        lab.stdin.write("\n")
+        lab.stdin.flush()
+        return json.loads(lab.stdout.readline())
+
+    def wait(condition):
+        end = time.monotonic() + 60
+        while not condition(*budget()):
+            assert time.monotonic() < end, budget()
+            time.sleep(0.05)
+
+    lab = inside(INSIDE, demo_store)
+    eater = None
+    try:
+        assert lab.stdout.readline() == "ready\n"
+        wait(lambda now, whole: now == whole)
+        used = int((group / "memory.usage_in_bytes").read_text())
+        eater = inside(EATER, 2_000 * 2**20 - used - 60 * 2**20)
+        assert eater.stdout.readline() == "full\n"
+        wait(lambda now, whole: now < 0.3 * whole)
+        eater.stdin.close()
+        eater.wait(30)
+        wait(lambda now, whole: now == whole)
+        assert "oom_kill 0" in (group / "memory.oom_control").read_text()
+        status = Path(f"/proc/{lab.pid}/status").read_text()
+        assert "VmSwap:\t       0 kB" in status
+    finally:
+        for process in filter(None, (lab, eater)):
+            process.kill()
+            process.wait()
+        time.sleep(0.2)
+        group.rmdir()
