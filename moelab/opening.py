@@ -67,19 +67,16 @@ def open(  # noqa: A001
         Layers to look ahead (default: the strategy's; 0: off).
     measure_kl
         Compare each token with full precision, or every n-th; default where that is cheap.
-    tiers
-        Tiers to pack where the model has to be packed.
-    dtype
-        To compute in. With float32, 16-bit dense weights take 16 bits of memory all the same.
+    tiers, dtype
+        Tiers to pack where the model has to be packed; what to compute in.
     dense_bits
-        What large dense weights (attention, shared experts, head, embeddings) are kept at: 16 (the
-        checkpoint's own), 8 or 4. ``info()["dense_bytes"]`` is their memory, beside the budget.
+        What large dense weights (attention, head, ...) are kept at: 16 (the checkpoint's own), 8 or
+        4. ``info()["dense_bytes"]`` is their memory, beside the budget.
     threads
         Cores that compute; default: those of torch, which obeys OMP_NUM_THREADS.
-    verify
-        Check every blob's checksum before opening.
-    progress
-        Show bars while a model is built and packed, or call this with what is being done.
+    verify, progress
+        Check every blob's checksum before opening; show bars while a model is built and packed, or
+        call this with what is being done.
 
     Raises
     ------

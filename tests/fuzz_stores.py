@@ -27,6 +27,7 @@ import torch
 
 import moelab
 import tiny_models
+from moelab.engine.generation import NotFiniteError
 from moelab.engine.loader import LoadError
 from moelab.scheduling.budget import BudgetError
 from moelab.store.codecs import PAGE
@@ -220,7 +221,7 @@ def outcome(store: Path, *, verify: bool) -> dict:
             for what, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0)):
                 resource.setrlimit(what, (most, most))
             found["tokens"] = write(store, verify=verify)
-        except (StoreError, BudgetError, LoadError) as error:
+        except (StoreError, BudgetError, LoadError, NotFiniteError) as error:
             found = {"kind": "refused", "words": str(error)}
         except BaseException as error:  # noqa: BLE001
             last = traceback.extract_tb(error.__traceback__)[-1].filename

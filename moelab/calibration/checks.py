@@ -57,9 +57,18 @@ def _fields(name: str, shape: Shape, data: dict[str, Any]) -> dict[str, Any]:
     return dict.fromkeys(("norms", "counts", "importance"), table()) | {
         **dict.fromkeys(("every", "kept"), counts),
         **dict.fromkeys(("loss", "swaps"), measured),
+        "plans": _named(r"^\d{1,6}$", _plan(shape)),
         "base_ms": _NUMBER | {"exclusiveMinimum": 0},
         "swap_ms": _NUMBER | {"minimum": 0},
     }
+
+
+def _plan(shape: Shape) -> dict[str, Any]:
+    """One of SwapMoE's plans: inputs between two updates, and experts of each layer."""
+    held = [_WHOLE | {"maximum": count} for count in shape.experts]
+    rows = {"type": "array", "items": held, "minItems": shape.layers, "maxItems": shape.layers}
+    fields = {"f": _WHOLE | {"minimum": 1}, "experts": rows}
+    return {"type": "object", "properties": fields, "required": list(fields)}
 
 
 def check(name: str, data: Any, shape: Shape) -> None:
