@@ -69,11 +69,9 @@ def open(  # noqa: A001
         Compare each token with full precision, or every n-th; default where that is cheap.
     tiers, dtype
         Tiers to pack where the model has to be packed; what to compute in.
-    dense_bits
-        What large dense weights (attention, head, ...) are kept at: 16 (the checkpoint's own), 8 or
-        4. ``info()["dense_bytes"]`` is their memory, beside the budget.
-    threads
-        Cores that compute; default: those of torch, which obeys OMP_NUM_THREADS.
+    dense_bits, threads
+        What large dense weights (attention, head, ...) are kept at, beside the budget: 16 (the
+        checkpoint's own), 8 or 4; and cores that compute (default: torch's, by OMP_NUM_THREADS).
     verify, progress
         Check every blob's checksum before opening; show bars while a model is built and packed, or
         call this with what is being done.
