@@ -241,7 +241,7 @@ def test_with_forced_colours_nothing_is_lost(page, scheme):
     }).length"""
     assert bare.root.evaluate(drawn, ".moe-legend .moe-cell") >= 8, "the legend has its colours"
     assert bare.root.evaluate(drawn, "span[data-token]") >= 20, "tokens are shaded"
-    assert bare.root.evaluate(drawn, ".moe-figures .moe-bar") == 1
+    assert bare.root.evaluate(drawn, ".moe-figures .moe-bar") == 2
     assert not page.evaluate(CONTRAST.replace("LEAST", "4.5"))
     shot(page, f"bare-forced-{scheme}")
     bare.compare()
@@ -254,6 +254,7 @@ def test_nothing_moves_by_itself_where_motion_is_not_welcome(page):
     page.emulate_media(reduced_motion="reduce")
     bare = Bare(page)
     bare.more()
+    page.wait_for_timeout(300)  # until it is drawn
     picture = "document.querySelector('.moe-map canvas').toDataURL()"
     before = page.evaluate(picture)
     page.wait_for_timeout(600)
