@@ -131,7 +131,7 @@ class Deaf {
     const onclick = () => this.kernel().interrupt();
     this.cut = button("Interrupt the cell", { title: "As ■ in the notebook's toolbar", onclick });
     this.words = h("span");
-    this.node = markup`<p class="moe-deaf" role="alert" hidden>${[this.words, this.cut]}</p>`;
+    this.node = markup`<p class="moe-deaf" role="status" hidden>${[this.words, this.cut]}</p>`;
   }
 
   show(on) {
