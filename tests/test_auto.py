@@ -93,6 +93,16 @@ def test_a_lab_opened_with_auto_follows_and_what_it_follows_ends_with_it(demo_st
         moelab.open(demo_store, budget="automatic")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_lab_whose_budget_cannot_follow_any_more_does_not_say_that_it_does(demo_lab, machine):
+    machine.spare_bytes = lambda _: 1 / 0
+    demo_lab.update(budget="auto")
+    end = time.monotonic() + 10
+    while demo_lab.follows:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_what_a_control_group_leaves_is_what_can_be_spared(tmp_path, version):
     top = tmp_path / ("memory" if version == 1 else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 
 import numpy as np
@@ -19,13 +18,7 @@ from moelab.engine import dense, kernels
 from moelab.models import skeleton
 from moelab.models.families import find_moe
 from moelab.store.codecs import Layout, decode, encode, nbytes
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
+from test_families import _quiet  # noqa: F401 a fixture
 
 
 @pytest.mark.slow

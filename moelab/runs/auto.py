@@ -1,9 +1,9 @@
 """A budget that follows the machine: ``lab.update(budget="auto")``.
 
 A thread looks at the free memory four times a second and changes the budget as a person would:
-what can no longer be spared is given back before the next token, what can is taken little by
-little. Every change is in ``run.changes`` with its cause. What it does not know: how much a larger
-budget would help.
+what can no longer be spared is given back whole, before the token after that look; what can is
+taken little by little. Every change is in ``run.changes`` with its cause. What it does not know:
+how much a larger budget would help.
 """
 
 from __future__ import annotations
@@ -78,7 +78,11 @@ class Auto:
             session = self._session()
             if session is None or session.closed or session.auto is not self:
                 return
-            self._look(session)
+            try:
+                self._look(session)
+            except Exception:  # a policy of somebody's own failed: nothing follows any more
+                session.auto = None
+                raise
             del session
 
     def _look(self, session: Any) -> None:
