@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -30,6 +31,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
 
+ALONE = re.compile(r"@pytest\.mark\.alone\b.*?def (test_\w+)", re.DOTALL)
+"""What the scheduler, which knows no marks, reads of a file."""
+
 
 # Started in the background, a process ignores Ctrl-C and so do its children; tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,9 +45,16 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With workers, the longest piece of work begins first: all that needs a browser."""
-    if WORKER:
-        items.sort(key=lambda item: item.get_closest_marker("browser") is None)
+    """With workers, long work begins first: the browser, files with slow tests; `alone` is last."""
+    if not WORKER:
+        return
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def turn(item: pytest.Item) -> tuple[bool, bool, bool]:
+        alone, browser = map(item.get_closest_marker, ("alone", "browser"))
+        return alone is not None, browser is None, item.path not in slow
+
+    items.sort(key=turn)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -51,23 +62,27 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """A worker takes a file at a time; notebooks one by one, and all of the browser as one piece.
 
     Files have fixtures of their own; the browser's files share one Chromium and one JupyterLab.
+    Tests marked `alone` are one piece too: each stops the other workers until they are idle.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::", maxsplit=1)[0]
+            file, *_, test = nodeid.split("::")
+            text = text_of(config.rootpath / file)
+            if test.partition("[")[0] in ALONE.findall(text):
+                return "alone"
             if file.endswith("test_notebooks.py"):
                 return nodeid
-            return "browser" if drives_a_browser(config.rootpath / file) else file
+            return "browser" if "from browser import" in text else file
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
 
 
 @cache
-def drives_a_browser(file: Path) -> bool:
-    return "from browser import" in file.read_text("utf-8")
+def text_of(file: Path) -> str:
+    return file.read_text("utf-8")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
