@@ -6,11 +6,13 @@ of it can fail in the middle of a run.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import fastjsonschema
 
 from moelab.scheduling.stream import Shape
+from moelab.store.manifest import digest
 from moelab.strategies import CALIBRATED, make
 
 MOST_BYTES = 256 * 2**20
@@ -18,6 +20,8 @@ MOST_BYTES = 256 * 2**20
 _MOST = 1e15
 _NUMBER = {"type": "number", "minimum": -_MOST, "maximum": _MOST}
 _SHARE = {"type": "number", "minimum": 0, "maximum": 1}
+_PASSED: set[str] = set()
+"""Digests of what has passed, with its model: a profile is read at every change of strategy."""
 _WHOLE = {"type": "integer", "minimum": 0, "maximum": 2**31}
 
 
@@ -81,14 +85,21 @@ def check(name: str, data: Any, shape: Shape) -> None:
     """
     if not isinstance(data, dict):
         raise ValueError("its data are no object")  # noqa: TRY004, one kind of error for a file
-    fields = _fields(name, shape, data)
-    known = {"type": "object", "properties": fields, "required": [f for f in fields if f in data]}
     try:
-        fastjsonschema.validate(known, data)
-        for strategy, calibration in CALIBRATED.items():
-            if calibration == name:
-                make(strategy, data)
+        about = digest(json.dumps([name, data, repr(shape)]).encode())
+        if about not in _PASSED:
+            _try(name, data, shape)
+            _PASSED.add(about)
     except fastjsonschema.JsonSchemaValueException as error:
         raise ValueError(error.message.removeprefix("data.")[:200]) from None
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {error}"[:200]) from None
+
+
+def _try(name: str, data: dict[str, Any], shape: Shape) -> None:
+    fields = _fields(name, shape, data)
+    known = {"type": "object", "properties": fields, "required": [f for f in fields if f in data]}
+    fastjsonschema.validate(known, data)
+    for strategy, calibration in CALIBRATED.items():
+        if calibration == name:
+            make(strategy, data)

@@ -7,8 +7,10 @@ It counts, and knows nothing of time, bits or room: `edgemoe` preloads by it, an
 from __future__ import annotations
 
 import heapq
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Self
 
 Experts = tuple[int, ...]
@@ -83,8 +85,13 @@ class PathTable:
     @classmethod
     def of(cls, doc: Mapping[str, Sequence[int]]) -> Self:
         """A table out of `to_json`, frozen: it is shared, never copied, and counts no more."""
+        return cls._of(json.dumps(doc))
+
+    @classmethod
+    @lru_cache(maxsize=1)  # of one model's profile; it is asked for at every change of strategy
+    def _of(cls, doc: str) -> Self:
         table = cls()
-        for key, (times, *pairs) in doc.items():
+        for key, (times, *pairs) in json.loads(doc).items():
             layer, *before = key.split(":")
             seen = tuple(tuple(int(e) for e in word.split(".") if e) for word in before)
             counts = zip(pairs[::2], pairs[1::2], strict=True)
