@@ -31,8 +31,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
 
+# What the scheduler, which knows no marks, reads of a file: tests that run alone, and whether all
+# that is in it drives the live lab in JupyterLab.
 ALONE = re.compile(r"@pytest\.mark\.alone\b.*?def (test_\w+)", re.DOTALL)
-"""What the scheduler, which knows no marks, reads of a file."""
+LIVE = "from browser import kernel"
 
 
 # Started in the background, a process ignores Ctrl-C and so do its children; tests press it.
@@ -45,23 +47,23 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With workers, long work begins first: the browser, files with slow tests; `alone` is last."""
+    """With workers, long work begins first: the live lab, then slow files; `alone` is last."""
     if not WORKER:
         return
     slow = {item.path for item in items if item.get_closest_marker("slow")}
 
     def turn(item: pytest.Item) -> tuple[bool, bool, bool]:
-        alone, browser = map(item.get_closest_marker, ("alone", "browser"))
-        return alone is not None, browser is None, item.path not in slow
+        alone = item.get_closest_marker("alone") is not None
+        return alone, LIVE not in text_of(item.path), item.path not in slow
 
     items.sort(key=turn)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """A worker takes a file at a time; notebooks one by one, and all of the browser as one piece.
+    """A worker takes a file at a time; notebooks one by one, and all of the live lab as one piece.
 
-    Files have fixtures of their own; the browser's files share one Chromium and one JupyterLab.
+    Files have fixtures of their own; the live lab's files share one Chromium and one JupyterLab.
     Tests marked `alone` are one piece too: each stops the other workers until they are idle.
     """
     from xdist.scheduler import LoadScopeScheduling
@@ -74,7 +76,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
                 return "alone"
             if file.endswith("test_notebooks.py"):
                 return nodeid
-            return "browser" if "from browser import" in text else file
+            return "live" if LIVE in text else file
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
@@ -100,9 +102,14 @@ def pytest_runtest_protocol(item: pytest.Item):
 
 @pytest.fixture(scope="session")
 def demo_store() -> Path:
-    """The bundled model as a store, packed once for the whole session."""
-    from moelab.catalogue import find_store
+    """The bundled model as a store, packed once for the whole session, as kernels are compiled."""
+    from filelock import FileLock
 
+    from moelab.catalogue import find_store
+    from moelab.engine import kernels
+
+    with FileLock(CACHE / "kernels.lock"):
+        kernels.warm_up()
     return find_store("demo", progress=False)
 
 

@@ -269,7 +269,15 @@ def test_wrong_arrays_are_refused_before_memory_is_read():
 
 
 PROBE = """
-import json, sys, time
+import json, os, sys, time
+import numba, pandas, pytest, torch, transformers  # once: each process is a fork of this one
+for portable in "0101":
+    if not (child := os.fork()):
+        break
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    sys.exit()
+os.environ["MOELAB_PORTABLE"] = portable
 sys.path.insert(0, {tests!r})
 import test_kernels as t
 from moelab.engine import kernels
@@ -281,8 +289,8 @@ print(json.dumps({{"avx2": kernels.AVX2, "warm": warm, "rows": rows}}))
 """
 
 
-def probe(**environment: str) -> dict:
-    """Run the kernels in a process of their own."""
+def probes(**environment: str) -> list[dict]:
+    """Run the kernels in four processes, one after the other: native, portable, and so again."""
     tests = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", PROBE.format(tests=str(tests))],
@@ -291,7 +299,7 @@ def probe(**environment: str) -> dict:
         check=True,
         stdout=subprocess.PIPE,
     )
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -302,9 +310,7 @@ def numba_cache(tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_kernels_are_cached_between_processes_and_portable_ones_apart(numba_cache):
-    cache = numba_cache
-    first, portable = probe(**cache), probe(**cache, MOELAB_PORTABLE="1")
-    again, portable_again = probe(**cache), probe(**cache, MOELAB_PORTABLE="1")
+    first, portable, again, portable_again = probes(**numba_cache)
     assert again["rows"] == first["rows"]
     np.testing.assert_allclose(portable_again["rows"], portable["rows"], rtol=1e-4, atol=1e-5)
     assert not portable["avx2"]

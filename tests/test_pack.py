@@ -391,15 +391,18 @@ MEMORY = textwrap.dedent(
 def test_a_rule_is_known_again_in_another_process_and_told_from_others():
     rule = "def fit(g, top): return min({uses}(g), key=lambda x: x in {{'a', 'b', 'c'}})"
     code = (
-        "import sys; from moelab.store.pack import _fingerprint; exec(sys.argv[1]);"
-        "print(_fingerprint(fit))"
+        "import sys; from moelab.store.pack import _fingerprint\n"
+        "for rule in sys.argv[1:]: exec(rule); print(_fingerprint(fit))"
     )
 
-    def told(uses):
-        command = [sys.executable, "-c", code, rule.format(uses=uses)]
-        return subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    def told(*uses):
+        command = [sys.executable, "-c", code, *(rule.format(uses=used) for used in uses)]
+        done = subprocess.run(command, capture_output=True, check=True, text=True)
+        return done.stdout.splitlines()
 
-    assert told("list") == told("list") != told("set")
+    list_first, set_first = told("list", "set"), told("set", "list")
+    assert list_first == set_first[::-1]
+    assert list_first[0] != list_first[1]
 
 
 @pytest.mark.slow
