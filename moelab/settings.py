@@ -154,7 +154,7 @@ class Settings:
         for name in _OFF.keys() & values.keys() - strategy.parameters.keys():
             value = values.pop(name)
             if value not in (_OFF[name], 0, "off"):
-                words = f"{name}={value!r} has no effect: {strategy.name!r} has {_WHOSE[name]}"
+                words = f"{name}={value!r} has no effect: {strategy.full_name!r} has {_WHOSE[name]}"
                 warnings.warn(words, stacklevel=5)
         if unknown := values.keys() - strategy.parameters.keys():
             raise ValueError(f"unknown setting {min(unknown)!r}; {self._there_is(strategy)}")
@@ -165,7 +165,7 @@ class Settings:
         fields = {f.name for f in dataclasses.fields(self)} - {"budget_bytes"}
         names = sorted({"budget", "pin", *fields, *ROLES})
         own = ", ".join(strategy.parameters) or "none"
-        return f"there are {', '.join(names)}; parameters of {strategy.name!r}: {own}"
+        return f"there are {', '.join(names)}; parameters of {strategy.full_name!r}: {own}"
 
     def _check(self, shape: Shape) -> None:
         tiers = sorted(shape.nbytes, reverse=True)
@@ -220,7 +220,7 @@ def parse_budget(value: float | str, shape: Shape) -> int:
     Raises
     ------
     ValueError
-        The text is not a size.
+        The text is not a size, or more than 100 %.
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         number, unit = float(value), ""
@@ -234,5 +234,9 @@ def parse_budget(value: float | str, shape: Shape) -> int:
     if not math.isfinite(number) or number <= 0:
         raise ValueError(f"budget {value!r} must be above 0")
     if unit == "%":
+        if number > 100:
+            raise ValueError(
+                f"budget {value!r} is above 100 %, which holds all experts; write '100%'"
+            )
         return round(number / 100 * shape.all_bytes(max(shape.nbytes)))
     return round(number * _UNITS[unit])

@@ -141,6 +141,9 @@ def test_sizes_are_read_the_way_people_write_them():
         ("2mib", 2**21), (1e3, 1000),
     ]:  # fmt: skip
         assert parse_budget(text, shape) == want
+    assert parse_budget(99_000, shape) == 99_000, "bytes may be more than all experts are"
+    with pytest.raises(ValueError, match="budget '300%' is above 100 %.*write '100%'"):
+        parse_budget("300%", shape)
     for text in ("", "%", "12 apples", "1e9999", None, True):
         with pytest.raises(ValueError, match="budget"):
             parse_budget(text, shape)
