@@ -149,7 +149,7 @@ def test_a_refused_run_leaves_the_lab_free(lab, options, message):
          r"lab.calibrate\('edgemoe'\) takes no 'token'; .*there are tolerated, max_tokens, texts"),
         (moelab.Lab.update, {"token": 4}, "unknown setting 'token'; there are allocate, bits"),
         (lambda _, **k: moelab.open("demo", **k), {"evict": object()},
-         r"open\(\) takes no 'evict', a setting: lab.update\(evict=...\)"),
+         r"moelab.open\(\) takes no 'evict', a setting: lab.update\(evict=...\)"),
     ],
 )  # fmt: skip
 def test_an_unknown_argument_is_answered_by_whom_it_was_given_to(lab, call, given, message):
