@@ -263,6 +263,11 @@ class TestActions:
         wait_until(lambda: dashboard.frame["running"])
         says(dashboard, "stop")
         wait_until(lambda: not dashboard.error)
+        says(dashboard, "run", form={"prompt": "Once", "max_new_tokens": "many"})
+        assert dashboard.error["where"] == "run"
+        lab.start("Once", max_new_tokens=100_000)  # in a cell
+        wait_until(lambda: not dashboard.error)
+        lab.run.stop()
 
     def test_an_answer_comes_to_whatever_waits_for_one(self, dashboard):
         for n, message in enumerate(({"do": "stop"}, {"do": "run", "form": {}}, {"do": "update"})):
@@ -600,7 +605,7 @@ class TestLife:
         assert run.running, "only what was started here is stopped"
         says(dashboard, "hello", view="b")
         wait_until(lambda: dashboard.frame.get("prompt") == "From a cell")
-        assert len(publishers()) == 1
+        wait_until(lambda: len(publishers()) == 1)
 
     def test_the_newest_keeps_its_lab_while_nobody_looks(self):
         dashboard = Dashboard(FakeLab())
