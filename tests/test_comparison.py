@@ -335,6 +335,11 @@ def test_saved_runs_are_named_renamed_saved_and_loaded(saved_runs, tmp_path):
     assert other.run("a quarter") is None
     assert lab.saved.run("a quarter") is run
     assert other.add(run, "a quarter") == "a quarter (2)"
+    third = SavedRuns()
+    third.add(run, "a quarter")
+    third.take_over(lab.saved)
+    assert list(third) == list(lab.saved)
+    assert third["a quarter"] is not lab.saved["a quarter"], "its own stays"
     assert other.rename("a quarter (2)", "another") == "another"
     assert list(other)[-1] == "another"
     other.remove("another")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import gc
+import itertools
 import math
 import re
 import threading
@@ -18,6 +19,7 @@ import pytest
 import moelab
 from fake_lab import FakeLab
 from moelab import strategies
+from moelab.runs.saved import SavedRuns
 from moelab.runs.tokens import COLUMNS, figures
 from moelab.spelling import about, in_words, merge_changes, size
 from moelab.strategies import Evict, Parameter, Precision
@@ -638,6 +640,18 @@ class TestLife:
         assert shown[1].comm is None
         for one in shown:
             one.close()
+        wait_until(lambda: not publishers())
+
+    def test_a_cell_that_is_run_again_keeps_the_runs_its_former_lab_had_saved(self, monkeypatch):
+        told, execution = [], itertools.count()
+        monkeypatch.setattr(notebook, "_here", lambda: ("cell", str(next(execution))))
+        monkeypatch.setattr(SavedRuns, "take_over", lambda *both: told.append(both))
+        old, new = FakeLab(), FakeLab()
+        old.saved, new.saved = SavedRuns(), SavedRuns()
+        for lab in (old, new):
+            Dashboard(lab)._repr_mimebundle_()
+        assert told == [(new.saved, old.saved)]
+        Dashboard.newest().close()
         wait_until(lambda: not publishers())
 
     def test_two_dashboards_of_one_lab(self, lab, dashboard):

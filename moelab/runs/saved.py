@@ -89,6 +89,13 @@ class SavedRuns(Mapping[str, Recording]):
             self.version += 1
         return new
 
+    def take_over(self, former: SavedRuns) -> None:
+        """Add what a former lab has saved, before its own; of two of a name its own stays."""
+        if former is not self:
+            with self._lock:
+                self._saved = former._saved | self._saved
+                self.version += 1
+
     def compare(self) -> Comparison:
         """All of them beside each other."""
         return Comparison(dict(self))

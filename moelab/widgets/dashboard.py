@@ -352,9 +352,16 @@ class Dashboard(anywidget.AnyWidget):
             return None
         self.start()
         for old in take_place(self):
+            self._succeed(old)
             old.close()
         data, metadata = bundle
         return {**self.report()._repr_mimebundle_(), **data}, metadata
+
+    def _succeed(self, old: Dashboard) -> None:
+        """The cell was run again: runs that its former lab of this model had saved stay."""
+        former = getattr(old._lab_ref(), "saved", None)
+        if former is not None and old.options["name"] == self.options["name"]:
+            self._lab.saved.take_over(former)
 
 
 def _offered(lab: Any) -> dict[str, Any]:
