@@ -28,7 +28,7 @@ from moelab.runs.saved import SavedRuns
 from moelab.runs.session import Changes, Session
 from moelab.runs.trial import tokenizer_of, trial
 from moelab.runs.what_if import REPEATS, WhatIf, repeated
-from moelab.settings import Settings
+from moelab.settings import Settings, known_only, refuse_unknown
 from moelab.spelling import shown
 from moelab.store.store import Store
 
@@ -106,6 +106,7 @@ class Lab:
 
     # -- generating -------------------------------------------------------------------------
 
+    @known_only
     def start(
         self,
         prompt: str | Messages,
@@ -174,8 +175,10 @@ class Lab:
 
     def generate(self, prompt: str | Messages, **options: Any) -> Run:
         """Generate and wait; options as in `start`. Ctrl-C stops the run."""
+        refuse_unknown("lab.generate()", options, Lab.start)
         return self.start(prompt, **options).join()
 
+    @known_only
     def score(
         self, text: str | None = None, *, max_tokens: int = 48, progress: bool | None = None
     ) -> Score:
@@ -288,11 +291,6 @@ class Lab:
             There is no such layer, or the expert is not resident.
         RuntimeError
             The lab is closed.
-
-        Examples
-        --------
-        >>> lab.why(0)  # doctest: +SKIP
-        {3: {'uses since': 12.0}, 7: {'uses since': 1.0}}
         """
         if not 0 <= layer < self._shape.layers:
             raise ValueError(f"there is no layer {layer}; there are 0 to {self._shape.layers - 1}")

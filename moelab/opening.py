@@ -19,7 +19,7 @@ from moelab.lab import Lab
 from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Shape
-from moelab.settings import Settings, parse_budget
+from moelab.settings import Settings, known_only, parse_budget
 from moelab.store.codecs import TIERS
 from moelab.store.store import Store
 from moelab.strategies import make
@@ -27,6 +27,7 @@ from moelab.strategies import make
 DENSE_BITS = (16, 8, 4)
 
 
+@known_only
 def open(  # noqa: A001
     model: str | Path = "demo",
     *,
@@ -136,6 +137,6 @@ def _default(settle: Callable[[int], Settings], shape: Shape) -> Settings:
     warnings.warn(
         f"25 % of the experts are less than one layer needs for a token; the budget is the least "
         f"that works, {least / 1e6:.3g} MB ({least / whole:.0%})",
-        stacklevel=4,
+        stacklevel=5,
     )
     return settle(least)

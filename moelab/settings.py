@@ -3,24 +3,32 @@
 What belongs to no part of a strategy: budget, bits, device, seed, whether KL is measured; and the
 strategy, whose parts bring their own parameters. `change` makes the next one from what a person
 typed (``budget="25%"``, ``t1=0.4``, ``evict="lfu"``); `knobs` is the part the scheduler reads.
+Whoever is given a setting, or anything else, as an argument that it does not take refuses it by
+`known_only`: Python alone would name a function inside, and not say what there is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
+import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from moelab.scheduling.budget import check_budget
 from moelab.scheduling.strategy import ROLES, Own, Strategy, begun_anew
 from moelab.scheduling.stream import Knobs, Shape
 from moelab.store.devices import device as find_device
+from moelab.strategies import NAMES
 from moelab.strategies import make as make_strategy
 
+P = ParamSpec("P")
+R = TypeVar("R")
 MakeStrategy = Callable[[str, Strategy | None, str], Strategy]
 _UNITS = {"": 1, "b": 1}
 for _i, _p in enumerate("kmgt", 1):
@@ -154,7 +162,7 @@ class Settings:
         for name in _OFF.keys() & values.keys() - strategy.parameters.keys():
             value = values.pop(name)
             if value not in (_OFF[name], 0, "off"):
-                words = f"{name}={value!r} has no effect: {strategy.name!r} has {_WHOSE[name]}"
+                words = f"{name}={value!r} has no effect: {strategy.full_name!r} has {_WHOSE[name]}"
                 warnings.warn(words, stacklevel=5)
         if unknown := values.keys() - strategy.parameters.keys():
             raise ValueError(f"unknown setting {min(unknown)!r}; {self._there_is(strategy)}")
@@ -165,7 +173,7 @@ class Settings:
         fields = {f.name for f in dataclasses.fields(self)} - {"budget_bytes"}
         names = sorted({"budget", "pin", *fields, *ROLES})
         own = ", ".join(strategy.parameters) or "none"
-        return f"there are {', '.join(names)}; parameters of {strategy.name!r}: {own}"
+        return f"there are {', '.join(names)}; parameters of {strategy.full_name!r}: {own}"
 
     def _check(self, shape: Shape) -> None:
         tiers = sorted(shape.nbytes, reverse=True)
@@ -220,7 +228,7 @@ def parse_budget(value: float | str, shape: Shape) -> int:
     Raises
     ------
     ValueError
-        The text is not a size.
+        The text is not a size, or more than 100 %.
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         number, unit = float(value), ""
@@ -234,5 +242,52 @@ def parse_budget(value: float | str, shape: Shape) -> int:
     if not math.isfinite(number) or number <= 0:
         raise ValueError(f"budget {value!r} must be above 0")
     if unit == "%":
+        if number > 100:
+            raise ValueError(
+                f"budget {value!r} is above 100 %, which holds all experts; write '100%'"
+            )
         return round(number / 100 * shape.all_bytes(max(shape.nbytes)))
     return round(number * _UNITS[unit])
+
+
+# -- what is no setting ----------------------------------------------------------------------------
+
+
+def known_only(call: Callable[P, R]) -> Callable[P, R]:
+    """Refuse keywords that the function does not have."""
+    home = "lab" if "self" in inspect.signature(call).parameters else "moelab"
+
+    @functools.wraps(call)
+    def checked(*args: P.args, **given: P.kwargs) -> R:
+        refuse_unknown(f"{home}.{call.__name__}()", given, call)
+        return call(*args, **given)
+
+    return checked
+
+
+def refuse_unknown(
+    who: str, given: Mapping[str, Any], call: Callable[..., Any], *, besides: Iterable[str] = ()
+) -> None:
+    """Refuse what is neither a parameter of ``call`` nor among ``besides``.
+
+    Raises
+    ------
+    TypeError
+        With what there is, or with the call that takes it where it is a setting.
+    """
+    there = [*(n for n in inspect.signature(call).parameters if n not in ("self", "lab")), *besides]
+    for name, value in given.items():
+        if name in there:
+            continue
+        if name in _settings():
+            plain = repr(value) if isinstance(value, (str, int, float)) else "..."
+            raise TypeError(f"{who} takes no {name!r}, a setting: lab.update({name}={plain})")
+        near = "".join(f"; {one!r}?" for one in difflib.get_close_matches(name, there, 1))
+        raise TypeError(f"{who} takes no {name!r}{near}; there are {', '.join(there)}")
+
+
+@functools.cache
+def _settings() -> set[str]:
+    """Everything that `lab.update` takes, with some strategy."""
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    return fields.union(ROLES, ("budget", "pin"), *(make_strategy(n).parameters for n in NAMES))

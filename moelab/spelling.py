@@ -13,6 +13,7 @@ import builtins
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -213,8 +214,24 @@ def short(settings: Settings, shape: Shape) -> str:
     device = DEVICES[s.device].title.partition(",")[0].partition(" (")[0]
     pins = "".join(f", expert {at}.{e} pinned at {b} bit" for (at, e), b in strategy.pinned.items())
     disk = "disk" if s.device == "disk" else device
-    name = strategy.name.replace("*", " changed")  # a star would have to be explained
-    return f"{name}, {share:.3g} %, {s.bits}{pair} bit, {disk}{pins}"
+    return f"{strategy.full_name}, {share:.3g} %, {s.bits}{pair} bit, {disk}{pins}"
+
+
+def in_turn(shorts: Sequence[str]) -> str:
+    """Settings in short that followed each other, as one; what does not show in them is counted.
+
+    Examples
+    --------
+    >>> in_turn(["lru, 25 %, 16 bit", "lru, 50 %, 16 bit"])
+    'lru, 25 % → 50 %, 16 bit'
+    """
+    words = []
+    for column in itertools.zip_longest(*(s.split(", ") for s in shorts), fillvalue="no pin"):
+        found = [word for word, _ in itertools.groupby(column)]
+        words.append(" → ".join(found if len(found) < 4 else (found[0], "…", found[-1])))
+    unseen = sum(a == b for a, b in itertools.pairwise(shorts))
+    others = [f"{unseen} other change{'s'[: unseen > 1]}"] if unseen else []
+    return ", ".join(words + others)
 
 
 def shown(settings: Settings) -> dict[str, str]:
@@ -223,7 +240,7 @@ def shown(settings: Settings) -> dict[str, str]:
     every = settings.measure_kl
     del words["budget_bytes"]
     return words | {
-        "strategy": settings.strategy.name,
+        "strategy": settings.strategy.full_name,
         "budget": f"{settings.budget_bytes / 1e6:.3g} MB",
         "measure_kl": {0: "off", 1: "on"}.get(every, f"every {every} tokens"),
     }
@@ -249,7 +266,8 @@ def differences(old: Settings, new: Settings) -> dict[str, str]:
     """What changed, as words; of a strategy chosen whole only its name, not its parts."""
     before, after = shown(old), shown(new)
     found = {k: v for k, v in after.items() if before[k] != v}
-    if old.strategy is not new.strategy and ("strategy" not in found or "*" in after["strategy"]):
+    mixed = new.strategy.name.endswith("*")
+    if old.strategy is not new.strategy and (mixed or "strategy" not in found):
         had = shown_strategy(old.strategy)
         own = {k: v for k, v in shown_strategy(new.strategy).items() if had.get(k) != v}
         found = {k: v for k, v in found.items() if k != "strategy" or not own} | own

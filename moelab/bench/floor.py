@@ -8,6 +8,7 @@ is a better policy: the bytes are those that the settings miss.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import statistics
@@ -23,6 +24,7 @@ from moelab.engine.engine import Engine
 from moelab.engine.generation import Decoder
 from moelab.engine.memory import pages
 from moelab.runs.tokens import REQUESTS, tally
+from moelab.settings import parse_budget
 
 ROUND = 4
 """Tokens between two readings of the bandwidth."""
@@ -111,10 +113,8 @@ def main(
     begun = time.perf_counter()
     with moelab.open(model, bits=bits, budget="100%", measure_kl=False, prefetch=prefetch) as lab:
         opened = time.perf_counter() - begun
-        if budget.endswith("%"):
-            each = lab.info()["expert_bytes"][bits] * sum(lab._store.experts_per_layer)
-            budget = str(round(each * float(budget[:-1]) / 100))
-        lab.update(budget=budget)
+        of = dataclasses.replace(lab._shape, nbytes={bits: lab._shape.nbytes[bits]})
+        lab.update(budget=parse_budget(budget, of))
         words = text.read() if text else (moelab.__doc__ or "") + (__doc__ or "")
         found = measure(lab, lab._encode(words), tokens=tokens)
         typer.echo(json.dumps({"open_s": round(opened, 2), "bits": bits, "budget": budget} | found))

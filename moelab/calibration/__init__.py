@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab.calibration.probes import digest_of, texts_of
 from moelab.calibration.profile import Partial, Profile, find_profile, model_of
+from moelab.settings import refuse_unknown
 
 if TYPE_CHECKING:
     from moelab.lab import Lab
@@ -59,6 +60,8 @@ def calibrate(
     if name not in NAMES:
         raise ValueError(f"{name!r} has no calibration; these have: {', '.join(NAMES)}")
     maker = import_module(f"moelab.calibration.{name}")
+    besides = ("texts", "again", "progress")
+    refuse_unknown(f"lab.calibrate({name!r})", options, maker.made_from, besides=besides)
     store, used = lab._store, texts_of(lab, texts)
     made_from = {"texts": digest_of(used), **maker.made_from(lab, **options)}
     made_from = json.loads(json.dumps(made_from))

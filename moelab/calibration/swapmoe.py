@@ -29,6 +29,8 @@ from moelab.calibration.profile import Kept, once
 from moelab.engine.generation import Decoder, Stream
 from moelab.runs.quality import kl_divergence
 from moelab.runs.tokens import tally
+from moelab.scheduling.budget import size
+from moelab.settings import parse_budget
 from moelab.strategies.swapmoe import swapmoe
 from moelab.strategies.swapmoe_planner import Estimates, Plan, plan_within, uniform
 
@@ -142,9 +144,9 @@ def room_to_swap(lab: Lab) -> int:
     least = (shape.top_k + 1) * shape.layers * shape.nbytes[max(shape.nbytes)]
     if lab.settings.budget_bytes < least:
         raise ValueError(
-            f"budget {lab.settings.budget_bytes} bytes leaves no room to swap at "
-            f"{max(shape.nbytes)} bit, so that its time could be measured; raise it to {least} "
-            "bytes for this calibration"
+            f"budget {size(lab.settings.budget_bytes)} leaves no room to swap at "
+            f"{max(shape.nbytes)} bit, so that its time could be measured; for this calibration "
+            f"raise it to {size(least)}: lab.update(budget={least})"
         )
     return least
 
@@ -186,10 +188,10 @@ def latency(lab: Lab, data: dict[str, Any], ids: Sequence[int], device: str) -> 
 # -- 4: the plans -----------------------------------------------------------------------------
 
 
-def plans(lab: Lab, estimates: Estimates, percent: Sequence[int], nats: float, seed: int) -> dict:
+def plans(lab: Lab, estimates: Estimates, percent: Sequence[float], nats: float, seed: int) -> dict:
     """The planner's configuration for each budget, by experts that fit, beside uniform's."""
     shape, made = lab._shape, dict[int, Plan]()
-    for slots in sorted({part * sum(shape.experts) // 100 for part in percent}):
+    for slots in sorted({int(part * sum(shape.experts) / 100) for part in percent}):
         if slots >= shape.layers * shape.top_k:
             own = {"nats_per_slowdown": nats, "start": list(made.values()), "seed": seed}
             made[slots] = plan_within(estimates, slots, shape, **own)
@@ -209,11 +211,11 @@ def plans(lab: Lab, estimates: Estimates, percent: Sequence[int], nats: float, s
 
 
 def made_from(
-    lab: Lab,  # noqa: ARG001
+    lab: Lab,
     *,
     max_tokens: int = 64,
     every: Sequence[int] = EVERY,
-    percent: Sequence[int] = PERCENT,
+    percent: Sequence[float | str] = PERCENT,
     nats_per_slowdown: float = NATS_PER_SLOWDOWN,
     device: str = "disk",
     seed: int = 0,
@@ -227,7 +229,8 @@ def made_from(
     every
         Update intervals f the planner may choose from, in tokens.
     percent
-        Budgets to plan for, in percent of all experts.
+        Budgets to plan for: numbers are percent of all experts, texts as `moelab.open` takes them
+        (``"25%"``, ``"2GB"``).
     nats_per_slowdown
         KL that twice the time of a token is worth to the planner.
     device
@@ -235,7 +238,12 @@ def made_from(
     seed
         Of the genetic search.
     """
-    made = {"max_tokens": max_tokens, "every": sorted(every), "percent": sorted(percent)}
+    whole = lab._shape.all_bytes(max(lab._shape.nbytes))
+    parts = [
+        round(100 * parse_budget(part, lab._shape) / whole, 3) if isinstance(part, str) else part
+        for part in percent
+    ]
+    made = {"max_tokens": max_tokens, "every": sorted(every), "percent": sorted(parts)}
     return made | {"nats_per_slowdown": nats_per_slowdown, "device": device, "seed": seed}
 
 

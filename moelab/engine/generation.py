@@ -79,7 +79,7 @@ def warn_of_other_ways(model: PreTrainedModel, name: str) -> None:
         warnings.warn(
             f"the generation config of {name!r} asks for {', '.join(found)}, which no run does; "
             "all else in it is honoured",
-            stacklevel=5,  # whoever opened the lab
+            stacklevel=6,  # whoever opened the lab
         )
 
 

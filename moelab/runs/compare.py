@@ -16,7 +16,7 @@ import numpy as np
 from moelab.runs.recording import Recording
 from moelab.runs.rounds import TIMED
 from moelab.runs.schema import SAMPLED
-from moelab.spelling import number
+from moelab.spelling import in_turn, number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +54,7 @@ class Comparison:
         return list(self._documents)
 
     def table(self) -> pd.DataFrame:
-        """Every figure of ``Run.summary``, a column a run, and the settings it began with.
+        """Every figure of ``Run.summary``, a column a run, and its settings.
 
         With two runs, ``difference`` is the second minus the first. It is left out for times that
         come from different devices, or of which `verdict` cannot tell two apart; ``timing`` says
@@ -64,7 +64,7 @@ class Comparison:
         import pandas as pd
 
         columns = {
-            n: {"settings": doc["settings"][0]["short"]} | self.figures(n) | self._spread(n)
+            n: {"settings": settings_of(doc)} | self.figures(n) | self._spread(n)
             for n, doc in self._documents.items()
         }
         frame = pd.DataFrame(columns, dtype=object)
@@ -239,7 +239,7 @@ def compare(*runs: Run | Recording, **named: Run | Recording) -> Comparison:
     Parameters
     ----------
     runs
-        Named by their settings in short.
+        Named by their settings in short; one that changed is written ``25 % → 50 %``.
     named
         Named as given: ``compare(lru=a, hobbit=b)``.
 
@@ -259,7 +259,7 @@ def compare(*runs: Run | Recording, **named: Run | Recording) -> Comparison:
     recordings: dict[str, Recording] = {}
     for run in runs:
         one = recorded(run)
-        recordings[unused(one.document["settings"][0]["short"], recordings)] = one
+        recordings[unused(settings_of(one.document), recordings)] = one
     return Comparison(recordings | {name: recorded(run) for name, run in named.items()})
 
 
@@ -274,6 +274,11 @@ def unused(name: str, taken: Mapping[str, Any]) -> str:
     if name not in taken:
         return name
     return next(f"{name} ({i})" for i in range(2, len(taken) + 3) if f"{name} ({i})" not in taken)
+
+
+def settings_of(document: Mapping[str, Any]) -> str:
+    """A recorded run's settings in short, and what they became on the way."""
+    return in_turn([entry["short"] for entry in document["settings"]])
 
 
 def code_of(document: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moelab.runs.compare import Comparison, recorded, unused
+from moelab.runs.compare import Comparison, recorded, settings_of, unused
 from moelab.runs.recording import SUFFIX, Recording
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class SavedRuns(Mapping[str, Recording]):
         stands now: it may have been repeated since.
         """
         recording = recorded(run)
-        ids, short = recording.document["ids"], recording.document["settings"][0]["short"]
+        ids, short = recording.document["ids"], settings_of(recording.document)
         with self._lock:
             mine = (
                 n for n, (r, of) in self._saved.items() if of is run and r.document["ids"] == ids
@@ -89,6 +89,13 @@ class SavedRuns(Mapping[str, Recording]):
             self.version += 1
         return new
 
+    def take_over(self, former: SavedRuns) -> None:
+        """Add what a former lab has saved, before its own; of two of a name its own stays."""
+        if former is not self:
+            with self._lock:
+                self._saved = former._saved | self._saved
+                self.version += 1
+
     def compare(self) -> Comparison:
         """All of them beside each other."""
         return Comparison(dict(self))
@@ -99,7 +106,7 @@ class SavedRuns(Mapping[str, Recording]):
         folder.mkdir(parents=True, exist_ok=True)
         taken: dict[str, Path] = {}
         for name, recording in self.items():
-            stem = unused(re.sub(r"[^\w.,%+()-]+", " ", name).strip() or "run", taken)
+            stem = unused(re.sub(r"[^\w.,%+()→-]+", " ", name).strip() or "run", taken)
             taken[stem] = recording.save(folder / f"{stem}{SUFFIX}")
         return list(taken.values())
 

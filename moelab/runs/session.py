@@ -262,7 +262,7 @@ class Session:
             warnings.warn(
                 f"the prompt has {len(ids)} tokens, {max_new_tokens} are to follow, and this model "
                 f"was made for {most} positions; what it writes after them makes no sense",
-                stacklevel=4,
+                stacklevel=5,
             )
         if sampling["seed"] is None:
             sampling["seed"] = self.settings.seed

@@ -42,7 +42,7 @@ def check_budget(shape: Shape, strategy: Strategy, knobs: Knobs) -> None:
     beside = f" beside {pins} pinned expert{'s'[: pins > 1]}" if pins else ""
     raise BudgetError(
         f"budget {size(knobs.budget_bytes)} is below one layer's need with strategy "
-        f"{strategy.name!r} (top-{shape.top_k} at {knobs.bits} bit{beside}: {size(need)}); "
+        f"{strategy.full_name!r} (top-{shape.top_k} at {knobs.bits} bit{beside}: {size(need)}); "
         f"raise it to {need} bytes ({size(need)}) or more, or choose fewer bits"
     )
 
@@ -62,7 +62,9 @@ def minimum_budget(shape: Shape, strategy: Strategy, knobs: Knobs) -> int:
     while not needs.suffices(high):
         low, high = high, 2 * high
         if high > _HUGE:
-            raise BudgetError(f"no budget is enough for the shares of strategy {strategy.name!r}")
+            raise BudgetError(
+                f"no budget is enough for the shares of strategy {strategy.full_name!r}"
+            )
     while high - low > 1:
         middle = (low + high) // 2
         if needs.suffices(middle):

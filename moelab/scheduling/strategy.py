@@ -119,7 +119,7 @@ class Strategy:
     def __repr__(self) -> str:
         known = {p.name for part in self.objects for p in part_parameters(part) if is_on(part)}
         own = ", ".join(f"{name}={value}" for name, value in self.values.items() if name in known)
-        return f"<Strategy {self.name}{': ' if own else ''}{own}>"
+        return f"<Strategy {self.full_name}{': ' if own else ''}{own}>"
 
     def __post_init__(self) -> None:
         if not self.keywords:
@@ -140,6 +140,12 @@ class Strategy:
                 raise TypeError(f"{role}={have!r} is not usable as {role}: it has __slots__")
             _refuse_retired(role, have)
             vars(have).setdefault("_lineage", next(_lineages))
+
+    @property
+    def full_name(self) -> str:
+        """The name; of a mix with the decisions taken from others: ``lru + evict hobbit``."""
+        base, own = self.name.rstrip("*"), self.keywords
+        return base + "".join(f" + {r} {own[r]}" for r in ROLES if own.get(r, base) != base)
 
     @property
     def parts(self) -> dict[str, Any]:

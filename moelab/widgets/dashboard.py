@@ -77,6 +77,7 @@ class Dashboard(anywidget.AnyWidget):
         self._seq = self._acked = -1
         self._sent_at = 0.0
         self._awaited = False  # the first token under new settings
+        self._refused_at = 0  # the run that was the newest when the error was said
         self._views: set[str] = set()
         self._queries = RunQueries(self._newest_run, self.send)
         self._drawer = Drawer(
@@ -162,10 +163,10 @@ class Dashboard(anywidget.AnyWidget):
         length = int(asked["max_new_tokens"])
         run = self._lab.start(asked["prompt"], max_new_tokens=length, **chat)
         self._mine = weakref.ref(run)
-        self._models.settle()
         self._clear_error()
 
     def _show_error(self, where: str, error: Exception) -> None:
+        self._refused_at = self._framer.newest()[0] if self._framer else 0
         self.error = {"where": where, "text": in_words(error)}
 
     def _clear_error(self) -> None:
@@ -314,9 +315,11 @@ class Dashboard(anywidget.AnyWidget):
             if (told := self._controls()) != self.controls:
                 self.controls = told
             frame = self._frames().build()
+            if frame["run"] != self.frame.get("run"):  # it began here or in a cell
+                self._models.settle()
             ended = self.frame.get("running") and not frame["running"]
-            if ended and self.error.get("where") == "run":
-                self._clear_error()  # "a run is going on" is not so any more
+            if self.error.get("where") == "run" and (ended or frame["run"] != self._refused_at):
+                self._clear_error()  # "a run is going on", "the prompt is empty"
             if frame != {k: v for k, v in self.frame.items() if k != "seq"}:
                 self._sent_at, self.frame = now, {"seq": self._next(), **frame}
 
@@ -349,9 +352,16 @@ class Dashboard(anywidget.AnyWidget):
             return None
         self.start()
         for old in take_place(self):
+            self._succeed(old)
             old.close()
         data, metadata = bundle
         return {**self.report()._repr_mimebundle_(), **data}, metadata
+
+    def _succeed(self, old: Dashboard) -> None:
+        """The cell was run again: runs that its former lab of this model had saved stay."""
+        former = getattr(old._lab_ref(), "saved", None)
+        if former is not None and old.options["name"] == self.options["name"]:
+            self._lab.saved.take_over(former)
 
 
 def _offered(lab: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moelab.runs.compare import Comparison, code_of
+from moelab.runs.compare import Comparison, code_of, settings_of
 from moelab.runs.what_if import WhatIf, since
 from moelab.spelling import changed, in_words, plain
 
@@ -106,8 +106,7 @@ class Drawer:
             "verdict": beside.verdict(),
             "prompts": [d["prompt"] for d in documents],
             "pieces": [d["pieces"] for d in documents],
-            "settings": [d["settings"][0]["short"] for d in documents],
-            "changes": [len(d["settings"]) - 1 for d in documents],
+            "settings": list(map(settings_of, documents)),
             "figures": [list(map(plain, row)) for row in table.itertuples()],
         }
         self._send({"beside": told})
@@ -191,8 +190,7 @@ def _row(name: str, saved: Any, beside: Comparison, best: bool) -> dict[str, Any
     device = moelab.devices().get(summary["device"])
     return {
         "name": name,
-        "settings": doc["settings"][0]["short"],
-        "changes": len(doc["settings"]) - 1,
+        "settings": settings_of(doc),
         "prompt": doc["prompt"],
         "tokens": len(doc["ids"]),
         **{key: plain(summary[key]) for key in FIGURES},

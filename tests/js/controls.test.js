@@ -104,10 +104,11 @@ test("two runs are ticked at most", () => {
 });
 
 test("a run says what its name does not", () => {
-  const run = { name: "lru, disk", settings: "lru", changes: 0, tokens: 5, prompt: "Once" };
+  const run = { name: "lru, disk", settings: "lru", tokens: 5, prompt: "Once" };
   assert.equal(aboutRun(run), '5 tokens of "Once"');
-  const more = { ...run, name: "mine", changes: 2 };
-  assert.equal(aboutRun(more), 'lru, then changed 2× · 5 tokens of "Once"');
+  assert.equal(aboutRun({ ...run, name: "mine" }), 'lru · 5 tokens of "Once"');
+  const settings = "hobbit → hobbit + evict lfu, 25 %";
+  assert.match(aboutRun({ ...run, name: settings, settings }), /^hobbit → hobbit \+ evict lfu, 25 % · 5/);
 });
 
 test("the plane's axes hold every run, and KL has four steps", () => {

@@ -38,7 +38,7 @@ export class Beside {
   }
 }
 
-function text({ names, at, pieces, prompts, settings, changes }, number, i) {
+function text({ names, at, pieces, prompts, settings }, number, i) {
   const all = pieces[i],
     cut = at ?? all.length,
     there = all.slice(cut, cut + 1).join("") || "∎";
@@ -47,11 +47,10 @@ function text({ names, at, pieces, prompts, settings, changes }, number, i) {
     parts.push(h("mark", { title: `token ${at}: the first that differs` }, there));
     parts.push(h("span", { class: "moe-since" }, all.slice(cut + 1).join("")));
   }
-  const then = changes[i] ? `, then changed ${changes[i]}×` : "";
   return markup`
     <figure>
       <figcaption>
-        <b class="moe-number">${number}</b>${names[i]}<small>${settings[i] + then}</small>
+        <b class="moe-number">${number}</b>${names[i]}<small>${settings[i]}</small>
       </figcaption>
       <div class="moe-text" tabindex="0" role="group" aria-label="Text of ${names[i]}">${parts}</div>
     </figure>`;

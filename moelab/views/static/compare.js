@@ -24,12 +24,14 @@ export function sorted(runs, [key, way]) {
 export const ticked = (names, name) =>
   names.includes(name) ? names.filter((n) => n !== name) : [...names, name].slice(-2);
 
+/** Letters of a name that are surely seen in its field. */
+const SEEN = 32;
+
 /** What a run was, under its name. */
-export function aboutRun({ name, settings, changes, tokens, prompt }) {
-  const then = changes ? `, then changed ${changes}×` : "",
-    asked = JSON.stringify(prompt.length > 36 ? `${prompt.slice(0, 35)}…` : prompt),
-    more = `${name.startsWith(settings) ? "" : settings}${then}`.replace(/^, /, "");
-  return `${more ? `${more} · ` : ""}${tokens} tokens of ${asked}`;
+export function aboutRun({ name, settings, tokens, prompt }) {
+  const asked = JSON.stringify(prompt.length > 36 ? `${prompt.slice(0, 35)}…` : prompt),
+    read = name.startsWith(settings) && settings.length <= SEEN;
+  return `${read ? "" : `${settings} · `}${tokens} tokens of ${asked}`;
 }
 
 export class Runs {
