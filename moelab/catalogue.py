@@ -14,6 +14,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from moelab import demo
 from moelab.demo import smollm2
 from moelab.models.families import positions
@@ -112,6 +114,13 @@ def _fingerprint(source: str | Path, tiers: Sequence[int]) -> str:
     return digest.hexdigest()
 
 
+def _process_bytes(engine: Engine) -> int:
+    """Memory of this process alone beyond dense weights and experts: Python, torch, caches."""
+    memory = psutil.Process().memory_info()
+    shared = getattr(memory, "shared", engine.arena.held_bytes)  # Linux: experts are in it
+    return max(0, memory.rss - shared - engine.dense_bytes)
+
+
 def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dict[str, Any]:
     """What a person reads before choosing a budget: sizes in bytes, counts of experts."""
     s, shape = settings, engine.shape
@@ -137,6 +146,7 @@ def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dic
         ),
         "dense_bits": engine.dense_bits,
         "dense_bytes": engine.dense_bytes,
+        "process_bytes": _process_bytes(engine),
         "max_position_embeddings": getattr(
             engine.model.config.get_text_config(), "max_position_embeddings", None
         ),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NOTEBOOK = "00_start_here.ipynb"
 _POLL_SECONDS = 0.03
+_SUITES = ("papers", "scheduler", "rivals")
 
 app = typer.Typer(
     add_completion=False,
@@ -206,8 +207,18 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table.")] = None,
     suite: Annotated[
-        str, typer.Option(help='Instead: all questions of "papers", or what a "scheduler" costs.')
+        str,
+        typer.Option(help='Instead: the questions of "papers", the "scheduler" alone, "rivals".'),
     ] = "",
+    shape: Annotated[
+        str, typer.Option(help='Of rivals: layers x experts, like "4x64 top-8 2048x1024".')
+    ] = "",
+    folder: Annotated[
+        Path | None, typer.Option(help="Of rivals: where their files stay [moelab's cache].")
+    ] = None,
+    llama: Annotated[
+        Path | None, typer.Option(help="Of rivals: llama-cpp-python's source package, unpacked.")
+    ] = None,
     tables: Annotated[
         Path | None, typer.Option(help="Renew the papers' tables in this file.")
     ] = None,
@@ -226,13 +237,19 @@ def bench(
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"cannot write {file}: the folder {file.absolute().parent} is missing")
     own = bool(strategies or budgets or devices or prompt or (tokens, repeats) != (64, 3))
-    _check_suite(suite, {"contenders": own, "papers": bool(tables or picture), "quick": quick})
+    given = {"contenders": own, "papers": bool(tables or picture), "quick": quick}
+    _check_suite(suite, given | {"rivals": bool(shape or folder or llama)})
     if suite == "papers":
         _bench_papers(model, measure.Files(json_file, markdown, tables, picture), quick=quick)
         return
     if suite == "scheduler":
         frame = measure.deciding(quick=quick)
         report = measure.deciding_report(frame)
+    elif suite == "rivals":
+        from moelab.bench.rivals import suite as beside
+
+        frame = beside.rivals(shape, folder=folder, llama=llama, quick=quick)
+        report = beside.report(frame)
     else:
         frame = measure.bench(
             model,
@@ -255,14 +272,16 @@ def bench(
 
 def _check_suite(suite: str, given: dict[str, bool]) -> None:
     """Refuse options that do not belong together."""
-    if suite not in ("", "papers", "scheduler"):
-        raise ValueError(f"unknown suite {suite!r}; there are: papers, scheduler")
+    if suite not in ("", *_SUITES):
+        raise ValueError(f"unknown suite {suite!r}; there are: {', '.join(_SUITES)}")
     if suite and given["contenders"]:
         raise ValueError("a suite brings its own contenders, runs and prompts; leave them out")
     if suite != "papers" and given["papers"]:
         raise ValueError("--tables and --picture belong to a suite: add --suite papers")
+    if suite != "rivals" and given["rivals"]:
+        raise ValueError("--shape, --folder and --llama belong to a suite: add --suite rivals")
     if given["quick"] and not suite:
-        raise ValueError("--quick belongs to a suite: add --suite papers or --suite scheduler")
+        raise ValueError(f"--quick belongs to a suite: {', '.join(_SUITES)}")
 
 
 def _bench_papers(model: str, files: Files, *, quick: bool) -> None:

@@ -314,12 +314,14 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_kept_tables_alone(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--suite", "songs"], "unknown suite 'songs'; there are: papers, scheduler"),
+        (["--suite", "songs"], "unknown suite 'songs'; there are: papers, scheduler, rivals"),
         (["--suite", "papers", "--budgets", "25%"], "leave them out"),
         (["--suite", "papers", "--tables", "plain.md"], "needs the lines <!-- measured: papers"),
         (["--suite", "papers", "--quick", "--tables", "plain.md"], "leave out --tables"),
         (["--suite", "papers", "--picture", "no/p.svg"], "cannot write no/p.svg"),
-        (["--quick"], "add --suite papers"),
+        (["--quick"], "belongs to a suite: papers, scheduler, rivals"),
+        (["--suite", "papers", "--shape", "2x4"], "add --suite rivals"),
+        (["--suite", "rivals", "--shape", "2x4"], "write 'layersxexperts top-active"),
         (["--suite", "scheduler", "--tables", "plain.md"], "add --suite papers"),
     ],
 )

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import DynamicCache, MistralConfig
 
 import moelab
 import test_families
 import tiny_families
 import tiny_models
-from moelab.engine import dense, kernels
+from moelab.engine import dense, kernels, small_ops
 from moelab.models import skeleton
 from moelab.models.families import find_moe
 from moelab.store.codecs import Layout, decode, encode, nbytes
@@ -192,3 +193,45 @@ def test_one_token_and_many_are_computed_alike_from_the_same_dense_weight(bits):
     rows = torch.cat([held.rows(0, 3), held.rows(3, 200)])
     assert torch.equal(held.lookup(torch.tensor([[5, 199]]))[0], rows[[5, 199]])
     assert (rows - half.float()).abs().max() < {16: 1e-9, 8: 0.03, 4: 0.5}[bits]
+
+
+class Norm(nn.Module):
+    """A root mean square norm; with ``plus`` it multiplies by one more than its weight."""
+
+    def __init__(self, plus: float, kind: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(96).to(kind), requires_grad=False)
+        self.variance_epsilon, self.plus = 1e-6, plus
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight + self.plus) * (x * scale)
+
+
+class PlainRMSNorm(Norm):
+    pass
+
+
+def test_a_norm_is_replaced_only_where_ours_computes_the_same():
+    model = nn.ModuleList([PlainRMSNorm(0), PlainRMSNorm(1), Norm(0), PlainRMSNorm(0, torch.half)])
+    x = torch.randn(2, 3, 96)
+    before = [module(x) for module in model]
+    assert small_ops.serve_norms(model) == 1
+    assert isinstance(model[0].forward, small_ops.RootMeanSquare)
+    for module, was in zip(model, before, strict=True):
+        torch.testing.assert_close(module(x), was, rtol=1e-6, atol=1e-6)
+    assert model[0](x.double()).dtype == torch.float64  # by the module's own
+    torch.testing.assert_close(model[0](x.mT.contiguous().mT), before[0])  # of another memory order
+
+
+def test_a_growing_cache_holds_what_a_concatenated_one_does():
+    theirs, ours = DynamicCache(), small_ops.GrowingLayer()
+    for count in (5, 1, 1, 7, 30, 1):
+        new = torch.randn(2, 1, 3, count, 8)
+        want, got = theirs.update(*new, 0), ours.update(*new)
+        assert all(map(torch.equal, want, got))
+    assert ours.get_seq_length() == theirs.get_seq_length() == 45
+    assert ours._room[0].shape[-2] <= 2 * 45
+    sliding = DynamicCache(config=MistralConfig(num_hidden_layers=2, sliding_window=4))
+    kinds = [type(layer) for layer in sliding.layers]
+    assert [type(layer) for layer in small_ops.growing(sliding).layers] == kinds

@@ -33,7 +33,8 @@ def _pointer(kind: Any, llvm: ir.Type) -> Any:
     )
 
 
-_i16, _f32 = _pointer(types.int16, ir.IntType(16)), _pointer(types.float32, ir.FloatType())
+_i16 = _pointer(types.int16, ir.IntType(16))
+float32_at = _pointer(types.float32, ir.FloatType())
 _i64 = _pointer(types.int64, ir.IntType(64))
 
 
@@ -98,8 +99,8 @@ def _hidden_chunk(job: np.ndarray, index: int) -> None:
     groups, row_bytes = width // GROUP, width * tier // 8
     start, wide = carray(_i64(job[6]), n)[e], np.int64(tier == 8)
     pairs = start + 2 * inner * row_bytes
-    gate = carray(_f32(job[9]), (n, tokens))
-    act = carray(_f32(job[15]), (n, tokens, inner))
+    gate = carray(float32_at(job[9]), (n, tokens))
+    act = carray(float32_at(job[15]), (n, tokens, inner))
     at_x, at_xq = job[8], job[11 + wide]
     at_pairs = job[13 + wide]
     for r in range(first, last):  # outside: a row comes from memory once, for all tokens
@@ -113,7 +114,7 @@ def _hidden_chunk(job: np.ndarray, index: int) -> None:
                 act[e, t, r] = h / (np.float32(1) + np.exp(-h)) * u
     if tier < 16:
         codes = carray(_i16(job[16]), (n, tokens, inner))
-        a_pairs = carray(_f32(job[17]), (n, tokens, inner // GROUP, 2))
+        a_pairs = carray(float32_at(job[17]), (n, tokens, inner // GROUP, 2))
         for t in range(tokens):
             if gate[e, t] != 0:
                 g, end = first // GROUP, last // GROUP
@@ -132,8 +133,8 @@ def _down_chunk(job: np.ndarray, index: int) -> None:
     if tier < 16:
         start += 2 * inner * width // GROUP * 4
     pairs = start + width * row_bytes
-    gate = carray(_f32(job[9]), (n, tokens))
-    out = carray(_f32(job[10]), (n, tokens, width))
+    gate = carray(float32_at(job[9]), (n, tokens))
+    out = carray(float32_at(job[10]), (n, tokens, width))
     for r in range(first, min(first + ROWS, width)):
         w, p = start + r * row_bytes, pairs + r * groups * 4
         for t in range(tokens):
@@ -151,8 +152,8 @@ def _linear_chunk(job: np.ndarray, index: int) -> None:
     groups = width // GROUP
     row_bytes = width * tier // 8
     pairs = job[6] + rows * row_bytes
-    out = carray(_f32(job[10]), (tokens, rows))
-    x = carray(_f32(job[8]), (tokens, width))
+    out = carray(float32_at(job[10]), (tokens, rows))
+    x = carray(float32_at(job[8]), (tokens, width))
     for r in range(index * ROWS, min((index + 1) * ROWS, rows)):
         w, p = job[6] + r * row_bytes, pairs + r * groups * 4
         for t in range(tokens):

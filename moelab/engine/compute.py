@@ -119,12 +119,6 @@ class _Layer:
     def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
         self.layer, self._compute, self._x, self._routed = layer, compute, x, routed
 
-    def _gates(self, served: Sequence[tuple[Serve, Slot]]) -> np.ndarray:
-        """Gate weights of experts for every token, float32 ``[n, T]``."""
-        experts = np.array([serve.expert for serve, _ in served])[:, None, None]
-        # A token's weights for one expert are added: a few routers choose an expert twice.
-        return np.where(self._routed.idx == experts, self._routed.gates, np.float32(0)).sum(2)
-
 
 class KernelBatch(_Layer):
     """SwiGLU experts of few tokens, each at its own bits: one kernel call for all that are here."""
@@ -140,12 +134,18 @@ class KernelBatch(_Layer):
         if not served:
             return
         served = sorted(served, key=lambda one: one[0].expert)
+        gates = [[0.0] * len(self._in) for _ in served]
+        place = {serve.expert: at for at, (serve, _) in enumerate(served)}
+        for t, row in enumerate(zip(self._routed.experts, self._routed.weights, strict=True)):
+            for expert, weight in zip(*row, strict=True):
+                if expert in place:  # numpy is slow for so few; some routers choose one twice
+                    gates[place[expert]][t] += weight
         outputs = np.zeros((len(served), *self._in.shape), np.float32)
         kernels.swiglu_experts(
             np.array([m.addr for _, m in served], np.uintp),
             np.array([s.bits for s, _ in served], np.int64),
             self._in.numpy(),
-            self._gates(served),
+            np.array(gates, np.float32),
             outputs,
             inner=self._compute.inner,
             half=self._compute.layout.dtype,
@@ -188,6 +188,12 @@ class PrefillBatch(_Layer):
             self._early[serve.expert] = rows, y
             while self._order and self._order[0] in self._early:
                 self._out.index_add_(0, *self._early.pop(self._order.pop(0)))
+
+    def _gates(self, served: Sequence[tuple[Serve, Slot]]) -> np.ndarray:
+        """Gate weights of experts for every token, float32 ``[n, T]``."""
+        experts = np.array([serve.expert for serve, _ in served])[:, None, None]
+        # A token's weights for one expert are added: a few routers choose an expert twice.
+        return np.where(self._routed.idx == experts, self._routed.gates, np.float32(0)).sum(2)
 
     def result(self) -> torch.Tensor:
         """The layer's output; what waits behind an expert that was left out is added now."""

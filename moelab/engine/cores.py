@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -121,6 +120,7 @@ class Pool:
     def __init__(self, work: Callable[[int, int], Any]) -> None:
         self._work, self._threads = work, 1
         self._board = np.zeros(SIZE // 8, np.int64)
+        self._address = self._board.ctypes.data
         self._busy = threading.Lock()
         self._bells: list[threading.Semaphore] = []
         self._asleep: list[bool] = []
@@ -146,20 +146,18 @@ class Pool:
         while True:
             self._asleep[number] = True
             self._bells[number].acquire()
-            self._work(self._board.ctypes.data, PATIENCE)
+            self._work(self._address, PATIENCE)
 
-    @contextmanager
-    def board(self) -> Iterator[int]:
-        """Address of a board to publish on: the workers' own, or, where it is taken, nobody's."""
+    def call(self, kernel: Callable[..., Any], *args: Any) -> Any:
+        """``kernel(board, *args)`` on the workers' board, or, where that is taken, on nobody's."""
         if not self._busy.acquire(blocking=False):
             alone = np.zeros(SIZE // 8, np.int64)
-            yield alone.ctypes.data
-            return
+            return kernel(alone.ctypes.data, *args)
         try:
             for number in range(self._threads - 1):
                 if self._asleep[number]:
                     self._asleep[number] = False
                     self._bells[number].release()
-            yield self._board.ctypes.data
+            return kernel(self._address, *args)
         finally:
             self._busy.release()

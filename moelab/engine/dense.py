@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from moelab.engine.compute import FEW_TOKENS
 from moelab.engine.kernels import linear
 from moelab.models.shards import Checkpoint
-from moelab.store.codecs import GROUP, Layout, decode, encode, nbytes, payload_bytes
+from moelab.store.codecs import GROUP, Layout, decode, encode, nbytes
 
 BLOCK_BYTES = 1 << 21
 """Of float32 rows that are widened at a time: they stay in a core's cache."""
@@ -57,11 +57,17 @@ class Weight:
         self._exact, self._file = exact, file
         if bits == 16:
             self._half = half
-            self.nbytes = half.nbytes
+            self.nbytes, self._address = half.nbytes, half.data_ptr()
         else:
             self._half = None
-            self._codes = encode({"w": half}, self._layout(half.shape[0]), bits)
-            self.nbytes = len(self._codes)
+            self._codes = np.zeros(nbytes(self._layout(len(half)), bits), np.uint8)
+            for first in range(0, len(half), self.step):  # the whole in float32 would be the peak
+                block = half[first : first + self.step]
+                layout = self._layout(len(block))
+                blob = encode({"w": block}, layout, bits)
+                for ours, its in self._parts(first, first + len(block)):
+                    self._codes[ours] = blob[its]
+            self.nbytes, self._address = len(self._codes), self._codes.ctypes.data
 
     @property
     def half(self) -> torch.Tensor:
@@ -87,21 +93,27 @@ class Weight:
             return self._file(first, last).float()
         return self._decoded(first, last)
 
-    def _decoded(self, first: int, last: int) -> torch.Tensor:
+    def _parts(self, first: int, last: int) -> tuple[tuple[slice, slice], ...]:
+        """Where the codes and the pairs of some rows lie, here and in a blob of these rows."""
         (n, k), count = self.shape, last - first
         row, pair = k * self.bits // 8, k // GROUP * 4
-        layout, at = self._layout(count), n * row
+        at, middle = n * row, count * row
+        codes = slice(first * row, last * row), slice(0, middle)
+        pairs = slice(at + first * pair, at + last * pair), slice(middle, middle + count * pair)
+        return codes, pairs
+
+    def _decoded(self, first: int, last: int) -> torch.Tensor:
+        layout = self._layout(last - first)
         blob = np.zeros(nbytes(layout, self.bits), np.uint8)
-        blob[: count * row] = self._codes[first * row : last * row]
-        pairs = self._codes[at + first * pair : at + last * pair]
-        blob[count * row : payload_bytes(layout, self.bits)] = pairs
+        for ours, its in self._parts(first, last):
+            blob[its] = self._codes[ours]
         return decode(blob, layout, self.bits)["w"]
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ W.T``, float32 ``[T, N]`` for x float32 ``[T, K]``."""
         if len(x) <= FEW_TOKENS and (self._half is not None or not self._exact()):
-            at = self._codes.ctypes.data if self._half is None else self._half.data_ptr()
-            return torch.from_numpy(linear(at, self.bits, self.dtype, x.numpy(), self.shape[0]))
+            found = linear(self._address, self.bits, self.dtype, x.numpy(), self.shape[0])
+            return torch.from_numpy(found)
         ends = range(0, self.shape[0], self.step)
         blocks = (self.rows(first, min(first + self.step, self.shape[0])) for first in ends)
         return torch.cat([F.linear(x, block) for block in blocks], dim=-1)

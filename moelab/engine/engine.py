@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from moelab.engine import dense, kernels
+from moelab.engine import dense, kernels, small_ops
 from moelab.engine.compute import Batch, ExpertCompute, Routed, Serve
 from moelab.engine.loader import Loader, Ticket
 from moelab.engine.log import EventLog
-from moelab.engine.memory import Arena, Slot
+from moelab.engine.memory import Arena, Slot, give_back
 from moelab.models.adapter import attach, load_skeleton
 from moelab.scheduling import events as e
 from moelab.scheduling.events import LayerPlan
@@ -66,6 +66,7 @@ class Engine:
             self.model = load_skeleton(store.checkpoint_dir, dtype=dtype, check=store.check_model)
         self.dense_bits, exact = dense_bits, lambda: self.reference is not None
         dense.serve(self.model, dense_bits, store.checkpoint_dir, exact)
+        small_ops.serve_norms(self.model)
         self.dense_bytes = dense.memory_bytes(self.model)
         self.adapter = attach(self.model, self._layer)
         self.compute = ExpertCompute(store, self.adapter)
@@ -78,6 +79,7 @@ class Engine:
         self.lock = threading.RLock()
         self._ahead: dict[Key, Ticket] = {}  # prefetches whose bytes may not have landed
         self.new_sequence(record=False)
+        give_back()
 
     # -- between tokens ---------------------------------------------------------------------
 

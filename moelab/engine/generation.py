@@ -24,6 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 from moelab.engine import kernels
 from moelab.engine.compute import FEW_TOKENS
 from moelab.engine.engine import Engine
+from moelab.engine.small_ops import growing
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ class Stream:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._ids: list[int] = []
-        self._cache = DynamicCache(config=engine.model.config)
+        self._cache = growing(DynamicCache(config=engine.model.config))
         weights = (p for p in engine.model.parameters() if p.device.type != "meta")
         self._tiny = sum(p.numel() for p in weights) < TINY_PARAMETERS
 

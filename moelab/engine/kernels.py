@@ -170,8 +170,7 @@ def linear(
             f"W of rows of {width} at {bits} bit, address {address}: use tiers {TIERS}, rows of "
             f"whole groups of {GROUP} below 16 bit, and weights in memory"
         )
-    with POOL.board() as board:
-        _linear(board, address, bits, half == "bfloat16", x, out)
+    POOL.call(_linear, address, bits, half == "bfloat16", x, out)
     return out
 
 
@@ -220,8 +219,7 @@ def swiglu_experts(
         raise ValueError(
             f"widths H={width} and I={inner} must be multiples of {GROUP}; ask supports() first"
         )
-    with POOL.board() as board:
-        wrong = _experts(board, addrs, bits, x, gate, out, inner, half == "bfloat16")
+    wrong = POOL.call(_experts, addrs, bits, x, gate, out, inner, half == "bfloat16")
     if wrong >= 0:
         raise ValueError(
             f"expert {wrong} of the call has {bits[wrong]} bit at address {addrs[wrong]}; use "

@@ -8,6 +8,8 @@ or withdrawn and its last computation has ended; one thread at a time calls the 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import mmap
 from collections import defaultdict
 
@@ -17,6 +19,12 @@ import numpy as np
 def pages(nbytes: int) -> np.ndarray:
     """Page-aligned memory uint8 ``[nbytes]``; returned to the system with its last view."""
     return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+
+
+def give_back() -> None:
+    """Let the C library return what it holds freed: after an opening, some hundred MB."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Slot:
