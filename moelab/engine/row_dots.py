@@ -43,6 +43,13 @@ _FILES = [
 ]
 _TEXT = hashlib.blake2b(b"".join(f.read_bytes() for f in _FILES), digest_size=4).hexdigest()
 # Infinities and NaN must mean what they mean, so fastmath's nnan and ninf stay off.
+AHEAD = 1024
+"""Bytes ahead of a row dot that its weights are fetched, past the caches.
+
+Weights are read once a token. Through the caches they push out whatever torch and Python need next:
+fetched past them, a token of 4 x 64 experts of 2048 x 1024 at 4 bit took 20 ms instead of 25, at 16
+bit 44 instead of 50 (medians of four pairs, two cores of an AMD EPYC; half of it between kernels).
+"""
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
@@ -84,6 +91,15 @@ def _load(b: _Builder, address: ir.Value, offset: ir.Value | int, kind: ir.Type)
     loaded = b.load(b.inttoptr(where, ir.PointerType(kind)))
     loaded.align = 1
     return loaded
+
+
+def _stream(b: _Builder, address: ir.Value, nbytes: int) -> None:
+    """Fetch weights that come soon without keeping them in a cache, see `AHEAD`."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(_I8), _I32, _I32, _I32])
+    fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    for line in range(0, nbytes, 64):
+        at = b.inttoptr(b.add(address, _I64(AHEAD + line)), ir.PointerType(_I8))
+        b.call(fetch, [at, _I32(0), _I32(0), _I32(1)])
 
 
 def _from_half(b: _Builder, half: Any) -> ir.Value:
@@ -217,6 +233,7 @@ def _dot_codes_by(bits: int) -> Any:
             turns = b.lshr(groups, _I64(2))
 
             def add_groups(first: ir.Value, count: int) -> None:
+                _stream(b, b.add(row, b.mul(first, _I64(8 * bits))), 8 * bits * count)
                 halves = _load(b, pairs, b.mul(first, _I64(4)), _V(_I16, 2 * count))
                 products = b.fmul(
                     _from_half(b, halves),
@@ -265,6 +282,7 @@ def _dot_half_by(bfloat: bool) -> Any:
             with cgutils.for_range(b, groups) as loop:
                 w_at = b.add(row, b.mul(loop.index, _I64(2 * GROUP)))
                 x_at = b.add(x, b.mul(loop.index, _I64(4 * GROUP)))
+                _stream(b, w_at, 2 * GROUP)
                 for k, total in enumerate(totals):
                     w = _load(b, w_at, 16 * k, _V(_I16, 8))
                     if bfloat:
