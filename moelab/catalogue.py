@@ -147,9 +147,6 @@ def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dic
         "dense_bits": engine.dense_bits,
         "dense_bytes": engine.dense_bytes,
         "process_bytes": _process_bytes(engine),
-        "max_position_embeddings": getattr(
-            engine.model.config.get_text_config(), "max_position_embeddings", None
-        ),
         "notes": store.manifest.notes,
         "store": str(store.path),
     }

@@ -111,7 +111,7 @@ class FakeLab:
         self.asked_info += 1
         s, shape = self.settings, self._shape
         return {
-            "name": "demo",
+            "name": "synthetic",
             "layers": shape.layers,
             "experts_per_layer": max(shape.experts),
             "top_k": shape.top_k,

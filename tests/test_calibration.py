@@ -73,8 +73,8 @@ def test_the_strategy_uses_what_was_returned_last(lab, monkeypatch):
     def made(t1):
         return {"t1": t1, "t2": 0.95, "weights": [1.0, 0.0, 0.0, 0.0]}
 
-    monkeypatch.setattr(maker, "made_from", lambda lab, **options: options)
-    monkeypatch.setattr(maker, "make", lambda lab, texts, own, *_, **__: made(own.get("t1", 0.5)))
+    monkeypatch.setattr(maker, "made_from", lambda lab, t1=0.5: {"t1": t1})
+    monkeypatch.setattr(maker, "make", lambda lab, texts, own, *_, **__: made(own["t1"]))
     lab.update(strategy="hobbit")
     lab.calibrate("hobbit")
     assert lab.settings.t1 == 0.6  # nothing changes by itself

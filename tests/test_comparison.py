@@ -11,6 +11,7 @@ import pytest
 
 import moelab
 from moelab.runs.compare import Comparison
+from moelab.runs.rounds import rotated
 from moelab.runs.saved import SavedRuns
 from moelab.scheduling.stream import Shape
 from moelab.settings import Settings
@@ -458,3 +459,7 @@ def test_a_run_is_saved_once_unless_it_is_given_another_name(saved_runs):
     assert saved.add(run) == first
     assert saved.add(run, "again") == "again"
     assert list(saved) == [first, "again"]
+
+
+def test_repeats_begin_elsewhere_each_time():
+    assert "".join(rotated("abc", 3)) == "abcbcacab"

@@ -220,7 +220,7 @@ def test_the_last_bytes_of_a_run_are_in_its_text(lab, monkeypatch, text):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_child_is_told_that_the_lab_is_its_parents(demo_lab):
+def test_a_forked_child_is_told_that_the_lab_is_its_parents_and_opens_its_own(demo_lab):
     demo_lab.update(device="hdd", strategy="on_demand")
     run = demo_lab.start(PROMPT, max_new_tokens=400, ignore_eos=True)
     calls = [lambda: demo_lab.generate(PROMPT), lambda: demo_lab.update(bits=4), run.join]
@@ -231,6 +231,8 @@ def test_a_forked_child_is_told_that_the_lab_is_its_parents(demo_lab):
             with pytest.raises(RuntimeError, match="a fork of it"):
                 call()
         loader.close()  # as at exit: whoever holds its lock does not exist here
+        with moelab.open("demo", measure_kl=False, progress=False) as own:
+            assert len(own.generate(PROMPT, max_new_tokens=2, ignore_eos=True).tokens) == 2
         os._exit(7)
 
     loader, held, over = demo_lab._engine.loader, threading.Event(), threading.Event()

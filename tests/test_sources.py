@@ -152,7 +152,7 @@ def test_what_is_ignored_is_said_in_the_notes_and_in_info(tmp_path, family, name
     with moelab.open(source, tiers=(16,), progress=False) as lab:
         (said,) = lab.info()["notes"]
         assert note in said
-        assert lab.info()["max_position_embeddings"] == 512
+        assert lab.info()["positions"] == 512
 
 
 def test_the_16_bit_type_is_one_that_holds_every_layer(qwen, tmp_path):

@@ -46,9 +46,9 @@ _TEXT = hashlib.blake2b(b"".join(f.read_bytes() for f in _FILES), digest_size=4)
 AHEAD = 1024
 """Bytes ahead of a row dot that its weights are fetched, past the caches.
 
-Weights are read once a token. Through the caches they push out whatever torch and Python need next:
-fetched past them, a token of 4 x 64 experts of 2048 x 1024 at 4 bit took 20 ms instead of 25, at 16
-bit 44 instead of 50 (medians of four pairs, two cores of an AMD EPYC; half of it between kernels).
+Weights are read once a token. Through the caches they push out what torch and Python need next.
+A token of 4 x 64 experts of 2048 x 1024 at 4 bit took 23 to 26 ms, fetched past them 18 to 22; half
+of it is saved between the kernels (three and two runs in turn, two cores of an AMD EPYC).
 """
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
