@@ -261,7 +261,8 @@ def report(frame: pd.DataFrame) -> str:
     room = ", ".join(f"{name} {size >> 20}" for name, size in how["room_bytes"].items())
     told = (
         f"{how['shape']}, random weights; {how['tokens']} forced tokens after "
-        f"{contenders.PROMPT + contenders.WARM}, median of {'up to ' * (not how['complete'])}{how['repeats']} on "
+        f"{contenders.PROMPT + contenders.WARM}, median of "
+        f"{'up to ' * (not how['complete'])}{how['repeats']} on "
         f"{machine['processor']}, {machine['cores']} cores, {machine['system']}. A cap is the "
         f"share of the weights' bytes + MiB for the process ({room}), page cache in it, cold. "
         f"Read-ahead: {ahead}. moelab {moelab.__version__}, {how['llama'] or 'no llama.cpp'}."
