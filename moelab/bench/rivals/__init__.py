@@ -1,1 +1,1 @@
-"""moelab beside llama.cpp and accelerate: one checkpoint, forced tokens, equal caps on memory."""
+"""moelab beside llama.cpp and accelerate: one checkpoint, forced tokens, capped memory."""
