@@ -1,4 +1,4 @@
-"""The suite: who decodes faster with so much of the weights in memory, and what each reads for a token.
+"""The suite: who decodes faster with a share of the weights in memory, reading how much a token.
 
 Every system decodes the same forced tokens of the same weights in a process of its own, within a
 cap of ``share`` of the weights' bytes + its `ROOM`, started cold, in rotated order. What it does
