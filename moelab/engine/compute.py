@@ -138,7 +138,7 @@ class KernelBatch(_Layer):
         place = {serve.expert: at for at, (serve, _) in enumerate(served)}
         for t, row in enumerate(zip(self._routed.experts, self._routed.weights, strict=True)):
             for expert, weight in zip(*row, strict=True):
-                if expert in place:  # numpy is slow for so few; some routers choose one twice
+                if expert in place:  # as `_gates`, which takes 90 us for so few
                     gates[place[expert]][t] += weight
         outputs = np.zeros((len(served), *self._in.shape), np.float32)
         kernels.swiglu_experts(

@@ -106,8 +106,10 @@ def rivals(
     ValueError
         The shape is not one.
     OSError
-        The disk is too small.
+        The disk is too small, or this is not Linux.
     """
+    if sys.platform != "linux":
+        raise OSError("what a process reads and holds is measured as Linux tells it; use Linux")
     extent = Shape.of(shape or (QUICK if quick else SHAPE))
     name = str(extent).replace(" ", "-") + f"-{seed}"
     folder = (folder or cache_dir() / "rivals") / name
