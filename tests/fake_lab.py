@@ -73,6 +73,7 @@ class FakeLab:
     """The part of `Lab` that the dashboard may use."""
 
     closed = follows = False
+    name = "synthetic"
 
     def __init__(self, *, layers=8, experts=32, top_k=4, token_ms=1.0, budget=0.25, seed=0):
         self.token_ms, self._lock = token_ms, threading.RLock()
@@ -111,7 +112,7 @@ class FakeLab:
         self.asked_info += 1
         s, shape = self.settings, self._shape
         return {
-            "name": "synthetic",
+            "name": self.name,
             "layers": shape.layers,
             "experts_per_layer": max(shape.experts),
             "top_k": shape.top_k,

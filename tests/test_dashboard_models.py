@@ -17,12 +17,14 @@ from moelab.widgets import Dashboard
 class Chatty(FakeLab):
     """A second model, larger, with a chat template."""
 
+    name = "smollm2-moe"
+
     def __init__(self):
         super().__init__(layers=12, experts=16)
         self.asked, self.shut = [], False
 
     def info(self):
-        return {**super().info(), "name": "smollm2-moe", "chat": True}
+        return {**super().info(), "chat": True}
 
     def prompts(self):
         return {"question": ["Why is the sky blue?"]}
@@ -40,6 +42,7 @@ def dashboard(monkeypatch):
     monkeypatch.setattr(smollm2, "missing", lambda: "")
     monkeypatch.setattr(smollm2, "DELTA", Path(__file__))
     lab = FakeLab(token_ms=0.05)
+    lab.name = "demo"
     dashboard = Dashboard(lab)
     dashboard.first = lab
     yield dashboard
