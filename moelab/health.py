@@ -10,7 +10,6 @@ browser: a kernel cannot ask which extensions the front end has loaded.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import platform
 import shutil
@@ -348,38 +347,33 @@ def demo_store() -> Iterator[Check]:
 
 
 def disk() -> Iterator[Check]:
-    """How fast the engine's own loader reads here, and whether past the page cache."""
+    """How fast this disk is read, by how many loads at once."""
+    from moelab.engine.readers import best
     from moelab.store.devices import DEVICES
 
-    speed, direct = disk_speed(cache_dir())
-    found = f"{speed / 1e6:.0f} MB/s in loads of {BLOCK_BYTES / 1e6:.1f} MB"
+    found, direct = disk_paces(cache_dir())
+    most, speed = best(found), max(found.values())
+    each = ", ".join(f"{n}: {pace / 1e6:.0f}" for n, pace in found.items())
+    words = f"{found[most] / 1e6:.0f} MB/s by {most} readers in loads of {BLOCK_BYTES / 1e6:.1f} MB"
     faster = [n for n, d in DEVICES.items() if (d.bandwidth_bytes_s or 0) > speed]
     beyond = f"; too slow to stand for {', '.join(faster)}" if faster else ""
     cached = " out of the page cache: direct I/O is not to be had in this folder" * (not direct)
     mend = "export MOELAB_CACHE=/path/on/a/local/disk  # or emulate one: device='sd_card'"
-    yield _line("disk", found + f", direct I/O{beyond}" * direct, cached, mend, "note")
+    tried = f" (readers: MB/s, {each}), direct I/O{beyond}" * direct
+    yield _line("disk", words + tried, cached, mend, "note")
 
 
-def disk_speed(folder: Path) -> tuple[float, bool]:
-    """Bytes a second through the loader from a scratch file in ``folder``, and whether direct."""
-    from moelab.engine.loader import Loader
-    from moelab.engine.memory import pages
+def disk_paces(folder: Path) -> tuple[dict[int, float], bool]:
+    """Bytes a second by number of readers of a scratch file in ``folder``, and whether direct."""
+    from moelab.engine.readers import paces
     from moelab.store.blobs import BlobFile
 
-    slots = itertools.cycle([pages(BLOCK_BYTES) for _ in range(4)])
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.write(os.urandom(SCRATCH_BYTES))
         file.flush()
         os.fsync(file.fileno())
-        loader, blobs = Loader(BLOCK_BYTES), BlobFile(Path(file.name))
-        try:
-            begun = time.perf_counter()
-            at = range(0, SCRATCH_BYTES, BLOCK_BYTES)
-            for load in [loader.submit(blobs, i, next(slots), urgent=True) for i in at]:
-                loader.wait(load)
-            return SCRATCH_BYTES / (time.perf_counter() - begun), loader.direct
-        finally:
-            loader.close()
+        blobs = BlobFile(Path(file.name))
+        return paces(blobs, BLOCK_BYTES), blobs.direct
 
 
 CHECKS = (python, packages, torch, kernels, front_end, memory, cache_folder, demo_store, disk)

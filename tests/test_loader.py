@@ -7,11 +7,13 @@ import time
 
 import pytest
 
+from moelab.engine import readers
 from moelab.engine.loader import Loader, LoadError
 from moelab.engine.memory import Arena, pages
 from moelab.store import devices
 from moelab.store.blobs import BlobFile
 from moelab.store.devices import Device
+from moelab.store.store import Store
 
 PAGE = 4096
 
@@ -29,7 +31,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def loader():
-    loader = Loader(PAGE)
+    loader = Loader(3)
     yield loader
     loader.close()
 
@@ -101,7 +103,7 @@ def test_a_file_that_ends_early_is_named(loader, file):
 
 
 def test_a_closed_loader_takes_nothing(file):
-    loader = Loader(PAGE)
+    loader = Loader(3)
     loader.close()
     with pytest.raises(LoadError, match="open the lab again"):
         loader.submit(file, 0, slot(), urgent=True)
@@ -128,3 +130,26 @@ def test_an_arena_never_holds_more_than_its_limit():
     assert arena.held_bytes <= 5 * PAGE
     arena.trim()
     assert arena.held_bytes == 4 * PAGE  # the one still in use
+
+
+def test_a_disk_is_measured_once_for_each_size_of_a_load(demo_store, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setenv("MOELAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(readers, "paces", lambda file, size: asked.append(size) or {1: 5.0, 2: 9.0})
+    store = Store.open(demo_store)
+    monkeypatch.setattr(BlobFile, "direct", True)
+    assert [readers.readers(store) for _ in range(3)] == [2, 2, 2]
+    assert asked == [store.slot_bytes[16]]
+    (tmp_path / "disks.json").write_text('{"a": [1]')  # damaged: measured anew
+    assert readers.readers(store) == 2
+    assert len(asked) == 2
+    monkeypatch.setattr(BlobFile, "direct", False)
+    assert readers.readers(store) == readers.CACHED, "the page cache is no disk"
+
+
+def test_more_readers_have_to_pay(file):
+    assert readers.best({1: 1.0, 2: 1.05, 4: 1.08}) == 1
+    assert readers.best({1: 1.0, 2: 2.0, 4: 3.0, 8: 3.2}) == 4
+    found = readers.paces(file, PAGE)
+    assert list(found) == list(readers.DEPTHS)
+    assert min(found.values()) > 0

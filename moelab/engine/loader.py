@@ -22,9 +22,6 @@ from moelab.engine.process import Process
 from moelab.store.blobs import BlobFile
 from moelab.store.devices import Device, Throttle, device, sleep_until
 
-BIG = 1_500_000
-"""One reader saturates a disk from this many bytes a load on; smaller ones take `SMALL_READERS`."""
-SMALL_READERS = 3
 NOTHING = np.empty(0, np.uint8)
 
 
@@ -58,13 +55,13 @@ class Loader:
 
     Parameters
     ----------
-    nbytes
-        Largest load, which decides the number of threads.
+    readers
+        Loads at once, a thread each.
     profile
         Name of the device, see `moelab.store.devices`.
     """
 
-    def __init__(self, nbytes: int, profile: str = "disk") -> None:
+    def __init__(self, readers: int, profile: str = "disk") -> None:
         # Guards everything below; notified whenever a load is queued, done, or the device changes.
         self._cond = threading.Condition()
         self._queues: tuple[deque[Ticket], deque[Ticket]] = (deque(), deque())  # urgent, prefetch
@@ -74,10 +71,9 @@ class Loader:
         self._active = 0  # loads begun and not done: never more than the device's queue
         self._closed = False
         self._process = Process("this loader works")
-        count = 1 if nbytes >= BIG else SMALL_READERS
         self._threads = [
             threading.Thread(target=self._work, name=f"moelab-load-{i}", daemon=True)
-            for i in range(count)
+            for i in range(readers)
         ]
         for t in self._threads:
             t.start()

@@ -26,8 +26,8 @@ class Device:
     latency_ms
         Before the first byte of a load; latencies of queued loads overlap.
     queue
-        Loads the device works on at a time, at most; the loader's threads (1 to 3) are the other
-        limit.
+        Loads the device works on at a time, at most; the loader's readers, 1 to 8, are the
+        other limit.
     """
 
     title: str
