@@ -68,7 +68,7 @@ def test_a_16_bit_linear_layer_is_float32s_on_the_same_values(half, rows, width,
     expected = F.linear(x, module.weight.float(), module.bias)
     dense.serve(module)
     assert module.weight.dtype == torch.float32, "families cast by the dtype of a weight"
-    assert torch.equal(module.weight + 0, module.weight.held.rows(0, rows))
+    assert torch.equal(module.weight + 0, module.weight.held[:])
     assert (module(x) - expected).abs().max() <= 2e-6 * width**0.5
     assert (F.linear(x, module.weight, module.bias) - expected).abs().max() <= 1e-5
 
@@ -190,7 +190,7 @@ def test_one_token_and_many_are_computed_alike_from_the_same_dense_weight(bits):
     x = torch.randn(20, 128)
     many, one = held.times(x), torch.cat([held.times(row[None]) for row in x])
     assert (many - one).abs().max() < {16: 1e-4, 8: 5e-3, 4: 0.5}[bits]
-    rows = torch.cat([held.rows(0, 3), held.rows(3, 200)])
+    rows = torch.cat([held[:3], held[3:200]])
     assert torch.equal(held.lookup(torch.tensor([[5, 199]]))[0], rows[[5, 199]])
     assert (rows - half.float()).abs().max() < {16: 1e-9, 8: 0.03, 4: 0.5}[bits]
 

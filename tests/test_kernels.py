@@ -189,14 +189,15 @@ def test_extreme_codes_do_not_saturate(bits):
         assert np.abs(got - expected).max() < 1e-3 * scale
 
 
-@pytest.mark.parametrize("count", [1, kernels.KERNEL_TOKENS, kernels.KERNEL_TOKENS + 1])
+@pytest.mark.parametrize("count", [1, 11, kernels.KERNEL_TOKENS, kernels.KERNEL_TOKENS + 1])
 @pytest.mark.parametrize("bits", TIERS)
 def test_prefill_gives_what_single_tokens_give(bits, count):
-    given = layout, (blob,), _, x, _ = case([bits], count)
+    given = layout, (blob,), tiers, x, gate = case([bits], count)
     many = kernels.swiglu_prefill(blob, bits, layout, torch.from_numpy(x)).numpy()
-    limit = ACTIVATION_ERROR[bits] if count <= kernels.KERNEL_TOKENS else 1e-6
-    assert error(many, reference(*given)) < limit
-    assert error(run(*given), many) < ACTIVATION_ERROR[bits]
+    assert error(many, reference(*given)) < ACTIVATION_ERROR[bits]
+    alone = [run(layout, [blob], tiers, x[t : t + 1].copy(), gate[:, :1]) for t in range(count)]
+    # Sums in another order; an activation that rounds the other way moves a result by a code.
+    assert error(np.concatenate(alone), many) < (1e-3 if bits < 8 else 2e-5)
 
 
 def test_prefill_refuses_what_is_not_the_experts_blob():
@@ -329,7 +330,8 @@ def test_portable_kernels_pass_all_of_these_tests(numba_cache):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         [*command, "-k", "not between_processes"],
-        env={**os.environ, **numba_cache, "MOELAB_PORTABLE": "1"},
+        # Memory that is freed is filled with rubbish: nothing may be read there.
+        env={**os.environ, **numba_cache, "MOELAB_PORTABLE": "1", "MALLOC_PERTURB_": "165"},
         cwd=Path(__file__).parent.parent,
         check=False,
         capture_output=True,

@@ -17,11 +17,14 @@ from numba import types
 from numba.np.numpy_support import carray
 
 from moelab.engine.cores import JOB, Pool, done, finish, idle, publish, take
-from moelab.engine.row_dots import dot_codes, dot_half, half_value, intrinsic_of, kernel
+from moelab.engine.row_dots import TILE, dot, dots, half_value, intrinsic_of, kernel
 from moelab.store.groups import GROUP
 
 ROWS = 64
 """Rows of a chunk; of the inner width they are whole groups, quantised where they were made."""
+
+FEW_TOKENS = 8
+"""Tokens that meet a row one by one; of more, `TILE` at a time."""
 
 HIDDEN, DOWN, LINEAR = 0, 1, 2  # kinds of jobs
 
@@ -79,13 +82,29 @@ def quantise(
 
 
 @kernel
-def _dot(
-    tier: int, bfloat: bool, row: int, pairs: int, x: int, xq: int, x_pairs: int, groups: int
-) -> Any:
-    """One row of weights times one token, at any tier; `row` and what follows are addresses."""
-    if tier == 16:
-        return dot_half(bfloat, row, x, groups)
-    return dot_codes(tier, row, pairs, xq, x_pairs, groups)
+def _dots(
+    tier: int,
+    bfloat: bool,
+    row: int,
+    pairs: int,
+    x: int,
+    xq: int,
+    x_pairs: int,
+    groups: int,
+    count: int,
+    found: np.ndarray,
+) -> None:
+    """One row of whole groups times ``count`` tokens, 1 or `TILE`, into ``found``."""
+    if count == 1:
+        found[0] = dot(tier, bfloat, row, pairs, x, xq, x_pairs, groups)
+    else:
+        dots(tier, bfloat, row, pairs, x, xq, x_pairs, groups, found.ctypes.data)
+
+
+@kernel
+def _at_once(tokens: int, t: int) -> int:
+    """Tokens from ``t`` on that meet a row together."""
+    return TILE if tokens > FEW_TOKENS and t + TILE <= tokens else 1
 
 
 @kernel
@@ -101,22 +120,27 @@ def _hidden_chunk(job: np.ndarray, index: int) -> None:
     pairs = start + 2 * inner * row_bytes
     gate = carray(float32_at(job[9]), (n, tokens))
     act = carray(float32_at(job[15]), (n, tokens, inner))
-    at_x, at_xq = job[8], job[11 + wide]
-    at_pairs = job[13 + wide]
+    hidden, scaled = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for r in range(first, last):  # outside: a row comes from memory once, for all tokens
         w, p = start + r * row_bytes, pairs + r * groups * 4
         up, up_p = w + inner * row_bytes, p + inner * groups * 4
-        for t in range(tokens):
-            if gate[e, t] != 0:
-                x, xq, xp = at_x + 4 * t * width, at_xq + 2 * t * width, at_pairs + 8 * t * groups
-                h = _dot(tier, bfloat, w, p, x, xq, xp, groups)
-                u = _dot(tier, bfloat, up, up_p, x, xq, xp, groups)
-                act[e, t, r] = h / (np.float32(1) + np.exp(-h)) * u
+        t = 0
+        while t < tokens:
+            count = _at_once(tokens, t)
+            if count > 1 or gate[e, t] != 0:
+                x, xq = job[8] + 4 * t * width, job[11 + wide] + 2 * t * width
+                xp = job[13 + wide] + 8 * t * groups
+                _dots(tier, bfloat, w, p, x, xq, xp, groups, count, hidden)
+                _dots(tier, bfloat, up, up_p, x, xq, xp, groups, count, scaled)
+                for i in range(count):
+                    h = hidden[i]
+                    act[e, t + i, r] = h / (np.float32(1) + np.exp(-h)) * scaled[i]
+            t += count
     if tier < 16:
         codes = carray(_i16(job[16]), (n, tokens, inner))
         a_pairs = carray(float32_at(job[17]), (n, tokens, inner // GROUP, 2))
         for t in range(tokens):
-            if gate[e, t] != 0:
+            if gate[e, t] != 0 or tokens > FEW_TOKENS:
                 g, end = first // GROUP, last // GROUP
                 quantise(act[e, t], g, end, tier == 8, codes[e, t], a_pairs[e, t])
 
@@ -135,14 +159,21 @@ def _down_chunk(job: np.ndarray, index: int) -> None:
     pairs = start + width * row_bytes
     gate = carray(float32_at(job[9]), (n, tokens))
     out = carray(float32_at(job[10]), (n, tokens, width))
+    found = np.empty(TILE, np.float32)
     for r in range(first, min(first + ROWS, width)):
         w, p = start + r * row_bytes, pairs + r * groups * 4
-        for t in range(tokens):
-            if gate[e, t] != 0:
+        t = 0
+        while t < tokens:
+            count = _at_once(tokens, t)
+            if count > 1 or gate[e, t] != 0:
                 row = e * tokens + t
                 a, aq = job[15] + 4 * row * inner, job[16] + 2 * row * inner
-                y = _dot(tier, bfloat, w, p, a, aq, job[17] + 8 * row * groups, groups)
-                out[e, t, r] = gate[e, t] * y
+                ap = job[17] + 8 * row * groups
+                _dots(tier, bfloat, w, p, a, aq, ap, groups, count, found)
+                for i in range(count):
+                    if gate[e, t + i] != 0:
+                        out[e, t + i, r] = gate[e, t + i] * found[i]
+            t += count
 
 
 @kernel
@@ -154,14 +185,20 @@ def _linear_chunk(job: np.ndarray, index: int) -> None:
     pairs = job[6] + rows * row_bytes
     out = carray(float32_at(job[10]), (tokens, rows))
     x = carray(float32_at(job[8]), (tokens, width))
+    found = np.empty(TILE, np.float32)
     for r in range(index * ROWS, min((index + 1) * ROWS, rows)):
         w, p = job[6] + r * row_bytes, pairs + r * groups * 4
-        for t in range(tokens):
+        t = 0
+        while t < tokens:
+            count = _at_once(tokens, t)
             xq, xp = job[11] + 2 * t * width, job[13] + 8 * t * groups
-            y = _dot(tier, bfloat, w, p, job[8] + 4 * t * width, xq, xp, groups)
-            for j in range(groups * GROUP, width):
-                y += half_value(bfloat, w + 2 * j) * x[t, j]
-            out[t, r] = y
+            _dots(tier, bfloat, w, p, job[8] + 4 * t * width, xq, xp, groups, count, found)
+            for i in range(count):
+                y = found[i]
+                for j in range(groups * GROUP, width):
+                    y += half_value(bfloat, w + 2 * j) * x[t + i, j]
+                out[t + i, r] = y
+            t += count
 
 
 @kernel

@@ -20,17 +20,12 @@ import numpy as np
 import torch
 
 from moelab.engine import kernels
+from moelab.engine.chunks import FEW_TOKENS
 from moelab.engine.memory import Slot, pages
 from moelab.models.adapter import Adapter, expert_forward
 from moelab.scheduling.stream import Key
 from moelab.store.codecs import decode
 from moelab.store.store import Store
-
-FEW_TOKENS = 8
-"""Up to here one kernel call serves all experts; above, each expert is called on its own tokens.
-
-Those are served by the kernels too up to `kernels.KERNEL_TOKENS`, and by a decoded expert beyond.
-"""
 
 AT_ONCE = 8
 """Experts that full precision reads before it computes them."""
@@ -83,7 +78,7 @@ class ExpertCompute:
         """A new layer's output, to be filled expert by expert; ``x`` is ``[T, D]``."""
         if not self.fast or scale_input:
             return TorchBatch(self, layer, x, routed, scale_input)
-        few = len(x) <= FEW_TOKENS
+        few = len(x) <= FEW_TOKENS  # then one kernel call serves all experts that are here
         return (KernelBatch if few else PrefillBatch)(self, layer, x, routed)
 
     def full_precision(

@@ -20,13 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from moelab.engine.compute import FEW_TOKENS
-from moelab.engine.kernels import linear
+from moelab.engine.chunks import FEW_TOKENS
+from moelab.engine.kernels import BLOCK_BYTES, in_blocks, linear
 from moelab.models.shards import Checkpoint
 from moelab.store.codecs import GROUP, Layout, decode, encode, nbytes
-
-BLOCK_BYTES = 1 << 21
-"""Of float32 rows that are widened at a time: they stay in a core's cache."""
 
 Rows = Callable[[int, int], torch.Tensor]
 
@@ -85,8 +82,9 @@ class Weight:
     def _layout(self, rows: int) -> Layout:
         return Layout((("w", (rows, self.shape[1])),), self.dtype)
 
-    def rows(self, first: int, last: int) -> torch.Tensor:
-        """Some rows, float32 ``[last - first, K]``."""
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """Some rows, float32 ``[n, K]``."""
+        first, last, _ = rows.indices(self.shape[0])
         if self._half is not None:
             return self._half[first:last].float()
         if self._exact() and self._file is not None:
@@ -111,18 +109,16 @@ class Weight:
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ W.T``, float32 ``[T, N]`` for x float32 ``[T, K]``."""
-        if len(x) <= FEW_TOKENS and (self._half is not None or not self._exact()):
+        if not self._exact() if self._half is None else len(x) <= FEW_TOKENS:
             found = linear(self._address, self.bits, self.dtype, x.numpy(), self.shape[0])
             return torch.from_numpy(found)
-        ends = range(0, self.shape[0], self.step)
-        blocks = (self.rows(first, min(first + self.step, self.shape[0])) for first in ends)
-        return torch.cat([F.linear(x, block) for block in blocks], dim=-1)
+        return in_blocks(x, self)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows by number, float32 ``[..., K]``."""
         if self._half is not None:
             return F.embedding(ids, self._half).float()
-        found = [self.rows(at, at + 1) for at in ids.flatten().tolist()]
+        found = [self[at : at + 1] for at in ids.flatten().tolist()]
         return torch.cat(found).view(*ids.shape, -1)
 
 
@@ -149,7 +145,7 @@ class Widened(torch.Tensor):
         if func._schema.is_mutable and isinstance(args[0], cls):
             func(args[0].held.half, *args[1:], **(kwargs or {}))
             return args[0]
-        whole = tree_map_only(cls, lambda t: t.held.rows(0, t.shape[0]), (args, kwargs or {}))
+        whole = tree_map_only(cls, lambda t: t.held[:], (args, kwargs or {}))
         return func(*whole[0], **whole[1])
 
 

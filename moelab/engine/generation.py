@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from moelab.engine import kernels
-from moelab.engine.compute import FEW_TOKENS
+from moelab.engine.chunks import FEW_TOKENS
 from moelab.engine.engine import Engine
 from moelab.engine.small_ops import growing
 

@@ -12,6 +12,9 @@ Letters: T tokens, n experts, H model width, I inner width, K a row's length, N 
 
 from __future__ import annotations
 
+import math
+from typing import Protocol
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,8 +36,15 @@ __all__ = [
 ]
 
 KERNEL_TOKENS = 32
-"""Up to so many tokens per expert the kernels are faster than decoding (measured with AVX2)."""
+"""Up to so many tokens the kernels beat widening an expert of 16 bit (measured with AVX2)."""
+BLOCK_BYTES = 1 << 20
+"""Of float32 rows that are widened at a time: they stay in a core's cache."""
 _UINTP, _INT64, _FLOAT32 = np.dtype(np.uintp), np.dtype(np.int64), np.dtype(np.float32)
+
+
+@kernel
+def _used(*arrays: np.ndarray) -> None:
+    """Numba frees an array after its last use, and an address is none: this is."""
 
 
 @kernel
@@ -60,6 +70,7 @@ def _linear(
     job[8], job[10] = x.ctypes.data, out.ctypes.data
     job[11], job[13] = codes.ctypes.data, pairs.ctypes.data
     run(board, -(-out.shape[1] // ROWS))
+    _used(codes, pairs)
 
 
 @kernel
@@ -105,6 +116,7 @@ def _experts(
     run(board, n * -(-inner // ROWS))
     job[0] = DOWN
     run(board, n * -(-width // ROWS))
+    _used(x8, x16, x_pairs, act, codes, a_pairs)
     return -1
 
 
@@ -230,13 +242,12 @@ def swiglu_experts(
 def swiglu_prefill(blob: np.ndarray, bits: int, layout: Layout, x: torch.Tensor) -> torch.Tensor:
     """One expert's output float32 ``[T, H]`` for any number of tokens ``x`` float32 ``[T, H]``.
 
-    ``blob`` is uint8 ``[nbytes(layout, bits)]``, of a layout that `supports` accepts. Beyond 32
-    tokens weights are decoded to float32 and torch multiplies them with its threads;
-    up to there the decoding costs more than it saves, and the kernels serve. Decoding to 16-bit
-    matrices does not pay: without AVX512 torch multiplies those by more than one token several
-    times slower than float32 ones.
+    ``blob`` is uint8 ``[nbytes(layout, bits)]``, of a layout that `supports` accepts. At 16 bit and
+    beyond 32 tokens weights are widened to float32 and torch multiplies them with its threads;
+    without AVX512 it multiplies 16-bit matrices several times slower. Codes go through the kernels,
+    however many tokens there are.
     """
-    if len(x) <= KERNEL_TOKENS:
+    if len(x) <= KERNEL_TOKENS or bits < 16:
         check_blob(blob, layout, bits)
         blob = np.ascontiguousarray(blob)
         x, out = x.contiguous(), x.new_empty((1, *x.shape))
@@ -250,9 +261,31 @@ def swiglu_prefill(blob: np.ndarray, bits: int, layout: Layout, x: torch.Tensor)
             half=layout.dtype,
         )
         return out[0]
-    weights = decode(blob, layout, bits)
-    gate, up = F.linear(x, weights["gate_up_proj"]).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, weights["down_proj"])
+    check_blob(blob, layout, bits)
+    half = torch.from_numpy(blob).view(getattr(torch, layout.dtype))
+    up, down = (shape for _, shape in layout.tensors)
+    middle, end = math.prod(up), math.prod(up) + math.prod(down)
+    gate, value = in_blocks(x, half[:middle].view(up)).chunk(2, dim=-1)
+    return in_blocks(F.silu(gate) * value, half[middle:end].view(down))
+
+
+class Rows(Protocol):
+    """A matrix ``[N, K]`` whose rows can be had some at a time: a tensor, or less than one."""
+
+    shape: torch.Size
+
+    def __getitem__(self, rows: slice, /) -> torch.Tensor: ...
+
+
+def in_blocks(x: torch.Tensor, weight: Rows) -> torch.Tensor:
+    """``x @ W.T`` for many tokens by torch, float32 ``[T, N]``; W is widened block by block.
+
+    x is float32 ``[T, K]``.
+    """
+    count, width = weight.shape
+    step = max(1, BLOCK_BYTES // 4 // width)
+    blocks = (weight[at : at + step].float() for at in range(0, count, step))
+    return torch.cat([F.linear(x, block) for block in blocks], dim=-1)
 
 
 def warm_up() -> None:

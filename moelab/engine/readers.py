@@ -1,8 +1,8 @@
 """How many loads at once a disk likes best: measured when a store first needs it, and kept.
 
 One reader saturates some disks, others give several times as much to a deep queue. Each reader is
-a thread that takes its turn from computing, so a deeper queue has to bring a tenth more. The size of
-a read is the expert's: the kernel cuts a large direct read into a queue of requests by itself.
+a thread that takes its turn from computing, so a deeper queue has to bring a tenth more. The size
+of a read is the expert's: the kernel cuts a large direct read into a queue of requests by itself.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""One row of weights meets one token: the dot products under the kernels.
+"""One row of weights meets one token, or `TILE` of them: the dot products under the kernels.
 
-`dot_half` takes bfloat16 or float16 weights and float32 activations, `dot_codes` packed codes and
-integer activations (int16 at 8 bit, int8 below). All arguments are addresses; a row is whole
-groups of 64. They are emitted as LLVM vectors: codes are unpacked in registers and multiplied 16 or
-32 at a time. What AVX2 has one instruction for, other machines (and any machine under
-``MOELAB_PORTABLE=1``) do in plain vector arithmetic: `_from_half` and `_products`.
+bfloat16 or float16 weights meet float32 activations, packed codes integer ones (int16 at 8 bit,
+int8 below). All arguments are addresses; a row is whole groups of 64. They are emitted as LLVM
+vectors: codes are unpacked in registers, once for all tokens, and multiplied 16 or 32 at a time.
+What AVX2 has one instruction for, other machines (and any machine under ``MOELAB_PORTABLE=1``) do
+in plain vector arithmetic: `_from_half` and `_products`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ Weights are read once a token. Through the caches they push out what torch and P
 A token of 4 x 64 experts of 2048 x 1024 at 4 bit took 23 to 26 ms, fetched past them 18 to 22; half
 of it is saved between the kernels (three and two runs in turn, two cores of an AMD EPYC).
 """
+TILE = 4
+"""Tokens that meet a row at once where there are many: their sums stay in registers."""
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
@@ -59,7 +61,7 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     numba's own key knows the CPU and the file of the function, not what it calls elsewhere.
     """
     function.__qualname__ += f"@{'avx2' if AVX2 else 'portable'}-{_TEXT}"
-    is_dot = function.__name__.startswith("dot_")
+    is_dot = function.__name__ == "dot"
     return compiled(fastmath=_FAST, forceinline=is_dot)(function)
 
 
@@ -93,13 +95,13 @@ def _load(b: _Builder, address: ir.Value, offset: ir.Value | int, kind: ir.Type)
     return loaded
 
 
-def _stream(b: _Builder, address: ir.Value, nbytes: int) -> None:
-    """Fetch weights that come soon without keeping them in a cache, see `AHEAD`."""
+def _fetch(b: _Builder, address: ir.Value, nbytes: int, *, keep: bool) -> None:
+    """Fetch weights that come soon, see `AHEAD`; to keep them in a cache more tokens need them."""
     kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(_I8), _I32, _I32, _I32])
     fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
     for line in range(0, nbytes, 64):
         at = b.inttoptr(b.add(address, _I64(AHEAD + line)), ir.PointerType(_I8))
-        b.call(fetch, [at, _I32(0), _I32(0), _I32(1)])
+        b.call(fetch, [at, _I32(0), _I32(3 if keep else 0), _I32(1)])
 
 
 def _from_half(b: _Builder, half: Any) -> ir.Value:
@@ -165,7 +167,9 @@ def _shift_right(b: _Builder, value: Any, count: int) -> ir.Value:
 
 
 def _codes(b: _Builder, group: ir.Value, bits: int) -> list[ir.Value]:
-    """One packed group of 4, 3 or 2 bits as two <32 x i8> of codes."""
+    """One packed group: at 8 bit four <16 x i16> of codes, below two <32 x i8>."""
+    if bits == 8:
+        return [b.sext(_load(b, group, 16 * i, _V(_I8, 16)), _V(_I16, 16)) for i in range(4)]
     if bits == 4:
         v = _load(b, group, 0, _V(_I8, 32))
         return [b.and_(v, _splat(15)), b.lshr(v, _splat(4))]
@@ -182,26 +186,22 @@ def _codes(b: _Builder, group: ir.Value, bits: int) -> list[ir.Value]:
     return codes
 
 
-def _group_dot(b: _Builder, group: ir.Value, x: ir.Value, bits: int) -> ir.Value:
+def _group_dot(b: _Builder, codes: list[ir.Value], x: ir.Value, bits: int) -> ir.Value:
     """Sum of code * xq over one group, as <8 x float> partial sums.
 
     8 bit: 64 * 127 * 32767 fits in 32 bits. Below: two products are added in 16 bits, and
     4 * 15 * 127 fits.
     """
-    v32, v16 = _V(_I8, 32), _V(_I16, 16)
-    if bits == 8:
-        quarters = [b.sext(_load(b, group, 16 * i, _V(_I8, 16)), v16) for i in range(4)]
-        sums = [
-            _products(b, codes, _load(b, x, 32 * i, v16), signed=True)
-            for i, codes in enumerate(quarters)
-        ]
-        return b.sitofp(b.add(b.add(*sums[:2]), b.add(*sums[2:])), _V(_F32, 8))
+    wide = bits == 8
+    kind = _V(_I16, 16) if wide else _V(_I8, 32)
     sums = [
-        _products(b, codes, _load(b, x, 32 * i, v32), signed=False)
-        for i, codes in enumerate(_codes(b, group, bits))
+        _products(b, some, _load(b, x, 32 * i, kind), signed=wide) for i, some in enumerate(codes)
     ]
-    wide = _products(b, b.add(*sums), _splat(1, 16, _I16), signed=True)
-    return b.sitofp(wide, _V(_F32, 8))
+    if wide:
+        total = b.add(b.add(*sums[:2]), b.add(*sums[2:]))
+    else:
+        total = _products(b, b.add(*sums), _splat(1, 16, _I16), signed=True)
+    return b.sitofp(total, _V(_F32, 8))
 
 
 def _fma(b: _Builder, total: ir.Value, x: ir.Value, y: ir.Value) -> None:
@@ -220,102 +220,154 @@ def _sum(b: _Builder, totals: list[ir.Value]) -> ir.Value:
     return b.extract_element(result, _I32(0))
 
 
-def _dot_codes_by(bits: int) -> Any:
-    """Row dot product for codes: four groups a turn, then the rest one by one."""
+def _dots_of_codes(bits: int, tokens: int) -> Any:
+    """Row dot products for codes with so many tokens: four groups a turn, then the rest one by one.
+
+    The first token's is returned; of several all are written to ``out``. Their codes lie
+    ``2 * width`` bytes apart, because those of 8 bit and of fewer share a buffer of int16.
+    """
 
     @_intrinsic
-    def dot(_context: Any, row: Any, pairs: Any, xq: Any, x_pairs: Any, groups: Any) -> Any:  # noqa: ARG001
+    def dots(_: Any, r: Any, p: Any, x: Any, xp: Any, n: Any, w: Any, out: Any) -> Any:  # noqa: ARG001
         def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
-            row, pairs, xq, x_pairs, groups = args
+            row, pairs, xq, x_pairs, groups, width, out = args
             zeros = ir.Constant(_V(_F32, 8), [0.0] * 8)
-            totals = [cgutils.alloca_once_value(b, zeros) for _ in range(4)]
-            offsets = cgutils.alloca_once_value(b, zeros)  # odd lanes count, even are dropped
+            # One token alone waits for its own sums: it takes four in turn.
+            totals = [
+                [cgutils.alloca_once_value(b, zeros) for _ in range(4 if tokens == 1 else 1)]
+                for _ in range(tokens)
+            ]
+            # Odd lanes count, even are dropped.
+            offsets = [cgutils.alloca_once_value(b, zeros) for _ in range(tokens)]
+            codes_of = [b.add(xq, b.mul(width, _I64(2 * t))) for t in range(tokens)]
+            pairs_of = [b.add(x_pairs, b.mul(groups, _I64(8 * t))) for t in range(tokens)]
             turns = b.lshr(groups, _I64(2))
 
             def add_groups(first: ir.Value, count: int) -> None:
-                _stream(b, b.add(row, b.mul(first, _I64(8 * bits))), 8 * bits * count)
-                halves = _load(b, pairs, b.mul(first, _I64(4)), _V(_I16, 2 * count))
-                products = b.fmul(
-                    _from_half(b, halves),
-                    _load(b, x_pairs, b.mul(first, _I64(8)), _V(_F32, 2 * count)),
-                )
-                padded = (
-                    products
-                    if count == 4
-                    else b.shuffle_vector(
-                        products,
-                        ir.Constant(products.type, [0.0] * 2),
-                        ir.Constant(_V(_I32, 8), [0, 1, 2, 3, 2, 3, 2, 3]),
-                    )
-                )
-                b.store(b.fadd(b.load(offsets), padded), offsets)
+                codes_at = b.add(row, b.mul(first, _I64(8 * bits)))
+                _fetch(b, codes_at, 8 * bits * count, keep=tokens > 1)
+                own = _from_half(b, _load(b, pairs, b.mul(first, _I64(4)), _V(_I16, 2 * count)))
+                its = b.mul(first, _I64(8))
+                products = [b.fmul(own, _load(b, at, its, _V(_F32, 2 * count))) for at in pairs_of]
+                lanes = ir.Constant(_V(_I32, 8), [0, 1, 2, 3, 2, 3, 2, 3])
+                for product, offset in zip(products, offsets, strict=True):
+                    none = ir.Constant(product.type, [0.0] * 2 * count)
+                    padded = product if count == 4 else b.shuffle_vector(product, none, lanes)
+                    b.store(b.fadd(b.load(offset), padded), offset)
                 for k in range(count):
                     g = b.add(first, _I64(k))
-                    group = b.add(row, b.mul(g, _I64(8 * bits)))
-                    x = b.add(xq, b.mul(g, _I64(2 * GROUP if bits == 8 else GROUP)))
-                    dots = _group_dot(b, group, x, bits)
-                    _fma(b, totals[k], dots, _permute(b, products, [2 * k] * 8))
+                    codes = _codes(b, b.add(row, b.mul(g, _I64(8 * bits))), bits)
+                    step = b.mul(g, _I64(2 * GROUP if bits == 8 else GROUP))
+                    for xq_t, product, sums in zip(codes_of, products, totals, strict=True):
+                        dot = _group_dot(b, codes, b.add(xq_t, step), bits)
+                        _fma(b, sums[k % len(sums)], dot, _permute(b, product, [2 * k] * 8))
 
             with cgutils.for_range(b, turns) as loop:
                 add_groups(b.mul(loop.index, _I64(4)), 4)
             with cgutils.for_range(b, groups, b.mul(turns, _I64(4))) as loop:
                 add_groups(loop.index, 1)
-            odd = [float(k % 2) for k in range(8)]
-            b.store(b.fmul(b.load(offsets), ir.Constant(_V(_F32, 8), odd)), offsets)
-            _fma(b, totals[0], b.load(offsets), ir.Constant(_V(_F32, 8), [1.0] * 8))
-            return _sum(b, totals)
+            odd = ir.Constant(_V(_F32, 8), [float(k % 2) for k in range(8)])
+            found = []
+            for sums, offset in zip(totals, offsets, strict=True):
+                _fma(b, sums[0], b.load(offset), odd)
+                found.append(_sum(b, sums))
+            return _written(b, found, out)
 
-        return types.float32(*[types.intp] * 5), emit
+        return types.float32(*[types.intp] * 7), emit
 
-    return dot
+    return dots
 
 
-def _dot_half_by(bfloat: bool) -> Any:
-    """Row dot product for 16-bit weights, 64 at a time in eight accumulators."""
+def _dots_of_half(bfloat: bool, tokens: int) -> Any:
+    """The same for 16-bit weights, 64 a turn in eight accumulators; tokens lie K floats apart."""
 
     @_intrinsic
-    def dot(_context: Any, row: Any, x: Any, groups: Any) -> Any:  # noqa: ARG001
+    def dots(_: Any, r: Any, a: Any, n: Any, out: Any) -> Any:  # noqa: ARG001
         def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
-            row, x, groups = args
+            row, x, groups, out = args
             f8, w8 = _V(_F32, 8), _V(_I32, 8)
-            totals = [cgutils.alloca_once_value(b, ir.Constant(f8, [0.0] * 8)) for _ in range(8)]
+            zeros = ir.Constant(f8, [0.0] * 8)
+            totals = [
+                [cgutils.alloca_once_value(b, zeros) for _ in range(8 // tokens)]
+                for _ in range(tokens)
+            ]
             with cgutils.for_range(b, groups) as loop:
                 w_at = b.add(row, b.mul(loop.index, _I64(2 * GROUP)))
-                x_at = b.add(x, b.mul(loop.index, _I64(4 * GROUP)))
-                _stream(b, w_at, 2 * GROUP)
-                for k, total in enumerate(totals):
+                _fetch(b, w_at, 2 * GROUP, keep=tokens > 1)
+                for k in range(8):
                     w = _load(b, w_at, 16 * k, _V(_I16, 8))
                     if bfloat:
                         w = b.bitcast(b.shl(b.zext(w, w8), _splat(16, 8, _I32)), f8)
                     else:
                         w = _from_half(b, w)
-                    _fma(b, total, w, _load(b, x_at, 32 * k, f8))
-            return _sum(b, totals)
+                    for t, sums in enumerate(totals):
+                        place = b.add(b.mul(groups, _I64(t)), loop.index)
+                        its = _load(b, b.add(x, b.mul(place, _I64(4 * GROUP))), 32 * k, f8)
+                        _fma(b, sums[k % len(sums)], w, its)
+            return _written(b, [_sum(b, sums) for sums in totals], out)
 
-        return types.float32(*[types.intp] * 3), emit
+        return types.float32(*[types.intp] * 4), emit
 
-    return dot
+    return dots
 
 
-_dot8, _dot4, _dot3, _dot2 = (_dot_codes_by(bits) for bits in (8, 4, 3, 2))
-_dot_bfloat16, _dot_float16 = _dot_half_by(bfloat=True), _dot_half_by(bfloat=False)
+def _written(b: _Builder, found: list[ir.Value], out: ir.Value) -> ir.Value:
+    """The first token's result; of several, all are also written to ``out``."""
+    for t, value in enumerate(found if len(found) > 1 else []):
+        b.store(value, b.inttoptr(b.add(out, _I64(4 * t)), ir.PointerType(_F32)))
+    return found[0]
+
+
+_dot8, _dot4, _dot3, _dot2 = (_dots_of_codes(bits, 1) for bits in (8, 4, 3, 2))
+_tile8, _tile4, _tile3, _tile2 = (_dots_of_codes(bits, TILE) for bits in (8, 4, 3, 2))
+_dot_bfloat16, _dot_float16 = (_dots_of_half(bfloat, 1) for bfloat in (True, False))
+_tile_bfloat16, _tile_float16 = (_dots_of_half(bfloat, TILE) for bfloat in (True, False))
 
 
 @kernel
-def dot_half(bfloat: bool, row: int, x: int, groups: int) -> Any:
-    """Sum of 16-bit weight * float32 activation."""
-    if bfloat:
-        return _dot_bfloat16(row, x, groups)
-    return _dot_float16(row, x, groups)
+def dot(
+    bits: int, bfloat: bool, row: int, pairs: int, x: int, xq: int, x_pairs: int, groups: int
+) -> Any:
+    """One row of weights times one token, at any tier.
 
-
-@kernel
-def dot_codes(bits: int, row: int, pairs: int, xq: int, x_pairs: int, groups: int) -> Any:
-    """Sum of (scale * code + offset) * activation."""
+    At 16 bit the sum of weight * activation, below of (scale * code + offset) * activation.
+    """
+    if bits == 16 and bfloat:
+        return _dot_bfloat16(row, x, groups, 0)
+    if bits == 16:
+        return _dot_float16(row, x, groups, 0)
     if bits == 8:
-        return _dot8(row, pairs, xq, x_pairs, groups)
+        return _dot8(row, pairs, xq, x_pairs, groups, 0, 0)
     if bits == 4:
-        return _dot4(row, pairs, xq, x_pairs, groups)
+        return _dot4(row, pairs, xq, x_pairs, groups, 0, 0)
     if bits == 3:
-        return _dot3(row, pairs, xq, x_pairs, groups)
-    return _dot2(row, pairs, xq, x_pairs, groups)
+        return _dot3(row, pairs, xq, x_pairs, groups, 0, 0)
+    return _dot2(row, pairs, xq, x_pairs, groups, 0, 0)
+
+
+@kernel
+def dots(
+    bits: int,
+    bfloat: bool,
+    row: int,
+    pairs: int,
+    x: int,
+    xq: int,
+    x_pairs: int,
+    groups: int,
+    out: int,
+) -> None:
+    """One row times `TILE` tokens, at any tier, to float32s at ``out``."""
+    width = groups * GROUP
+    if bits == 16 and bfloat:
+        _tile_bfloat16(row, x, groups, out)
+    elif bits == 16:
+        _tile_float16(row, x, groups, out)
+    elif bits == 8:
+        _tile8(row, pairs, xq, x_pairs, groups, width, out)
+    elif bits == 4:
+        _tile4(row, pairs, xq, x_pairs, groups, width, out)
+    elif bits == 3:
+        _tile3(row, pairs, xq, x_pairs, groups, width, out)
+    else:
+        _tile2(row, pairs, xq, x_pairs, groups, width, out)
