@@ -61,7 +61,7 @@ def test_a_budget_takes_what_is_free_and_gives_it_back_in_a_run_which_says_why(d
         run._done.wait(0.01)
     machine.spare = 400 * MB  # below a twentieth of the machine
     until(lab, least)
-    machine.spare, machine.waits = 10_000 * MB, 0.5  # free memory does not help where all wait
+    machine.waits, machine.spare = 0.5, 10_000 * MB  # free memory does not help where all wait
     time.sleep(0.1)
     assert lab.settings.budget_bytes == least
     machine.waits = 0.0

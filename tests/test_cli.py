@@ -81,7 +81,7 @@ def test_pack_makes_a_store_that_opens(call, checkpoint, tmp_path):
 
 
 def test_run_prints_prompt_text_and_summary(call, store):
-    words = ["--budget", "50%", "--bits", 16, "--low-bits", 4, "--strategy", "lfu", "--prefetch", 1]
+    words = ["--budget", "50%", "--bits", 16, "--low-bits", 4, "--strategy", "lfu", "--prefetch", 0]
     more = ["--device", "nvme", "--max-new-tokens", 6, "--temperature", 0, "--kl"]
     code, out, _ = call("run", store, PROMPT, *words, *more)
     assert code == 0
@@ -91,7 +91,7 @@ def test_run_prints_prompt_text_and_summary(call, store):
     assert (shown["device"], shown["timing"]) == ("nvme", "emulated")
     assert float(shown["kl_mean"]) >= 0
     with moelab.open(
-        store, budget="50%", bits=16, low_bits=4, strategy="lfu", prefetch=1, device="nvme"
+        store, budget="50%", bits=16, low_bits=4, strategy="lfu", prefetch=0, device="nvme"
     ) as lab:
         again = lab.generate(PROMPT, max_new_tokens=6, temperature=0, measure_kl=True)
     assert out.startswith(PROMPT + again.text + "\n")
