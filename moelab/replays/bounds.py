@@ -1,10 +1,26 @@
-"""What was possible at best: the offline optimum of eviction for experts of one size."""
+"""What any budget could hit: the best eviction, LRU's reuse distances, and working sets."""
 
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
+
+import numpy as np
 
 from moelab.scheduling.trace import Trace
+
+NEVER = np.iinfo(np.int64).max
+"""Reuse distance of an expert's first request."""
+RECENT = 16
+
+
+def requests(trace: Trace) -> list[tuple[tuple[int, int], bool]]:
+    """Every request as (layer, expert), and whether it is a decoded token's.
+
+    What was resident at the start was asked for before; a prompt's requests are not counted either.
+    """
+    warm = [(trace.shape.place(key), False) for key, _ in trace.resident]
+    return warm + [((s.layer, r.expert), not s.prefill) for s in trace.steps for r in s.requests()]
 
 
 def belady_hits(trace: Trace, capacity: int) -> tuple[int, int]:
@@ -12,7 +28,7 @@ def belady_hits(trace: Trace, capacity: int) -> tuple[int, int]:
 
     Source: L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", 1966.
     """
-    stream = [((s.layer, r.expert), not s.prefill) for s in trace.steps for r in s.requests()]
+    stream = requests(trace)
     following, last = [len(stream)] * len(stream), {}
     for i in range(len(stream) - 1, -1, -1):
         following[i] = last.get(stream[i][0], len(stream) + i)
@@ -32,3 +48,36 @@ def belady_hits(trace: Trace, capacity: int) -> tuple[int, int]:
         resident[key] = following[i]
         heapq.heappush(heap, (-following[i], key))
     return hits, asked
+
+
+def reuse_distances(trace: Trace) -> np.ndarray:
+    """How many experts a cache needs to hit each request of the decoded tokens, int64 ``[R]``.
+
+    That is one more than the other experts asked for since; `NEVER` at first use.
+    """
+    found: list[int] = []
+    times: list[int] = []  # of each expert's last request, rising
+    last: dict[tuple[int, int], int] = {}
+    for now, (key, counted) in enumerate(requests(trace)):
+        distance = NEVER
+        if key in last:
+            at = bisect_left(times, last[key])
+            distance = len(times) - at
+            del times[at]
+        times.append(now)
+        last[key] = now
+        if counted:
+            found.append(distance)
+    return np.array(found, np.int64)
+
+
+def working_set(trace: Trace, recent: int = RECENT) -> np.ndarray:
+    """How many experts the last ``recent`` decoded tokens asked for, int64 ``[T]``."""
+    asked: list[set[tuple[int, int]]] = []
+    for step in trace.steps:
+        if not step.prefill:
+            if step.layer == 0:
+                asked.append(set())
+            asked[-1].update((step.layer, r.expert) for r in step.requests())
+    windows = (asked[max(0, t + 1 - recent) : t + 1] for t in range(len(asked)))
+    return np.array([len(set().union(*window)) for window in windows], np.int64)

@@ -1,0 +1,179 @@
+"""Is it the policy or the memory? What any budget could hit of a recorded stream.
+
+LRU's hits at every budget come from one pass: a request hits in a cache of c experts where fewer
+than c others were asked for since it was last (R. L. Mattson and others, "Evaluation techniques for
+storage hierarchies", 1970). The best eviction is Belady's. Both load on demand, know one size of
+expert and one cache for all layers. A scheduler also keeps a layer's experts while that layer
+computes, so its LRU may differ by a request in some hundred.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moelab.replays.bounds import RECENT, belady_hits, reuse_distances, working_set
+from moelab.replays.replay import replay
+from moelab.scheduling.budget import size
+from moelab.scheduling.trace import Trace
+from moelab.spelling import named, spelled
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from moelab.runs.run import Run
+
+MOST_OF = 0.9
+NEAR = 0.02
+"""Of all requests: less than this is not worth another policy, or more memory."""
+POINTS = 12
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class PolicyOrMemory:
+    """What a stream lets a budget hit; hit ratios are of the decoded tokens' requests.
+
+    Attributes
+    ----------
+    policy, now
+        The strategy that decided, and its hit ratio.
+    experts, expert_bytes
+        How many experts the budget holds, and the size of one.
+    best, all
+        With the best eviction at this budget; with every expert in memory once it was loaded.
+    cliff
+        Fewest experts with which LRU hits at all; None where nothing is asked for twice.
+    enough
+        Fewest experts with which LRU hits nine tenths of ``best``.
+    lru
+        LRU's hit ratio by number of experts, from 0 on, float ``[E + 1]``.
+    belady
+        Experts -> hit ratio of the best eviction, at some budgets.
+    working_set
+        Experts that the last 16 tokens asked for, int64 ``[T]``.
+    """
+
+    policy: str
+    now: float
+    experts: int
+    expert_bytes: int
+    best: float
+    all: float
+    cliff: int | None
+    enough: int | None
+    lru: np.ndarray
+    belady: dict[int, float]
+    working_set: np.ndarray
+
+    @property
+    def verdict(self) -> str:
+        """``"policy"``, ``"memory"``, or ``"neither"``: which of the two has more to give."""
+        by_policy, by_memory = self.best - self.now, self.all - self.best
+        if max(by_policy, by_memory) < NEAR:
+            return "neither"
+        return "policy" if by_policy > by_memory else "memory"
+
+    def sentence(self) -> str:
+        """The verdict and the figures it stands on."""
+        begin = {"policy": "The policy", "memory": "The memory", "neither": "Neither"}[self.verdict]
+        said = (
+            f"{begin}: with room for {self._room(self.experts)} {self.policy} hits {self.now:.0%} "
+            f"of the requests, the best possible eviction {self.best:.0%}, and with room for all "
+            f"{self.all:.0%} would hit (the others are first uses)."
+        )
+        if self.cliff is None or self.enough is None:
+            return f"{said} No expert is asked for twice."
+        return (
+            f"{said} LRU hits nothing below {self._room(self.cliff)}, and nine tenths of the best "
+            f"from {self._room(self.enough)} on; the last {RECENT} tokens ask for "
+            f"{int(np.median(self.working_set))} experts."
+        )
+
+    def _room(self, experts: int) -> str:
+        return f"{experts} experts ({size(experts * self.expert_bytes)})"
+
+    def figure(self) -> go.Figure:
+        """Hit ratio over memory: LRU's at every budget, the best eviction's, and now."""
+        import pandas as pd
+
+        from moelab.views.charts import curve
+
+        at = np.unique(np.linspace(0, len(self.lru) - 1, 400).astype(int))
+        drawn = [(int(x), float(self.lru[x]), "LRU") for x in at]
+        drawn += [(x, y, "best eviction (Belady)") for x, y in self.belady.items()]
+        drawn.append((self.experts, self.now, f"{self.policy}, now"))
+        frame = pd.DataFrame(drawn, columns=["experts", "hit ratio", "eviction"])
+        marks: list[Any] = [(self.experts, "budget")]
+        if self.cliff is not None:
+            marks.append((self.cliff, "LRU's cliff"))
+        title = f"{self.verdict.capitalize()}: what is hit at every budget"
+        return curve(frame, "experts", "hit ratio", color="eviction", title=title, mark=marks)
+
+    def __repr__(self) -> str:
+        return self.sentence()
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(self.sentence())}</p>{self.figure().to_html(full_html=False)}"
+
+
+def policy_or_memory(of: Run | Trace, *, experts: int | None = None) -> PolicyOrMemory:
+    """Say whether another eviction or more memory would help a recorded stream.
+
+    Parameters
+    ----------
+    of
+        A run, or a trace.
+    experts
+        Room in experts instead of the budget that is recorded; what is hit now is LRU's then.
+
+    Raises
+    ------
+    ValueError
+        Nothing was decoded, or the settings changed on the way and ``experts`` is not given.
+
+    Examples
+    --------
+    >>> moelab.policy_or_memory(run).verdict  # doctest: +SKIP
+    'memory'
+    """
+    trace: Trace = of if isinstance(of, Trace) else of.trace
+    distances = reuse_distances(trace)
+    if not len(distances):
+        raise ValueError("nothing was decoded in this trace; record a run of some tokens")
+    policy, now, nbytes = "LRU", None, trace.shape.nbytes
+    expert_bytes = nbytes[max(nbytes)]
+    if experts is None:
+        if len(trace.changes) != 1:
+            raise ValueError(
+                f"this trace records {len(trace.changes)} settings; say how much memory is meant, "
+                "experts="
+            )
+        (change,) = trace.changes
+        expert_bytes = nbytes[change.knobs.bits]
+        experts, policy = change.knobs.budget_bytes // expert_bytes, spelled(change.name)
+        now = replay(trace, strategies=named()).hit_ratio
+    if experts < 1:
+        raise ValueError(f"experts={experts}: room for at least one")
+    whole = sum(trace.shape.experts)
+    hits = np.bincount(np.minimum(distances, whole + 1), minlength=whole + 2)[: whole + 1].cumsum()
+    lru = hits / len(distances)
+    some = {*np.linspace(1, whole, POINTS).astype(int).tolist(), min(experts, whole)}
+    belady = {room: belady_hits(trace, room)[0] / len(distances) for room in sorted(some)}
+    best, reached = belady[min(experts, whole)], np.flatnonzero(hits)
+    enough = np.flatnonzero(lru >= MOST_OF * best)
+    return PolicyOrMemory(
+        policy,
+        float(lru[min(experts, whole)]) if now is None else now,
+        experts,
+        expert_bytes,
+        best,
+        float(lru[-1]),
+        int(reached[0]) if len(reached) else None,
+        int(enough[0]) if len(reached) and len(enough) else None,
+        lru,
+        belady,
+        working_set(trace),
+    )
