@@ -29,6 +29,7 @@ _HOMES = {
     "moefy": "moelab.training.moefy",
     "compare": "moelab.runs.compare",
     "report": "moelab.views.report",
+    "perfetto": "moelab.views.perfetto",
     "charts": "moelab.views.charts",
     "challenge": "moelab.course.challenge",
     "devices": "moelab.store.devices",

@@ -8,6 +8,8 @@ import json
 import re
 import sys
 import threading
+from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -476,3 +478,26 @@ def test_the_newest_run_is_exported_as_a_page_or_the_view_hears_why_not(runs, mo
     for what in ("page", "recording"):
         assert told.ask(what)[0][what]["error"] == "nothing has run yet"
     told.queries.close()
+
+
+def test_a_run_opens_in_perfetto_with_every_event_once(recording, tmp_path):
+    path = moelab.perfetto(recording, tmp_path / "run.perfetto.json")
+    found = json.loads(path.read_text())["traceEvents"]
+    tracks = {e["tid"]: e["args"]["name"] for e in found if e["ph"] == "M"}
+    events, told = recording.events, [e for e in found if e["ph"] != "M"]
+    assert {e["tid"] for e in told} <= tracks.keys()
+    by_kind = Counter(e["cat"] for e in told)
+    assert by_kind.pop("token") == events.token.nunique()
+    assert by_kind == {k: n for k, n in events.kind.value_counts().to_dict().items() if n}
+    reads = [e for e in told if tracks[e["tid"]].startswith("reads")]
+    assert (
+        sum(e["args"]["bytes"] for e in reads)
+        == events.bytes[events.kind.isin(["load", "prefetch"])].sum()
+    )
+    for track in tracks:  # slices of one track follow each other
+        own = sorted(
+            (e["ts"], e["ts"] + e["dur"]) for e in told if e["tid"] == track and e["ph"] == "X"
+        )
+        assert all(end <= begun + 1e-6 for (_, end), (begun, _) in pairwise(own))
+    waits = sum(e["dur"] for e in told if tracks[e["tid"]] == "waits")
+    assert waits == pytest.approx(1e3 * events.dur_ms[events.kind == "stall"].sum())
