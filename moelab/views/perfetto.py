@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 TOKENS, WAITS, DECISIONS, READS = 1, 2, 3, 4
 """Numbers of the tracks; reads have this one and those after it."""
+TOLD = ("token", "bits_asked", "bits", "bytes", "cause")
 
 
 def perfetto(run: Run | Recording, path: str | Path) -> Path:
@@ -52,21 +53,19 @@ def trace_events(run: Run | Recording) -> list[dict[str, Any]]:
         for (token, begun), end in zip(starts.items(), ends, strict=True)
     ]
     free: list[float] = []  # of each track of reads: when its last one is over
-    for row in events.sort_values("start_ms", kind="stable").itertuples(index=False):
-        name = f"{row.kind} {row.layer}:{row.expert}"
-        told = {n: getattr(row, n) for n in ("token", "bits_asked", "bits", "bytes", "cause")}
-        told = {"at layer": int(row.at)} | {
-            n: v if n == "cause" else int(v) for n, v in told.items()
-        }
-        if row.kind == "stall":
-            found.append(_slice(WAITS, name, row.start_ms, row.dur_ms, told))
-        elif row.kind in ("load", "prefetch"):
-            track = next((i for i, end in enumerate(free) if end <= row.start_ms), len(free))
-            free[track : track + 1] = [row.start_ms + row.dur_ms]
-            found.append(_slice(READS + track, name, row.start_ms, row.dur_ms, told))
+    for row in events.sort_values("start_ms", kind="stable").to_dict("records"):
+        kind, start, ms = str(row["kind"]), row["start_ms"], row["dur_ms"]
+        name = f"{kind} {row['layer']}:{row['expert']}"
+        told = {"at layer": row["at"], **{n: row[n] for n in TOLD}}
+        if kind == "stall":
+            found.append(_slice(WAITS, name, start, ms, told))
+        elif kind in ("load", "prefetch"):
+            track = next((i for i, end in enumerate(free) if end <= start), len(free))
+            free[track : track + 1] = [start + ms]
+            found.append(_slice(READS + track, name, start, ms, told))
         else:
-            moment = {"ph": "i", "s": "t", "pid": 1, "tid": DECISIONS, "ts": 1e3 * row.start_ms}
-            found.append({**moment, "name": name, "cat": str(row.kind), "args": told})
+            moment = {"ph": "i", "s": "t", "pid": 1, "tid": DECISIONS, "ts": 1e3 * start}
+            found.append({**moment, "name": name, "cat": kind, "args": told})
     titles = {TOKENS: "tokens", WAITS: "waits", DECISIONS: "decisions"}
     titles |= {READS + i: f"reads {i + 1}" for i in range(len(free))}
     named = {"ph": "M", "pid": 1, "name": "thread_name"}
