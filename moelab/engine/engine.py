@@ -112,6 +112,7 @@ class Engine:
 
     def end_of_sequence(self) -> None:
         """The run is over: what happens from now on is not written into its log and trace."""
+        self.log.close()
         self.log, self.trace = EventLog(time.perf_counter()), None
 
     def end_of_token(self) -> None:
