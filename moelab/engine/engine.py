@@ -65,7 +65,8 @@ class Engine:
         with foreign(store.checkpoint_dir / "config.json"):
             self.model = load_skeleton(store.checkpoint_dir, dtype=dtype, check=store.check_model)
         self.dense_bits, exact = dense_bits, lambda: self.reference is not None
-        dense.serve(self.model, dense_bits, store.checkpoint_dir, exact)
+        if dtype == torch.float32:  # else all of it is computed in 16 bits, by torch
+            dense.serve(self.model, dense_bits, store.checkpoint_dir, exact)
         small_ops.serve_norms(self.model)
         self.dense_bytes = dense.memory_bytes(self.model)
         self.adapter = attach(self.model, self._layer)
