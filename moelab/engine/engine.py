@@ -115,6 +115,7 @@ class Engine:
         """The run is over: what happens from now on is not written into its log and trace."""
         self.log.close()
         self.log, self.trace = EventLog(time.perf_counter()), None
+        give_back()
 
     def end_of_token(self) -> None:
         """One token is produced; what follows belongs to the next one."""
@@ -191,9 +192,8 @@ class Engine:
         self.resident.clear()
         self._ahead.clear()
         self.adapter.release()
-        settings = self.settings
-        self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
-        self.arena.set_limit(settings.budget_bytes)
+        self.scheduler = Scheduler(self.shape, self.settings.strategy, self.settings.knobs())
+        self.arena.set_limit(self.settings.budget_bytes)
         self.arena.trim()
 
     def close(self) -> None:
