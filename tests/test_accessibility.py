@@ -304,6 +304,34 @@ def test_a_number_of_tokens_out_of_reach_is_brought_back_and_said(page):
     assert bare.sent("run")[-1]["form"]["max_new_tokens"] == 1
 
 
+def test_kl_is_measured_as_often_as_its_drop_down_says(page):
+    bare = Bare(page)
+    every = bare.root.locator("select[name=measure_kl]")
+    asked = "n => model.sent.at(-1).changes?.measure_kl === n"
+    for n, words in ((4, "1 in 4"), (16, "1 in 16"), (0, "off"), (1, "each token")):
+        every.select_option(label=words)
+        page.wait_for_function(asked, arg=n)
+        bare.dashboard._handle_custom_msg(bare.sent("update")[-1], [])
+        assert bare.lab.settings.measure_kl == n
+        page.evaluate("now => model.set('controls', now)", bare.dashboard.controls)
+        assert every.input_value() == str(n)
+
+
+def test_a_legend_says_where_times_are_from_and_where_settings_changed(page):
+    bare = Bare(page)
+    keys = {"measured", "emulated", "settings changed"}
+
+    def shown():
+        page.wait_for_timeout(100)
+        return keys & set(bare.root.locator(".moe-bars .moe-key:visible").all_inner_texts())
+
+    assert shown() == {"measured"}
+    (disk,) = bare.dashboard.frame["origins"]
+    hdd = disk | {"token": 30, "emulated": True}
+    bare.more(origins=[disk, hdd], changes=[{"first": 30, "last": 30, "label": "device hdd"}])
+    assert shown() == keys
+
+
 CLIPPED = """(root, of) => [...root.querySelectorAll(of)].filter((n) => n.checkVisibility())
   .filter((n) => n.scrollWidth > n.clientWidth + 1 || n.scrollHeight > n.clientHeight + 2)
   .map((n) => `${n.className} ${n.textContent}`)"""
@@ -320,9 +348,15 @@ def test_beside_a_file_browser_nothing_is_cut_off_and_nothing_is_covered(
     plot = bare.root.locator(".moe-bars canvas").bounding_box()
     assert plot["height"] >= 168, "bars can be told apart"
     assert not bare.root.evaluate(CLIPPED, WHOLE)
+    tall = bare.root.bounding_box()["height"]
+    bare.more(running=True, sentence="disk-bound: nearly all of it waits; " * 20)
+    page.wait_for_timeout(100)
+    assert bare.root.bounding_box()["height"] == tall, "a long sentence moves nothing"
+    assert bare.root.locator(".moe-says").get_attribute("title").count("waits; ") == 20
     for name in ("Save", "What if", "Export", "Saved runs"):
         box = bare.root.get_by_role("button", name=name, exact=True).bounding_box()
         assert box["x"] + box["width"] <= 848, name
+    bare.more()
     bare.go_back()
     assert not bare.root.evaluate(CLIPPED, WHOLE)
     wide = "".join(f"<th>a term of many words {i}</th>" for i in range(9))

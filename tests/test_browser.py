@@ -249,10 +249,16 @@ CELL_GOES_ON = "() => Promise.race([cell.done.then(() => false, () => false), tr
 
 def test_controls_work_while_a_cell_is_busy(dash):
     """Where the page and the kernel know subshells: JupyterLab 4.4 with ipykernel 7."""
+    dash.choose("device", "hdd")
+    dash.run(tokens=2000)
+    held = dash.data("budget")
     dash.page.evaluate(BUSY, "perCommTarget")
     try:
         dash.choose("bits", "8")
         dash.until(lambda: dash.root.get_attribute("data-asked").startswith("8 bit"), "8 bit")
+        dash.drag(0.5)
+        dash.until(lambda: dash.data("budget") > 1.5 * held, "a larger budget")
+        dash.stop()
         assert dash.page.evaluate(CELL_GOES_ON)
         assert not dash.root.locator(".moe-deaf").is_visible()
     finally:
@@ -260,18 +266,25 @@ def test_controls_work_while_a_cell_is_busy(dash):
 
 
 def test_a_kernel_that_is_busy_with_a_cell_is_noticed_and_can_be_interrupted(dash):
+    dash.choose("device", "hdd")
+    dash.run(tokens=2000)
+    stop = dash.root.get_by_role("button", name="Stop", exact=True)
     dash.page.evaluate(BUSY, "disabled")  # as with an older kernel
     try:
+        assert stop.get_attribute("aria-disabled") == "false"
         lies = dash.slider.bounding_box()
         dash.choose("bits", "8")
         deaf = dash.root.locator(".moe-deaf")
         deaf.wait_for()
         assert dash.slider.bounding_box() == lies  # it moves nothing under a hand
         assert "busy with a cell; changes apply when it ends" in deaf.inner_text()
+        assert stop.get_attribute("aria-disabled") == "true", "it would not be heard"
         shot(dash.page, "lab-light-busy-kernel")
         deaf.get_by_role("button", name="Interrupt the cell").click()
         dash.until(lambda: dash.root.get_attribute("data-asked").startswith("8 bit"), "8 bit")
         deaf.wait_for(state="hidden")
+        assert stop.get_attribute("aria-disabled") == "false"
+        dash.stop()
     finally:
         dash.page.evaluate(f"() => {{ {KERNEL}.commsOverSubshells = 'perCommTarget' }}")
 

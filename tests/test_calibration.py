@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +123,26 @@ def test_a_folder_that_cannot_be_written_is_said(lab, maker, monkeypatch, tmp_pa
     monkeypatch.setattr(profiles, "_folders", lambda store: iter([tmp_path / "taken" / "x"]))
     with pytest.raises(OSError, match=r"cannot write hobbit"):
         lab.calibrate("hobbit")
+
+
+def test_on_a_full_disk_the_file_is_named_and_the_profile_there_was_stays(
+    lab, maker, monkeypatch, tmp_path
+):
+    def half_written(path, data):
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def kept():
+        return {file.name: file.read_bytes() for file in (tmp_path / "profiles").iterdir()}
+
+    lab.calibrate("hobbit")
+    before = kept()
+    monkeypatch.setattr(Path, "write_bytes", half_written)
+    with pytest.raises(OSError, match=r"No space left on device.*hobbit\.json"):
+        lab.calibrate("hobbit", size=5)
+    assert kept() == before
+    assert set(before) == {"hobbit.json"}
 
 
 def test_a_strategy_that_cannot_do_without_says_which_call_makes_it(lab):

@@ -348,13 +348,18 @@ def test_times_add_up_to_what_a_watch_shows(lab, monkeypatch):
     assert np.allclose(stalls.reindex(table.token, fill_value=0.0), table.stall_ms)
 
 
-@pytest.mark.parametrize("size", [3, 64, 1000, 49152])
-def test_the_likeliest_tokens_are_those_of_a_whole_sort(size):
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("size", [1, 3, 5, 63, 64, 65, 321, 1000, 49152])
+def test_the_likeliest_tokens_are_those_of_a_whole_sort(size, ties):
     logits = torch.randn(size, generator=torch.Generator().manual_seed(size)) * 4
-    logits[1] = -torch.inf
-    found, want = dict(likeliest(logits)), logits.softmax(-1).topk(min(size - 1, 5))
-    assert list(found) == want.indices.tolist()
-    assert list(found.values()) == pytest.approx(want.values.tolist(), rel=1e-4)
+    logits[size // 2 : size // 2 + size // 3] = -torch.inf
+    logits = logits.round() if ties else logits
+    ids, shares = zip(*((i, p) for i, p in likeliest(logits) if p), strict=True)
+    every = logits.softmax(-1)
+    want = [p for p in every.sort(descending=True).values[:5].tolist() if p]
+    assert shares == pytest.approx(want, rel=1e-4)
+    assert every[list(ids)].tolist() == pytest.approx(want, rel=1e-4)  # of equals, any
+    assert len(set(ids)) == len(ids)
 
 
 def test_a_store_damaged_while_running_ends_the_run_not_the_lab(demo_store, tmp_path):

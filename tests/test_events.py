@@ -40,6 +40,15 @@ def test_rows_before_the_first_load_on_its_way_are_settled(monkeypatch):
     assert log.settled == 2
 
 
+def test_a_load_on_its_way_when_the_run_ends_changes_its_account_no_more(monkeypatch):
+    monkeypatch.setattr(Ticket, "finished", 0.0)
+    log = log_of_two()
+    log.close()
+    told = log.records().tolist()
+    monkeypatch.setattr(Ticket, "cancelled", True)
+    assert (log.records().tolist(), log.settled) == (told, 2)
+
+
 def test_a_frame_has_words_for_kinds_and_all_columns():
     frame = log_of_two().frame()
     assert list(frame.columns) == list(e.DTYPE.names)

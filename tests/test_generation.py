@@ -145,6 +145,18 @@ def test_logits_that_are_no_numbers_end_everything_and_say_where_from(
     assert len(lab.generate(PROMPT, max_new_tokens=4, ignore_eos=True).tokens) == 4
 
 
+def test_what_overflows_half_precision_says_what_does_not(demo_lab):
+    greedy = {"max_new_tokens": 4, "temperature": 0}
+    with moelab.open("demo", dtype=torch.float16, measure_kl=False, progress=False) as lab:
+        assert lab.generate(PROMPT, **greedy).text == demo_lab.generate(PROMPT, **greedy).text
+        weight = lab._engine.model.get_parameter("model.layers.2.input_layernorm.weight")
+        with torch.no_grad():
+            weight.fill_(60_000)
+        says = r"layers\.2\..* overflows float16 first; open the model with dtype=torch\.float32"
+        with pytest.raises(NotFiniteError, match=says):
+            lab.generate(PROMPT, max_new_tokens=4)
+
+
 def test_a_model_whose_dense_weights_are_no_numbers_is_refused_at_opening(opened):
     with pytest.raises(moelab.StoreError, match="model.norm.weight has NaN or infinity; repair"):
         opened(lambda model: model.model.norm.weight.data.fill_(torch.nan))

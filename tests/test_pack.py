@@ -138,6 +138,21 @@ def test_a_retrained_checkpoint_of_the_same_size_is_not_the_same(qwen, tmp_path)
         pack(twin, store, tiers=(2,), progress=False)
 
 
+def test_a_store_that_somebody_else_puts_in_its_place_is_said(tmp_path, monkeypatch):
+    partial, store = tmp_path / "partial", tmp_path / "store"
+    partial.mkdir()
+    rename = Path.rename
+
+    def and_another_one(self, target):
+        rename(self, target)
+        rename(target, tmp_path / "gone")
+        store.mkdir()
+
+    monkeypatch.setattr(Path, "rename", and_another_one)
+    with pytest.raises(StoreError, match="store was replaced by somebody else meanwhile; pack"):
+        destination.move(partial, store, overwrite=True)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_is_no_store_is_never_replaced(qwen, tmp_path, overwrite):
     taken = tmp_path / "thesis"

@@ -273,9 +273,12 @@ def test_a_gguf_file_is_named_as_such(tmp_path, given):
             use(tmp_path / given)
 
 
-def test_a_cache_that_cannot_be_written_says_what_to_set(qwen, tmp_path, monkeypatch):
+@pytest.mark.parametrize("named_by", ["MOELAB_CACHE", "HOME"])
+def test_a_cache_that_cannot_be_written_says_what_to_set(qwen, tmp_path, monkeypatch, named_by):
     (tmp_path / "taken").write_text("no folder")
-    monkeypatch.setenv("MOELAB_CACHE", str(tmp_path / "taken" / "cache"))
+    for name in ("MOELAB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(named_by, str(tmp_path / "taken" / "cache"))
     with pytest.raises(
         ValueError, match=r"taken.* cannot be made or written \(Not a directory\).*MOELAB_CACHE"
     ):

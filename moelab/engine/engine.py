@@ -66,7 +66,8 @@ class Engine:
         with foreign(store.checkpoint_dir / "config.json"):
             self.model = load_skeleton(store.checkpoint_dir, dtype=dtype, check=store.check_model)
         self.dense_bits, exact = dense_bits, lambda: self.reference is not None
-        dense.serve(self.model, dense_bits, store.checkpoint_dir, exact)
+        if dtype == torch.float32:  # else all of it is computed in 16 bits, by torch
+            dense.serve(self.model, dense_bits, store.checkpoint_dir, exact)
         small_ops.serve_norms(self.model)
         self.dense_bytes = dense.memory_bytes(self.model)
         self.adapter = attach(self.model, self._layer)
@@ -113,7 +114,9 @@ class Engine:
 
     def end_of_sequence(self) -> None:
         """The run is over: what happens from now on is not written into its log and trace."""
+        self.log.close()
         self.log, self.trace = EventLog(time.perf_counter()), None
+        give_back()
 
     def end_of_token(self) -> None:
         """One token is produced; what follows belongs to the next one."""
@@ -190,9 +193,8 @@ class Engine:
         self.resident.clear()
         self._ahead.clear()
         self.adapter.release()
-        settings = self.settings
-        self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
-        self.arena.set_limit(settings.budget_bytes)
+        self.scheduler = Scheduler(self.shape, self.settings.strategy, self.settings.knobs())
+        self.arena.set_limit(self.settings.budget_bytes)
         self.arena.trim()
 
     def close(self) -> None:

@@ -56,6 +56,10 @@ class EventLog:
         """The event added last takes its times from ``ticket`` when it is done."""
         self._tickets.append((len(self._rows) - 1, ticket))
 
+    def close(self) -> None:
+        """The run is over: what becomes of loads still on their way changes its rows no more."""
+        self._tickets = [(row, t) for row, t in self._tickets if t.cancelled or t.finished]
+
     @property
     def settled(self) -> int:
         """Rows that will not change any more: those before the first load still on its way."""
@@ -72,10 +76,10 @@ class EventLog:
 
         A load's times are those known by now; a cancelled load has 0 bytes.
         """
-        rows = self._rows[start:stop]
+        rows, tickets = self._rows[start:stop], self._tickets
         out = np.array(rows, dtype=DTYPE)
-        begin = bisect.bisect_left(self._tickets, start, key=itemgetter(0))
-        for at, t in self._tickets[begin:]:
+        begin = bisect.bisect_left(tickets, start, key=itemgetter(0))
+        for at, t in tickets[begin:]:
             i = at - start
             if i >= len(out):
                 break

@@ -22,7 +22,7 @@ def pages(nbytes: int) -> np.ndarray:
 
 
 def give_back() -> None:
-    """Let the C library return what it holds freed: after an opening, some hundred MB."""
+    """Let the C library return what it holds freed: after an opening some hundred MB, a run ten."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -23,7 +23,7 @@ except ImportError:  # Windows: the memory of a template is not watched there, i
     resource = None
 
 MOST_SOURCE = 1 << 18  # characters
-MOST_OUTPUT = 1 << 22  # characters
+MOST_OUTPUT = 500_000  # characters: some 128,000 tokens
 MOST_TIMES = 100  # what a product may multiply by: '=' * 80
 SECONDS, MOST_BYTES = 5.0, 1 << 29
 _PEAK_UNIT = 1 if sys.platform == "darwin" else 1024

@@ -172,7 +172,7 @@ class View {
     this.frame = frame;
     this.stage.follow(frame);
     this.runs.whatIf.moved();
-    this.settings.ask.showRunning(frame.running);
+    this.settings.ask.show({ running: frame.running });
     this.errorChanged();
     Object.assign(this.root.dataset, {
       seq: frame.seq, run: frame.run, token: frame.newest,

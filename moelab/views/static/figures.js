@@ -67,12 +67,12 @@ export class RunningFigures {
     this.spent = h("p");
     this.says = h("b");
     this.moved = h("span");
+    this.lines = h("p", { class: "moe-says" }, this.says, this.moved);
     this.node = markup`
       <section class="moe-account" aria-label="Running figures">
         ${this.of}
         <div class="moe-figures">${nodes}</div>
-        ${this.spent}
-        <p class="moe-says">${[this.says, this.moved]}</p>
+        <div class="moe-told">${[this.spent, this.lines]}</div>
       </section>`;
   }
 
@@ -99,6 +99,7 @@ export class RunningFigures {
     say(this.spent, `${lately(frame)}${ofGuesses(guesses)}`);
     say(this.says, sentence);
     say(this.moved, change ? ` · ${change}` : "");
+    for (const cut of [this.spent, this.lines]) cut.title = cut.textContent; // beyond two lines
   }
 }
 

@@ -13,6 +13,7 @@ export class Prompt {
     this.model = model;
     this.sender = sender;
     this.prompts = options.prompts;
+    this.running = this.deaf = false;
     this.prompt = h("textarea", {
       rows: 2, "aria-label": "Prompt", spellcheck: "false",
       oninput: () => keep(model, { prompt: this.prompt.value }),
@@ -30,7 +31,7 @@ export class Prompt {
     this.chat = h("input", { type: "checkbox", name: "chat", onchange });
     this.limit = h("output", { class: "moe-limit" });
     this.go = button("Run", { class: "moe-run", onclick: () => this.run() });
-    this.halt = button("Stop", { onclick: () => sender.send({ do: "stop", where: "run" }) });
+    this.halt = button("Stop", { onclick: () => this.stop() });
     this.starts = this.dropDown();
     const chat = options.chat && markup`<label title="${CHAT}">${this.chat}chat</label>`;
     this.node = markup`
@@ -89,6 +90,10 @@ export class Prompt {
     this.sender.send({ do: "run", form, where: "run" });
   }
 
+  stop() {
+    if (!this.deaf) this.sender.send({ do: "stop", where: "run" });
+  }
+
   /** Show the form, but never write into a field that is being typed in. */
   sync() {
     const form = this.model.get("form"),
@@ -99,9 +104,10 @@ export class Prompt {
     this.chat.checked = Boolean(form.chat);
   }
 
-  showRunning(running) {
-    this.running = running;
+  /** Stop is offered where it acts: a run goes on and the kernel answers. */
+  show({ running = this.running, deaf = this.deaf }) {
+    Object.assign(this, { running, deaf });
     this.go.setAttribute("aria-disabled", `${running}`);
-    this.halt.setAttribute("aria-disabled", `${!running}`);
+    this.halt.setAttribute("aria-disabled", `${!running || deaf}`);
   }
 }

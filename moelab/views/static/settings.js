@@ -118,9 +118,10 @@ export class Sender {
 /** States of a kernel after which it does not know what it showed before. */
 const ENDS = ["restarting", "autorestarting", "terminating", "dead"];
 
-/** Said while the kernel does not answer; Stop would not reach it either. */
+/** Said while the kernel does not answer; `told(on)` hears of it too. */
 class Deaf {
-  constructor(model) {
+  constructor(model, told) {
+    this.told = told;
     this.kernel = () => model.widget_manager?.kernel; // JupyterLab and Notebook 7 have it
     this.gone = false;
     this.moved = (_, status) => {
@@ -137,6 +138,7 @@ class Deaf {
   show(on) {
     this.gone ||= on === "gone";
     this.node.hidden = !on && !this.gone;
+    this.told(!this.node.hidden);
     if (this.node.hidden) return;
     const kernel = this.kernel(),
       gone = this.gone || kernel?.status === "idle"; // has time, and does not answer
@@ -158,7 +160,7 @@ export class Settings {
   constructor(model, options) {
     this.model = model;
     this.options = options;
-    this.deaf = new Deaf(model);
+    this.deaf = new Deaf(model, (deaf) => this.ask.show({ deaf }));
     this.sender = new Sender(model, (on) => this.deaf.show(on));
     this.measure = this.select("measure_kl", optionsOf(MEASURED), Number);
     this.ask = new Prompt(model, options, this.sender, this.measure);
