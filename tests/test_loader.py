@@ -138,13 +138,13 @@ def test_a_disk_is_measured_once_for_each_size_of_a_load(demo_store, tmp_path, m
     monkeypatch.setattr(readers, "paces", lambda file, size: asked.append(size) or {1: 5.0, 2: 9.0})
     store = Store.open(demo_store)
     monkeypatch.setattr(BlobFile, "direct", True)
-    assert [readers.readers(store) for _ in range(3)] == [2, 2, 2]
+    assert [readers.at_once(store) for _ in range(3)] == [2, 2, 2]
     assert asked == [store.slot_bytes[16]]
     (tmp_path / "disks.json").write_text('{"a": [1]')  # damaged: measured anew
-    assert readers.readers(store) == 2
+    assert readers.at_once(store) == 2
     assert len(asked) == 2
     monkeypatch.setattr(BlobFile, "direct", False)
-    assert readers.readers(store) == readers.CACHED, "the page cache is no disk"
+    assert readers.at_once(store) == readers.CACHED, "the page cache is no disk"
 
 
 def test_more_readers_have_to_pay(file):

@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from moelab.engine import dense, kernels, small_ops
+from moelab.engine import dense, kernels, readers, small_ops
 from moelab.engine.compute import Batch, ExpertCompute, Routed, Serve
 from moelab.engine.loader import Loader, Ticket
 from moelab.engine.log import EventLog
 from moelab.engine.memory import Arena, Slot, give_back
-from moelab.engine.readers import readers
 from moelab.models.adapter import attach, load_skeleton
 from moelab.scheduling import events as e
 from moelab.scheduling.events import LayerPlan
@@ -73,7 +72,7 @@ class Engine:
         self.adapter = attach(self.model, self._layer)
         self.compute = ExpertCompute(store, self.adapter)
         self.arena = Arena(dict(store.slot_bytes), settings.budget_bytes)
-        self.loader = Loader(readers(store), settings.device)
+        self.loader = Loader(readers.at_once(store), settings.device)
         self.resident: dict[Key, tuple[Slot, Ticket]] = {}
         self.reference: Callable[[tuple[int, int]], int] | None = None
         self._heard: Heard | None = None

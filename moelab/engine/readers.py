@@ -31,7 +31,7 @@ MEMORY_BYTES = 1 << 26
 """At most held by the readers that measure; beyond it, fewer of them are tried."""
 
 
-def readers(store: Store) -> int:
+def at_once(store: Store) -> int:
     """Loads at once for a store's largest experts on the disk it lies on, measured at most once.
 
     What was measured lies in the cache folder, by file system and size of a load (as a power of
