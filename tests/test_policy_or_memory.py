@@ -107,7 +107,9 @@ def test_the_verdict_says_what_has_more_to_give():
     assert set(reuse_distances(cycle)) == {NEVER, 18}
     drawn = found.figure()
     assert {t.name for t in drawn.data} == {"LRU", "best eviction (Belady)", "LRU, now"}
-    assert found.sentence() in found._repr_html_().replace("&#x27;", "'")
+    shown = found._repr_mimebundle_()
+    assert shown["text/plain"] == found.sentence() == drawn.layout.title.text.replace("<br>", " ")
+    assert "application/vnd.plotly.v1+json" in shown or "text/html" in shown
 
 
 def test_what_is_recorded_is_what_is_judged():

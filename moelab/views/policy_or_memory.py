@@ -9,8 +9,8 @@ computes, so its LRU may differ by a request in some hundred.
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,14 +109,19 @@ class PolicyOrMemory:
         marks: list[Any] = [(self.experts, "budget")]
         if self.cliff is not None:
             marks.append((self.cliff, "LRU's cliff"))
-        title = f"{self.verdict.capitalize()}: what is hit at every budget"
-        return curve(frame, "experts", "hit ratio", color="eviction", title=title, mark=marks)
+        title = "<br>".join(textwrap.wrap(self.sentence(), 100))
+        figure = curve(frame, "experts", "hit ratio", color="eviction", title=title, mark=marks)
+        return figure.update_layout(title_font_size=13, margin_t=120)
 
     def __repr__(self) -> str:
         return self.sentence()
 
-    def _repr_html_(self) -> str:
-        return f"<p>{escape(self.sentence())}</p>{self.figure().to_html(full_html=False)}"
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        try:
+            drawn = self.figure()._repr_mimebundle_(include, exclude)
+        except ImportError:  # no plotly here: the sentence alone
+            drawn = {}
+        return {**drawn, "text/plain": self.sentence()}
 
 
 def policy_or_memory(of: Run | Trace, *, experts: int | None = None) -> PolicyOrMemory:
