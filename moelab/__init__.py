@@ -25,6 +25,7 @@ _HOMES = {
     "Trace": "moelab.scheduling.trace",
     "pack": "moelab.store.pack",
     "replay": "moelab.replays.replay",
+    "predictors": "moelab.views.predictors",
     "sweep": "moelab.runs.sweep",
     "policy_or_memory": "moelab.views.policy_or_memory",
     "moefy": "moelab.training.moefy",

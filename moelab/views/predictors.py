@@ -1,0 +1,195 @@
+"""Which experts does the next layer want? Every way of guessing it, judged on a recorded stream.
+
+Each predictor names as many experts of a layer as its router will choose, before it has spoken.
+What learns does so on the prompt and the first half of the tokens, and all are judged on the
+second: nobody pays for a read to find out which one would have been worth it. What is not known
+here is time: a guess that is right may still come too late.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from moelab.scheduling.trace import LayerInput, Trace
+
+if TYPE_CHECKING:
+    from moelab.runs.run import Run
+
+Experts = tuple[int, ...]
+
+
+class Seen(NamedTuple):
+    """What may be known when a layer is guessed: its place, and the experts that were asked for."""
+
+    layer: int
+    path: Experts  # of the layer before
+    token: Experts  # of this layer by the token before
+
+
+def predictors(of: Run | Trace) -> pd.DataFrame:
+    """Judge the predictors on the decoded tokens of a run or a trace, from the second layer on.
+
+    Returns
+    -------
+    DataFrame
+        By predictor: ``recall``, the share of the experts asked for that were guessed;
+        ``wrong_per_token`` and ``wrong_bytes``, guesses that were for nothing and what reading them
+        at the highest tier would cost a token if none were resident; ``ahead``, when the guess can
+        be made; ``known``, how often a predictor had seen its case before (else it falls back to
+        frequency). ``gate`` is there as far as the run looked ahead, and ``always right`` is the
+        control.
+
+    Raises
+    ------
+    ValueError
+        Fewer than four tokens were decoded, or the model has one layer.
+
+    Examples
+    --------
+    >>> moelab.predictors(run)  # doctest: +SKIP
+    """
+    trace: Trace = of if isinstance(of, Trace) else of.trace
+    tokens = _tokens(trace)
+    if len(tokens) < 4 or trace.shape.layers < 2:
+        raise ValueError(
+            f"{len(tokens)} decoded tokens of {trace.shape.layers} layers: record at least four "
+            "tokens of a model with two layers or more"
+        )
+    half = len(tokens) // 2
+    learnt = _Learnt(_cases([*_prompt(trace), *(_rows(token) for token in tokens[:half])]))
+    judged = tokens[half - 1 :]  # the first is there as the token before
+    nbytes = max(trace.shape.nbytes.values())
+    found = [
+        _row(name, ahead, judged, guess, nbytes)
+        for name, ahead, guess in (
+            ("frequency", "any time", lambda seen, k: (learnt.frequent(seen.layer, k), None)),
+            ("previous token", "a token", lambda seen, k: (seen.token[:k], None)),
+            ("path (set of experts)", "a layer", learnt.by_set),
+            ("path (pairs)", "a layer", learnt.by_pairs),
+        )
+    ]
+    found += _gate(judged, nbytes)
+    asked = sum(len(row) for token in judged[1:] for row in _rows(token)[1:])
+    found.append({"predictor": "always right", "recall": 1.0 if asked else 0.0, "ahead": "never"})
+    table = pd.DataFrame(found).set_index("predictor")
+    return table.fillna({"wrong_per_token": 0.0, "wrong_bytes": 0.0})
+
+
+def _tokens(trace: Trace) -> list[list[LayerInput]]:
+    """The decoded tokens, each with its layers' inputs."""
+    steps = [step for step in trace.steps if not step.prefill]
+    layers = trace.shape.layers
+    return [steps[at : at + layers] for at in range(0, len(steps) - layers + 1, layers)]
+
+
+def _prompt(trace: Trace) -> Iterator[list[Experts]]:
+    """The prompt's tokens as far as all layers recorded them."""
+    layers = trace.shape.layers
+    steps = [step for step in trace.steps if step.prefill]
+    for at in range(0, len(steps) - layers + 1, layers):
+        whole = steps[at : at + layers]
+        yield from (list(rows) for rows in zip(*(s.experts for s in whole), strict=False))
+
+
+def _rows(token: list[LayerInput]) -> list[Experts]:
+    """The experts of each layer, by falling weight."""
+    return [tuple(r.expert for r in step.requests()) for step in token]
+
+
+def _cases(tokens: list[list[Experts]]) -> Iterator[tuple[Seen, Experts]]:
+    """What is known before each layer but the first, and what it then asks for."""
+    for before, rows in zip([tokens[0], *tokens], tokens, strict=False):
+        for layer in range(1, len(rows)):
+            yield Seen(layer, rows[layer - 1], before[layer]), rows[layer]
+
+
+class _Learnt:
+    """What a stream has taught: how often experts come, and what comes after what."""
+
+    def __init__(self, cases: Iterable[tuple[Seen, Experts]]) -> None:
+        self._uses: dict[int, Counter[int]] = defaultdict(Counter)
+        self._after_set: dict[tuple[int, Experts], Counter[int]] = defaultdict(Counter)
+        self._after_one: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
+        for seen, asked in cases:
+            self._uses[seen.layer].update(asked)
+            self._after_set[seen.layer, tuple(sorted(seen.path))].update(asked)
+            for one in seen.path:
+                self._after_one[seen.layer, one].update(asked)
+
+    def frequent(self, layer: int, k: int) -> Experts:
+        return tuple(expert for expert, _ in self._uses[layer].most_common(k))
+
+    def by_set(self, seen: Seen, k: int) -> tuple[Experts, bool]:
+        """EdgeMoE's key: the very set of experts of the layer before."""
+        counts = self._after_set.get((seen.layer, tuple(sorted(seen.path))))
+        return self._filled(counts, seen.layer, k)
+
+    def by_pairs(self, seen: Seen, k: int) -> tuple[Experts, bool]:
+        """P(expert | expert of the layer before), summed over these."""
+        sums: Counter[int] = Counter()
+        for one in seen.path:
+            counts = self._after_one.get((seen.layer, one), Counter())
+            for expert, count in counts.items():
+                sums[expert] += count / counts.total()  # pyright: ignore[reportArgumentType]
+        return self._filled(sums, seen.layer, k)
+
+    def _filled(self, counts: Counter[int] | None, layer: int, k: int) -> tuple[Experts, bool]:
+        best = tuple(expert for expert, _ in counts.most_common(k)) if counts else ()
+        rest = (e for e in self.frequent(layer, 2 * k) if e not in best)
+        return (*best, *rest)[:k], bool(counts)
+
+
+def _row(
+    name: str,
+    ahead: str,
+    tokens: list[list[LayerInput]],
+    guess: Callable[[Seen, int], tuple[Experts, bool | None]],
+    nbytes: int,
+) -> dict[str, object]:
+    right = asked = wrong = 0
+    known: list[bool] = []
+    rows = [_rows(token) for token in tokens]
+    for before, token in pairwise(rows):
+        for layer in range(1, len(token)):
+            seen, wanted = Seen(layer, token[layer - 1], before[layer]), token[layer]
+            guessed, had_seen = guess(seen, len(wanted))
+            hits = len(set(guessed) & set(wanted))
+            right, asked, wrong = right + hits, asked + len(wanted), wrong + len(guessed) - hits
+            known += [had_seen] if had_seen is not None else []
+    found = _figures(name, ahead, right, asked, wrong, len(tokens) - 1, nbytes)
+    return {**found, "known": float(np.mean(known)) if known else np.nan}
+
+
+def _figures(
+    name: str, ahead: str, right: int, asked: int, wrong: int, tokens: int, nbytes: int
+) -> dict[str, object]:
+    return {
+        "predictor": name,
+        "recall": right / max(1, asked),
+        "wrong_per_token": wrong / tokens,
+        "wrong_bytes": wrong * nbytes / tokens,
+        "ahead": ahead,
+    }
+
+
+def _gate(tokens: list[list[LayerInput]], nbytes: int) -> Iterator[dict[str, object]]:
+    """The coming layers' routers, asked with an earlier layer's input, as the run did."""
+    sums: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])  # right, asked, wrong by depth
+    for token in tokens[1:]:
+        rows = _rows(token)
+        for step in token:
+            for coming in step.look_ahead:
+                wanted = rows[coming.layer]
+                guessed = coming.experts[: len(wanted)]
+                hits, at = len(set(guessed) & set(wanted)), sums[coming.layer - step.layer]
+                for i, count in enumerate((hits, len(wanted), len(guessed) - hits)):
+                    at[i] += count
+    for depth, (right, asked, wrong) in sorted(sums.items()):
+        ahead = "a layer" if depth == 1 else f"{depth} layers"
+        yield _figures(f"gate, {depth} ahead", ahead, right, asked, wrong, len(tokens) - 1, nbytes)
