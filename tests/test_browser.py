@@ -251,13 +251,10 @@ def test_controls_work_while_a_cell_is_busy(dash):
     """Where the page and the kernel know subshells: JupyterLab 4.4 with ipykernel 7."""
     dash.choose("device", "hdd")
     dash.run(tokens=2000)
-    held = dash.data("budget")
     dash.page.evaluate(BUSY, "perCommTarget")
     try:
         dash.choose("bits", "8")
         dash.until(lambda: dash.root.get_attribute("data-asked").startswith("8 bit"), "8 bit")
-        dash.drag(0.5)
-        dash.until(lambda: dash.data("budget") > 1.5 * held, "a larger budget")
         dash.stop()
         assert dash.page.evaluate(CELL_GOES_ON)
         assert not dash.root.locator(".moe-deaf").is_visible()

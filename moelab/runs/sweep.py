@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -117,7 +118,9 @@ def _decided(
     if workers < 2 or len(batches) < 2:
         yield from (decide(trace, batch) for batch in batches)
         return
-    with ProcessPoolExecutor(workers, initializer=_hold, initargs=(trace,)) as pool:
+    # A fork would be without the threads of torch and the loader, and might wait for one for ever.
+    anew = get_context("spawn")
+    with ProcessPoolExecutor(workers, anew, initializer=_hold, initargs=(trace,)) as pool:
         tasks = [pool.submit(_of_held, batch) for batch in batches]
         try:
             for task in as_completed(tasks):
