@@ -607,10 +607,12 @@ def test_a_budget_can_follow_the_machine_until_it_is_set_by_hand(dash):
     assert kernel(dash.page, "print(lab.follows)") == "False"
 
 
-def test_a_restart_of_the_kernel_is_said(dash):
+def test_a_restart_of_the_kernel_is_said(dash, live_page):
     """The last test on this page: it leaves no lab behind."""
     dash.page.evaluate(f"() => {KERNEL}.restart()")
     words = dash.root.locator(".moe-deaf")
     dash.until(lambda: "is gone: run its cell again" in words.inner_text(), "its kernel is gone")
     dash.choose("bits", "8")
     assert not words.get_by_role("button").is_visible(), "there is no cell to interrupt"
+    # JupyterLab's own, where it closes a widget's comm while its kernel is away.
+    live_page.faults[:] = [fault for fault in live_page.faults if fault != "Cannot send"]

@@ -389,6 +389,7 @@ def test_started_stopped_and_set_a_hundred_times_from_threads(lab):
     errors: list[BaseException] = []
     done = threading.Event()
     lab.update(budget="25%")
+    before = threading.active_count()  # how many readers a loader has is this disk's matter
 
     def fiddle(i: int) -> None:
         n = 0
@@ -419,7 +420,7 @@ def test_started_stopped_and_set_a_hundred_times_from_threads(lab):
         for t in threads:
             t.join()
     assert errors == []
-    assert threading.active_count() < 20
+    assert threading.active_count() <= before + 2
 
 
 def test_a_second_run_at_once_is_refused(lab):
