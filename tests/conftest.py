@@ -35,6 +35,7 @@ os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
 # that is in it drives the live lab in JupyterLab.
 ALONE = re.compile(r"@pytest\.mark\.alone\b.*?def (test_\w+)", re.DOTALL)
 LIVE = "from browser import kernel"
+TIMED = ("alone", "browser")
 
 
 # Started in the background, a process ignores Ctrl-C and so do its children; tests press it.
@@ -47,7 +48,15 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With workers, long work begins first: the live lab, then slow files; `alone` is last."""
+    """What hangs on a clock or a browser may be asked twice; with workers, the order of tests.
+
+    On a machine that others use too, a second JupyterLab or a time may come too late once. A second
+    failure stands, and the report counts every rerun. Long work begins first: the live lab, then
+    slow files; `alone` is last.
+    """
+    for item in items:
+        if LIVE in text_of(item.path) or any(map(item.get_closest_marker, TIMED)):
+            item.add_marker(pytest.mark.flaky(reruns=1))
     if not WORKER:
         return
     slow = {item.path for item in items if item.get_closest_marker("slow")}

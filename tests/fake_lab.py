@@ -74,6 +74,7 @@ class FakeLab:
 
     closed = follows = False
     name = "synthetic"
+    _strategies = staticmethod(lambda name, _using, _role: make(name))
 
     def __init__(self, *, layers=8, experts=32, top_k=4, token_ms=1.0, budget=0.25, seed=0):
         self.token_ms, self._lock = token_ms, threading.RLock()

@@ -286,6 +286,48 @@ def test_a_kernel_that_is_busy_with_a_cell_is_noticed_and_can_be_interrupted(das
         dash.page.evaluate(f"() => {{ {KERNEL}.commsOverSubshells = 'perCommTarget' }}")
 
 
+def test_shadows_move_while_it_writes_and_a_click_puts_one_in_force(dash):
+    dash.choose("device", "hdd")
+    dash.run(tokens=900)
+    bars = dash.root.locator(".moe-shadow")
+    dash.until(lambda: bars.count() >= 7, "this run, five others and the best")
+    first = bars.all_inner_texts()
+    dash.until(lambda: bars.all_inner_texts() != first, "they follow the run")
+    assert dash.data("running") == "true"
+    shot(dash.page, "lab-light-shadows")
+    assert "Belady" in dash.root.locator("[data-shadow=belady]").get_attribute("title")
+    begun = dash.data("token")
+    dash.root.locator("[data-shadow=lfu]").click()
+    dash.until(lambda: dash.root.get_attribute("data-strategy") == "lfu", "LFU is in force")
+    dash.until(lambda: dash.data("changes") >= 1, "the next token has obeyed")
+    dash.until(lambda: dash.data("token") > begun + 3, "it goes on")
+    theme(dash.page, "Dark")
+    dash.until(lambda: dash.root.get_attribute("data-theme") == "dark", "dark")
+    shot(dash.page, "lab-dark-shadows")
+    dash.stop()
+
+
+def test_all_settings_at_once_are_points_and_a_click_applies_one(dash):
+    dash.run(tokens=24)
+    dash.until(lambda: dash.data("running") == "false", "the run has ended")
+    wonder = dash.root.get_by_role("button", name="What if", exact=True)
+    wonder.click()
+    dash.root.get_by_role("button", name="All settings at once").click()
+    plane = dash.root.locator(".moe-outlook")
+    plane.wait_for(timeout=1000 * SECONDS)
+    assert int(plane.get_attribute("data-points")) > 20
+    shot(dash.page, "lab-light-all-settings")
+    theme(dash.page, "Dark")
+    dash.until(lambda: dash.root.get_attribute("data-theme") == "dark", "dark")
+    shot(dash.page, "lab-dark-all-settings")
+    point = plane.locator("g.point[data-name^='lfu, 4 bit'], g.point[data-name^='lru, 4 bit']").last
+    strategy = point.get_attribute("data-name").split(",")[0]
+    point.press("Enter")
+    dash.until(lambda: dash.root.get_attribute("data-asked").startswith("4 bit"), "4 bit")
+    dash.until(lambda: dash.root.get_attribute("data-strategy") == strategy, strategy)
+    wonder.click()
+
+
 def test_the_label_follows_after_a_drag_that_ends_where_it_began(dash):
     dash.drag(0.25)
     label = dash.root.locator("output.moe-value")

@@ -100,19 +100,24 @@ def test_changes_on_the_way_stay_and_the_override_lies_on_top(demo_lab):
         max_new_tokens=12,
         changes={3: {"bits": 4}, 6: {"strategy": "lfu"}, 9: {"strategy": "hobbit", "w_lru": 0.5}},
     )
-    plan = overlaid(run.history, {"strategy": "moe_infinity", "device": "hdd"}, demo_lab)
+    plan = overlaid(
+        run.history,
+        {"strategy": "moe_infinity", "device": "hdd"},
+        demo_lab._shape,
+        demo_lab._strategies,
+    )
     assert [(t, s.bits) for t, s in plan] == [(0, 16), (3, 4), (6, 4), (9, 4)]
     assert {s.strategy.name for _, s in plan} == {"moe_infinity"}
     later = plan[1][1].strategy
     assert all(s.strategy.shares(later) for _, s in plan), "one strategy that goes on learning"
-    plan = overlaid(run.history, {"w_lru": 0.9}, demo_lab)
+    plan = overlaid(run.history, {"w_lru": 0.9}, demo_lab._shape, demo_lab._strategies)
     assert plan[-1][1].strategy.parameters["w_lru"][2] == 0.9
     same = [now is then for (_, now), (_, then) in zip(plan, run.history, strict=True)]
     assert same == [True, True, True, False]
     with pytest.raises(ValueError, match="unknown setting 'nonsense'"):
-        overlaid(run.history, {"nonsense": 1}, demo_lab)
+        overlaid(run.history, {"nonsense": 1}, demo_lab._shape, demo_lab._strategies)
     with pytest.raises(BudgetError, match=r"^from token 9 on: budget .* raise it to"):
-        overlaid([(9, run.history[0][1])], {"budget": 1000}, demo_lab)
+        overlaid([(9, run.history[0][1])], {"budget": 1000}, demo_lab._shape, demo_lab._strategies)
 
 
 def test_a_policy_of_ones_own_can_be_tried(demo_lab):

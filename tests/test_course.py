@@ -21,9 +21,12 @@ each_exercise = pytest.mark.parametrize("number", CHECKS)
 
 def given(number):
     """What a check wants besides the answer."""
-    return {"01.1": {"run": None}, "02.3": {"run": None}, "08.1": {"run": None}}.get(
-        number, {"lab": None} if number == "03.3" else {}
-    )
+    return {
+        "01.1": {"run": None},
+        "02.3": {"run": None},
+        "06.1": {"run": None},
+        "08.1": {"run": None},
+    }.get(number, {"lab": None} if number == "03.3" else {})
 
 
 @pytest.fixture

@@ -79,6 +79,7 @@ def checked(source):
 
 
 @pytest.mark.slow
+@pytest.mark.flaky(reruns=1)  # exercises ask for times
 @pytest.mark.timeout(600)
 @each_notebook
 def test_runs_from_top_to_bottom(path, demo_store, monkeypatch, tmp_path, record_property):

@@ -13,7 +13,7 @@ from moelab.replays.bounds import NEVER, belady_hits, requests, reuse_distances,
 from moelab.replays.replay import replay
 from moelab.scheduling.stream import Knobs, Shape
 from moelab.scheduling.trace import Change, LayerInput, Trace
-from moelab.strategies import make
+from moelab.strategies import Evict, make
 from moelab.views.policy_or_memory import policy_or_memory
 
 SHAPE = Shape((6, 6, 6), 2, {16: 4000, 4: 1000})
@@ -90,6 +90,83 @@ def test_libcachesim_counts_the_same():
         for room in (3, 7, 12):
             assert hits(oracle.LRU(cache_size=room)) == lru(trace, room)
             assert hits(oracle.Belady(cache_size=room)) == belady_hits(trace, room)[0]
+
+
+class SinceLoaded(Evict):
+    """Uses since an expert was loaded, and when that was."""
+
+    def __init__(self):
+        self.uses, self.loaded, self.now = np.zeros(18), np.zeros(18), 0
+
+    def observe(self, given, view):
+        (key,) = given.experts[0]
+        self.now += 1
+        if not view.bits[key]:
+            self.uses[key], self.loaded[key] = 0, self.now
+        self.uses[key] += 1
+
+
+class Fifo(SinceLoaded):
+    def score(self, view):
+        return self.loaded
+
+
+class LfuInCache(SinceLoaded):
+    def score(self, view):
+        return 1e6 * self.uses + view.last_use
+
+
+def test_libcachesim_counts_the_same_for_any_policy_of_one_expert_a_step():
+    """With one layer and one expert a token a scheduler is a plain cache."""
+    oracle = pytest.importorskip("libcachesim")
+    shape, rng = Shape((18,), 1, {16: 1000}), random.Random(3)
+    popular = [rng.random() ** 3 for _ in range(18)]
+    keys = rng.choices(range(18), popular, k=1500)
+    trace = Trace(shape, [LayerInput(0, ((key,),), ((1.0,),)) for key in keys])
+    for room in (3, 6, 12):
+        for policy, other in (
+            (make("lru"), oracle.LRU),
+            (make("lru").replace(evict=Fifo()), oracle.FIFO),
+            (make("lru").replace(evict=LfuInCache()), oracle.LFU),
+        ):
+            cache = other(cache_size=room)
+            asked = (oracle.Request(obj_id=key, obj_size=1) for key in keys)
+            hits = sum(bool(cache.get(request)) for request in asked)
+            assert replay(trace, policy, Knobs(room * 1000)).counts["hit"] == hits
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_belady_bounds_every_strategy_of_one_size(seed):
+    trace, room = stream(seed, tokens=25, warm=seed % 7), 6 + seed % 9
+    best, asked = belady_hits(trace, room)
+    for name in ("on_demand", "lru", "lfu", "layer_lru"):
+        assert replay(trace, make(name), Knobs(room * 4000)).counts["hit"] <= best
+    bypass, _ = belady_hits(trace, room, bypass=True)
+    per_layer = belady_hits(trace, room // 3, per_layer=True)
+    assert best <= bypass <= asked == per_layer[1]
+    assert per_layer[0] <= best
+    if seed < 25:
+        small = stream(seed, tokens=3)
+        for capacity in (1, 2, 4):
+            assert belady_hits(small, capacity, bypass=True)[0] == by_trying(small, capacity)
+
+
+def by_trying(trace: Trace, capacity: int) -> int:
+    """The most hits that any cache of so many experts can have, by every choice at every miss."""
+    best: dict[frozenset, int] = {frozenset(): 0}
+    for key, counted in requests(trace):
+        following: dict[frozenset, int] = {}
+        for there, hits in best.items():
+            if key in there:
+                ways = [there]
+            else:
+                ways = [there, *(there - {other} | {key} for other in there)]
+                ways += [there | {key}] if len(there) < capacity else []
+            for way in ways:
+                now = hits + (counted and key in there)
+                following[way] = max(following.get(way, -1), now)
+        best = following
+    return max(best.values())
 
 
 def test_the_verdict_says_what_has_more_to_give(monkeypatch):

@@ -8,8 +8,11 @@ from itertools import combinations
 import pytest
 
 import moelab
+from moelab.engine.pace import Machine
+from moelab.replays.clock import Computing
 from moelab.scheduling.stream import LookAhead, Shape
 from moelab.scheduling.trace import LayerInput, Trace
+from moelab.store.devices import Device
 
 SHAPE = Shape((8, 8, 8), 2, {16: 1000, 4: 300})
 
@@ -80,6 +83,34 @@ def test_a_gate_that_looks_ahead_is_judged_by_depth_and_a_wrong_guess_costs_its_
     assert (poor.wrong_bytes["always right"], poor.ahead["always right"]) == (0, "never")
 
 
+def test_tokens_alike_down_to_here_say_what_comes():
+    """Three ways through the layers that meet in the middle one: only what came before tells."""
+
+    def chosen(t, layer):
+        way = (t * t + t // 2) % 3
+        return pair(0) if layer == 1 else pair(way)
+
+    table = moelab.predictors(stream(chosen, tokens=60))
+    assert table.recall["similar tokens (activation matrix)"] == 1
+    assert table.recall["path (pairs)"] < 0.9
+    other = moelab.predictors(stream(lambda t, layer: pair(t + layer), prompt=range(9)))
+    assert other.known["similar tokens (activation matrix)"] == 1
+
+
+def test_with_a_machine_each_lead_has_a_worth():
+    computing = Computing(2.0, 6.0, {16: 1.0, 4: 1.0}, call_ms=0.5, deciding_ms=0.5)
+    machine = Machine(computing, Device("a disk", 1e6, 1.0, 1), readers=1)
+    trace = stream(lambda _, layer: pair(layer))
+    table = moelab.predictors(trace, machine)
+    assert table.load_ms.tolist() == [2.0] * len(table)
+    assert table.lead_ms["path (pairs)"] == 5.0  # 2 + 0.5 + 0.5 + two experts
+    assert table.lead_ms["previous token"] == 3 * 5.0 + 6.0
+    assert table.lead_ms["always right"] == table.hidden_ms["always right"] == 0
+    assert table.hidden_ms["previous token"] == 2.0 * 2 * 2  # two layers of two, all right
+    slow = moelab.predictors(trace, machine, device="sd_card")
+    assert (slow.load_ms > 1).all()
+
+
 def test_too_little_is_refused():
     with pytest.raises(ValueError, match="3 decoded tokens of 3 layers: record at least four"):
         moelab.predictors(stream(lambda t, layer: pair(t + layer), tokens=3))
@@ -91,3 +122,6 @@ def test_a_run_that_looked_ahead_has_its_gate_judged(demo_lab):
     table = moelab.predictors(run)
     assert table.recall["gate, 1 ahead"] > table.recall["frequency"]
     assert table.recall.between(0, 1).all()
+    timed = moelab.predictors(run, demo_lab, device="sd_card")
+    assert (timed.load_ms > 3).all(), "an expert takes 6.6 ms at 40 MB/s"
+    assert timed.hidden_ms["gate, 1 ahead"] > 0

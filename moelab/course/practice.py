@@ -1,4 +1,4 @@
-"""Exercises of notebooks 00, 01, 05 and 08: the live lab, a policy of one's own, devices."""
+"""Exercises of notebooks 00, 01, 05, 06 and 08: live lab, own policy, what if, devices."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ from moelab.course.verdict import (
     settings,
     written,
 )
+from moelab.engine.pace import Machine
+from moelab.replays.clock import Computing
 from moelab.store.devices import DEVICES, Device
 
 TOKENS = 16
+WITH = 24
 """Of a run to be judged."""
 LIVE_LESS, CARD_LESS = 4, 10
 """Times fewer bytes a token: at the same budget, and on the SD card."""
@@ -41,6 +44,12 @@ KL_BORNE, NEAR = 0.05, 0.25
 """The KL borne, and the tolerance of a bandwidth."""
 LEAST_BANDWIDTH = 1e5
 """Bytes a second; a lower number was meant in MB/s."""
+LEARNER = Machine(
+    Computing(1.0, 0.5, dict.fromkeys((16, 8, 4, 3, 2), 0.2), 0.1, 0.1),
+    Device("a disk", 1e9, 0.1, 4),
+    readers=4,
+)
+"""The machine by whose clock a device is judged: every learner's the same, however busy theirs."""
 PROMPT = "It is a truth universally acknowledged, that"
 
 
@@ -192,6 +201,47 @@ def _with(role: str, part: Any) -> moelab.Strategy:
         raise RefusedError(str(error)) from error
 
 
+@exercise("06.1")
+def enough_for_lru(answer: Any, *, run: moelab.Run) -> Said:
+    """Fewest experts with which LRU hits nine tenths of what Belady hits with room for 24."""
+    experts = a_number(answer, "experts", whole=True)
+    is_run(run, least=TOKENS)
+    found = moelab.policy_or_memory(run.trace, experts=WITH)
+    if found.enough is None or not 0 <= experts < len(found.lru):
+        raise RefusedError(f"{experts:g} experts: 0 to {len(found.lru) - 1}")
+    goal = 0.9 * found.best
+    mine, less = (float(found.lru[max(0, int(experts) - n)]) for n in (0, 1))
+    return judged(
+        f"with room for {experts:g} LRU hits {mine:.1%}, nine tenths of the best possible with "
+        f"{WITH} are {goal:.1%}",
+        (mine < goal, "More memory."),
+        (less >= goal, "Less would do."),
+    )
+
+
+@exercise("06.2")
+def half_as_long(answer: Any) -> Said:
+    """Settings that halve a token's predicted time on an eMMC at a small KL."""
+    ours = settings(answer, '{"strategy": "lfu"}', device="emmc")
+    asked = {k: v for k, v in ours.items() if k not in ("device", "budget")}
+    if "budget" in answer:
+        raise RefusedError("the budget is given: a quarter of the memory")
+    with opened() as lab:
+        trace = recorded(lab, look_ahead=1)
+    where = {"budget": "25%", "device": "emmc"}
+    plain, mine = (
+        moelab.predict(trace, LEARNER, **{"strategy": "lru", **where, **own}).token_ms
+        for own in ({}, asked)
+    )
+    with opened(**ours) as lab:
+        kl = kl_of(lab)
+    return judged(
+        f"{mine:.1f} ms a token instead of {plain:.1f} (modelled), KL {kl:.3f} (measured)",
+        (2 * mine > plain, "Half is asked for: which bytes need not be read?"),
+        (kl > KL_BORNE, f"KL is to stay under {KL_BORNE}."),
+    )
+
+
 @exercise("08.1")
 def bus_and_cpu_even(answer: Any, *, run: moelab.Run) -> Said:
     """The bandwidth (bytes a second) at which reading takes as long as computing."""
@@ -243,19 +293,22 @@ def a_device_for_guesses(answer: Any) -> Said:
     if device.latency_ms > 50 or device.bandwidth_bytes_s < 5e6:
         raise RefusedError("a class cannot wait for that: 50 ms and 5 MB/s are the limits")
     name, waits = "exercise 08.3", []
+    with opened() as lab:
+        trace = recorded(lab, look_ahead=1)
     DEVICES[name] = device
     try:
         for layers in (0, 1):
-            with opened(device=name, prefetch=layers) as lab:
-                stalls = _ten_tokens(lab).per_token["stall_ms"].iloc[1:]
-                waits.append(float(stalls.median()))
+            found = moelab.predict(
+                trace, LEARNER, device=name, strategy="lru", budget="25%", prefetch=layers
+            )
+            waits.append(float(found.per_token["stall_ms"].mean()))
     finally:
         del DEVICES[name]
     without, ahead = waits
     spared = 1 - ahead / without if without else 0.0
     return judged(
-        f"{without:.1f} ms of waiting a token without looking ahead, {ahead:.1f} ms with it "
-        f"({-spared:+.0%})",
+        f"by the virtual clock, {without:.1f} ms of waiting a token without looking ahead and "
+        f"{ahead:.1f} ms with it ({-spared:+.0%})",
         (without < 1, "There is next to nothing to spare. Make it slower, but how?"),
         (spared < HIDDEN, "Is its bus busy all the time? Guesses need room."),
         right="Latency can be hidden, a full bus cannot.",

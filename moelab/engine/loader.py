@@ -79,6 +79,11 @@ class Loader:
             t.start()
 
     @property
+    def readers(self) -> int:
+        """Loads at once."""
+        return len(self._threads)
+
+    @property
     def profile(self) -> Device:
         """The device in force."""
         return self._profile
@@ -93,10 +98,10 @@ class Loader:
         """Whether reads bypass the page cache; without that, times are not the disk's."""
         return all(file.direct for file in list(self._files))
 
-    def use(self, name: str) -> None:
+    def use(self, profile: str | Device) -> None:
         """Loads begun from now on come from another device."""
         with self._cond:
-            self._profile = device(name)
+            self._profile = device(profile) if isinstance(profile, str) else profile
             self._throttle.reset()
             self._cond.notify_all()
 

@@ -72,10 +72,11 @@ def best(found: dict[int, float]) -> int:
 def paces(file: BlobFile, nbytes: int) -> dict[int, float]:
     """Bytes a second by number of readers: loads of ``nbytes`` at random places, in turn."""
     depths = [d for d in DEPTHS if d == 1 or d * nbytes <= MEMORY_BYTES]
-    return {d: max(_pace(file, nbytes, d) for _ in range(2)) for d in depths}
+    return {d: max(pace(file, nbytes, d) for _ in range(2)) for d in depths}
 
 
-def _pace(file: BlobFile, nbytes: int, depth: int) -> float:
+def pace(file: BlobFile, nbytes: int, depth: int) -> float:
+    """Bytes a second of so many readers at random places, for `SECONDS`."""
     begun = time.perf_counter()
 
     def read(seed: int) -> int:

@@ -12,9 +12,11 @@ from moelab.scheduling.trace import Trace
 NEVER = np.iinfo(np.int64).max
 """Reuse distance of an expert's first request."""
 RECENT = 16
+Stream = list[tuple[tuple[int, int], bool]]
+"""Requests as (layer, expert), and whether each counts."""
 
 
-def requests(trace: Trace) -> list[tuple[tuple[int, int], bool]]:
+def requests(trace: Trace) -> Stream:
     """Every request as (layer, expert), and whether it is a decoded token's.
 
     What was resident at the start was asked for before; a prompt's requests are not counted either.
@@ -23,12 +25,30 @@ def requests(trace: Trace) -> list[tuple[tuple[int, int], bool]]:
     return warm + [((s.layer, r.expert), not s.prefill) for s in trace.steps for r in s.requests()]
 
 
-def belady_hits(trace: Trace, capacity: int) -> tuple[int, int]:
+def belady_hits(
+    trace: Trace, capacity: int, *, bypass: bool = False, per_layer: bool = False
+) -> tuple[int, int]:
     """Hits and requests of the decoded tokens with Belady's eviction and room for ``capacity``.
+
+    Parameters
+    ----------
+    bypass
+        An expert that is needed later than all that are there may be computed and not kept; without
+        it every load is kept, as strategies here do.
+    per_layer
+        Each layer has a cache of its own, for ``capacity`` experts.
 
     Source: L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", 1966.
     """
     stream = requests(trace)
+    if not per_layer:
+        return _best(stream, capacity, bypass=bypass)
+    layers = [[one for one in stream if one[0][0] == at] for at in range(trace.shape.layers)]
+    found = [_best(own, capacity, bypass=bypass) for own in layers]
+    return sum(hits for hits, _ in found), sum(asked for _, asked in found)
+
+
+def _best(stream: Stream, capacity: int, *, bypass: bool) -> tuple[int, int]:
     following, last = [len(stream)] * len(stream), {}
     for i in range(len(stream) - 1, -1, -1):
         following[i] = last.get(stream[i][0], len(stream) + i)
@@ -39,14 +59,19 @@ def belady_hits(trace: Trace, capacity: int) -> tuple[int, int]:
     for i, (key, counted) in enumerate(stream):
         hits += counted and key in resident
         asked += counted
-        if key not in resident and len(resident) >= capacity:
+        full = key not in resident and len(resident) >= capacity
+        if full and bypass:  # whoever is needed last is let go, and that may be the newcomer
+            resident[key] = following[i]
+            heapq.heappush(heap, (-following[i], key))
+        if full:
             while True:
                 when, victim = heapq.heappop(heap)
                 if resident.get(victim) == -when:
                     del resident[victim]
                     break
-        resident[key] = following[i]
-        heapq.heappush(heap, (-following[i], key))
+        if not (full and bypass):
+            resident[key] = following[i]
+            heapq.heappush(heap, (-following[i], key))
     return hits, asked
 
 

@@ -1,21 +1,23 @@
 """The scheduler over a recorded trace: what would have been decided.
 
 A replay of a run's own trace decides exactly what the run decided (a test holds this): the trace
-carries the strategy as it was when the run began. It does not know time: a load is there at once.
+carries the strategy as it was when the run began. By itself it does not know time: a load is there
+at once. A clock (see `moelab.replays.clock`) goes along and says when.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from moelab.scheduling.events import KINDS, LOAD, PREFETCH, Decision, Row, in_words
+from moelab.replays.clock import Clock, Spent
+from moelab.scheduling.events import KINDS, LOAD, PREFETCH, Decision, LayerPlan, Row, in_words
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Knobs, Shape
-from moelab.scheduling.trace import Change, Trace
+from moelab.scheduling.trace import Change, LayerInput, Trace
 
 
 @dataclass(slots=True, repr=False)
@@ -28,12 +30,15 @@ class Replay:
         Every decision as codes, see `moelab.scheduling.events`.
     counts, bytes
         How many of each kind, and bytes loaded and prefetched, of decoded tokens, not of prefill.
+    tokens
+        What each decoded token would have taken by the clock, where there was one.
     """
 
     nbytes: dict[int, int]
     rows: list[Row] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     bytes: int = 0
+    tokens: list[Spent] = field(default_factory=list)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {kind}s" for kind, count in self.counts.items())
@@ -50,9 +55,10 @@ class Replay:
         asked = sum(self.counts[k] for k in ("hit", "load", "skip", "substitute"))
         return self.counts["hit"] / asked if asked else 0.0
 
-    def take(self, rows: list[Row], *, prefill: bool) -> None:
-        """Write down one plan."""
-        self.rows += rows
+    def take(self, rows: list[Row], *, prefill: bool, keep: bool = True) -> None:
+        """Write down one plan, or count it only."""
+        if keep:
+            self.rows += rows
         if prefill:
             return
         for kind, _layer, _expert, _asked, bits, *_ in rows:
@@ -68,6 +74,7 @@ def replay(
     *,
     strategies: Mapping[str, Strategy] | None = None,
     make: Callable[[Shape, Strategy, Knobs], Scheduler] = Scheduler,
+    clock: Clock | None = None,
 ) -> Replay:
     """Decide a trace again.
 
@@ -82,6 +89,9 @@ def replay(
         Name -> strategy, for a trace from a file, which knows its strategies by name only.
     make
         Makes the scheduler; one that watches itself decides the same.
+    clock
+        Goes along; what strategies observe of loads that have landed is then by this clock, not as
+        it was recorded.
 
     Raises
     ------
@@ -102,21 +112,60 @@ def replay(
     changes = _found(changes, strategies or {})
     first = changes.pop(0)
     assert first.strategy is not None
-    out = Replay(dict(trace.shape.nbytes))
-    scheduler = make(trace.shape, first.strategy, first.knobs)
-    scheduler.warm(trace.resident)
+    player = Player(make(trace.shape, first.strategy, first.knobs), clock)
+    player.scheduler.warm(trace.resident)
     for i, given in enumerate(trace.steps):
-        if i == 0 or (given.prefill and given.layer == 0):
+        due = [change for change in changes if change.at == i]
+        player.step(given, [(change.knobs, change.strategy) for change in due])
+    return player.out
+
+
+class Player:
+    """Tells one scheduler one step of a stream after another, and writes down what it decides.
+
+    Without ``keep`` it counts only: a stream may go on for long.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, clock: Clock | None = None, *, keep: bool = True
+    ) -> None:
+        self._keep = keep
+        self.scheduler, self.out = scheduler, Replay(dict(scheduler.shape.nbytes))
+        self.at = 0
+        """Steps by now."""
+        self._clock = clock
+        if clock:
+            self.out.tokens = clock.tokens
+
+    def step(
+        self, given: LayerInput, changes: Iterable[tuple[Knobs, Strategy | None]] = ()
+    ) -> None:
+        """One layer's input, before which settings may have changed."""
+        scheduler, clock = self.scheduler, self._clock
+        if self.at == 0 or (given.prefill and given.layer == 0):
             scheduler.new_sequence()
-            out.take(scheduler.begin().rows, prefill=True)
-        while changes and changes[0].at == i:
-            change = changes.pop(0)
-            out.take(scheduler.change(change.knobs, change.strategy).rows, prefill=True)
-            out.take(scheduler.begin().rows, prefill=True)
-        out.take(scheduler.step(given).rows, prefill=given.prefill)
-        if given.layer == trace.shape.layers - 1:
+            self._between(scheduler.begin())
+        for knobs, strategy in changes:
+            self._between(scheduler.change(knobs, strategy))
+            if clock:
+                clock.changed(self.at)
+            self._between(scheduler.begin())
+        if clock:
+            asked = scheduler.look_ahead(given.layer, prefill=given.prefill)
+            plan = scheduler.step(clock.seen(given, scheduler.strategy.observes, asked))
+        else:
+            plan = scheduler.step(given)
+        self.out.take(plan.rows, prefill=given.prefill, keep=self._keep)
+        if clock:
+            clock.step(given, plan)
+        if given.layer == scheduler.shape.layers - 1:
             scheduler.end_of_token()
-    return out
+        self.at += 1
+
+    def _between(self, plan: LayerPlan) -> None:
+        self.out.take(plan.rows, prefill=True, keep=self._keep)
+        if self._clock:
+            self._clock.between(plan)
 
 
 def _found(changes: list[Change], strategies: Mapping[str, Strategy]) -> list[Change]:

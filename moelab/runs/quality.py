@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from moelab.engine.generation import Reference, likeliest, threads
+from moelab.runs.run import Likeliest
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -98,3 +102,29 @@ def _decoded(
             if start + i + 1 < len(ids):
                 yield full[i], logits, ids[start + i + 1]
             bar.update()
+
+
+class Measure:
+    """What a run's tokens are held against: the likeliest tokens, and the KL where it is asked for.
+
+    ``seconds`` is what the last one took, ``kl`` what it found.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._reference: Reference | None = None
+        self.kl: float | None = None
+        self.seconds = 0.0
+
+    def __call__(self, context: list[int], logits: torch.Tensor, token: int) -> Likeliest:
+        """The likeliest tokens after ``context``; at full precision too where KL is measured."""
+        begun, every, full = time.perf_counter(), int(self._engine.settings.measure_kl), None
+        if every and token % every == 0:
+            self._reference = self._reference or Reference(self._engine)
+            full = self._reference.logits(context)[-1]
+        # One thread: to wake another one beside the loader's takes longer than these sums.
+        with threads(1):
+            self.kl = None if full is None else float(kl_divergence(full, logits))
+            found = Likeliest(likeliest(logits), None if full is None else likeliest(full))
+        self.seconds = time.perf_counter() - begun
+        return found

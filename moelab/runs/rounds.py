@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.trace import Trace
 from moelab.settings import Settings
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Rounds:
     def _make(self, one: Again, second: Lab) -> None:
         asked, settings = one.was.request, one.plan[0][1]
         seed = {} if one.seed is None else {"seed": one.seed}
-        second._session.stand(settings, begun(one.was, settings))
+        second._session.stand(settings, begun(one.was.trace, one.was.history[0][1], settings))
         self.run = run = second.start(
             asked.messages or asked.prompt,
             max_new_tokens=len(one.was.tokens),
@@ -148,12 +149,13 @@ def timed(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {name: summary[name] for name in TIMED}
 
 
-def begun(run: Run, settings: Settings) -> Scheduler:
-    """The scheduler of a run as it was when the run began, put under ``settings``."""
-    first, trace = run.history[0][1], run.trace
+def begun(trace: Trace, first: Settings, settings: Settings) -> Scheduler:
+    """The scheduler of a run as it was when the run began, put under ``settings``.
+
+    ``first`` are those that it began with; a trace from a file has what had been learnt no more.
+    """
     begin = trace.changes[0]
-    assert begin.strategy is not None
-    scheduler = Scheduler(trace.shape, begin.strategy, begin.knobs)
+    scheduler = Scheduler(trace.shape, begin.strategy or first.strategy, begin.knobs)
     scheduler.warm(trace.resident)
     if settings is not first:
         other = settings.strategy if settings.strategy is not first.strategy else None

@@ -16,10 +16,10 @@ import numpy as np
 from moelab.engine.generation import Sampling
 from moelab.engine.log import EventLog
 from moelab.engine.process import Process
+from moelab.replays.parquet import Trace
 from moelab.runs.account import Account, Limits
 from moelab.runs.tokens import Noted, TokenReport, Tokens, summary, table
 from moelab.scheduling.strategy import part_title
-from moelab.scheduling.trace import Trace
 from moelab.store.devices import DEVICES
 
 if TYPE_CHECKING:

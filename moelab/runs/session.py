@@ -15,24 +15,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from moelab.engine.engine import Engine
-from moelab.engine.generation import (
-    Decoder,
-    Reference,
-    Sampler,
-    Sampling,
-    likeliest,
-    threads,
-    warn_of_other_ways,
-)
+from moelab.engine.generation import Decoder, Sampler, Sampling, warn_of_other_ways
+from moelab.engine.pace import Machine, measure
 from moelab.engine.process import Process
 from moelab.models.chat import Messages, encode, messages
 from moelab.models.families import positions
 from moelab.runs.auto import Auto
-from moelab.runs.quality import kl_divergence
-from moelab.runs.run import Asked, Likeliest, Run
+from moelab.runs.quality import Measure
+from moelab.runs.run import Asked, Run
 from moelab.runs.tokens import Noted
 from moelab.scheduling.budget import BudgetError
 from moelab.scheduling.scheduler import Scheduler
@@ -76,6 +68,7 @@ class Session:
         self._strategies = strategies
         self.lock, self._busy = threading.RLock(), threading.Lock()
         self.auto: Auto | None = None
+        self._machine: Machine | None = None
         self._cause = ""  # of the newest change of the budget, where a person made none
 
     def update(self, **changes: Any) -> Settings:
@@ -101,7 +94,10 @@ class Session:
     def _change(self, changes: dict[str, Any]) -> Settings:
         if self.closed:
             raise RuntimeError(CLOSED)
-        new = self.settings.change(self.engine.shape, make=self._strategies, **changes)
+        return self.put(self.settings.change(self.engine.shape, make=self._strategies, **changes))
+
+    def put(self, new: Settings) -> Settings:
+        """Put settings in force as a whole."""
         if self._busy.acquire(blocking=False):  # no run: obey at once
             try:
                 self.engine.apply(new)
@@ -175,6 +171,17 @@ class Session:
             self.settings = self.engine.settings = settings
             self.engine.loader.use(settings.device)
             self.engine.begin_with(scheduler)
+
+    def machine(self) -> Machine:
+        """What this machine is worth at this model; measured once, about a second."""
+        if self._machine is None:
+            with self.claimed() as engine:
+                self._machine = measure(engine)
+        return self._machine
+
+    def take_over(self, other: Session) -> None:
+        """What another one on the same store has measured of this machine."""
+        self._machine = self._machine or other._machine
 
     # -- what is in memory --------------------------------------------------------------------
 
@@ -372,29 +379,3 @@ class Session:
             setup / 1e3,
         )
         run._add(token, noted)
-
-
-class Measure:
-    """What a run's tokens are held against: the likeliest tokens, and the KL where it is asked for.
-
-    ``seconds`` is what the last one took, ``kl`` what it found.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._reference: Reference | None = None
-        self.kl: float | None = None
-        self.seconds = 0.0
-
-    def __call__(self, context: list[int], logits: torch.Tensor, token: int) -> Likeliest:
-        """The likeliest tokens after ``context``; at full precision too where KL is measured."""
-        begun, every, full = time.perf_counter(), int(self._engine.settings.measure_kl), None
-        if every and token % every == 0:
-            self._reference = self._reference or Reference(self._engine)
-            full = self._reference.logits(context)[-1]
-        # One thread: to wake another one beside the loader's takes longer than these sums.
-        with threads(1):
-            self.kl = None if full is None else float(kl_divergence(full, logits))
-            found = Likeliest(likeliest(logits), None if full is None else likeliest(full))
-        self.seconds = time.perf_counter() - begun
-        return found

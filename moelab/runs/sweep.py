@@ -22,8 +22,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from moelab.replays.replay import replay
-from moelab.scheduling.events import KINDS
-from moelab.scheduling.parts import Route
+from moelab.runs.prediction import approximate
 from moelab.scheduling.trace import Trace
 from moelab.settings import Settings
 from moelab.spelling import in_words, short
@@ -155,18 +154,13 @@ def _decide(trace: Trace, asked: Row) -> Row:
         return {"error": in_words(error)}
     tokens = sum(1 for s in trace.steps if s.layer == 0 and not s.prefill)
     counts = {column: found.counts[kind] for kind, column in COUNTED.items()}
-    served = {row[4] for row in found.rows if KINDS[row[0]] in ("hit", "load", "substitute")}
-    route = type(settings.strategy.route)
-    steered = route.mask is not Route.mask or route.bias is not Route.bias
-    other = steered or found.counts["skip"] or found.counts["substitute"]
-    other = other or not served <= {c.knobs.bits for c in trace.changes}
     ahead = settings.prefetch and not any(step.look_ahead for step in trace.steps)
     return {
         "settings": short(settings, shape),
         "hit_ratio": found.hit_ratio,
         "bytes_per_token": found.bytes / max(1, tokens),
         **counts,
-        "approximate": bool(other),
+        "approximate": bool(approximate(trace, settings, found)),
         "lacks": "look-ahead" if ahead else "",
         "error": "",
     }

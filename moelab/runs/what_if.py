@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from moelab.runs.compare import Comparison
 from moelab.runs.rounds import REPEATS, Again, Rounds, check
 from moelab.scheduling.strategy import ROLES, Strategy
-from moelab.settings import Settings
+from moelab.scheduling.stream import Shape
+from moelab.settings import MakeStrategy, Settings
 
 if TYPE_CHECKING:
     from moelab.lab import Lab
@@ -55,7 +56,7 @@ class WhatIf(Rounds):
         self, lab: Lab, was: Run, changes: Mapping[str, Any], repeats: int = REPEATS
     ) -> None:
         check(lab, was, repeats)
-        self.was, plan = was, overlaid(was.history, changes, lab)
+        self.was, plan = was, overlaid(was.history, changes, lab._shape, lab._strategies)
         self.settings = plan[-1][1]  # what the second run ends with
         self.name = ", ".join(f"{k}={_word(v)}" for k, v in changes.items()) or "once more"
         then = Again(was, plan, seed=changes.get("seed"))
@@ -68,7 +69,10 @@ class WhatIf(Rounds):
 
 
 def overlaid(
-    history: list[tuple[int, Settings]], changes: Mapping[str, Any], lab: Lab
+    history: Sequence[tuple[int, Settings]],
+    changes: Mapping[str, Any],
+    shape: Shape,
+    strategies: MakeStrategy,
 ) -> list[tuple[int, Settings]]:
     """The settings from token to token with ``changes`` on top of each.
 
@@ -83,7 +87,7 @@ def overlaid(
 
     def make(name: str, using: Strategy | None, role: str) -> Strategy:
         if (name, role) not in made:  # once: it goes on with what it learns
-            made[name, role] = lab._strategies(name, using, role)
+            made[name, role] = strategies(name, using, role)
         return made[name, role]
 
     fixed = {k: v for k, v in changes.items() if k in _SETTINGS}
@@ -92,9 +96,9 @@ def overlaid(
     heard: set[str] = set()
     for token, settings in history:
         try:
-            now = settings.change(lab._shape, make=make, **fixed)
+            now = settings.change(shape, make=make, **fixed)
             own = {k: v for k, v in tuned.items() if k in now.strategy.parameters}
-            now = settings.change(lab._shape, make=make, **fixed, **own)
+            now = settings.change(shape, make=make, **fixed, **own)
         except ValueError as error:
             if not token:
                 raise
@@ -102,7 +106,7 @@ def overlaid(
         heard |= own.keys()
         plan.append((token, now if fixed or own else settings))
     if tuned.keys() - heard:
-        plan[0][1].change(lab._shape, make=make, **tuned)  # says what there is
+        plan[0][1].change(shape, make=make, **tuned)  # says what there is
     return plan
 
 

@@ -149,13 +149,13 @@ class Trace:
         """Steps of the whole model in this trace (the prefill counts as one)."""
         return sum(1 for s in self.steps if s.layer == 0)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the trace as JSON."""
-        path, shape = Path(path), self.shape
-        doc = {
+    def document(self) -> dict[str, Any]:
+        """All of it as JSON has it."""
+        shape = self.shape
+        return {
             "format": FORMAT,
             "shape": {"experts": shape.experts, "top_k": shape.top_k, "nbytes": dict(shape.nbytes)},
-            "steps": [[_plain(getattr(s, name)) for name in _SAVED] for s in self.steps],
+            "steps": [[_plain(getattr(s, name)) for name in SAVED] for s in self.steps],
             "changes": [
                 (
                     *(c.at, dataclasses.asdict(c.knobs), c.name, c.fresh, dict(c.parameters or {})),
@@ -165,7 +165,12 @@ class Trace:
             ],
             "resident": self.resident,
         }
-        write_atomically(path, json.dumps(doc).encode())
+
+    def save(self, path: str | Path) -> Path:
+        """Write the trace as JSON, or as Parquet where the path ends in ``.parquet``."""
+        path = Path(path)
+        write, _ = FILES.get(path.suffix, FILES[""])
+        write_atomically(path, write(self.document()))
         return path
 
     @classmethod
@@ -183,7 +188,8 @@ class Trace:
         path = Path(path)
         try:
             _whole(path.stat().st_size, 2, MOST_BYTES, "its size")
-            return cls(*_parts(json.loads(path.read_bytes())))
+            _, read = FILES.get(path.suffix, FILES[""])
+            return cls(*_parts(read(path.read_bytes())))
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as e:
             raise ValueError(
                 f"{path} is not a moelab trace of format {FORMAT} ({e}); record one with "
@@ -191,7 +197,11 @@ class Trace:
             ) from e
 
 
-_SAVED = tuple(f.name for f in dataclasses.fields(LayerInput) if f.init)
+SAVED = tuple(f.name for f in dataclasses.fields(LayerInput) if f.init)
+FILES: dict[str, tuple[Callable[[dict[str, Any]], bytes], Callable[[bytes], Any]]] = {
+    "": (lambda doc: json.dumps(doc).encode(), json.loads)
+}
+"""How a document is written and read, by the suffix of the file; ``""``: any other."""
 
 
 def _plain(value: Any) -> Any:
@@ -214,7 +224,7 @@ def _parts(doc: dict) -> tuple:
 
     steps = []
     for i, row in enumerate(doc["steps"]):
-        given = dict(zip(_SAVED, row, strict=True))
+        given = dict(zip(SAVED, row, strict=True))
         _whole(given["layer"], i % shape.layers, i % shape.layers, f"layer of step {i}")
         steps.append(_step(given, shape, key))
     changes = [_change(shape, *row) for row in doc["changes"]]

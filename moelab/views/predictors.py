@@ -2,26 +2,33 @@
 
 Each predictor names as many experts of a layer as its router will choose, before it has spoken.
 What learns does so on the prompt and the first half of the tokens, and all are judged on the
-second: nobody pays for a read to find out which one would have been worth it. What is not known
-here is time: a guess that is right may still come too late.
+second: nobody pays for a read to find out which one would have been worth it. By itself this knows
+no time: a guess that is right may still come too late. With a lab or a machine the virtual clock's
+models say how much of a wait the lead of each would hide.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from moelab.engine.pace import Machine
+from moelab.runs.prediction import fitted
 from moelab.scheduling.trace import LayerInput, Trace
+from moelab.store.devices import device as find_device
 
 if TYPE_CHECKING:
+    from moelab.lab import Lab
     from moelab.runs.run import Run
 
 Experts = tuple[int, ...]
+SIMILAR = 8
+"""Tokens that are asked what comes next."""
 
 
 class Seen(NamedTuple):
@@ -30,20 +37,34 @@ class Seen(NamedTuple):
     layer: int
     path: Experts  # of the layer before
     token: Experts  # of this layer by the token before
+    so_far: tuple[Experts, ...]  # of every layer before, in this token
 
 
-def predictors(of: Run | Trace) -> pd.DataFrame:
+def predictors(
+    of: Run | Trace, on: Lab | Machine | None = None, *, device: str | None = None
+) -> pd.DataFrame:
     """Judge the predictors on the decoded tokens of a run or a trace, from the second layer on.
+
+    Parameters
+    ----------
+    of
+        A run, or a trace.
+    on
+        The lab that it was recorded in, or a `Machine`: then guesses have times.
+    device
+        That they are read from; default: that of the lab, or the machine's disk.
 
     Returns
     -------
     DataFrame
-        By predictor: ``recall``, the share of the experts asked for that were guessed;
-        ``wrong_per_token`` and ``wrong_bytes``, guesses that were for nothing and what reading them
-        at the highest tier would cost a token if none were resident; ``ahead``, when the guess can
-        be made; ``known``, how often a predictor had seen its case before (else it falls back to
-        frequency). ``gate`` is there as far as the run looked ahead, and ``always right`` is the
-        control.
+        By predictor: ``recall``, the share of the experts asked for that were guessed (as many are
+        guessed as asked for: it is the precision too); ``wrong_per_token`` and ``wrong_bytes``,
+        guesses that were for nothing and what reading them at the highest tier would cost a token
+        if none were resident; ``ahead``, when the guess can be made; ``known``, how often a
+        predictor had seen its case before (else it falls back to frequency). ``gate`` is there as
+        far as the run looked ahead, and ``always right`` is the control. With ``on``, modelled, in
+        ms: ``lead_ms`` between the guess and the need, ``load_ms`` of one expert, ``hidden_ms`` a
+        token that right guesses would hide if none were resident and loads did not queue.
 
     Raises
     ------
@@ -62,7 +83,7 @@ def predictors(of: Run | Trace) -> pd.DataFrame:
             "tokens of a model with two layers or more"
         )
     half = len(tokens) // 2
-    learnt = _Learnt(_cases([*_prompt(trace), *(_rows(token) for token in tokens[:half])]))
+    learnt = _Learnt([*_prompt(trace), *(_rows(token) for token in tokens[:half])])
     judged = tokens[half - 1 :]  # the first is there as the token before
     nbytes = max(trace.shape.nbytes.values())
     found = [
@@ -72,13 +93,36 @@ def predictors(of: Run | Trace) -> pd.DataFrame:
             ("previous token", "a token", lambda seen, k: (seen.token[:k], None)),
             ("path (set of experts)", "a layer", learnt.by_set),
             ("path (pairs)", "a layer", learnt.by_pairs),
+            ("similar tokens (activation matrix)", "a layer", learnt.by_similar),
         )
     ]
     found += _gate(judged, nbytes)
     asked = sum(len(row) for token in judged[1:] for row in _rows(token)[1:])
     found.append({"predictor": "always right", "recall": 1.0 if asked else 0.0, "ahead": "never"})
     table = pd.DataFrame(found).set_index("predictor")
-    return table.fillna({"wrong_per_token": 0.0, "wrong_bytes": 0.0})
+    table = table.fillna({"wrong_per_token": 0.0, "wrong_bytes": 0.0})
+    return table if on is None else _timed(table, of, on, device)
+
+
+def _timed(
+    table: pd.DataFrame, of: Run | Trace, on: Lab | Machine, device: str | None
+) -> pd.DataFrame:
+    """What the lead of each guess is worth: times are those of the models of the virtual clock."""
+    machine, device = (on, device or "disk") if isinstance(on, Machine) else (
+        fitted(of, on._session.machine()), device or on.settings.device
+    )  # fmt: skip
+    trace: Trace = of if isinstance(of, Trace) else of.trace
+    of_layer, k = machine.computing, trace.shape.top_k
+    bits = max(trace.shape.nbytes)
+    layer = (
+        of_layer.layer_ms + of_layer.deciding_ms + of_layer.call_ms + k * of_layer.expert_ms[bits]
+    )
+    whole = trace.shape.layers * layer + of_layer.token_ms
+    leads = {"any time": whole, "a token": whole, "never": 0.0, "a layer": layer}
+    lead = table.ahead.map(lambda a: leads[a] if a in leads else layer * int(a.split()[0]))
+    load = 1e3 * machine.bus(find_device(device)).due(trace.shape.nbytes[bits], 0.0)
+    hidden = np.minimum(lead, load) * table.recall * k * (trace.shape.layers - 1)
+    return table.assign(lead_ms=lead, load_ms=load, hidden_ms=hidden)
 
 
 def _tokens(trace: Trace) -> list[list[LayerInput]]:
@@ -106,17 +150,26 @@ def _cases(tokens: list[list[Experts]]) -> Iterator[tuple[Seen, Experts]]:
     """What is known before each layer but the first, and what it then asks for."""
     for before, rows in zip([tokens[0], *tokens], tokens, strict=False):
         for layer in range(1, len(rows)):
-            yield Seen(layer, rows[layer - 1], before[layer]), rows[layer]
+            yield _seen(layer, rows, before), rows[layer]
+
+
+def _seen(layer: int, rows: list[Experts], before: list[Experts]) -> Seen:
+    return Seen(layer, rows[layer - 1], before[layer], tuple(rows[:layer]))
 
 
 class _Learnt:
     """What a stream has taught: how often experts come, and what comes after what."""
 
-    def __init__(self, cases: Iterable[tuple[Seen, Experts]]) -> None:
+    def __init__(self, tokens: list[list[Experts]]) -> None:
         self._uses: dict[int, Counter[int]] = defaultdict(Counter)
         self._after_set: dict[tuple[int, Experts], Counter[int]] = defaultdict(Counter)
         self._after_one: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
-        for seen, asked in cases:
+        most = 1 + max(e for rows in tokens for row in rows for e in row)
+        self._used = np.zeros((len(tokens), len(tokens[0]), most), bool)  # [N, L, E]
+        for at, rows in enumerate(tokens):
+            for layer, row in enumerate(rows):
+                self._used[at, layer, list(row)] = True
+        for seen, asked in _cases(tokens):
             self._uses[seen.layer].update(asked)
             self._after_set[seen.layer, tuple(sorted(seen.path))].update(asked)
             for one in seen.path:
@@ -139,6 +192,20 @@ class _Learnt:
                 sums[expert] += count / counts.total()  # pyright: ignore[reportArgumentType]
         return self._filled(sums, seen.layer, k)
 
+    def by_similar(self, seen: Seen, k: int) -> tuple[Experts, bool]:
+        """What the most similar tokens went on with: their activation matrices down to here.
+
+        After MoE-Infinity, arXiv 2401.14361, which compares those of whole sequences.
+        """
+        alike = np.zeros(len(self._used), int)
+        for layer, row in enumerate(seen.so_far):
+            known = [expert for expert in row if expert < self._used.shape[2]]
+            alike += self._used[:, layer, known].sum(1)
+        nearest = np.argsort(-alike, kind="stable")[:SIMILAR]
+        votes = self._used[nearest, seen.layer].sum(0)
+        counts = Counter({int(e): int(votes[e]) for e in np.flatnonzero(votes)})
+        return self._filled(counts if alike.any() else None, seen.layer, k)
+
     def _filled(self, counts: Counter[int] | None, layer: int, k: int) -> tuple[Experts, bool]:
         best = tuple(expert for expert, _ in counts.most_common(k)) if counts else ()
         rest = (e for e in self.frequent(layer, 2 * k) if e not in best)
@@ -157,7 +224,7 @@ def _row(
     rows = [_rows(token) for token in tokens]
     for before, token in pairwise(rows):
         for layer in range(1, len(token)):
-            seen, wanted = Seen(layer, token[layer - 1], before[layer]), token[layer]
+            seen, wanted = _seen(layer, token, before), token[layer]
             guessed, had_seen = guess(seen, len(wanted))
             hits = len(set(guessed) & set(wanted))
             right, asked, wrong = right + hits, asked + len(wanted), wrong + len(guessed) - hits

@@ -9,6 +9,7 @@ refuse is drawn beside the control, because print and raise in a callback are in
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -18,6 +19,7 @@ import anywidget
 import traitlets
 
 import moelab
+from moelab.runs.shadows import SHADOWS
 from moelab.runs.snapshot import RunReader
 from moelab.spelling import in_words, sentence, size
 from moelab.views.report import Report
@@ -26,6 +28,7 @@ from moelab.widgets.drawer import Drawer
 from moelab.widgets.frame import Framer, controls, options
 from moelab.widgets.models import Models
 from moelab.widgets.notebook import hear_in_subshell, name_of, take_place
+from moelab.widgets.outlook import Outlook
 from moelab.widgets.queries import RunQueries, explained_now
 
 FRAMES_PER_S = 12.0
@@ -37,6 +40,10 @@ PATIENCE_S = 0.3
 """Without an acknowledgement (a busy kernel, no browser) a frame goes out this often."""
 
 IDLE_S = 0.25
+SHADOW = 0.03
+"""Of a run's computing, at most, that goes into what other strategies would have had."""
+MOST_SHADOW = 0.3
+"""And of all its time: while a load is waited for there is more to spare."""
 CHECK_S = 0.004
 """How often it is looked for the first token under new settings, which is shown at once."""
 
@@ -83,6 +90,7 @@ class Dashboard(anywidget.AnyWidget):
         self._drawer = Drawer(
             lambda: self._lab, lambda told: self.set_trait("runs", told), self.send
         )
+        self._outlook = Outlook(lambda: self._lab, self.send)
         self._lock = threading.RLock()  # over traits, frames and the thread: callbacks come anyhow
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -111,6 +119,7 @@ class Dashboard(anywidget.AnyWidget):
             "why": self._why,
             **dict.fromkeys(("recording", "eviction", "page"), self._queries.hear),
             "runs": self._drawer.hear,
+            "outlook": self._outlook.hear,
             "model": self._models.choose,
             "run": self._start_run,
             "stop": lambda _: self._lab.run and self._lab.run.stop(),
@@ -271,6 +280,7 @@ class Dashboard(anywidget.AnyWidget):
             try:
                 self._offer(at_once=at_once)
                 self._drawer.refresh()
+                self._shadow()
                 if self.error.get("where") == "dashboard":
                     self._clear_error()
             except Exception as error:  # noqa: BLE001 a view that stands still must say why
@@ -279,6 +289,20 @@ class Dashboard(anywidget.AnyWidget):
             period = 1.0 / FRAMES_PER_S if self.frame.get("running") else IDLE_S
             at_once = self._rest(wake, begun + period)
             wake.clear()
+
+    def _shadow(self) -> None:
+        """Let the shadows follow the run: for a small share of the time while it goes on."""
+        with self._lock:
+            shadows = self._frames().shadows
+            running, recent = bool(self.frame.get("running")), self.frame.get("recent") or {}
+        if shadows is None:
+            for name in SHADOWS:  # profiles are read before a run, not beside it
+                with contextlib.suppress(ValueError):
+                    self._lab._strategies(name, None, "")
+        elif not self._awaited:
+            computing = 1 - (recent.get("stall_share") or 0.0)
+            share = min(MOST_SHADOW, SHADOW / max(computing, SHADOW))
+            shadows.advance(share / FRAMES_PER_S if running else IDLE_S / 2)
 
     def _rest(self, wake: threading.Event, until: float) -> bool:
         """Wait for the next frame's time; return whether a token is to be shown at once.

@@ -22,6 +22,7 @@ import numpy as np
 
 from moelab import strategies
 from moelab.runs.account import Account, ending
+from moelab.runs.shadows import Shadows
 from moelab.runs.snapshot import RunReader, origins
 from moelab.runs.tokens import COLUMNS, STALLS, figures
 from moelab.scheduling.parts import Precision, Prefetch
@@ -213,14 +214,16 @@ class Framer:
         self._lab, self._each = lab, info["expert_bytes"]
         self._number = 0
         self._reader: RunReader | None = None
+        self.shadows: Shadows | None = None
 
     def newest(self) -> tuple[int, RunReader | None]:
         """The lab's newest run and its number, which no other has; (0, None) where none is yet."""
         run = self._lab.run
         if run is None:
-            self._number, self._reader = 0, None
+            self._number, self._reader, self.shadows = 0, None, None
         elif self._reader is None or run is not self._reader.run:
             self._number, self._reader = next(_NUMBERS), RunReader(run)
+            self.shadows = Shadows(run, self._lab._strategies)
         return self._number, self._reader
 
     def build(self) -> dict[str, Any]:
@@ -252,6 +255,7 @@ class Framer:
             "recent": figures(values[recent:], first=first + recent),
             "whole": figures(values[since:], first=first + since),
             "span": [first + recent, len(reports)],
+            "shadows": self.shadows.told(rows) if self.shadows else [],
             **spoken(reader, self._lab.settings, rows, first + recent, running=running),
         }
 

@@ -37,7 +37,7 @@ def challenge(name: str, *, board: str | Path | None = None) -> Challenge:
     Parameters
     ----------
     name
-        ``"six megabytes"`` or ``"spare the card"``.
+        ``"six megabytes"``, ``"spare the card"`` or ``"beat Belady's shadow"``.
     board
         A file that keeps the entries, one for all who take part (a shared folder will do); it
         begins with the first entry. Without one, entries are kept as long as this object.

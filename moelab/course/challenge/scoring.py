@@ -29,6 +29,7 @@ from moelab.bench.tables import circumstances
 from moelab.course.challenge.own_code import make
 from moelab.course.challenge.tasks import FIXED, Task, find
 from moelab.engine.generation import Reference
+from moelab.replays.bounds import belady_hits
 from moelab.runs.quality import kl_divergence
 
 KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "XDG_CACHE_HOME", "MOELAB_CACHE", "LD_LIBRARY_PATH")
@@ -122,7 +123,8 @@ def measure(request: dict[str, Any], tell: Tell = lambda _: None) -> dict[str, A
     Returns
     -------
     dict
-        tokens_per_s (median, and _min and _max), bytes_per_token, hit_ratio, stall_share (medians),
+        tokens_per_s (median, and _min and _max), bytes_per_token, hit_ratio, stall_share, of_belady
+        (hits over those of the best eviction at 16 bit in the memory allowed) (medians),
         peak_resident_bytes (largest), kl (the larger of kl_held_out and of kl_written, that of the
         text written in the timed runs), same_top1, text (a digest of all tokens written).
 
@@ -181,12 +183,16 @@ def _run(task: Task, request: dict[str, Any], prompt: str) -> dict[str, Any]:
         context = [*run._ids, *run.tokens[:-1]]
         full = Reference(engine).logits(context, keep=len(logits))
     kl = float(kl_divergence(full, torch.stack(logits)).mean())
-    return run.summary() | {"kl": kl, "written": list(run.tokens)}
+    shape, summary = run.trace.shape, run.summary()
+    hits, asked = belady_hits(run.trace, task.peak_bytes // max(shape.nbytes.values()))
+    best = hits / asked  # of the very experts that this run asked for
+    of = {"kl": kl, "written": list(run.tokens), "of_belady": summary["hit_ratio"] / best}
+    return summary | of
 
 
 def _figures(quality: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     columns = {name: [run[name] for run in runs] for name in runs[0]}
-    medians = ("tokens_per_s", "bytes_per_token", "hit_ratio", "stall_share")
+    medians = ("tokens_per_s", "bytes_per_token", "hit_ratio", "stall_share", "of_belady")
     kl_written = float(np.mean(columns["kl"]))
     return (
         {name: float(np.median(columns[name])) for name in medians}

@@ -121,6 +121,17 @@ _ALL = (
         peak_bytes=4 * MB,
         kl=0.02,
     ),
+    Task(
+        name="beat Belady's shadow",
+        question="In 4 MB at 16 bit no eviction hits more often than Belady's. Be above him.",
+        hint="He knows the future and one decision of five. Which others make a hit likelier?",
+        goal="of_belady",
+        best="most",
+        unit="x Belady's hits",
+        scale=1,
+        peak_bytes=4 * MB,
+        kl=0.02,
+    ),
 )
 TASKS = {task.name: task for task in _ALL}
 

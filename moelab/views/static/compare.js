@@ -35,7 +35,8 @@ export function aboutRun({ name, settings, tokens, prompt }) {
 }
 
 export class Runs {
-  constructor(model, options, stage) {
+  /** `adopt(settings)` puts settings in force. */
+  constructor(model, options, stage, adopt) {
     this.model = model;
     this.saved = [];
     this.ticked = [];
@@ -68,7 +69,7 @@ export class Runs {
     this.table = h("table", { class: "moe-table" });
     this.scatter = new Scatter(stage, (name) => this.tick(name));
     this.code = new CodeBox();
-    this.whatIf = new WhatIf(model, options, stage, this.ask);
+    this.whatIf = new WhatIf(model, options, stage, this.ask, adopt);
     this.beside = new Beside(() => {
       this.ticked = [];
       this.sync();

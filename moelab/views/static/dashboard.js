@@ -97,14 +97,15 @@ class View {
       onkeydown: (e) => e.stopPropagation(),
     });
     el.append(this.root);
-    this.settings = new Settings(model, options);
+    this.settings = new Settings(model, options, (on) => this.runs?.whatIf.deafen(on));
     this.stage = new Stage(this.root, options, {
       source: new KernelSource(model, () => this.stage.queue()),
       why: new Why(model, () => this.stage.map.describe()),
       shade: (shade) => keep(model, { shade }),
       canLive: true,
+      adopt: (strategy) => this.settings.sender.change({ strategy }),
     });
-    this.runs = new Runs(model, options, this.stage);
+    this.runs = new Runs(model, options, this.stage, (settings) => this.settings.sender.change(settings, "budget"));
     this.pick = new ModelPick(model);
     const shape = h("span", { class: "moe-soft" }, modelShape(options));
     this.root.prepend(

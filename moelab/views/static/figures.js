@@ -3,6 +3,7 @@
 
 import { h, markup, say } from "./element.js";
 import { bytes, millis, rate, written } from "./numbers.js";
+import { Shadows } from "./shadows.js";
 
 const TILES = [
   ["tokens_per_s", "speed", "tokens/s", "Tokens a second as a watch shows them"],
@@ -52,7 +53,8 @@ function ofGuesses({ right = 0, late = 0, wasted = 0 }) {
 }
 
 export class RunningFigures {
-  constructor({ dense_bytes = 0, dense_bits }) {
+  /** `adopt(name)` puts another strategy in force; null: nobody could. */
+  constructor({ dense_bytes = 0, dense_bits, presets = [] }, adopt) {
     this.dense = dense_bytes;
     this.tiles = TILES.map(([key, name, term, title]) => ({ key, term, title, ...tile(name, title) }));
     this.memory = tile("in memory, resident", MEMORY);
@@ -68,10 +70,12 @@ export class RunningFigures {
     this.says = h("b");
     this.moved = h("span");
     this.lines = h("p", { class: "moe-says" }, this.says, this.moved);
+    this.shadows = adopt && new Shadows(presets, adopt);
     this.node = markup`
       <section class="moe-account" aria-label="Running figures">
         ${this.of}
         <div class="moe-figures">${nodes}</div>
+        ${this.shadows?.node ?? null}
         <div class="moe-told">${[this.spent, this.lines]}</div>
       </section>`;
   }
@@ -87,6 +91,7 @@ export class RunningFigures {
         since ? `from token ${since} on, where the device changed` : "the whole run"}${
         key === "kl_mean" ? "" : ", without token 0, which carries the prompt"}.`;
     }
+    if (frame.shadows) this.shadows?.show(frame); // the past has none
     const { bytes: held, budget_bytes: budget, experts } = resident;
     say(this.memory.value, bytes(held));
     say(this.memory.small, `of ${bytes(budget)} · ${experts} experts`);

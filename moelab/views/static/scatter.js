@@ -13,11 +13,14 @@ const KL_STEPS = [
   { below: 1e-1, bits: 4, r: 9, words: "< 0.1" },
   { below: Infinity, bits: 2, r: 11, words: "0.1 or more" },
 ];
+const FRONT = "★ ringed, dotted line: beaten by no other run on its device";
+const SURFACE = "ringed: no other is smaller, faster and nearer to full precision";
 /** Tops of an axis whose quarters are round. */
 const QUARTERED = [1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10];
 const SHAPE_OF = {
   measured: (r) => `M${-r} 0a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0z`,
   emulated: (r) => `M0 ${-1.25 * r}L${1.25 * r} 0L0 ${1.25 * r}L${-1.25 * r} 0z`,
+  modelled: (r) => `M0 ${-1.2 * r}L${1.15 * r} ${0.8 * r}H${-1.15 * r}z`,
   "page cache": (r) => `M${-r * 0.9} ${-r * 0.9}h${1.8 * r}v${1.8 * r}h${-1.8 * r}z`,
 };
 
@@ -27,7 +30,8 @@ export const topOf = (runs, key) =>
 
 /** The runs no other beats, by rising memory: a line for each device. */
 export function fronts(runs) {
-  const best = runs.filter((run) => run.best).toSorted((a, b) => a.peak - b.peak);
+  // Of what is modelled the best are a surface: loss is its third side.
+  const best = runs.filter((run) => run.best && run.timing !== "modelled").toSorted((a, b) => a.peak - b.peak);
   return Object.values(Object.groupBy(best, (run) => `${run.timing} ${run.device}`));
 }
 
@@ -57,12 +61,12 @@ function mark(run, look) {
 }
 
 export class Scatter {
-  constructor(stage, choose) {
+  constructor(stage, choose, words = "Saved runs: memory against speed") {
     this.stage = stage;
     this.choose = choose;
     this.runs = [];
     this.ticked = [];
-    this.sheet = svg("svg", { role: "group", "aria-label": "Saved runs: memory against speed" });
+    this.sheet = svg("svg", { role: "group", "aria-label": words });
     this.legend = h("div", { class: "moe-legend" });
     this.box = h("div", { class: "moe-plane" }, this.sheet);
     this.node = h("div", { class: "moe-scatter" }, this.box, this.legend);
@@ -95,7 +99,7 @@ export class Scatter {
       text(left - 6, y(s * share) + 4, +(s * share).toPrecision(3), "end"),
       text(x(m * share), bottom + 14, +((m * share) / 1e6).toPrecision(3), "middle"),
     ]);
-    parts.push(text(right, bottom + 30, "peak memory of experts, MB", "end"));
+    parts.push(text(right, bottom + 30, "memory of experts, MB", "end"));
     parts.push(text(4, 9, "tokens/s", "start"));
     for (const line of fronts(this.runs)) {
       const d = line.map((run) => `${x(run.peak)} ${y(run.tokens_per_s)}`).join("L");
@@ -120,7 +124,7 @@ export class Scatter {
     ];
     const show = () => {
       const box = node.getBoundingClientRect();
-      tip.show(box.right, box.top, `${run.number}  ${run.name}`, words);
+      tip.show(box.right, box.top, `${run.number}  ${run.name}`.trim(), words);
     };
     const hide = () => tip.hide(),
       choose = () => this.choose(run.name);
@@ -159,7 +163,7 @@ export class Scatter {
       ...timings.map((timing) => key(timing, 1e-3, timing, "shape")),
       ...KL_STEPS.map(({ below, words }) => key(words, Math.min(1, below / 2))),
       ...(unknown ? [key("KL not measured", null)] : []),
-      h("span", {}, "★ ringed, dotted line: beaten by no other run on its device"),
+      h("span", {}, timings.includes("modelled") ? SURFACE : FRONT),
       ...(timings.length > 1 ? [h("span", {}, "speeds of different shapes are not one clock's")] : []),
     );
   }

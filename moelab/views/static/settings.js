@@ -157,10 +157,14 @@ class Deaf {
 const MEASURED = [[0, "off"], [1, "each token"], [4, "1 in 4"], [16, "1 in 16"]];
 
 export class Settings {
-  constructor(model, options) {
+  /** `deafen(on)` hears of a kernel that does not answer, as the controls here do. */
+  constructor(model, options, deafen = (_on) => {}) {
     this.model = model;
     this.options = options;
-    this.deaf = new Deaf(model, (deaf) => this.ask.show({ deaf }));
+    this.deaf = new Deaf(model, (deaf) => {
+      this.ask.show({ deaf });
+      deafen(deaf);
+    });
     this.sender = new Sender(model, (on) => this.deaf.show(on));
     this.measure = this.select("measure_kl", optionsOf(MEASURED), Number);
     this.ask = new Prompt(model, options, this.sender, this.measure);

@@ -23,8 +23,11 @@ export const headOf = (...parts) =>
   markup`<header class="moe-head"><h2>moelab</h2>${parts}</header>`;
 
 export class Stage {
-  /** `source` has the recording; `why` may be null; `shade(mode)` keeps how tokens are shaded. */
-  constructor(root, options, { source, why, shade, canLive }) {
+  /**
+   * `source` has the recording; `why` may be null; `shade(mode)` keeps how tokens are shaded;
+   * `adopt(name)` puts a strategy in force, where there is a kernel to do it.
+   */
+  constructor(root, options, { source, why, shade, canLive, adopt = null }) {
     this.root = root;
     this.options = options;
     this.source = source;
@@ -41,7 +44,7 @@ export class Stage {
     this.tip = new Tip(root);
     const scrub = (tokens) => this.travel.at && this.travel.step(tokens);
     this.cursor = new Cursor(this.tip, { enter: go, scrub });
-    this.figures = new RunningFigures(options);
+    this.figures = new RunningFigures(options, adopt);
     this.map = new CacheMap(look, this.tip, why, options, choose);
     this.bars = new LatencyBars(look, this.cursor, options, go);
     this.text = new TokenText(look, this.cursor, shade, go);

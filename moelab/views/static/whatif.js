@@ -1,9 +1,10 @@
 // What if: a run made again with the settings as they are now, or with one expert pinned.
 
 import { button, optionsOf, h, markup, say } from "./element.js";
+import { Outlook } from "./outlook.js";
 
 export class WhatIf {
-  constructor(model, options, stage, ask) {
+  constructor(model, options, stage, ask, adopt) {
     this.model = model;
     this.stage = stage;
     this.ask = ask;
@@ -16,8 +17,9 @@ export class WhatIf {
     this.expert = h("span");
     const tiers = optionsOf(options.tiers.map((b) => [b, `${b} bit`]));
     this.bits = h("select", { "aria-label": "Bits it is pinned at", onchange: tell }, ...tiers);
+    this.outlook = new Outlook(model, stage, adopt);
     this.go = button("Make it again", { class: "moe-again", onclick: () => this.begin() });
-    this.halt = button("Stop", { onclick: () => ask("stop") });
+    this.halt = button("Stop", { onclick: () => this.deaf || ask("stop") });
     this.progress = h("progress", { max: 1, value: 0, "aria-label": "Tokens made again" });
     this.state = h("span", { role: "status", "aria-live": "polite", class: "moe-soft" });
     this.node = markup`
@@ -27,11 +29,18 @@ export class WhatIf {
         <span>were made again with ${this.words}</span>
         <label>${[this.pins, this.expert]}</label>
         ${[this.bits, this.go, this.halt, this.progress, this.state]}
+        ${[this.outlook.go, this.outlook.said, this.outlook.node]}
       </div>`;
     this.moved = () => this.node.hidden || this.wonder(); // also for each frame drawn
     model.on("change:controls", this.moved);
     this.chosen = new MutationObserver(tell); // another expert on the cache map
     this.chosen.observe(stage.life.node, { attributeFilter: ["data-expert"] });
+  }
+
+  /** Stop is offered where it acts: while the kernel answers. */
+  deafen(on) {
+    this.deaf = on;
+    this.halt.setAttribute("aria-disabled", `${on}`);
   }
 
   /** The expert chosen on the cache map, where it is to be pinned. */
@@ -107,6 +116,7 @@ export class WhatIf {
   }
 
   close() {
+    this.outlook.close();
     this.chosen.disconnect();
     clearTimeout(this.timer);
     this.model.off("change:controls", this.moved);

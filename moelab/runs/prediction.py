@@ -1,0 +1,353 @@
+"""What a recorded stream would have cost under other settings: decided anew, timed by a clock.
+
+Decisions are exact where the settings compute what was recorded; times are *modelled*. Whoever asks
+with a run is told how far the same model is from that run itself, and `Prediction.check` makes the
+predicted run and says how far it was from that. What it does not know: prompts (only decoded tokens
+have times), and what else the machine is doing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moelab.engine.pace import Machine
+from moelab.replays import replay as replays
+from moelab.replays.bounds import belady_hits
+from moelab.replays.clock import Bus, Clock, Spent
+from moelab.replays.replay import Replay
+from moelab.runs.rounds import begun
+from moelab.runs.tokens import REQUESTS
+from moelab.runs.what_if import WhatIf, overlaid
+from moelab.scheduling.events import HIT, LOAD, PREFETCH, SUBSTITUTE
+from moelab.scheduling.parts import Route
+from moelab.scheduling.strategy import Strategy
+from moelab.scheduling.stream import Knobs
+from moelab.scheduling.trace import Change, Trace
+from moelab.settings import Settings
+from moelab.store.devices import Device
+from moelab.store.devices import device as find_device
+from moelab.strategies import make
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moelab.lab import Lab
+    from moelab.runs.run import Run
+
+Plan = Sequence[tuple[int, Settings]]
+ENOUGH = 8
+"""Loads of a run that say how fast its disk is."""
+
+
+def replay(
+    of: Run | Trace,
+    strategy: Strategy | str | None = None,
+    knobs: Knobs | None = None,
+    *,
+    strategies: Mapping[str, Strategy] | None = None,
+    **changes: Any,
+) -> Replay:
+    """Decide a recorded stream again, without the model.
+
+    Parameters
+    ----------
+    of
+        A run, or a trace.
+    strategy
+        Other than the recorded one, a name or an object.
+    knobs
+        Budget and bits for the whole stream, instead of those recorded.
+    strategies
+        Name -> strategy, for a trace from a file, which knows its strategies by name only.
+    changes
+        As in ``lab.update``: ``budget="10%"``, ``bits=4``, ``evict="lfu"``.
+
+    Raises
+    ------
+    ValueError
+        A change is refused, or the trace records no settings and none are given.
+
+    Examples
+    --------
+    >>> run = lab.generate("The", max_new_tokens=4)
+    >>> moelab.replay(run, budget="100%").bytes <= moelab.replay(run).bytes
+    True
+    """
+    if not changes and not isinstance(strategy, str):
+        trace: Any = of if isinstance(of, Trace) else getattr(of, "trace", of)
+        return replays.replay(trace, strategy, knobs, strategies=strategies)
+    changes |= {"strategy": strategy} if strategy is not None else {}
+    changes |= dataclasses.asdict(knobs) if knobs is not None else {}
+    trace, history = _recorded(of, changes, strategies or {})
+    return decided(trace, history, overlaid(history, changes, trace.shape, _by_name))
+
+
+def predict(of: Run | Trace, on: Lab | Machine, **changes: Any) -> Prediction:
+    """Say what a recorded run would take under other settings, without making it.
+
+    Parameters
+    ----------
+    of
+        A run, or a trace.
+    on
+        The lab that it was recorded in, whose machine is timed once (about a second), or a
+        `Machine`.
+    changes
+        As in ``lab.update``: ``strategy``, ``budget``, ``bits``, ``device`` ...
+
+    Raises
+    ------
+    ValueError
+        A change is refused, or not one token was decoded.
+    RuntimeError
+        The lab is at work.
+
+    Examples
+    --------
+    >>> run = lab.generate("The", max_new_tokens=8)
+    >>> moelab.predict(run, lab, device="sd_card").token_ms > moelab.predict(run, lab).token_ms
+    True
+    """
+    trace, history = _recorded(of, changes, {})
+    lab, machine = (None, on) if isinstance(on, Machine) else (on, on._session.machine())
+    plan = overlaid(history, changes, trace.shape, lab._strategies if lab else _by_name)
+    error = None
+    if not isinstance(of, Trace):
+        machine = fitted(of, machine)
+        again, was = typical(decided(trace, history, history, machine).tokens), _measured(of)
+        error = again.total_ms / was.total_ms - 1
+    found = decided(trace, history, plan, machine)
+    why = approximate(trace, plan[-1][1], found)
+    return Prediction(found, error, why, of, lab, changes, (trace, plan[-1][1], machine))
+
+
+def fitted(run: Run | Trace, machine: Machine) -> Machine:
+    """The machine as this run found it; a trace has no times, and leaves it as it was measured."""
+    if isinstance(run, Trace):
+        return machine
+    was, layers = _measured(run), run.trace.shape.layers
+    machine = dataclasses.replace(machine, disk=_disk(run, machine.disk))
+    found = typical(decided(run.trace, run.history, run.history, machine).tokens)
+    return dataclasses.replace(machine, computing=machine.computing.fitted(layers, found, was))
+
+
+def _disk(run: Run, disk: Device) -> Device:
+    """The disk at the pace of this run's own loads, where there are some: a cache may lie below."""
+    if {report.device for report in run.token_reports} != {"disk"}:
+        return disk
+    rows = run.log.records()
+    rows = rows[np.isin(rows["kind"], (LOAD, PREFETCH)) & (rows["dur_ms"] > 0)]
+    if len(rows) < ENOUGH:
+        return disk
+    rows = rows[np.argsort(rows["start_ms"])]
+    ends = np.maximum.accumulate(rows["start_ms"] + rows["dur_ms"])
+    # Time in which any load was on its way: what each adds behind all before it.
+    begun = np.maximum(rows["start_ms"][1:], ends[:-1])
+    busy = rows["dur_ms"][0] + np.maximum(0.0, ends[1:] - begun).sum()
+    pace = 1e3 * rows["bytes"].sum() / busy
+    return dataclasses.replace(disk, bandwidth_bytes_s=float(pace), latency_ms=0.0)
+
+
+def _measured(run: Run) -> Spent:
+    reports = run.token_reports[1:]
+    if not reports:
+        raise ValueError("this run decoded no token: there is nothing to learn its times from")
+    parts = ((r.compute_ms, r.deciding_ms, sum(r.stall_ms.values())) for r in reports)
+    return typical([Spent(*one) for one in parts])
+
+
+def typical(tokens: Sequence[Spent]) -> Spent:
+    """The median of each part."""
+    columns = zip(*(dataclasses.astuple(spent) for spent in tokens), strict=True)
+    return Spent(*map(statistics.median, columns))
+
+
+def _by_name(name: str, _using: Strategy | None, _role: str) -> Strategy:
+    return make(name)
+
+
+def _recorded(
+    of: Run | Trace, changes: Mapping[str, Any], strategies: Mapping[str, Strategy]
+) -> tuple[Trace, Plan]:
+    """A stream and the settings that it was recorded under; where it has none, what is given."""
+    if not isinstance(of, Trace):
+        if not hasattr(of, "history"):
+            raise TypeError(f"this is a {type(of).__name__}; give a run or a trace, as run.trace")
+        return of.trace, of.history
+    if not of.changes:
+        if "strategy" not in changes or not {"budget", "memory", "budget_bytes"} & changes.keys():
+            raise ValueError("this trace records no settings; give strategy= and budget=")
+        most = max(of.shape.nbytes)
+        begun_with = Settings(of.shape.all_bytes(most), most, make("lru"))
+        first = Change(0, begun_with.knobs(), "lru", strategy=begun_with.strategy)
+        return dataclasses.replace(of, changes=[first]), [(0, begun_with)]
+    found: list[tuple[int, Settings]] = []
+    for change in of.changes:
+        strategy = change.strategy or strategies.get(change.name) or make(change.name)
+        own = {n: v for n, v in (change.parameters or {}).items() if n in strategy.parameters}
+        if change.strategy is None:
+            strategy = strategy.tuned(**own) if own else strategy
+            strategy = dataclasses.replace(strategy, pinned=change.pinned or {})
+        found.append((change.at, Settings(change.knobs.budget_bytes, change.knobs.bits, strategy)))
+    return of, found
+
+
+def decided(trace: Trace, history: Plan, plan: Plan, machine: Machine | None = None) -> Replay:
+    """A trace under a plan of settings, one for each of those that it was recorded under.
+
+    It begins where the recorded run began, put under the first settings as `WhatIf` does it; a
+    strategy that stays goes on with what it had learnt when it was recorded.
+    """
+    scheduler = begun(trace, history[0][1], plan[0][1])
+    changes, buses, device = [], dict[int, Bus](), ""
+    for recorded, (_, old), (_, new) in zip(trace.changes, history, plan, strict=True):
+        stays = recorded.strategy is not None and new.strategy is old.strategy
+        strategy = recorded.strategy if stays else new.strategy
+        if not changes:
+            strategy = scheduler.strategy
+        assert strategy is not None
+        changes.append(Change(recorded.at, new.knobs(), strategy.name, strategy=strategy))
+        if machine and new.device != device:
+            device = new.device
+            buses[recorded.at] = machine.bus(find_device(device))
+    of = dataclasses.replace(trace, changes=changes, resident=scheduler.cache.items())
+    clock = Clock(trace.shape, machine.computing, buses) if machine else None
+    return replays.replay(of, clock=clock)
+
+
+def approximate(trace: Trace, settings: Settings, found: Replay) -> str:
+    """Why these settings would have come with another stream than the recorded; empty: no reason.
+
+    They compute at other bits, leave experts out, steer the router, or go by routers that were not
+    asked.
+    """
+    depth = max((a.layer - s.layer for s in trace.steps for a in s.look_ahead), default=0)
+    if settings.prefetch > depth:
+        return f"no router was asked so far ahead: {depth} layers are recorded"
+    route = type(settings.strategy.route)
+    if route.mask is not Route.mask or route.bias is not Route.bias:
+        return "the router is steered"
+    if found.counts["skip"] or found.counts["substitute"]:
+        return "experts are skipped or substituted"
+    served = {row[4] for row in found.rows if row[0] in (HIT, LOAD, SUBSTITUTE)}
+    recorded = {change.knobs.bits for change in trace.changes}
+    return "" if served <= recorded else "experts are computed at other bits"
+
+
+def _found(run: Run) -> float:
+    """Hits and late hits per request, of the decoded tokens."""
+    decoded = run.token_reports[1:]
+    asked = sum(getattr(report, name) for report in decoded for name in REQUESTS)
+    return sum(report.hits + report.late for report in decoded) / asked
+
+
+@dataclass(repr=False)
+class Prediction:
+    """What a run would have been under other settings: modelled, and what the model is worth.
+
+    Attributes
+    ----------
+    replay
+        What would have been decided: ``hit_ratio``, ``counts``, ``bytes``; ``tokens`` with times.
+    error
+        The same model's prediction of the recorded run over what that took, minus 1; None of a
+        trace, which has no times.
+    approximate
+        Why the stream itself would have been another one; empty where decisions are exact.
+    """
+
+    replay: Replay
+    error: float | None
+    approximate: str
+    _of: Run | Trace = field(repr=False)
+    _lab: Lab | None = field(repr=False)
+    _changes: dict[str, Any] = field(repr=False)
+    _basis: tuple[Trace, Settings, Machine] = field(repr=False)
+
+    @property
+    def token_ms(self) -> float:
+        """Median of the decoded tokens, the engine's own time."""
+        return statistics.median(spent.total_ms for spent in self.replay.tokens)
+
+    @property
+    def per_token(self) -> pd.DataFrame:
+        """A row for each decoded token: ``compute_ms``, ``deciding_ms``, ``stall_ms``."""
+        import pandas as pd
+
+        return pd.DataFrame([dataclasses.asdict(spent) for spent in self.replay.tokens])
+
+    def bounds(self) -> dict[str, float]:
+        """What bounds the speed and the hits of these settings on this stream, modelled.
+
+        Returns
+        -------
+        dict
+            In ms a token: ``io_ms``, the bytes that these decisions read over the bandwidth;
+            ``hidden_ms``, with every wait hidden by perfect guesses, the larger of computing and
+            ``io_ms``; ``belady_io_ms``, the bytes that the best eviction would read. As hit ratios:
+            ``belady``, and ``belady_bypass`` where what is computed need not be kept. Belady's hold
+            for one size of expert, a cache that all layers share, and loads on demand; a strategy
+            that serves at fewer bits, steers the router or fetches ahead is not bound by them.
+        """
+        trace, settings, machine = self._basis
+        size, spent = trace.shape.nbytes[settings.bits], typical(self.replay.tokens)
+        device = find_device(settings.device)
+        pace = device.bandwidth_bytes_s or machine.disk.bandwidth_bytes_s or float("inf")
+        tokens, room = len(self.replay.tokens), settings.budget_bytes // size
+        best, asked = belady_hits(trace, room)
+        io = 1e3 * self.replay.bytes / tokens / pace
+        return {
+            "io_ms": io,
+            "hidden_ms": max(io, spent.compute_ms + spent.deciding_ms),
+            "belady_io_ms": 1e3 * (asked - best) * size / tokens / pace,
+            "belady": best / asked,
+            "belady_bypass": belady_hits(trace, room, bypass=True)[0] / asked,
+        }
+
+    def check(self, repeats: int = 3) -> dict[str, Any]:
+        """Make the predicted run, as ``lab.what_if`` does: predicted against measured.
+
+        Returns
+        -------
+        dict
+            ``predicted_ms`` and ``measured_ms`` a token (medians), ``error`` of the prediction,
+            ``predicted_hits`` and ``measured_hits`` (ratios; late ones are hits here, as a replay
+            has them), and ``shared``: the share of the
+            recorded tokens that both texts have in common before they part.
+
+        Raises
+        ------
+        ValueError
+            This is the prediction of a trace; a run can be made again.
+        """
+        if isinstance(self._of, Trace) or self._lab is None:
+            raise ValueError("only what was predicted of a run and its lab can be made")
+        rounds = WhatIf(self._lab, self._of, self._changes, repeats)
+        rounds.go()
+        runs, was = rounds.contenders[0].runs, self._of.tokens
+        ms = statistics.median(run.summary()["tpot_ms_median"] for run in runs)
+        same = [a == b for a, b in zip(was, runs[0].tokens, strict=False)]
+        return {
+            "predicted_ms": self.token_ms,
+            "measured_ms": ms,
+            "error": self.token_ms / ms - 1,
+            "predicted_hits": self.replay.hit_ratio,
+            "measured_hits": statistics.median(_found(run) for run in runs),
+            "shared": ([*same, False].index(False)) / len(was),
+        }
+
+    def __repr__(self) -> str:
+        parts = dataclasses.asdict(typical(self.replay.tokens))
+        words = " + ".join(f"{ms:.1f} {name.removesuffix('_ms')}" for name, ms in parts.items())
+        said = f"{self.token_ms:.1f} ms a token ({words}), hit ratio {self.replay.hit_ratio:.3f}"
+        if self.error is not None:
+            said += f"; of the recorded run this model is {self.error:+.0%} off"
+        if self.approximate:
+            said += f"; approximate: {self.approximate}"
+        return f"<Prediction, modelled: {said}>"
