@@ -221,14 +221,14 @@ def enough_for_lru(answer: Any, *, run: moelab.Run) -> Said:
 
 @exercise("06.2")
 def half_as_long(answer: Any) -> Said:
-    """Settings that halve a token's predicted time on an eMMC at a small KL."""
-    ours = settings(answer, '{"strategy": "lfu"}', device="emmc")
+    """Settings that halve a token's predicted time on an SD card at a small KL."""
+    ours = settings(answer, '{"strategy": "lfu"}', device="sd_card")
     asked = {k: v for k, v in ours.items() if k not in ("device", "budget")}
     if "budget" in answer:
         raise RefusedError("the budget is given: a quarter of the memory")
     with opened() as lab:
         trace = recorded(lab, look_ahead=1)
-    where = {"budget": "25%", "device": "emmc"}
+    where = {"budget": "25%", "device": "sd_card"}
     plain, mine = (
         moelab.predict(trace, LEARNER, **{"strategy": "lru", **where, **own}).token_ms
         for own in ({}, asked)
