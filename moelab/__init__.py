@@ -22,7 +22,7 @@ _HOMES = {
     "StoreError": "moelab.store.store",
     "BudgetError": "moelab.scheduling.budget",
     "Strategy": "moelab.scheduling.strategy",
-    "Trace": "moelab.replays.parquet",
+    "Trace": "moelab.replays.files",
     "pack": "moelab.store.pack",
     "replay": "moelab.runs.prediction",
     "predict": "moelab.runs.prediction",

@@ -198,6 +198,8 @@ def test_a_replay_in_words(demo_lab):
     for bad, said in (({"budget": "1%"}, "below"), ({"strategy": "no"}, "no"), ({"t1": 1}, "t1")):
         with pytest.raises(ValueError, match=said):
             moelab.replay(run, **bad)
+    with pytest.raises(ValueError, match="knows no time"):
+        moelab.replay(run, device="nvme")
     with pytest.raises(TypeError, match="a str"):
         moelab.replay("run", "lfu")
 
@@ -209,12 +211,16 @@ def test_what_computes_something_else_is_called_approximate(demo_lab):
         name: moelab.predict(run, demo_lab, **changes).approximate
         for name, changes in {
             "lfu": {"strategy": "lfu"}, "bits": {"bits": 4},
+            "edgemoe": {"strategy": "edgemoe"},
+            "ahead": {"prefetch": 2},
             "prior": {"strategy": "cache_prior"}, "hobbit": {"strategy": "hobbit", "budget": "15%"},
         }.items()
     }  # fmt: skip
     assert said["lfu"] == ""
     assert "other bits" in said["bits"]
     assert "steered" in said["prior"]
+    assert "landed" in said["edgemoe"]
+    assert "0 layers are recorded" in said["ahead"]
     assert said["hobbit"]
     lfu = demo_lab.settings.change(demo_lab._shape, strategy="lfu")
     assert approximate(run.trace, lfu, moelab.replay(run, "lfu")) == ""
@@ -335,7 +341,7 @@ def test_a_trace_comes_back_from_parquet_as_it_was(demo_lab, tmp_path, name):
     as_json = moelab.Trace.load(trace.save(tmp_path / "a.json"))
     path = trace.save(tmp_path / "a.parquet")
     again = moelab.Trace.load(path)
-    for part in ("shape", "steps", "changes", "resident"):
+    for part in ("shape", "steps", "changes", "resident", "lacks"):
         assert getattr(again, part) == getattr(as_json, part), part
     header = json.loads(pq.read_schema(path).metadata[b"moelab"])
     assert header["prompts"] == [0]

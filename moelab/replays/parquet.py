@@ -16,9 +16,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from moelab.scheduling.trace import FILES, SAVED, Trace
-
-__all__ = ["Trace", "read", "written"]
+from moelab.scheduling.trace import FILES, SAVED
 
 WHATS = ("chosen", "wanted", "ahead", "norm", "in flight", "unread", "step")
 CHOSEN, WANTED, AHEAD, NORM, IN_FLIGHT, UNREAD, STEP = range(len(WHATS))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from moelab.replays.clock import Clock, Spent
 from moelab.scheduling.events import KINDS, LOAD, PREFETCH, Decision, LayerPlan, Row, in_words
+from moelab.scheduling.parts import Precision
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Knobs, Shape
@@ -110,6 +111,10 @@ def replay(
     if strategy is not None:
         changes = [c._replace(name=strategy.name, strategy=strategy) for c in changes]
     changes = _found(changes, strategies or {})
+    if "gate weights" in trace.lacks:
+        by_weight = [c.name for c in changes if c.strategy and _goes_by_weight(c.strategy)]
+        if by_weight:
+            raise ValueError(f"this trace has no gate weights, by which {by_weight[0]!r} decides")
     first = changes.pop(0)
     assert first.strategy is not None
     player = Player(make(trace.shape, first.strategy, first.knobs), clock)
@@ -166,6 +171,11 @@ class Player:
         self.out.take(plan.rows, prefill=True, keep=self._keep)
         if self._clock:
             self._clock.between(plan)
+
+
+def _goes_by_weight(strategy: Strategy) -> bool:
+    plain = type(strategy.precision).tier is Precision.tier
+    return not plain and getattr(strategy.precision, "low_bits", 0) is not None
 
 
 def _found(changes: list[Change], strategies: Mapping[str, Strategy]) -> list[Change]:

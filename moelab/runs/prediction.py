@@ -79,6 +79,8 @@ def replay(
     >>> moelab.replay(run, budget="100%").bytes <= moelab.replay(run).bytes
     True
     """
+    if "device" in changes:
+        raise ValueError("a replay knows no time: moelab.predict(run, lab, device=...) does")
     if not changes and not isinstance(strategy, str):
         trace: Any = of if isinstance(of, Trace) else getattr(of, "trace", of)
         return replays.replay(trace, strategy, knobs, strategies=strategies)
@@ -224,9 +226,11 @@ def decided(trace: Trace, history: Plan, plan: Plan, machine: Machine | None = N
 def approximate(trace: Trace, settings: Settings, found: Replay) -> str:
     """Why these settings would have come with another stream than the recorded; empty: no reason.
 
-    They compute at other bits, leave experts out, steer the router, or go by routers that were not
-    asked.
+    They compute at other bits, leave experts out, steer the router, go by routers that were not
+    asked, or by what has landed, where the virtual clock decides instead of the disk.
     """
+    if settings.strategy.observes & {"in_flight", "unread"}:
+        return "its rule goes by what has landed, which the clock decides"
     depth = max((a.layer - s.layer for s in trace.steps for a in s.look_ahead), default=0)
     if settings.prefetch > depth:
         return f"no router was asked so far ahead: {depth} layers are recorded"

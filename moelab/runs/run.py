@@ -16,7 +16,7 @@ import numpy as np
 from moelab.engine.generation import Sampling
 from moelab.engine.log import EventLog
 from moelab.engine.process import Process
-from moelab.replays.parquet import Trace
+from moelab.replays.files import Trace
 from moelab.runs.account import Account, Limits
 from moelab.runs.tokens import Noted, TokenReport, Tokens, summary, table
 from moelab.scheduling.strategy import part_title

@@ -133,13 +133,15 @@ class Change(NamedTuple):
 class Trace:
     """A recorded run: its inputs in order, with settings changes before the step they act on.
 
-    ``resident`` is what was in the cache at the start, least recently used first.
+    ``resident`` is what was in the cache at the start, least recently used first; ``lacks``, what
+    whoever recorded it did not say (see `moelab.replays.foreign`).
     """
 
     shape: Shape
     steps: list[LayerInput] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     resident: list[tuple[Key, int]] = field(default_factory=list)
+    lacks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -164,6 +166,7 @@ class Trace:
                 for c in self.changes
             ],
             "resident": self.resident,
+            "lacks": self.lacks,
         }
 
     def save(self, path: str | Path) -> Path:
@@ -234,7 +237,9 @@ def _parts(doc: dict) -> tuple:
     resident = [(key(of), _bits(shape, bits)) for of, bits in doc["resident"]]
     if len({of for of, _ in resident}) < len(resident):
         raise ValueError("an expert is resident twice")
-    return shape, steps, changes, resident
+    lacks = tuple(map(_word, doc.get("lacks", ())))
+    _whole(sum(map(len, lacks)), 0, LONGEST * 10, "length of what it lacks")
+    return shape, steps, changes, resident, lacks
 
 
 def _whole(value: Any, low: int, high: int, what: str) -> int:

@@ -20,7 +20,7 @@ export class Shadows {
     this.bars = new Map();
     this.words = h("span", { class: "moe-soft" });
     this.list = h("span", { class: "moe-shadows" });
-    this.node = h("div", { class: "moe-beside", role: "group", "aria-label": "Other strategies" });
+    this.node = h("div", { class: "moe-others", role: "group", "aria-label": "Other strategies" });
     this.node.append(this.words, this.list);
   }
 
