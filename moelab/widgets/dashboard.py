@@ -9,7 +9,6 @@ refuse is drawn beside the control, because print and raise in a callback are in
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 import weakref
@@ -19,7 +18,6 @@ import anywidget
 import traitlets
 
 import moelab
-from moelab.runs.shadows import SHADOWS
 from moelab.runs.snapshot import RunReader
 from moelab.spelling import in_words, sentence, size
 from moelab.views.report import Report
@@ -40,10 +38,6 @@ PATIENCE_S = 0.3
 """Without an acknowledgement (a busy kernel, no browser) a frame goes out this often."""
 
 IDLE_S = 0.25
-SHADOW = 0.03
-"""Of a run's computing, at most, that goes into what other strategies would have had."""
-MOST_SHADOW = 0.3
-"""And of all its time: while a load is waited for there is more to spare."""
 CHECK_S = 0.004
 """How often it is looked for the first token under new settings, which is shown at once."""
 
@@ -280,7 +274,10 @@ class Dashboard(anywidget.AnyWidget):
             try:
                 self._offer(at_once=at_once)
                 self._drawer.refresh()
-                self._shadow()
+                if not self._awaited:
+                    with self._lock:
+                        framer = self._frames()
+                    framer.follow(self.frame, 1 / FRAMES_PER_S)
                 if self.error.get("where") == "dashboard":
                     self._clear_error()
             except Exception as error:  # noqa: BLE001 a view that stands still must say why
@@ -289,20 +286,6 @@ class Dashboard(anywidget.AnyWidget):
             period = 1.0 / FRAMES_PER_S if self.frame.get("running") else IDLE_S
             at_once = self._rest(wake, begun + period)
             wake.clear()
-
-    def _shadow(self) -> None:
-        """Let the shadows follow the run: for a small share of the time while it goes on."""
-        with self._lock:
-            shadows = self._frames().shadows
-            running, recent = bool(self.frame.get("running")), self.frame.get("recent") or {}
-        if shadows is None:
-            for name in SHADOWS:  # profiles are read before a run, not beside it
-                with contextlib.suppress(ValueError):
-                    self._lab._strategies(name, None, "")
-        elif not self._awaited:
-            computing = 1 - (recent.get("stall_share") or 0.0)
-            share = min(MOST_SHADOW, SHADOW / max(computing, SHADOW))
-            shadows.advance(share / FRAMES_PER_S if running else IDLE_S / 2)
 
     def _rest(self, wake: threading.Event, until: float) -> bool:
         """Wait for the next frame's time; return whether a token is to be shown at once.

@@ -13,6 +13,7 @@ the tokens since the device last changed. Nothing here knows widgets, threads or
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ import numpy as np
 
 from moelab import strategies
 from moelab.runs.account import Account, ending
-from moelab.runs.shadows import Shadows
+from moelab.runs.shadows import SHADOWS, Shadows
 from moelab.runs.snapshot import RunReader, origins
 from moelab.runs.tokens import COLUMNS, STALLS, figures
 from moelab.scheduling.parts import Precision, Prefetch
@@ -44,6 +45,10 @@ from moelab.views.report import LONGEST
 
 RECENT_TOKENS = 16
 """The large figures cover this many tokens, so that they follow a slider."""
+
+SHADOW, MOST_SHADOW = 0.03, 0.3
+"""Of a run's computing, at most, that goes into what others would have had, and of all its time:
+while a load is waited for there is more to spare."""
 
 IDLE = "Press Run: what a token's time goes into, and why, is said here."
 
@@ -225,6 +230,19 @@ class Framer:
             self._number, self._reader = next(_NUMBERS), RunReader(run)
             self.shadows = Shadows(run, self._lab._strategies)
         return self._number, self._reader
+
+    def follow(self, frame: Mapping[str, Any], period: float) -> None:
+        """Let the shadows follow the run: for a share of the seconds to the next frame."""
+        shadows, recent = self.shadows, frame.get("recent") or {}
+        if shadows is None:
+            for name in SHADOWS:  # profiles are read before a run, not beside it
+                with contextlib.suppress(ValueError):
+                    self._lab._strategies(name, None, "")
+        elif frame.get("running"):
+            computing = 1 - (recent.get("stall_share") or 0.0)
+            shadows.advance(period * min(MOST_SHADOW, SHADOW / max(computing, SHADOW)))
+        else:
+            shadows.advance(period)
 
     def build(self) -> dict[str, Any]:
         """One frame of what is true now; JSON but for the arrays, which are bytes."""
