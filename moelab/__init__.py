@@ -27,6 +27,7 @@ _HOMES = {
     "replay": "moelab.runs.prediction",
     "predict": "moelab.runs.prediction",
     "plan": "moelab.runs.plan",
+    "routing": "moelab.replays.routing",
     "predictors": "moelab.views.predictors",
     "sweep": "moelab.runs.sweep",
     "policy_or_memory": "moelab.views.policy_or_memory",
