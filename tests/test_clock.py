@@ -226,6 +226,17 @@ def test_what_computes_something_else_is_called_approximate(demo_lab):
     assert approximate(run.trace, lfu, moelab.replay(run, "lfu")) == ""
 
 
+def test_what_bounds_a_prediction(demo_lab):
+    demo_lab.update(strategy="lru", budget="25%", bits=16, device="disk")
+    run = demo_lab.generate("The sea", max_new_tokens=16, ignore_eos=True)
+    found = moelab.predict(run, demo_lab, device="sd_card")
+    bounds, tokens = found.bounds(), found.replay.tokens
+    assert bounds["io_ms"] == pytest.approx(1e3 * found.replay.bytes / 15 / 40e6)
+    assert bounds["belady_io_ms"] <= bounds["io_ms"] <= bounds["hidden_ms"]
+    assert sum(spent.total_ms for spent in tokens) / 15 >= bounds["io_ms"]
+    assert found.replay.hit_ratio <= bounds["belady"] <= bounds["belady_bypass"] <= 1
+
+
 def test_the_same_bus_as_the_loader():
     device, throttle = Device("x", 1e6, 5.0, 2), Throttle()
     dues = [throttle.due(device, 1000, 0.0) for _ in range(4)]
