@@ -22,7 +22,7 @@ from moelab.models.families import positions
 from moelab.scheduling.budget import minimum_budget
 from moelab.store.codecs import TIERS
 from moelab.store.paths import cache_dir
-from moelab.store.source import is_hub_id, refuse_formats, state
+from moelab.store.source import is_hub_id, refuse_formats, state, unfolded
 from moelab.store.store import Store, StoreError
 
 if TYPE_CHECKING:
@@ -73,12 +73,15 @@ def find_store(
     path = Path(model).expanduser().absolute()  # whatever the working directory is later
     if (path / "manifest.json").is_file():
         return path
+    if path.is_file() and path.suffix == ".gguf":
+        return _packed(unfolded(path.resolve()), path.stem, tiers, progress)
     refuse_formats(path)
     if (path / "config.json").is_file():
         return _packed(path, path.resolve().name, tiers, progress)
     raise ValueError(
         f"model {model!r} is not 'demo', {SMOLLM2!r}, a store (a folder with manifest.json), "
-        "a checkpoint (a folder with config.json and safetensors) or a hub id like 'org/name'"
+        "a checkpoint (a folder with config.json and safetensors), a GGUF file or a hub id like "
+        "'org/name'"
     )
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from moelab.models.families import MoELayer, expert_parameter, find_moe
-from moelab.models.shards import DTYPES, SCALE, Checkpoint
+from moelab.models.gguf_file import GgufCheckpoint
+from moelab.models.shards import DTYPES, GGUF, SCALE, Checkpoint
 
 if TYPE_CHECKING:
     import os
@@ -156,7 +158,9 @@ class ExpertReader:
     """
 
     def __init__(self, model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
-        self.checkpoint, self.layers = Checkpoint(path), find_moe(model)
+        folder = Path(path)
+        kind = GgufCheckpoint if (folder / GGUF).is_file() else Checkpoint
+        self.checkpoint, self.layers = kind(folder), find_moe(model)
         self._model = _OneExpert(model)
         found = split(model, self.layers, self.checkpoint)
         self.found, self._plan = found, found.experts

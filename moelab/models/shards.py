@@ -35,6 +35,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+GGUF = "gguf.json"
+"""In a checkpoint's folder: its weights are those of a GGUF file, see `moelab.models.gguf_file`."""
 FP8 = ("F8_E4M3", "F8_E5M2")
 SCALE = "_scale_inv"  # fp8: one scale per block beside each weight
 _CHUNK = 1 << 20
@@ -105,6 +107,11 @@ class Checkpoint:
         config = self.path / "config.json"
         data = json.loads(config.read_text("utf-8")) if config.is_file() else {}
         return data.get("quantization_config") or {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a store that is made of it should say."""
+        return ()
 
     def names(self) -> list[str]:
         """All tensor names, layers and experts in numerical order."""
@@ -181,6 +188,8 @@ def weight_files(path: Path) -> list[Path]:
     ValueError
         There is none, or the index is damaged or names what is not there.
     """
+    if (path / GGUF).is_file():
+        return [Path(file) for file in json.loads((path / GGUF).read_text("utf-8"))["files"]]
     if (path / "model.safetensors").is_file():  # before the index, which may be of older shards
         return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"

@@ -141,7 +141,8 @@ class _Work:
         stored = self.reader.dtypes
         # Only bfloat16 has the range of every type; float16 is kept where there is nothing else.
         half = torch.float16 if stored == {torch.float16} else torch.bfloat16
-        notes = [*inventory(model, self.reader.layers, self.checkpoint, self.reader.found)]
+        notes = [*self.checkpoint.notes]
+        notes += [*inventory(model, self.reader.layers, self.checkpoint, self.reader.found)]
         if stored != {half}:
             kinds = " and ".join(sorted(map(_word, stored)))
             notes.append(f"experts are {kinds} in the source, stored as {_word(half)}")

@@ -8,11 +8,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from moelab.models.shards import weight_files
-from moelab.store.manifest import StoreError
+from moelab.models.gguf_file import parts_of, unfold
+from moelab.models.shards import GGUF, weight_files
+from moelab.store.destination import partial_folder, remove_stale
+from moelab.store.foreign import foreign
+from moelab.store.manifest import FORMAT, StoreError, digest
+from moelab.store.paths import cache_dir
 
 _KEPT = (
     "config.json",
@@ -48,6 +53,8 @@ def fetch(source: str | os.PathLike[str]) -> tuple[Path, str]:
     """
     if not is_hub_id(source):
         folder = Path(source).expanduser().resolve()
+        if folder.is_file() and folder.suffix == ".gguf":
+            return unfolded(folder), folder.stem
         refuse_formats(folder)
         if not folder.is_dir():
             raise StoreError(
@@ -109,11 +116,34 @@ def refuse_formats(path: Path) -> None:
     Raises
     ------
     StoreError
-        It is a GGUF file, or a folder with such files and no safetensors.
+        It is a folder with GGUF files and no safetensors.
     """
-    gguf = [path] if path.is_file() and path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    gguf = sorted(path.glob("*.gguf")) if path.is_dir() else []
     if gguf and not any(path.glob("*.safetensors")):
         raise StoreError(
-            f"{gguf[0]} is a GGUF file, the format of llama.cpp; moelab reads safetensors: give "
-            "the checkpoint that it was made of"
+            f"{path} holds GGUF files, the format of llama.cpp, and no safetensors; give one of "
+            f"them by name, like {gguf[0]}"
         )
+
+
+def unfolded(file: Path) -> Path:
+    """The folder that stands for a GGUF file as a checkpoint: made in the cache, once a state.
+
+    Raises
+    ------
+    StoreError
+        It is damaged, or of an architecture that is not read.
+    """
+    with foreign(file):
+        parts = [(str(part), part.stat()) for part in parts_of(file)]
+    said = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in parts]
+    name = digest(repr((said, FORMAT)).encode())[:16]
+    made = cache_dir() / "gguf" / f"{file.stem.encode()[:100].decode(errors='ignore')}-{name}"
+    if not (made / GGUF).is_file():
+        remove_stale(made)
+        with partial_folder(made) as partial:
+            with foreign(file):
+                unfold(file, partial)
+            with suppress(OSError):  # somebody else has just made the same
+                partial.rename(made)
+    return made

@@ -1,0 +1,210 @@
+"""GGUF files: opened by name, computing what the checkpoint computes that they were made of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import moelab
+import tiny_models
+from moelab.models.gguf_file import ATTENTION, ENDS, FAMILIES, parts_of
+from moelab.store.pack import pack
+from moelab.store.store import StoreError
+from reference import logits_of
+
+gguf = pytest.importorskip("gguf")
+IDS = [72, 101, 108, 108, 111, 32, 119, 111]
+CPU = gguf.GGMLQuantizationType
+ARCHITECTURES = {
+    "qwen3_moe": "qwen3moe",
+    "mixtral": "llama",
+    "olmoe": "olmoe",
+    "qwen2_moe": "qwen2moe",
+}
+
+
+def qwen2_moe(folder: Path) -> Path:
+    config = transformers.Qwen2MoeConfig(
+        **tiny_models._COMMON, hidden_size=96, moe_intermediate_size=64, intermediate_size=80,
+        shared_expert_intermediate_size=128, num_experts=6, num_experts_per_tok=2,
+        norm_topk_prob=False, mlp_only_layers=[1],
+    )  # fmt: skip
+    return tiny_models.write(transformers.Qwen2MoeForCausalLM(config), folder)
+
+
+def made(name: str, folder: Path) -> Path:
+    return (tiny_models.FAMILIES | {"qwen2_moe": qwen2_moe})[name](folder)
+
+
+def as_gguf(source: Path, file: Path, kind=CPU.F32, *, split: int = 1) -> Path:
+    """Write a checkpoint as llama.cpp's converter would, by the names and layouts of its format."""
+    config = json.loads((source / "config.json").read_text())
+    architecture = ARCHITECTURES[config["model_type"]]
+    family = FAMILIES[architecture]
+    weights: dict[str, torch.Tensor] = {}
+    for shard in source.glob("*.safetensors"):
+        weights |= load_file(shard)
+    out: dict[str, np.ndarray] = {}
+    experts: dict[str, dict[int, np.ndarray]] = {}
+    for name, tensor in weights.items():
+        there, number, value = _as_llama_cpp(name, tensor.float().numpy(), family, config)
+        if number is None:
+            out[there] = value
+        else:
+            experts.setdefault(there, {})[number] = value
+    for name, rows in experts.items():
+        out[name] = np.stack([rows[e] for e in sorted(rows)])
+    keys = list(out)
+    files = [file] if split == 1 else [
+        file.with_name(f"{file.stem}-{i + 1:05}-of-{split:05}.gguf") for i in range(split)
+    ]  # fmt: skip
+    for i, part in enumerate(files):
+        writer = gguf.GGUFWriter(part, architecture)
+        if i == 0:
+            _say(writer, config)
+        for name in keys[i::split]:
+            value = np.ascontiguousarray(out[name])
+            if value.ndim < 2 or "gate_inp" in name:
+                writer.add_tensor(name, value)
+            else:
+                own = kind if value.shape[-1] % 32 == 0 else CPU.F16
+                data = value if own == CPU.F32 else gguf.quants.quantize(value, own)
+                writer.add_tensor(name, data, raw_dtype=own)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    for one in (source / "tokenizer.json", source / "tokenizer_config.json"):
+        shutil.copyfile(one, file.parent / one.name)
+    return files[0]
+
+
+def _as_llama_cpp(name, value, family, config):
+    """(name, expert or None, value) of one of transformers' tensors."""
+    stem, end = name.rpartition(".")[::2]
+    if stem in (ends := {v: k for k, v in ENDS.items()}):
+        return f"{ends[stem]}.{end}", None, value
+    layer, own = stem.removeprefix("model.layers.").split(".", 1)
+    for part, pattern in family.experts.items():
+        before, after = pattern.split("{}")
+        if own.startswith(before) and own.endswith(after):
+            return f"blk.{layer}.ffn_{part}_exps.weight", int(own[len(before) : -len(after)]), value
+    if family.permuted and own.endswith(("q_proj", "k_proj")):
+        n = config["num_attention_heads" if own.endswith("q_proj") else "num_key_value_heads"]
+        halves = value.reshape(n, 2, len(value) // n // 2, *value.shape[1:])
+        value = halves.swapaxes(1, 2).reshape(value.shape)
+    names = {v: k for k, v in (ATTENTION | family.layer).items()}
+    return f"blk.{layer}.{names[own]}.{end}", None, value[0] if "expert_gate" in own else value
+
+
+def _say(writer, config) -> None:
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_rope_freq_base(config.get("rope_parameters", config).get("rope_theta", 10000.0))
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
+    if config.get("head_dim"):
+        writer.add_key_length(config["head_dim"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+
+
+def stock(source: Path) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return model(torch.tensor([IDS])).logits[0]
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_it_computes_what_its_checkpoint_computes(name, split, tmp_path):
+    source = made(name, tmp_path / "source")
+    (tmp_path / "given").mkdir()
+    file = as_gguf(source, tmp_path / "given" / "tiny.gguf", split=split)
+    with moelab.open(file, budget="100%", tiers=(16, 4), measure_kl=False, progress=False) as lab:
+        got = logits_of(lab, IDS[:1], IDS[1:])
+        run = lab.generate("Hello", max_new_tokens=4, ignore_eos=True)
+        assert len(run.tokens) == 4
+        assert lab.info()["name"] == str(file)
+    assert torch.allclose(got, stock(source), atol=2e-4), (got - stock(source)).abs().max()
+
+
+@pytest.mark.parametrize("kind", [CPU.F16, CPU.BF16, CPU.Q8_0, CPU.Q4_0, CPU.Q4_1])
+def test_blocks_are_unpacked_as_their_format_says(kind, tmp_path):
+    source = made("qwen3_moe", tmp_path / "source")
+    (tmp_path / "given").mkdir()
+    file = as_gguf(source, tmp_path / "given" / "tiny.gguf", kind)
+    weights: dict[str, torch.Tensor] = {}
+    for shard in source.glob("*.safetensors"):
+        weights |= load_file(shard)
+    store = moelab.Store.open(pack(file, tmp_path / "store", tiers=(16,), progress=False))
+    said = " ".join(store.manifest.notes)
+    assert (f"{kind.name} blocks of the GGUF file" in said) == kind.name.startswith("Q")
+    for expert in (0, 5):
+        read = store.read(1, expert, 16)
+        wanted = weights[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"].float().numpy()
+        own = wanted if kind == CPU.F32 else gguf.quants.dequantize(
+            gguf.quants.quantize(wanted, kind), kind
+        )  # fmt: skip
+        half = np.dtype("float16") if store.layout.dtype == "float16" else None
+        values = torch.from_numpy(np.array(read)).view(getattr(torch, store.layout.dtype)).float()
+        there = values.numpy()[-own.size :].reshape(own.shape)
+        exact = (
+            own.astype(half) if half else torch.from_numpy(own.copy()).bfloat16().float().numpy()
+        )
+        assert np.array_equal(there, exact.astype(np.float32))
+
+
+def test_what_is_not_read_says_what_would_do(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "dense.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\xff" * 40)
+    (tmp_path / "a-00001-of-00002.gguf").write_bytes(b"GGUF")
+    for name, said in (
+        ("dense.gguf", "of the architecture 'llama'; moelab reads GGUF files of the mixtures"),
+        ("broken.gguf", "broken.gguf"),
+        ("a-00001-of-00002.gguf", "a-00002-of-00002.gguf is missing"),
+        ("none.gguf", "is not 'demo'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            moelab.open(tmp_path / name, progress=False)
+    (tmp_path / "folder").mkdir()
+    shutil.copyfile(tmp_path / "dense.gguf", tmp_path / "folder" / "dense.gguf")
+    with pytest.raises(StoreError, match="give one of them by name"):
+        moelab.open(tmp_path / "folder", progress=False)
+
+
+def test_a_lost_tensor_and_a_lost_tokenizer_are_named(tmp_path, monkeypatch):
+    source = made("olmoe", tmp_path / "source")
+    (tmp_path / "given").mkdir()
+    file = as_gguf(source, tmp_path / "given" / "tiny.gguf")
+    (tmp_path / "given" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"put the model's tokenizer\.json beside it"):
+        moelab.open(file, progress=False)
+    plain = gguf.GGUFWriter.add_tensor
+
+    def without(self, name, *args, **options):
+        if name != "blk.1.ffn_norm.weight":
+            plain(self, name, *args, **options)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", without)
+    file = as_gguf(source, tmp_path / "given" / "less.gguf")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.post_attention_layernorm"):
+        moelab.open(file, progress=False)
+    assert parts_of(file) == [file]
