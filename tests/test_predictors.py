@@ -8,11 +8,11 @@ from itertools import combinations
 import pytest
 
 import moelab
-from moelab.engine.pace import Machine
 from moelab.replays.clock import Computing
 from moelab.scheduling.stream import LookAhead, Shape
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.store.devices import Device
+from moelab.store.machine import Machine
 
 SHAPE = Shape((8, 8, 8), 2, {16: 1000, 4: 300})
 

@@ -23,9 +23,9 @@ from moelab.course.verdict import (
     settings,
     written,
 )
-from moelab.engine.pace import Machine
 from moelab.replays.clock import Computing
 from moelab.store.devices import DEVICES, Device
+from moelab.store.machine import Machine
 
 TOKENS = 16
 WITH = 24

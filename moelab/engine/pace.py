@@ -12,7 +12,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,8 @@ from moelab.engine.engine import Engine
 from moelab.engine.generation import Stream, threads
 from moelab.engine.memory import Slot, pages
 from moelab.replays.clock import Computing
-from moelab.store.devices import Device, Throttle
+from moelab.store.devices import Device
+from moelab.store.machine import Machine
 
 TIMES = 12
 """Of each piece."""
@@ -31,33 +31,6 @@ APART = 5.0
 """Milliseconds that a core sleeps before it is timed as one that has waited."""
 MEMORY_BYTES = 1 << 27
 """Of experts to compute in turn, at most: as many as a cache would hold are timed too fast."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A machine as a virtual clock needs it: see `Computing`, and its disk as a device."""
-
-    computing: Computing
-    disk: Device
-    readers: int
-
-    def bus(self, device: Device) -> EmulatedBus:
-        """Loads from that device, through this machine's disk and loader."""
-        return EmulatedBus(self, device)
-
-
-class EmulatedBus:
-    """A device as the loader emulates it: every byte is read from the disk as well."""
-
-    def __init__(self, machine: Machine, device: Device) -> None:
-        self.queue = min(machine.readers, device.queue)
-        self._devices = (device, machine.disk) if device.emulated else (machine.disk,)
-        self._throttles = [Throttle() for _ in self._devices]
-
-    def due(self, nbytes: int, now: float) -> float:
-        """See `moelab.replays.clock.Bus`."""
-        pairs = zip(self._throttles, self._devices, strict=True)
-        return max(throttle.due(device, nbytes, now) for throttle, device in pairs)
 
 
 def measure(engine: Engine) -> Machine:

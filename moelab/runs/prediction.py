@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moelab.engine.pace import Machine
 from moelab.replays import replay as replays
 from moelab.replays.bounds import belady_hits
 from moelab.replays.clock import Bus, Clock, Spent
@@ -32,6 +31,7 @@ from moelab.scheduling.trace import Change, Trace
 from moelab.settings import Settings
 from moelab.store.devices import Device
 from moelab.store.devices import device as find_device
+from moelab.store.machine import Machine
 from moelab.strategies import make
 
 if TYPE_CHECKING:

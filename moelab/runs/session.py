@@ -18,7 +18,7 @@ import numpy as np
 
 from moelab.engine.engine import Engine
 from moelab.engine.generation import Decoder, Sampler, Sampling, warn_of_other_ways
-from moelab.engine.pace import Machine, measure
+from moelab.engine.pace import measure
 from moelab.engine.process import Process
 from moelab.models.chat import Messages, encode, messages
 from moelab.models.families import positions
@@ -30,6 +30,7 @@ from moelab.scheduling.budget import BudgetError
 from moelab.scheduling.scheduler import Scheduler
 from moelab.settings import MakeStrategy, Settings
 from moelab.spelling import differences
+from moelab.store.machine import Machine
 
 Changes = Mapping[int, Settings | Mapping[str, Any]]
 """Token -> settings from there on, as a whole or as in ``lab.update``."""

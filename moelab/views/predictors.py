@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 
-from moelab.engine.pace import Machine
 from moelab.runs.prediction import fitted
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.store.devices import device as find_device
+from moelab.store.machine import Machine
 
 if TYPE_CHECKING:
     from moelab.lab import Lab

@@ -12,7 +12,7 @@ import { drawWhy } from "./tip.js";
 const EMPTY = "; an empty cell with this mark has left again within the token";
 
 /** Twenty pixels a layer where there are few; eight, or of very many six, at least. */
-const tallFor = (layers) => Math.max(120, Math.min(208, layers * 20), layers * (layers > 36 ? 6 : 8));
+const tallFor = (layers) => Math.max(108, Math.min(208, layers * 18), layers * (layers > 36 ? 6 : 8));
 
 export class CacheMap {
   /** `onPick(layer, expert)` is called for an expert that is clicked. */
