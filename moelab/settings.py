@@ -140,6 +140,8 @@ class Settings:
         strategy = changes.get("strategy", now)
         if isinstance(strategy, str):
             strategy = make(strategy, now, "")
+        if not hasattr(strategy, "parts") and not callable(strategy):
+            raise ValueError(f"strategy={strategy!r}: a name, or a Strategy like lru()")
         strategy = make_strategy(strategy)
         parts: dict[str, Any] = {}
         words: dict[str, Any] = {}
@@ -177,7 +179,7 @@ class Settings:
 
     def _check(self, shape: Shape) -> None:
         tiers = sorted(shape.nbytes, reverse=True)
-        if self.bits not in shape.nbytes:
+        if type(self.bits) is not int or self.bits not in shape.nbytes:
             raise ValueError(f"bits={self.bits!r} is not in this store; choose one of {tiers}")
         for name, (_, parameter, value) in self.strategy.parameters.items():
             if parameter.tier and value is not None and value not in shape.nbytes:

@@ -170,6 +170,35 @@ def test_what_goes_by_time_goes_by_the_clock(demo_lab):
     assert withdrawn[0] == 0 < withdrawn[1]
 
 
+def test_a_strategy_that_swaps_in_the_background_goes_by_the_clock_too(demo_lab):
+    demo_lab.update(strategy="swapmoe", budget="30%")
+    run = demo_lab.generate("The sea", max_new_tokens=12, ignore_eos=True)
+    for device in ("sd_card", "disk"):
+        assert len(moelab.predict(run, demo_lab, device=device).replay.tokens) == 11
+    assert followed(run, demo_lab) == {}, "its stream is steered: nobody else's"
+    assert "landed" in moelab.predict(run, demo_lab).approximate
+
+
+def test_what_is_no_run_is_told_what_to_give(demo_lab):
+    run = demo_lab.generate("The", max_new_tokens=4)
+    recording = run.recording()
+    for call in (
+        moelab.replay, moelab.predictors, moelab.policy_or_memory,
+        lambda of: moelab.predict(of, demo_lab), lambda of: moelab.sweep(of, {"bits": [4]}),
+    ):  # fmt: skip
+        for wrong in (demo_lab, None, recording):
+            with pytest.raises(TypeError, match="give a run or a trace"):
+                call(wrong)
+    for wrong in ("demo", None):
+        with pytest.raises(TypeError, match="give the lab"):
+            moelab.predict(run, wrong)
+    with pytest.raises(ValueError, match="lab has: moelab.predict"):
+        moelab.replay(run, "edgemoe")
+    for changes in ({"bits": "4"}, {"strategy": 3}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            demo_lab.update(**changes)
+
+
 def test_nothing_changed_is_the_run_itself(demo_lab):
     demo_lab.update(strategy="hobbit", budget="25%")
     run = demo_lab.generate(

@@ -52,7 +52,9 @@ def test_what_cannot_be_is_refused(planned):
     lab, _ = planned
     for asked, said in (
         ({"max_kl": -1}, "max_kl"),
-        ({"budget": "1%"}, "needs|below"),
+        ({"budget": "0.1%"}, "needs|below"),
+        ({"budget": "auto"}, "give a plan a size"),
+        ({"max_kl": "low"}, "nats"),
         ({"device": "floppy"}, "floppy"),
         ({"strategies": ()}, "no combination"),
     ):
@@ -60,6 +62,15 @@ def test_what_cannot_be_is_refused(planned):
             moelab.plan(lab, **asked)
     with lab._session.claimed(), pytest.raises(RuntimeError, match="going on"):
         moelab.plan(lab)
+    with pytest.raises(TypeError, match="give the lab"):
+        moelab.plan("demo")
+    resident = lab.info()["resident_bytes"]
+    with pytest.raises(ValueError, match="needs|below"):
+        moelab.plan(lab, budget="0.1%")
+    assert lab.info()["resident_bytes"] == resident, "what fails there costs nothing here"
+    exact = moelab.plan(lab, max_kl=0, strategies="lru", progress=False)
+    assert exact["bits"] == 16
+    assert 0 <= exact.kl < 1e-6
 
 
 class Said:

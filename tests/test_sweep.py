@@ -96,6 +96,20 @@ def test_an_interrupted_sweep_goes_on_where_it_was(trace, monkeypatch, cache):
     pd.testing.assert_frame_equal(table, swept(trace, workers=0))
 
 
+def test_what_is_not_in_the_grid_is_as_it_was_recorded(trace):
+    alone = replay(trace)
+    table = swept(trace, {"bits": [16]}, workers=0)
+    assert table.hit_ratio[0] == alone.hit_ratio
+    other = replay(trace, make("lfu"), Knobs(40_000))
+    assert swept(trace, {"strategy": ["lfu"]}, workers=0).hit_ratio[0] == other.hit_ratio
+    assert swept(trace, {"strategy": ["edgemoe", "lfu"]}, workers=0).lacks.tolist() == [
+        "calibration", "",
+    ]  # fmt: skip
+    for wrong in ({"grid": {"bits": 16}}, {"grid": ["lru"]}, {"workers": -1}, {"client": "dask"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            swept(trace, **wrong)
+
+
 def test_what_cannot_be_swept_is_refused(trace):
     with pytest.raises(ValueError, match="at least one value"):
         swept(trace, {"bits": []})

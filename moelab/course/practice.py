@@ -28,7 +28,7 @@ from moelab.store.devices import DEVICES, Device
 from moelab.store.machine import Machine
 
 TOKENS = 16
-WITH = 24
+WITH = 30
 """Of a run to be judged."""
 LIVE_LESS, CARD_LESS = 4, 10
 """Times fewer bytes a token: at the same budget, and on the SD card."""
@@ -203,7 +203,7 @@ def _with(role: str, part: Any) -> moelab.Strategy:
 
 @exercise("06.1")
 def enough_for_lru(answer: Any, *, run: moelab.Run) -> Said:
-    """Fewest experts with which LRU hits nine tenths of what Belady hits with room for 24."""
+    """Fewest experts with which LRU hits nine tenths of what Belady hits with room for 30."""
     experts = a_number(answer, "experts", whole=True)
     is_run(run, least=TOKENS)
     found = moelab.policy_or_memory(run.trace, experts=WITH)

@@ -191,8 +191,9 @@ class Clock:
             for key in unread:
                 del self._loads[key]
         self._line.run(self._now)
-        flying = [k for k in self._ahead if not self._landed(k)] if "in_flight" in observes else ()
-        return dataclasses.replace(given, unread=tuple(unread), in_flight=tuple(flying))
+        flying = [k for k in list(self._ahead) if not self._landed(k)]
+        told = tuple(flying) if "in_flight" in observes else ()
+        return dataclasses.replace(given, unread=tuple(unread), in_flight=told)
 
     def step(self, given: LayerInput, plan: LayerPlan) -> None:
         """The engine obeys one layer's plan; after the last layer the token is complete."""
@@ -219,21 +220,25 @@ class Clock:
     def _issue(self, plan: LayerPlan, each: float) -> list[tuple[Key, int]]:
         """Do what the rows say, in their order; returns what is to be computed: key and bits."""
         waiting: list[tuple[Key, int]] = []
-        for row in plan.rows:
-            kind, layer, expert, _, bits, *_ = row
-            key = self._shape.offset[layer] + expert
+        pending: set[Key] = set()
+        offset, sizes = self._shape.offset, self._shape.nbytes
+        for kind, layer, expert, _, bits, *_ in plan.rows:
+            key = offset[layer] + expert
             if kind == e.EVICT:
-                if any(key == other for other, _ in waiting):  # a prompt larger than the budget
+                if key in pending:  # a prompt larger than the budget
                     self._finish(waiting, each)
+                    pending.clear()
                 self._evict(key)
-                continue
-            if kind in (e.LOAD, e.PREFETCH):
-                size, urgent = self._shape.nbytes[bits], kind == e.LOAD
-                self._loads[key] = self._line.submit(size, self._now, urgent=urgent)
-                if not urgent:
-                    self._ahead.add(key)
-            if kind in _SERVED or (kind == e.PREFETCH and plan.layer < 0):
+            elif kind in _SERVED:
+                if kind == e.LOAD:
+                    self._loads[key] = self._line.submit(sizes[bits], self._now, urgent=True)
                 waiting.append((key, bits))
+                pending.add(key)
+            elif kind == e.PREFETCH:
+                self._loads[key] = self._line.submit(sizes[bits], self._now, urgent=False)
+                self._ahead.add(key)
+                if plan.layer < 0:
+                    waiting.append((key, bits))
         return waiting
 
     def _evict(self, key: Key) -> None:
@@ -245,17 +250,22 @@ class Clock:
 
     def _finish(self, waiting: list[tuple[Key, int]], each: float) -> None:
         """Compute all that is here, wait for the first of the rest, and again."""
-        computing = self._computing
+        computing, cost = self._computing, self._computing.expert_ms
         while waiting:
-            self._line.run(self._now)
-            ready = [one for one in waiting if self._landed(one[0])]
+            ready, rest = waiting, []
+            if self._loads:
+                self._line.run(self._now)
+                ready = [one for one in waiting if self._landed(one[0])]
+                rest = [one for one in waiting if one[0] in self._loads]
             if not ready:
                 self._wait(waiting[0][0])
                 continue
-            waiting[:] = [one for one in waiting if one not in ready]
-            ms = sum(computing.expert_ms[bits] for _, bits in ready) * max(1.0, each)
-            self._work((computing.call_ms + ms) * (computing.after_wait if self._slow else 1.0))
+            ms = computing.call_ms
+            for _, bits in ready:
+                ms += cost[bits] * max(1.0, each)
+            self._work(ms * (computing.after_wait if self._slow else 1.0))
             self._slow = False
+            waiting[:] = rest
 
     def _landed(self, key: Key) -> bool:
         load = self._loads.get(key)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from moelab.runs.prediction import Prediction, predict
 from moelab.settings import parse_budget
 from moelab.spelling import in_words
+from moelab.store.devices import device as find_device
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +35,8 @@ AHEAD = 2
 TOKENS, SCORED = 32, 24
 """Of the recorded run, and of each text that quality is measured on."""
 BUDGETS = tuple(f"{percent}%" for percent in (10, 15, 20, 25, 33, 50, 75, 100))
+ROUNDING = 1e-6
+"""Nats that the same weights in another order of sums may differ by."""
 ALIKE = 0.02
 """Predictions nearer than that are not told apart: the simpler, which comes first, is taken."""
 
@@ -117,11 +120,20 @@ def plan(
     >>> plan = moelab.plan(lab, budget="25%", device="emmc", max_kl=0.05)  # doctest: +SKIP
     >>> lab.update(**plan)  # doctest: +SKIP
     """
-    if not max_kl >= 0:
+    if not isinstance(max_kl, int | float) or not max_kl >= 0:
         raise ValueError(f"max_kl={max_kl!r}: nats, 0 or more")
+    if not hasattr(lab, "_session"):
+        raise TypeError(f"this is a {type(lab).__name__}; give the lab: moelab.plan(lab)")
+    if isinstance(strategies, str):
+        strategies = (strategies,)
     given = {"budget": budget, "device": device}
     fixed = {name: value for name, value in given.items() if value is not None}
-    lab.settings.change(lab._shape, make=lab._strategies, **fixed)  # refused before work begins
+    if budget == "auto":
+        raise ValueError("budget='auto' follows the machine during a run; give a plan a size")
+    if budget is not None:  # refused before work begins
+        parse_budget(budget, lab._shape)
+    if device is not None:
+        find_device(device)
     bar = lab._progress if progress is None else progress
     with _beside(lab) as second:
         run = run or _recorded(second)
@@ -167,7 +179,8 @@ def surface(
     DataFrame
         A row for each budget and tier: ``budget_bytes``, ``bits``, ``strategy``, ``prefetch``;
         ``tokens_per_s`` and ``hit_ratio`` predicted; ``kl_mean`` measured; ``best``: no other is
-        smaller, faster and nearer to full precision.
+        smaller, faster and nearer to full precision. ``attrs["error"]``: how far the model is off
+        for the run itself.
     """
     import pandas as pd
 
@@ -186,6 +199,7 @@ def surface(
             losses[bits] = _lost(second, run)
             told((done := done + 1) / steps)
     rows = pd.DataFrame(found)
+    error = rows["was"][0].error
     rows["tokens_per_s"] = [1e3 / p.token_ms for p in rows["was"]]
     rows["hit_ratio"] = [p.replay.hit_ratio for p in rows.pop("was")]
     rows["kl_mean"] = [losses[bits] for bits in rows["bits"]]
@@ -194,16 +208,22 @@ def surface(
     figures = rows[["budget_bytes", "tokens_per_s", "kl_mean"]].to_numpy() * [1, -1, 1]
     beaten = [((figures <= one).all(1) & (figures < one).any(1)).any() for one in figures]
     columns = ["budget_bytes", "bits", "strategy", "prefetch"]
-    return rows[[*columns, "tokens_per_s", "hit_ratio", "kl_mean"]].assign(best=~np.array(beaten))
+    rows = rows[[*columns, "tokens_per_s", "hit_ratio", "kl_mean"]].assign(best=~np.array(beaten))
+    rows.attrs["error"] = error
+    return rows
 
 
 @contextlib.contextmanager
 def _beside(lab: Lab) -> Iterator[Lab]:
     """A second lab to try things in, so that what is set in the first stays as it is shown."""
     settings = dataclasses.replace(lab.settings, measure_kl=False)
-    with lab._session.claimed(), lab._beside(settings) as second:
-        yield second
-        lab._session.take_over(second._session)
+    lab._session.claim()  # what fails here fails in the second lab: nothing is to be recovered
+    try:
+        with lab._beside(settings) as second:
+            yield second
+            lab._session.take_over(second._session)
+    finally:
+        lab._session.release()
 
 
 def _recorded(lab: Lab) -> Run:
@@ -264,7 +284,7 @@ def _good_enough(
             lab.update(**settings)
             known[of] = _lost(lab, run)
         losses[at] = known[of]
-        if chosen is None and losses[at] <= max_kl:
+        if chosen is None and losses[at] <= max_kl + ROUNDING:
             chosen, limit = at, prediction.token_ms * (1 + ALIKE)
     if chosen is None:
         least = min(losses.values())
@@ -279,7 +299,7 @@ def _simplest(
     limit = found[chosen][1].token_ms * (1 + ALIKE)
     alike = [
         at for at, (_, prediction) in enumerate(found)
-        if prediction.token_ms <= limit and losses.get(at, max_kl + 1) <= max_kl
+        if prediction.token_ms <= limit and losses.get(at, max_kl + 1) <= max_kl + ROUNDING
     ]  # fmt: skip
 
     def does(at: int) -> tuple[int, int, int]:

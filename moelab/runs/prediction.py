@@ -32,7 +32,7 @@ from moelab.settings import Settings
 from moelab.store.devices import Device
 from moelab.store.devices import device as find_device
 from moelab.store.machine import Machine
-from moelab.strategies import make
+from moelab.strategies import NEEDS_CALIBRATION, make
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +60,7 @@ def replay(
     of
         A run, or a trace.
     strategy
-        Other than the recorded one, a name or an object.
+        Other than the recorded one, a name (with its own defaults) or an object.
     knobs
         Budget and bits for the whole stream, instead of those recorded.
     strategies
@@ -82,8 +82,7 @@ def replay(
     if "device" in changes:
         raise ValueError("a replay knows no time: moelab.predict(run, lab, device=...) does")
     if not changes and not isinstance(strategy, str):
-        trace: Any = of if isinstance(of, Trace) else getattr(of, "trace", of)
-        return replays.replay(trace, strategy, knobs, strategies=strategies)
+        return replays.replay(trace_of(of), strategy, knobs, strategies=strategies)
     changes |= {"strategy": strategy} if strategy is not None else {}
     changes |= dataclasses.asdict(knobs) if knobs is not None else {}
     trace, history = _recorded(of, changes, strategies or {})
@@ -116,6 +115,8 @@ def predict(of: Run | Trace, on: Lab | Machine, **changes: Any) -> Prediction:
     >>> moelab.predict(run, lab, device="sd_card").token_ms > moelab.predict(run, lab).token_ms
     True
     """
+    if not isinstance(on, Machine) and not hasattr(on, "_session"):
+        raise TypeError(f"this is a {type(on).__name__}; give the lab, or a Machine")
     trace, history = _recorded(of, changes, {})
     lab, machine = (None, on) if isinstance(on, Machine) else (on, on._session.machine())
     plan = overlaid(history, changes, trace.shape, lab._strategies if lab else _by_name)
@@ -126,6 +127,8 @@ def predict(of: Run | Trace, on: Lab | Machine, **changes: Any) -> Prediction:
         error = again.total_ms / was.total_ms - 1
     found = decided(trace, history, plan, machine)
     why = approximate(trace, plan[-1][1], found)
+    if any(old.bits != new.bits for (_, old), (_, new) in zip(history, plan, strict=True)):
+        why = why or "experts are computed at other bits"
     return Prediction(found, error, why, of, lab, changes, (trace, plan[-1][1], machine))
 
 
@@ -171,7 +174,29 @@ def typical(tokens: Sequence[Spent]) -> Spent:
 
 
 def _by_name(name: str, _using: Strategy | None, _role: str) -> Strategy:
+    if name in NEEDS_CALIBRATION:
+        raise ValueError(
+            f"{name!r} needs what was measured of the model, which the lab has: "
+            f"moelab.predict(run, lab, strategy={name!r}).replay"
+        )
     return make(name)
+
+
+def trace_of(of: Any) -> Trace:
+    """The trace of a run, or a trace itself.
+
+    Raises
+    ------
+    TypeError
+        It is something else.
+    """
+    found = of if isinstance(of, Trace) else getattr(of, "trace", None)
+    if not isinstance(found, Trace):
+        raise TypeError(
+            f"this is a {type(of).__name__}; give a run or a trace, as in run.trace (a recording "
+            "from a file has none: run.trace.save keeps it)"
+        )
+    return found
 
 
 def _recorded(
@@ -179,9 +204,7 @@ def _recorded(
 ) -> tuple[Trace, Plan]:
     """A stream and the settings that it was recorded under; where it has none, what is given."""
     if not isinstance(of, Trace):
-        if not hasattr(of, "history"):
-            raise TypeError(f"this is a {type(of).__name__}; give a run or a trace, as run.trace")
-        return of.trace, of.history
+        return trace_of(of), of.history
     if not of.changes:
         if "strategy" not in changes or not {"budget", "memory", "budget_bytes"} & changes.keys():
             raise ValueError("this trace records no settings; give strategy= and budget=")
@@ -223,6 +246,12 @@ def decided(trace: Trace, history: Plan, plan: Plan, machine: Machine | None = N
     return replays.replay(of, clock=clock)
 
 
+def steers(strategy: Strategy) -> bool:
+    """Whether its route decision changes what the router chooses."""
+    route = type(strategy.route)
+    return route.mask is not Route.mask or route.bias is not Route.bias
+
+
 def approximate(trace: Trace, settings: Settings, found: Replay) -> str:
     """Why these settings would have come with another stream than the recorded; empty: no reason.
 
@@ -234,11 +263,10 @@ def approximate(trace: Trace, settings: Settings, found: Replay) -> str:
     depth = max((a.layer - s.layer for s in trace.steps for a in s.look_ahead), default=0)
     if settings.prefetch > depth:
         return f"no router was asked so far ahead: {depth} layers are recorded"
-    route = type(settings.strategy.route)
-    if route.mask is not Route.mask or route.bias is not Route.bias:
+    if steers(settings.strategy):
         return "the router is steered"
     if found.counts["skip"] or found.counts["substitute"]:
-        return "experts are skipped or substituted"
+        return "experts are skipped or substituted, or served at fewer bits"
     served = {row[4] for row in found.rows if row[0] in (HIT, LOAD, SUBSTITUTE)}
     recorded = {change.knobs.bits for change in trace.changes}
     return "" if served <= recorded else "experts are computed at other bits"

@@ -14,6 +14,7 @@ import numpy as np
 
 from moelab.replays.bounds import belady_hits
 from moelab.replays.replay import Player
+from moelab.runs.prediction import steers
 from moelab.runs.run import Run
 from moelab.runs.tokens import COLUMNS, REQUESTS
 from moelab.scheduling.budget import BudgetError
@@ -71,7 +72,7 @@ class Shadows:
         figures of the run's tokens ``[T, C]``, columns as in `COLUMNS`.
         """
         players = dict(self._players or {})
-        if not players:
+        if not players or self._steered():
             return []
         tokens = min(player.at for player in players.values()) // self._layers - 1
         if tokens < 1:
@@ -82,6 +83,10 @@ class Shadows:
         if self._best is not None:
             found[BELADY] = self._best
         return [{"name": n, "hit_ratio": ratio, "tokens": tokens} for n, ratio in found.items()]
+
+    def _steered(self) -> bool:
+        """Whether the run's own router is: its stream is no other strategy's then."""
+        return any(steers(settings.strategy) for _, settings in self._run.history)
 
     @property
     def _layers(self) -> int:

@@ -22,12 +22,12 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from moelab.replays.replay import replay
-from moelab.runs.prediction import approximate
+from moelab.runs.prediction import approximate, trace_of
 from moelab.scheduling.trace import Trace
 from moelab.settings import Settings
 from moelab.spelling import in_words, short
 from moelab.store.paths import cache_dir
-from moelab.strategies import make
+from moelab.strategies import CALIBRATED, NAMES, make
 
 if TYPE_CHECKING:
     from moelab.runs.run import Run
@@ -55,7 +55,7 @@ def sweep(
         A run, or a trace.
     grid
         Setting -> values, as `moelab.Lab.update` takes them: ``{"strategy": ["lru", "lfu"],
-        "budget": ["10%", "25%"], "bits": [16, 4]}``.
+        "budget": ["10%", "25%"], "bits": [16, 4]}``. What is not in it is as the run began.
     client
         A `dask.distributed.Client` (``pip install 'moelab[cluster]'``); without it, processes of
         this machine.
@@ -81,9 +81,14 @@ def sweep(
     >>> found = moelab.sweep(run, {"strategy": ["lru", "lfu"], "bits": [16, 4]})  # doctest: +SKIP
     >>> found.pivot(index="bits", columns="strategy", values="hit_ratio")  # doctest: +SKIP
     """
-    trace: Trace = of if isinstance(of, Trace) else of.trace
-    if not grid or not all(grid.values()):
-        raise ValueError(f"grid={dict(grid)!r}: give at least one value of each setting")
+    trace = trace_of(of)
+    listed = isinstance(grid, Mapping) and all(isinstance(v, list | tuple) for v in grid.values())
+    if not listed or not grid or not all(grid.values()):
+        raise ValueError(f"grid={grid!r}: a dict, with at least one value of each in a list")
+    if workers is not None and (not isinstance(workers, int) or workers < 0):
+        raise ValueError(f"workers={workers!r}: a whole number, 0 for this process alone")
+    if client is not None and not hasattr(client, "scatter"):
+        raise ValueError(f"client={client!r}: a dask.distributed.Client")
     asked = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     # What a strategy had learnt stays here: every settings begin anew.
     changes = [c._replace(strategy=None) for c in trace.changes]
@@ -145,23 +150,30 @@ def decide(trace: Trace, batch: Iterable[Row]) -> list[tuple[Row, Row]]:
 
 
 def _decide(trace: Trace, asked: Row) -> Row:
-    shape = trace.shape
+    shape, most = trace.shape, max(trace.shape.nbytes)
     try:
-        most = max(shape.nbytes)
-        settings = Settings(shape.all_bytes(most), most, make("lru")).change(shape, **asked)
+        settings = Settings(shape.all_bytes(most), most, make("lru"))
+        if trace.changes:  # what is not in the grid stays as it was when the run began
+            first = trace.changes[0]
+            named = make(first.name) if first.name in NAMES else settings.strategy
+            settings = Settings(first.knobs.budget_bytes, first.knobs.bits, named)
+        settings = settings.change(shape, **asked)
         found = replay(trace, settings.strategy, settings.knobs())
     except (ValueError, TypeError) as error:
         return {"error": in_words(error)}
     tokens = sum(1 for s in trace.steps if s.layer == 0 and not s.prefill)
     counts = {column: found.counts[kind] for kind, column in COUNTED.items()}
-    ahead = settings.prefetch and not any(step.look_ahead for step in trace.steps)
+    lacks = {
+        "look-ahead": settings.prefetch and not any(step.look_ahead for step in trace.steps),
+        "calibration": settings.strategy.name in CALIBRATED,  # of the model: defaults are used
+    }
     return {
         "settings": short(settings, shape),
         "hit_ratio": found.hit_ratio,
         "bytes_per_token": found.bytes / max(1, tokens),
         **counts,
         "approximate": bool(approximate(trace, settings, found)),
-        "lacks": "look-ahead" if ahead else "",
+        "lacks": ", ".join(name for name, so in lacks.items() if so),
         "error": "",
     }
 
@@ -172,8 +184,8 @@ class Kept:
     def __init__(self, trace: Trace) -> None:
         from moelab import __version__
 
-        bits = sorted({c.knobs.bits for c in trace.changes})
-        steps = repr((__version__, trace.shape, bits, trace.steps, trace.resident)).encode()
+        settings = [(c.at, c.name, c.knobs) for c in trace.changes]
+        steps = repr((__version__, trace.shape, settings, trace.steps, trace.resident)).encode()
         name = hashlib.blake2b(steps, digest_size=12).hexdigest()
         self.path = cache_dir() / "sweeps" / f"{name}.jsonl"
         self._found: dict[str, Row] = {}

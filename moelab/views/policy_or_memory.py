@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moelab.replays.bounds import RECENT, belady_hits, reuse_distances, working_set
-from moelab.replays.replay import replay
+from moelab.replays.replay import Replay, replay
+from moelab.runs.prediction import steers, trace_of
 from moelab.scheduling.budget import size
+from moelab.scheduling.events import HIT, LOAD, SUBSTITUTE
+from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.trace import Trace
 from moelab.spelling import named, spelled
 
@@ -54,6 +57,8 @@ class PolicyOrMemory:
         Experts -> hit ratio of the best eviction, at some budgets.
     working_set
         Experts that the last 16 tokens asked for, int64 ``[T]``.
+    own
+        What the strategy itself found, where it does more than evict; ``now`` is LRU's then.
     """
 
     policy: str
@@ -67,6 +72,7 @@ class PolicyOrMemory:
     lru: np.ndarray
     belady: dict[int, float]
     working_set: np.ndarray
+    own: str = ""
 
     @property
     def verdict(self) -> str:
@@ -84,8 +90,11 @@ class PolicyOrMemory:
             f"of the requests, the best possible eviction {self.best:.0%}, and with room for all "
             f"{self.all:.0%} would hit (the others are first uses)."
         )
-        if self.cliff is None or self.enough is None:
+        said += f" ({self.own}.)" if self.own else ""
+        if self.cliff is None:
             return f"{said} No expert is asked for twice."
+        if not self.enough:  # there is nothing to reach
+            return f"{said} LRU hits nothing below {self._room(self.cliff)}."
         return (
             f"{said} LRU hits nothing below {self._room(self.cliff)}, and nine tenths of the best "
             f"from {self._room(self.enough)} on; the last {RECENT} tokens ask for "
@@ -144,11 +153,11 @@ def policy_or_memory(of: Run | Trace, *, experts: int | None = None) -> PolicyOr
     >>> moelab.policy_or_memory(run).verdict  # doctest: +SKIP
     'memory'
     """
-    trace: Trace = of if isinstance(of, Trace) else of.trace
+    trace = trace_of(of)
     distances = reuse_distances(trace)
     if not len(distances):
         raise ValueError("nothing was decoded in this trace; record a run of some tokens")
-    policy, now, nbytes = "LRU", None, trace.shape.nbytes
+    policy, now, own, nbytes = "LRU", None, "", trace.shape.nbytes
     expert_bytes = nbytes[max(nbytes)]
     if experts is None:
         if len(trace.changes) != 1:
@@ -159,9 +168,14 @@ def policy_or_memory(of: Run | Trace, *, experts: int | None = None) -> PolicyOr
         (change,) = trace.changes
         expert_bytes = nbytes[change.knobs.bits]
         experts, policy = change.knobs.budget_bytes // expert_bytes, spelled(change.name)
-        now = replay(trace, strategies=named()).hit_ratio
-    if experts < 1:
-        raise ValueError(f"experts={experts}: room for at least one")
+        played = replay(trace, strategies=named())
+        # Belady binds who evicts, at one size and on demand; whoever does more is named beside it.
+        if change.strategy is None or _evicts_only(played, change.strategy, change.knobs.bits):
+            now = played.hit_ratio
+        else:
+            own, policy = f"{policy} found {played.hit_ratio:.0%}, and does more than evict", "LRU"
+    if not isinstance(experts, int) or experts < 1:
+        raise ValueError(f"experts={experts!r}: room for at least one")
     whole = sum(trace.shape.experts)
     hits = np.bincount(np.minimum(distances, whole + 1), minlength=whole + 2)[: whole + 1].cumsum()
     lru = hits / len(distances)
@@ -181,4 +195,12 @@ def policy_or_memory(of: Run | Trace, *, experts: int | None = None) -> PolicyOr
         lru,
         belady,
         working_set(trace),
+        own,
     )
+
+
+def _evicts_only(played: Replay, strategy: Strategy, bits: int) -> bool:
+    """Whether hits are due to eviction alone: one size, on demand, the router's own choice."""
+    served = {row[4] for row in played.rows if row[0] in (HIT, LOAD, SUBSTITUTE)}
+    more = played.counts["prefetch"] or played.counts["skip"] or played.counts["substitute"]
+    return served <= {bits} and not more and not steers(strategy)

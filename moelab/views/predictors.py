@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 
-from moelab.runs.prediction import fitted
+from moelab.runs.prediction import fitted, trace_of
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.store.devices import device as find_device
 from moelab.store.machine import Machine
@@ -75,7 +75,7 @@ def predictors(
     --------
     >>> moelab.predictors(run)  # doctest: +SKIP
     """
-    trace: Trace = of if isinstance(of, Trace) else of.trace
+    trace = trace_of(of)
     tokens = _tokens(trace)
     if len(tokens) < 4 or trace.shape.layers < 2:
         raise ValueError(
@@ -111,7 +111,7 @@ def _timed(
     machine, device = (on, device or "disk") if isinstance(on, Machine) else (
         fitted(of, on._session.machine()), device or on.settings.device
     )  # fmt: skip
-    trace: Trace = of if isinstance(of, Trace) else of.trace
+    trace = trace_of(of)
     of_layer, k = machine.computing, trace.shape.top_k
     bits = max(trace.shape.nbytes)
     layer = (

@@ -43,7 +43,9 @@ class Outlook:
             usable = run is not None and not run.running and len(run.tokens) > 1
             found = surface(lab, run if usable else None, told=lambda done: self._tell(done=done))
             points = [{k: plain(v) for k, v in row.items()} for row in found.to_dict("records")]
-            self._tell(points=points, device=lab.settings.device, done=1.0)
+            self._tell(
+                points=points, device=lab.settings.device, done=1.0, off=found.attrs["error"]
+            )
         except BaseException as error:  # noqa: BLE001 a thread has nobody else to tell
             self._tell(error=in_words(error))
 

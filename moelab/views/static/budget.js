@@ -34,7 +34,8 @@ export class Budget {
     this.slider = h("input", {
       type: "range", name: "budget", "aria-label": "Budget", min: 1, max: SLIDER, step: 1,
       oninput: () => {
-        const budget = Math.round((this.total * +this.slider.value) / SLIDER);
+        const at = +this.slider.value, // the mouse need not hit the very last step
+          budget = at > SLIDER - 4 ? this.total : Math.round((this.total * at) / SLIDER);
         this.label(budget);
         change(budget);
       },

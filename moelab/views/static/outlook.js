@@ -32,10 +32,10 @@ export class Outlook {
     this.go.setAttribute("aria-disabled", `${on}`);
   }
 
-  show({ error, points, device, done }) {
+  show({ error, points, device, done, off }) {
     this.wait(!error && !points);
     this.said.classList.toggle("moe-refused", Boolean(error));
-    say(this.said, error ?? (points ? "modelled speed, measured KL: a click applies" : `${Math.round(100 * done)} %`));
+    say(this.said, error ?? (points ? `LRU and LFU, modelled speed${worth(off)}, measured KL: a click applies` : `${Math.round(100 * done)} %`));
     if (!points) return;
     const runs = points.map((point) => ({
       ...point, name: nameOf(point), number: "", peak: point.budget_bytes, timing: "modelled", device,
@@ -57,6 +57,9 @@ export class Outlook {
     this.scatter.close();
   }
 }
+
+/** What the model is worth: how far it is off for the run itself. */
+const worth = (off) => (off === null || off === undefined ? "" : ` (of this run ${(100 * off).toFixed(0)} % off)`);
 
 const nameOf = ({ strategy, bits, budget_bytes, prefetch }) =>
   `${strategy}, ${bits} bit, ${bytes(budget_bytes)}${prefetch ? `, look-ahead ${prefetch}` : ""}`;

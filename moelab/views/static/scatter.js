@@ -117,10 +117,12 @@ export class Scatter {
   point({ run, x, y, r, low }) {
     const on = this.ticked.includes(run.name),
       { tip, look } = this.stage;
+    const modelled = run.timing === "modelled",
+      keys = modelled ? ["tokens_per_s", "hit_ratio", "budget_bytes", "kl_mean"] : COLUMNS_OF_RUNS;
     const words = [
-      ...COLUMNS_OF_RUNS.map((key) => [titleOf(key), written(key, run[key])]),
+      ...keys.map((key) => [key === "budget_bytes" ? "budget" : titleOf(key), written(key, run[key])]),
       [run.timing, run.device],
-      ...(run.best ? [["★", "not beaten on its device"]] : []),
+      ...(run.best ? [["★", modelled ? SURFACE : "not beaten on its device"]] : []),
     ];
     const show = () => {
       const box = node.getBoundingClientRect();

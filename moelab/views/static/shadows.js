@@ -8,8 +8,10 @@ import { percent } from "./numbers.js";
 const SHORT = { run: "this run", belady: "best", layer_lru: "per layer" };
 const ABOUT = {
   run: "What this run found, late prefetches included",
-  belady: "Belady: whoever is needed last leaves. It needs the future; no eviction finds more",
+  belady: "Belady: whoever is needed last leaves. It needs the future; at these bits no eviction finds more",
 };
+const FOLLOWING = "what others would have found in memory: following …";
+const FEWER_BITS = ["hobbit", "edgemoe"];
 const LAG = 2; // tokens behind, from which on it is said
 
 export class Shadows {
@@ -24,7 +26,7 @@ export class Shadows {
     this.node.append(this.words, this.list);
   }
 
-  show({ shadows = [], newest, run }) {
+  show({ shadows = [], newest, run, running }) {
     const names = shadows.map(({ name }) => name);
     if (run !== this.run || [...this.bars.keys()].some((name) => !names.includes(name))) {
       this.bars.clear();
@@ -33,17 +35,18 @@ export class Shadows {
     }
     const at = shadows[0]?.tokens ?? 0,
       late = newest - at > LAG ? ` by token ${at}` : "";
-    say(this.words, names.length ? `in memory${late}:` : "");
+    say(this.words, names.length ? `in memory${late}:` : running ? FOLLOWING : "");
     for (const shadow of shadows) this.one(shadow);
   }
 
   one({ name, hit_ratio: ratio, tokens }) {
     const bar = this.bars.get(name) ?? this.make(name),
       title = this.titles.get(name) ?? SHORT[name],
+      fewer = FEWER_BITS.includes(name) ? " It serves at fewer bits, of which more fit: Belady's best is of one size." : "",
       more = ABOUT[name] ?? "The same requests, as if every load were there in time. Click: in force from the next token on";
     say(bar.value, percent(ratio));
     bar.fill.style.setProperty("--p", `${100 * ratio}%`);
-    bar.node.title = `${title}: ${percent(ratio)} of the requests of ${tokens} decoded tokens found in memory. ${more}.`;
+    bar.node.title = `${title}: ${percent(ratio)} of the requests of ${tokens} decoded tokens found in memory.${fewer} ${more}.`;
   }
 
   make(name) {
