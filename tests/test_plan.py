@@ -9,11 +9,21 @@ from moelab.runs.plan import STRATEGIES, _reasons, _simplest, surface
 from moelab.widgets.outlook import Outlook
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shorter():
+    """Less to predict and to score: what is chosen is not what these tests are about."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"SCORED": 6, "TOKENS": 12, "BUDGETS": ("10%", "25%", "100%")}.items():
+            patch.setattr(f"moelab.runs.plan.{name}", value)
+        yield
+
+
 @pytest.fixture(scope="module")
 def planned(demo_store):
     with moelab.open("demo", budget="25%", measure_kl=False, progress=False) as lab:
         before = lab.settings
-        plan = moelab.plan(lab, budget="30%", device="sd_card", max_kl=0.05)
+        how = {"device": "sd_card", "strategies": ("lru", "lfu"), "max_kl": 0.05}
+        plan = moelab.plan(lab, budget="30%", **how)
         assert lab.settings is before
         yield lab, plan
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from moelab.runs.prediction import Prediction, predict
+from moelab.runs.prediction import Prediction, Predictor
 from moelab.settings import parse_budget
 from moelab.spelling import in_words
 from moelab.store.devices import device as find_device
@@ -137,7 +137,7 @@ def plan(
     bar = lab._progress if progress is None else progress
     with _beside(lab) as second:
         run = run or _recorded(second)
-        found = _candidates(second, run, fixed, strategies, progress=bar)
+        found = _candidates(second, Predictor(run, second), fixed, strategies, progress=bar)
         found.sort(key=lambda one: one[1].token_ms)
         chosen, losses = _good_enough(second, run, found, max_kl, progress=bar)
     chosen = _simplest(found, losses, chosen, max_kl, strategies)
@@ -159,7 +159,7 @@ def surface(
     lab: Lab,
     run: Run | None = None,
     *,
-    budgets: Sequence[Any] = BUDGETS,
+    budgets: Sequence[Any] | None = None,
     strategies: Sequence[str] = ("lru", "lfu"),
     told: Callable[[float], None] = lambda _: None,
 ) -> pd.DataFrame:
@@ -170,7 +170,7 @@ def surface(
     lab, run, strategies
         As in `plan`; strategies of one precision, whose loss hangs on their bits alone.
     budgets
-        As in ``lab.update``; those below a strategy's need are left out.
+        As in ``lab.update`` (default: eight from 10 to 100 %); those below a need are left out.
     told
         Is told how much is done, 0 to 1.
 
@@ -184,13 +184,15 @@ def surface(
     """
     import pandas as pd
 
+    budgets = budgets or BUDGETS
     found, losses = list[dict[str, Any]](), dict[int, float]()
     steps, done = len(budgets) + len(lab._shape.nbytes), 0
     with _beside(lab) as second:
         run = run or _recorded(second)
+        predict = Predictor(run, second)
         for budget in budgets:
             with contextlib.suppress(ValueError):  # less than any of them needs
-                of = _candidates(second, run, {"budget": budget}, strategies, progress=False)
+                of = _candidates(second, predict, {"budget": budget}, strategies, progress=False)
                 nbytes = parse_budget(budget, lab._shape)
                 found += [{**one, "budget_bytes": nbytes, "was": p} for one, p in of]
             told((done := done + 1) / steps)
@@ -238,7 +240,12 @@ def _recorded(lab: Lab) -> Run:
 
 
 def _candidates(
-    lab: Lab, run: Run, fixed: dict[str, Any], strategies: Sequence[str], *, progress: bool
+    lab: Lab,
+    predict: Predictor,
+    fixed: dict[str, Any],
+    strategies: Sequence[str],
+    *,
+    progress: bool,
 ) -> Found:
     """Every combination that these settings allow, with what it would take."""
     tiers = sorted(lab._shape.nbytes, reverse=True)
@@ -253,7 +260,7 @@ def _candidates(
             refused = in_words(error)
             continue
         if settings.prefetch == ahead and settings.bits == bits:  # it may have a way of its own
-            found.append((asked, predict(run, lab, **asked)))
+            found.append((asked, predict(**asked)))
     if not found:
         raise ValueError(refused)
     return found

@@ -115,21 +115,33 @@ def predict(of: Run | Trace, on: Lab | Machine, **changes: Any) -> Prediction:
     >>> moelab.predict(run, lab, device="sd_card").token_ms > moelab.predict(run, lab).token_ms
     True
     """
-    if not isinstance(on, Machine) and not hasattr(on, "_session"):
-        raise TypeError(f"this is a {type(on).__name__}; give the lab, or a Machine")
-    trace, history = _recorded(of, changes, {})
-    lab, machine = (None, on) if isinstance(on, Machine) else (on, on._session.machine())
-    plan = overlaid(history, changes, trace.shape, lab._strategies if lab else _by_name)
-    error = None
-    if not isinstance(of, Trace):
-        machine = fitted(of, machine)
-        again, was = typical(decided(trace, history, history, machine).tokens), _measured(of)
-        error = again.total_ms / was.total_ms - 1
-    found = decided(trace, history, plan, machine)
-    why = approximate(trace, plan[-1][1], found)
-    if any(old.bits != new.bits for (_, old), (_, new) in zip(history, plan, strict=True)):
-        why = why or "experts are computed at other bits"
-    return Prediction(found, error, why, of, lab, changes, (trace, plan[-1][1], machine))
+    return Predictor(of, on)(**changes)
+
+
+class Predictor:
+    """What is learnt of one run once, to predict many settings; see `predict`."""
+
+    def __init__(self, of: Run | Trace, on: Lab | Machine) -> None:
+        if not isinstance(on, Machine) and not hasattr(on, "_session"):
+            raise TypeError(f"this is a {type(on).__name__}; give the lab, or a Machine")
+        self._of, self._trace = of, trace_of(of)
+        self._lab, machine = (None, on) if isinstance(on, Machine) else (on, on._session.machine())
+        self._machine, self._error = fitted(of, machine), None
+        if not isinstance(of, Trace):
+            again = typical(decided(self._trace, of.history, of.history, self._machine).tokens)
+            self._error = again.total_ms / _measured(of).total_ms - 1
+
+    def __call__(self, **changes: Any) -> Prediction:
+        """Under these settings; raises what `predict` raises."""
+        lab, machine = self._lab, self._machine
+        trace, history = _recorded(self._of, changes, {})
+        plan = overlaid(history, changes, trace.shape, lab._strategies if lab else _by_name)
+        found = decided(trace, history, plan, machine)
+        why = approximate(trace, plan[-1][1], found)
+        if any(old.bits != new.bits for (_, old), (_, new) in zip(history, plan, strict=True)):
+            why = why or "experts are computed at other bits"
+        basis = trace, plan[-1][1], machine
+        return Prediction(found, self._error, why, self._of, lab, changes, basis)
 
 
 def fitted(run: Run | Trace, machine: Machine) -> Machine:
