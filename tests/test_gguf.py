@@ -127,8 +127,7 @@ def stock(source: Path) -> torch.Tensor:
         return model(torch.tensor([IDS])).logits[0]
 
 
-@pytest.mark.parametrize("split", [1, 2])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "split"), [*((n, 1) for n in ARCHITECTURES), ("qwen3_moe", 2)])
 def test_it_computes_what_its_checkpoint_computes(name, split, tmp_path):
     source = made(name, tmp_path / "source")
     (tmp_path / "given").mkdir()
@@ -141,7 +140,7 @@ def test_it_computes_what_its_checkpoint_computes(name, split, tmp_path):
     assert torch.allclose(got, stock(source), atol=2e-4), (got - stock(source)).abs().max()
 
 
-@pytest.mark.parametrize("kind", [CPU.F16, CPU.BF16, CPU.Q8_0, CPU.Q4_0, CPU.Q4_1])
+@pytest.mark.parametrize("kind", [CPU.F16, CPU.Q8_0, CPU.Q4_1])
 def test_blocks_are_unpacked_as_their_format_says(kind, tmp_path):
     source = made("qwen3_moe", tmp_path / "source")
     (tmp_path / "given").mkdir()

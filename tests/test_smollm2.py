@@ -41,12 +41,12 @@ def test_the_second_time_the_real_one_opens_in_five_seconds():
 
 def test_a_replay_of_the_real_one_decides_what_was_decided():
     """Every strategy, with other settings from the middle on; EdgeMoE needs a calibration first."""
-    with moelab.open("smollm2-moe", budget="40%", measure_kl=False, progress=False) as opened:
+    with moelab.open("smollm2-moe", budget="60%", measure_kl=False, progress=False) as opened:
         for name in (n for n in NAMES if n not in NEEDS_CALIBRATION):
-            opened.update(strategy="lru", budget="40%", bits=16)
-            opened.update(strategy=name)
-            half = {4: {"budget": "100%" if name == "in_ram" else "60%", "bits": 8}}
-            run = opened.generate("What is tea?", max_new_tokens=7, ignore_eos=True, changes=half)
+            opened.update(strategy="lru", budget="100%", bits=16)
+            opened.update(strategy=name, budget="100%" if name == "in_ram" else "60%")
+            half = {3: {"budget": "100%" if name == "in_ram" else "80%", "bits": 8}}
+            run = opened.generate("What is tea?", max_new_tokens=5, ignore_eos=True, changes=half)
             rows = run.events[run.events.kind != "stall"]
             live = list(zip(rows.kind, rows.layer, rows.expert, rows.bits, strict=True))
             found = [(d.kind, d.layer, d.expert, d.bits) for d in moelab.replay(run).decisions]

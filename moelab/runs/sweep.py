@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 BATCH = 16
 """Settings that one task decides: a task costs some milliseconds of its own."""
+WORTH_IT = 8
+"""Tasks from which on processes are begun: each of them takes seconds to begin."""
 COUNTED = {kind: f"{kind}s" for kind in ("hit", "load", "skip", "substitute")}
 COUNTED |= {"prefetch": "prefetches", "evict": "evictions"}
 Row = dict[str, Any]
@@ -118,8 +120,9 @@ def _decided(
         for task in as_they_come(tasks):
             yield task.result()
         return
+    few = workers is None and len(batches) < WORTH_IT
     workers = (os.cpu_count() or 1) if workers is None else workers
-    if workers < 2 or len(batches) < 2:
+    if few or workers < 2 or len(batches) < 2:
         yield from (decide(trace, batch) for batch in batches)
         return
     # A fork would be without the threads of torch and the loader, and might wait for one for ever.
