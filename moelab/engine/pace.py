@@ -124,11 +124,13 @@ def _wake(engine: Engine) -> float:
     held = Device("a pause", 1e15, 4 * APART, 1)
     before = engine.loader.profile
     engine.loader.use(held)
-    for _ in range(TIMES // 2):
-        ticket = engine.loader.submit(store.files[bits], 0, into, urgent=True)
-        engine.loader.wait(ticket)
-        late.append(1e3 * (time.perf_counter() - ticket.started) - held.latency_ms)
-    engine.loader.use(before)
+    try:
+        for _ in range(TIMES // 2):
+            ticket = engine.loader.submit(store.files[bits], 0, into, urgent=True)
+            engine.loader.wait(ticket)
+            late.append(1e3 * (time.perf_counter() - ticket.started) - held.latency_ms)
+    finally:  # also where a read fails
+        engine.loader.use(before)
     return max(0.0, statistics.median(late))
 
 
