@@ -351,14 +351,15 @@ class Session:
                 self.settings = change
             else:
                 self.update(**change)
-        old, new = self.engine.settings, self.settings
+        with self.lock:  # settings and their cause are of one change
+            old, new, cause = self.engine.settings, self.settings, self._cause
         if new is old:
             return
         self.engine.apply(new)
         run.history.append((token, new))
         if changed := differences(old, new):
-            if "budget" in changed and self._cause:
-                changed["budget"] += f" ({self._cause})"
+            if "budget" in changed and cause:
+                changed["budget"] += f" ({cause})"
             run.changes.append((token, changed))
 
     def _note(self, run: Run, token: int, seconds: float, measure: Measure) -> None:
