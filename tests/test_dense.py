@@ -12,40 +12,10 @@ from torch import nn
 from transformers import DynamicCache, MistralConfig
 
 import moelab
-import test_families
-import tiny_families
 import tiny_models
 from moelab.engine import dense, kernels, small_ops
 from moelab.models import skeleton
-from moelab.models.families import find_moe
 from moelab.store.codecs import Layout, decode, encode, nbytes
-from test_families import _quiet  # noqa: F401 a fixture
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", tiny_families.names())
-def test_a_familys_dense_weights_at_16_bit_give_its_logits(name, tmp_path, monkeypatch):
-    if name in test_families.NOT_TINY:
-        pytest.skip(test_families.NOT_TINY[name])
-    monkeypatch.setattr(skeleton, "LARGE", 1)
-    theirs = tiny_families.build(name).float().eval()
-    tiny_models.randomise(theirs)
-    with torch.no_grad():
-        for weight in theirs.parameters():
-            weight.copy_(weight.bfloat16())
-    half = tiny_families.build(name).bfloat16()
-    half.load_state_dict(theirs.state_dict())
-    half.save_pretrained(tmp_path)
-    for name_of, buffer in theirs.named_buffers():
-        if buffer.is_floating_point() and name_of in theirs.state_dict():
-            buffer.copy_(buffer.bfloat16())
-    if name == "nllb_moe":
-        experts = type(find_moe(theirs)[0].module)
-        monkeypatch.setattr(experts, "forward", test_families.nllb_forward)
-    served = test_families.Served(tmp_path)
-    assert len(dense.serve(served.model)) > 1
-    expected, got = test_families.logits(theirs), test_families.logits(served.model)
-    assert (got - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
 
 
 @pytest.fixture

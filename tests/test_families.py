@@ -6,6 +6,7 @@ ever runs experts 0 and 1 of it.
 
 from __future__ import annotations
 
+import copy
 import logging
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import nn
 import reference
 import tiny_families
 import tiny_models
+from moelab.engine import dense
+from moelab.models import skeleton
 from moelab.models.adapter import MoELayer, find_moe
 from moelab.models.checkpoint import ExpertReader
 from moelab.models.inventory import inventory
@@ -76,14 +79,28 @@ def _quiet():
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", tiny_families.names())
-def test_family_is_served_exactly(name, tmp_path, monkeypatch):
-    if name in NOT_TINY:
-        pytest.skip(NOT_TINY[name])
+@torch.no_grad()
+def saved(name: str, folder: Path) -> nn.Module:
+    """A tiny random model of a family, whose checkpoint of 16 bits has the same numbers."""
     theirs = tiny_families.build(name).float().eval()
     tiny_models.randomise(theirs)
-    theirs.save_pretrained(tmp_path)
+    for weight in theirs.parameters():
+        weight.copy_(weight.bfloat16())
+    for name_of, buffer in theirs.named_buffers():
+        if buffer.is_floating_point() and name_of in theirs.state_dict():
+            buffer.copy_(buffer.bfloat16())
+    half = copy.deepcopy(theirs).bfloat16()
+    half.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny_families.names())
+def test_family_is_served_exactly_also_with_dense_weights_at_16_bit(name, tmp_path, monkeypatch):
+    if name in NOT_TINY:
+        pytest.skip(NOT_TINY[name])
+    theirs = saved(name, tmp_path)
+    monkeypatch.setattr(skeleton, "LARGE", 1 << 40)  # all dense weights as float32 at first
     if name == "nllb_moe":
         experts = type(find_moe(theirs)[0].module)
         monkeypatch.setattr(experts, "forward", nllb_forward)
@@ -95,6 +112,11 @@ def test_family_is_served_exactly(name, tmp_path, monkeypatch):
     assert (got - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
     check_look_ahead(served, name)
     check_masks(served)
+    monkeypatch.setattr(skeleton, "LARGE", 1)
+    served = Served(tmp_path)
+    assert len(dense.serve(served.model)) > 1
+    got = logits(served.model)
+    assert (got - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
 
 
 def check_look_ahead(served: Served, name: str) -> None:

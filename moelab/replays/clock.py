@@ -117,17 +117,18 @@ class _Line:
 
     def run(self, until: float) -> None:
         """Begin what would have begun by then."""
+        free, bus = self.free, self.bus
         while ready := self.queues[0] or self.queues[1]:
             begin = ready[0].asked
-            while len(self.free) > self.bus.queue:  # another device, which works on fewer
-                heapq.heappop(self.free)
-            if len(self.free) == self.bus.queue:
-                if self.free[0] > until:
+            while len(free) > bus.queue:  # another device, which works on fewer
+                heapq.heappop(free)
+            if len(free) == bus.queue:
+                if free[0] > until:
                     return
-                begin = max(begin, heapq.heappop(self.free))
+                begin = max(begin, heapq.heappop(free))
             load = ready.popleft()
-            load.done = self.bus.due(load.nbytes, begin)
-            heapq.heappush(self.free, load.done)
+            load.done = bus.due(load.nbytes, begin)
+            heapq.heappush(free, load.done)
 
     def wait(self, load: _Load, now: float) -> float:
         """When it is done; a prefetch not begun becomes urgent."""
@@ -184,7 +185,7 @@ class Clock:
         if not {"unread", "in_flight"} & observes:
             return given
         own, unread = self._shape.keys(given.layer), []
-        if "unread" in observes:
+        if self._ahead and "unread" in observes:
             mine = [k for k in self._ahead if own.start <= k < own.stop]
             unread = [k for k in mine if self._line.cancel(self._loads[k], self._now)]
             self._ahead -= set(mine)
@@ -192,8 +193,7 @@ class Clock:
                 del self._loads[key]
         self._line.run(self._now)
         flying = [k for k in list(self._ahead) if not self._landed(k)]
-        told = tuple(flying) if "in_flight" in observes else ()
-        return dataclasses.replace(given, unread=tuple(unread), in_flight=told)
+        return given.told(flying if "in_flight" in observes else (), unread)
 
     def step(self, given: LayerInput, plan: LayerPlan) -> None:
         """The engine obeys one layer's plan; after the last layer the token is complete."""
@@ -255,14 +255,14 @@ class Clock:
             ready, rest = waiting, []
             if self._loads:
                 self._line.run(self._now)
-                ready = [one for one in waiting if self._landed(one[0])]
-                rest = [one for one in waiting if one[0] in self._loads]
+                ready = []
+                for one in waiting:
+                    late = one[0] in self._loads and not self._landed(one[0])
+                    (rest if late else ready).append(one)
             if not ready:
                 self._wait(waiting[0][0])
                 continue
-            ms = computing.call_ms
-            for _, bits in ready:
-                ms += cost[bits] * max(1.0, each)
+            ms = computing.call_ms + max(1.0, each) * sum([cost[bits] for _, bits in ready])
             self._work(ms * (computing.after_wait if self._slow else 1.0))
             self._slow = False
             waiting[:] = rest

@@ -62,10 +62,9 @@ class Replay:
             self.rows += rows
         if prefill:
             return
-        for kind, _layer, _expert, _asked, bits, *_ in rows:
-            self.counts[KINDS[kind]] += 1
-            if kind in (LOAD, PREFETCH):
-                self.bytes += self.nbytes[bits]
+        for kind, count in Counter([row[0] for row in rows]).items():
+            self.counts[KINDS[kind]] += count
+        self.bytes += sum([self.nbytes[row[4]] for row in rows if row[0] in (LOAD, PREFETCH)])
 
 
 def replay(
@@ -157,7 +156,7 @@ class Player:
             self._between(scheduler.begin())
         if clock:
             asked = scheduler.look_ahead(given.layer, prefill=given.prefill)
-            plan = scheduler.step(clock.seen(given, scheduler.strategy.observes, asked))
+            plan = scheduler.step(clock.seen(given, scheduler.observes, asked))
         else:
             plan = scheduler.step(given)
         self.out.take(plan.rows, prefill=given.prefill, keep=self._keep)

@@ -178,7 +178,7 @@ class Scheduler:
         """Put a strategy in force: what it says of settings alone is asked once, here."""
         shape, view, cache = self.shape, self.view, self.cache
         self.strategy = strategy
-        self._observes = strategy.observes
+        self.observes = strategy.observes
         parts = (part for part in strategy.objects if type(part).observe is not Part.observe)
         self._observers = [part.observe for part in parts]
         view.precision = strategy.precision
@@ -200,10 +200,10 @@ class Scheduler:
         """Take in what happened since the layer before; what was withdrawn leaves."""
         view, cache = self.view, self.cache
         view.layer, view.prefill = given.layer, given.prefill
-        if "in_flight" in self._observes:
+        if "in_flight" in self.observes:
             cache.in_flight[:] = False
             cache.in_flight[[key for key in given.in_flight if key in cache]] = True
-        if "unread" in self._observes:
+        if "unread" in self.observes:
             for key in given.unread:
                 if key in cache:
                     self._evict(key, e.UNREAD, plan)
@@ -318,7 +318,7 @@ class Scheduler:
         cache.add(key, want)
         expert = self._index_of[key]
         plan.rows.append((e.PREFETCH, self._layer_of[key], expert, asked, want, cause, expert))
-        if "in_flight" in self._observes:
+        if "in_flight" in self.observes:
             cache.in_flight[key] = True
         return True
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +78,14 @@ class LayerInput:
             object.__setattr__(self, "asked", _requests(self))
         assert self.asked is not None
         return self.asked
+
+    def told(self, in_flight: Sequence[Key], unread: Sequence[Key]) -> LayerInput:
+        """The same where these have not landed, and those were withdrawn."""
+        if not in_flight and not unread and not self.in_flight and not self.unread:
+            return self
+        new = dataclasses.replace(self, in_flight=tuple(in_flight), unread=tuple(unread))
+        object.__setattr__(new, "asked", self.requests())
+        return new
 
     @property
     def router_experts(self) -> tuple[tuple[int, ...], ...]:
