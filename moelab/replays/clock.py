@@ -19,12 +19,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from moelab.scheduling import events as e
-from moelab.scheduling.events import LayerPlan
+from moelab.scheduling.events import EVICT, HIT, LOAD, PREFETCH, SUBSTITUTE, LayerPlan
 from moelab.scheduling.stream import Key, Shape
 from moelab.scheduling.trace import LayerInput
 
-_SERVED = (e.HIT, e.LOAD, e.SUBSTITUTE)
+_SERVED = (HIT, LOAD, SUBSTITUTE)
 
 
 class Bus(Protocol):
@@ -180,8 +179,8 @@ class Clock:
 
         ``asked``: how many of the coming layers' routers are asked as well.
         """
-        self._work(self._computing.layer_ms * (len(given.experts) if given.prefill else 1))
-        self._work(self._computing.ask_ms * asked)
+        rows = len(given.experts) if given.prefill else 1
+        self._work(self._computing.layer_ms * rows + self._computing.ask_ms * asked)
         if not {"unread", "in_flight"} & observes:
             return given
         own, unread = self._shape.keys(given.layer), []
@@ -220,30 +219,27 @@ class Clock:
     def _issue(self, plan: LayerPlan, each: float) -> list[tuple[Key, int]]:
         """Do what the rows say, in their order; returns what is to be computed: key and bits."""
         waiting: list[tuple[Key, int]] = []
-        pending: set[Key] = set()
-        offset, sizes = self._shape.offset, self._shape.nbytes
-        for kind, layer, expert, _, bits, *_ in plan.rows:
+        offset, sizes, loads = self._shape.offset, self._shape.nbytes, self._loads
+        for kind, layer, expert, _, bits, _, _ in plan.rows:
             key = offset[layer] + expert
-            if kind == e.EVICT:
-                if key in pending:  # a prompt larger than the budget
-                    self._finish(waiting, each)
-                    pending.clear()
-                self._evict(key)
-            elif kind in _SERVED:
-                if kind == e.LOAD:
-                    self._loads[key] = self._line.submit(sizes[bits], self._now, urgent=True)
+            if kind in _SERVED:
+                if kind == LOAD:
+                    loads[key] = self._line.submit(sizes[bits], self._now, urgent=True)
                 waiting.append((key, bits))
-                pending.add(key)
-            elif kind == e.PREFETCH:
-                self._loads[key] = self._line.submit(sizes[bits], self._now, urgent=False)
+            elif kind == EVICT:
+                if layer == plan.layer and key in dict(waiting):
+                    self._finish(waiting, each)  # a prompt larger than the budget
+                if key in loads:
+                    self._evict(key)
+            elif kind == PREFETCH:
+                loads[key] = self._line.submit(sizes[bits], self._now, urgent=False)
                 self._ahead.add(key)
                 if plan.layer < 0:
                     waiting.append((key, bits))
         return waiting
 
     def _evict(self, key: Key) -> None:
-        load = self._loads.get(key)
-        if load is not None and not self._landed(key) and not self._line.cancel(load, self._now):
+        if not self._landed(key) and not self._line.cancel(self._loads[key], self._now):
             self._wait(key)
         self._loads.pop(key, None)
         self._ahead.discard(key)

@@ -13,7 +13,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from moelab.replays.clock import Clock, Spent
-from moelab.scheduling.events import KINDS, LOAD, PREFETCH, Decision, LayerPlan, Row, in_words
+from moelab.scheduling.events import (
+    HIT,
+    KINDS,
+    LOAD,
+    PREFETCH,
+    SKIP,
+    SUBSTITUTE,
+    Decision,
+    LayerPlan,
+    Row,
+    in_words,
+)
 from moelab.scheduling.parts import Precision
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Strategy
@@ -29,21 +40,27 @@ class Replay:
     ----------
     rows
         Every decision as codes, see `moelab.scheduling.events`.
-    counts, bytes
-        How many of each kind, and bytes loaded and prefetched, of decoded tokens, not of prefill.
+    tally, bytes
+        How many of each kind of decoded tokens, by code, and bytes loaded and prefetched for them;
+        prefill does not count.
     tokens
         What each decoded token would have taken by the clock, where there was one.
     """
 
     nbytes: dict[int, int]
     rows: list[Row] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
+    tally: list[int] = field(default_factory=lambda: [0] * len(KINDS))
     bytes: int = 0
     tokens: list[Spent] = field(default_factory=list)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {kind}s" for kind, count in self.counts.items())
         return f"<Replay: hit ratio {self.hit_ratio:.3f}; {counts}; {self.bytes} bytes read>"
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many of each kind, where there are any."""
+        return Counter({kind: n for kind, n in zip(KINDS, self.tally, strict=True) if n})
 
     @property
     def decisions(self) -> list[Decision]:
@@ -53,8 +70,8 @@ class Replay:
     @property
     def hit_ratio(self) -> float:
         """Hits per request of the decoded tokens."""
-        asked = sum(self.counts[k] for k in ("hit", "load", "skip", "substitute"))
-        return self.counts["hit"] / asked if asked else 0.0
+        asked = sum(self.tally[kind] for kind in (HIT, LOAD, SKIP, SUBSTITUTE))
+        return self.tally[HIT] / asked if asked else 0.0
 
     def take(self, rows: list[Row], *, prefill: bool, keep: bool = True) -> None:
         """Write down one plan, or count it only."""
@@ -62,9 +79,11 @@ class Replay:
             self.rows += rows
         if prefill:
             return
-        for kind, count in Counter([row[0] for row in rows]).items():
-            self.counts[KINDS[kind]] += count
-        self.bytes += sum([self.nbytes[row[4]] for row in rows if row[0] in (LOAD, PREFETCH)])
+        tally, nbytes = self.tally, self.nbytes
+        for kind, _, _, _, bits, _, _ in rows:
+            tally[kind] += 1
+            if kind in (LOAD, PREFETCH):
+                self.bytes += nbytes[bits]
 
 
 def replay(

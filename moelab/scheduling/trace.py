@@ -83,7 +83,9 @@ class LayerInput:
         """The same where these have not landed, and those were withdrawn."""
         if not in_flight and not unread and not self.in_flight and not self.unread:
             return self
-        new = dataclasses.replace(self, in_flight=tuple(in_flight), unread=tuple(unread))
+        same = (self.layer, self.experts, self.weights, self.prefill, self.look_ahead)
+        router = (self.wanted, self.wanted_weights, self.norms)  # dataclasses.replace takes longer
+        new = LayerInput(*same, *router, tuple(in_flight), tuple(unread))
         object.__setattr__(new, "asked", self.requests())
         return new
 

@@ -6,7 +6,6 @@ It counts, and knows nothing of time, bits or room: `edgemoe` preloads by it, an
 
 from __future__ import annotations
 
-import heapq
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ Experts = tuple[int, ...]
 """The experts activated in one layer by one token, sorted."""
 Before = tuple[Experts, ...]
 """The experts activated in the MoE layers before this one, oldest first, at most two."""
+LONGEST = 2
 
 
 @dataclass(slots=True)
@@ -70,8 +70,7 @@ class PathTable:
         if n is None:
             return []
         row = self._rows[layer, before[len(before) - n :]]
-        counts = ((-count, expert) for expert, count in row.counts.items())
-        first = heapq.nsmallest(len(row.counts) if most is None else most, counts)
+        first = sorted([(-count, expert) for expert, count in row.counts.items()])[:most]
         return [(expert, -negative / row.times) for negative, expert in first]
 
     def to_json(self) -> dict[str, list[int]]:
@@ -102,14 +101,18 @@ class PathTable:
     def _add(
         self, layer: int, before: Before, times: int, counts: Sequence[tuple[int, int]]
     ) -> None:
-        shorter = [(self._rows, before[n:]) for n in range(len(before) + 1)]
-        for rows, key in [(self._counted, before), *shorter]:
+        where = [(self._rows, before[n:]) for n in range(len(before) + 1)]
+        if len(before) < LONGEST:  # a longer key counts under it too
+            where.append((self._counted, before))
+        for rows, key in where:
             row = rows.get((layer, key))
             if row is None:
                 row = rows[layer, key] = Row()
             row.times += times
             for expert, count in counts:  # Counter.update takes four times as long
                 row.counts[expert] = row.counts.get(expert, 0) + count
+        if len(before) == LONGEST:
+            self._counted[layer, before] = self._rows[layer, before]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PathTable:
         if self.frozen:

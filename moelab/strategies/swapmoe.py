@@ -74,7 +74,7 @@ class VirtualExperts(FixedExperts):
         self._plans = dict(plans or {})
         self._importance: dict[int, np.ndarray] = {}  # of the inputs since its last update [E]
         self._inputs: Counter[int] = Counter()  # since the layer's last update
-        self._serving = np.zeros(0, np.int64)  # experts of the layer at work
+        self._serving: list[int] = []  # experts of the layer at work
 
     # -- importance, from the unmasked router ---------------------------------------------------
 
@@ -84,9 +84,9 @@ class VirtualExperts(FixedExperts):
         norms = given.norms or (1.0,) * len(given.experts)
         rows = zip(norms, given.router_experts, given.router_weights, strict=True)
         for x, experts, gates in rows:
-            i, g = list(experts), np.abs(np.array(gates))
-            scores[i] += x * g * (self._norms[layer][i] if self._norms else 1.0)
-        self._serving = np.array([e for row in given.experts for e in row], np.int64)
+            i = list(experts)
+            scores[i] += x * np.abs(gates) * (self._norms[layer][i] if self._norms else 1.0)
+        self._serving = [e for row in given.experts for e in row]
         if self.unit == "tokens":
             self._inputs[layer] += len(given.experts)
         if self._inputs[layer] >= self.every(view):
