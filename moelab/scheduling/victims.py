@@ -114,7 +114,7 @@ class Victims:
         self._rest = mask.nonzero()[0]  # [m] not in order yet, but for the taken
         self._score = score[self._rest]
         self._taken: np.ndarray | None = None
-        if self._score.dtype.kind == "f" and np.isnan(self._score).any():
+        if self._score.dtype.kind == "f" and len(self._score) and np.isnan(self._score.max()):
             place = cache.shape.place(int(self._rest[np.isnan(self._score)][0]))
             raise ValueError(
                 f"{whose}.score is not a number (NaN) for the resident expert {place}; "

@@ -17,6 +17,7 @@ Experts = tuple[int, ...]
 Before = tuple[Experts, ...]
 """The experts activated in the MoE layers before this one, oldest first, at most two."""
 LONGEST = 2
+_BITS = 20  # of an expert's number
 
 
 @dataclass(slots=True)
@@ -70,8 +71,9 @@ class PathTable:
         if n is None:
             return []
         row = self._rows[layer, before[len(before) - n :]]
-        first = sorted([(-count, expert) for expert, count in row.counts.items()])[:most]
-        return [(expert, -negative / row.times) for negative, expert in first]
+        # Count and expert as one number: sorted in half the time that pairs take.
+        ordered = sorted([expert - (count << _BITS) for expert, count in row.counts.items()])
+        return [(n & ((1 << _BITS) - 1), -(n >> _BITS) / row.times) for n in ordered[:most]]
 
     def to_json(self) -> dict[str, list[int]]:
         """``{"layer:experts before:experts": [times, expert, count, ...]}``, keys as counted."""

@@ -70,8 +70,10 @@ class LeastActivated(Evict):
         if not len(self._uses):
             self._uses, self._of_layer = np.zeros(view.shape.n), np.zeros(view.shape.layers)
         first = view.shape.offset[given.layer]
+        uses = self._uses.data
         for experts in given.experts:
-            self._uses[[first + expert for expert in experts]] += 1
+            for expert in experts:
+                uses[first + expert] += 1
             self._of_layer[given.layer] += len(experts)
 
     def new_sequence(self) -> None:
@@ -131,9 +133,11 @@ class NearestSequence(Prefetch):
         if layer == 0 or not self.pass_eam.size:
             self.pass_eam = np.zeros(size)
             self._cosines["token"] = self._none()
+        sequence, this_pass = self.eam[layer].data, self.pass_eam[layer].data
         for experts in given.experts:
-            self.eam[layer, list(experts)] += 1
-            self.pass_eam[layer, list(experts)] += 1
+            for expert in experts:
+                sequence[expert] += 1
+                this_pass[expert] += 1
         if self.eamc:  # only this layer's row has changed
             for name, eam in (("token", self.pass_eam), ("sequence", self.eam)):
                 self._cosines[name][layer] = _unit_rows(eam[layer]) @ self._units[layer]

@@ -80,12 +80,13 @@ class VirtualExperts(FixedExperts):
 
     def observe(self, given: LayerInput, view: View) -> None:
         layer = given.layer
-        scores = self._scores(layer, view)
+        scores = self._scores(layer, view).data
+        norm = self._norms[layer] if self._norms else None
         norms = given.norms or (1.0,) * len(given.experts)
         rows = zip(norms, given.router_experts, given.router_weights, strict=True)
         for x, experts, gates in rows:
-            i = list(experts)
-            scores[i] += x * np.abs(gates) * (self._norms[layer][i] if self._norms else 1.0)
+            for i, g in zip(experts, gates, strict=True):
+                scores[i] += x * abs(g) * (norm[i] if norm is not None else 1.0)
         self._serving = [e for row in given.experts for e in row]
         if self.unit == "tokens":
             self._inputs[layer] += len(given.experts)
@@ -148,7 +149,7 @@ class VirtualExperts(FixedExperts):
         chosen = self.order(layer, view)[: self.plan(view).experts[layer]]
         absent = chosen[view.bits[at][chosen] == 0]
         for expert in absent[: max(0, self.swaps - on_their_way)].tolist():
-            leaver = self._spared(layer, chosen, view)
+            leaver = self._spared(layer, view)
             if leaver is not None or self._has_free_slot(layer, view):
                 yield Prediction(layer, expert, instead=-1 if leaver is None else leaver)
 
@@ -156,16 +157,16 @@ class VirtualExperts(FixedExperts):
         share = self.layer_bytes(layer, view) - view.cache.layer_bytes[layer]
         return min(share, view.cache.free_bytes) >= view.shape.nbytes[view.knobs.bits]
 
-    def _spared(self, layer: int, chosen: np.ndarray, view: View) -> Key | None:
+    def _spared(self, layer: int, view: View) -> Key | None:
         """The least important expert that can go now: landed, not serving, top-k others landed."""
         going = self.landed(layer, view)
         if np.count_nonzero(going) <= view.shape.top_k:
             return None
-        going[chosen] = False
+        rank = self.rank(view)[view.shape.keys(layer)]
+        going &= rank >= self.plan(view).experts[layer]
         going[self._serving] = False
-        order = self.order(layer, view)
-        spared = order[going[order]]
-        return view.shape.key(layer, int(spared[-1])) if len(spared) else None
+        last = int(np.where(going, rank, -1).argmax())
+        return view.shape.key(layer, last) if going[last] else None
 
     # -- evict: at an update only -------------------------------------------------------------
 
