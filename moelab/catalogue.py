@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ import psutil
 
 from moelab import demo
 from moelab.demo import smollm2
+from moelab.engine.spare import Machine
 from moelab.models.families import positions
-from moelab.scheduling.budget import minimum_budget
+from moelab.scheduling.budget import minimum_budget, size
 from moelab.store.codecs import TIERS
 from moelab.store.paths import cache_dir
 from moelab.store.source import is_hub_id, refuse_formats, state, unfolded
@@ -28,6 +30,7 @@ from moelab.store.store import Store, StoreError
 if TYPE_CHECKING:
     from moelab.engine.engine import Engine
     from moelab.settings import Settings
+    from moelab.store.order import Sizes
 
 CHEAP_BYTES = 256 * 2**20
 """Below this a model is small: float32, and compared with full precision by default."""
@@ -53,7 +56,11 @@ def bundled(name: str, what: str) -> dict[str, Any]:
 
 
 def find_store(
-    model: str | Path, *, tiers: Sequence[int] = TIERS, progress: Progress = True
+    model: str | Path,
+    *,
+    tiers: Sequence[int] = TIERS,
+    progress: Progress = True,
+    dense_bits: int = 16,
 ) -> Path:
     """The store of ``model``, packed now if it has to be; `progress`: bars, or called with words.
 
@@ -61,23 +68,26 @@ def find_store(
     ------
     ValueError
         The name is no store, no checkpoint and no hub id; the message says what would be.
+    StoreError
+        Disk or memory are too small for it, of which ``dense_bits`` is a part.
     ImportError
         The model comes in a package that is not installed; the message holds the command.
     """
+    packed = partial(_packed, tiers=tiers, progress=progress, dense_bits=dense_bits)
     if model == "demo":
-        return _packed(demo.checkpoint(), "demo", tiers, progress)
+        return packed(demo.checkpoint(), "demo")
     if model == SMOLLM2:
-        return _packed(smollm2.build(progress=progress), SMOLLM2, tiers, progress)
+        return packed(smollm2.build(progress=progress), SMOLLM2)
     if is_hub_id(model):
-        return _packed(str(model), str(model).replace("/", "--"), tiers, progress)
+        return packed(str(model), str(model).replace("/", "--"))
     path = Path(model).expanduser().absolute()  # whatever the working directory is later
     if (path / "manifest.json").is_file():
         return path
     if path.is_file() and path.suffix == ".gguf":
-        return _packed(unfolded(path.resolve()), path.stem, tiers, progress)
+        return packed(unfolded(path.resolve()), path.stem)
     refuse_formats(path)
     if (path / "config.json").is_file():
-        return _packed(path, path.resolve().name, tiers, progress)
+        return packed(path, path.resolve().name)
     raise ValueError(
         f"model {model!r} is not 'demo', {SMOLLM2!r}, a store (a folder with manifest.json), "
         "a checkpoint (a folder with config.json and safetensors), a GGUF file or a hub id like "
@@ -91,8 +101,20 @@ def destination(source: str | Path, name: str, tiers: Sequence[int]) -> Path:
     return cache_dir() / "stores" / f"{slug}-{_fingerprint(source, tiers)}"
 
 
-def _packed(source: str | Path, name: str, tiers: Sequence[int], progress: Progress) -> Path:
+def _packed(
+    source: str | Path, name: str, tiers: Sequence[int], progress: Progress, dense_bits: int
+) -> Path:
     from moelab.store.pack import pack
+
+    def check(sizes: Sizes) -> None:
+        dense, here = sizes.dense_bytes * dense_bits // 16, Machine().total_bytes()
+        if dense + sizes.least_bytes > here:
+            raise StoreError(
+                f"{name} needs {size(dense)} of memory for dense weights at {dense_bits} bit and "
+                f"{size(sizes.least_bytes)} for one layer's experts of a token; this machine has "
+                f"{size(here)}. Open it with dense_bits=4, at fewer bits (tiers=(4,)), or on "
+                "another machine"
+            )
 
     made = destination(source, name, tiers)
     damaged = (made / "manifest.json").is_file()
@@ -101,7 +123,8 @@ def _packed(source: str | Path, name: str, tiers: Sequence[int], progress: Progr
             return Store.open(made).path
         except StoreError as error:
             warnings.warn(f"{error}; packing {source} again", stacklevel=2)
-    return pack(source, made, tiers=tuple(tiers), overwrite=damaged, progress=progress)
+    tiers = tuple(tiers)
+    return pack(source, made, tiers=tiers, overwrite=damaged, progress=progress, check=check)
 
 
 def _fingerprint(source: str | Path, tiers: Sequence[int]) -> str:

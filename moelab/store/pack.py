@@ -3,16 +3,17 @@
 Every expert is read from its shards, written at every tier, and forgotten, so memory holds about
 two experts in float32 however large the model is; the other weights are copied byte by byte. All of
 it goes into a folder beside the destination which takes the destination's name at the very end:
-what is killed, cancelled or runs out of disk leaves nothing there, and packing starts over.
+what is killed, cancelled or runs out of disk leaves nothing there, and packing starts over. A hub's
+model comes shard by shard, and its half-made store is kept: the next call goes on in it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,7 +21,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import transformers
@@ -30,11 +31,19 @@ from transformers import GenerationConfig
 from moelab.models.chat import load_tokenizer
 from moelab.models.checkpoint import ExpertReader
 from moelab.models.inventory import inventory
-from moelab.models.shards import DTYPES, Checkpoint
+from moelab.models.shards import Checkpoint
 from moelab.models.skeleton import blank_model
-from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
-from moelab.store.destination import check_room, move, partial_folder, remove_stale, sync
+from moelab.store.codecs import PAGE, TIERS, Fit, Layout, encode
+from moelab.store.destination import (
+    check_room,
+    move,
+    partial_folder,
+    partial_path,
+    remove_stale,
+    sync,
+)
 from moelab.store.foreign import foreign
+from moelab.store.hub import SHARDS, HubCheckpoint
 from moelab.store.manifest import (
     FORMAT,
     MODEL,
@@ -46,7 +55,8 @@ from moelab.store.manifest import (
     experts_file,
     of_model,
 )
-from moelab.store.source import fetch, kept, refuse_pointers
+from moelab.store.order import JOURNAL, Journal, Rest, Sizes, steps
+from moelab.store.source import find, kept, refuse_pointers
 from moelab.store.store import Store
 
 _COARSE = 1e-5  # where no weight is larger, float16 scales cost 8 bit half as much error again
@@ -62,13 +72,15 @@ def pack(
     fit: Fit | None = None,
     overwrite: bool = False,
     progress: bool | Callable[[str], None] = True,
+    check: Callable[[Sizes], None] | None = None,
 ) -> Path:
     """Pack a Mixture-of-Experts checkpoint into a store.
 
     Parameters
     ----------
     source
-        Folder of a transformers checkpoint in safetensors, or a Hugging Face hub id.
+        Folder of a transformers checkpoint in safetensors, a GGUF file, or a Hugging Face hub id,
+        also ``"org/name:file.gguf"``.
     destination
         Folder to make. If it is already the store of this source at these tiers, nothing is done.
     tiers
@@ -80,7 +92,10 @@ def pack(
     overwrite
         Replace another store at the destination. Folders that are not stores are never replaced.
     progress
-        Show a progress bar, or call this with what is being done; if it raises, nothing is left.
+        Show a progress bar, or call this with what is being done; if it raises, nothing is left,
+        of a hub's model but what is finished.
+    check
+        Called with all sizes before a weight is fetched or written; what it raises stops packing.
 
     Returns
     -------
@@ -100,14 +115,14 @@ def pack(
     """
     tiers = _check_tiers(tiers)
     destination = Path(destination).expanduser().absolute()
-    folder, name = fetch(source)
     with _PACKING:
-        work = _Work(folder, name, tiers, progress, fit)
+        work = _Work(*find(source), tiers, progress, fit)
         if _is_done(destination, work, overwrite=overwrite):
             return destination
+        work.consider(check)
         _check_room(destination, work)
-        remove_stale(destination)
-        with partial_folder(destination) as partial:
+        remove_stale(destination, but=work.key)
+        with partial_folder(destination, key=work.key) as partial:
             work.write(partial)
             move(partial, destination, overwrite=overwrite)
         Store.open(destination)  # what has the name now is whole
@@ -121,6 +136,7 @@ class _Work:
         self,
         folder: Path,
         name: str,
+        checkpoint: Checkpoint | None,
         tiers: tuple[int, ...],
         progress: bool | Callable[[str], None],
         fit: Fit | None = None,
@@ -131,7 +147,7 @@ class _Work:
         refuse_pointers([*self.kept, *folder.glob("*.safetensors")])
         with foreign(folder / "config.json"):
             model = blank_model(folder)
-            self.reader = ExpertReader(model, folder)
+            self.reader = ExpertReader(model, folder, checkpoint)
         with foreign(folder / "tokenizer.json"):
             load_tokenizer(folder)
         with foreign(folder / "generation_config.json"):
@@ -153,7 +169,7 @@ class _Work:
             id="",
             source=name,
             source_digest="",
-            source_bytes=sum(file.stat().st_size for file in self.checkpoint.files),
+            source_bytes=sum(self.checkpoint.sizes),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             transformers_version=transformers.__version__,
             notes=tuple(notes),
@@ -163,124 +179,137 @@ class _Work:
             checksums={},
             **experts,
         )
-
-    @property
-    def store_bytes(self) -> int:
-        """Size of the store, but for a page or two."""
-        experts = sum(self.manifest.slot_bytes.values()) * sum(self.manifest.experts_per_layer)
-        return experts + sum(self.checkpoint.info[key].nbytes for key in self.reader.found.rest)
+        self.steps = steps(self.reader)
+        self.sizes = Sizes.of(self.manifest, self.reader, self.steps)
 
     @cached_property
     def identity(self) -> tuple[str, str]:
-        """(id of the store, digest of the source): reads every byte of the source once."""
+        """(id of the store, digest of the source): reads every byte of a folder once."""
         files = [*self.checkpoint.files, *self.kept]
         bar = tqdm(files, desc="reading the source", unit="file", disable=not self.bars)
         self.tell("reading the source")
-        source = digest("\n".join(f"{file.name} {digest_file(file)}" for file in bar).encode())
+        known = self.checkpoint.checksums
+        lines = (f"{file.name} {known.get(file.name) or digest_file(file)}" for file in bar)
+        source = digest("\n".join(lines).encode())
         text = f"{FORMAT} {self.manifest.tiers} {source}"
         if self.fit is not None:
             text += f" {_fingerprint(self.fit)}"
         return digest(text.encode()), source
 
+    @property
+    def key(self) -> str:
+        """By what a half-made store is found again; empty where it begins anew."""
+        return self.identity[0] if self.checkpoint.remote else ""
+
+    def consider(self, check: Callable[[Sizes], None] | None) -> None:
+        """Say what it will take before it begins."""
+        if self.sizes.fetch_files:
+            self.tell(str(self.sizes))
+            self._say(self.sizes)
+        if check is not None:
+            check(self.sizes)
+
     def write(self, partial: Path) -> None:
-        """Write the whole store into an empty folder."""
+        """Write the whole store into a folder, or what is not in there yet."""
         store_id, source_digest = self.identity
         self.manifest = replace(self.manifest, id=store_id, source_digest=source_digest)
         for note in self.manifest.notes:
-            self._say(note)
-        self._write_rest(partial / MODEL)
-        checksums = self._write_experts(partial)
+            self._say(f"{self.manifest.source}: {note}")
+        (partial / MODEL).mkdir(exist_ok=True)
+        for file in self.kept:
+            shutil.copyfile(file, partial / MODEL / file.name)
+        journal = Journal(partial, self.manifest)
+        self._write_steps(partial, journal)
+        shutil.rmtree(partial / SHARDS, ignore_errors=True)
+        (partial / JOURNAL).unlink()
+        self._note(journal.coarse)
         files = {}
         for file in sorted((partial / MODEL).iterdir()):
             files[f"{MODEL}/{file.name}"] = (file.stat().st_size, digest_file(file))
         for bits in self.manifest.tiers:
             files[experts_file(bits)] = ((partial / experts_file(bits)).stat().st_size, "")
+        checksums = {bits: tuple(sums) for bits, sums in journal.checksums.items()}
         manifest = replace(self.manifest, files=files, checksums=checksums)
         (partial / NAME).write_text(manifest.to_json(), encoding="utf-8")
         for name in (*files, NAME):
             sync(partial / name)
 
-    def _say(self, note: str) -> None:
+    def _say(self, words: object) -> None:
         if self.bars:
-            tqdm.write(f"{self.manifest.source}: {note}")
+            tqdm.write(str(words))
 
-    def _write_rest(self, folder: Path) -> None:
-        """What is not an expert; before the experts, as it is sooner found to be spoilt."""
-        self.tell("writing what is not an expert")
-        folder.mkdir()
-        write_safetensors(folder / "model.safetensors", self.checkpoint, self.reader.found.rest)
-        for file in self.kept:
-            shutil.copyfile(file, folder / file.name)
-
-    def _write_experts(self, partial: Path) -> dict[int, tuple[str, ...]]:
-        tiers, layout = self.manifest.tiers, self.manifest.layout
-        checksums: dict[int, list[str]] = {bits: [] for bits in tiers}
-        coarse = set()
-        with ExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(_WORKERS))
-            out = {b: stack.enter_context((partial / experts_file(b)).open("wb")) for b in tiers}
-            for bits, stream in out.items():
-                stream.write(self.manifest.header(bits))
-            for layer, expert in self._all_experts():
-                tensors = self.reader(layer, expert)
-                blobs = {b: pool.submit(encode, tensors, layout, b, fit=self.fit) for b in tiers}
-                matrices = (t for t in tensors.values() if t.ndim > 1 and min(tiers) < 16)
-                if any(0 < float(t.abs().max()) < _COARSE for t in matrices):
-                    coarse.add(layer)
-                for bits, stream in out.items():
-                    try:
-                        blob = blobs.pop(bits).result().data
-                    except ValueError as error:
-                        raise StoreError(f"layer {layer} expert {expert}: {error}") from error
-                    stream.write(blob)
-                    checksums[bits].append(digest(blob))
+    def _note(self, coarse: set[int]) -> None:
         if coarse:
             note = (
                 f"layers {', '.join(map(str, sorted(coarse)))} have matrices without a weight "
                 f"above {_COARSE:g}: under 16 bit their float16 scales are coarse"
             )
-            self._say(note)
+            self._say(f"{self.manifest.source}: {note}")
             self.manifest = replace(self.manifest, notes=(*self.manifest.notes, note))
-        return {bits: tuple(sums) for bits, sums in checksums.items()}
 
-    def _all_experts(self) -> Iterator[tuple[int, int]]:
-        counts = self.manifest.experts_per_layer
-        every = [(layer, e) for layer, count in enumerate(counts) for e in range(count)]
-        bar = tqdm(every, desc="packing", unit="expert", disable=not self.bars)
-        for done, key in enumerate(bar):
-            self.tell(f"packing the experts: {100 * done // len(every)} %")
-            yield key
+    def _write_steps(self, partial: Path, journal: Journal) -> None:
+        """Pack step after step; within one what is no expert first, as it is sooner seen spoilt."""
+        files = {bits: partial / experts_file(bits) for bits in self.manifest.tiers}
+        dense = partial / MODEL / "model.safetensors"
+        if isinstance(self.checkpoint, HubCheckpoint):
+            self.checkpoint.into(partial / SHARDS, self.tell, bars=self.bars)
+        done = sum(len(step.experts) for step in self.steps[: journal.done])
+        every, source = self.sizes.experts, self.manifest.source
+        if done:
+            self._say(f"{source}: {done} of {every} experts are packed already")
+        with ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(_WORKERS))
+            out = {bits: stack.enter_context(_grown(file)) for bits, file in files.items()}
+            for bits, stream in out.items():
+                stream.write(self.manifest.header(bits))
+            rest = Rest(stack.enter_context(_grown(dense)), self.checkpoint, self.reader.found.rest)
+            bar = tqdm(
+                desc="packing", total=every, initial=done, unit="expert", disable=not self.bars
+            )
+            stack.enter_context(bar)
+            for number, step in enumerate(self.steps):
+                if number >= journal.done:
+                    self.checkpoint.fetch(step.shards)
+                    self.tell("writing what is not an expert")
+                    rest.write(step.rest)
+                    for key in step.experts:
+                        self.tell(f"packing the experts: {100 * done // every} %")
+                        self._write_expert(key, pool, out, journal)
+                        done += 1
+                        bar.update()
+                    for stream in (*out.values(), rest.stream):
+                        stream.flush()
+                    journal.commit(number + 1, (*files.values(), dense))
+                self.checkpoint.free(step.free)
+
+    def _write_expert(
+        self,
+        key: tuple[int, int],
+        pool: ThreadPoolExecutor,
+        out: dict[int, BinaryIO],
+        journal: Journal,
+    ) -> None:
+        layout, (layer, expert) = self.manifest.layout, key
+        index = sum(self.manifest.experts_per_layer[:layer]) + expert
+        tensors = self.reader(layer, expert)
+        blobs = {b: pool.submit(encode, tensors, layout, b, fit=self.fit) for b in out}
+        matrices = (t for t in tensors.values() if t.ndim > 1 and min(out) < 16)
+        if any(0 < float(t.abs().max()) < _COARSE for t in matrices):
+            journal.coarse.add(layer)
+        for bits, stream in out.items():
+            try:
+                blob = blobs.pop(bits).result().data
+            except ValueError as error:
+                raise StoreError(f"layer {layer} expert {expert}: {error}") from error
+            stream.seek(PAGE + index * self.manifest.slot_bytes[bits])
+            stream.write(blob)
+            journal.checksums[bits][index] = digest(blob)
 
 
-def write_safetensors(path: Path, checkpoint: Checkpoint, keys: Iterable[str]) -> None:
-    """Copy some tensors of a checkpoint into one safetensors file, byte by byte.
-
-    Raises
-    ------
-    StoreError
-        One holds what is no finite number; a router or a norm that does answers nothing but NaN.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    keys, end = list(keys), 0
-    for key in keys:
-        info = checkpoint.info[key]
-        start, end = end, end + info.nbytes
-        header[key] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for key in keys:
-            kind = DTYPES[checkpoint.info[key].dtype]
-            for piece in checkpoint.chunks(key):
-                values = torch.from_numpy(piece).view(kind)
-                values = values.float() if kind.itemsize == 1 else values  # fp8 has no isfinite
-                if not values.isfinite().all():
-                    raise StoreError(
-                        f"{checkpoint.path}: {key} has NaN or infinite weights; repair the "
-                        "checkpoint first"
-                    )
-                stream.write(piece.data)
+def _grown(file: Path) -> BinaryIO:
+    """A file to write into at any place, made if it is not there."""
+    file.touch()
+    return file.open("r+b")
 
 
 def _word(dtype: torch.dtype) -> str:
@@ -329,6 +358,12 @@ def _is_done(destination: Path, work: _Work, *, overwrite: bool) -> bool:
 
 
 def _check_room(destination: Path, work: _Work) -> None:
-    sizes = {b: nbytes(work.manifest.layout, b) for b in work.manifest.tiers}
-    fewer = f" or store fewer tiers (bytes per expert: {sizes})"
-    check_room(destination, work.store_bytes, "the store", fewer)
+    sizes, taken = work.sizes, 0
+    if work.key:
+        for file in partial_path(destination, work.key).rglob("*"):
+            stat = file.stat()
+            taken += min(stat.st_size, getattr(stat, "st_blocks", sys.maxsize) * 512)
+    needed = sizes.store_bytes + sizes.shard_bytes - taken
+    what = "the store with its shards on the way" if sizes.shard_bytes else "the store"
+    fewer = f" or store fewer tiers (bytes per expert: {sizes.expert_bytes})"
+    check_room(destination, needed, what, fewer)

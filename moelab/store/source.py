@@ -13,7 +13,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from moelab.models.gguf_file import parts_of, unfold
-from moelab.models.shards import GGUF, weight_files
+from moelab.models.shards import GGUF, Checkpoint, weight_files
+from moelab.store import hub
 from moelab.store.destination import partial_folder, remove_stale
 from moelab.store.foreign import foreign
 from moelab.store.manifest import FORMAT, StoreError, digest
@@ -38,43 +39,37 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_hub_id(source: str | os.PathLike[str]) -> bool:
-    """Whether it is a text like ``org/name`` and no path of this machine; a `Path` is a path."""
-    named = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    """Whether it is a text like ``org/name`` and no path of this machine; a `Path` is a path.
+
+    ``org/name:file.gguf`` is one GGUF file of it.
+    """
+    named = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w./-]+\.gguf)?", source)
     return bool(named) and not Path(source).exists()
 
 
-def fetch(source: str | os.PathLike[str]) -> tuple[Path, str]:
-    """The checkpoint's folder, downloaded if need be, and the name to remember it by.
+def find(source: str | os.PathLike[str]) -> tuple[Path, str, Checkpoint | None]:
+    """The checkpoint's folder, the name to remember it by, and its weights if they are not there.
+
+    Of a hub what is small is fetched, and a GGUF file.
 
     Raises
     ------
     StoreError
-        It is neither, or cannot be downloaded, or holds another format than safetensors.
+        It is neither, or cannot be reached, or holds another format than safetensors.
     """
     if not is_hub_id(source):
         folder = Path(source).expanduser().resolve()
         if folder.is_file() and folder.suffix == ".gguf":
-            return unfolded(folder), folder.stem
+            return unfolded(folder), folder.stem, None
         refuse_formats(folder)
         if not folder.is_dir():
             raise StoreError(
                 f"{source} is neither a folder nor a hub id such as 'allenai/OLMoE-1B-7B-0924'"
             )
-        return folder, folder.name
-    from huggingface_hub import snapshot_download
-
-    try:
-        path = snapshot_download(
-            str(source),
-            allow_patterns=["*.safetensors", "*.json", *_KEPT],
-            ignore_patterns=["*/*", "consolidated*"],  # the same weights in other formats
-        )
-    except Exception as error:
-        raise StoreError(
-            f"{source} is no folder here and could not be downloaded ({error}); "
-            "check the name and the network, or give the folder of a checkpoint"
-        ) from error
-    return Path(path), str(source)
+        return folder, folder.name, None
+    repo, _, file = str(source).partition(":")
+    found, weights = (hub.gguf(repo, file, _KEPT), None) if file else hub.look(repo, _KEPT)
+    return unfolded(found) if found.suffix == ".gguf" else found, str(source), weights
 
 
 def kept(folder: Path) -> list[Path]:
