@@ -394,6 +394,9 @@ def test_boards_of_several_challenges_are_asked_for_by_name(kept):
         leaderboard(path)
     assert list(leaderboard(path, CARD.name)["name"]) == ["B"]
     assert list(moelab.challenge(SIX.name, board=path).leaderboard()["name"]) == ["A"]
+    before = moelab.challenge(SIX.name, board=path.with_name("no.jsonl")).leaderboard()
+    assert list(before.columns) == list(leaderboard(path, SIX.name).columns)
+    assert "No entry of" in before._repr_html_()
 
 
 def test_a_terminal_prints_the_challenges_and_a_board(kept, call):

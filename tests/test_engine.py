@@ -330,7 +330,7 @@ def test_prefetched_experts_are_hits_and_late_ones_are_waited_for(lab):
 
 def test_times_add_up_to_what_a_watch_shows(lab, monkeypatch):
     lab.update(budget="12%", device="sd_card", prefetch=3, measure_kl=3)
-    monkeypatch.setattr(quality, "likeliest", lambda x: time.sleep(0.01) or likeliest(x))
+    monkeypatch.setattr(quality, "likeliest", lambda *x: time.sleep(0.01) or likeliest(*x))
     begun, later = time.perf_counter(), {6: {"strategy": "in_ram", "prefetch": 0, "budget": "100%"}}
     run = lab.generate(PROMPT, max_new_tokens=12, ignore_eos=True, changes=later)
     watch, table = 1e3 * (time.perf_counter() - begun), run.per_token

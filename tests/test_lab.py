@@ -271,3 +271,30 @@ def test_a_strategy_brings_low_bits_that_are_below_the_bits_in_force(lab):
     assert lab.update(strategy="hobbit").low_bits == 4, "there is nothing below: as it brings it"
     lab.update(strategy="lru", bits=16)
     assert lab.update(strategy="hobbit").low_bits == 4
+
+
+def test_what_is_no_run_and_no_token_is_said_with_what_is_asked_for(lab):
+    run = lab.generate("Once", max_new_tokens=2)
+    loaded = run.recording()
+    for call, message in (
+        (lambda: lab.what_if("x"), "this is a str; give a run of this session"),
+        (lambda: lab.what_if(loaded), r"this is a Recording; give a run .* lab\.saved\.run"),
+        (lambda: lab.save_run("x"), "this is a str; give what lab.generate returned"),
+        (lambda: moelab.compare(a=1), "this is a int; give what lab.generate returned"),
+        (lambda: moelab.perfetto(1, "x"), "this is a int; give what lab.generate returned"),
+        (lambda: moelab.replay(loaded), "has none: run.trace.save keeps it"),
+        (lambda: run.blame("x"), "no token 'x'; there are 0 to 1"),
+        (lambda: run.blame(0.5), r"no token 0\.5; there are 0 to 1"),
+        (lambda: loaded.cache_map("x"), "no token 'x'"),
+        (lambda: lab.generate("x", max_new_tokens=0), "max_new_tokens=0: a whole number, 1 or"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+
+
+def test_the_token_drawn_is_among_those_of_its_blame_however_unlikely(lab):
+    run = lab.generate("Once upon", max_new_tokens=12, temperature=1.5, seed=3, ignore_eos=True)
+    for token, best in zip(run.tokens, run.likeliest, strict=True):
+        assert token in dict(best.served)
+        assert len(best.served) == 5 + (token not in dict(best.served[:5]))
+    assert max(len(best.served) for best in run.likeliest) == 6

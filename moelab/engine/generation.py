@@ -100,7 +100,7 @@ class Sampler:
     def draw(self, ids: Sequence[int], logits: torch.Tensor) -> int:
         """The next token after ``ids`` from logits ``[V]``."""
         with threads(1):  # to wake another one takes longer than what it does
-            scores = logits.float()[None]
+            scores = logits.float()[None].clone()  # a processor may write into it
             if self._steps:
                 scores = self._steps(torch.tensor([ids]), scores)  # pyright: ignore[reportArgumentType]
             if self._greedy:
@@ -115,15 +115,21 @@ TOP = 5
 BLOCK = 64
 
 
-def likeliest(logits: torch.Tensor) -> tuple[tuple[int, float], ...]:
-    """The `TOP` likeliest tokens and their softmax probability, from logits ``[V]``."""
+def likeliest(logits: torch.Tensor, drawn: int | None = None) -> tuple[tuple[int, float], ...]:
+    """The `TOP` likeliest tokens and their softmax probability, from logits ``[V]``.
+
+    After them the token that was ``drawn``, where it is none of them.
+    """
     logits = logits.float()
     padded = F.pad(logits, (0, -len(logits) % BLOCK), value=-math.inf).view(-1, BLOCK)
     # Whoever is among the best is in one of the best blocks: a fraction of the vocabulary to sort.
     blocks = padded.amax(1).topk(min(TOP, len(padded))).indices
     best = padded[blocks].flatten().topk(TOP)
     ids = blocks[best.indices // BLOCK] * BLOCK + best.indices % BLOCK
-    shares = (best.values - logits.logsumexp(-1)).exp()
+    if drawn is not None and drawn not in ids:
+        ids = torch.cat([ids, ids.new_tensor([drawn])])
+    values = torch.cat([best.values, logits[ids[TOP:]]])
+    shares = (values - logits.logsumexp(-1)).exp()
     found = zip(ids.tolist(), shares.tolist(), strict=True)
     return tuple((token, share) for token, share in found if token < len(logits))
 

@@ -247,6 +247,8 @@ def compare(*runs: Run | Recording, **named: Run | Recording) -> Comparison:
     ------
     ValueError
         Nothing is given.
+    TypeError
+        Something else than runs and recordings is given.
 
     Examples
     --------
@@ -264,9 +266,21 @@ def compare(*runs: Run | Recording, **named: Run | Recording) -> Comparison:
 
 
 def recorded(run: Run | Recording) -> Recording:
-    """A run as it stands now; a recording is returned as it is."""
+    """A run as it stands now; a recording is returned as it is.
+
+    Raises
+    ------
+    TypeError
+        It is something else.
+    """
     record = getattr(run, "recording", None)
-    return record() if callable(record) else run  # pyright: ignore[reportReturnType]
+    found = record() if callable(record) else run
+    if not isinstance(found, Recording):
+        raise TypeError(
+            f"this is a {type(run).__name__}; give what lab.generate returned, or a recording: "
+            "moelab.Recording.load(file)"
+        )
+    return found
 
 
 def unused(name: str, taken: Mapping[str, Any]) -> str:

@@ -116,7 +116,9 @@ class Measure:
         self.kl: float | None = None
         self.seconds = 0.0
 
-    def __call__(self, context: list[int], logits: torch.Tensor, token: int) -> Likeliest:
+    def __call__(
+        self, context: list[int], logits: torch.Tensor, token: int, drawn: int
+    ) -> Likeliest:
         """The likeliest tokens after ``context``; at full precision too where KL is measured."""
         begun, every, full = time.perf_counter(), int(self._engine.settings.measure_kl), None
         if every and token % every == 0:
@@ -125,6 +127,7 @@ class Measure:
         # One thread: to wake another one beside the loader's takes longer than these sums.
         with threads(1):
             self.kl = None if full is None else float(kl_divergence(full, logits))
-            found = Likeliest(likeliest(logits), None if full is None else likeliest(full))
+            best = None if full is None else likeliest(full, drawn)
+            found = Likeliest(likeliest(logits, drawn), best)
         self.seconds = time.perf_counter() - begun
         return found

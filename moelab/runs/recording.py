@@ -13,6 +13,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -267,8 +268,8 @@ class Recording:
 
         document, events, gates = self.document, self.records, self.gates
         count = len(document["pieces"])
-        if not 0 <= token < count:
-            raise ValueError(f"there is no token {token}; there are 0 to {count - 1}")
+        if not (isinstance(token, Integral) and 0 <= token < count):
+            raise ValueError(f"there is no token {token!r}; there are 0 to {count - 1}")
         low, high = np.searchsorted(events["token"], (token, token + 1))
         rows = events[low:high]
         out = []
@@ -318,10 +319,10 @@ class Recording:
         count = len(self.document["pieces"])
         last = int(m["layers"]) - 1
         layer = last if layer is None else layer
-        if not -count <= token < count and (count or token != -1):
-            raise ValueError(f"there is no token {token}; there are 0 to {count - 1}")
-        if not -1 <= layer <= last:
-            raise ValueError(f"there is no layer {layer}; there are 0 to {last}")
+        if not (isinstance(token, Integral) and -max(1, count) <= token < count):
+            raise ValueError(f"there is no token {token!r}; there are 0 to {count - 1}")
+        if not (isinstance(layer, Integral) and -1 <= layer <= last):
+            raise ValueError(f"there is no layer {layer!r}; there are 0 to {last}")
         token %= max(1, count)
         order = e["token"].astype(np.int64) * (m["layers"] + 2) + e["at"] + 1
         e = e[: np.searchsorted(order, token * (m["layers"] + 2) + layer + 1, side="right")]

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from moelab.runs.run import Run
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.trace import Trace
 from moelab.settings import Settings
 
 if TYPE_CHECKING:
     from moelab.lab import Lab
-    from moelab.runs.run import Run
 
 REPEATS, MOST_REPEATS = 3, 100
 History = Sequence[tuple[int, Settings]]
@@ -56,11 +56,18 @@ def check(lab: Lab, run: Run, repeats: int) -> None:
 
     Raises
     ------
+    TypeError
+        It is no run.
     ValueError
         ``repeats`` is out of range, or the run is of another model or made no token.
     RuntimeError
         The run is still going on.
     """
+    if not isinstance(run, Run):
+        raise TypeError(
+            f"this is a {type(run).__name__}; give a run of this session, which knows how it "
+            "began: what lab.generate returned, or lab.saved.run(name)"
+        )
     if not isinstance(repeats, int) or not 1 <= repeats <= MOST_REPEATS:
         raise ValueError(f"repeats={repeats!r}: a whole number from 1 to {MOST_REPEATS}")
     if run.running:

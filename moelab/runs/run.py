@@ -47,9 +47,9 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Likeliest:
-    """The five likeliest next tokens (id, probability), before sampling; ``full`` where measured.
+    """The five likeliest next tokens (id, probability) before sampling, and the one drawn if other.
 
-    ``served`` is what the cache made of it, ``full`` the model at full precision.
+    ``served`` is what the cache made of it, ``full`` the model at full precision where measured.
     """
 
     served: tuple[tuple[int, float], ...]

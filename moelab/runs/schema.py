@@ -137,8 +137,8 @@ SCHEMA = _object(
     events=_object(count=_INDEX, causes=_list(_TEXT), **dict.fromkeys(EVENTS, _TEXT)),
     gates=_object(K=_SIZE, expert=_TEXT, weight=_TEXT, wanted={"type": ["string", "null"]}),
     top=_object(
-        served=_list(_list(_PAIR, maxItems=5)),
-        full=_list(_list(_PAIR, maxItems=5) | {"type": ["array", "null"]}),
+        served=_list(_list(_PAIR, maxItems=6)),
+        full=_list(_list(_PAIR, maxItems=6) | {"type": ["array", "null"]}),
     ),
     evictions={"type": "object", "patternProperties": {"^[0-9]{1,9}$": _EVICTION}}
     | {"additionalProperties": False},

@@ -324,8 +324,8 @@ class Session:
             while not run.ended:
                 self._obey(run, changes)
                 logits = decoder.step(new)
-                run.likeliest.append(measure(context, logits, len(run.tokens)))
                 token = sampler.draw(context, logits)
+                run.likeliest.append(measure(context, logits, len(run.tokens), token))
                 # The clock runs on from token to token: all that a person waits for is in one.
                 ended = time.perf_counter()
                 self._note(run, token, ended - begun, measure)

@@ -111,11 +111,13 @@ def curve(
     figure = _drawn("line", frame, x, y, color, title=title, log_x=log_x, markers=True, **looks)
     figure.update_traces(line_width=2.5, marker_size=8)
     figure.for_each_trace(lambda t: t.update(mode="lines") if len(t.x) > 40 else None)
-    for one in mark if isinstance(mark, list) else [] if mark is None else [mark]:
+    marks = mark if isinstance(mark, list) else [] if mark is None else [mark]
+    for row, one in enumerate(marks):  # above the plot, a row each: lines may stand close together
         at, words = one if isinstance(one, tuple) else (one, f"{one:.4g}")
         figure.add_vline(x=at, line={"color": INK, "dash": "dash", "width": 1.5})
         place = math.log10(at) if log_x else at  # a note, unlike a line, wants the power of ten
-        beside = {"y": 1, "yref": "paper", "xanchor": "left", "showarrow": False}
+        beside = {"y": 1, "yref": "paper", "yanchor": "bottom", "yshift": 13 * row}
+        beside |= {"xanchor": "left", "showarrow": False}
         figure.add_annotation(x=place, text=words, **beside)
     return figure if log_x else figure.update_xaxes(**_ticks(frame[x]))
 

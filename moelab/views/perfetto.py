@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moelab.runs.compare import recorded
 from moelab.scheduling.writing import write_atomically
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def perfetto(run: Run | Recording, path: str | Path) -> Path:
 
 def trace_events(run: Run | Recording) -> list[dict[str, Any]]:
     """The trace's events: slices (``ph`` X), moments (i) and names of tracks (M)."""
+    run = recorded(run)
     events = run.events
     starts = events.groupby("token").start_ms.min().sort_index()
     ends = [*starts.iloc[1:], (events.start_ms + events.dur_ms).max()] if len(starts) else []

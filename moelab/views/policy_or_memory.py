@@ -120,7 +120,8 @@ class PolicyOrMemory:
             marks.append((self.cliff, "LRU's cliff"))
         title = "<br>".join(textwrap.wrap(self.sentence(), 100))
         figure = curve(frame, "experts", "hit ratio", color="eviction", title=title, mark=marks)
-        return figure.update_layout(title_font_size=13, margin_t=120)
+        above = {"y": 1, "yanchor": "top", "pad_t": 10, "font_size": 13}
+        return figure.update_layout(title=above, margin_t=120)
 
     def __repr__(self) -> str:
         return self.sentence()

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from moelab.bench.cases import ROLES, contender
-from moelab.course.challenge.board import Leaderboard, leaderboard, ranked, verify
+from moelab.course.challenge.board import Leaderboard, as_board, leaderboard, ranked, verify
 from moelab.course.challenge.entries import Entry, append, read
 from moelab.course.challenge.own_code import RIGHTS, source_of, text_of
 from moelab.course.challenge.scoring import scored
@@ -146,7 +146,10 @@ class Challenge:
         return replace(entry, rank=rank, board=len(places))
 
     def leaderboard(self, path: str | Path | None = None) -> Leaderboard:
-        """The board of this challenge, or that of another file; see `leaderboard`."""
+        """The board of this challenge, empty before its first entry, or that of another file."""
+        entries, faults = read(self.board) if self.board.is_file() else ([], [])
+        if path is None and self.task.name not in (e.challenge for e in entries):
+            return as_board([], self.task, faults)
         return leaderboard(path or self.board, self.task.name)
 
     def verify(

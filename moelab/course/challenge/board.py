@@ -43,6 +43,7 @@ LOOK: dict[Any, Any] = {
     "hatch.color": SOFT,
 }
 MOST_ROWS = 30
+COLUMNS = ("peak MB", "KL", "limits", "settings", "own code", "machine", "version", "made")
 
 
 def ranked(entries: Sequence[Entry]) -> list[tuple[Entry, int | None]]:
@@ -77,6 +78,8 @@ class Leaderboard(pd.DataFrame):
         task = getattr(self, "task", None)
         if task is None or "rank" not in self:  # a part of a board, or one of another shape
             return str(self.to_html())
+        if not len(self) and not self.faults:
+            return f"<p>No entry of {escape(task.name)} yet; <code>.enter(name, ...)</code></p>"
         label = escape(f"Leaderboard of {task.name}, {len(self)} entries", quote=True)
         machines = len(set(self["machine"]))
         hidden = ["own code", "made", "version", *(["machine"] if machines < 2 else [])]
@@ -248,7 +251,9 @@ def differences(claimed: dict[str, Any], measured: dict[str, Any]) -> list[str]:
 
 def as_board(entries: Sequence[Entry], task: Task, faults: Sequence[str] = ()) -> Leaderboard:
     """A table of entries, ranked."""
-    board = Leaderboard(pd.DataFrame([_row(e, rank) for e, rank in ranked(entries)]))
+    rows = [_row(e, rank) for e, rank in ranked(entries)]
+    none = None if rows else ["rank", "name", task.unit, *COLUMNS]
+    board = Leaderboard(pd.DataFrame(rows, columns=none))
     board["rank"] = board["rank"].astype("Int64")
     board.task, board.faults = task, list(faults)
     return board

@@ -227,7 +227,7 @@ export class Blame {
 export const chance = (p) =>
   p >= 0.9995 ? "1.00" : p < 0.001 ? "<.001" : p.toFixed(3).replace(/^0/, "");
 
-/** One of the five likeliest tokens: its text, a bar, its probability. */
+/** One of the five likeliest tokens, or the one drawn: its text, a bar, its probability. */
 function line([text, p], most, piece, of) {
   const shown = text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "∅",
     taken = text === piece;
