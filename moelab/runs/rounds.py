@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from moelab.runs.run import Run
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.trace import Trace
 from moelab.settings import Settings
 
 if TYPE_CHECKING:
     from moelab.lab import Lab
+    from moelab.runs.run import Run
 
 REPEATS, MOST_REPEATS = 3, 100
 History = Sequence[tuple[int, Settings]]
@@ -63,7 +63,7 @@ def check(lab: Lab, run: Run, repeats: int) -> None:
     RuntimeError
         The run is still going on.
     """
-    if not isinstance(run, Run):
+    if not isinstance(getattr(run, "trace", None), Trace):
         raise TypeError(
             f"this is a {type(run).__name__}; give a run of this session, which knows how it "
             "began: what lab.generate returned, or lab.saved.run(name)"
