@@ -221,6 +221,24 @@ def test_one_gguf_file_of_a_repository_by_name_or_alone(source, tmp_path, monkey
             find_store("org/tiny:other.gguf", progress=False)
 
 
+def test_what_another_process_is_making_is_waited_for_and_stays_where_it_stopped(tmp_path):
+    made, one = tmp_path / "made", tmp_path / "made.partial-k"
+
+    def stopped() -> None:
+        with destination.partial_folder(made, key="k"):
+            (one / "half").touch()
+            with pytest.raises(StoreError, match="being made by another process; wait"):
+                destination.partial_folder(made, key="k").__enter__()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    destination.remove_stale(made, but="k")
+    assert (one / "half").is_file()
+    destination.remove_stale(made)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_repository_of_pickles_says_what_is_read(site):
     for name in [*shards(site), "consolidated.safetensors", hub.INDEX]:
         del site.listed[name]

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -361,8 +361,9 @@ def _check_room(destination: Path, work: _Work) -> None:
     sizes, taken = work.sizes, 0
     if work.key:
         for file in partial_path(destination, work.key).rglob("*"):
-            stat = file.stat()
-            taken += min(stat.st_size, getattr(stat, "st_blocks", sys.maxsize) * 512)
+            with suppress(OSError):  # another process may be at it
+                stat = file.stat()
+                taken += min(stat.st_size, getattr(stat, "st_blocks", sys.maxsize) * 512)
     needed = sizes.store_bytes + sizes.shard_bytes - taken
     what = "the store with its shards on the way" if sizes.shard_bytes else "the store"
     fewer = f" or store fewer tiers (bytes per expert: {sizes.expert_bytes})"
