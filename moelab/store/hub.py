@@ -266,7 +266,8 @@ def _bar(tell: Callable[[str], None], *, shown: bool) -> type[tqdm]:
         def __init__(self, name: str | None = None, **options: Any) -> None:
             self.come, self.whole = options.get("initial") or 0, options.get("total")
             self.what = options.get("desc")
-            super().__init__(**options | {"disable": not shown})
+            options["disable"] = not shown
+            super().__init__(**options)
 
         def update(self, n: float | None = 1) -> bool | None:
             self.come += n or 0
