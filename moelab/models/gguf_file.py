@@ -296,8 +296,11 @@ def _config(
 
 
 def _tokenizer(file: Path, folder: Path) -> None:
-    """Tokenizer files that lie beside, or what transformers makes of the header."""
-    from transformers import AutoTokenizer
+    """Tokenizer files that lie beside, or what transformers makes of the header.
+
+    Its `AutoTokenizer` asks first for the architecture, which is none of the tokenizer's business.
+    """
+    from transformers import PreTrainedTokenizerFast
 
     if (file.parent / "tokenizer.json").is_file():
         for pattern in BESIDE:
@@ -305,9 +308,7 @@ def _tokenizer(file: Path, folder: Path) -> None:
                 shutil.copyfile(one, folder / one.name)
         return
     try:
-        made = AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
-        )
+        made = PreTrainedTokenizerFast(name_or_path=str(file.parent), gguf_file=file.name)
     except Exception as error:
         raise ValueError(
             f"transformers makes no tokenizer of {file.name} ({str(error)[:200]}); put the "
