@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 
 import moelab
 import tiny_models
+from moelab.engine.kernels import swiglu_experts
 from moelab.models.gguf_file import ATTENTION, ENDS, FAMILIES, parts_of
+from moelab.store.blocks import KINDS
+from moelab.store.codecs import Layout, decode, encode
 from moelab.store.pack import pack
 from moelab.store.store import StoreError
 from reference import logits_of
@@ -121,6 +125,19 @@ def _say(writer, config) -> None:
     writer.add_eos_token_id(257)
 
 
+def unpacked(source: Path, folder: Path, kind) -> Path:
+    """The checkpoint that a GGUF file with these blocks stands for, in float32."""
+
+    def change(weights):
+        for name, w in weights.items():
+            weights[name] = w.float()
+            if w.ndim > 1 and not name.endswith("mlp.gate.weight"):
+                blocks = gguf.quants.quantize(w.float().numpy(), kind)
+                weights[name] = torch.from_numpy(gguf.quants.dequantize(blocks, kind))
+
+    return tiny_models.edit(source, folder, change, dtype="float32")
+
+
 def stock(source: Path) -> torch.Tensor:
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     with torch.inference_mode():
@@ -164,6 +181,62 @@ def test_blocks_are_unpacked_as_their_format_says(kind, tmp_path):
             own.astype(half) if half else torch.from_numpy(own.copy()).bfloat16().float().numpy()
         )
         assert np.array_equal(there, exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", [CPU.Q8_0, CPU.Q4_0, CPU.Q4_1, CPU.MXFP4])
+def test_a_files_own_blocks_are_a_tier_bit_by_bit(kind, tmp_path):
+    source = made("qwen3_moe", tmp_path / "source")
+    (tmp_path / "given").mkdir()
+    file = as_gguf(source, tmp_path / "given" / "tiny.gguf", kind)
+    own = unpacked(source, tmp_path / "unpacked", kind)
+    bits = 8 if kind == CPU.Q8_0 else 4
+    path = pack(file, tmp_path / "store", progress=False)
+    with moelab.open(path, budget="100%", measure_kl=False, progress=False) as lab:
+        store, said = lab._store, " ".join(lab.info()["notes"])
+        got = logits_of(lab, IDS[:1], IDS[1:])
+        lab.update(bits=2, budget="50%")
+        assert len(lab.generate("Hello", max_new_tokens=4, ignore_eos=True).tokens) == 4
+    assert store.tiers[0] == bits  # more would hold no more
+    assert f"{bits} bit are the {kind.name} blocks of the GGUF file as they are" in said
+    assert "3 of 18 experts" in said
+    assert f"{bits} bit 0" not in said
+    weights = load_file(own / "model.safetensors")
+    for layer, expert in ((0, 0), (2, 5)):
+        tensors = decode(store.read(layer, expert, bits), store.layout, bits)
+        found = dict(zip(("gate", "up"), tensors["gate_up_proj"].chunk(2), strict=True))
+        for part, values in (found | {"down": tensors["down_proj"]}).items():
+            name = f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
+            assert torch.equal(values, weights[name])
+    wanted = stock(own)  # the rest is integer activations, see test_kernels
+    assert (got - wanted).norm() < (0.001 if bits == 8 else 0.06) * wanted.norm()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kernels_compute_a_files_own_blocks_beside_groups_of_64(name):
+    kind, shapes = KINDS[name], (("gate_up_proj", (640, 192)), ("down_proj", (192, 320)))
+    layout, bits = Layout(shapes, "bfloat16", name), KINDS[name].bits
+    generator = np.random.default_rng(0)
+    expert = {n: generator.standard_normal(s).astype(np.float32) / 8 for n, s in shapes}
+    raw = {n: torch.from_numpy(gguf.quants.quantize(w, CPU[name])) for n, w in expert.items()}
+    plain = {n: torch.from_numpy(w) for n, w in expert.items()}
+    blobs = [encode(raw if b == bits else plain, layout, b) for b in (bits, 3, 16)]
+    forms = np.array([layout.form(b) for b in (bits, 3, 16)])
+    addresses = np.array([blob.ctypes.data for blob in blobs], np.uintp)
+    for count in (1, 3, 13):
+        x = generator.standard_normal((count, 192)).astype(np.float32)
+        out = np.zeros((3, count, 192), np.float32)
+        gate = np.ones((3, count), np.float32)
+        swiglu_experts(addresses, forms, x, gate, out, inner=320, half="bfloat16")
+        for b, blob, got in zip((bits, 3, 16), blobs, out, strict=True):
+            w, given = decode(blob, layout, b), torch.from_numpy(x)
+            first, second = F.linear(given, w["gate_up_proj"]).chunk(2, -1)
+            wanted = F.linear(F.silu(first) * second, w["down_proj"]).numpy()
+            limit = {16: 2e-6, 8: 2e-4}.get(b, 0.03)
+            assert np.linalg.norm(got - wanted) < limit * np.linalg.norm(wanted)
+    assert kind.nbytes == gguf.GGML_QUANT_SIZES[CPU[name]][1]
+    raw["down_proj"][0, :2] = 255  # an exponent, or a half, that is no number
+    with pytest.raises(ValueError, match="down_proj has NaN or infinite weights"):
+        encode(raw, layout, bits)
 
 
 def test_what_is_not_read_says_what_would_do(tmp_path):

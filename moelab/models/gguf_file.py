@@ -3,8 +3,8 @@
 `unfold` writes what a GGUF file says of configuration and tokenizer into a folder, as transformers
 has it, with a note of where the file lies; `GgufCheckpoint` then reads weights from the file
 itself. What is stored in 16 or 32 bits keeps its values; quantised blocks are unpacked by the
-`gguf` package into float16. What it does not know: families whose names are not in `FAMILIES`, and
-how to compute with a file's own blocks.
+`gguf` package, or handed on as they are (`raw`). What it does not know: families whose names are
+not in `FAMILIES`, and what a block means (`moelab.store.blocks`).
 """
 
 from __future__ import annotations
@@ -108,6 +108,11 @@ class GgufInfo(TensorInfo):
         """Its size as it is read, not as it lies in the file."""
         return int(np.prod(self.shape)) * DTYPES[self.dtype].itemsize
 
+    @property
+    def stored(self) -> str:
+        """Its type in the file."""
+        return self.kind.name
+
 
 class GgufCheckpoint(Checkpoint):
     """The weights of a GGUF file, in the interface of `Checkpoint`.
@@ -128,34 +133,38 @@ class GgufCheckpoint(Checkpoint):
             for tensor in _reader(file).tensors:
                 self._add(number, tensor)
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a store that is made of it should say: that its blocks are unpacked."""
-        kinds = {info.kind.name for info in self.info.values() if isinstance(info, GgufInfo)}
-        blocks = sorted(kinds - DTYPES.keys())
-        said = (
-            f"{', '.join(blocks)} blocks of the GGUF file are float16 here; fewer bits round again"
-        )
-        return (said,) if blocks else ()
-
     def tensor(self, key: str) -> torch.Tensor:
-        """Read one whole tensor; blocks are unpacked."""
+        """Read one whole tensor; blocks are unpacked into float16."""
+        return self.weight(key).to(DTYPES[self.info[key].dtype])
+
+    def weight(self, key: str) -> torch.Tensor:
+        """Read one whole tensor; blocks are unpacked into float32, which holds them exactly."""
         from gguf import dequantize
 
-        info = self.info[key]
-        assert isinstance(info, GgufInfo)
-        raw = np.empty(info.stop - info.start, np.uint8)
-        self._fill(info.shard, raw, info.start)
-        kind = DTYPES[info.dtype]
-        if info.kind.name in DTYPES and DTYPES[info.kind.name] == kind:
-            found = torch.from_numpy(raw).view(kind).reshape(info.shape)
+        info, raw = self._bytes(key)
+        if info.stored in DTYPES:
+            found = torch.from_numpy(raw).view(DTYPES[info.stored]).reshape(info.shape)
         else:
             rows = raw.reshape(int(np.prod(info.shape[:-1])), -1)
-            found = torch.from_numpy(dequantize(rows, info.kind)).reshape(info.shape).to(kind)
+            found = torch.from_numpy(dequantize(rows, info.kind)).reshape(info.shape)
         if info.heads:
             pairs = found.reshape(info.heads, -1, 2, *info.shape[1:])
             found = pairs.transpose(1, 2).reshape(info.shape)
         return found.contiguous()
+
+    def raw(self, key: str) -> torch.Tensor:
+        """Read one whole tensor; blocks stay as the file has them, uint8, row by row."""
+        info, raw = self._bytes(key)
+        if info.stored in DTYPES:
+            return self.weight(key)
+        return torch.from_numpy(raw.reshape(*info.shape[:-1], -1))
+
+    def _bytes(self, key: str) -> tuple[GgufInfo, np.ndarray]:
+        info = self.info[key]
+        assert isinstance(info, GgufInfo)
+        raw = np.empty(info.stop - info.start, np.uint8)
+        self._fill(info.shard, raw, info.start)
+        return info, raw
 
     def rows(self, key: str, first: int, last: int) -> torch.Tensor:
         """Read `weight[first:last]`."""
@@ -175,7 +184,7 @@ class GgufCheckpoint(Checkpoint):
         for i, (name, own) in enumerate(named):
             start = int(tensor.data_offset) + i * each
             kind = tensor.tensor_type.name
-            dtype = kind if kind in ("F32", "F16", "BF16") else "F16"
+            dtype = kind if kind in DTYPES else "F16"
             heads = self._note["heads"].get(name.rpartition(".self_attn.")[2], 0)
             self.info[name] = GgufInfo(
                 shard, dtype, own, start, start + each, tensor.tensor_type, heads

@@ -32,6 +32,7 @@ from moelab.models.checkpoint import ExpertReader
 from moelab.models.inventory import inventory
 from moelab.models.shards import DTYPES, Checkpoint
 from moelab.models.skeleton import blank_model
+from moelab.store.blocks import KINDS
 from moelab.store.codecs import TIERS, Fit, Layout, encode, nbytes
 from moelab.store.destination import check_room, move, partial_folder, remove_stale, sync
 from moelab.store.foreign import foreign
@@ -46,6 +47,7 @@ from moelab.store.manifest import (
     experts_file,
     of_model,
 )
+from moelab.store.rounding import Rounding
 from moelab.store.source import fetch, kept, refuse_pointers
 from moelab.store.store import Store
 
@@ -141,14 +143,20 @@ class _Work:
         stored = self.reader.dtypes
         # Only bfloat16 has the range of every type; float16 is kept where there is nothing else.
         half = torch.float16 if stored == {torch.float16} else torch.bfloat16
-        notes = [*self.checkpoint.notes]
-        notes += [*inventory(model, self.reader.layers, self.checkpoint, self.reader.found)]
+        notes = [*inventory(model, self.reader.layers, self.checkpoint, self.reader.found)]
+        info = self.checkpoint.info
+        if blocks := {info[key].stored for key in self.reader.found.rest} - DTYPES.keys():
+            kinds = ", ".join(sorted(blocks))
+            notes.append(f"{kinds} blocks of the GGUF file are float16 where they are no expert's")
         if stored != {half}:
             kinds = " and ".join(sorted(map(_word, stored)))
             notes.append(f"experts are {kinds} in the source, stored as {_word(half)}")
         if fit is not None:
             notes.append(f"ranges by {getattr(fit, '__name__', fit)}")
         experts = of_model(model, self.reader.layers)
+        blocks, tiers = _own_blocks(self.reader, tiers)
+        if blocks:
+            notes.append(f"{max(tiers)} bit are the {blocks} blocks of the GGUF file as they are")
         self.manifest = Manifest(
             id="",
             source=name,
@@ -158,7 +166,7 @@ class _Work:
             transformers_version=transformers.__version__,
             notes=tuple(notes),
             tiers=tiers,
-            layout=Layout(experts.pop("tensors"), _word(half)),
+            layout=Layout(experts.pop("tensors"), _word(half), blocks),
             files={},
             checksums={},
             **experts,
@@ -180,6 +188,8 @@ class _Work:
         text = f"{FORMAT} {self.manifest.tiers} {source}"
         if self.fit is not None:
             text += f" {_fingerprint(self.fit)}"
+        if self.manifest.layout.blocks:
+            text += f" {self.manifest.layout.blocks}"
         return digest(text.encode()), source
 
     def write(self, partial: Path) -> None:
@@ -215,33 +225,49 @@ class _Work:
     def _write_experts(self, partial: Path) -> dict[int, tuple[str, ...]]:
         tiers, layout = self.manifest.tiers, self.manifest.layout
         checksums: dict[int, list[str]] = {bits: [] for bits in tiers}
-        coarse = set()
+        coarse, again = set(), Rounding(self.reader.stored - DTYPES.keys(), layout)
         with ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(_WORKERS))
             out = {b: stack.enter_context((partial / experts_file(b)).open("wb")) for b in tiers}
             for bits, stream in out.items():
                 stream.write(self.manifest.header(bits))
-            for layer, expert in self._all_experts():
+            for done, (layer, expert) in enumerate(self._all_experts()):
                 tensors = self.reader(layer, expert)
-                blobs = {b: pool.submit(encode, tensors, layout, b, fit=self.fit) for b in tiers}
+                given = dict.fromkeys(tiers, tensors)
+                if layout.blocks:
+                    given[KINDS[layout.blocks].bits] = self.reader(layer, expert, raw=True)
+                blobs = {b: pool.submit(encode, given[b], layout, b, fit=self.fit) for b in tiers}
                 matrices = (t for t in tensors.values() if t.ndim > 1 and min(tiers) < 16)
                 if any(0 < float(t.abs().max()) < _COARSE for t in matrices):
                     coarse.add(layer)
                 for bits, stream in out.items():
                     try:
-                        blob = blobs.pop(bits).result().data
+                        blob = blobs.pop(bits).result()
                     except ValueError as error:
                         raise StoreError(f"layer {layer} expert {expert}: {error}") from error
-                    stream.write(blob)
-                    checksums[bits].append(digest(blob))
+                    stream.write(blob.data)
+                    checksums[bits].append(digest(blob.data))
+                    if done in self._sample:
+                        again.measure(tensors, blob, bits)
+        self._note(again.note(len(self._sample), sum(self.manifest.experts_per_layer)))
         if coarse:
-            note = (
+            self._note(
                 f"layers {', '.join(map(str, sorted(coarse)))} have matrices without a weight "
                 f"above {_COARSE:g}: under 16 bit their float16 scales are coarse"
             )
+        return {bits: tuple(sums) for bits, sums in checksums.items()}
+
+    @property
+    def _sample(self) -> set[int]:
+        """Numbers of some experts: the first, the last and the one between."""
+        last = sum(self.manifest.experts_per_layer) - 1
+        return {0, last // 2, last}
+
+    def _note(self, note: str) -> None:
+        """Say what was found while packing, now and in the store."""
+        if note:
             self._say(note)
             self.manifest = replace(self.manifest, notes=(*self.manifest.notes, note))
-        return {bits: tuple(sums) for bits, sums in checksums.items()}
 
     def _all_experts(self) -> Iterator[tuple[int, int]]:
         counts = self.manifest.experts_per_layer
@@ -281,6 +307,16 @@ def write_safetensors(path: Path, checkpoint: Checkpoint, keys: Iterable[str]) -
                         "checkpoint first"
                     )
                 stream.write(piece.data)
+
+
+def _own_blocks(reader: ExpertReader, tiers: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """The file's blocks where a tier can hold them, and the tiers: more bits would hold no more."""
+    kinds = reader.stored & KINDS.keys()
+    if len(reader.stored) != 1 or not kinds or reader.layers[0].transposed:
+        return "", tiers
+    blocks = kinds.pop()
+    fewer = tuple(bits for bits in tiers if bits <= KINDS[blocks].bits)
+    return (blocks, fewer) if KINDS[blocks].bits in fewer else ("", tiers)
 
 
 def _word(dtype: torch.dtype) -> str:
