@@ -233,8 +233,10 @@ class ExpertReader:
     @property
     def stored(self) -> set[str]:
         """The types of the expert matrices in the files."""
-        info = (self.checkpoint.info[key] for key in self.found.expert_keys)
-        return {at.stored for at in info if len(at.shape) > 1}
+        matrices = {name for name, shape in self.layers[0].tensors if len(shape) > 1}
+        sources = (s for plan in self._plan.values() for n, s in plan.items() if n in matrices)
+        groups = chain.from_iterable(source.groups.values() for source in sources)
+        return {self.checkpoint.info[key].stored for group in groups for key in group.values()}
 
     def _parameter(self, source: Source, name: str, expert: int, raw: bool) -> torch.Tensor:
         pieces = {p: self._piece(keys, expert, raw) for p, keys in source.groups.items()}
@@ -256,5 +258,5 @@ class ExpertReader:
 
     def _piece(self, keys: dict[int | None, str], expert: int, raw: bool) -> torch.Tensor:
         if None in keys:
-            return self.checkpoint.row(keys[None], expert)
+            return self.checkpoint.row(keys[None], expert, raw=raw)
         return (self.checkpoint.raw if raw else self.checkpoint.weight)(keys[expert])

@@ -132,7 +132,7 @@ class Checkpoint:
         """Read one whole tensor; blocks stay as the file has them, uint8, row by row."""
         return self.tensor(key)
 
-    def row(self, key: str, index: int) -> torch.Tensor:
+    def row(self, key: str, index: int, *, raw: bool = False) -> torch.Tensor:
         """Read `weight[index : index + 1]` of a tensor that holds all experts of a layer."""
         piece = self.rows(key, index, index + 1)
         scales = self.info.get(key + SCALE)

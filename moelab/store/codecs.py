@@ -47,6 +47,8 @@ class Layout:
         The dtype of the 16-bit tier: the checkpoint's own.
     blocks : {"", "Q8_0", "Q4_0", "Q4_1", "MXFP4"}
         A GGUF file's blocks, which the tier of their bits holds as they are.
+    turned : bool
+        The file's rows are columns of the tensors, as where a family has [in, out].
 
     Examples
     --------
@@ -58,6 +60,7 @@ class Layout:
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
     dtype: str
     blocks: str = ""
+    turned: bool = False
 
     def __post_init__(self) -> None:
         tensors = tuple((str(name), tuple(int(n) for n in shape)) for name, shape in self.tensors)
@@ -76,8 +79,13 @@ class Layout:
                 )
         if self.blocks and self.blocks not in KINDS:
             raise ValueError(f"layout blocks {self.blocks!r} are none of {', '.join(KINDS)}")
-        if self.blocks and any(len(shape) > 1 and shape[-1] % BLOCK for _, shape in tensors):
+        rows = (self.in_file(shape) for _, shape in tensors if len(shape) > 1)
+        if self.blocks and any(row[-1] % BLOCK for row in rows):
             raise ValueError(f"layout {tensors} has rows that are not whole blocks of {BLOCK}")
+
+    def in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that a tensor has in the file of the blocks."""
+        return shape[::-1] if self.turned else shape
 
     def kind(self, bits: int) -> Kind | None:
         """The blocks that a tier holds; None where it holds none."""
@@ -143,7 +151,8 @@ def encode(
     for name, shape in layout.tensors:
         tensor, given = tensors[name].detach(), shape
         if kind and len(shape) > 1:
-            given = (*shape[:-1], shape[-1] // BLOCK * kind.nbytes)
+            *rows, width = layout.in_file(shape)
+            given = (*rows, width // BLOCK * kind.nbytes)
         if tuple(tensor.shape) != given:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, the layout says {given}; "
@@ -198,7 +207,9 @@ def decode(
             result[name] = half.reshape(shape).to(dtype)
         else:
             parts = blob[start:middle], blob[middle:end]
-            result[name] = _dequantise(*parts, shape, bits, kind).to(dtype)
+            stored = layout.in_file(shape) if kind else shape
+            found = _dequantise(*parts, stored, bits, kind).to(dtype)
+            result[name] = found.T.contiguous() if kind and layout.turned else found
         start = end
     return result
 

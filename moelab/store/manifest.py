@@ -133,7 +133,7 @@ class Manifest:
         data = {"format": FORMAT, **asdict(self)}
         data["checksums"] = {str(bits): list(sums) for bits, sums in self.checksums.items()}
         if not self.layout.blocks:  # then the layout is one that every version reads
-            del data["layout"]["blocks"]
+            del data["layout"]["blocks"], data["layout"]["turned"]
         return json.dumps({**data, "checksum": _own_checksum(data)}, indent=1)
 
     @classmethod

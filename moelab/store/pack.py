@@ -70,12 +70,13 @@ def pack(
     Parameters
     ----------
     source
-        Folder of a transformers checkpoint in safetensors, or a Hugging Face hub id.
+        Folder of a transformers checkpoint in safetensors, a GGUF file, or a Hugging Face hub id.
     destination
         Folder to make. If it is already the store of this source at these tiers, nothing is done.
     tiers
         Bits to store every expert at, from 16, 8, 4, 3, 2. 16 is the checkpoint's own bytes
-        (bfloat16 where the checkpoint is float32).
+        (bfloat16 where the checkpoint is float32). Experts that a GGUF file has in blocks of Q8_0,
+        Q4_0, Q4_1 or MXFP4 are copied to the tier of their bits, and those above it are left out.
     fit
         A codec's rule of your own: how the range of 64 weights is chosen at 4, 3 and 2 bits, see
         `moelab.store.codecs.Fit`. Size and kernels stay as they are.
@@ -166,7 +167,9 @@ class _Work:
             transformers_version=transformers.__version__,
             notes=tuple(notes),
             tiers=tiers,
-            layout=Layout(experts.pop("tensors"), _word(half), blocks),
+            layout=Layout(
+                experts.pop("tensors"), _word(half), blocks, bool(blocks) and experts["transposed"]
+            ),
             files={},
             checksums={},
             **experts,
@@ -312,7 +315,7 @@ def write_safetensors(path: Path, checkpoint: Checkpoint, keys: Iterable[str]) -
 def _own_blocks(reader: ExpertReader, tiers: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     """The file's blocks where a tier can hold them, and the tiers: more bits would hold no more."""
     kinds = reader.stored & KINDS.keys()
-    if len(reader.stored) != 1 or not kinds or reader.layers[0].transposed:
+    if len(reader.stored) != 1 or not kinds:
         return "", tiers
     blocks = kinds.pop()
     fewer = tuple(bits for bits in tiers if bits <= KINDS[blocks].bits)
