@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 
 import moelab
 import tiny_models
-from moelab.models.gguf_file import ATTENTION, ENDS, FAMILIES, parts_of
+from moelab.engine.kernels import swiglu_experts
+from moelab.models.gguf_file import ATTENTION, BARE, ENDS, FAMILIES
+from moelab.models.gguf_header import parts_of
+from moelab.store.blocks import KINDS
+from moelab.store.codecs import Layout, decode, encode
 from moelab.store.pack import pack
 from moelab.store.store import StoreError
 from reference import logits_of
@@ -22,11 +28,14 @@ from reference import logits_of
 gguf = pytest.importorskip("gguf")
 IDS = [72, 101, 108, 108, 111, 32, 119, 111]
 CPU = gguf.GGMLQuantizationType
+WHOLE_BLOCKS = {"qwen3_moe": {}, "gpt_oss": {"intermediate_size": 64}}
 ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "mixtral": "llama",
     "olmoe": "olmoe",
     "qwen2_moe": "qwen2moe",
+    "gpt_oss": "gpt-oss",
+    "minimax_m2": "minimax-m2",
 }
 
 
@@ -39,8 +48,17 @@ def qwen2_moe(folder: Path) -> Path:
     return tiny_models.write(transformers.Qwen2MoeForCausalLM(config), folder)
 
 
+def minimax_m2(folder: Path) -> Path:
+    config = transformers.MiniMaxM2Config(
+        **tiny_models._COMMON, hidden_size=96, intermediate_size=64, head_dim=32,
+        num_local_experts=6, num_experts_per_tok=2, rotary_dim=16,
+    )  # fmt: skip
+    return tiny_models.write(transformers.MiniMaxM2ForCausalLM(config), folder)
+
+
 def made(name: str, folder: Path) -> Path:
-    return (tiny_models.FAMILIES | {"qwen2_moe": qwen2_moe})[name](folder)
+    own = {"qwen2_moe": qwen2_moe, "minimax_m2": minimax_m2}
+    return (tiny_models.FAMILIES | own)[name](folder)
 
 
 def as_gguf(source: Path, file: Path, kind=CPU.F32, *, split: int = 1) -> Path:
@@ -51,16 +69,7 @@ def as_gguf(source: Path, file: Path, kind=CPU.F32, *, split: int = 1) -> Path:
     weights: dict[str, torch.Tensor] = {}
     for shard in source.glob("*.safetensors"):
         weights |= load_file(shard)
-    out: dict[str, np.ndarray] = {}
-    experts: dict[str, dict[int, np.ndarray]] = {}
-    for name, tensor in weights.items():
-        there, number, value = _as_llama_cpp(name, tensor.float().numpy(), family, config)
-        if number is None:
-            out[there] = value
-        else:
-            experts.setdefault(there, {})[number] = value
-    for name, rows in experts.items():
-        out[name] = np.stack([rows[e] for e in sorted(rows)])
+    out = _all_as_llama_cpp(weights, family, config)
     keys = list(out)
     files = [file] if split == 1 else [
         file.with_name(f"{file.stem}-{i + 1:05}-of-{split:05}.gguf") for i in range(split)
@@ -71,7 +80,7 @@ def as_gguf(source: Path, file: Path, kind=CPU.F32, *, split: int = 1) -> Path:
             _say(writer, config)
         for name in keys[i::split]:
             value = np.ascontiguousarray(out[name])
-            if value.ndim < 2 or "gate_inp" in name:
+            if value.ndim < 2 or "gate_inp" in name or name.endswith("bias"):
                 writer.add_tensor(name, value)
             else:
                 own = kind if value.shape[-1] % 32 == 0 else CPU.F16
@@ -86,13 +95,39 @@ def as_gguf(source: Path, file: Path, kind=CPU.F32, *, split: int = 1) -> Path:
     return files[0]
 
 
+def _all_as_llama_cpp(weights, family, config) -> dict[str, np.ndarray]:
+    out: dict[str, np.ndarray] = {}
+    experts: dict[str, dict[int, np.ndarray]] = {}
+    for name, tensor in weights.items():
+        if family.fused and ".mlp.experts." in name:
+            out |= _apart(name, tensor.float().numpy())
+            continue
+        there, number, value = _as_llama_cpp(name, tensor.float().numpy(), family, config)
+        if number is None:
+            out[there] = value
+        else:
+            experts.setdefault(there, {})[number] = value
+    return out | {name: np.stack([r[e] for e in sorted(r)]) for name, r in experts.items()}
+
+
+def _apart(name, value):
+    """Gate, up and down of a tensor with all experts, [E, in, out] or a bias [E, out]."""
+    layer, own = name.removeprefix("model.layers.").split(".mlp.experts.")
+    end = "bias" if own.endswith("_bias") else "weight"
+    value = value if end == "bias" else value.swapaxes(1, 2)
+    parts = {"gate": value[:, ::2], "up": value[:, 1::2]} if "gate_up" in own else {"down": value}
+    return {f"blk.{layer}.ffn_{part}_exps.{end}": rows for part, rows in parts.items()}
+
+
 def _as_llama_cpp(name, value, family, config):
     """(name, expert or None, value) of one of transformers' tensors."""
     stem, end = name.rpartition(".")[::2]
     if stem in (ends := {v: k for k, v in ENDS.items()}):
         return f"{ends[stem]}.{end}", None, value
+    if name.endswith(BARE):
+        stem, end = name, "weight" if "sinks" in name else "bias"
     layer, own = stem.removeprefix("model.layers.").split(".", 1)
-    for part, pattern in family.experts.items():
+    for part, pattern in ({} if family.fused else family.experts).items():
         before, after = pattern.split("{}")
         if own.startswith(before) and own.endswith(after):
             return f"blk.{layer}.ffn_{part}_exps.weight", int(own[len(before) : -len(after)]), value
@@ -117,8 +152,27 @@ def _say(writer, config) -> None:
     writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
     if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
+    if config.get("rotary_dim"):
+        writer.add_rope_dimension_count(config["rotary_dim"])
+    if config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
+
+
+def unpacked(source: Path, folder: Path, kind) -> Path:
+    """The checkpoint that a GGUF file with these blocks stands for, in float32."""
+
+    def change(weights):
+        for name, w in weights.items():
+            weights[name] = w.float()
+            if w.ndim > 1 and not name.endswith(("mlp.gate.weight", "router.weight", "bias")):
+                rows = w.float().mT if w.ndim > 2 else w.float()  # fused experts are [in, out]
+                blocks = gguf.quants.quantize(rows.contiguous().numpy(), kind)
+                found = torch.from_numpy(gguf.quants.dequantize(blocks, kind))
+                weights[name] = found.mT.contiguous() if w.ndim > 2 else found
+
+    return tiny_models.edit(source, folder, change, dtype="float32")
 
 
 def stock(source: Path) -> torch.Tensor:
@@ -150,7 +204,11 @@ def test_blocks_are_unpacked_as_their_format_says(kind, tmp_path):
         weights |= load_file(shard)
     store = moelab.Store.open(pack(file, tmp_path / "store", tiers=(16,), progress=False))
     said = " ".join(store.manifest.notes)
-    assert (f"{kind.name} blocks of the GGUF file" in said) == kind.name.startswith("Q")
+    lost = re.search(rf"{kind.name} .* rounded again, .* 3 of 18 experts .*: 16 bit (\S+)$", said)
+    if kind.name.startswith("Q"):
+        assert 0 < float(lost[1]) < 5e-4  # of float16
+    else:
+        assert not lost
     for expert in (0, 5):
         read = store.read(1, expert, 16)
         wanted = weights[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"].float().numpy()
@@ -164,6 +222,73 @@ def test_blocks_are_unpacked_as_their_format_says(kind, tmp_path):
             own.astype(half) if half else torch.from_numpy(own.copy()).bfloat16().float().numpy()
         )
         assert np.array_equal(there, exact.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("qwen3_moe", kind) for kind in (CPU.Q8_0, CPU.Q4_0, CPU.Q4_1, CPU.MXFP4)),
+        *(("gpt_oss", kind) for kind in (CPU.Q8_0, CPU.MXFP4)),
+    ],
+)
+def test_a_files_own_blocks_are_a_tier_bit_by_bit(name, kind, tmp_path):
+    source = tiny_models.FAMILIES[name](tmp_path / "source", **WHOLE_BLOCKS[name])
+    (tmp_path / "given").mkdir()
+    file = as_gguf(source, tmp_path / "given" / "tiny.gguf", kind)
+    own = unpacked(source, tmp_path / "unpacked", kind)
+    bits = 8 if kind == CPU.Q8_0 else 4
+    path = pack(file, tmp_path / "store", progress=False)
+    with moelab.open(path, budget="100%", measure_kl=False, progress=False) as lab:
+        store, said = lab._store, " ".join(lab.info()["notes"])
+        got = logits_of(lab, IDS[:1], IDS[1:])
+        lab.update(bits=2, budget="50%")
+        assert len(lab.generate("Hello", max_new_tokens=4, ignore_eos=True).tokens) == 4
+    assert store.tiers[0] == bits  # more would hold no more
+    assert f"{bits} bit are the {kind.name} blocks of the GGUF file as they are" in said
+    assert "3 of 18 experts" in said
+    weights = load_file(own / "model.safetensors")
+    for layer, expert in ((0, 0), (2, 5)):
+        found = decode(store.read(layer, expert, bits), store.layout, bits)
+        prefix = f"model.layers.{layer}.mlp.experts"
+        if name == "gpt_oss":
+            wanted = {n: weights[f"{prefix}.{n}"][expert] for n in found if "bias" not in n}
+        else:
+            parts = {
+                p: weights[f"{prefix}.{expert}.{p}_proj.weight"] for p in ("gate", "up", "down")
+            }
+            wanted = {"gate_up_proj": torch.cat([parts["gate"], parts["up"]])}
+            wanted |= {"down_proj": parts["down"]}
+        assert all(torch.equal(found[n], values) for n, values in wanted.items())
+    wanted = stock(own)  # the kernels' activations are integers, see below
+    assert (got - wanted).norm() < (0.002 if bits == 8 else 0.06) * wanted.norm()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kernels_compute_a_files_own_blocks_beside_groups_of_64(name):
+    kind, shapes = KINDS[name], (("gate_up_proj", (640, 192)), ("down_proj", (192, 320)))
+    layout, bits = Layout(shapes, "bfloat16", name), KINDS[name].bits
+    generator = np.random.default_rng(0)
+    expert = {n: generator.standard_normal(s).astype(np.float32) / 8 for n, s in shapes}
+    raw = {n: torch.from_numpy(gguf.quants.quantize(w, CPU[name])) for n, w in expert.items()}
+    plain = {n: torch.from_numpy(w) for n, w in expert.items()}
+    blobs = [encode(raw if b == bits else plain, layout, b) for b in (bits, 3, 16)]
+    forms = np.array([layout.form(b) for b in (bits, 3, 16)])
+    addresses = np.array([blob.ctypes.data for blob in blobs], np.uintp)
+    for count in (1, 3, 13):
+        x = generator.standard_normal((count, 192)).astype(np.float32)
+        out = np.zeros((3, count, 192), np.float32)
+        gate = np.ones((3, count), np.float32)
+        swiglu_experts(addresses, forms, x, gate, out, inner=320, half="bfloat16")
+        for b, blob, got in zip((bits, 3, 16), blobs, out, strict=True):
+            w, given = decode(blob, layout, b), torch.from_numpy(x)
+            first, second = F.linear(given, w["gate_up_proj"]).chunk(2, -1)
+            wanted = F.linear(F.silu(first) * second, w["down_proj"]).numpy()
+            limit = {16: 2e-6, 8: 2e-4}.get(b, 0.03)
+            assert np.linalg.norm(got - wanted) < limit * np.linalg.norm(wanted)
+    assert kind.nbytes == gguf.GGML_QUANT_SIZES[CPU[name]][1]
+    raw["down_proj"][0, :2] = 255  # an exponent, or a half, that is no number
+    with pytest.raises(ValueError, match="down_proj has NaN or infinite weights"):
+        encode(raw, layout, bits)
 
 
 def test_what_is_not_read_says_what_would_do(tmp_path):

@@ -1,8 +1,9 @@
 """What one core computes without asking: chunks of rows of a layer's experts, or of one matrix.
 
 A job stands on a board (`cores`) as numbers and addresses; `run` publishes its chunks and helps.
-Activations are quantised by groups as `kernels` describes. What an output is computed from, and in
-which order, is the same whichever core takes its chunk.
+Activations are quantised by groups as `kernels` describes. A form is a tier's bits or, above 32,
+that of a file's own blocks (`moelab.store.blocks`). What an output is computed from, and in which
+order, is the same whichever core takes its chunk.
 
 Letters: T tokens, n experts, H model width, I inner width, K a row's length, N rows.
 """
@@ -17,7 +18,9 @@ from numba import types
 from numba.np.numpy_support import carray
 
 from moelab.engine.cores import JOB, Pool, done, finish, idle, publish, take
-from moelab.engine.row_dots import TILE, dot, dots, half_value, intrinsic_of, kernel
+from moelab.engine.row_dots import MXFP4, Q4_1, TILE, block_dot, block_dots, dot, dots
+from moelab.engine.vectors import half_value, intrinsic_of, kernel
+from moelab.store.blocks import BLOCK
 from moelab.store.groups import GROUP
 
 ROWS = 64
@@ -27,6 +30,8 @@ FEW_TOKENS = 8
 """Tokens that meet a row one by one; of more, `TILE` at a time."""
 
 HIDDEN, DOWN, LINEAR = 0, 1, 2  # kinds of jobs
+
+ACTIVATIONS = 4  # ways to quantise them: int8 or int16, by groups of 64 or of 32
 
 
 def _pointer(kind: Any, llvm: ir.Type) -> Any:
@@ -48,18 +53,32 @@ def job_of(board: int) -> np.ndarray:
 
 
 @kernel
+def group_of(form: int) -> tuple[int, int]:
+    """Weights of a group of codes, and bytes of what scales them."""
+    if form < 32:
+        return GROUP, 4
+    return BLOCK, (4 if form == Q4_1 else 1 if form == MXFP4 else 2)
+
+
+@kernel
+def activations_of(form: int) -> int:
+    """Which of the `ACTIVATIONS` weights of this form meet."""
+    return (2 if form > 32 else 0) + (form & 31 == 8)
+
+
+@kernel
 def _quantise_groups(
-    x: np.ndarray, first: int, last: int, levels: int, xq: np.ndarray, pairs: np.ndarray
+    x: np.ndarray, first: int, last: int, size: int, levels: int, xq: np.ndarray, pairs: np.ndarray
 ) -> None:
     """float32 [K] -> integer codes, and per group scale and scale * sum(codes)."""
     for g in range(first, last):
         largest, poison = np.float32(0), np.float32(0)
-        for j in range(g * GROUP, (g + 1) * GROUP):
+        for j in range(g * size, (g + 1) * size):
             largest = max(largest, abs(x[j]))
             poison += x[j] * np.float32(0)  # NaN as soon as one value is not finite
         scale = max(largest, np.float32(1e-30)) / np.float32(levels)
         inverse, total = np.float32(1) / scale, np.int32(0)
-        for j in range(g * GROUP, (g + 1) * GROUP):
+        for j in range(g * size, (g + 1) * size):
             code = np.int32(0) if poison != 0 else np.int32(np.rint(x[j] * inverse))
             xq[j] = code
             total += code
@@ -69,13 +88,14 @@ def _quantise_groups(
 
 @kernel
 def quantise(
-    x: np.ndarray, first: int, last: int, wide: bool, codes: np.ndarray, pairs: np.ndarray
+    x: np.ndarray, first: int, last: int, form: int, codes: np.ndarray, pairs: np.ndarray
 ) -> None:
-    """The same into int16 (``wide``, for 8-bit weights) or int8 codes, which share one buffer."""
-    if wide:
-        _quantise_groups(x, first, last, 32767, codes, pairs)
+    """The same into int16 (for 8-bit weights) or int8 codes, which share one buffer."""
+    size = group_of(form)[0]
+    if form & 31 == 8:
+        _quantise_groups(x, first, last, size, 32767, codes, pairs)
     else:
-        _quantise_groups(x, first, last, 127, codes.view(np.int8), pairs)
+        _quantise_groups(x, first, last, size, 127, codes.view(np.int8), pairs)
 
 
 # ---- chunks: what one core computes without asking --------------------------------------------
@@ -83,7 +103,7 @@ def quantise(
 
 @kernel
 def _dots(
-    tier: int,
+    form: int,
     bfloat: bool,
     row: int,
     pairs: int,
@@ -95,10 +115,14 @@ def _dots(
     found: np.ndarray,
 ) -> None:
     """One row of whole groups times ``count`` tokens, 1 or `TILE`, into ``found``."""
-    if count == 1:
-        found[0] = dot(tier, bfloat, row, pairs, x, xq, x_pairs, groups)
+    if form < 32 and count == 1:
+        found[0] = dot(form, bfloat, row, pairs, x, xq, x_pairs, groups)
+    elif form < 32:
+        dots(form, bfloat, row, pairs, x, xq, x_pairs, groups, found.ctypes.data)
+    elif count == 1:
+        found[0] = block_dot(form, row, pairs, xq, x_pairs, groups)
     else:
-        dots(tier, bfloat, row, pairs, x, xq, x_pairs, groups, found.ctypes.data)
+        block_dots(form, row, pairs, xq, x_pairs, groups, found.ctypes.data)
 
 
 @kernel
@@ -114,35 +138,37 @@ def _hidden_chunk(job: np.ndarray, index: int) -> None:
     blocks = -(-inner // ROWS)
     e, first = index // blocks, index % blocks * ROWS
     last = min(first + ROWS, inner)
-    tier = carray(_i64(job[7]), n)[e]
-    groups, row_bytes = width // GROUP, width * tier // 8
-    start, wide = carray(_i64(job[6]), n)[e], np.int64(tier == 8)
+    form = carray(_i64(job[7]), n)[e]
+    size, scales = group_of(form)
+    groups, row_bytes = width // size, width * (form & 31) // 8
+    start, kind = carray(_i64(job[6]), n)[e], activations_of(form)
     pairs = start + 2 * inner * row_bytes
+    all_xq = job[11] + kind * tokens * width * 2
+    all_xp = job[13] + kind * tokens * (width // BLOCK) * 8
     gate = carray(float32_at(job[9]), (n, tokens))
     act = carray(float32_at(job[15]), (n, tokens, inner))
     hidden, scaled = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for r in range(first, last):  # outside: a row comes from memory once, for all tokens
-        w, p = start + r * row_bytes, pairs + r * groups * 4
-        up, up_p = w + inner * row_bytes, p + inner * groups * 4
+        w, p = start + r * row_bytes, pairs + r * groups * scales
+        up, up_p = w + inner * row_bytes, p + inner * groups * scales
         t = 0
         while t < tokens:
             count = _at_once(tokens, t)
             if count > 1 or gate[e, t] != 0:
-                x, xq = job[8] + 4 * t * width, job[11 + wide] + 2 * t * width
-                xp = job[13 + wide] + 8 * t * groups
-                _dots(tier, bfloat, w, p, x, xq, xp, groups, count, hidden)
-                _dots(tier, bfloat, up, up_p, x, xq, xp, groups, count, scaled)
+                x, xq, xp = job[8] + 4 * t * width, all_xq + 2 * t * width, all_xp + 8 * t * groups
+                _dots(form, bfloat, w, p, x, xq, xp, groups, count, hidden)
+                _dots(form, bfloat, up, up_p, x, xq, xp, groups, count, scaled)
                 for i in range(count):
                     h = hidden[i]
                     act[e, t + i, r] = h / (np.float32(1) + np.exp(-h)) * scaled[i]
             t += count
-    if tier < 16:
+    if form != 16:
         codes = carray(_i16(job[16]), (n, tokens, inner))
-        a_pairs = carray(float32_at(job[17]), (n, tokens, inner // GROUP, 2))
+        at = job[17] + 8 * e * tokens * (inner // BLOCK)
+        a_pairs = carray(float32_at(at), (tokens, inner // size, 2))
         for t in range(tokens):
             if gate[e, t] != 0 or tokens > FEW_TOKENS:
-                g, end = first // GROUP, last // GROUP
-                quantise(act[e, t], g, end, tier == 8, codes[e, t], a_pairs[e, t])
+                quantise(act[e, t], first // size, last // size, form, codes[e, t], a_pairs[t])
 
 
 @kernel
@@ -151,25 +177,26 @@ def _down_chunk(job: np.ndarray, index: int) -> None:
     n, tokens, width, inner, bfloat = job[1], job[2], job[3], job[4], job[5] != 0
     blocks = -(-width // ROWS)
     e, first = index // blocks, index % blocks * ROWS
-    tier = carray(_i64(job[7]), n)[e]
-    groups, row_bytes = inner // GROUP, inner * tier // 8
-    start = carray(_i64(job[6]), n)[e] + 2 * inner * width * tier // 8
-    if tier < 16:
-        start += 2 * inner * width // GROUP * 4
+    form = carray(_i64(job[7]), n)[e]
+    size, scales = group_of(form)
+    groups, row_bytes = inner // size, inner * (form & 31) // 8
+    start = carray(_i64(job[6]), n)[e] + 2 * inner * width * (form & 31) // 8
+    if form != 16:
+        start += 2 * inner * (width // size) * scales
     pairs = start + width * row_bytes
     gate = carray(float32_at(job[9]), (n, tokens))
     out = carray(float32_at(job[10]), (n, tokens, width))
     found = np.empty(TILE, np.float32)
     for r in range(first, min(first + ROWS, width)):
-        w, p = start + r * row_bytes, pairs + r * groups * 4
+        w, p = start + r * row_bytes, pairs + r * groups * scales
         t = 0
         while t < tokens:
             count = _at_once(tokens, t)
             if count > 1 or gate[e, t] != 0:
                 row = e * tokens + t
                 a, aq = job[15] + 4 * row * inner, job[16] + 2 * row * inner
-                ap = job[17] + 8 * row * groups
-                _dots(tier, bfloat, w, p, a, aq, ap, groups, count, found)
+                ap = job[17] + 8 * (e * tokens * (inner // BLOCK) + t * groups)
+                _dots(form, bfloat, w, p, a, aq, ap, groups, count, found)
                 for i in range(count):
                     if gate[e, t + i] != 0:
                         out[e, t + i, r] = gate[e, t + i] * found[i]

@@ -138,7 +138,7 @@ class KernelBatch(_Layer):
         outputs = np.zeros((len(served), *self._in.shape), np.float32)
         kernels.swiglu_experts(
             np.array([m.addr for _, m in served], np.uintp),
-            np.array([s.bits for s, _ in served], np.int64),
+            np.array([self._compute.layout.form(s.bits) for s, _ in served], np.int64),
             self._in.numpy(),
             np.array(gates, np.float32),
             outputs,

@@ -18,7 +18,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from moelab.engine.row_dots import AVX2, intrinsic_of, kernel
+from moelab.engine.vectors import AVX2, intrinsic_of, kernel
 
 _I64 = ir.IntType(64)
 _WORD, _DONE, JOB, SIZE = 0, 64, 128, 384

@@ -2,10 +2,11 @@
 
 At 16 bit weights are widened to float32 and activations stay float32. Below, activations become
 integers with one scale per group of 64, int16 at 8 bit and int8 under it, and a group's dot
-product is ``scale * xs * sum(code * xq) + offset * xs * sum(xq)``. Nothing is unpacked to memory,
-so reading the weights is the cost. Rows are shared in chunks (`cores`): which core computes an
-output changes nothing of it. Kernels compile at first use, release the GIL and are cached on disk.
-What they do not know: experts other than SwiGLU, and devices other than the CPU.
+product is ``scale * xs * sum(code * xq) + offset * xs * sum(xq)``; a file's own blocks meet groups
+of 32. Nothing is unpacked to memory, so reading the weights is the cost. Rows are shared in chunks
+(`cores`): which core computes an output changes nothing of it. Kernels compile at first use,
+release the GIL and are cached on disk. What they do not know: experts other than SwiGLU, and
+devices other than the CPU.
 
 Letters: T tokens, n experts, H model width, I inner width, K a row's length, N rows.
 """
@@ -19,8 +20,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moelab.engine.chunks import DOWN, HIDDEN, LINEAR, POOL, ROWS, job_of, quantise, run
-from moelab.engine.row_dots import AVX2, kernel
+from moelab.engine.chunks import (
+    ACTIVATIONS,
+    DOWN,
+    HIDDEN,
+    LINEAR,
+    POOL,
+    ROWS,
+    activations_of,
+    group_of,
+    job_of,
+    quantise,
+    run,
+)
+from moelab.engine.row_dots import FORMS
+from moelab.engine.vectors import AVX2, kernel
+from moelab.store.blocks import BLOCK
 from moelab.store.codecs import GROUP, TIERS, Layout, check_blob, decode, nbytes
 from moelab.store.manifest import Manifest
 
@@ -39,6 +54,7 @@ KERNEL_TOKENS = 32
 """Up to so many tokens the kernels beat widening an expert of 16 bit (measured with AVX2)."""
 BLOCK_BYTES = 1 << 20
 """Of float32 rows that are widened at a time: they stay in a core's cache."""
+_FORMS = (*TIERS, *FORMS)
 _UINTP, _INT64, _FLOAT32 = np.dtype(np.uintp), np.dtype(np.int64), np.dtype(np.float32)
 
 
@@ -63,7 +79,7 @@ def _linear(
         flat = pairs.reshape(-1)[: tokens * (width // GROUP) * 2]
         pairs = flat.reshape((tokens, width // GROUP, 2))
         for t in range(tokens):
-            quantise(x[t], 0, width // GROUP, tier == 8, codes[t], pairs[t])
+            quantise(x[t], 0, width // GROUP, tier, codes[t], pairs[t])
     job = job_of(board)
     job[0], job[1], job[2], job[3] = LINEAR, out.shape[1], tokens, width
     job[4], job[5], job[6] = tier, np.int64(bfloat), address
@@ -89,34 +105,35 @@ def _experts(
     Returns -1, or the index of an expert that cannot be, in which case nothing was done.
     """
     n, (tokens, width) = len(addresses), x.shape
-    some_int8 = some_int16 = False
+    wanted = np.zeros(ACTIVATIONS, np.int64)  # a form that meets them so
     for e in range(n):
-        if addresses[e] == 0 or bits[e] not in (16, 8, 4, 3, 2):
+        if addresses[e] == 0 or bits[e] not in _FORMS:
             return e
-        some_int8 |= bits[e] < 8
-        some_int16 |= bits[e] == 8
+        if bits[e] != 16:
+            wanted[activations_of(bits[e])] = bits[e]
     # Only rows of tokens that are served are ever filled, and only those are read.
-    x8, x16 = np.empty((tokens, width), np.int16), np.empty((tokens, width), np.int16)
-    x_pairs = np.empty((2, tokens, width // GROUP, 2), np.float32)  # for int8, for int16
-    for t in range(tokens):
-        if some_int8:
-            quantise(x[t], 0, width // GROUP, False, x8[t], x_pairs[0, t])
-        if some_int16:
-            quantise(x[t], 0, width // GROUP, True, x16[t], x_pairs[1, t])
+    xq = np.empty((ACTIVATIONS, tokens, width), np.int16)
+    x_pairs = np.empty((ACTIVATIONS, tokens * (width // BLOCK), 2), np.float32)
+    for kind in range(ACTIVATIONS):
+        form = wanted[kind]
+        if form:
+            groups = width // group_of(form)[0]
+            pairs = x_pairs[kind, : tokens * groups].reshape((tokens, groups, 2))
+            for t in range(tokens):
+                quantise(x[t], 0, groups, form, xq[kind, t], pairs[t])
     act, codes = np.empty((n, tokens, inner), np.float32), np.empty((n, tokens, inner), np.int16)
-    a_pairs = np.empty((n, tokens, inner // GROUP, 2), np.float32)
+    a_pairs = np.empty((n, tokens * (inner // BLOCK), 2), np.float32)
     job = job_of(board)
     job[0], job[1], job[2], job[3] = HIDDEN, n, tokens, width
     job[4], job[5] = inner, np.int64(bfloat)
     job[6], job[7] = addresses.ctypes.data, bits.ctypes.data
     job[8], job[9], job[10] = x.ctypes.data, gate.ctypes.data, out.ctypes.data
-    job[11], job[12] = x8.ctypes.data, x16.ctypes.data
-    job[13], job[14] = x_pairs[0].ctypes.data, x_pairs[1].ctypes.data
+    job[11], job[13] = xq.ctypes.data, x_pairs.ctypes.data
     job[15], job[16], job[17] = act.ctypes.data, codes.ctypes.data, a_pairs.ctypes.data
     run(board, n * -(-inner // ROWS))
     job[0] = DOWN
     run(board, n * -(-width // ROWS))
-    _used(x8, x16, x_pairs, act, codes, a_pairs)
+    _used(xq, x_pairs, act, codes, a_pairs)
     return -1
 
 
@@ -206,7 +223,8 @@ def swiglu_experts(
     Parameters
     ----------
     addrs, bits
-        uintp and int64 ``[n]``: where each expert's blob starts (at any byte), and its tier.
+        uintp and int64 ``[n]``: where each expert's blob starts (at any byte), and its tier's
+        `Layout.form`.
     x, gate, out
         float32 ``[T, H]``, ``[n, T]``, and ``[n, T, H]``, which is written.
     inner : int
@@ -253,7 +271,7 @@ def swiglu_prefill(blob: np.ndarray, bits: int, layout: Layout, x: torch.Tensor)
         x, out = x.contiguous(), x.new_empty((1, *x.shape))
         swiglu_experts(
             np.array([blob.ctypes.data], np.uintp),
-            np.array([bits], np.int64),
+            np.array([layout.form(bits)], np.int64),
             x.numpy(),
             np.ones((1, len(x)), np.float32),
             out.numpy(),

@@ -1,48 +1,42 @@
 """One row of weights meets one token, or `TILE` of them: the dot products under the kernels.
 
 bfloat16 or float16 weights meet float32 activations, packed codes integer ones (int16 at 8 bit,
-int8 below). All arguments are addresses; a row is whole groups of 64. They are emitted as LLVM
+int8 below). All arguments are addresses; a row is whole groups of 64, or of a file's own blocks two
+for each (`moelab.store.blocks`, whose forms stand beside the bits). They are emitted as LLVM
 vectors: codes are unpacked in registers, once for all tokens, and multiplied 16 or 32 at a time.
-What AVX2 has one instruction for, other machines (and any machine under ``MOELAB_PORTABLE=1``) do
-in plain vector arithmetic: `_from_half` and `_products`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from moelab.store.groups import GROUP, compiled
+from moelab.engine.vectors import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    Builder,
+    V,
+    add_lanes,
+    fma,
+    from_half,
+    intrinsic,
+    kernel,
+    load,
+    looked_up,
+    permute,
+    products,
+    shift_right,
+    splat,
+)
+from moelab.store.blocks import BLOCK, KINDS, VALUES
+from moelab.store.groups import GROUP
 
-
-def _has_avx2() -> bool:
-    if os.environ.get("MOELAB_PORTABLE", "0") not in ("", "0"):
-        return False
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    features = binding.get_host_cpu_features()
-    return all(features.get(name, False) for name in ("avx2", "fma", "f16c"))
-
-
-AVX2 = _has_avx2()
-"""Whether the kernels use AVX2's own instructions, or what every machine has."""
-
-_intrinsic = cast("Callable[..., Any]", intrinsic)
-_FILES = [
-    Path(__file__).with_name(name)
-    for name in ("row_dots.py", "cores.py", "chunks.py", "kernels.py")
-]
-_TEXT = hashlib.blake2b(b"".join(f.read_bytes() for f in _FILES), digest_size=4).hexdigest()
-# Infinities and NaN must mean what they mean, so fastmath's nnan and ninf stay off.
 AHEAD = 1024
 """Bytes ahead of a row dot that its weights are fetched, past the caches.
 
@@ -52,186 +46,101 @@ of it is saved between the kernels (three and two runs in turn, two cores of an 
 """
 TILE = 4
 """Tokens that meet a row at once where there are many: their sums stay in registers."""
-_FAST = {"reassoc", "contract", "nsz", "arcp"}
+FORMS = Q8_0, Q4_0, Q4_1, MXFP4 = tuple(kind.form for kind in KINDS.values())
+_KIND = {kind.form: kind for kind in KINDS.values()}
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile, with a cache key that knows MOELAB_PORTABLE and the text of these files.
-
-    numba's own key knows the CPU and the file of the function, not what it calls elsewhere.
-    """
-    function.__qualname__ += f"@{'avx2' if AVX2 else 'portable'}-{_TEXT}"
-    is_dot = function.__name__ == "dot"
-    return compiled(fastmath=_FAST, forceinline=is_dot)(function)
-
-
-def intrinsic_of(signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Make ``emit(builder, args)`` a function of compiled code with this signature."""
-
-    def decorate(emit: Callable[..., Any]) -> Any:
-        found = signature, lambda _c, b, _s, values: emit(b, values)
-        forms = (
-            lambda _context: found,
-            lambda _context, x: found,  # noqa: ARG005
-            lambda _context, x, y: found,  # noqa: ARG005
-        )
-        return _intrinsic(forms[len(signature.args)])
-
-    return decorate
-
-
-# ---- memory at an address, as LLVM sees it --------------------------------------------------
-
-_I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
-_Builder = Any  # ir.IRBuilder, whose methods have no types
-_F16, _F32, _V = ir.HalfType(), ir.FloatType(), ir.VectorType
-
-
-def _load(b: _Builder, address: ir.Value, offset: ir.Value | int, kind: ir.Type) -> ir.Value:
-    """An unaligned load of `kind` from address + offset."""
-    where = b.add(address, offset if isinstance(offset, ir.Value) else _I64(offset))
-    loaded = b.load(b.inttoptr(where, ir.PointerType(kind)))
-    loaded.align = 1
-    return loaded
-
-
-def _fetch(b: _Builder, address: ir.Value, nbytes: int, *, keep: bool) -> None:
+def _fetch(b: Builder, address: ir.Value, nbytes: int, *, keep: bool) -> None:
     """Fetch weights that come soon, see `AHEAD`; to keep them in a cache more tokens need them."""
-    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(_I8), _I32, _I32, _I32])
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(I8), I32, I32, I32])
     fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
     for line in range(0, nbytes, 64):
-        at = b.inttoptr(b.add(address, _I64(AHEAD + line)), ir.PointerType(_I8))
-        b.call(fetch, [at, _I32(0), _I32(3 if keep else 0), _I32(1)])
+        at = b.inttoptr(b.add(address, I64(AHEAD + line)), ir.PointerType(I8))
+        b.call(fetch, [at, I32(0), I32(3 if keep else 0), I32(1)])
 
 
-def _from_half(b: _Builder, half: Any) -> ir.Value:
-    """Float16 values, given as <n x i16>, as <n x float>."""
-    n = half.type.count
-    if AVX2:
-        return b.fpext(b.bitcast(half, _V(_F16, n)), _V(_F32, n))
-    # Integer arithmetic: fpext is a library call on CPUs without F16C, and numba links none.
-    h, floats = b.zext(half, _V(_I32, n)), _V(_F32, n)
-    magnitude = b.bitcast(b.shl(b.and_(h, _splat(0x7FFF, n, _I32)), _splat(13, n, _I32)), floats)
-    rebased = b.bitcast(b.fmul(magnitude, _splat(2.0**112, n, _F32)), h.type)
-    sign = b.shl(b.and_(h, _splat(0x8000, n, _I32)), _splat(16, n, _I32))
-    return b.bitcast(b.or_(rebased, sign), floats)
+def _scales(b: Builder, at: ir.Value, first: ir.Value, count: int, form: int) -> ir.Value:
+    """(scale, offset) of some groups or blocks in turn, <2 * count x float>."""
+    kind = _KIND.get(form)
+    if kind is None or kind.scales == 4:
+        return from_half(b, load(b, at, b.mul(first, I64(4)), V(I16, 2 * count)))
+    if kind.scales == 2:
+        scales = from_half(b, load(b, at, b.mul(first, I64(2)), V(I16, count)))
+    else:  # exponents; one that float32 has no normal number for counts as 0
+        own = b.zext(load(b, at, first, V(I8, count)), V(I32, count))
+        least = splat(1, count, I32)
+        own = b.select(b.icmp_unsigned("<", own, least), least, own)
+        scales = b.shl(b.sub(own, least), splat(23, count, I32))
+        scales = b.bitcast(scales, V(F32, count))
+    factors = ir.Constant(V(F32, 2 * count), [1.0, -float(kind.centre)] * count)
+    return b.fmul(permute(b, scales, [i // 2 for i in range(2 * count)]), factors)
 
 
-# ---- row dot products -----------------------------------------------------------------------
-
-
-def _splat(value: float, lanes: int = 32, kind: ir.Type = _I8) -> ir.Constant:
-    return ir.Constant(_V(kind, lanes), [value] * lanes)
-
-
-_bfloat16 = intrinsic_of(types.float32(types.intp))(
-    lambda b, at: b.bitcast(b.shl(b.zext(_load(b, at[0], 0, _I16), _I32), _I32(16)), _F32)
-)
-_float16 = intrinsic_of(types.float32(types.intp))(
-    lambda b, at: b.extract_element(_from_half(b, _load(b, at[0], 0, _V(_I16, 1))), _I32(0))
-)
-
-
-@kernel
-def half_value(bfloat: bool, address: int) -> Any:
-    """One 16-bit weight."""
-    return _bfloat16(address) if bfloat else _float16(address)
-
-
-def _permute(b: _Builder, value: Any, lanes: list[int]) -> ir.Value:
-    return b.shuffle_vector(value, value, ir.Constant(_V(_I32, len(lanes)), lanes))
-
-
-def _call(b: _Builder, name: str, result: ir.Type, *args: Any) -> Any:
-    kind = ir.FunctionType(result, [arg.type for arg in args])
-    return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
-
-
-def _products(b: _Builder, codes: Any, x: ir.Value, *, signed: bool) -> ir.Value:
-    """Codes times activations in twice their width, neighbours added: 2n lanes become n."""
-    lanes, kind = codes.type.count, _I32 if signed else _I16
-    if AVX2:
-        name = "llvm.x86.avx2.pmadd.wd" if signed else "llvm.x86.avx2.pmadd.ub.sw"
-        return _call(b, name, _V(kind, lanes // 2), codes, x)
-    wide = _V(kind, lanes)
-    products = b.mul((b.sext if signed else b.zext)(codes, wide), b.sext(x, wide))
-    even, odd = (_permute(b, products, list(range(first, lanes, 2))) for first in (0, 1))
-    return b.add(even, odd)
-
-
-def _shift_right(b: _Builder, value: Any, count: int) -> ir.Value:
-    """Shift bytes, two at a time: the neighbour's bits that come in are for the caller to mask."""
-    lanes = value.type.count // 2
-    words = b.bitcast(value, _V(_I16, lanes))
-    return b.bitcast(b.lshr(words, _splat(count, lanes, _I16)), value.type)
-
-
-def _codes(b: _Builder, group: ir.Value, bits: int) -> list[ir.Value]:
-    """One packed group: at 8 bit four <16 x i16> of codes, below two <32 x i8>."""
+def _codes(b: Builder, group: ir.Value, form: int) -> list[ir.Value]:
+    """One packed group: at 8 bit <16 x i16> of codes, below two <32 x i8>, of a pair of blocks."""
+    bits = form & 31
     if bits == 8:
-        return [b.sext(_load(b, group, 16 * i, _V(_I8, 16)), _V(_I16, 16)) for i in range(4)]
+        vectors = range(2 if form == Q8_0 else 4)
+        return [b.sext(load(b, group, 16 * i, V(I8, 16)), V(I16, 16)) for i in vectors]
     if bits == 4:
-        v = _load(b, group, 0, _V(_I8, 32))
-        return [b.and_(v, _splat(15)), b.lshr(v, _splat(4))]
-    half = _load(b, group, 0, _V(_I8, 16))
-    lanes = ir.Constant(_V(_I32, 32), list(range(32)))
-    v = b.shuffle_vector(half, _shift_right(b, half, 2), lanes)
-    codes = [b.and_(v, _splat(3)), b.and_(_shift_right(b, v, 4), _splat(3))]
+        v = load(b, group, 0, V(I8, 32))
+        codes = [b.and_(v, splat(15)), b.lshr(v, splat(4))]
+        return [looked_up(b, some, VALUES.tolist()) for some in codes] if form == MXFP4 else codes
+    half = load(b, group, 0, V(I8, 16))
+    lanes = ir.Constant(V(I32, 32), list(range(32)))
+    v = b.shuffle_vector(half, shift_right(b, half, 2), lanes)
+    codes = [b.and_(v, splat(3)), b.and_(shift_right(b, v, 4), splat(3))]
     if bits == 3:
-        plane = _permute(b, _load(b, group, 16, _V(_I8, 8)), [k % 8 for k in range(32)])
+        plane = permute(b, load(b, group, 16, V(I8, 8)), [k % 8 for k in range(32)])
         for i in (0, 1):
-            masks = ir.Constant(_V(_I8, 32), [1 << (4 * i + k // 8) for k in range(32)])
-            is_set = b.icmp_unsigned("!=", b.and_(plane, masks), _splat(0))
-            codes[i] = b.or_(codes[i], b.select(is_set, _splat(4), _splat(0)))
+            masks = ir.Constant(V(I8, 32), [1 << (4 * i + k // 8) for k in range(32)])
+            is_set = b.icmp_unsigned("!=", b.and_(plane, masks), splat(0))
+            codes[i] = b.or_(codes[i], b.select(is_set, splat(4), splat(0)))
     return codes
 
 
-def _group_dot(b: _Builder, codes: list[ir.Value], x: ir.Value, bits: int) -> ir.Value:
-    """Sum of code * xq over one group, as <8 x float> partial sums.
+def _group_dot(b: Builder, codes: list[ir.Value], x: ir.Value, form: int) -> ir.Value:
+    """Sum of code * xq over one group, as <8 x float> partial sums; of two blocks four for each.
 
     8 bit: 64 * 127 * 32767 fits in 32 bits. Below: two products are added in 16 bits, and
-    4 * 15 * 127 fits.
+    4 * 24 * 127 fits.
     """
-    wide = bits == 8
-    kind = _V(_I16, 16) if wide else _V(_I8, 32)
-    sums = [
-        _products(b, some, _load(b, x, 32 * i, kind), signed=wide) for i, some in enumerate(codes)
-    ]
+    wide = form & 31 == 8
+    kind = V(I16, 16) if wide else V(I8, 32)
+    its = [load(b, x, 32 * i, kind) for i in range(len(codes))]
+    if _together(form) == 2:  # low halves of both blocks, then high ones
+        halves = (list(range(at, at + 16)) for at in (0, 32, 16, 48))
+        lanes = [ir.Constant(V(I32, 32), a + c) for a, c in zip(halves, halves, strict=True)]
+        its = [b.shuffle_vector(*its, some) for some in lanes]
+    sums = [products(b, some, xq, signed=wide) for some, xq in zip(codes, its, strict=True)]
     if wide:
-        total = b.add(b.add(*sums[:2]), b.add(*sums[2:]))
+        while len(sums) > 1:
+            sums = [b.add(*sums[i : i + 2]) for i in range(0, len(sums), 2)]
+        total = sums[0]
     else:
-        total = _products(b, b.add(*sums), _splat(1, 16, _I16), signed=True)
-    return b.sitofp(total, _V(_F32, 8))
+        total = products(b, b.add(*sums), splat(1, 16, I16), signed=True)
+    return b.sitofp(total, V(F32, 8))
 
 
-def _fma(b: _Builder, total: ir.Value, x: ir.Value, y: ir.Value) -> None:
-    b.store(_call(b, "llvm.fmuladd.v8f32", _V(_F32, 8), x, y, b.load(total)), total)
+def _together(form: int) -> int:
+    """Groups whose codes share a register: two blocks of 4 bit do."""
+    return 2 if form in _KIND and form & 31 == 4 else 1
 
 
-def _sum(b: _Builder, totals: list[ir.Value]) -> ir.Value:
-    """The sum of all lanes of all accumulators."""
-    vectors = [b.load(total) for total in totals]
-    while len(vectors) > 1:
-        vectors = [b.fadd(*vectors[i : i + 2]) for i in range(0, len(vectors), 2)]
-    result = vectors[0]
-    for lanes in (4, 2, 1):
-        low = _permute(b, result, list(range(lanes)))
-        result = b.fadd(low, _permute(b, result, list(range(lanes, 2 * lanes))))
-    return b.extract_element(result, _I32(0))
-
-
-def _dots_of_codes(bits: int, tokens: int) -> Any:
+def _dots_of_codes(form: int, tokens: int) -> Any:
     """Row dot products for codes with so many tokens: four groups a turn, then the rest one by one.
 
     The first token's is returned; of several all are written to ``out``. Their codes lie
     ``2 * width`` bytes apart, because those of 8 bit and of fewer share a buffer of int16.
     """
+    bits, size, together = form & 31, BLOCK if form in _KIND else GROUP, _together(form)
+    nbytes = size * bits // 8
 
-    @_intrinsic
+    @intrinsic
     def dots(_: Any, r: Any, p: Any, x: Any, xp: Any, n: Any, w: Any, out: Any) -> Any:  # noqa: ARG001
-        def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
+        def emit(_c: Any, b: Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
             row, pairs, xq, x_pairs, groups, width, out = args
-            zeros = ir.Constant(_V(_F32, 8), [0.0] * 8)
+            zeros = ir.Constant(V(F32, 8), [0.0] * 8)
             # One token alone waits for its own sums: it takes four in turn.
             totals = [
                 [cgutils.alloca_once_value(b, zeros) for _ in range(4 if tokens == 1 else 1)]
@@ -239,38 +148,41 @@ def _dots_of_codes(bits: int, tokens: int) -> Any:
             ]
             # Odd lanes count, even are dropped.
             offsets = [cgutils.alloca_once_value(b, zeros) for _ in range(tokens)]
-            codes_of = [b.add(xq, b.mul(width, _I64(2 * t))) for t in range(tokens)]
-            pairs_of = [b.add(x_pairs, b.mul(groups, _I64(8 * t))) for t in range(tokens)]
-            turns = b.lshr(groups, _I64(2))
+            codes_of = [b.add(xq, b.mul(width, I64(2 * t))) for t in range(tokens)]
+            pairs_of = [b.add(x_pairs, b.mul(groups, I64(8 * t))) for t in range(tokens)]
+            turns = b.lshr(groups, I64(2))
 
             def add_groups(first: ir.Value, count: int) -> None:
-                codes_at = b.add(row, b.mul(first, _I64(8 * bits)))
-                _fetch(b, codes_at, 8 * bits * count, keep=tokens > 1)
-                own = _from_half(b, _load(b, pairs, b.mul(first, _I64(4)), _V(_I16, 2 * count)))
-                its = b.mul(first, _I64(8))
-                products = [b.fmul(own, _load(b, at, its, _V(_F32, 2 * count))) for at in pairs_of]
-                lanes = ir.Constant(_V(_I32, 8), [0, 1, 2, 3, 2, 3, 2, 3])
+                _fetch(b, b.add(row, b.mul(first, I64(nbytes))), nbytes * count, keep=tokens > 1)
+                own = _scales(b, pairs, first, count, form)
+                its = b.mul(first, I64(8))
+                products = [b.fmul(own, load(b, at, its, V(F32, 2 * count))) for at in pairs_of]
+                lanes = [min(lane, 2 * count) for lane in range(8)]
                 for product, offset in zip(products, offsets, strict=True):
                     none = ir.Constant(product.type, [0.0] * 2 * count)
-                    padded = product if count == 4 else b.shuffle_vector(product, none, lanes)
-                    b.store(b.fadd(b.load(offset), padded), offset)
-                for k in range(count):
-                    g = b.add(first, _I64(k))
-                    codes = _codes(b, b.add(row, b.mul(g, _I64(8 * bits))), bits)
-                    step = b.mul(g, _I64(2 * GROUP if bits == 8 else GROUP))
+                    padded = b.shuffle_vector(product, none, ir.Constant(V(I32, 8), lanes))
+                    b.store(b.fadd(b.load(offset), padded if count < 4 else product), offset)
+                for k in range(0, count, together):
+                    g = b.add(first, I64(k))
+                    codes = _codes(b, b.add(row, b.mul(g, I64(nbytes))), form)
+                    step = b.mul(g, I64(2 * size if bits == 8 else size))
+                    scale = [2 * k] * 4 + [2 * (k + together - 1)] * 4
                     for xq_t, product, sums in zip(codes_of, products, totals, strict=True):
-                        dot = _group_dot(b, codes, b.add(xq_t, step), bits)
-                        _fma(b, sums[k % len(sums)], dot, _permute(b, product, [2 * k] * 8))
+                        dot = _group_dot(b, codes, b.add(xq_t, step), form)
+                        fma(b, sums[k % len(sums)], dot, permute(b, product, scale))
 
             with cgutils.for_range(b, turns) as loop:
-                add_groups(b.mul(loop.index, _I64(4)), 4)
-            with cgutils.for_range(b, groups, b.mul(turns, _I64(4))) as loop:
-                add_groups(loop.index, 1)
-            odd = ir.Constant(_V(_F32, 8), [float(k % 2) for k in range(8)])
+                add_groups(b.mul(loop.index, I64(4)), 4)
+            with cgutils.for_range_slice(b, b.mul(turns, I64(4)), groups, I64(together), I64) as (
+                index,
+                _count,
+            ):
+                add_groups(index, together)
+            odd = ir.Constant(V(F32, 8), [float(k % 2) for k in range(8)])
             found = []
             for sums, offset in zip(totals, offsets, strict=True):
-                _fma(b, sums[0], b.load(offset), odd)
-                found.append(_sum(b, sums))
+                fma(b, sums[0], b.load(offset), odd)
+                found.append(add_lanes(b, sums))
             return _written(b, found, out)
 
         return types.float32(*[types.intp] * 7), emit
@@ -281,45 +193,47 @@ def _dots_of_codes(bits: int, tokens: int) -> Any:
 def _dots_of_half(bfloat: bool, tokens: int) -> Any:
     """The same for 16-bit weights, 64 a turn in eight accumulators; tokens lie K floats apart."""
 
-    @_intrinsic
+    @intrinsic
     def dots(_: Any, r: Any, a: Any, n: Any, out: Any) -> Any:  # noqa: ARG001
-        def emit(_c: Any, b: _Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
+        def emit(_c: Any, b: Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
             row, x, groups, out = args
-            f8, w8 = _V(_F32, 8), _V(_I32, 8)
+            f8, w8 = V(F32, 8), V(I32, 8)
             zeros = ir.Constant(f8, [0.0] * 8)
             totals = [
                 [cgutils.alloca_once_value(b, zeros) for _ in range(8 // tokens)]
                 for _ in range(tokens)
             ]
             with cgutils.for_range(b, groups) as loop:
-                w_at = b.add(row, b.mul(loop.index, _I64(2 * GROUP)))
+                w_at = b.add(row, b.mul(loop.index, I64(2 * GROUP)))
                 _fetch(b, w_at, 2 * GROUP, keep=tokens > 1)
                 for k in range(8):
-                    w = _load(b, w_at, 16 * k, _V(_I16, 8))
+                    w = load(b, w_at, 16 * k, V(I16, 8))
                     if bfloat:
-                        w = b.bitcast(b.shl(b.zext(w, w8), _splat(16, 8, _I32)), f8)
+                        w = b.bitcast(b.shl(b.zext(w, w8), splat(16, 8, I32)), f8)
                     else:
-                        w = _from_half(b, w)
+                        w = from_half(b, w)
                     for t, sums in enumerate(totals):
-                        place = b.add(b.mul(groups, _I64(t)), loop.index)
-                        its = _load(b, b.add(x, b.mul(place, _I64(4 * GROUP))), 32 * k, f8)
-                        _fma(b, sums[k % len(sums)], w, its)
-            return _written(b, [_sum(b, sums) for sums in totals], out)
+                        place = b.add(b.mul(groups, I64(t)), loop.index)
+                        its = load(b, b.add(x, b.mul(place, I64(4 * GROUP))), 32 * k, f8)
+                        fma(b, sums[k % len(sums)], w, its)
+            return _written(b, [add_lanes(b, sums) for sums in totals], out)
 
         return types.float32(*[types.intp] * 4), emit
 
     return dots
 
 
-def _written(b: _Builder, found: list[ir.Value], out: ir.Value) -> ir.Value:
+def _written(b: Builder, found: list[ir.Value], out: ir.Value) -> ir.Value:
     """The first token's result; of several, all are also written to ``out``."""
     for t, value in enumerate(found if len(found) > 1 else []):
-        b.store(value, b.inttoptr(b.add(out, _I64(4 * t)), ir.PointerType(_F32)))
+        b.store(value, b.inttoptr(b.add(out, I64(4 * t)), ir.PointerType(F32)))
     return found[0]
 
 
 _dot8, _dot4, _dot3, _dot2 = (_dots_of_codes(bits, 1) for bits in (8, 4, 3, 2))
 _tile8, _tile4, _tile3, _tile2 = (_dots_of_codes(bits, TILE) for bits in (8, 4, 3, 2))
+_dot_q8_0, _dot_q4_0, _dot_q4_1, _dot_mxfp4 = (_dots_of_codes(form, 1) for form in FORMS)
+_tile_q8_0, _tile_q4_0, _tile_q4_1, _tile_mxfp4 = (_dots_of_codes(form, TILE) for form in FORMS)
 _dot_bfloat16, _dot_float16 = (_dots_of_half(bfloat, 1) for bfloat in (True, False))
 _tile_bfloat16, _tile_float16 = (_dots_of_half(bfloat, TILE) for bfloat in (True, False))
 
@@ -371,3 +285,31 @@ def dots(
         _tile3(row, pairs, xq, x_pairs, groups, width, out)
     else:
         _tile2(row, pairs, xq, x_pairs, groups, width, out)
+
+
+@kernel
+def block_dot(form: int, row: int, pairs: int, xq: int, x_pairs: int, blocks: int) -> Any:
+    """`dot` for a row of a file's own blocks."""
+    if form == Q8_0:
+        return _dot_q8_0(row, pairs, xq, x_pairs, blocks, 0, 0)
+    if form == Q4_0:
+        return _dot_q4_0(row, pairs, xq, x_pairs, blocks, 0, 0)
+    if form == Q4_1:
+        return _dot_q4_1(row, pairs, xq, x_pairs, blocks, 0, 0)
+    return _dot_mxfp4(row, pairs, xq, x_pairs, blocks, 0, 0)
+
+
+@kernel
+def block_dots(
+    form: int, row: int, pairs: int, xq: int, x_pairs: int, blocks: int, out: int
+) -> None:
+    """`dots` for a row of a file's own blocks."""
+    width = blocks * BLOCK
+    if form == Q8_0:
+        _tile_q8_0(row, pairs, xq, x_pairs, blocks, width, out)
+    elif form == Q4_0:
+        _tile_q4_0(row, pairs, xq, x_pairs, blocks, width, out)
+    elif form == Q4_1:
+        _tile_q4_1(row, pairs, xq, x_pairs, blocks, width, out)
+    else:
+        _tile_mxfp4(row, pairs, xq, x_pairs, blocks, width, out)

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from moelab.engine.chunks import float32_at
-from moelab.engine.row_dots import kernel
+from moelab.engine.vectors import kernel
 
 SAME = 1e-6
 """Largest difference of a norm to ours, relative to its largest output."""

@@ -174,10 +174,10 @@ class ExpertReader:
         for layer in self.layers:
             self._check(layer)
 
-    def __call__(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        """Read one expert: its tensors by name."""
+    def __call__(self, layer: int, expert: int, *, raw: bool = False) -> dict[str, torch.Tensor]:
+        """Read one expert: its tensors by name; ``raw``: blocks as bytes, see `Checkpoint.raw`."""
         found = {
-            name: self._parameter(source, name, expert)
+            name: self._parameter(source, name, expert, raw)
             for name, source in self._plan[layer].items()
         }
         return {name: found[name].contiguous() for name, _ in self.layers[layer].tensors}
@@ -244,8 +244,16 @@ class ExpertReader:
                     f"{count} experts; give the config.json that belongs to the weights"
                 )
 
-    def _parameter(self, source: Source, name: str, expert: int) -> torch.Tensor:
-        pieces = {p: self._piece(keys, expert) for p, keys in source.groups.items()}
+    @property
+    def stored(self) -> set[str]:
+        """The types of the expert matrices in the files."""
+        matrices = {name for name, shape in self.layers[0].tensors if len(shape) > 1}
+        sources = (s for plan in self._plan.values() for n, s in plan.items() if n in matrices)
+        groups = chain.from_iterable(source.groups.values() for source in sources)
+        return {self.checkpoint.info[key].stored for group in groups for key in group.values()}
+
+    def _parameter(self, source: Source, name: str, expert: int, raw: bool) -> torch.Tensor:
+        pieces = {p: self._piece(keys, expert, raw) for p, keys in source.groups.items()}
         if f"{name}_blocks" in pieces:
             from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -262,7 +270,7 @@ class ExpertReader:
         result = done[source.target]
         return (result[0] if isinstance(result, list) else result)[0]
 
-    def _piece(self, keys: dict[int | None, str], expert: int) -> torch.Tensor:
+    def _piece(self, keys: dict[int | None, str], expert: int, raw: bool) -> torch.Tensor:
         if None in keys:
-            return self.checkpoint.row(keys[None], expert)
-        return self.checkpoint.weight(keys[expert])
+            return self.checkpoint.row(keys[None], expert, raw=raw)
+        return (self.checkpoint.raw if raw else self.checkpoint.weight)(keys[expert])

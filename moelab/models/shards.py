@@ -57,6 +57,11 @@ class TensorInfo:
         """Its size in the file."""
         return self.stop - self.start
 
+    @property
+    def stored(self) -> str:
+        """Its type in the file."""
+        return self.dtype
+
 
 class LazyTensor:
     """A tensor that is read when it is indexed, as transformers' loader expects of a slice."""
@@ -131,11 +136,6 @@ class Checkpoint:
         data = json.loads(config.read_text("utf-8")) if config.is_file() else {}
         return data.get("quantization_config") or {}
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a store that is made of it should say."""
-        return ()
-
     def names(self) -> list[str]:
         """All tensor names, layers and experts in numerical order."""
         return sorted(self.info, key=dot_natural_key)
@@ -151,7 +151,11 @@ class Checkpoint:
             return self.tensor(key)
         return self._scaled(self.tensor(key), self.tensor(key + SCALE))
 
-    def row(self, key: str, index: int) -> torch.Tensor:
+    def raw(self, key: str) -> torch.Tensor:
+        """Read one whole tensor; blocks stay as the file has them, uint8, row by row."""
+        return self.tensor(key)
+
+    def row(self, key: str, index: int, *, raw: bool = False) -> torch.Tensor:
         """Read `weight[index : index + 1]` of a tensor that holds all experts of a layer."""
         piece = self.rows(key, index, index + 1)
         scales = self.info.get(key + SCALE)

@@ -5,8 +5,9 @@ becomes unsigned codes (signed at 8 bit) in groups of 64 along its last dimensio
 float16 (scale, offset) pair per group: ``weight = scale * code + offset``. At 4, 3 and 2 bits each
 group's range is searched, because rounding to the nearest of four levels between min and max
 wastes them on outliers. Biases and other 1-D tensors stay at 16 bit; a last dimension that 64 does
-not divide is padded, and the padding is dropped when decoding. What the codec does not know is
-activations: no calibration data is used.
+not divide is padded, and the padding is dropped when decoding. One tier may instead hold the blocks
+of a GGUF file as they are (`blocks`). What the codec does not know is activations: no calibration
+data is used.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import NoReturn, TypeAlias
 import numpy as np
 import torch
 
+from moelab.store.blocks import BLOCK, KINDS, VALUES, Kind, pairs_of, take_apart
 from moelab.store.groups import GROUP, fit_ranges, pack_codes, unpack_codes
 
 __all__ = ["GROUP", "PAGE", "TIERS", "Fit", "Layout", "decode", "encode", "nbytes", "payload_bytes"]
@@ -43,6 +45,10 @@ class Layout:
         For example ``(("gate_up_proj", (2048, 2048)), ("down_proj", (2048, 1024)))``.
     dtype : {"bfloat16", "float16"}
         The dtype of the 16-bit tier: the checkpoint's own.
+    blocks : {"", "Q8_0", "Q4_0", "Q4_1", "MXFP4"}
+        A GGUF file's blocks, which the tier of their bits holds as they are.
+    turned : bool
+        The file's rows are columns of the tensors, as where a family has [in, out].
 
     Examples
     --------
@@ -53,6 +59,8 @@ class Layout:
 
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
     dtype: str
+    blocks: str = ""
+    turned: bool = False
 
     def __post_init__(self) -> None:
         tensors = tuple((str(name), tuple(int(n) for n in shape)) for name, shape in self.tensors)
@@ -69,12 +77,32 @@ class Layout:
                 raise ValueError(
                     f"layout tensor {name!r} has shape {shape}; give one or more positive sizes"
                 )
+        if self.blocks and self.blocks not in KINDS:
+            raise ValueError(f"layout blocks {self.blocks!r} are none of {', '.join(KINDS)}")
+        rows = (self.in_file(shape) for _, shape in tensors if len(shape) > 1)
+        if self.blocks and any(row[-1] % BLOCK for row in rows):
+            raise ValueError(f"layout {tensors} has rows that are not whole blocks of {BLOCK}")
+
+    def in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that a tensor has in the file of the blocks."""
+        return shape[::-1] if self.turned else shape
+
+    def kind(self, bits: int) -> Kind | None:
+        """The blocks that a tier holds; None where it holds none."""
+        kind = KINDS.get(self.blocks)
+        return kind if kind and kind.bits == bits else None
+
+    def form(self, bits: int) -> int:
+        """What the kernels call a tier: its bits, or the form of its blocks."""
+        kind = self.kind(bits)
+        return kind.form if kind else bits
 
 
 def payload_bytes(layout: Layout, bits: int) -> int:
     """Return the exact bytes of one expert at `bits`, without padding to a page."""
     _check_bits(bits)
-    return sum(codes + pairs for codes, pairs in (_sizes(s, bits) for _, s in layout.tensors))
+    kind = layout.kind(bits)
+    return sum(codes + pairs for codes, pairs in (_sizes(s, bits, kind) for _, s in layout.tensors))
 
 
 def nbytes(layout: Layout, bits: int) -> int:
@@ -93,7 +121,8 @@ def encode(
     Parameters
     ----------
     tensors : mapping of str to torch.Tensor
-        The expert's tensors by name, with the layout's shapes; any floating dtype.
+        The expert's tensors by name, with the layout's shapes; any floating dtype. At the tier of
+        the layout's blocks matrices are the file's bytes, uint8, row by row.
     layout : Layout
         The expected shapes, and the dtype of the 16-bit tier.
     bits : {16, 8, 4, 3, 2}
@@ -118,16 +147,21 @@ def encode(
             f"got tensors {sorted(tensors)}, the layout has "
             f"{[name for name, _ in layout.tensors]}; pass exactly those"
         )
-    start = 0
+    start, kind = 0, layout.kind(bits)
     for name, shape in layout.tensors:
-        tensor = tensors[name].detach()
-        if tuple(tensor.shape) != shape:
+        tensor, given = tensors[name].detach(), shape
+        if kind and len(shape) > 1:
+            *rows, width = layout.in_file(shape)
+            given = (*rows, width // BLOCK * kind.nbytes)
+        if tuple(tensor.shape) != given:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, the layout says {shape}; "
+                f"{name} has shape {tuple(tensor.shape)}, the layout says {given}; "
                 "pass the expert as its module holds it"
             )
         if _stays_half(shape, bits):
             parts = [_to_half(name, tensor, _DTYPES[layout.dtype])]
+        elif kind:
+            parts = take_apart(name, tensor.numpy(), kind)
         else:
             parts = _quantise(name, tensor, bits, fit)
         for part in parts:
@@ -164,15 +198,18 @@ def decode(
     """
     check_blob(blob, layout, bits)
     blob = np.ascontiguousarray(blob)
-    result, start = {}, 0
+    result, start, kind = {}, 0, layout.kind(bits)
     for name, shape in layout.tensors:
-        codes, pairs = _sizes(shape, bits)
+        codes, pairs = _sizes(shape, bits, kind)
         middle, end = start + codes, start + codes + pairs
         if _stays_half(shape, bits):
             half = torch.from_numpy(blob[start:middle].copy()).view(_DTYPES[layout.dtype])
             result[name] = half.reshape(shape).to(dtype)
         else:
-            result[name] = _dequantise(blob[start:middle], blob[middle:end], shape, bits).to(dtype)
+            parts = blob[start:middle], blob[middle:end]
+            stored = layout.in_file(shape) if kind else shape
+            found = _dequantise(*parts, stored, bits, kind).to(dtype)
+            result[name] = found.T.contiguous() if kind and layout.turned else found
         start = end
     return result
 
@@ -196,10 +233,13 @@ def _stays_half(shape: tuple[int, ...], bits: int) -> bool:
     return bits == 16 or len(shape) == 1
 
 
-def _sizes(shape: tuple[int, ...], bits: int) -> tuple[int, int]:
+def _sizes(shape: tuple[int, ...], bits: int, kind: Kind | None) -> tuple[int, int]:
     """Bytes of a tensor's codes, and of its (scale, offset) pairs."""
     if _stays_half(shape, bits):
         return 2 * math.prod(shape), 0
+    if kind:
+        blocks = math.prod(shape) // BLOCK
+        return blocks * BLOCK * bits // 8, blocks * kind.scales
     groups = math.prod(shape[:-1]) * -(-shape[-1] // GROUP)
     return groups * GROUP * bits // 8, groups * 4
 
@@ -268,11 +308,15 @@ def _fitted(fit: Fit, groups: np.ndarray, levels: int) -> np.ndarray:
 
 
 def _dequantise(
-    codes: np.ndarray, pairs: np.ndarray, shape: tuple[int, ...], bits: int
+    codes: np.ndarray, pairs: np.ndarray, shape: tuple[int, ...], bits: int, kind: Kind | None
 ) -> torch.Tensor:
     """The float32 tensor of one matrix's packed codes and pairs."""
-    scales = pairs.copy().view(np.float16).astype(np.float32).reshape(-1, 2)
-    groups = np.empty((len(scales), GROUP), np.float32)
-    unpack_codes(codes.reshape(len(scales), -1), scales, bits, groups)
+    if kind:
+        scales = pairs_of(pairs.reshape(-1, kind.scales), kind)
+    else:
+        scales = pairs.copy().view(np.float16).astype(np.float32).reshape(-1, 2)
+    groups = np.empty((len(scales), BLOCK if kind else GROUP), np.float32)
+    values = VALUES if kind is KINDS["MXFP4"] else VALUES[:0]
+    unpack_codes(codes.reshape(len(scales), -1), scales, bits, groups, values)
     rows = torch.from_numpy(groups).reshape(math.prod(shape[:-1]), -1)
     return rows[:, : shape[-1]].contiguous().reshape(shape)

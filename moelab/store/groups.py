@@ -106,15 +106,21 @@ def pack_codes(groups: np.ndarray, pairs: np.ndarray, bits: int, packed: np.ndar
 
 
 @compiled()
-def unpack_codes(packed: np.ndarray, pairs: np.ndarray, bits: int, groups: np.ndarray) -> None:
-    """The inverse of `pack_codes`: float32 weights of each group."""
+def unpack_codes(
+    packed: np.ndarray, pairs: np.ndarray, bits: int, groups: np.ndarray, values: np.ndarray
+) -> None:
+    """The inverse of `pack_codes`: float32 weights of each group; ``values`` of codes, if any."""
+    size = groups.shape[1]
     for g in range(groups.shape[0]):
         scale, offset = pairs[g, 0], pairs[g, 1]
-        for j in range(GROUP):
+        for j in range(size):
             if bits == 8:
                 q = np.int32(np.int8(packed[g, j]))
             elif bits == 4:
-                q = np.int32(packed[g, j & 31] >> (4 * (j >> 5)) & 15)
+                high = np.int32(j >= size // 2)
+                q = np.int32(packed[g, j - high * (size // 2)] >> (4 * high) & 15)
+                if len(values):
+                    q = np.int32(values[q])
             else:
                 q = np.int32(packed[g, j & 15] >> (2 * (j >> 4)) & 3)
                 if bits == 3:

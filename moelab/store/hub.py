@@ -27,7 +27,7 @@ from huggingface_hub.utils import build_hf_headers
 from huggingface_hub.utils.sha import git_hash
 from tqdm.auto import tqdm
 
-from moelab.models.gguf_file import parts_of
+from moelab.models.gguf_header import parts_of
 from moelab.models.shards import Checkpoint, place, read_header, weight_files
 from moelab.store.destination import check_room, make_folder
 from moelab.store.manifest import StoreError, shortened

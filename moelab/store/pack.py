@@ -31,8 +31,9 @@ from transformers import GenerationConfig
 from moelab.models.chat import load_tokenizer
 from moelab.models.checkpoint import ExpertReader
 from moelab.models.inventory import inventory
-from moelab.models.shards import Checkpoint
+from moelab.models.shards import DTYPES, Checkpoint
 from moelab.models.skeleton import blank_model
+from moelab.store.blocks import KINDS, own_blocks
 from moelab.store.codecs import PAGE, TIERS, Fit, Layout, encode
 from moelab.store.destination import (
     check_room,
@@ -56,6 +57,7 @@ from moelab.store.manifest import (
     of_model,
 )
 from moelab.store.order import JOURNAL, Journal, Rest, Sizes, steps
+from moelab.store.rounding import Rounding
 from moelab.store.source import find, kept, refuse_pointers
 from moelab.store.store import Store
 
@@ -85,7 +87,8 @@ def pack(
         Folder to make. If it is already the store of this source at these tiers, nothing is done.
     tiers
         Bits to store every expert at, from 16, 8, 4, 3, 2. 16 is the checkpoint's own bytes
-        (bfloat16 where the checkpoint is float32).
+        (bfloat16 where the checkpoint is float32). Experts that a GGUF file has in blocks of Q8_0,
+        Q4_0, Q4_1 or MXFP4 are copied to the tier of their bits, and those above it are left out.
     fit
         A codec's rule of your own: how the range of 64 weights is chosen at 4, 3 and 2 bits, see
         `moelab.store.codecs.Fit`. Size and kernels stay as they are.
@@ -157,14 +160,20 @@ class _Work:
         stored = self.reader.dtypes
         # Only bfloat16 has the range of every type; float16 is kept where there is nothing else.
         half = torch.float16 if stored == {torch.float16} else torch.bfloat16
-        notes = [*self.checkpoint.notes]
-        notes += [*inventory(model, self.reader.layers, self.checkpoint, self.reader.found)]
+        notes = [*inventory(model, self.reader.layers, self.checkpoint, self.reader.found)]
+        info = self.checkpoint.info
+        if blocks := {info[key].stored for key in self.reader.found.rest} - DTYPES.keys():
+            kinds = ", ".join(sorted(blocks))
+            notes.append(f"{kinds} blocks of the GGUF file are float16 where they are no expert's")
         if stored != {half}:
             kinds = " and ".join(sorted(map(_word, stored)))
             notes.append(f"experts are {kinds} in the source, stored as {_word(half)}")
         if fit is not None:
             notes.append(f"ranges by {getattr(fit, '__name__', fit)}")
         experts = of_model(model, self.reader.layers)
+        blocks, tiers = own_blocks(self.reader.stored, tiers)
+        if blocks:
+            notes.append(f"{max(tiers)} bit are the {blocks} blocks of the GGUF file as they are")
         self.manifest = Manifest(
             id="",
             source=name,
@@ -174,13 +183,16 @@ class _Work:
             transformers_version=transformers.__version__,
             notes=tuple(notes),
             tiers=tiers,
-            layout=Layout(experts.pop("tensors"), _word(half)),
+            layout=Layout(
+                experts.pop("tensors"), _word(half), blocks, bool(blocks) and experts["transposed"]
+            ),
             files={},
             checksums={},
             **experts,
         )
         self.steps = steps(self.reader)
         self.sizes = Sizes.of(self.manifest, self.reader, self.steps)
+        self._again = Rounding(self.reader.stored - DTYPES.keys(), self.manifest.layout)
 
     @cached_property
     def identity(self) -> tuple[str, str]:
@@ -194,6 +206,8 @@ class _Work:
         text = f"{FORMAT} {self.manifest.tiers} {source}"
         if self.fit is not None:
             text += f" {_fingerprint(self.fit)}"
+        if self.manifest.layout.blocks:
+            text += f" {self.manifest.layout.blocks}"
         return digest(text.encode()), source
 
     @property
@@ -238,12 +252,21 @@ class _Work:
         if self.bars:
             tqdm.write(str(words))
 
+    @property
+    def _sample(self) -> set[int]:
+        """Numbers of some experts: the first, the last and the one between."""
+        last = self.sizes.experts - 1
+        return {0, last // 2, last}
+
     def _note(self, coarse: set[int]) -> None:
+        """Say what was found while packing, now and in the store."""
+        notes = [self._again.note(len(self._sample), self.sizes.experts)]
         if coarse:
-            note = (
+            notes.append(
                 f"layers {', '.join(map(str, sorted(coarse)))} have matrices without a weight "
                 f"above {_COARSE:g}: under 16 bit their float16 scales are coarse"
             )
+        for note in filter(None, notes):
             self._say(f"{self.manifest.source}: {note}")
             self.manifest = replace(self.manifest, notes=(*self.manifest.notes, note))
 
@@ -292,18 +315,23 @@ class _Work:
         layout, (layer, expert) = self.manifest.layout, key
         index = sum(self.manifest.experts_per_layer[:layer]) + expert
         tensors = self.reader(layer, expert)
-        blobs = {b: pool.submit(encode, tensors, layout, b, fit=self.fit) for b in out}
+        given = dict.fromkeys(out, tensors)
+        if layout.blocks:
+            given[KINDS[layout.blocks].bits] = self.reader(layer, expert, raw=True)
+        blobs = {b: pool.submit(encode, given[b], layout, b, fit=self.fit) for b in out}
         matrices = (t for t in tensors.values() if t.ndim > 1 and min(out) < 16)
         if any(0 < float(t.abs().max()) < _COARSE for t in matrices):
             journal.coarse.add(layer)
         for bits, stream in out.items():
             try:
-                blob = blobs.pop(bits).result().data
+                blob = blobs.pop(bits).result()
             except ValueError as error:
                 raise StoreError(f"layer {layer} expert {expert}: {error}") from error
             stream.seek(PAGE + index * self.manifest.slot_bytes[bits])
-            stream.write(blob)
-            journal.checksums[bits][index] = digest(blob)
+            stream.write(blob.data)
+            journal.checksums[bits][index] = digest(blob.data)
+            if index in self._sample:
+                self._again.measure(tensors, blob, bits)
 
 
 def _grown(file: Path) -> BinaryIO:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from moelab.models.gguf_file import parts_of, unfold
+from moelab.models.gguf_header import parts_of, unfold
 from moelab.models.shards import GGUF, Checkpoint, weight_files
 from moelab.store import hub
 from moelab.store.destination import partial_folder, remove_stale

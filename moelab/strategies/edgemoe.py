@@ -286,7 +286,9 @@ class FrequencyOverDistance(Evict):
             self._tokens = np.zeros(view.shape.layers)
         self._tokens[given.layer] += len(given.experts)
         first = view.shape.offset[given.layer]
-        counts = self._activations.data  # one by one: an index of six takes numpy five times as long
+        counts = (
+            self._activations.data
+        )  # one by one: an index of six takes numpy five times as long
         for row in given.experts:
             for expert in row:
                 counts[first + expert] += 1

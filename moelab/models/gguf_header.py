@@ -1,0 +1,160 @@
+"""What the header of a GGUF file says, as the folder of a checkpoint.
+
+`unfold` writes configuration and tokenizer as transformers has them, and a note of where the file
+lies. What it does not know: tensors (`gguf_file`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from moelab.models.gguf_file import FAMILIES, Family, open_reader
+from moelab.models.shards import GGUF
+
+SIZES = {
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "context_length": "max_position_embeddings",
+    "feed_forward_length": "intermediate_size",
+    "expert_used_count": "num_experts_per_tok",
+}
+"""Keys of a GGUF header, behind its architecture's name, and what config.json calls them."""
+BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template.*", "generation_config.json")
+
+
+def parts_of(file: Path) -> list[Path]:
+    """The files of a split GGUF, or the file itself.
+
+    Raises
+    ------
+    ValueError
+        A part is missing.
+    """
+    found = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", file.name)
+    if not found:
+        return [file]
+    count = int(found[3])
+    parts = [file.with_name(f"{found[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise ValueError(f"{missing[0]} is missing ({len(missing)} of {count} parts); fetch it too")
+    return parts
+
+
+def unfold(file: Path, folder: Path) -> None:
+    """Write config.json, the tokenizer, and where the weights are, into an empty folder.
+
+    What lies beside the file as config.json and tokenizer.json is taken instead of what it says.
+
+    Raises
+    ------
+    ValueError
+        The architecture is not known here and no config.json lies beside it, or the like.
+    """
+    parts = parts_of(file)
+    reader = open_reader(parts[0])
+    said = {name: field.contents() for name, field in reader.fields.items() if _small(field)}
+    architecture = str(said.get("general.architecture"))
+    family = FAMILIES.get(architecture)
+    if family is None or (architecture == "llama" and not said.get("llama.expert_count")):
+        raise ValueError(
+            f"{file.name} is of the architecture {architecture!r}; moelab reads GGUF files of the "
+            f"mixtures {', '.join(FAMILIES)}, and of others their safetensors checkpoint"
+        )
+    beside = file.parent / "config.json"
+    shapes = {
+        t.name: tuple(map(int, reversed(t.shape))) for p in parts for t in open_reader(p).tensors
+    }
+    if beside.is_file():
+        shutil.copyfile(beside, folder / "config.json")
+    else:
+        config = _config(family, architecture, said, shapes)
+        (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    _tokenizer(parts[0], folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    q, kv = config["num_attention_heads"], config.get("num_key_value_heads")
+    heads = {"q_proj.weight": q, "k_proj.weight": kv or q} if family.permuted else {}
+    note = {"architecture": architecture, "files": [str(part) for part in parts], "heads": heads}
+    (folder / GGUF).write_text(json.dumps(note), encoding="utf-8")
+
+
+def _small(field: Any) -> bool:
+    return len(field.data) <= 1  # tokens and merges are the tokenizer's
+
+
+def _config(
+    family: Family, architecture: str, said: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """config.json of what the header says; sizes that it leaves out are those of its tensors."""
+    known = {
+        name: said[f"{architecture}.{key}"]
+        for key, name in SIZES.items()
+        if f"{architecture}.{key}" in said
+    }
+    experts = next(shape for name, shape in shapes.items() if name.endswith("ffn_up_exps.weight"))
+    known |= {family.count: experts[0], family.inner: experts[1]}
+    known["rope_parameters"] = _rope(architecture, said)
+    shared = shapes.get("blk.0.ffn_up_shexp.weight")
+    known |= {"shared_expert_intermediate_size": shared[0]} if shared else {}
+    dense = [i for i in range(known["num_hidden_layers"]) if f"blk.{i}.ffn_up.weight" in shapes]
+    known |= {"mlp_only_layers": dense} if dense else {}
+    known |= {
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        "vocab_size": shapes["token_embd.weight"][0],
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "bos_token_id": said.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": said.get("tokenizer.ggml.eos_token_id"),
+    }
+    return known | family.more
+
+
+def _rope(architecture: str, said: dict[str, Any]) -> dict[str, Any]:
+    """How positions turn: as the header says; GPT-OSS does not round its range of frequencies."""
+    about = {
+        name.removeprefix(f"{architecture}.rope."): value
+        for name, value in said.items()
+        if name.startswith(f"{architecture}.rope.")
+    }
+    kind = about.get("scaling.type", "none")
+    found = {"rope_type": "default" if kind == "none" else kind}
+    found |= {"rope_theta": about.get("freq_base", 10000.0)}
+    turned, head = about.get("dimension_count"), said.get(f"{architecture}.attention.key_length")
+    if turned and head and turned != head:
+        found["partial_rotary_factor"] = turned / head
+    if kind != "none":
+        found["factor"] = about["scaling.factor"]
+    if kind == "yarn":
+        found["truncate"] = architecture != "gpt-oss"
+        found["original_max_position_embeddings"] = about["scaling.original_context_length"]
+    return found
+
+
+def _tokenizer(file: Path, folder: Path) -> None:
+    """Tokenizer files that lie beside, or what transformers makes of the header.
+
+    Its `AutoTokenizer` asks first for the architecture, which is none of the tokenizer's business.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if (file.parent / "tokenizer.json").is_file():
+        for pattern in BESIDE:
+            for one in file.parent.glob(pattern):
+                shutil.copyfile(one, folder / one.name)
+        return
+    try:
+        made = PreTrainedTokenizerFast(name_or_path=str(file.parent), gguf_file=file.name)
+    except Exception as error:
+        raise ValueError(
+            f"transformers makes no tokenizer of {file.name} ({str(error)[:200]}); put the "
+            "model's tokenizer.json beside it"
+        ) from error
+    made.save_pretrained(folder)
