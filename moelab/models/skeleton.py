@@ -43,6 +43,7 @@ def load_skeleton(
     *,
     dtype: torch.dtype,
     check: Callable[[PreTrainedModel, list[MoELayer]], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> PreTrainedModel:
     """Load a stock transformers model from safetensors, all but its experts.
 
@@ -59,6 +60,8 @@ def load_skeleton(
         are computed by `moelab.engine.dense`.
     check
         Called with the model on the meta device and its MoE layers before a weight is read.
+    checkpoint
+        Where the weights are, if they are not in that folder.
 
     Raises
     ------
@@ -76,7 +79,7 @@ def load_skeleton(
     family, config, layers = type(blank), blank.config, find_moe(blank)
     if check is not None:
         check(blank, layers)
-    checkpoint = Checkpoint(path)
+    checkpoint = checkpoint or Checkpoint(path)
     rest = split(blank, layers, checkpoint).rest
     _refuse_larger(blank, layers, checkpoint, rest)
     weights = {key: LazyTensor(checkpoint, key) for key in rest if not key.endswith(SCALE)}
@@ -97,7 +100,8 @@ def load_skeleton(
         )
     model, report = loaded
     model.__class__ = family
-    refuse_incomplete(report["missing_keys"], report["mismatched_keys"], layers, path)
+    missing = () if checkpoint.random else report["missing_keys"]
+    refuse_incomplete(missing, report["mismatched_keys"], layers, path)
     model.config.name_or_path = model.name_or_path = str(path)
     if (path / "generation_config.json").exists() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(path)

@@ -23,7 +23,7 @@ from moelab.models.families import expert_parameter, find_moe
 from moelab.models.skeleton import blank_of, half_plan, read_config
 from moelab.scheduling.stream import Shape
 from moelab.store.codecs import GROUP, TIERS, Layout, nbytes
-from moelab.store.manifest import StoreError, of_model, shortened
+from moelab.store.manifest import MODEL, StoreError, of_model, shortened
 from moelab.store.source import is_hub_id, unfolded
 
 KNOWN: dict[str, dict[str, Any]] = json.loads(
@@ -109,8 +109,10 @@ def _found(of: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], Pre
         data = KNOWN[name]["config"]
         return name, dict(data), make_config(data)
     folder = Path(of).expanduser().absolute()
+    if (folder / "manifest.json").is_file():
+        return _found(folder / MODEL)
     if is_hub_id(of):
-        folder = _fetched(str(of))
+        folder = _fetched(name)
     elif folder.is_file():
         folder = unfolded(folder) if folder.suffix == ".gguf" else folder.parent
     if not (folder / "config.json").is_file():
@@ -118,6 +120,7 @@ def _found(of: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], Pre
             f"no architecture is known of {name!r}; give one of {', '.join(KNOWN)}, a folder "
             "with a config.json, a GGUF file, or a hub id like 'org/name'"
         )
+    name = folder.parent.name if folder.name == MODEL else Path(name).stem
     return name, read_json(folder / "config.json"), read_config(folder)
 
 
