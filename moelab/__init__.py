@@ -12,6 +12,7 @@ __version__ = "0.4.0"
 
 _HOMES = {
     "open": "moelab.opening",
+    "ghost": "moelab.bench.ghosts",
     "doctor": "moelab.health",
     "Lab": "moelab.lab",
     "Run": "moelab.runs.run",

@@ -23,6 +23,7 @@ from moelab.engine.spare import Machine
 from moelab.models.families import positions
 from moelab.scheduling.budget import minimum_budget, size
 from moelab.store.codecs import TIERS
+from moelab.store.ghost import NAME as GHOST
 from moelab.store.paths import cache_dir
 from moelab.store.source import is_hub_id, refuse_formats, state, unfolded
 from moelab.store.store import Store, StoreError
@@ -81,7 +82,7 @@ def find_store(
     if is_hub_id(model):
         return packed(str(model), str(model).replace("/", "--"))
     path = Path(model).expanduser().absolute()  # whatever the working directory is later
-    if (path / "manifest.json").is_file():
+    if any((path / name).is_file() for name in ("manifest.json", GHOST)):
         return path
     if path.is_file() and path.suffix == ".gguf":
         return packed(unfolded(path.resolve()), path.stem)

@@ -21,6 +21,7 @@ from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Shape
 from moelab.settings import Settings, known_only, parse_budget
 from moelab.store.codecs import TIERS
+from moelab.store.ghost import open_store
 from moelab.store.store import Store
 from moelab.strategies import make
 
@@ -90,14 +91,15 @@ def open(  # noqa: A001
             f"dense_bits={dense_bits}: one of {DENSE_BITS}; below 16 with dtype=torch.float32"
         )
     found = find_store(model, tiers=tiers, progress=progress, dense_bits=dense_bits)
-    store = Store.open(found, verify=verify)
+    store = open_store(found, verify=verify)
+    name = model if isinstance(model, str) else str(model.expanduser().absolute())
     strategies = Strategies(store)
     asked = {"bits": bits, "low_bits": low_bits, "prefetch": prefetch, "strategy": strategy}
     asked |= {"device": device, "seed": seed, "measure_kl": measure_kl}
     lab = Lab(
         store,
-        _settings(store.shape, strategies, None if budget == "auto" else budget, asked),
-        name=model if isinstance(model, str) else str(model.expanduser().absolute()),
+        _settings(store, strategies, None if budget == "auto" else budget, asked),
+        name=name if store.routing is None else "",  # a ghost's own
         dtype=dtype,
         threads=threads,
         dense_bits=dense_bits,
@@ -110,14 +112,14 @@ def open(  # noqa: A001
 
 
 def _settings(
-    shape: Shape, make_one: Strategies, budget: int | str | None, asked: dict[str, Any]
+    store: Store, make_one: Strategies, budget: int | str | None, asked: dict[str, Any]
 ) -> Settings:
     """Settings from what was asked for; without a budget, a quarter of the experts."""
-    best = max(shape.nbytes)
+    shape, best = store.shape, max(store.tiers)
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked["strategy"] == "lru":
         del asked["strategy"]
-    cheap = shape.all_bytes(best) <= CHEAP_BYTES
+    cheap = store.routing is None and shape.all_bytes(best) <= CHEAP_BYTES
 
     def settle(budget_bytes: int) -> Settings:
         plain = Settings(budget_bytes, bits=best, strategy=make("lru"), measure_kl=cheap)

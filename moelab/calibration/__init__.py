@@ -62,7 +62,8 @@ def calibrate(
     maker = import_module(f"moelab.calibration.{name}")
     besides = ("texts", "again", "progress")
     refuse_unknown(f"lab.calibrate({name!r})", options, maker.made_from, besides=besides)
-    store, used = lab._store, texts_of(lab, texts)
+    (store := lab._store).require_weights(f"a calibration for {name!r}")
+    used = texts_of(lab, texts)
     made_from = {"texts": digest_of(used), **maker.made_from(lab, **options)}
     made_from = json.loads(json.dumps(made_from))
     found = None if again else find_profile(store, name, made_from)

@@ -11,7 +11,6 @@ loads them at 16 bit), and experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from moelab.models.shards import Checkpoint
 from moelab.store.codecs import GROUP, Layout, decode, encode, nbytes
 
 Rows = Callable[[int, int], torch.Tensor]
+Code = Callable[[dict[str, torch.Tensor], Layout, int], np.ndarray]
 
 # T tokens, K inputs, N outputs.
 
@@ -40,13 +40,21 @@ class Weight:
     bits
         What is kept in memory: 16, 8, 4, 3 or 2.
     file
-        ``file(first, last)``: rows as the checkpoint has them. Without it ``bits`` has to be 16.
+        ``file(first, last)``: rows as the checkpoint has them. Without it ``bits`` has to be 16,
+        or the weight random.
     exact
         Whether full precision is asked for now.
+    code
+        What makes the codes of some rows.
     """
 
     def __init__(
-        self, half: torch.Tensor, bits: int, file: Rows | None, exact: Callable[[], bool]
+        self,
+        half: torch.Tensor,
+        bits: int,
+        file: Rows | None,
+        exact: Callable[[], bool],
+        code: Code = encode,
     ) -> None:
         self.shape, self.bits = half.shape, bits
         self.dtype = str(half.dtype).removeprefix("torch.")
@@ -61,7 +69,7 @@ class Weight:
             for first in range(0, len(half), self.step):  # the whole in float32 would be the peak
                 block = half[first : first + self.step]
                 layout = self._layout(len(block))
-                blob = encode({"w": block}, layout, bits)
+                blob = code({"w": block}, layout, bits)
                 for ours, its in self._parts(first, first + len(block)):
                     self._codes[ours] = blob[its]
             self.nbytes, self._address = len(self._codes), self._codes.ctypes.data
@@ -172,7 +180,7 @@ def memory_bytes(model: nn.Module) -> int:
 def serve(
     model: nn.Module,
     bits: int = 16,
-    path: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     exact: Callable[[], bool] = lambda: False,
 ) -> dict[str, Weight]:
     """Let the kernels compute every module whose weight was left at 16 bit.
@@ -182,8 +190,8 @@ def serve(
     bits
         For those whose rows lie in a file as they are, K being whole groups of 64; others stay at
         16 bit.
-    path
-        Folder of the checkpoint that the model came from.
+    checkpoint
+        What the model's weights came from.
     exact
         Whether full precision is asked for now.
 
@@ -200,13 +208,15 @@ def serve(
             if weight.dtype in (torch.bfloat16, torch.float16):
                 owners.setdefault(weight, []).append((name, module))
     served: dict[str, Weight] = {}
-    checkpoint = Checkpoint(path) if path and bits < 16 else None
+    random = checkpoint is not None and checkpoint.random
+    code = _once() if random else encode
     while owners:  # taken out one by one, so that what is replaced can go
         weight, modules = owners.popitem()
         half = weight.detach()
         name = f"{modules[0][0]}.weight"  # transformers saves a tied weight under its first name
-        file = _rows_of(checkpoint, name, half) if checkpoint else None
-        held = Weight(half, bits if file else 16, file, exact)
+        file = _rows_of(checkpoint, name, half) if checkpoint and bits < 16 and not random else None
+        kept = bits if file or (random and half.shape[1] % GROUP == 0) else 16
+        held = Weight(half, kept, file, exact, code)
         widened = nn.Parameter(Widened(held), requires_grad=False)
         for name, module in modules:
             is_embedding = isinstance(module, nn.Embedding)
@@ -214,6 +224,18 @@ def serve(
             module.forward = held.lookup if is_embedding else DenseLinear(held, module.bias)
             served[name] = held
     return served
+
+
+def _once() -> Code:
+    """Makes codes of a layout once: of random weights the next ones are as good."""
+    known: dict[tuple[Layout, int], np.ndarray] = {}
+
+    def code(tensors: dict[str, torch.Tensor], layout: Layout, bits: int) -> np.ndarray:
+        if (layout, bits) not in known:
+            known[layout, bits] = encode(tensors, layout, bits)
+        return known[layout, bits]
+
+    return code
 
 
 def _rows_of(checkpoint: Checkpoint, key: str, half: torch.Tensor) -> Rows | None:

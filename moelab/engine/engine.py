@@ -62,14 +62,16 @@ class Engine:
         self.opened = {"dtype": dtype, "threads": self.threads, "dense_bits": dense_bits}
         kernels.warm_up()
         self.scheduler = Scheduler(self.shape, settings.strategy, settings.knobs())
-        with foreign(store.checkpoint_dir / "config.json"):
-            self.model = load_skeleton(store.checkpoint_dir, dtype=dtype, check=store.check_model)
+        with foreign((folder := store.checkpoint_dir) / "config.json"):
+            made_of, check = store.weights(dense_bits), store.check_model
+            self.model = load_skeleton(folder, dtype=dtype, check=check, checkpoint=made_of)
         self.dense_bits, exact = dense_bits, lambda: self.reference is not None
         if dtype == torch.float32:  # else all of it is computed in 16 bits, by torch
-            dense.serve(self.model, dense_bits, store.checkpoint_dir, exact)
+            dense.serve(self.model, dense_bits, made_of, exact)
         small_ops.serve_norms(self.model)
         self.dense_bytes = dense.memory_bytes(self.model)
         self.adapter = attach(self.model, self._layer)
+        self.adapter.recorded = store.routing and store.routing.of(lambda: self.token)
         self.compute = ExpertCompute(store, self.adapter)
         self.arena = Arena(dict(store.slot_bytes), settings.budget_bytes)
         self.loader = Loader(readers.at_once(store), settings.device)
@@ -98,9 +100,7 @@ class Engine:
         """A new prompt: fresh log and trace; the resident experts stay."""
         self.log = EventLog(time.perf_counter())
         self.trace: Trace | None = Trace(self.shape) if record else None
-        self.token = 0
-        self.prefill = True
-        self.setup_ms = 0.0
+        self.token, self.prefill, self.setup_ms = 0, True, 0.0
         self.arena.trim()  # slots of earlier settings are no memory of this run
         self.arena.peak_bytes = self.arena.held_bytes
         if self.trace is not None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moelab.models.families import MoELayer, expert_forward, find_moe
+from moelab.models.recorded import Step, ahead, choice
 from moelab.models.routing import RouterTap
 from moelab.models.skeleton import load_skeleton
 from moelab.models.undecorated import Choice
@@ -37,7 +38,11 @@ class Adapter:
         The model.
     layers
         Its MoE layers in forward order.
+    recorded
+        Where it is set, routers are asked all the same, and what it says is taken instead.
     """
+
+    recorded: Step | None = None
 
     def __init__(self, model: PreTrainedModel, layers: list[MoELayer], run_layer: RunLayer) -> None:
         self.model, self.layers = model, layers
@@ -126,11 +131,11 @@ class Adapter:
             return []
         found = []
         for later in range(layer + 1, min(layer + depth, len(self.layers) - 1) + 1):
-            ahead = self._taps.get(later)
-            choice = ahead.predict(tap) if ahead is not None else None
-            if choice is not None:
-                found.append((later, *choice))
-        return found
+            coming = self._taps.get(later)
+            guess = coming.predict(tap) if coming is not None else None
+            if guess is not None:
+                found.append((later, *guess))
+        return found if self.recorded is None else ahead(self.recorded(layer), layer + depth)
 
     def wanted(self, layer: int) -> Choice | None:
         """What the router would have chosen by itself: (idx [T, K], weights [T, K]).
@@ -164,6 +169,8 @@ class Adapter:
             x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor, scale_input: bool = False
         ) -> torch.Tensor:
             flat = x.reshape(-1, x.shape[-1])
+            if self.recorded is not None:
+                idx, weights = choice(self.recorded(layer.index), len(flat))
             out = self._run_layer(layer.index, flat, idx, weights, scale_input)
             return out.view(x.shape)
 

@@ -110,6 +110,8 @@ class Checkpoint:
 
     checksums: Mapping[str, str] = {}
     remote = False
+    random = False
+    """Whether nobody trained them: what is missing is filled in."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)

@@ -24,7 +24,6 @@ from moelab.runs.rounds import begun
 from moelab.runs.tokens import REQUESTS
 from moelab.runs.what_if import WhatIf, overlaid
 from moelab.scheduling.events import HIT, LOAD, PREFETCH, SUBSTITUTE
-from moelab.scheduling.parts import Route
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Knobs
 from moelab.scheduling.trace import Change, Trace
@@ -258,12 +257,6 @@ def decided(trace: Trace, history: Plan, plan: Plan, machine: Machine | None = N
     return replays.replay(of, clock=clock)
 
 
-def steers(strategy: Strategy) -> bool:
-    """Whether its route decision changes what the router chooses."""
-    route = type(strategy.route)
-    return route.mask is not Route.mask or route.bias is not Route.bias
-
-
 def approximate(trace: Trace, settings: Settings, found: Replay) -> str:
     """Why these settings would have come with another stream than the recorded; empty: no reason.
 
@@ -275,7 +268,7 @@ def approximate(trace: Trace, settings: Settings, found: Replay) -> str:
     depth = max((a.layer - s.layer for s in trace.steps for a in s.look_ahead), default=0)
     if settings.prefetch > depth:
         return f"no router was asked so far ahead: {depth} layers are recorded"
-    if steers(settings.strategy):
+    if settings.strategy.steers:
         return "the router is steered"
     if found.counts["skip"] or found.counts["substitute"]:
         return "experts are skipped or substituted, or served at fewer bits"

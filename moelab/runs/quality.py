@@ -58,6 +58,7 @@ def score_ids(engine: Engine, texts: Sequence[Sequence[int]], *, progress: bool 
     """
     from tqdm.auto import tqdm
 
+    engine.store.require_weights("a score")
     kl, same, nll = [], [], []
     if "in_flight" not in engine.scheduler.strategy.observes:
         engine.loader.use("disk")
@@ -128,6 +129,7 @@ class Measure:
         with threads(1):
             self.kl = None if full is None else float(kl_divergence(full, logits))
             best = None if full is None else likeliest(full, drawn)
-            found = Likeliest(likeliest(logits, drawn), best)
+            said = likeliest(logits, drawn) if self._engine.store.routing is None else ()
+            found = Likeliest(said, best)
         self.seconds = time.perf_counter() - begun
         return found

@@ -60,7 +60,7 @@ class Session:
         tokenizer: Any,
         name: str,
     ) -> None:
-        self.engine, self.settings = engine, engine.settings
+        self.engine, self.settings = engine, self._checked_settings(engine.settings, engine)
         warn_of_other_ways(engine.model, name)
         self.tokenizer, self._name = tokenizer, name
         self.run: Run | None = None
@@ -95,7 +95,17 @@ class Session:
     def _change(self, changes: dict[str, Any]) -> Settings:
         if self.closed:
             raise RuntimeError(CLOSED)
-        return self.put(self.settings.change(self.engine.shape, make=self._strategies, **changes))
+        new = self.settings.change(self.engine.shape, make=self._strategies, **changes)
+        return self.put(self._checked_settings(new, self.engine))
+
+    @staticmethod
+    def _checked_settings(new: Settings, engine: Engine) -> Settings:
+        """Refuse what asks a model without trained weights for what it cannot say."""
+        if new.measure_kl:
+            engine.store.require_weights(f"measure_kl={new.measure_kl}")
+        if new.strategy.steers:
+            engine.store.require_weights(f"route={new.strategy.route.title!r}")
+        return new
 
     def put(self, new: Settings) -> Settings:
         """Put settings in force as a whole."""

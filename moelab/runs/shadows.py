@@ -14,7 +14,6 @@ import numpy as np
 
 from moelab.replays.bounds import belady_hits
 from moelab.replays.replay import Player
-from moelab.runs.prediction import steers
 from moelab.runs.run import Run
 from moelab.runs.tokens import COLUMNS, REQUESTS
 from moelab.scheduling.budget import BudgetError
@@ -86,7 +85,7 @@ class Shadows:
 
     def _steered(self) -> bool:
         """Whether the run's own router is: its stream is no other strategy's then."""
-        return any(steers(settings.strategy) for _, settings in self._run.history)
+        return any(settings.strategy.steers for _, settings in self._run.history)
 
     @property
     def _layers(self) -> int:

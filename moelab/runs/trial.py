@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from moelab.engine.generation import NotFiniteError, Sampler, Sampling, Stream
-from moelab.models.chat import load_tokenizer
 from moelab.models.tokenizer_trial import try_tokenizer
 from moelab.runs.session import Session
 from moelab.store.foreign import foreign
@@ -33,7 +32,7 @@ def tokenizer_of(store: Store) -> Any:
     with foreign(file):
         if file.is_file():
             _try_once(file)
-        return load_tokenizer(store.checkpoint_dir)
+        return store.tokenizer()
 
 
 def _try_once(file: Path) -> None:

@@ -142,6 +142,12 @@ class Strategy:
             vars(have).setdefault("_lineage", next(_lineages))
 
     @property
+    def steers(self) -> bool:
+        """Whether its route decision changes what the router chooses."""
+        route = type(self.route)
+        return route.mask is not Route.mask or route.bias is not Route.bias
+
+    @property
     def full_name(self) -> str:
         """The name; of a mix with the decisions taken from others: ``lru + evict hobbit``."""
         base, own = self.name.rstrip("*"), self.keywords

@@ -21,7 +21,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from moelab.models.chat import load_tokenizer
 from moelab.models.families import MoELayer
+from moelab.models.recorded import Recorded
+from moelab.models.shards import Checkpoint
 from moelab.scheduling.stream import Shape
 from moelab.store.blobs import BlobFile
 from moelab.store.codecs import PAGE, Layout
@@ -59,7 +62,11 @@ class Store:
     files
         {bits: the tier's file}, held open: reads are of the files that were checked, whatever
         becomes of their names.
+    routing
+        What takes the place of the routers' choice: only a ghost has it.
     """
+
+    routing: Recorded | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -133,6 +140,22 @@ class Store:
         return Shape(self.experts_per_layer, self.top_k, self.slot_bytes)
 
     @property
+    def checked_file(self) -> Path:
+        """What tells this store from another one that took its name."""
+        return self.path / NAME
+
+    def weights(self, bits: int = 16) -> Checkpoint:
+        """Dense weights, to be kept at ``bits``."""
+        return Checkpoint(self.checkpoint_dir)
+
+    def tokenizer(self) -> Any:
+        """The model's own."""
+        return load_tokenizer(self.checkpoint_dir)
+
+    def require_weights(self, what: str) -> None:
+        """Refuse what only a trained model can answer, where this is none."""
+
+    @property
     def checkpoint_dir(self) -> Path:
         """Folder with configuration, tokenizer and non-expert weights, for `load_skeleton`."""
         return self.path / MODEL
@@ -203,7 +226,7 @@ class Store:
         StoreError
             What would be read by name is not what was opened.
         """
-        if identity(self.path / NAME) != self._identity:
+        if identity(self.checked_file) != self._identity:
             raise StoreError(
                 f"{self.path} was replaced or removed since it was opened; close the lab and open "
                 "it again"

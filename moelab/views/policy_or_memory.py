@@ -17,7 +17,7 @@ import numpy as np
 
 from moelab.replays.bounds import RECENT, belady_hits, reuse_distances, working_set
 from moelab.replays.replay import Replay, replay
-from moelab.runs.prediction import steers, trace_of
+from moelab.runs.prediction import trace_of
 from moelab.scheduling.budget import size
 from moelab.scheduling.events import HIT, LOAD, SUBSTITUTE
 from moelab.scheduling.strategy import Strategy
@@ -204,4 +204,4 @@ def _evicts_only(played: Replay, strategy: Strategy, bits: int) -> bool:
     """Whether hits are due to eviction alone: one size, on demand, the router's own choice."""
     served = {row[4] for row in played.rows if row[0] in (HIT, LOAD, SUBSTITUTE)}
     more = played.counts["prefetch"] or played.counts["skip"] or played.counts["substitute"]
-    return served <= {bits} and not more and not steers(strategy)
+    return served <= {bits} and not more and not strategy.steers
