@@ -9,7 +9,7 @@ whose scales are themselves rounded.
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +50,14 @@ KINDS = {
 }
 
 
+def own_blocks(stored: Collection[str], tiers: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """The file's blocks where a tier can hold them, and the tiers: more bits would hold no more."""
+    name = next(iter(stored)) if len(stored) == 1 else ""
+    if name not in KINDS or KINDS[name].bits not in tiers:
+        return "", tiers
+    return name, tuple(bits for bits in tiers if bits <= KINDS[name].bits)
+
+
 def take_apart(name: str, raw: np.ndarray, kind: Kind) -> list[np.ndarray]:
     """Codes ``[blocks, 4 * bits]`` and scales ``[blocks, scales]`` of a file's blocks, uint8.
 
@@ -78,12 +86,3 @@ def pairs_of(scales: np.ndarray, kind: Kind) -> np.ndarray:
     return np.stack(
         [found[:, 0], found[:, 1] if kind.scales == 4 else -kind.centre * found[:, 0]], 1
     )
-
-
-def own_blocks(stored: AbstractSet[str], tiers: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """The file's blocks where a tier can hold them, and the tiers: more bits would hold no more."""
-    blocks, *others = sorted(stored)
-    if others or blocks not in KINDS:
-        return "", tiers
-    fewer = tuple(bits for bits in tiers if bits <= KINDS[blocks].bits)
-    return (blocks, fewer) if KINDS[blocks].bits in fewer else ("", tiers)

@@ -192,6 +192,8 @@ class _Work:
         )
         self.steps = steps(self.reader)
         self.sizes = Sizes.of(self.manifest, self.reader, self.steps)
+        last = self.sizes.experts - 1
+        self._sample = {0, last // 2, last}  # the numbers of the experts that are measured
         self._again = Rounding(self.reader.stored - DTYPES.keys(), self.manifest.layout)
 
     @cached_property
@@ -236,7 +238,12 @@ class _Work:
         self._write_steps(partial, journal)
         shutil.rmtree(partial / SHARDS, ignore_errors=True)
         (partial / JOURNAL).unlink()
-        self._note(journal.coarse)
+        self._note(self._again.note(len(self._sample), self.sizes.experts))
+        if journal.coarse:
+            self._note(
+                f"layers {', '.join(map(str, sorted(journal.coarse)))} have matrices without a "
+                f"weight above {_COARSE:g}: under 16 bit their float16 scales are coarse"
+            )
         files = {}
         for file in sorted((partial / MODEL).iterdir()):
             files[f"{MODEL}/{file.name}"] = (file.stat().st_size, digest_file(file))
@@ -252,21 +259,9 @@ class _Work:
         if self.bars:
             tqdm.write(str(words))
 
-    @property
-    def _sample(self) -> set[int]:
-        """Numbers of some experts: the first, the last and the one between."""
-        last = self.sizes.experts - 1
-        return {0, last // 2, last}
-
-    def _note(self, coarse: set[int]) -> None:
+    def _note(self, note: str) -> None:
         """Say what was found while packing, now and in the store."""
-        notes = [self._again.note(len(self._sample), self.sizes.experts)]
-        if coarse:
-            notes.append(
-                f"layers {', '.join(map(str, sorted(coarse)))} have matrices without a weight "
-                f"above {_COARSE:g}: under 16 bit their float16 scales are coarse"
-            )
-        for note in filter(None, notes):
+        if note:
             self._say(f"{self.manifest.source}: {note}")
             self.manifest = replace(self.manifest, notes=(*self.manifest.notes, note))
 
