@@ -67,7 +67,7 @@ class Table:
             for name, word in zip(words, row, strict=True):
                 share = self.rows[name].iloc[at] if name == self.bar else None
                 bar = BAR.format(share) if share is not None and not pd.isna(share) else ""
-                wide = "min-width:20em;" * (len(word) > 60) + "overflow-wrap:anywhere;"
+                wide = "min-width:20em;" * (len(word) > 60)
                 rows += f'<td style="{CELL};{wide}{bar}">{_linked(word)}</td>'
             rows += "</tr>"
         said = f'<caption style="text-align:left;padding:14px 0 4px"><b>{escape(self.caption)}</b>'
@@ -205,4 +205,4 @@ def _linked(word: str) -> str:
     if not word.startswith("https://"):
         return escape(word)
     place = escape(word, quote=True)
-    return f'<a href="{place}" style="color:inherit">{place.removeprefix("https://")}</a>'
+    return f'<a href="{place}" style="color:inherit;overflow-wrap:anywhere">{place.removeprefix("https://")}</a>'
