@@ -80,7 +80,12 @@ def load_skeleton(
     rest = split(blank, layers, checkpoint).rest
     _refuse_larger(blank, layers, checkpoint, rest)
     weights = {key: LazyTensor(checkpoint, key) for key in rest if not key.endswith(SCALE)}
-    plan = _half_plan(blank, layers, checkpoint, rest) if dtype == torch.float32 else {}
+    plan: dict[str, torch.dtype] = {}
+    if dtype == torch.float32:
+        stored: dict[str, set[torch.dtype]] = {}
+        for key in weights:
+            stored.setdefault(rest[key], set()).add(DTYPES[checkpoint.info[key].dtype])
+        plan = {f"^{re.escape(name)}$": kind for name, kind in half_plan(blank, layers, stored)}
     with _quiet(family.__name__):
         loaded: Any = _skeleton_class(family, layers, plan).from_pretrained(
             None,
@@ -118,7 +123,11 @@ def _refuse_larger(
 
 def blank_model(path: str | os.PathLike[str]) -> PreTrainedModel:
     """Make the model of a checkpoint's `config.json`, all of it on the meta device."""
-    config = read_config(Path(path))
+    return blank_of(read_config(Path(path)))
+
+
+def blank_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """Make the model that a configuration asks for, all of it on the meta device."""
     with torch.device("meta"):
         return model_class(config)._from_config(config)
 
@@ -187,34 +196,27 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return family
 
 
-def _half_plan(
-    model: PreTrainedModel,
-    layers: Sequence[MoELayer],
-    checkpoint: Checkpoint,
-    rest: Mapping[str, str],
-) -> dict[str, torch.dtype]:
-    """Patterns of the weights that stay at 16 bit, because that is what the checkpoint holds.
+def half_plan(
+    model: PreTrainedModel, layers: Sequence[MoELayer], stored: Mapping[str, set[torch.dtype]]
+) -> Iterator[tuple[str, torch.dtype]]:
+    """Names of the weights that stay at 16 bit, because that is what the checkpoint holds.
 
-    A tied weight does where all modules that share it can compute with it.
+    ``stored``: the types a weight has in the files. A tied weight does where all modules that share
+    it can compute with it.
     """
-    stored: dict[str, set[torch.dtype]] = {}
-    for key, target in rest.items():
-        if not key.endswith(SCALE):
-            stored.setdefault(target, set()).add(DTYPES[checkpoint.info[key].dtype])
     routers = {id(m) for at in layers if at.router is not None for m in at.router.modules()}
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         for parameter, weight in module.named_parameters(name, recurse=False):
             owners.setdefault(id(weight), []).append((parameter, module))
-    plan: dict[str, torch.dtype] = {}
     for shared in owners.values():
         weight: Any = shared[0][1].get_parameter(shared[0][0].rpartition(".")[2])
         kinds = set().union(*(stored.get(name, set()) for name, _ in shared))
         half = kinds in ({torch.bfloat16}, {torch.float16}) and weight.numel() >= LARGE
         ours = all(type(m) in (nn.Linear, nn.Embedding) for _, m in shared)
         if half and ours and weight.ndim == 2 and not any(id(m) in routers for _, m in shared):
-            plan |= dict.fromkeys((f"^{re.escape(name)}$" for name, _ in shared), kinds.pop())
-    return plan
+            (kind,) = kinds
+            yield from ((name, kind) for name, _ in shared)
 
 
 def _skeleton_class(
