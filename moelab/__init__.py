@@ -31,6 +31,7 @@ _HOMES = {
     "predictors": "moelab.views.predictors",
     "sweep": "moelab.runs.sweep",
     "policy_or_memory": "moelab.views.policy_or_memory",
+    "fit": "moelab.bench.fit",
     "clinic": "moelab.views.clinic",
     "moefy": "moelab.training.moefy",
     "compare": "moelab.runs.compare",

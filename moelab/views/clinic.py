@@ -24,6 +24,7 @@ from moelab.scheduling.stream import Knobs, Shape
 from moelab.scheduling.trace import Change
 from moelab.settings import parse_budget
 from moelab.spelling import spelled
+from moelab.store.architecture import Architecture
 from moelab.strategies import NAMES
 from moelab.views.elsewhere import elsewhere
 from moelab.views.policy_or_memory import MOST_OF, PolicyOrMemory, policy_or_memory
@@ -163,8 +164,8 @@ def clinic(
     of
         A run, a trace, or the path of one (also BigMoeOnEdge's, llama.cpp's and vLLM's).
     model
-        What says how large an expert is where the stream does not: a lab, a store, or bytes by
-        bits, ``{16: 9437184, 4: 2654208}``.
+        What says how large an expert is where the stream does not: a known name or whatever else
+        `moelab.fit` takes, a lab, a store, or bytes by bits, ``{16: 9437184, 4: 2654208}``.
     memory
         For experts: bytes, ``"4GB"`` or ``"25%"``; default: as recorded.
     bits
@@ -232,9 +233,12 @@ def _sized(shape: Shape, model: Any) -> Shape:
     """The shape with the sizes of a model, which must be of the same form."""
     if isinstance(model, Mapping):
         return Shape(shape.experts, shape.top_k, dict(model))
+    model = Architecture(model) if isinstance(model, str | Path) else model
     of = getattr(model, "_shape", None) or getattr(model, "shape", None)
     if not isinstance(of, Shape):
-        raise TypeError(f"model is a {type(model).__name__}: a lab, a store, or bytes by bits")
+        raise TypeError(
+            f"model is a {type(model).__name__}: a name, a lab, a store, or bytes by bits"
+        )
     if of.experts != shape.experts:
         raise ValueError(
             f"the model has {of.layers} layers x {max(of.experts)} experts, the stream "

@@ -164,6 +164,7 @@ def lines(
 ) -> Any:
     """A figure of matplotlib: what `moelab.charts.curve` draws, for a page without scripts."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure((9.6, 3.6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
@@ -179,9 +180,12 @@ def lines(
         axes.axvline(place, color=INK, ls="--", lw=1)
         beside = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
         axes.annotate(words, (place, 1), (4, -10 - 12 * (at % 3)), color=INK, **beside)
-    axes.set(
-        xlabel=x, ylabel=y, xscale="log" if log_x else "linear", yscale="log" if log_y else "linear"
-    )
+    scales = {"xscale": "log" if log_x else "linear", "yscale": "log" if log_y else "linear"}
+    axes.set(xlabel=x, ylabel=y, **scales)
+    for axis in [axes.xaxis] * log_x + [axes.yaxis] * log_y:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(visible=True, axis="both", color=INK, alpha=0.25)
     for part in (axes.xaxis.label, axes.yaxis.label):
         part.set_color(INK)
