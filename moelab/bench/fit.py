@@ -33,7 +33,7 @@ from moelab.scheduling.stream import Knobs, Shape
 from moelab.scheduling.trace import Trace
 from moelab.settings import parse_budget
 from moelab.spelling import number, spelled
-from moelab.store.architecture import Architecture
+from moelab.store.architecture import KNOWN, Architecture
 from moelab.store.devices import device as find_device
 from moelab.store.machine import Machine
 from moelab.store.paths import cache_dir
@@ -145,7 +145,8 @@ class Fit(Shown):
             words = f"Strategies at {size(self.chosen['budget'])}, {self.chosen['bits']} bit"
             parts.append(Table(f"{words} (modelled)", best, "hit ratio"))
             given = ", ".join(f"{name}={value!r}" for name, value in self.chosen.items())
-            parts.append(f"To open it so: moelab.open({of.name!r}, {given})")
+            source = KNOWN[of.name]["hub"] if of.name in KNOWN else of.name
+            parts.append(f"To open it so: moelab.open({source!r}, {given})")
         form = f"{shape.layers} layers x {max(shape.experts)} experts, top {shape.top_k}"
         return Sheet(f"{of.name}: {form}", self.sentence(), [*parts, self.basis])
 
