@@ -25,6 +25,7 @@ TINY = {
 def small_scratch():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sizes, "SCRATCH_BYTES", 1 << 22)
+        patch.setattr(sizes, "SETTLE_S", 0)
         yield
 
 

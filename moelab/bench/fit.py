@@ -56,6 +56,8 @@ SIZES = "Disk and memory, by bits (demo kl: what the bundled demo loses, not thi
 class Fit(Shown):
     """What a model asks of this machine, and what it would give; shown as a sheet.
 
+    A run of ``chosen`` says what the model's speed here really is; nothing in here was run.
+
     Attributes
     ----------
     architecture, machine
@@ -155,11 +157,8 @@ class Fit(Shown):
         names = {"budget_bytes": gb, "tokens_per_s": speed, "bits": "tier"}
         points = self.grid.rename(columns=names).assign(**{gb: self.grid["budget_bytes"] / 1e9})
         points["tier"] = [f"{bits} bit" for bits in points["tier"]]
-        marks = (
-            [(self.chosen["budget"] / 1e9, f"fits in {size(self.memory_bytes)}")]
-            if self.chosen
-            else []
-        )
+        fits = [self.chosen["budget"] / 1e9] if self.chosen else []
+        marks = [(at, f"fits in {size(self.memory_bytes)}") for at in fits]
         return lines(points, gb, speed, "tier", marks=marks, log_x=True, log_y=True)
 
 
@@ -217,10 +216,8 @@ def fit(
     distances = distances[distances < NEVER]
     cliff, enough = int(distances[0]), int(distances[math.ceil(MOST_OF * len(distances)) - 1])
     dense_bits = next((b for b in DENSE_BITS if 2 * of.dense_bytes(b) <= whole), DENSE_BITS[-1])
-    rest, predict = (
-        of.dense_bytes(dense_bits) + PROCESS_BYTES,
-        Predictor(trace, machine[dense_bits]),
-    )
+    rest = of.dense_bytes(dense_bits) + PROCESS_BYTES
+    predict = Predictor(trace, machine[dense_bits])
 
     def predicted(strategy: str, budget: int, bits: int) -> dict[str, Any] | None:
         try:

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,8 @@ from moelab.store.codecs import GROUP, Layout, decode, nbytes
 from moelab.store.machine import Machine
 
 DENSE_BITS, DENSE_ROWS = (16, 8, 4), 2048
-SCRATCH_BYTES = 1 << 27
+SCRATCH_BYTES, SETTLE_S = 1 << 27, 1.0
+"""A disk that has just been written to may read slowly for a while."""
 ORDINARY = 0x3C
 """A byte of which 16-bit floats are near 0.01 or 1: none is so small that a core slows down."""
 
@@ -135,6 +137,7 @@ def _scratch(folder: Path, load: int) -> dict[str, Any]:
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
+        time.sleep(SETTLE_S)
         blobs = BlobFile(Path(file.name))
         depth = readers.best(readers.paces(blobs, load)) if blobs.direct else readers.CACHED
         return {"disk": disk_of(blobs, load, depth), "readers": depth}
