@@ -32,6 +32,8 @@ _HOMES = {
     "predictors": "moelab.views.predictors",
     "sweep": "moelab.runs.sweep",
     "policy_or_memory": "moelab.views.policy_or_memory",
+    "fit": "moelab.bench.fit",
+    "clinic": "moelab.views.clinic",
     "moefy": "moelab.training.moefy",
     "compare": "moelab.runs.compare",
     "report": "moelab.views.report",

@@ -6,23 +6,21 @@ What a person can put right (a bad value, a missing file) is one line and exit c
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 import time
-from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moelab.course.command import app as challenges
+from moelab.course.jupyter import open_jupyter
 
 if TYPE_CHECKING:
     from moelab import Run
     from moelab.bench import Files
+    from moelab.views.sheet import Shown
 
-NOTEBOOK = "00_start_here.ipynb"
 _POLL_SECONDS = 0.03
 _SUITES = ("papers", "scheduler", "rivals")
 
@@ -73,7 +71,7 @@ def _start(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        _open_jupyter([])
+        open_jupyter([])
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -83,7 +81,7 @@ def lab(context: typer.Context) -> None:
     From an installed package, the notebooks are copied to ./moelab-notebooks first; a notebook that
     is there already is left as it is. JupyterLab listens on 127.0.0.1 only.
     """
-    _open_jupyter(context.args)
+    open_jupyter(context.args)
 
 
 @app.command()
@@ -130,6 +128,45 @@ def info(model: Model = "demo", budget: Budget = None) -> None:
         else:
             rows.append((name, _size(value) if name.endswith("_bytes") else _word(value)))
     _print_table(rows)
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="Known name, config.json's folder, GGUF or hub id.")],
+    memory: Annotated[str | None, typer.Option(help="In all, like 8GB [what is free].")] = None,
+    device: Annotated[str, typer.Option(help="disk, or an emulated one such as hdd.")] = "disk",
+    html: Annotated[Path | None, typer.Option(help="Write the sheet as a page.")] = None,
+) -> None:
+    """Say what a model needs and how fast it would be here, by its configuration alone."""
+    import moelab
+
+    _print_sheet(moelab.fit(model, memory=memory, device=device), html)
+
+
+@app.command()
+def clinic(
+    trace: Annotated[
+        Path, typer.Argument(help="A trace: moelab's, BigMoeOnEdge's, llama.cpp's...")
+    ],
+    memory: Annotated[
+        str | None, typer.Option(help="For experts: 4GB or 25% [as recorded].")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Whose experts' sizes count, as for fit.")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Of the experts.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the sheet as a page.")] = None,
+) -> None:
+    """Examine recorded routing: policy or memory, every strategy, what to set in other tools."""
+    import moelab
+
+    _print_sheet(moelab.clinic(trace, model=model, memory=memory, bits=bits), html)
+
+
+def _print_sheet(found: Shown, html: Path | None) -> None:
+    print(found)
+    if html is not None:
+        print(f"\n{found.save(html)}")
 
 
 @app.command()
@@ -319,46 +356,6 @@ def _stream(going: Run) -> None:
         except KeyboardInterrupt:
             going.stop()
     print("\n")
-
-
-def notebooks(package: Path, target: Path) -> Path:
-    """Return the folder of notebooks to open: a checkout's own, else copies of the package's.
-
-    Parameters
-    ----------
-    package
-        The folder of the package `moelab`.
-    target
-        Where copies go; what lies there already is kept.
-    """
-    checkout = package.parent / "notebooks"
-    if (checkout / NOTEBOOK).is_file() and (package.parent / "pyproject.toml").is_file():
-        return checkout
-    shipped = package / "notebooks"
-    if not (shipped / NOTEBOOK).is_file():
-        raise FileNotFoundError(f"{shipped / NOTEBOOK} is missing: install moelab again")
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(shipped.glob("*.ipynb")):
-        if not (target / file.name).exists():
-            shutil.copyfile(file, target / file.name)
-    return target
-
-
-def _open_jupyter(options: list[str]) -> None:
-    """Become JupyterLab, on loopback; root is let in because it asked."""
-    if util.find_spec("jupyterlab") is None:
-        raise ImportError("JupyterLab is not installed here; run: pip install 'moelab[lab]'")
-    from moelab.course.serve import let_jupyter_find
-
-    folder = notebooks(Path(__file__).parent, Path.cwd() / "moelab-notebooks")
-    command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1"]
-    command += [f"--ServerApp.root_dir={folder}", f"--LabApp.default_url=/lab/tree/{NOTEBOOK}"]
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        command.append("--allow-root")
-    let_jupyter_find("JUPYTER_CONFIG_PATH")  # no news: their question would cover the first cell
-    opened = folder / NOTEBOOK
-    print(f"moelab: opening {opened} in JupyterLab (Ctrl-C twice ends it)", flush=True)
-    os.execv(sys.executable, [*command, *options])  # noqa: S606
 
 
 def _split(text: str) -> list[str]:

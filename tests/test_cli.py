@@ -18,8 +18,9 @@ import pytest
 
 import moelab
 import tiny_models
-from moelab import bench, cli, health
+from moelab import bench, health
 from moelab.bench.scheduler import stream
+from moelab.course import jupyter
 from moelab.course import serve as serving
 
 PROMPT = "Once upon a time"
@@ -297,19 +298,19 @@ def test_a_made_stream_is_the_same_for_the_same_seed_and_skewed():
 def test_an_installed_package_copies_its_notebooks_and_keeps_what_is_there(tmp_path):
     package = tmp_path / "site-packages" / "moelab"
     (package / "notebooks").mkdir(parents=True)
-    (package / "notebooks" / cli.NOTEBOOK).write_text("new")
+    (package / "notebooks" / jupyter.NOTEBOOK).write_text("new")
     (package / "notebooks" / "02_more.ipynb").write_text("new")
     target = tmp_path / "here"
     target.mkdir()
-    (target / cli.NOTEBOOK).write_text("mine")
-    assert cli.notebooks(package, target) == target
-    assert (target / cli.NOTEBOOK).read_text() == "mine"
+    (target / jupyter.NOTEBOOK).write_text("mine")
+    assert jupyter.notebooks(package, target) == target
+    assert (target / jupyter.NOTEBOOK).read_text() == "mine"
     assert (target / "02_more.ipynb").read_text() == "new"
 
 
 def test_a_checkout_opens_its_own_notebooks(tmp_path):
-    package = Path(cli.__file__).parent
-    assert cli.notebooks(package, tmp_path / "never") == package.parent / "notebooks"
+    package = Path(moelab.__file__).parent
+    assert jupyter.notebooks(package, tmp_path / "never") == package.parent / "notebooks"
     assert not (tmp_path / "never").exists()
 
 
@@ -328,7 +329,7 @@ def test_the_lab_serves_the_notebook_on_loopback_only(tmp_path):
     try:
         name = _notebook_served(server, port)
         log = (tmp_path / "log").read_text()
-        assert name == cli.NOTEBOOK, log
+        assert name == jupyter.NOTEBOOK, log
         asked = "/lab/api/settings/@jupyterlab/apputils-extension:notification"
         news = json.loads(_asked(port, asked))["schema"]["properties"]["fetchNews"]
         assert news["default"] == "false", "its question would cover the first cell"
@@ -345,7 +346,7 @@ def _notebook_served(server: subprocess.Popen, port: int) -> str | None:
     until = time.monotonic() + 90
     while server.poll() is None and time.monotonic() < until:
         try:
-            return json.loads(_asked(port, f"/api/contents/{cli.NOTEBOOK}?content=0"))["name"]
+            return json.loads(_asked(port, f"/api/contents/{jupyter.NOTEBOOK}?content=0"))["name"]
         except (OSError, KeyError):
             time.sleep(0.3)
     return None

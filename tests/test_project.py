@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 import moelab
 from moelab import cli
+from moelab.course import jupyter
 from moelab.store.devices import DEVICES
 from moelab.strategies import NAMES
 from test_imports import RANK, TOP, room, sources
@@ -260,7 +261,7 @@ def test_the_wheel_holds_every_file_of_the_package(files, wheel):
     inside = set(wheel.namelist())
     package = {str(f.relative_to(TOP)) for f in files if f.is_relative_to(TOP / "moelab")}
     assert package - inside == set()
-    assert {"moelab/py.typed", f"moelab/notebooks/{cli.NOTEBOOK}"} <= inside
+    assert {"moelab/py.typed", f"moelab/notebooks/{jupyter.NOTEBOOK}"} <= inside
     assert any(name.startswith("moelab/views/") and name.endswith(".js") for name in inside)
     assert "moelab/demo/model/model.safetensors" in inside
 

@@ -12,7 +12,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-__all__ = ["DOMAINS", "checkpoint", "probes", "prompts"]
+__all__ = ["DOMAINS", "checkpoint", "losses", "probes", "prompts"]
 
 HERE = Path(__file__).parent
 DOMAINS = ("novel", "bible", "drama", "dictionary", "code", "docs")
@@ -53,3 +53,9 @@ def prompts() -> dict[str, list[str]]:
 def probes() -> dict[str, str]:
     """Held-out text of 300-400 tokens, by domain, to measure quality on."""
     return {domain: _held_out()["probes"][domain] for domain in DOMAINS}
+
+
+def losses() -> dict[int, float]:
+    """Bits -> mean KL that the small one loses at them, in nats, as its card has it."""
+    card = json.loads((HERE / "card.json").read_text(encoding="utf-8"))
+    return {int(bits): found["kl_mean"] for bits, found in card["bits"].items()}

@@ -11,17 +11,18 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from moelab.engine import kernels, readers
-from moelab.engine.compute import Routed, Serve
+from moelab.engine.compute import Batch, Routed, Serve
 from moelab.engine.engine import Engine
 from moelab.engine.generation import Stream, threads
 from moelab.engine.memory import Slot, pages
 from moelab.replays.clock import Computing
+from moelab.store.blobs import BlobFile
 from moelab.store.devices import Device
 from moelab.store.machine import Machine
 
@@ -40,30 +41,19 @@ def measure(engine: Engine) -> Machine:
     """
     kernels.POOL.threads = engine.threads
     with threads(1), torch.inference_mode():
-        experts, calls, slower = {}, [], []
-        for bits in engine.store.tiers:
-            one, many, rested = _experts(engine, bits)
-            count = engine.shape.top_k
-            experts[bits] = (many - one) / (count - 1) if count > 1 else one
-            calls.append(max(0.0, one - experts[bits]))
-            slower.append(rested / many)
+        tiers, k = engine.store.tiers, engine.shape.top_k
+        found = expert_times(tiers, k, lambda bits: _stored(engine, bits))
         head: Any = engine.model.get_output_embeddings()
         width = head.weight.shape[-1]
         state = torch.randn(1, 1, width, dtype=engine.model.dtype)
-        token_ms = _median(lambda: head(state))
-    computing = Computing(
-        0.0,
-        token_ms,
-        {bits: max(0.0, ms) for bits, ms in experts.items()},
-        call_ms=statistics.median(calls),
-        ask_ms=_asking(engine),
-        wake_ms=_wake(engine),
-        after_wait=max(1.0, statistics.median(slower)),
-    )
-    return Machine(computing, _disk(engine), engine.loader.readers)
+        token_ms = median_ms(lambda: head(state))
+    computing = Computing(0.0, token_ms, **found, ask_ms=_asking(engine), wake_ms=_wake(engine))
+    store, bits = engine.store, max(engine.store.tiers)
+    disk = disk_of(store.files[bits], store.slot_bytes[bits], engine.loader.readers)
+    return Machine(computing, disk, engine.loader.readers)
 
 
-def _median(work: Callable[[], object], *, rest_ms: float = 0.0) -> float:
+def median_ms(work: Callable[[], object], *, rest_ms: float = 0.0) -> float:
     """Milliseconds of ``work``, each time after a pause."""
     found = []
     for _ in range(TIMES):
@@ -74,30 +64,65 @@ def _median(work: Callable[[], object], *, rest_ms: float = 0.0) -> float:
     return statistics.median(found)
 
 
-def _experts(engine: Engine, bits: int) -> tuple[float, float, float]:
+Work = Callable[[list[int]], object]
+"""Computes the experts in these places, for one token."""
+
+
+def expert_times(
+    tiers: Iterable[int], top_k: int, made: Callable[[int], tuple[int, Work]]
+) -> dict[str, Any]:
+    """What `Computing` says of experts; ``made`` gives how many are in memory, and their `Work`."""
+    experts, calls, slower = {}, [], []
+    for bits in tiers:
+        one, many, rested = _experts(*made(bits), top_k)
+        each = (many - one) / (top_k - 1) if top_k > 1 else one
+        experts[bits] = max(0.0, each)
+        calls.append(max(0.0, one - each))
+        slower.append(rested / many)
+    after = max(1.0, statistics.median(slower))
+    return {"expert_ms": experts, "call_ms": statistics.median(calls), "after_wait": after}
+
+
+def _experts(held: int, work: Work, count: int) -> tuple[float, float, float]:
     """Milliseconds of one call for an expert, for a token's, and for these after a pause."""
+    turn = itertools.count()
+
+    def some(count: int) -> None:
+        first = next(turn) * count
+        work([(first + i) % held for i in range(count)])
+
+    some(count)
+    rested = median_ms(lambda: some(count), rest_ms=APART)
+    return median_ms(lambda: some(1)), median_ms(lambda: some(count)), rested
+
+
+def _stored(engine: Engine, bits: int) -> tuple[int, Work]:
+    """Experts of the store, through the engine's own batch."""
     store, shape = engine.store, engine.shape
-    experts, count = shape.experts[0], shape.top_k
-    held = min(experts, max(count, MEMORY_BYTES // store.slot_bytes[bits]))
-    slots = [Slot(bits, pages(store.slot_bytes[bits])) for _ in range(held)]
+    slots = slots_for(bits, store.slot_bytes[bits], shape.experts[0], shape.top_k)
     for expert, slot in enumerate(slots):
         store.read(0, expert, bits, into=slot.view)
     # The input as the first router is given it: of the width that the experts take.
     x = torch.randn(1, store.manifest.hidden, dtype=engine.model.dtype)
-    turn = itertools.count()
 
-    def work(some: int) -> None:
-        first = next(turn) * some
-        chosen = [(first + i) % held for i in range(some)]
-        weights = torch.full((1, some), 1 / some)
-        routed = Routed(torch.tensor([chosen]), weights, experts)
-        batch = engine.compute.batch(0, x, routed, scale_input=False)
-        batch.add([(Serve(e, bits), slots[e]) for e in chosen])
-        batch.result()
+    def batch_of(routed: Routed) -> Batch:
+        return engine.compute.batch(0, x, routed, scale_input=False)
 
-    work(count)
-    rested = _median(lambda: work(count), rest_ms=APART)
-    return _median(lambda: work(1)), _median(lambda: work(count)), rested
+    return len(slots), lambda chosen: compute(batch_of, chosen, slots)
+
+
+def slots_for(bits: int, nbytes: int, experts: int, top_k: int) -> list[Slot]:
+    """Memory of as many experts as a cache does not hold, at least a token's."""
+    held = min(experts, max(top_k, MEMORY_BYTES // nbytes))
+    return [Slot(bits, pages(nbytes)) for _ in range(held)]
+
+
+def compute(batch_of: Callable[[Routed], Batch], chosen: list[int], slots: list[Slot]) -> None:
+    """A layer's output from the experts in these slots."""
+    weights = torch.full((1, len(chosen)), 1 / len(chosen))
+    batch = batch_of(Routed(torch.tensor([chosen]), weights, len(slots)))
+    batch.add([(Serve(e, slots[e].bits), slots[e]) for e in chosen])
+    batch.result()
 
 
 def _asking(engine: Engine) -> float:
@@ -134,14 +159,12 @@ def _wake(engine: Engine) -> float:
     return max(0.0, statistics.median(late))
 
 
-def _disk(engine: Engine) -> Device:
+def disk_of(file: BlobFile, nbytes: int, depth: int) -> Device:
     """The disk as a device: how fast all readers are together, and what a single load waits."""
-    store, bits = engine.store, max(engine.store.tiers)
-    file, nbytes, depth = store.files[bits], store.slot_bytes[bits], engine.loader.readers
     pace = max(readers.pace(file, nbytes, depth) for _ in range(3))
     into, rng = pages(nbytes), random.Random(0)
     places = [nbytes * rng.randrange(file.nbytes // nbytes) for _ in range(TIMES)]
     turn = iter(places)
-    alone = _median(lambda: file.read_into(into, next(turn), direct=True))
+    alone = median_ms(lambda: file.read_into(into, next(turn), direct=True))
     latency = max(0.0, alone - 1e3 * nbytes / pace)
     return Device("this machine's disk", pace, latency, depth)

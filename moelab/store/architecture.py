@@ -30,6 +30,8 @@ KNOWN: dict[str, dict[str, Any]] = json.loads(
     files("moelab.models").joinpath("known.json").read_text("utf-8")
 )
 """By name: ``hub``, the ``billions`` of parameters published there, and the ``config``."""
+HUB = {known["hub"].lower(): name for name, known in KNOWN.items()}
+"""Names of `KNOWN` by hub id: what is known here is not asked of the hub."""
 
 
 class Architecture:
@@ -105,7 +107,7 @@ def _found(of: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], Pre
     """Name, keys of config.json, and the configuration that they make."""
     if isinstance(of, Mapping):
         return str(of.get("model_type")), dict(of), make_config(of)
-    if (name := str(of)) in KNOWN:
+    if (name := HUB.get(str(of).lower(), str(of))) in KNOWN:
         data = KNOWN[name]["config"]
         return name, dict(data), make_config(data)
     folder = Path(of).expanduser().absolute()

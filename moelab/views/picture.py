@@ -13,7 +13,7 @@ import textwrap
 import threading
 import unicodedata
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,11 @@ def picture(
     ImportError
         matplotlib is not installed; the message has the command that installs it.
     """
+    return saved(lambda: _drawn(frame, model, head), kind)
+
+
+def saved(draw: Callable[[], Any], kind: str, *, transparent: bool = False) -> bytes:
+    """A figure of matplotlib in the looks of all pictures, as ``"svg"`` or ``"png"``."""
     try:
         import matplotlib as mpl
     except ImportError as e:
@@ -87,7 +92,8 @@ def picture(
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
         kinds = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else None
-        _drawn(frame, model, head).savefig(file, format=kind, dpi=2 * DPI, metadata=kinds)
+        clear = {"transparent": transparent, "metadata": kinds}
+        draw().savefig(file, format=kind, dpi=2 * DPI, **clear)
     if kind == "png":
         return file.getvalue()
     svg = file.getvalue().decode()

@@ -25,6 +25,7 @@ from moelab.scheduling.trace import Trace
 from moelab.spelling import named, spelled
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
     from moelab.runs.run import Run
@@ -106,22 +107,29 @@ class PolicyOrMemory:
 
     def figure(self) -> go.Figure:
         """Hit ratio over memory: LRU's at every budget, the best eviction's, and now."""
-        import pandas as pd
-
         from moelab.views.charts import curve
+
+        title = "<br>".join(textwrap.wrap(self.sentence(), 100))
+        figure = curve(
+            self.points(), "experts", "hit ratio", color="eviction", title=title, mark=self.marks()
+        )
+        above = {"y": 1, "yanchor": "top", "pad_t": 10, "font_size": 13}
+        return figure.update_layout(title=above, margin_t=120)
+
+    def points(self) -> pd.DataFrame:
+        """What `figure` draws: ``experts``, ``hit ratio``, ``eviction``."""
+        import pandas as pd
 
         at = np.unique(np.linspace(0, len(self.lru) - 1, 400).astype(int))
         drawn = [(int(x), float(self.lru[x]), "LRU") for x in at]
         drawn += [(x, y, "best eviction (Belady)") for x, y in self.belady.items()]
         drawn.append((self.experts, self.now, f"{self.policy}, now"))
-        frame = pd.DataFrame(drawn, columns=["experts", "hit ratio", "eviction"])
-        marks: list[Any] = [(self.experts, "budget")]
-        if self.cliff is not None:
-            marks.append((self.cliff, "LRU's cliff"))
-        title = "<br>".join(textwrap.wrap(self.sentence(), 100))
-        figure = curve(frame, "experts", "hit ratio", color="eviction", title=title, mark=marks)
-        above = {"y": 1, "yanchor": "top", "pad_t": 10, "font_size": 13}
-        return figure.update_layout(title=above, margin_t=120)
+        return pd.DataFrame(drawn, columns=["experts", "hit ratio", "eviction"])
+
+    def marks(self) -> list[Any]:
+        """Upright lines of `figure`."""
+        cliff = [(self.cliff, "LRU's cliff")] if self.cliff is not None else []
+        return [(self.experts, "budget"), *cliff]
 
     def __repr__(self) -> str:
         return self.sentence()

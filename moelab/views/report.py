@@ -207,28 +207,34 @@ def html(packed: bytes, *, title: str, picture: str = "") -> str:
     >>> embedded(html(b"packed", title="a run"), "run.html")
     b'packed'
     """
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="generator" content="moelab {moelab.__version__}">
-<title>{escape(title)}</title>
-<style>
-{styles(PAGE_STYLES)}
-</style>
-</head>
-<body class="moe-page">
-<main id="moelab-page">
+    body = f"""<main id="moelab-page">
 {picture}
 <p id="moelab-note" role="status">{TOO_OLD}</p>
 </main>
 {RECORDING}{base64.b64encode(packed).decode()}</script>
 <script type="module">
 {script("page")}
-</script>
+</script>"""
+    return framed(body, title=title, policy=POLICY, css=styles(PAGE_STYLES))
+
+
+def framed(body: str, *, title: str, policy: str, css: str) -> str:
+    """A whole page around ``body`` that needs nothing else and may fetch nothing."""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="generator" content="moelab {moelab.__version__}">
+<title>{escape(title)}</title>
+<style>
+{css}
+</style>
+</head>
+<body class="moe-page">
+{body}
 </body>
 </html>
 """
