@@ -15,8 +15,8 @@ TEST_ARGS ?=
 NOT_QUICK := bench_papers calibration challenges cli counterfactual demo_model families faults front_ends \
     moefication moefication_smollm2 pack serve workers
 BIN       := .venv/bin
-# One more than cores: browsers, emulated devices and other processes are waited for.
-WORKERS    = $(shell $(BIN)/python -c 'import os; print(os.cpu_count() + 1)')
+# Two more than cores: browsers, emulated devices and other processes are waited for.
+WORKERS    = $(shell $(BIN)/python -c 'import os; print(os.cpu_count() + 2)')
 
 # .venv is compiled when it is first imported; where this is set, every process would do it again: 9 s.
 unexport PYTHONDONTWRITEBYTECODE

@@ -142,7 +142,7 @@ class Settings:
             strategy = make(strategy, now, "")
         if not hasattr(strategy, "parts") and not callable(strategy):
             raise ValueError(f"strategy={strategy!r}: a name, or a Strategy like lru()")
-        strategy = make_strategy(strategy)
+        strategy = make_strategy(strategy)  # pyright: ignore[reportArgumentType]
         parts: dict[str, Any] = {}
         words: dict[str, Any] = {}
         own: dict[int, Any] = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-COUNT = int(os.environ.get("MOELAB_FUZZ_STORES", "40"))
+COUNT = int(os.environ.get("MOELAB_FUZZ_STORES", "30"))
 SEED = int(os.environ.get("MOELAB_FUZZ_SEED", "0"))
 SCRIPT = Path(__file__).with_name("fuzz_stores.py")
 

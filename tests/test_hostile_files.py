@@ -37,7 +37,7 @@ from moelab.store.store import Store
 from moelab.strategies import CALIBRATED, NAMES, NEEDS_CALIBRATION, make
 from test_challenges import SIX, Entry, figures
 
-MUTANTS = int(os.environ.get("MOELAB_MUTANTS", "1960"))
+MUTANTS = int(os.environ.get("MOELAB_MUTANTS", "1970"))
 SECONDS = 20
 NASTY = [
     None,

@@ -26,7 +26,7 @@ from moelab import demo
 from moelab.engine.sizes import DENSE_BITS, of_sizes
 from moelab.engine.spare import Machine as Spare
 from moelab.replays.bounds import NEVER, reuse_distances
-from moelab.replays.routing import PROFILES, Profile, routing
+from moelab.replays.routing import PROFILES, nearest, routing
 from moelab.runs.prediction import Predictor, fitted
 from moelab.scheduling.budget import BudgetError, minimum_budget, size
 from moelab.scheduling.stream import Knobs, Shape
@@ -99,13 +99,13 @@ class Fit(Shown):
         """What to expect, in one sentence."""
         shape, device = self.architecture.shape, find_device(self.device).title
         if not self.chosen:
-            least = self.grid["memory_bytes"].min()
+            least = min(self.grid["memory_bytes"].tolist())
             return (
                 f"{size(self.memory_bytes)} are too few for {self.architecture.name}: it needs "
                 f"{size(least)} at least."
             )
         bits, budget = self.chosen["bits"], self.chosen["budget"]
-        speed = self.strategies["tokens_per_s"].max()
+        speed = max(self.strategies["tokens_per_s"].tolist())
         return (
             f"{size(self.memory_bytes)} and {device}: about {number(speed, '.2g')} tokens/s at "
             f"{bits} bit with a budget of {size(budget)} for experts (modelled); below "
@@ -143,7 +143,7 @@ class Fit(Shown):
         sizes = self.sizes()
         sizes = sizes.assign(**{name: sizes[name].map(size) for name in sizes.columns[1:-1]})
         sizes.columns = [name.replace("_bytes", "").replace("_", " ") for name in sizes.columns]
-        best = self.strategies[["strategy", "tokens_per_s", "hit_ratio"]].copy()
+        best: Any = self.strategies[["strategy", "tokens_per_s", "hit_ratio"]].copy()
         best["strategy"] = best["strategy"].map(spelled)
         best.columns = ["strategy", "tokens/s", "hit ratio"]
         parts: list[Picture | Table | str] = [Picture(self.sentence(), self._drawn)]
@@ -267,21 +267,12 @@ def _places(shape: Shape, cliff: int) -> list[tuple[int, int]]:
 def _stream(of: Architecture) -> tuple[Trace, str]:
     """Routing of the model, or of the nearest whose routing is known, and which that is."""
     shape = of.shape
-    experts, k = max(shape.experts), shape.top_k
-
-    def away(one: tuple[str, Profile]) -> float:
-        """How far from it: in the share of experts that a token asks for, then in their number."""
-        name, p = one
-        share = abs(math.log(p.top_k / p.experts * experts / k))
-        return -1 if name in of.name.lower() else share + abs(math.log(p.experts / experts)) / 4
-
-    name, profile = min(PROFILES.items(), key=away)
-    like = dataclasses.replace(profile, layers=shape.layers, experts=experts, top_k=k, weights=0)
-    trace = routing(like, tokens=TOKENS, prompt=PROMPT)
+    name, like = nearest(of.name, shape)
+    trace, profile = routing(like, tokens=TOKENS, prompt=PROMPT), PROFILES[name]
     own = f"{profile.layers} layers x {profile.experts} experts, top {profile.top_k}"
     said = f"Routing is modelled after {name} ({own})"
-    nearest = "" if name in of.name.lower() else ", the nearest whose routing is known"
-    return dataclasses.replace(trace, shape=shape), f"{said}{nearest}."
+    closest = "" if name in of.name.lower() else ", the nearest whose routing is known"
+    return dataclasses.replace(trace, shape=shape), f"{said}{closest}."
 
 
 @functools.cache

@@ -10,7 +10,6 @@ run's, or *modelled*. What it does not know: text and quality.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,13 @@ from moelab import opening
 from moelab.catalogue import find_store, offered
 from moelab.lab import Lab
 from moelab.replays.files import Trace
-from moelab.replays.routing import PROFILES
+from moelab.replays.routing import PROFILES, nearest
 from moelab.replays.routing import routing as drawn
 from moelab.settings import parse_budget, refuse_unknown
 from moelab.store import ghost as store
 from moelab.store.architecture import Architecture
 from moelab.store.codecs import TIERS
 
-LIKE = "qwen3-30b-a3b"
-"""Whose routing is the model of those that none was fitted to."""
 TOKENS = 256
 
 
@@ -51,7 +48,7 @@ def ghost(
         fetched), or the keys of a config.json.
     routing
         A trace (``run.trace``, or a file of one), or whose routing it is modelled after, see
-        `moelab.routing`. Default: its own where one was fitted, else Qwen3-30B-A3B's.
+        `moelab.routing`. Default: its own where one was fitted, else the nearest one's.
     disk
         Of random experts to read, at most; where all experts are more, several share their bytes.
     tiers
@@ -114,12 +111,11 @@ def _trace(found: Architecture, routing: str | Path | None) -> Trace:
                 f"there are {', '.join(PROFILES)}"
             )
         return Trace.load(routing)
-    like = str(routing or (found.name if found.name in PROFILES else LIKE))
     shape = found.shape
     if len(set(shape.experts)) > 1:
         raise ValueError(f"layers of {found.name} differ in experts; give a trace of its own")
-    sizes = {"layers": shape.layers, "experts": shape.experts[0], "top_k": shape.top_k}
-    trace = drawn(replace(PROFILES[like], **sizes), tokens=TOKENS)
+    like, profile = nearest(str(routing or found.name), shape)
+    trace = drawn(profile, tokens=TOKENS)
     trace.lacks = (f"a real run: modelled after {like}", *trace.lacks[1:])
     return trace
 

@@ -1,4 +1,4 @@
-"""Exercises of notebooks 00, 01, 05, 06 and 08: live lab, own policy, what if, devices."""
+"""Exercises of notebooks 00, 01 and 05 to 08: live lab, own policy, what if, models, devices."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ from moelab.course.verdict import (
     written,
 )
 from moelab.replays.clock import Computing
+from moelab.scheduling.budget import minimum_budget
+from moelab.scheduling.stream import Knobs
+from moelab.store.architecture import Architecture
 from moelab.store.devices import DEVICES, Device
 from moelab.store.machine import Machine
+from moelab.strategies import make
 
 TOKENS = 16
 WITH = 30
@@ -239,6 +243,34 @@ def half_as_long(answer: Any) -> Said:
         f"{mine:.1f} ms a token instead of {plain:.1f} (modelled), KL {kl:.3f} (measured)",
         (2 * mine > plain, "Half is asked for: which bytes need not be read?"),
         (kl > KL_BORNE, f"KL is to stay under {KL_BORNE}."),
+    )
+
+
+@exercise("07.1")
+def first_hit(answer: Any) -> Said:
+    """Fewest experts with which LRU hits anything in Qwen3-30B-A3B's modelled routing."""
+    experts = a_number(answer, "experts", whole=True)
+    found = moelab.policy_or_memory(moelab.routing("qwen3-30b-a3b", tokens=32), experts=1500)
+    if not 1 <= experts < len(found.lru):
+        raise RefusedError(f"{experts:g} experts: 1 to {len(found.lru) - 1}")
+    mine, less = (float(found.lru[int(experts) - n]) for n in (0, 1))
+    return judged(
+        f"with room for {experts:g} LRU hits {mine:.2%}, with one less {less:.2%}",
+        (mine == 0, "Nothing is hit yet."),
+        (less > 0, "It began before."),
+    )
+
+
+@exercise("07.2")
+def least_memory(answer: Any) -> Said:
+    """GB that Qwen3-30B-A3B needs at 4 bit: dense weights, and one layer's experts of a token."""
+    gb, of = a_number(answer, "GB"), Architecture("qwen3-30b-a3b")
+    budget = minimum_budget(of.shape, make("lru"), Knobs(of.shape.all_bytes(4), 4))
+    least = (of.dense_bytes(4) + budget) / 1e9
+    return judged(
+        f"{gb:g} GB said; dense weights take {of.dense_bytes(4) / 1e9:.2f} GB at 4 bit",
+        (gb < 0.9 * least, "That is too little to hold the dense weights and one layer's experts."),
+        (gb > 1.1 * least, "Less will do: which experts have to be there at one moment?"),
     )
 
 

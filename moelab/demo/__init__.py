@@ -12,7 +12,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-__all__ = ["DOMAINS", "checkpoint", "losses", "probes", "prompts"]
+__all__ = ["DOMAINS", "checkpoint", "gguf", "losses", "probes", "prompts"]
 
 HERE = Path(__file__).parent
 DOMAINS = ("novel", "bible", "drama", "dictionary", "code", "docs")
@@ -38,6 +38,27 @@ def checkpoint() -> Path:
                 "`python -m moelab.training.train` (2 cores, under 3 hours)"
             )
     return folder
+
+
+def gguf(file: str | Path, *, blocks: str = "Q8_0") -> Path:
+    """Write the small one as a GGUF file, like those that people own; returns the file.
+
+    Parameters
+    ----------
+    file
+        Its tokenizer.json is put beside it.
+    blocks
+        Of its matrices: F32, F16, Q8_0, Q5_1, Q5_0, Q4_1 or Q4_0.
+
+    Examples
+    --------
+    >>> moelab.open(moelab.demo.gguf("models/demo.gguf"))  # doctest: +SKIP
+    """
+    from moelab.demo.as_gguf import write
+
+    file = Path(file)
+    write(file, blocks)
+    return file
 
 
 @cache

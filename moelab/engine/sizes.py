@@ -82,7 +82,8 @@ def _with_dense(
 ) -> Machine:
     """The machine with a layer's weights, and the head's, read at that pace."""
     one = bits / 8 + (4 / GROUP if bits < 16 else 0)  # bytes of a weight
-    head, table = of.model.get_output_embeddings().weight, of.model.get_input_embeddings().weight
+    model: Any = of.model
+    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     beside = head.numel() + (0 if table is head else table.numel())  # a table is looked up in
     layers = (of.dense_bytes(bits) - one * beside) / of.shape.layers
     layer_ms = small_ms + 1e3 * layers / pace

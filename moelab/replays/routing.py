@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -147,6 +147,24 @@ def routing(of: str | Profile, *, tokens: int = 128, prompt: int = 32, seed: int
     lacks = [f"a real run: modelled after {name}", "look-ahead"]
     lacks += ["gate weights"] * (p.gamma is None) + ["bytes of an expert"] * (not p.weights)
     return Trace(shape, steps, lacks=tuple(lacks))
+
+
+def nearest(name: str, shape: Shape) -> tuple[str, Profile]:
+    """Whose routing is known and most like that of a model of this name and shape.
+
+    Its own where its name says so; else the nearest in the share of experts that a token asks for,
+    then in their number. The profile is of the sizes asked for, and knows no bytes.
+    """
+    experts, k = max(shape.experts), shape.top_k
+
+    def away(one: tuple[str, Profile]) -> float:
+        known, p = one
+        share = abs(math.log(p.top_k / p.experts * experts / k))
+        return -1 if known in name.lower() else share + abs(math.log(p.experts / experts)) / 4
+
+    found, profile = min(PROFILES.items(), key=away)
+    sizes = {"layers": shape.layers, "experts": experts, "top_k": k, "weights": 0}
+    return found, replace(profile, **sizes)
 
 
 Choice = tuple[list[tuple[int, ...]], list[tuple[float, ...]]]

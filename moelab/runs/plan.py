@@ -201,7 +201,7 @@ def surface(
             losses[bits] = _lost(second, run)
             told((done := done + 1) / steps)
     rows = pd.DataFrame(found)
-    error = rows["was"][0].error
+    error = found[0]["was"].error
     rows["tokens_per_s"] = [1e3 / p.token_ms for p in rows["was"]]
     rows["hit_ratio"] = [p.replay.hit_ratio for p in rows.pop("was")]
     rows["kl_mean"] = [losses[bits] for bits in rows["bits"]]

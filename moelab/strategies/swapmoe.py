@@ -80,7 +80,7 @@ class VirtualExperts(FixedExperts):
 
     def observe(self, given: LayerInput, view: View) -> None:
         layer = given.layer
-        scores = self._scores(layer, view).data
+        scores: Any = self._scores(layer, view).data  # numpy says these are whole numbers
         norm = self._norms[layer] if self._norms else None
         norms = given.norms or (1.0,) * len(given.experts)
         rows = zip(norms, given.router_experts, given.router_weights, strict=True)

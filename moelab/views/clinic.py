@@ -71,7 +71,7 @@ class Clinic(Shown):
     @property
     def best(self) -> str:
         """The strategy that hits most and computes what was recorded; LRU where none does more."""
-        exact = self.strategies[~self.strategies["approximate"].astype(bool)]
+        exact: Any = self.strategies[~self.strategies["approximate"].astype(bool)]
         return str(exact["strategy"].iloc[0]) if len(exact) else "lru"
 
     def figure(self) -> go.Figure:

@@ -30,7 +30,7 @@ CELL = "text-align:left;vertical-align:top;padding:3px 12px 3px 0;border-bottom:
 BAR = "background:linear-gradient(90deg,rgba(0,114,178,0.3) {0:.0%},transparent {0:.0%})"
 WIDE = 100
 _MARKERS = dict(zip(SYMBOLS[:7], "osDPX^v", strict=True))
-_LINES = dict(zip(DASHES[:4], ("-", "--", ":", "-."), strict=True))
+_LINES: dict[str, str] = dict(zip(DASHES[:4], ("-", "--", ":", "-."), strict=True))
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,9 @@ def lines(
     axes = figure.subplots()
     for at, (name, rows) in enumerate(frame.sort_values(x).groupby(color, sort=False)):
         few = len(rows) <= 40
-        style = {
+        style: dict[str, Any] = {
             "c": COLOURS[at % len(COLOURS)],
-            "ls": _LINES[DASHES[at % 4]] if len(rows) > 1 else "",
+            "ls": _LINES[str(DASHES[at % 4])] if len(rows) > 1 else "",
         }
         marker = _MARKERS[SYMBOLS[at % 7]] if few else ""
         axes.plot(rows[x], rows[y], marker=marker, ms=5, lw=2, label=str(name), **style)
