@@ -23,7 +23,8 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 SECONDS = 60
 """On two idle cores; `shared` says how much longer it may take where others use them too."""
 
-PEAK_BYTES = 1e9
+PEAK_BYTES = {"07_your_own_model": 1.5e9}
+"""Of those that hold more than a gigabyte: a ghost takes what its model would."""
 PEAK = """
 from pathlib import Path
 status = Path("/proc/self/status")
@@ -98,7 +99,7 @@ def test_runs_from_top_to_bottom(path, demo_store, monkeypatch, tmp_path, record
         for block in re.findall(r"```python\n(.*?)```", notebook.cells[-2].source, re.DOTALL):
             ran(client, block)
     assert seconds < SECONDS * shared()
-    assert peak < PEAK_BYTES
+    assert peak < PEAK_BYTES.get(path.stem, 1e9)
     looks_as_it_should(path.stem, notebook.cells)
 
 

@@ -18,10 +18,10 @@ pytestmark = [
 def test_the_real_one_answers_in_english_and_fewer_bits_take_it_further_from_that():
     questions = "What is the capital of France?", "How do I make tea?"
     texts, kl = {}, {}
-    with moelab.open("smollm2-moe", budget="50%", measure_kl=4, progress=False) as opened:
+    with moelab.open("smollm2-moe", budget="50%", measure_kl=True, progress=False) as opened:
         for bits in (16, 4, 2):
             opened.update(bits=bits)
-            runs = [opened.generate(q, max_new_tokens=12) for q in questions]
+            runs = [opened.generate(q, max_new_tokens=8) for q in questions]
             texts[bits] = [run.text for run in runs]
             kl[bits] = sum(run.summary()["kl_mean"] for run in runs)
     assert "France" in texts[16][0]

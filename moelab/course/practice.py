@@ -26,7 +26,6 @@ from moelab.course.verdict import (
 from moelab.replays.clock import Computing
 from moelab.scheduling.budget import minimum_budget
 from moelab.scheduling.stream import Knobs
-from moelab.store.architecture import Architecture
 from moelab.store.devices import DEVICES, Device
 from moelab.store.machine import Machine
 from moelab.strategies import make
@@ -264,6 +263,8 @@ def first_hit(answer: Any) -> Said:
 @exercise("07.2")
 def least_memory(answer: Any) -> Said:
     """GB that Qwen3-30B-A3B needs at 4 bit: dense weights, and one layer's experts of a token."""
+    from moelab.store.architecture import Architecture  # needs torch, which a help does not
+
     gb, of = a_number(answer, "GB"), Architecture("qwen3-30b-a3b")
     budget = minimum_budget(of.shape, make("lru"), Knobs(of.shape.all_bytes(4), 4))
     least = (of.dense_bytes(4) + budget) / 1e9

@@ -57,7 +57,7 @@ def gguf(file: str | Path, *, blocks: str = "Q8_0") -> Path:
     from moelab.demo.as_gguf import write
 
     file = Path(file)
-    write(file, blocks)
+    write(checkpoint(), file, blocks)
     return file
 
 

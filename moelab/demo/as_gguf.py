@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file
 
-from moelab.demo import checkpoint
 from moelab.models.gguf_file import ATTENTION, ENDS, FAMILIES
 
 ARCHITECTURE = "qwen3moe"
@@ -22,13 +21,13 @@ BLOCKS = ("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """What the `gguf` package can write."""
 
 
-def write(file: Path, blocks: str) -> None:
-    """See `moelab.demo.gguf`."""
+def write(folder: Path, file: Path, blocks: str) -> None:
+    """See `moelab.demo.gguf`; ``folder`` is the checkpoint's."""
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
     if blocks not in BLOCKS:
         raise ValueError(f"blocks={blocks!r}: one of {', '.join(BLOCKS)}")
-    kind, folder = GGMLQuantizationType[blocks], checkpoint()
+    kind = GGMLQuantizationType[blocks]
     config = json.loads((folder / "config.json").read_text("utf-8"))
     file.parent.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(file, ARCHITECTURE)
