@@ -65,10 +65,13 @@ def of_sizes(
         What a layer takes besides its weights.
     """
     layout, experts = of.layout, SimpleNamespace(**of.described)
-    kernels.POOL.threads = torch.get_num_threads()
-    with threads(1), torch.inference_mode():
-        found = expert_times(tiers, of.shape.top_k, lambda bits: _made_up(of, experts, bits))
-        paces = {bits: _dense_pace(experts.hidden, layout.dtype, bits) for bits in DENSE_BITS}
+    before, kernels.POOL.threads = kernels.POOL.threads, torch.get_num_threads()
+    try:
+        with threads(1), torch.inference_mode():
+            found = expert_times(tiers, of.shape.top_k, lambda bits: _made_up(of, experts, bits))
+            paces = {bits: _dense_pace(experts.hidden, layout.dtype, bits) for bits in DENSE_BITS}
+    finally:
+        kernels.POOL.threads = before  # a lab's that is open
     machine = dataclasses.replace(
         known,
         computing=dataclasses.replace(known.computing, **found),

@@ -83,7 +83,7 @@ class Clinic(Shown):
         judged, shape = self.judged, self.trace.shape
         guess = self.predictors.drop(index="always right", errors="ignore")
         guess["in_vain"] = (guess["wrong_per_token"] * judged.expert_bytes).map(size)
-        guess = guess.reset_index()[["predictor", "recall", "in_vain", "ahead"]]
+        guess: Any = guess.reset_index()[["predictor", "recall", "in_vain", "ahead"]]
         guess.columns = ["predictor", "recall", "read in vain a token", "known before"]
         lacks = ", ".join(self.trace.lacks) or "nothing"
         each = f"{size(judged.expert_bytes)} an expert"
@@ -132,7 +132,7 @@ class Clinic(Shown):
         )
 
     def _strategies(self) -> pd.DataFrame:
-        rows = self.strategies
+        rows: Any = self.strategies
         notes = []
         for row in rows.to_dict("records"):
             said = ["approximate"] if row["approximate"] else []
