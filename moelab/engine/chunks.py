@@ -10,6 +10,7 @@ Letters: T tokens, n experts, H model width, I inner width, K a row's length, N 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,16 +67,23 @@ def activations_of(form: int) -> int:
     return (2 if form > 32 else 0) + (form & 31 == 8)
 
 
+@partial(kernel, any_order=True)
+def _largest(x: np.ndarray, first: int, last: int) -> tuple[np.float32, np.float32]:
+    """The largest magnitude, and 0, or NaN as soon as one value is not finite."""
+    largest, poison = np.float32(0), np.float32(0)
+    for j in range(first, last):
+        largest = max(largest, abs(x[j]))
+        poison += x[j] * np.float32(0)
+    return largest, poison
+
+
 @kernel
 def _quantise_groups(
     x: np.ndarray, first: int, last: int, size: int, levels: int, xq: np.ndarray, pairs: np.ndarray
 ) -> None:
     """float32 [K] -> integer codes, and per group scale and scale * sum(codes)."""
     for g in range(first, last):
-        largest, poison = np.float32(0), np.float32(0)
-        for j in range(g * size, (g + 1) * size):
-            largest = max(largest, abs(x[j]))
-            poison += x[j] * np.float32(0)  # NaN as soon as one value is not finite
+        largest, poison = _largest(x, g * size, (g + 1) * size)
         scale = max(largest, np.float32(1e-30)) / np.float32(levels)
         inverse, total = np.float32(1) / scale, np.int32(0)
         for j in range(g * size, (g + 1) * size):

@@ -8,8 +8,10 @@ know: families. A norm is replaced where it computes what `RootMeanSquare` does,
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from numba import types
 from numba.np.numpy_support import carray
@@ -24,15 +26,21 @@ SAME = 1e-6
 """Largest difference of a norm to ours, relative to its largest output."""
 
 
+@partial(kernel, any_order=True)
+def _mean_square(x: np.ndarray) -> float:
+    total = 0.0
+    for j in range(len(x)):
+        value = x[j]
+        total += types.float64(value) * value
+    return total / len(x)
+
+
 @kernel
 def _norm(x_at: int, rows: int, width: int, weight_at: int, eps: float, out_at: int) -> None:
     x, out = carray(float32_at(x_at), (rows, width)), carray(float32_at(out_at), (rows, width))
     weight = carray(float32_at(weight_at), width)
     for r in range(rows):
-        total = 0.0
-        for j in range(width):
-            total += types.float64(x[r, j]) * x[r, j]
-        scale = types.float32(1 / (total / width + eps) ** 0.5)
+        scale = types.float32(1 / (_mean_square(x[r]) + eps) ** 0.5)
         for j in range(width):
             out[r, j] = weight[j] * (x[r, j] * scale)
 

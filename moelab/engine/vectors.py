@@ -39,18 +39,22 @@ intrinsic = cast("Callable[..., Any]", _intrinsic)
 _NAMES = ("vectors.py", "row_dots.py", "cores.py", "chunks.py", "kernels.py", blocks.__file__)
 _FILES = [Path(__file__).parent / name for name in _NAMES]
 _TEXT = hashlib.blake2b(b"".join(f.read_bytes() for f in _FILES), digest_size=4).hexdigest()
-# Infinities and NaN must mean what they mean, so fastmath's nnan and ninf stay off.
-_FAST = {"reassoc", "contract", "nsz", "arcp"}
+# Infinities and NaN must mean what they mean, so fastmath's nnan and ninf stay off. A loop that
+# stores is compiled twice, for arrays that may overlap and for others, and which one runs hangs on
+# where they lie: with reassoc or arcp the two may round differently.
+_FAST = {"contract", "nsz"}
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+def kernel(function: Callable[..., Any], *, any_order: bool = False) -> Callable[..., Any]:
     """Compile, with a cache key that knows MOELAB_PORTABLE and the text of these files.
 
     numba's own key knows the CPU and the file of the function, not what it calls elsewhere.
+    ``any_order`` lets sums be added in any order, for functions that store nothing.
     """
     function.__qualname__ += f"@{'avx2' if AVX2 else 'portable'}-{_TEXT}"
     is_dot = function.__name__ == "dot"
-    return compiled(fastmath=_FAST, forceinline=is_dot)(function)
+    fast = _FAST | {"reassoc"} if any_order else _FAST
+    return compiled(fastmath=fast, forceinline=is_dot)(function)
 
 
 def intrinsic_of(signature: Any) -> Callable[[Callable[..., Any]], Any]:
