@@ -252,6 +252,11 @@ def parse_budget(value: float | str, shape: Shape) -> int:
     return round(number * _UNITS[unit])
 
 
+def is_whole(value: Any, least: int, most: float = math.inf) -> bool:
+    """Whether it is a whole number in this range; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
 # -- what is no setting ----------------------------------------------------------------------------
 
 

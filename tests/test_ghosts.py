@@ -109,3 +109,16 @@ def test_experts_that_share_bytes_are_layers_apart(small_trace):
 def test_what_cannot_be_made_is_refused_with_the_number_and_the_way_out(wrong, said):
     with pytest.raises((ValueError, TypeError), match=said):
         moelab.ghost(SMALL, **wrong)
+
+
+@pytest.mark.browser
+def test_a_ghosts_page_asks_for_no_quality_and_nothing_is_cut_off(page, tmp_path, small_trace):
+    with moelab.ghost(SMALL, routing=small_trace, budget="40%", progress=False) as ghost:
+        run = ghost.generate("x", max_new_tokens=8)
+    run.report(str(tmp_path / "run.html"), png=False, csv=False, parquet=False)
+    page.goto((tmp_path / "run.html").as_uri())
+    blame = page.locator(".moe-blame")
+    blame.get_by_text("The weights are random: there is no text here").wait_for()
+    assert not blame.get_by_text("as served").is_visible()
+    for row in blame.locator(".moe-row-wait").all():
+        assert row.evaluate("node => node.scrollWidth <= node.clientWidth")

@@ -287,6 +287,7 @@ def test_what_is_no_run_and_no_token_is_said_with_what_is_asked_for(lab):
         (lambda: run.blame(0.5), r"no token 0\.5; there are 0 to 1"),
         (lambda: loaded.cache_map("x"), "no token 'x'"),
         (lambda: lab.generate("x", max_new_tokens=0), "max_new_tokens=0: a whole number, 1 or"),
+        (lambda: lab.generate("x", max_new_tokens=True), "max_new_tokens=True: a whole number"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             call()

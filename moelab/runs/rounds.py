@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.trace import Trace
-from moelab.settings import Settings
+from moelab.settings import Settings, is_whole
 
 if TYPE_CHECKING:
     from moelab.lab import Lab
@@ -68,7 +68,7 @@ def check(lab: Lab, run: Run, repeats: int) -> None:
             f"this is a {type(run).__name__}; give a run of this session, which knows how it "
             "began: what lab.generate returned, or lab.saved.run(name)"
         )
-    if not isinstance(repeats, int) or not 1 <= repeats <= MOST_REPEATS:
+    if not is_whole(repeats, 1, MOST_REPEATS):
         raise ValueError(f"repeats={repeats!r}: a whole number from 1 to {MOST_REPEATS}")
     if run.running:
         raise RuntimeError("this run is still going on; run.stop() it or run.join() first")

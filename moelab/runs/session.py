@@ -28,7 +28,7 @@ from moelab.runs.run import Asked, Run
 from moelab.runs.tokens import Noted
 from moelab.scheduling.budget import BudgetError
 from moelab.scheduling.scheduler import Scheduler
-from moelab.settings import MakeStrategy, Settings
+from moelab.settings import MakeStrategy, Settings, is_whole
 from moelab.spelling import differences
 from moelab.store.machine import Machine
 
@@ -267,10 +267,10 @@ class Session:
         **sampling: Any,
     ) -> Run:
         """See `moelab.Lab.start`; of ``sampling`` None is as the model has it."""
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        if not is_whole(max_new_tokens, 1):
             raise ValueError(f"max_new_tokens={max_new_tokens!r}: a whole number, 1 or more")
         for token in changes or {}:
-            if not isinstance(token, int) or token < 0:
+            if not is_whole(token, 0):
                 raise ValueError(f"changes={{{token!r}: ...}}: a key is a token's number from 0")
         said = messages(self.tokenizer, prompt, chat)
         text = said[-1]["content"] if said else str(prompt)

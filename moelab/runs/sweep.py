@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from moelab.replays.replay import replay
 from moelab.runs.prediction import approximate, trace_of
 from moelab.scheduling.trace import Trace
-from moelab.settings import Settings
+from moelab.settings import Settings, is_whole
 from moelab.spelling import in_words, short
 from moelab.store.paths import cache_dir
 from moelab.strategies import CALIBRATED, NAMES, make
@@ -87,7 +87,7 @@ def sweep(
     listed = isinstance(grid, Mapping) and all(isinstance(v, list | tuple) for v in grid.values())
     if not listed or not grid or not all(grid.values()):
         raise ValueError(f"grid={grid!r}: a dict, with at least one value of each in a list")
-    if workers is not None and (not isinstance(workers, int) or workers < 0):
+    if workers is not None and not is_whole(workers, 0):
         raise ValueError(f"workers={workers!r}: a whole number, 0 for this process alone")
     if client is not None and not hasattr(client, "scatter"):
         raise ValueError(f"client={client!r}: a dask.distributed.Client")

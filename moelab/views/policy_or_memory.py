@@ -22,6 +22,7 @@ from moelab.scheduling.budget import size
 from moelab.scheduling.events import HIT, LOAD, SUBSTITUTE
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.trace import Trace
+from moelab.settings import is_whole
 from moelab.spelling import named, spelled
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def policy_or_memory(of: Run | Trace, *, experts: int | None = None) -> PolicyOr
             now = played.hit_ratio
         else:
             own, policy = f"{policy} found {played.hit_ratio:.0%}, and does more than evict", "LRU"
-    if not isinstance(experts, int) or experts < 1:
+    if not is_whole(experts, 1):
         raise ValueError(f"experts={experts!r}: room for at least one")
     whole = sum(trace.shape.experts)
     hits = np.bincount(np.minimum(distances, whole + 1), minlength=whole + 2)[: whole + 1].cumsum()

@@ -173,17 +173,17 @@ export class Blame {
       </section>`;
     const key = (kind) =>
       h("span", { class: "moe-key", "data-kind": kind }, icon(kind), wordOf(kind));
+    this.top = markup`
+      <div class="moe-top">
+        <section title="Before temperature and other sampling settings">
+          <h4>as served</h4>${this.five[0]}
+        </section>
+        ${this.full}
+      </div>`;
     this.node = markup`
       <section class="moe-panel moe-blame" aria-label="What the token cost and why" hidden>
         <header>${this.title}${close && cross("Close what the token cost", close)}</header>
-        ${this.cost}
-        <div class="moe-top">
-          <section title="Before temperature and other sampling settings">
-            <h4>as served</h4>${this.five[0]}
-          </section>
-          ${this.full}
-        </div>
-        ${[this.missing, this.head, this.chips.node]}
+        ${[this.cost, this.top, this.missing, this.head, this.chips.node]}
         <div class="moe-legend" aria-hidden="true">${KINDS_SHOWN.map(key)}</div>
       </section>`;
   }
@@ -217,7 +217,11 @@ export class Blame {
     this.five[1].replaceChildren(...(full ?? []).map((entry) => line(entry, most, piece, "full")));
     const measured = Number.isFinite(value),
       said = ["KL divergence from full precision ", h("b", {}, kl(value)), " nats"],
-      missing = "KL was not measured at this token: choose “KL: each token” and run again.";
+      silent = !top.served.some(({ length }) => length), // a ghost's
+      missing = silent
+        ? "The weights are random: there is no text here, and no quality to measure."
+        : "KL was not measured at this token: choose “KL: each token” and run again.";
+    this.top.hidden = silent;
     this.node.dataset.kl = measured ? value : "";
     this.missing.replaceChildren(...(measured ? said : [missing]));
   }

@@ -81,14 +81,16 @@ export class RunningFigures {
   }
 
   show(frame) {
-    const { recent, whole, resident, origins, of, sentence, change, guesses } = frame,
-      since = origins.length > 1 && origins.at(-1).token;
+    const { recent, whole, resident, origins, of, sentence, change, guesses, past } = frame,
+      since = origins.length > 1 && origins.at(-1).token,
+      until = past ? `up to ${past.token}` : "run"; // a moment of the past knows nothing later
     for (const { key, term, title, value, small, node } of this.tiles) {
       const all = written(key, whole[key]);
       say(value, written(key, recent[key]));
-      say(small, !whole.tokens ? term : since ? `since ${since}: ${all}` : `${term} · run ${all}`);
+      say(small, !whole.tokens ? term : since ? `since ${since}: ${all}` : `${term} · ${until} ${all}`);
       node.title = `${title}. Large: the newest 16 tokens. Small: ${
         since ? `from token ${since} on, where the device changed` : "the whole run"}${
+        past ? `, up to token ${past.token}` : ""}${
         key === "kl_mean" ? "" : ", without token 0, which carries the prompt"}.`;
     }
     if (frame.shadows) this.shadows?.show(frame); // the past has none
