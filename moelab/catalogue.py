@@ -49,6 +49,13 @@ def offered() -> dict[str, str]:
     return {"demo": "", SMOLLM2: "" if built else smollm2.missing()}
 
 
+def known() -> list[str]:
+    """Names of models whose configuration is here, for `moelab.fit` and `moelab.ghost`."""
+    from moelab.store.architecture import KNOWN
+
+    return list(KNOWN)
+
+
 def bundled(name: str, what: str) -> dict[str, Any]:
     """The ``"prompts"`` or held-out ``"probes"`` by domain that a model is offered with."""
     if name == SMOLLM2 and what == "prompts":

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moelab.views.sheet import Shown
 
 _POLL_SECONDS = 0.03
-_SUITES = ("papers", "scheduler", "rivals")
+_SUITES = ("papers", "scheduler", "rivals", "regimes")
 
 app = typer.Typer(
     add_completion=False,
@@ -136,11 +136,16 @@ def fit(
     memory: Annotated[str | None, typer.Option(help="In all, like 8GB [what is free].")] = None,
     device: Annotated[str, typer.Option(help="disk, or an emulated one such as hdd.")] = "disk",
     html: Annotated[Path | None, typer.Option(help="Write the sheet as a page.")] = None,
+    *,
+    ghost: Annotated[bool, typer.Option(help="Then measure that on a ghost.")] = False,
 ) -> None:
     """Say what a model needs and how fast it would be here, by its configuration alone."""
     import moelab
 
-    _print_sheet(moelab.fit(model, memory=memory, device=device), html)
+    found = moelab.fit(model, memory=memory, device=device)
+    _print_sheet(found, html)
+    if ghost:
+        print(found.check())
 
 
 @app.command()
@@ -245,7 +250,7 @@ def bench(
     markdown: Annotated[Path | None, typer.Option(help="Write the table.")] = None,
     suite: Annotated[
         str,
-        typer.Option(help='Instead: the questions of "papers", the "scheduler" alone, "rivals".'),
+        typer.Option(help=f"Instead, a suite of questions: {', '.join(_SUITES)}."),
     ] = "",
     shape: Annotated[
         str, typer.Option(help='Of rivals: layers x experts, like "4x64 top-8 2048x1024".')
@@ -287,6 +292,11 @@ def bench(
 
         frame = beside.rivals(shape, folder=folder, llama=llama, quick=quick)
         report = beside.report(frame)
+    elif suite == "regimes":
+        from moelab.bench.papers import regimes
+
+        frame = regimes.regimes(regimes.QUICK if quick else regimes.REGIMES)
+        report = regimes.report(frame)
     else:
         frame = measure.bench(
             model,

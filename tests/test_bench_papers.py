@@ -314,7 +314,10 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_kept_tables_alone(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--suite", "songs"], "unknown suite 'songs'; there are: papers, scheduler, rivals"),
+        (
+            ["--suite", "songs"],
+            "unknown suite 'songs'; there are: papers, scheduler, rivals, ",
+        ),
         (["--suite", "papers", "--budgets", "25%"], "leave them out"),
         (["--suite", "papers", "--tables", "plain.md"], "needs the lines <!-- measured: papers"),
         (["--suite", "papers", "--quick", "--tables", "plain.md"], "leave out --tables"),

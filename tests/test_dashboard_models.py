@@ -3,6 +3,7 @@
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +70,44 @@ def chosen(dashboard, name):
 def test_the_models_by_name_are_offered_and_the_one_shown_is_said(dashboard):
     assert dashboard.models["now"] == "demo"
     assert [one["name"] for one in dashboard.models["offered"]] == ["demo", "smollm2-moe"]
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """What `moelab.fit` says; what `moelab.ghost` was called with."""
+    ghost = FakeLab(layers=2, experts=8)
+    ghost.name, asked = "mixtral-8x7b", []
+    chosen = {"budget": 10**9, "bits": 4}
+    picture = SimpleNamespace(address=lambda: "data:image/svg+xml;base64,PHN2Zy8+")
+    found = SimpleNamespace(
+        chosen=chosen, sentence=lambda: "8 GB: about 2 tokens/s", picture=lambda: picture
+    )
+    monkeypatch.setattr(moelab, "fit", lambda name, **_: found)
+    monkeypatch.setattr(
+        moelab, "ghost", lambda name, *, progress, **how: asked.append((name, how)) or ghost
+    )
+    return found, asked
+
+
+def test_a_model_that_is_not_here_is_looked_at_and_then_opened_as_a_ghost(dashboard, fitted):
+    assert "mixtral-8x7b" in dashboard.models["known"]
+    chosen(dashboard, "mixtral-8x7b")
+    told = dashboard.models
+    assert (told["now"], told["fits"]) == ("demo", "mixtral-8x7b")
+    assert told["note"] == "8 GB: about 2 tokens/s"
+    assert told["picture"].startswith("data:image/svg")
+    says(dashboard, "model", name="mixtral-8x7b", ghost=True)
+    dashboard._models.thread.join(20)
+    assert dashboard.models["now"] == dashboard.lab.name == "mixtral-8x7b"
+    assert fitted[1] == [("mixtral-8x7b", {"budget": 10**9, "bits": 4})]
+    assert "mixtral-8x7b" not in dashboard.models["known"]
+
+
+def test_what_does_not_fit_is_said_and_no_ghost_is_offered(dashboard, fitted):
+    fitted[0].chosen = {}
+    chosen(dashboard, "mixtral-8x7b")
+    assert "fits" not in dashboard.models
+    assert dashboard.models["note"]
 
 
 def test_the_view_is_told_what_is_being_done_and_then_shows_the_other_model(dashboard, monkeypatch):

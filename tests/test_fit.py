@@ -68,10 +68,21 @@ def test_what_is_chosen_fits_and_the_sheet_says_what_is_modelled(found, tmp_path
     assert page.index("<img") < page.index("<table")
 
 
+def test_a_ghost_makes_what_was_modelled_and_is_gone_then(found, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_CACHE", str(tmp_path))
+    checked = found.check(tokens=4, disk="64MB", progress=False)
+    assert checked.modelled == max(found.strategies["tokens_per_s"])
+    assert checked.measured > 0
+    assert "measured on a ghost" in str(checked)
+    assert not list(tmp_path.glob("ghosts/*"))
+
+
 def test_a_slow_device_is_slower_and_too_little_memory_is_said_to_be(found):
     slow = moelab.fit(TINY, memory="200MB", device="sd_card", progress=False)
     assert (slow.chosen, slow.strategies.empty) == ({}, True)
     assert "200 MB are too few for olmoe: it needs 31" in slow.sentence()
+    with pytest.raises(ValueError, match="too few for olmoe"):
+        slow.check()
     ratio = found.grid["tokens_per_s"] / slow.grid["tokens_per_s"]
     assert ratio[found.grid["hit_ratio"] == 0].min() > 1
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import moelab
+from moelab.bench.papers import regimes
 from moelab.replays import routing
 from moelab.store.architecture import Architecture
 from moelab.store.ghost import GhostStore
@@ -109,6 +110,35 @@ def test_experts_that_share_bytes_are_layers_apart(small_trace):
 def test_what_cannot_be_made_is_refused_with_the_number_and_the_way_out(wrong, said):
     with pytest.raises((ValueError, TypeError), match=said):
         moelab.ghost(SMALL, **wrong)
+
+
+def test_the_papers_regimes_on_a_small_ghost(monkeypatch):
+    asked = regimes.Regime({**SMALL, "num_experts": 16}, 3, "50%")
+    frame = regimes.regimes([asked], repeats=2, disk="8MB", progress=False)
+    assert frame.attrs["complete"]
+    assert frame.groupby("contender").size().to_dict() == dict.fromkeys(regimes.CONTENDERS, 2)
+    by = frame.groupby("contender").mean(numeric_only=True)
+    assert by.hits["LRU"] > by.hits["on demand"] == 0
+    assert by["MB a token"]["LRU, 4 bit"] < by["MB a token"]["LRU"] < by["MB a token"]["on demand"]
+    assert by.low[regimes.HOBBIT] > 0 == by.low["LRU"]
+    assert by[["high", "low", "skipped"]].sum(axis=1).round(6).isin([0, 1]).all()
+    page = regimes.report(frame)
+    assert "3 x 16 experts" in page
+    assert "*modelled*: tokens/s" in page
+    name = next(iter(frame.attrs["models"]))
+    ours, theirs = (frame[frame.contender == who]["tokens/s"] for who in ("LRU", "on demand"))
+    ratio = regimes.Ratio.of(ours.tolist(), theirs.tolist())
+    assert ratio.low <= ratio.median <= ratio.high
+    assert name in page
+
+
+def test_regimes_keep_what_ctrl_c_left(monkeypatch):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(regimes, "_measure", press)
+    frame = regimes.regimes([regimes.Regime(SMALL, 3)], progress=False)
+    assert "Stopped early" in regimes.report(frame)
 
 
 @pytest.mark.browser

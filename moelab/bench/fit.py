@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 import moelab
 from moelab import demo
+from moelab.bench import ghosts
 from moelab.engine.sizes import DENSE_BITS, of_sizes
 from moelab.engine.spare import Machine as Spare
 from moelab.replays.bounds import NEVER, reuse_distances
@@ -137,6 +138,44 @@ class Fit(Shown):
             )
         return pd.DataFrame(rows)
 
+    def check(self, *, tokens: int = 16, disk: str = "4GB", progress: bool = True) -> Checked:
+        """Make a ghost, open it as ``chosen`` says, and run the routing that was modelled.
+
+        Parameters
+        ----------
+        tokens
+            To decode, after the prompt has filled the cache.
+        disk
+            Of random experts to read, as in `moelab.ghost`; they are removed again.
+        progress
+            Say what is being done.
+
+        Raises
+        ------
+        ValueError
+            Nothing fits, or memory is short.
+        StoreError
+            The disk is short.
+        """
+        if not self.chosen:
+            raise ValueError(self.sentence())
+        how = {"tiers": (self.chosen["bits"],), "device": self.device, "measure_kl": False}
+        trace, _ = _stream(self.architecture)
+        lab = moelab.ghost(
+            self.architecture.name if self.architecture.name in KNOWN else self.architecture.config,
+            routing=trace, disk=disk, progress=progress, **how, **self.chosen,
+        )  # fmt: skip
+        try:
+            run = lab.generate("x", max_new_tokens=1 + tokens)
+        finally:
+            ghosts.remove(lab)
+        modelled = max(self.strategies["tokens_per_s"].tolist())
+        return Checked(modelled, 1e3 / float(run.per_token["total_ms"].iloc[1:].median()))
+
+    def picture(self) -> Picture:
+        """Tokens a second over the budget, a line for each tier."""
+        return Picture(self.sentence(), self._drawn)
+
     def sheet(self) -> Sheet:
         """Sentence, picture, tables."""
         of, shape = self.architecture, self.architecture.shape
@@ -146,7 +185,7 @@ class Fit(Shown):
         best: Any = self.strategies[["strategy", "tokens_per_s", "hit_ratio"]].copy()
         best["strategy"] = best["strategy"].map(spelled)
         best.columns = ["strategy", "tokens/s", "hit ratio"]
-        parts: list[Picture | Table | str] = [Picture(self.sentence(), self._drawn)]
+        parts: list[Picture | Table | str] = [self.picture()]
         parts.append(Table(SIZES, sizes))
         if self.chosen:
             words = f"Strategies at {size(self.chosen['budget'])}, {self.chosen['bits']} bit"
@@ -165,6 +204,18 @@ class Fit(Shown):
         fits = [self.chosen["budget"] / 1e9] if self.chosen else []
         marks = [(at, f"fits in {size(self.memory_bytes)}") for at in fits]
         return lines(points, gb, speed, "tier", marks=marks, log_x=True, log_y=True)
+
+
+class Checked(NamedTuple):
+    """Tokens a second that were modelled, and those that a ghost then made."""
+
+    modelled: float
+    measured: float
+
+    def __str__(self) -> str:
+        measured, modelled = number(self.measured), number(self.modelled)
+        off = self.modelled / self.measured - 1
+        return f"{measured} tokens/s measured on a ghost, {modelled} modelled ({off:+.0%})"
 
 
 def fit(

@@ -211,6 +211,15 @@ def _down_chunk(job: np.ndarray, index: int) -> None:
             t += count
 
 
+@partial(kernel, any_order=True)
+def _rest(bfloat: bool, row: int, x: np.ndarray, first: int) -> np.float32:
+    """What a 16-bit row's weights behind its last group add."""
+    total = np.float32(0)
+    for j in range(first, len(x)):
+        total += half_value(bfloat, row + 2 * j) * x[j]
+    return total
+
+
 @kernel
 def _linear_chunk(job: np.ndarray, index: int) -> None:
     """X @ W.T for some rows of W; a 16-bit row may end in less than a group."""
@@ -229,10 +238,7 @@ def _linear_chunk(job: np.ndarray, index: int) -> None:
             xq, xp = job[11] + 2 * t * width, job[13] + 8 * t * groups
             _dots(tier, bfloat, w, p, job[8] + 4 * t * width, xq, xp, groups, count, found)
             for i in range(count):
-                y = found[i]
-                for j in range(groups * GROUP, width):
-                    y += half_value(bfloat, w + 2 * j) * x[t + i, j]
-                out[t + i, r] = y
+                out[t + i, r] = found[i] + _rest(bfloat, w, x[t + i], groups * GROUP)
             t += count
 
 

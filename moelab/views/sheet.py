@@ -84,14 +84,18 @@ class Picture:
     said: str
     draw: Callable[[], Any] = field(repr=False)
 
-    def html(self) -> str:
-        """An image with the picture inside its address; nothing where matplotlib is missing."""
+    def address(self) -> str:
+        """Of an image, which holds the picture itself; empty where matplotlib is missing."""
         try:
             svg = saved(self.draw, "svg", transparent=True)
         except ImportError:
             return ""
-        data = base64.b64encode(svg).decode()
-        return f'<p><img alt="{escape(self.said)}" src="data:image/svg+xml;base64,{data}"></p>'
+        return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+
+    def html(self) -> str:
+        """An image, where there is one."""
+        address = self.address()
+        return f'<p><img alt="{escape(self.said)}" src="{address}"></p>' if address else ""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""The models a dashboard offers, and the opening of another one while the page stays alive."""
+"""The models a dashboard offers, and the opening of another one while the page stays alive.
+
+Of a known model that is not here it says what it would be on this machine (`moelab.fit`), and
+offers to open a ghost of it (`moelab.ghost`) with the settings that were chosen.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moelab.catalogue import SMOLLM2, offered
+from moelab.catalogue import SMOLLM2, known, offered
 from moelab.spelling import in_words
 
 ROOMY = "75%"
@@ -34,8 +38,9 @@ class Models:
         Called on a thread with a lab that is to be shown from now on; gives the line of code that
         binds it in the notebook.
     tell
-        Called with what the view needs: now, offered, opening, asks (a name), error and note
-        (words), code and said (a count).
+        Called with what the view needs: now, offered, known (models that are not here), opening,
+        asks (a name), fits (a name), error and note (words), picture (an address), code and said
+        (a count).
     """
 
     def __init__(
@@ -50,13 +55,15 @@ class Models:
         self._running, self._bind, self._tell = running, bind, tell
         self._working, self._stop = threading.Lock(), threading.Event()
         self._said, self._step_said, self._refused = 0, "", False
+        self._chosen: dict[str, dict[str, Any]] = {}  # by a known model, what fit chose
         self.thread: threading.Thread | None = None
         self._say()
 
     def choose(self, content: Mapping[str, Any]) -> None:
         """Open the model the view asks for, one at a time, or stop opening it.
 
-        Where that would end a run, the view has to ask first and to say ``ends_run``.
+        Where that would end a run, the view has to ask first and to say ``ends_run``. A known model
+        that is not here is looked at first, and opened as a ghost where the view says ``ghost``.
         """
         if content.get("stop"):
             self._stop.set()
@@ -64,18 +71,16 @@ class Models:
         name = str(content["name"])
         if name == self._now:
             self._say()
-        elif name not in self._names():
+        elif name not in (*self._names(), *known()):
             self._say(error=f"no model {name!r} is offered here; open it with moelab.open")
         elif missing := offered().get(name):
             self._say(error=missing)
-        elif self._running() and not content.get("ends_run"):
-            self._say(asks=name)
-        elif self._working.acquire(blocking=False):
-            self._stop.clear()
-            self._say(opening=f"opening {name}")
-            work = {"target": self._work, "args": (name,), "name": "moelab-open"}
-            self.thread = threading.Thread(**work, daemon=True)
-            self.thread.start()
+        elif self._running() and not content.get("ends_run"):  # a run would be timed with the rest
+            self._say(asks=name, ghost=bool(content.get("ghost")))
+        elif name in self._names() or (name in self._chosen and content.get("ghost")):
+            self._begin(name, self._open, f"opening {name}")
+        else:
+            self._begin(name, self._fit, f"timing this machine for {name}")
 
     def settle(self) -> None:
         """Forget what was refused: something runs on the model that is shown."""
@@ -95,13 +100,18 @@ class Models:
         """Open no more."""
         self._stop.set()
 
-    def _work(self, name: str) -> None:
-        told: dict[str, str] = {}
+    def _begin(self, name: str, do: Callable[[str], dict[str, Any]], words: str) -> None:
+        if self._working.acquire(blocking=False):
+            self._stop.clear()
+            self._say(opening=words)
+            work = {"target": self._work, "args": (name, do), "name": "moelab-open"}
+            self.thread = threading.Thread(**work, daemon=True)
+            self.thread.start()
+
+    def _work(self, name: str, do: Callable[[str], dict[str, Any]]) -> None:
+        told: dict[str, Any] = {}
         try:
-            known = self._labs.get(name)
-            lab = self._opened(name) if known is None or known.closed else known
-            told["code"] = self._bind(lab)
-            self._now, self._labs[name] = name, lab
+            told = do(name)
         except _Stopped:
             told["note"] = f"{name} was not opened: stopped"
         except Exception as e:  # noqa: BLE001 whatever it is, the user must see it
@@ -110,11 +120,32 @@ class Models:
             self._working.release()
             self._say(**told)
 
+    def _open(self, name: str) -> dict[str, Any]:
+        lab = self._labs.get(name)
+        lab = self._opened(name) if lab is None or lab.closed else lab
+        told = {"code": self._bind(lab)}
+        self._now, self._labs[name] = name, lab
+        return told
+
+    def _fit(self, name: str) -> dict[str, Any]:
+        """What a model would be here, in a sentence and a picture."""
+        import moelab
+
+        found = moelab.fit(name, progress=False)
+        if self._stop.is_set():
+            raise _Stopped
+        self._chosen[name] = found.chosen
+        fits = {"fits": name} if found.chosen else {}
+        return {"note": found.sentence(), "picture": found.picture().address(), **fits}
+
     def _opened(self, name: str) -> Any:
         import moelab
 
-        options = {"budget": ROOMY} if name == SMOLLM2 else {}
-        lab = moelab.open(name, progress=self._step, **options)
+        if name in self._chosen:
+            lab = moelab.ghost(name, progress=self._step, **self._chosen[name])
+        else:
+            options = {"budget": ROOMY} if name == SMOLLM2 else {}
+            lab = moelab.open(name, progress=self._step, **options)
         if self._stop.is_set():
             lab.close()  # nobody has seen it
             raise _Stopped
@@ -127,14 +158,15 @@ class Models:
             self._step_said = words
             self._say(opening=words)
 
-    def _say(self, **told: str) -> None:
-        known = offered()
-        rows = [{"name": name, "missing": known.get(name, "")} for name in self._names()]
+    def _say(self, **told: Any) -> None:
+        missing = offered()
+        rows = [{"name": name, "missing": missing.get(name, "")} for name in self._names()]
         self._refused = "error" in told
         self._said += 1  # the same refusal again must reach the drop-down, which went ahead
-        self._tell({"now": self._now, "offered": rows, "said": self._said, **told})
+        others = [name for name in known() if name not in self._names()]
+        self._tell({"now": self._now, "offered": rows, "known": others, "said": self._said, **told})
 
     def _names(self) -> list[str]:
         """The offered ones, then the one shown and the first where they are others."""
-        known = list(offered())
-        return known + sorted({self._now, self._first} - set(known))
+        bundled = list(offered())
+        return bundled + sorted({self._now, self._first} - set(bundled))

@@ -57,6 +57,12 @@ class Ratio:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+        """Of runs in pairs."""
+        ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
+        return cls(float(np.median(ratios)), min(ratios), max(ratios))
+
     @property
     def told_apart(self) -> bool:
         """Whether all pairs lie on one side of 1."""
@@ -136,8 +142,8 @@ class Results:
 
     def times_as_fast(self, case: Case, other: Case) -> Ratio | None:
         """Tokens per second over the other's, run by run; None where one is missing."""
-        ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in self._pairs(case, other)]
-        return Ratio(float(np.median(ratios)), min(ratios), max(ratios)) if ratios else None
+        pairs = [[run["tokens_per_s"] for run in pair] for pair in self._pairs(case, other)]
+        return Ratio.of(*zip(*pairs, strict=True)) if pairs else None
 
     def same_text(self, case: Case, other: Case) -> bool | None:
         """Whether both wrote the same tokens on every prompt; None where one is missing."""

@@ -23,9 +23,14 @@ class ModelPick {
     this.yes = button("End the run", {
       onclick: () => {
         model.send({ do: "stop", where: "run" });
-        choose(this.told.asks, { ends_run: true });
+        choose(this.told.asks, { ends_run: true, ghost: this.told.ghost });
       },
     });
+    this.ghost = button("Open a ghost of it", {
+      title: "Its real sizes with random weights: speed, loads and memory are measured; no text",
+      onclick: () => choose(this.told.fits, { ghost: true }),
+    });
+    this.picture = h("img", { class: "moe-fit" });
     this.no = button("Cancel", {
       title: "Keep the model shown",
       onclick: () => {
@@ -36,20 +41,29 @@ class ModelPick {
     });
     this.close = cross("Dismiss", () => choose(this.told.now));
     this.line = markup`
-      <div class="moe-opening">${[this.words, this.code, this.yes, this.no, this.close]}</div>`;
+      <div class="moe-opening">
+        ${[this.words, this.code, this.yes, this.ghost, this.no, this.close, this.picture]}
+      </div>`;
     this.sync();
   }
 
   sync() {
     this.told = this.model.get("models") ?? {};
-    const { now = "", offered = [], opening, asks, error, note, code } = this.told;
+    const { now = "", offered = [], known = [], opening, asks, fits, error, note, code, picture } =
+      this.told;
     const called = (name, missing) => (missing ? `${name} (not installed)` : name),
       entries = offered.map(({ name, missing }) => [name, called(name, missing), { title: missing }]);
-    this.pick.replaceChildren(...optionsOf(entries));
+    this.pick.replaceChildren(
+      ...optionsOf(entries),
+      h("optgroup", { label: "not here: would it run?" }, ...optionsOf(known.map((name) => [name]))),
+    );
     this.pick.value = now;
     const held = [this.pick, this.yes, this.no].some((node) => node === document.activeElement);
     this.pick.disabled = Boolean(opening);
     this.yes.hidden = !asks;
+    this.ghost.hidden = !fits;
+    this.picture.hidden = !picture;
+    if (picture) Object.assign(this.picture, { src: picture, alt: note });
     this.no.hidden = !opening && !asks;
     this.close.hidden = Boolean(opening || asks);
     const words = [

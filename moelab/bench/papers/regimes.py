@@ -1,0 +1,267 @@
+"""HOBBIT, EdgeMoE and MoE-Infinity at the sizes that they were made for, as ghosts on this disk.
+
+On the bundled models loads are small and the papers' ideas drown in noise; with experts of tens of
+megabytes a token waits for loads most of its time. Loads, stalls, deciding and computing of a ghost
+are measured; routing is modelled, weights are random, so there is no quality here. What other
+devices would make of it is said by the virtual clock, apart, and called modelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+import moelab
+from moelab.bench.cases import contender
+from moelab.bench.papers.results import Ratio, named
+from moelab.bench.tables import Table, circumstances
+from moelab.replays.routing import nearest
+from moelab.replays.routing import routing as drawn
+from moelab.runs.prediction import Prediction, Predictor
+from moelab.runs.rounds import rotated
+from moelab.scheduling.stream import Shape
+from moelab.settings import parse_budget
+from moelab.store.architecture import Architecture
+
+TIERS = (8, 4, 2)
+DENSE_BITS = 4
+DEVICES = ("tx2_ssd", "nvme", "pcie4")
+CONTENDERS = {
+    "on demand": "on_demand + 8 bit",
+    "on demand, 4 bit": "on_demand + 4 bit",
+    "LRU": "lru + 8 bit",
+    "LRU, 4 bit": "lru + 4 bit",
+    "mixtral-offloading": "mixtral_offloading + 8 bit",
+    "MoE-Infinity": "moe_infinity + 8 bit",
+    "HOBBIT, 8 and 2 bit": "hobbit + mixed 8/2",
+    "EdgeMoE, 4 bit": "lru + 4 bit + evict edgemoe + prefetch edgemoe",
+}
+HOBBIT, EDGEMOE, INFINITY = "HOBBIT, 8 and 2 bit", "EdgeMoE, 4 bit", "MoE-Infinity"
+PAIRS = {
+    (HOBBIT, INFINITY): "3.64x Mixtral, 9.93x Phi-MoE (Jetson AGX Orin, NVMe)",
+    (HOBBIT, "mixtral-offloading"): "2.3 to 3.9x over the best of four (RTX 4090, PCIe 4.0)",
+    (HOBBIT, "LRU"): "1.19 to 1.57x by dynamic loading alone",
+    (EDGEMOE, "on demand"): "2.64 to 3.03x (Jetson TX2, Switch Transformers)",
+    (EDGEMOE, "on demand, 4 bit"): "1.19 to 2.12x (Jetson TX2, Switch Transformers)",
+    (EDGEMOE, "LRU, 4 bit"): "",
+    (INFINITY, "on demand"): "",
+    (INFINITY, "LRU"): "",
+}
+"""Who is compared with whom, and what the first one's paper says."""
+REQUESTS = ["hits", "late", "loads", "skips", "substitutes"]
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A model whose claims are looked at: tokens that count, and the memory of its experts."""
+
+    model: str | Mapping[str, Any]
+    tokens: int
+    budget: str = "25%"
+
+
+REGIMES = (
+    Regime("mixtral-8x7b", 5),
+    Regime("phi-3.5-moe", 8),
+    Regime("qwen3-30b-a3b", 16),
+    Regime("gpt-oss-120b", 8, "12.5%"),
+)
+QUICK = (Regime("granite-3.1-1b-a400m", 4),)
+
+
+SHARES = dict.fromkeys(("high", "low", "skipped"), "{:.0%}")
+FORMATS = {"hits": "{:.1%}", "MB a token": "{:,.0f}", "waiting": "{:.0%}", **SHARES}
+MODELLED = {named(device): "{:.2f}" for device in DEVICES}
+
+
+def regimes(
+    models: Sequence[Regime] = REGIMES,
+    *,
+    repeats: int = 3,
+    disk: str = "4GB",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Measure every contender on a ghost of each model.
+
+    Parameters
+    ----------
+    models
+        What to measure.
+    repeats
+        Rounds of all contenders.
+    disk
+        Of random experts to read, for each ghost; it is freed when the ghost has been measured.
+    progress
+        Show a bar. Ctrl-C ends the measuring and gives what there is (``attrs["complete"]``).
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a run. ``attrs``: ``models``, what each is; ``modelled``, rows of what the clock says
+        of other devices; ``clock``, its own error on the run that it learnt from.
+
+    Raises
+    ------
+    ValueError
+        Memory is short of a ghost's dense weights and budget; says of how much.
+    StoreError
+        The disk is short.
+    """
+    rows: list[dict[str, Any]] = []
+    told: dict[str, Any] = {"models": {}, "modelled": [], "clock": {}, "complete": False}
+    cases = len(models) * repeats * len(CONTENDERS)
+    with contextlib.suppress(KeyboardInterrupt), tqdm(total=cases, disable=not progress) as bar:
+        for regime in models:
+            _measure(regime, repeats, disk, rows, told, bar)
+        told["complete"] = True
+    frame = pd.DataFrame(rows)
+    frame.attrs = {"suite": "regimes", "repeats": repeats, **told}
+    return frame
+
+
+def _measure(
+    regime: Regime, repeats: int, disk: str, rows: list[dict], told: dict[str, Any], bar: Any
+) -> None:
+    found = Architecture(regime.model, tiers=TIERS)
+    name, shape = found.name, found.shape
+    like, profile = nearest(name, shape)
+    warm = _filling(shape, parse_budget(regime.budget, shape))
+    trace = drawn(profile, tokens=warm + regime.tokens, prompt=0)
+    bar.set_postfix_str(f"{name}: random experts are written")
+    how = {"bits": max(TIERS), "dense_bits": DENSE_BITS, "budget": regime.budget}
+    lab = moelab.ghost(
+        regime.model, routing=trace, disk=disk, tiers=TIERS, measure_kl=False, progress=False, **how
+    )
+    try:
+        told["models"][name] = (
+            f"{shape.layers} x {max(shape.experts)} experts of "
+            f"{shape.nbytes[max(TIERS)] / 1e6:.0f} MB at 8 bit, top {shape.top_k}; memory for "
+            f"{regime.budget.replace('%', ' %')} of them; routing modelled after {like}"
+        )
+        learnt = None
+        for words in rotated(list(CONTENDERS), repeats):
+            bar.set_postfix_str(f"{name}: {words}")
+            _settle(lab, CONTENDERS[words], regime.budget)
+            run = lab.generate("x", max_new_tokens=warm + regime.tokens)
+            rows.append({"model": name, "contender": words, **_figures(run, warm)})
+            learnt = run if words == "LRU" else learnt
+            bar.update()
+        assert learnt is not None
+        predictor = Predictor(learnt, lab)
+        told["clock"][name] = predictor(device="disk").error
+        for words, settings in CONTENDERS.items():
+            asked = contender(settings) | {"budget": regime.budget}
+            speeds = {d: _predicted(predictor(**asked, device=d), warm) for d in DEVICES}
+            told["modelled"].append({"model": name, "contender": words, **speeds})
+    finally:
+        moelab.ghost.remove(lab)
+
+
+def _filling(shape: Shape, budget: int) -> int:
+    """Tokens after which a cache is full, if half of what a token asks for is there already."""
+    slots = budget // shape.nbytes[max(shape.nbytes)]
+    return 1 + 2 * math.ceil(slots / (shape.top_k * shape.layers))
+
+
+def _settle(lab: moelab.Lab, words: str, budget: str) -> None:
+    """Set a contender up, with an empty cache."""
+    lab.update(strategy=moelab.strategies.lru(), bits=max(TIERS), device="disk")
+    lab.update(budget=lab.info()["minimum_budget_bytes"])
+    lab.update(**contender(words), budget=budget)
+
+
+def _figures(run: moelab.Run, warm: int) -> dict[str, float]:
+    """What the tokens after the first ``warm`` say."""
+    tokens = run.per_token.iloc[warm:]
+    events = run.events.query(f"token >= {warm}")
+    loads, skips = events.query("kind == 'load'"), events.query("kind == 'skip'")
+    low = int((loads["bits"] < loads["bits_asked"]).sum())
+    misses = len(loads) + len(skips)
+    shares = {"high": len(loads) - low, "low": low, "skipped": len(skips)}
+    return {
+        "tokens/s": 1e3 * len(tokens) / tokens["total_ms"].sum(),
+        "hits": tokens["hits"].sum() / tokens[REQUESTS].sum().sum(),
+        "MB a token": tokens["bytes"].mean() / 1e6,
+        "waiting": tokens["stall_ms"].sum() / tokens["total_ms"].sum(),
+        **{name: count / misses if misses else math.nan for name, count in shares.items()},
+    }
+
+
+def _predicted(found: Prediction, warm: int) -> float:
+    """Tokens a second of the same tokens, by the clock."""
+    return 1e3 / statistics.mean(spent.total_ms for spent in found.replay.tokens[warm:])
+
+
+# -- the page -------------------------------------------------------------------------------------
+
+
+def report(frame: pd.DataFrame) -> str:
+    """The page: what each contender did, ratios with their ranges, other devices modelled."""
+    made, machine = itemgetter("made", "machine")(circumstances())
+    how = (
+        f"Measured {made[:10]} on {machine['cores']} cores of {machine['processor']} by `moelab "
+        "bench --suite regimes`: ghosts of the models at their real sizes (random weights, "
+        f"modelled routing), attention and head at {DENSE_BITS} bit, experts at 8, 4 or 2 bit, "
+        f"equal memory for all of a model. Medians of {frame.attrs['repeats']} runs in rotated "
+        "order, in brackets the lowest and the highest; tokens until the cache is full do not "
+        "count. There is no text, so what HOBBIT's 2 bit and EdgeMoE's 4 bit cost in quality is "
+        "not here, and EdgeMoE counts its paths as it decodes, at one bitwidth for all; coming "
+        "layers' gates cannot be asked."
+    )
+    parts = [how]
+    if not frame.attrs["complete"]:
+        parts.append("**Stopped early: what was not measured by then is missing.**")
+    for table in _tables(frame):
+        if len(table.frame):
+            parts += table.markdown()
+    return "\n\n".join(parts) + "\n"
+
+
+def _tables(frame: pd.DataFrame) -> Iterator[Table]:
+    about: dict[str, str] = frame.attrs["models"]
+    runs = dict(list(frame.groupby(["model", "contender"]))) if len(frame) else {}
+    for name, words in about.items():
+        rows = [_row(who, runs[name, who]) for who in CONTENDERS if (name, who) in runs]
+        yield Table(f"{name}: {words}", pd.DataFrame(rows), FORMATS)
+    ratios = {
+        (name, pair): Ratio.of(*(runs[name, who]["tokens/s"].tolist() for who in pair))
+        for name, pair in itertools.product(about, PAIRS)
+        if all((name, who) in runs for who in pair)
+    }
+    told = sum(ratio.told_apart for ratio in ratios.values())
+    note = (
+        f"Ratios of paired runs: {told} of {len(ratios)} lie with their whole range on one side "
+        "of 1, the others are not told apart from it. The papers' figures are of other machines, "
+        "and of whole systems against each other; here only the decisions differ."
+    )
+    rows = [
+        {"": " over ".join(pair)}
+        | {name: str(ratios.get((name, pair), "")) for name in about}
+        | {"the paper": theirs}
+        for pair, theirs in PAIRS.items()
+    ]
+    yield Table("How many times as fast", pd.DataFrame(rows if ratios else []), note=note)
+    for name, error in frame.attrs["clock"].items():
+        rows = [
+            {"": row["contender"]} | {named(device): row[device] for device in DEVICES}
+            for row in frame.attrs["modelled"]
+            if row["model"] == name
+        ]
+        note = f"By the clock, which is {error:+.0%} off on the run that it learnt from."
+        yield Table(f"{name}, *modelled*: tokens/s", pd.DataFrame(rows), MODELLED, note)
+
+
+def _row(who: str, runs: pd.DataFrame) -> dict[str, Any]:
+    speeds, middle = runs["tokens/s"], runs.median(numeric_only=True)
+    said = f"{speeds.median():.2f} ({speeds.min():.2f}-{speeds.max():.2f})"
+    names = [name for name in FORMATS if who == HOBBIT or name not in SHARES]
+    return {"": who, "tokens/s": said, **middle[names]}
