@@ -208,6 +208,22 @@ def shot(page, name):
     page.screenshot(path=ARTIFACTS / f"{name}.png")
 
 
+def read_sheet(page, path, name):
+    """Open a saved sheet, light and dark: its picture is there, nothing lies beside the page."""
+    page.set_viewport_size({"width": 1280, "height": 900})
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        page.goto(path.as_uri())
+        assert (
+            page.locator("img").first.evaluate("i => i.decode().then(() => i.naturalWidth)") > 300
+        )
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        shot(page, f"{name}-{scheme}")
+    of = "document.querySelector('h2')).color, getComputedStyle(document.body).backgroundColor]"
+    text, ground = page.evaluate(f"[getComputedStyle({of}")
+    assert text != ground
+
+
 def reload(page, selector):
     """Load the page anew. A starved JupyterLab may come up blank: that is tried once more."""
     from playwright.sync_api import TimeoutError as TooLate

@@ -7,6 +7,7 @@ import re
 import pytest
 
 import moelab
+from browser import read_sheet
 from moelab.replays.routing import Profile
 from moelab.scheduling.stream import Knobs, Shape
 from moelab.scheduling.trace import LayerInput, Trace
@@ -52,6 +53,13 @@ def test_the_sheet_begins_with_the_verdict_and_its_page_needs_nothing_else(found
     for tool in ("llama.cpp", "MoE-Infinity", "ktransformers"):
         assert tool in page
     assert found._repr_html_() in page
+
+
+@pytest.mark.browser
+def test_its_page_opens_light_and_dark(found, tmp_path, page):
+    read_sheet(page, found.save(tmp_path / "clinic.html"), "clinic")
+    for tool in ("llama.cpp", "MoE-Infinity", "ktransformers"):
+        assert page.get_by_text(tool).first.is_visible()
 
 
 def test_hits_elsewhere_are_counted_on_the_stream():

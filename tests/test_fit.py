@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import moelab
+from browser import read_sheet
 from moelab.engine import sizes
 from moelab.store.architecture import Architecture
 
@@ -66,6 +67,12 @@ def test_what_is_chosen_fits_and_the_sheet_says_what_is_modelled(found, tmp_path
     assert "Measured here: loads of" in text
     page = found.save(tmp_path / "fit.html").read_text("utf-8")
     assert page.index("<img") < page.index("<table")
+
+
+@pytest.mark.browser
+def test_its_page_opens_light_and_dark(found, tmp_path, page):
+    read_sheet(page, found.save(tmp_path / "fit.html"), "fit")
+    assert page.get_by_text(found.sentence()).first.is_visible()
 
 
 def test_a_ghost_makes_what_was_modelled_and_is_gone_then(found, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import random
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import moelab
@@ -106,9 +107,43 @@ def test_vllm(routed, tmp_path, whole):
     assert moelab.predictors(trace).recall["always right"] == 1
 
 
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_table_of_tokens_layers_and_experts(routed, tmp_path, suffix, listed):
+    if listed and suffix == ".csv":
+        pytest.skip("a cell of a CSV holds one number")
+    rows = [
+        {"Position": token, "layer_idx": layer, "is_prompt": token < PROMPT, **chosen}
+        for token, of in enumerate(routed)
+        for layer, row in enumerate(of.tolist())
+        for chosen in (
+            [{"experts": row, "gates": [0.7, 0.3]}]
+            if listed
+            else [{"experts": e, "gates": w} for e, w in zip(row, (0.7, 0.3), strict=True)]
+        )
+    ]
+    random.Random(3).shuffle(rows)
+    frame, path = pd.DataFrame(rows), tmp_path / f"routing{suffix}"
+    frame.to_csv(path, index=False) if suffix == ".csv" else frame.to_parquet(path)
+    trace = moelab.Trace.load(path)
+    assert chosen(trace) == decoded(routed)
+    assert trace.steps[0].prefill
+    assert len(trace.steps[0].experts) == PROMPT
+    assert trace.steps[L].weights == ((0.7, 0.3),)
+    assert set(trace.lacks) == {"look-ahead", "bytes of an expert", "the number of experts"}
+    path = tmp_path / f"less{suffix}"
+    less = frame.drop(columns=["layer_idx"])
+    less.to_csv(path, index=False) if suffix == ".csv" else less.to_parquet(path)
+    with pytest.raises(ValueError, match="none for the layer, called one of layer, layer_id"):
+        moelab.Trace.load(path)
+
+
 def test_what_is_broken_is_refused_by_name(routed, tmp_path, monkeypatch):
     rng = random.Random(1)
-    for text in (route_csv(routed), moe_trace_csv(routed)):
+    table = "token,layer,expert\n" + "\n".join(
+        f"{t},{n},{e}" for t, of in enumerate(routed) for n, row in enumerate(of) for e in row
+    )
+    for text in (route_csv(routed), moe_trace_csv(routed), table):
         for _ in range(150):
             lines = text.splitlines()
             for _ in range(rng.randint(1, 3)):

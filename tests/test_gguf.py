@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -36,6 +37,7 @@ ARCHITECTURES = {
     "qwen2_moe": "qwen2moe",
     "gpt_oss": "gpt-oss",
     "minimax_m2": "minimax-m2",
+    "gemma4_text": "gemma4",
 }
 
 
@@ -56,8 +58,24 @@ def minimax_m2(folder: Path) -> Path:
     return tiny_models.write(transformers.MiniMaxM2ForCausalLM(config), folder)
 
 
+def gemma4_text(folder: Path) -> Path:
+    config = transformers.Gemma4TextConfig(
+        **tiny_models._COMMON | {"num_attention_heads": 4, "num_key_value_heads": 2},
+        hidden_size=96, intermediate_size=64, moe_intermediate_size=64, enable_moe_block=True,
+        num_experts=6, top_k_experts=2, head_dim=32, global_head_dim=64, sliding_window=4,
+        attention_k_eq_v=True, num_global_key_value_heads=1, hidden_size_per_layer_input=0,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+        final_logit_softcapping=30.0,
+    )  # fmt: skip
+    model = transformers.Gemma4ForCausalLM(config)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name.endswith("scale") or "scalar" in name:  # 1 in a new model
+            tensor.data.uniform_(0.5, 1.5)
+    return tiny_models.write(model, folder)
+
+
 def made(name: str, folder: Path) -> Path:
-    own = {"qwen2_moe": qwen2_moe, "minimax_m2": minimax_m2}
+    own = {"qwen2_moe": qwen2_moe, "minimax_m2": minimax_m2, "gemma4_text": gemma4_text}
     return (tiny_models.FAMILIES | own)[name](folder)
 
 
@@ -102,6 +120,10 @@ def _all_as_llama_cpp(weights, family, config) -> dict[str, np.ndarray]:
         if family.fused and ".mlp.experts." in name:
             out |= _apart(name, tensor.float().numpy())
             continue
+        if family.whole and ".experts." in name:
+            layer, own = name.removeprefix("model.layers.").split(".experts.")
+            out[f"blk.{layer}.ffn_{own.removesuffix('_proj')}_exps.weight"] = tensor.float().numpy()
+            continue
         there, number, value = _as_llama_cpp(name, tensor.float().numpy(), family, config)
         if number is None:
             out[there] = value
@@ -124,10 +146,10 @@ def _as_llama_cpp(name, value, family, config):
     stem, end = name.rpartition(".")[::2]
     if stem in (ends := {v: k for k, v in ENDS.items()}):
         return f"{ends[stem]}.{end}", None, value
-    if name.endswith(BARE):
-        stem, end = name, "weight" if "sinks" in name else "bias"
+    if bare := [end for own, end in BARE.items() if name.endswith(own)]:
+        stem, (end,) = name, bare
     layer, own = stem.removeprefix("model.layers.").split(".", 1)
-    for part, pattern in ({} if family.fused else family.experts).items():
+    for part, pattern in ({} if family.fused or family.whole else family.experts).items():
         before, after = pattern.split("{}")
         if own.startswith(before) and own.endswith(after):
             return f"blk.{layer}.ffn_{part}_exps.weight", int(own[len(before) : -len(after)]), value
@@ -136,21 +158,26 @@ def _as_llama_cpp(name, value, family, config):
         halves = value.reshape(n, 2, len(value) // n // 2, *value.shape[1:])
         value = halves.swapaxes(1, 2).reshape(value.shape)
     names = {v: k for k, v in (ATTENTION | family.layer).items()}
-    return f"blk.{layer}.{names[own]}.{end}", None, value[0] if "expert_gate" in own else value
+    there = names[own].removesuffix(".scale")
+    return f"blk.{layer}.{there}.{end}", None, value[0] if "expert_gate" in own else value
 
 
 def _say(writer, config) -> None:
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    if config["model_type"] != "gemma4_text":
+        writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_context_length(config["max_position_embeddings"])
-    writer.add_rope_freq_base(config.get("rope_parameters", config).get("rope_theta", 10000.0))
+    if config["model_type"] != "gemma4_text":
+        writer.add_rope_freq_base(config.get("rope_parameters", config).get("rope_theta", 10000.0))
     writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_used_count(config.get("num_experts_per_tok") or config["top_k_experts"])
+    if config["model_type"] == "gemma4_text":
+        _say_gemma4(writer, config)
     writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
-    if config.get("head_dim"):
+    if config.get("head_dim") and config["model_type"] != "gemma4_text":
         writer.add_key_length(config["head_dim"])
     if config.get("rotary_dim"):
         writer.add_rope_dimension_count(config["rotary_dim"])
@@ -158,6 +185,18 @@ def _say(writer, config) -> None:
         writer.add_sliding_window(config["sliding_window"])
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
+
+
+def _say_gemma4(writer, config) -> None:
+    local = [kind == "sliding_attention" for kind in config["layer_types"]]
+    heads = config["num_key_value_heads"], 1
+    writer.add_sliding_window_pattern(local)
+    writer.add_head_count_kv([heads[0] if x else heads[1] for x in local])
+    writer.add_key_length(64)
+    writer.add_key_length_swa(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_parameters"]["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
 
 
 def unpacked(source: Path, folder: Path, kind) -> Path:
@@ -342,3 +381,31 @@ def test_the_bundled_model_written_as_a_gguf_file_says_what_it_says(demo_lab, tm
     file = moelab.demo.gguf(tmp_path / "demo.gguf", blocks="F32")
     with moelab.open(file, measure_kl=False, progress=False) as lab:
         assert lab.generate("Once upon a time", **how).tokens == expected
+
+
+def test_packing_a_gguf_file_goes_on_where_it_was_stopped(tmp_path):
+    source = made("qwen3_moe", tmp_path / "source")
+    (tmp_path / "given").mkdir()
+    file = as_gguf(source, tmp_path / "given" / "tiny.gguf", CPU.Q8_0)
+    straight = pack(file, tmp_path / "straight", tiers=(16, 4), progress=False)
+    said: list[str] = []
+
+    def stopping(words: str) -> None:
+        said.append(words)
+        if words == "packing the experts: 83 %":  # in the last of three layers
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(file, tmp_path / "store", tiers=(16, 4), progress=stopping)
+    begun = len(said)
+    again = pack(file, tmp_path / "store", tiers=(16, 4), progress=said.append)
+    packed = [words for words in said[begun:] if words.startswith("packing the experts")]
+    assert packed[0] == "packing the experts: 66 %"
+    assert len(packed) == 6
+    names = {f.relative_to(straight) for f in straight.rglob("*") if f.is_file()}
+    assert names == {f.relative_to(again) for f in again.rglob("*") if f.is_file()}
+    for name in names - {Path("manifest.json")}:
+        assert (straight / name).read_bytes() == (again / name).read_bytes()
+    one, other = (moelab.Store.open(path).manifest for path in (straight, again))
+    assert one == dataclasses.replace(other, created=one.created)
+    assert not list(tmp_path.glob("*.partial-*"))

@@ -188,7 +188,14 @@ def test_the_rooms_of_contributing_are_those_of_the_package_from_the_bottom_up(c
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CHANGELOG.md", ".github/CONTRIBUTING.md", "notebooks/PAPERS_MEASURED.md"]
+    "name",
+    [
+        "README.md",
+        "CHANGELOG.md",
+        ".github/CONTRIBUTING.md",
+        "notebooks/PAPERS_MEASURED.md",
+        "notebooks/PAPERS_AT_SIZE.md",
+    ],
 )
 def test_links_lead_somewhere(name):
     file = TOP / name

@@ -29,8 +29,12 @@ ATTENTION = {
 }
 ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 IGNORED = ("rope_freqs.",)
-BARE = ("self_attn.sinks", "block_sparse_moe.e_score_correction_bias")
-"""What is no weight of a module in transformers, and has no such ending."""
+BARE = {
+    **dict.fromkeys(("self_attn.sinks", "layer_scalar"), "weight"),
+    "block_sparse_moe.e_score_correction_bias": "bias",
+    **dict.fromkeys(("router.scale", "router.per_expert_scale"), "scale"),
+}
+"""What is no weight of a module in transformers, and its ending in a file."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Family:
     ``layer`` has names within a layer, ``experts`` those of each expert's matrices; ``more`` is
     said in config.json besides, ``count`` and ``inner`` what it calls the number and the width of
     experts; ``permuted``: rows of queries and keys lie in pairs, as llama.cpp's rotary embedding
-    has them; ``fused``: experts are one tensor [E, in, out], rows of gate and up in turn.
+    has them; ``fused``: experts are one tensor [E, in, out], rows of gate and up in turn;
+    ``whole``: one tensor [E, out, in], as in the file.
     """
 
     model_type: str
@@ -52,6 +57,8 @@ class Family:
     inner: str = "moe_intermediate_size"
     permuted: bool = False
     fused: bool = False
+    whole: bool = False
+    top_k: str = "num_experts_per_tok"
 
 
 _PARTS = {x: f"mlp.experts.{{}}.{x}_proj" for x in ("gate", "up", "down")}
@@ -113,6 +120,26 @@ FAMILIES = {
         inner="intermediate_size",
         fused=True,
     ),
+    "gemma4": Family(
+        "gemma4_text",
+        "Gemma4ForCausalLM",
+        _DENSE
+        | {
+            "ffn_gate_inp": "router.proj",
+            "ffn_gate_inp.scale": "router.scale",
+            "ffn_down_exps.scale": "router.per_expert_scale",
+            "layer_output_scale": "layer_scalar",
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_feedforward_layernorm",
+            "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+            "post_ffw_norm": "post_feedforward_layernorm",
+            **{f"post_ffw_norm_{i}": f"post_feedforward_layernorm_{i}" for i in (1, 2)},
+        },
+        {x: f"experts.{x}_proj" for x in ("gate_up", "down")},
+        {"enable_moe_block": True, "hidden_size_per_layer_input": 0},
+        whole=True,
+        top_k="top_k_experts",
+    ),
 }
 
 
@@ -143,6 +170,8 @@ class GgufCheckpoint(Checkpoint):
         The folder that `unfold` made.
     """
 
+    resumes = True
+
     def __init__(self, path: Path) -> None:
         self.path = path
         note = json.loads((path / GGUF).read_text("utf-8"))
@@ -156,7 +185,7 @@ class GgufCheckpoint(Checkpoint):
                 self._add(number, tensor)
         for name, part in self._parts.items():
             stem, _, expert = name.rpartition(".")
-            if expert == "0" and ".up_proj" not in stem:
+            if self._family.fused and expert == "0" and ".up_proj" not in stem:
                 self._fuse(stem, part)
 
     def tensor(self, key: str) -> torch.Tensor:
@@ -191,6 +220,8 @@ class GgufCheckpoint(Checkpoint):
         ``raw``: of blocks their bytes, as rows of the file.
         """
         read = self.raw if raw else self.weight
+        if self._family.whole:
+            return read(f"{key}.{index}")[None]
         stems = dict.fromkeys(key.replace("gate_up_proj", f"{x}_proj") for x in ("gate", "up"))
         whole = torch.stack([read(f"{stem}.{index}") for stem in stems], 1).flatten(0, 1)
         return (whole.T if whole.ndim == 2 and whole.dtype != torch.uint8 else whole)[None]
@@ -222,8 +253,12 @@ class GgufCheckpoint(Checkpoint):
             kind = tensor.tensor_type.name
             dtype = kind if kind in DTYPES else "F16"
             heads = self._note["heads"].get(name.rpartition(".self_attn.")[2], 0)
-            into = self._parts if self._family.fused and "_exps." in tensor.name else self.info
+            fused = self._family.fused or self._family.whole
+            into = self._parts if fused and re.search(r"_exps\.[wb]", tensor.name) else self.info
             into[name] = GgufInfo(shard, dtype, own, start, start + each, tensor.tensor_type, heads)
+            if into is self._parts and self._family.whole and i == 0:
+                every = replace(into[name], shape=shape, stop=start + tensor.n_bytes)
+                self.info[name.removesuffix(".0")] = every
 
     def _fuse(self, stem: str, first: GgufInfo) -> None:
         """Enter the one tensor [E, in, out] that transformers has of these parts."""
@@ -235,7 +270,7 @@ class GgufCheckpoint(Checkpoint):
     def _named(self, name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
         """(transformers' name, shape) of what a tensor holds: one, or one of each expert."""
         family = self._family
-        found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+        found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias|scale)", name)
         if name.startswith(IGNORED):
             return []
         if found is None:
@@ -243,13 +278,14 @@ class GgufCheckpoint(Checkpoint):
             return [(f"{ENDS[stem]}.{end}" if stem in ENDS else name, shape)]
         layer, stem, end = found.groups()
         prefix = f"model.layers.{layer}"
-        expert = re.fullmatch(r"ffn_(gate|up|down)_exps", stem)
-        if expert and family.fused:
+        expert = end != "scale" and re.fullmatch(r"ffn_(gate|up|down|gate_up)_exps", stem)
+        if expert and (family.fused or family.whole):
             part = family.experts[expert[1]] + ("_bias" if end == "bias" else "")
             return [(f"{prefix}.{part}.{e}", shape[1:]) for e in range(shape[0])]
         if expert and end == "weight":
             parts = family.experts[expert[1]]
             return [(f"{prefix}.{parts.format(e)}.weight", shape[1:]) for e in range(shape[0])]
+        stem += ".scale" * (end == "scale")
         own = (ATTENTION | family.layer).get(stem, stem)
         if own.endswith("shared_expert_gate") and len(shape) == 1:
             shape = (1, *shape)

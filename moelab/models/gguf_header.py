@@ -25,9 +25,11 @@ SIZES = {
     "attention.sliding_window": "sliding_window",
     "context_length": "max_position_embeddings",
     "feed_forward_length": "intermediate_size",
-    "expert_used_count": "num_experts_per_tok",
+    "final_logit_softcapping": "final_logit_softcapping",
 }
 """Keys of a GGUF header, behind its architecture's name, and what config.json calls them."""
+MOST_LAYERS = 256
+"""A number for each layer is read; a list that is longer says something else."""
 BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template.*", "generation_config.json")
 
 
@@ -87,7 +89,7 @@ def unfold(file: Path, folder: Path) -> None:
 
 
 def _small(field: Any) -> bool:
-    return len(field.data) <= 1  # tokens and merges are the tokenizer's
+    return len(field.data) <= MOST_LAYERS  # tokens and merges are the tokenizer's
 
 
 def _config(
@@ -99,9 +101,12 @@ def _config(
         for key, name in SIZES.items()
         if f"{architecture}.{key}" in said
     }
-    experts = next(shape for name, shape in shapes.items() if name.endswith("ffn_up_exps.weight"))
-    known |= {family.count: experts[0], family.inner: experts[1]}
+    experts = next(shape for name, shape in shapes.items() if name.endswith("ffn_down_exps.weight"))
+    known |= {family.count: experts[0], family.inner: experts[2]}
+    known[family.top_k] = said[f"{architecture}.expert_used_count"]
     known["rope_parameters"] = _rope(architecture, said)
+    if architecture == "gemma4":
+        known |= _gemma4(said, shapes)
     shared = shapes.get("blk.0.ffn_up_shexp.weight")
     known |= {"shared_expert_intermediate_size": shared[0]} if shared else {}
     dense = [i for i in range(known["num_hidden_layers"]) if f"blk.{i}.ffn_up.weight" in shapes]
@@ -115,6 +120,32 @@ def _config(
         "eos_token_id": said.get("tokenizer.ggml.eos_token_id"),
     }
     return known | family.more
+
+
+def _gemma4(said: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Layers that see a window and layers that see all; the latter have heads of their own.
+
+    A quarter of their width turns, as in every Gemma 4.
+    """
+    local = [bool(x) for x in said["gemma4.attention.sliding_window_pattern"]]
+    heads = said["gemma4.attention.head_count_kv"]
+    each = heads if isinstance(heads, list) else [heads] * len(local)
+    by_kind = dict(zip(local, each, strict=True))
+    theta = [said[f"gemma4.rope.freq_base{end}"] for end in ("", "_swa")]
+    every = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": theta[0]}
+    return {
+        "layer_types": ["sliding_attention" if x else "full_attention" for x in local],
+        "num_key_value_heads": by_kind.get(True, by_kind[False]),
+        "num_global_key_value_heads": by_kind.get(False),
+        "head_dim": said["gemma4.attention.key_length_swa"],
+        "global_head_dim": said["gemma4.attention.key_length"],
+        "attention_k_eq_v": f"blk.{local.index(False)}.attn_v.weight" not in shapes,
+        "num_kv_shared_layers": said.get("gemma4.attention.shared_kv_layers", 0),
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": theta[1]},
+            "full_attention": every,
+        },
+    }
 
 
 def _rope(architecture: str, said: dict[str, Any]) -> dict[str, Any]:

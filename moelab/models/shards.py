@@ -98,8 +98,8 @@ class Checkpoint:
         The shards, and where each tensor lies.
     checksums
         Of files whose checksum is known without reading them.
-    remote
-        Whether shards lie elsewhere until they are fetched.
+    remote, resumes
+        Whether shards lie elsewhere until they are fetched; whether a half-made store is kept.
 
     Raises
     ------
@@ -109,7 +109,7 @@ class Checkpoint:
     """
 
     checksums: Mapping[str, str] = {}
-    remote = False
+    remote = resumes = False
     random = False
     """Whether nobody trained them: what is missing is filled in."""
 

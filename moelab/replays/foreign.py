@@ -1,10 +1,11 @@
 """Routing that other tools recorded, read as a moelab trace: ``Trace.load("route.csv")``.
 
 Read are BigMoeOnEdge's ``--route-trace`` (CSV, github.com/Helldez/BigMoeOnEdge), llama.cpp's
-``moe-trace`` example (CSV of layer and expert, pull request 28544) and what vLLM returns with
-``--enable-return-routed-experts`` (JSON). What a source does not say is in the trace's ``lacks``,
-and what needs it is refused: a trace without gate weights has equal ones, one without bytes counts
-each expert as a megabyte.
+``moe-trace`` example (CSV of layer and expert, pull request 28544), what vLLM returns with
+``--enable-return-routed-experts`` (JSON), and any CSV or Parquet file with a column each for token,
+layer and expert under one of their usual names (`NAMES`). What a source does not say is in the
+trace's ``lacks``, and what needs it is refused: a trace without gate weights has equal ones, one
+without bytes counts each expert as a megabyte.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import io
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moelab.scheduling.trace import FILES, FORMAT, MOST_BYTES, SAVED
@@ -25,6 +26,15 @@ LOOK_AHEAD, GATES, BYTES, PROMPT, COUNT = (
     "the number of experts",
 )
 NOMINAL = 10**6
+NAMES = {
+    "sequence": ("sequence", "sequence_id", "request_id", "prompt_id", "sample_id"),
+    "token": ("token", "token_idx", "token_index", "position", "pos", "step"),
+    "layer": ("layer", "layer_id", "layer_idx", "layer_index", "block"),
+    "expert": ("expert", "expert_id", "expert_idx", "expert_index", "experts", "expert_ids"),
+    "weight": ("weight", "weights", "gate", "gates", "score", "scores", "prob", "probs"),
+    "prefill": ("prefill", "is_prefill", "is_prompt"),
+}
+"""What a table of routing calls its columns; an expert's may hold one number, or all of a token."""
 Rows = list[list[int]]
 """Experts of some tokens, ``[T][K]``."""
 
@@ -38,7 +48,57 @@ def csv_document(data: bytes) -> dict[str, Any]:
         return _route(notes, rows)
     if rows and len(rows[0]) == 2:
         return _moe_trace(rows)
-    raise ValueError(f"its columns are {rows[0] if rows else 'none'}; none that is known here")
+    columns = zip(*rows[1:], strict=True) if rows else ()
+    return table_document(dict(zip(rows[0] if rows else (), columns, strict=False)))
+
+
+def table_document(columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The document of a table with a row for each expert of a token in a layer, or for all of them.
+
+    Tokens are in the order of their sequence and number.
+    """
+    lower = {name.lower(): name for name in columns}
+    found = {
+        what: columns[lower[name]]
+        for what, names in NAMES.items()
+        for name in [next((name for name in names if name in lower), None)]
+        if name
+    }
+    if missing := [what for what in ("token", "layer", "expert") if what not in found]:
+        raise ValueError(
+            f"its columns are {list(columns)}; there is none for the {missing[0]}, called one of "
+            f"{', '.join(NAMES[missing[0]])}"
+        )
+    none = itertools.repeat(0)
+    names = ("sequence", "token", "layer", "expert", "weight", "prefill")
+    tokens: dict[tuple[int, int], dict[int, tuple[list[int], list[float]]]] = {}
+    sequences: dict[Any, int] = {}
+    prompt: dict[tuple[int, int], bool] = {}
+    for sequence, token, layer, expert, weight, prefill in zip(
+        *(found.get(name, none) for name in names), strict=False
+    ):
+        key = sequences.setdefault(sequence, len(sequences)), int(token)
+        experts, weights = tokens.setdefault(key, {}).setdefault(int(layer), ([], []))
+        several = list(expert) if isinstance(expert, list | tuple) else [expert]
+        experts += map(int, several)
+        if len(set(experts)) < len(experts):
+            raise ValueError(f"token {token} has an expert of layer {layer} twice")
+        weights += map(
+            float, weight if isinstance(weight, list | tuple) else [weight] * len(several)
+        )
+        prompt[key] = str(prefill).lower() in ("1", "true")
+    layers = sorted({layer for token in tokens.values() for layer in token})
+    of: list[Token] = []
+    for key, token in sorted(tokens.items()):
+        chosen = {}
+        for layer, (experts, weights) in token.items():
+            gates = weights if "weight" in found else [1 / len(experts)] * len(experts)
+            order = sorted(range(len(experts)), key=lambda i: -gates[i])
+            chosen[layers.index(layer)] = [experts[i] for i in order], [gates[i] for i in order]
+        of.append((prompt[key], chosen))
+    lacks = [LOOK_AHEAD, BYTES, COUNT]
+    lacks += [GATES] * ("weight" not in found) + [PROMPT] * ("prefill" not in found)
+    return _document(of, len(layers), 0, 0, lacks)
 
 
 def json_document(data: bytes) -> Any:

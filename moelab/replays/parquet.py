@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from moelab.replays.foreign import table_document
 from moelab.scheduling.trace import FILES, SAVED
 
 WHATS = ("chosen", "wanted", "ahead", "norm", "in flight", "unread", "step")
@@ -49,7 +50,7 @@ def written(document: dict[str, Any]) -> bytes:
 
 
 def read(data: bytes) -> dict[str, Any]:
-    """The document of a Parquet file that `written` made; `Trace.load` checks what is in it."""
+    """The document of a Parquet file, ours or another tool's; `Trace.load` checks what is in it."""
     pa, parquet = _pyarrow()
     try:
         file = parquet.ParquetFile(io.BytesIO(data))
@@ -60,7 +61,9 @@ def read(data: bytes) -> dict[str, Any]:
         table = file.read()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(str(error)) from error
-    document = json.loads((table.schema.metadata or {})[b"moelab"])
+    if b"moelab" not in (table.schema.metadata or {}):
+        return table_document(table.to_pydict())
+    document = json.loads(table.schema.metadata[b"moelab"])
     if tuple(table.column_names) != COLUMNS:
         raise ValueError(f"its columns are {table.column_names}")
     kinds = {word: what for what, word in enumerate(WHATS)}

@@ -49,7 +49,7 @@ class HubCheckpoint(Checkpoint):
         The repository, and which of its files to read.
     """
 
-    remote = True
+    remote = resumes = True
 
     def __init__(self, folder: Path, repo: str, weights: Sequence[RepoSibling]) -> None:
         self.path, self._repo, self._weights = folder, repo, weights

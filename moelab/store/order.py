@@ -1,8 +1,8 @@
 """In which order a checkpoint is packed, what that takes, and how far it has come.
 
 All shards of a folder are there at once: one step. Those of a hub come one by one: a step packs
-what has all its tensors by then, and frees the shards that no later step needs. A half-made store
-has a journal of the steps that are done.
+what has all its tensors by then, and frees the shards that no later step needs. Of a GGUF file a
+step packs a layer. A half-made store has a journal of the steps that are done.
 """
 
 from __future__ import annotations
@@ -40,9 +40,17 @@ class Step:
 def steps(reader: ExpertReader) -> list[Step]:
     """The steps of a checkpoint; a shard that holds nothing the model uses is in none."""
     remote, info = reader.checkpoint.remote, reader.checkpoint.info
+    of_layer = {
+        layer.index: [(layer.index, e) for e in range(layer.num_experts)] for layer in reader.layers
+    }
+    if not remote and reader.checkpoint.resumes:
+        first_of_all = next(iter(of_layer))
+        return [
+            Step((), tuple(reader.found.rest) if layer == first_of_all else (), tuple(keys), ())
+            for layer, keys in of_layer.items()
+        ]
     rest = ((key, {info[key].shard}) for key in reader.found.rest)
-    every = ((layer.index, e) for layer in reader.layers for e in range(layer.num_experts))
-    experts = ((key, reader.shards(*key)) for key in every)
+    experts = ((key, reader.shards(*key)) for key in chain(*of_layer.values()))
     first, last, ready = {}, {}, {}
     for what, shards in chain(rest, experts):
         at = max(shards) if remote else 0
@@ -178,16 +186,23 @@ class Journal:
         {bits: one for each expert, empty where it is not packed}.
     coarse
         Layers whose weights are too small for float16 scales.
+    squares
+        What `moelab.store.rounding.Rounding` has measured.
+    squares
+        What `Rounding` has measured.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._file, self.done, self.coarse = folder / JOURNAL, 0, set[int]()
+        self.squares: dict[int, list[float]] = {}
         empty = [""] * sum(manifest.experts_per_layer)
         self.checksums = {bits: list(empty) for bits in manifest.tiers}
         with suppress(OSError, ValueError, KeyError, TypeError):  # none, or half-written
             said = json.loads(self._file.read_text("utf-8"))
             checksums = {bits: said["checksums"][str(bits)] for bits in manifest.tiers}
-            self.done, self.coarse, self.checksums = said["done"], set(said["coarse"]), checksums
+            squares = {int(bits): pair for bits, pair in said["squares"].items()}
+            self.done, self.coarse = said["done"], set(said["coarse"])
+            self.checksums, self.squares = checksums, squares
 
     def commit(self, done: int, files: Iterable[Path]) -> None:
         """Enter so many steps as done once these files are on the disk."""
@@ -195,6 +210,7 @@ class Journal:
             sync(file)
         self.done = done
         said = {"done": done, "coarse": sorted(self.coarse), "checksums": self.checksums}
+        said["squares"] = self.squares
         written = self._file.with_suffix(".new")
         written.write_text(json.dumps(said), encoding="utf-8")
         written.replace(self._file)

@@ -4,7 +4,8 @@ Every expert is read from its shards, written at every tier, and forgotten, so m
 two experts in float32 however large the model is; the other weights are copied byte by byte. All of
 it goes into a folder beside the destination which takes the destination's name at the very end:
 what is killed, cancelled or runs out of disk leaves nothing there, and packing starts over. A hub's
-model comes shard by shard, and its half-made store is kept: the next call goes on in it.
+model comes shard by shard, and its half-made store is kept, as that of a GGUF file is: the next
+call goes on in it.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ def pack(
     overwrite
         Replace another store at the destination. Folders that are not stores are never replaced.
     progress
-        Show a progress bar, or call this with what is being done; if it raises, nothing is left,
-        of a hub's model but what is finished.
+        Show a progress bar, or call this with what is being done; if it raises, nothing is left, of
+        a hub's model or a GGUF file but what is finished.
     check
         Called with all sizes before a weight is fetched or written; what it raises stops packing.
 
@@ -194,7 +195,6 @@ class _Work:
         self.sizes = Sizes.of(self.manifest, self.reader, self.steps)
         last = self.sizes.experts - 1
         self._sample = {0, last // 2, last}  # the numbers of the experts that are measured
-        self._again = Rounding(self.reader.stored - DTYPES.keys(), self.manifest.layout)
 
     @cached_property
     def identity(self) -> tuple[str, str]:
@@ -215,7 +215,7 @@ class _Work:
     @property
     def key(self) -> str:
         """By what a half-made store is found again; empty where it begins anew."""
-        return self.identity[0] if self.checkpoint.remote else ""
+        return self.identity[0] if self.checkpoint.resumes else ""
 
     def consider(self, check: Callable[[Sizes], None] | None) -> None:
         """Say what it will take before it begins."""
@@ -235,6 +235,8 @@ class _Work:
         for file in self.kept:
             shutil.copyfile(file, partial / MODEL / file.name)
         journal = Journal(partial, self.manifest)
+        rounded = self.reader.stored - DTYPES.keys()
+        self._again = Rounding(rounded, self.manifest.layout, journal.squares)
         self._write_steps(partial, journal)
         shutil.rmtree(partial / SHARDS, ignore_errors=True)
         (partial / JOURNAL).unlink()

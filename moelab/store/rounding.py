@@ -15,11 +15,15 @@ from moelab.store.codecs import Layout, decode
 
 
 class Rounding:
-    """Loss of the tiers that do not hold the file's own ``kinds`` of blocks as they are."""
+    """Loss of the tiers that do not hold the file's own ``kinds`` of blocks as they are.
 
-    def __init__(self, kinds: Collection[str], layout: Layout) -> None:
-        self._kinds, self._layout = kinds, layout
-        self._squares: dict[int, np.ndarray] = {}  # bits -> of the differences, of the weights
+    ``squares`` is what is known by now: bits -> of the differences, of the weights.
+    """
+
+    def __init__(
+        self, kinds: Collection[str], layout: Layout, squares: dict[int, list[float]]
+    ) -> None:
+        self._kinds, self._layout, self._squares = kinds, layout, squares
 
     def measure(self, tensors: Mapping[str, torch.Tensor], blob: np.ndarray, bits: int) -> None:
         """Hold an expert's blob at a tier against its matrices as the file has them."""
@@ -30,7 +34,8 @@ class Rounding:
             if tensor.ndim > 1:
                 own = tensor.float()
                 pair = [float(t.square().sum()) for t in (found[name] - own, own)]
-                squares[bits] = squares.get(bits, np.zeros(2)) + pair
+                before = squares.get(bits, (0.0, 0.0))
+                squares[bits] = [a + b for a, b in zip(before, pair, strict=True)]
 
     def note(self, measured: int, experts: int) -> str:
         """What a store should say of it; empty where nothing was rounded again."""

@@ -2,8 +2,7 @@
 
 On the bundled models loads are small and the papers' ideas drown in noise; with experts of tens of
 megabytes a token waits for loads most of its time. Loads, stalls, deciding and computing of a ghost
-are measured; routing is modelled, weights are random, so there is no quality here. What other
-devices would make of it is said by the virtual clock, apart, and called modelled.
+are measured; routing is modelled, weights are random, so there is no quality here.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -22,11 +20,10 @@ from tqdm.auto import tqdm
 
 import moelab
 from moelab.bench.cases import contender
-from moelab.bench.papers.results import Ratio, named
+from moelab.bench.papers.results import Ratio
 from moelab.bench.tables import Table, circumstances
 from moelab.replays.routing import nearest
 from moelab.replays.routing import routing as drawn
-from moelab.runs.prediction import Prediction, Predictor
 from moelab.runs.rounds import rotated
 from moelab.scheduling.stream import Shape
 from moelab.settings import parse_budget
@@ -34,7 +31,6 @@ from moelab.store.architecture import Architecture
 
 TIERS = (8, 4, 2)
 DENSE_BITS = 4
-DEVICES = ("tx2_ssd", "nvme", "pcie4")
 CONTENDERS = {
     "on demand": "on_demand + 8 bit",
     "on demand, 4 bit": "on_demand + 4 bit",
@@ -78,7 +74,6 @@ QUICK = (Regime("granite-3.1-1b-a400m", 4),)
 
 SHARES = dict.fromkeys(("high", "low", "skipped"), "{:.0%}")
 FORMATS = {"hits": "{:.1%}", "MB a token": "{:,.0f}", "waiting": "{:.0%}", **SHARES}
-MODELLED = {named(device): "{:.2f}" for device in DEVICES}
 
 
 def regimes(
@@ -104,8 +99,7 @@ def regimes(
     Returns
     -------
     pandas.DataFrame
-        A row a run. ``attrs``: ``models``, what each is; ``modelled``, rows of what the clock says
-        of other devices; ``clock``, its own error on the run that it learnt from.
+        A row a run. ``attrs["models"]`` says what each model is.
 
     Raises
     ------
@@ -115,7 +109,7 @@ def regimes(
         The disk is short.
     """
     rows: list[dict[str, Any]] = []
-    told: dict[str, Any] = {"models": {}, "modelled": [], "clock": {}, "complete": False}
+    told: dict[str, Any] = {"models": {}, "complete": False}
     cases = len(models) * repeats * len(CONTENDERS)
     with contextlib.suppress(KeyboardInterrupt), tqdm(total=cases, disable=not progress) as bar:
         for regime in models:
@@ -145,21 +139,12 @@ def _measure(
             f"{shape.nbytes[max(TIERS)] / 1e6:.0f} MB at 8 bit, top {shape.top_k}; memory for "
             f"{regime.budget.replace('%', ' %')} of them; routing modelled after {like}"
         )
-        learnt = None
         for words in rotated(list(CONTENDERS), repeats):
             bar.set_postfix_str(f"{name}: {words}")
             _settle(lab, CONTENDERS[words], regime.budget)
             run = lab.generate("x", max_new_tokens=warm + regime.tokens)
             rows.append({"model": name, "contender": words, **_figures(run, warm)})
-            learnt = run if words == "LRU" else learnt
             bar.update()
-        assert learnt is not None
-        predictor = Predictor(learnt, lab)
-        told["clock"][name] = predictor(device="disk").error
-        for words, settings in CONTENDERS.items():
-            asked = contender(settings) | {"budget": regime.budget}
-            speeds = {d: _predicted(predictor(**asked, device=d), warm) for d in DEVICES}
-            told["modelled"].append({"model": name, "contender": words, **speeds})
     finally:
         moelab.ghost.remove(lab)
 
@@ -194,16 +179,19 @@ def _figures(run: moelab.Run, warm: int) -> dict[str, float]:
     }
 
 
-def _predicted(found: Prediction, warm: int) -> float:
-    """Tokens a second of the same tokens, by the clock."""
-    return 1e3 / statistics.mean(spent.total_ms for spent in found.replay.tokens[warm:])
-
-
 # -- the page -------------------------------------------------------------------------------------
 
 
+TITLE = """# The papers at the size of their models
+
+An expert of the bundled model has 0.22 MB, and most differences between strategies drown there in
+what else a token takes ([PAPERS_MEASURED.md](PAPERS_MEASURED.md)). Those of the models that the
+papers speak of have 5 to 180 MB: a token waits for the disk. `moelab bench --suite regimes
+--markdown notebooks/PAPERS_AT_SIZE.md` writes this page."""
+
+
 def report(frame: pd.DataFrame) -> str:
-    """The page: what each contender did, ratios with their ranges, other devices modelled."""
+    """The page: what each contender did, and ratios with their ranges."""
     made, machine = itemgetter("made", "machine")(circumstances())
     how = (
         f"Measured {made[:10]} on {machine['cores']} cores of {machine['processor']} by `moelab "
@@ -215,7 +203,7 @@ def report(frame: pd.DataFrame) -> str:
         "quality is not here, and EdgeMoE counts its paths as it decodes, at one bitwidth for all; "
         "coming layers' gates cannot be asked."
     )
-    parts = [how]
+    parts = [TITLE, how]
     if not frame.attrs["complete"]:
         parts.append("**Stopped early: what was not measured by then is missing.**")
     for table in _tables(frame):
@@ -248,14 +236,6 @@ def _tables(frame: pd.DataFrame) -> Iterator[Table]:
         for pair, theirs in PAIRS.items()
     ]
     yield Table("How many times as fast", pd.DataFrame(rows if ratios else []), note=note)
-    for name, error in frame.attrs["clock"].items():
-        rows = [
-            {"": row["contender"]} | {named(device): row[device] for device in DEVICES}
-            for row in frame.attrs["modelled"]
-            if row["model"] == name
-        ]
-        note = f"By the clock, which is {error:+.0%} off on the run that it learnt from."
-        yield Table(f"{name}, *modelled*: tokens/s", pd.DataFrame(rows), MODELLED, note)
 
 
 def _row(who: str, runs: pd.DataFrame) -> dict[str, Any]:
