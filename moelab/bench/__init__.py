@@ -1,7 +1,8 @@
 """The bench: everything it says was measured here and now, through the public API.
 
 `bench` measures any strategy x budget x device; `papers` asks the questions of EdgeMoE, HOBBIT and
-SwapMoE and puts the papers' own figures beside the answers; `deciding` times the scheduler alone.
+SwapMoE and puts the papers' own figures beside the answers; `deciding` times the scheduler alone;
+`moelab.bench.papers.regimes` measures the papers on ghosts of their models' sizes.
 """
 
 from moelab.bench.cases import PROMPT, Case, contender
