@@ -182,7 +182,8 @@ Choice = tuple[list[tuple[int, ...]], list[tuple[float, ...]]]
 
 def _prompt(tokens: list[Choice], layers: int) -> Iterator[LayerInput]:
     for layer in range(layers):
-        rows, gates = (tuple(token[i][layer] for token in tokens) for i in (0, 1))
+        rows = tuple(experts[layer] for experts, _ in tokens)
+        gates = tuple(weights[layer] for _, weights in tokens)
         yield LayerInput(layer, rows, gates, prefill=True)
 
 
@@ -222,10 +223,11 @@ class _Kinds:
     def __call__(self, kind: int) -> np.ndarray:
         if kind not in self._known:
             members = (*(kind % clusters for clusters in CLUSTERS), kind)
-            self._known[kind] = sum(
+            parts = [
                 root[:, None] * self._pattern(level, member)
                 for level, (root, member) in enumerate(zip(self._roots, members, strict=True))
-            )  # pyright: ignore[reportArgumentType]
+            ]
+            self._known[kind] = sum(parts, np.zeros(1))
         return self._known[kind]
 
     def _pattern(self, level: int, member: int) -> np.ndarray:

@@ -244,10 +244,11 @@ def _tables(frame: pd.DataFrame) -> Iterator[Table]:
 
 
 def _row(who: str, runs: pd.DataFrame) -> dict[str, Any]:
-    speeds, middle = runs["tokens/s"], runs.median(numeric_only=True)
+    speeds = runs["tokens/s"]
+    middle: dict[str, Any] = runs.median(numeric_only=True).to_dict()
     said = f"{speeds.median():.2f} ({speeds.min():.2f}-{speeds.max():.2f})"
     rate = runs["MB a token"] * runs["tokens/s"] / runs["waiting"]
     # Where little is waited for, most was read meanwhile.
     middle["MB/s then"] = rate.median() if middle["waiting"] > 0.5 else math.nan
     names = [name for name in FORMATS if who == HOBBIT or name not in SHARES]
-    return {"": who, "tokens/s": said, **middle[names]}
+    return {"": who, "tokens/s": said, **{name: middle[name] for name in names}}
