@@ -138,6 +138,22 @@ def test_a_table_of_tokens_layers_and_experts(routed, tmp_path, suffix, listed):
         moelab.Trace.load(path)
 
 
+def test_a_position_goes_before_a_word_and_our_own_table_needs_its_header(routed, tmp_path):
+    rows = [
+        {"token": 7, "position": t, "layer": n, "expert": e}  # the same word at every place
+        for t, of in enumerate(routed)
+        for n, row in enumerate(of)
+        for e in row
+    ]
+    path = tmp_path / "words.parquet"
+    pd.DataFrame(rows).to_parquet(path)
+    assert moelab.Trace.load(path).tokens == len(routed)
+    own = moelab.Trace.load(path).save(tmp_path / "own.parquet")
+    pd.read_parquet(own).to_parquet(path := tmp_path / "bare.parquet")
+    with pytest.raises(ValueError, match="our columns and no header"):
+        moelab.Trace.load(path)
+
+
 def test_what_is_broken_is_refused_by_name(routed, tmp_path, monkeypatch):
     rng = random.Random(1)
     table = "token,layer,expert\n" + "\n".join(

@@ -125,7 +125,7 @@ def _config(
 def _gemma4(said: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Layers that see a window and layers that see all; the latter have heads of their own.
 
-    A quarter of their width turns, as in every Gemma 4.
+    A quarter of their width turns, as transformers has it; `rope_freqs` of the file is not read.
     """
     local = [bool(x) for x in said["gemma4.attention.sliding_window_pattern"]]
     heads = said["gemma4.attention.head_count_kv"]

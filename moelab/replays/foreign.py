@@ -28,7 +28,7 @@ LOOK_AHEAD, GATES, BYTES, PROMPT, COUNT = (
 NOMINAL = 10**6
 NAMES = {
     "sequence": ("sequence", "sequence_id", "request_id", "prompt_id", "sample_id"),
-    "token": ("token", "token_idx", "token_index", "position", "pos", "step"),
+    "token": ("position", "pos", "token_idx", "token_index", "token", "step"),
     "layer": ("layer", "layer_id", "layer_idx", "layer_index", "block"),
     "expert": ("expert", "expert_id", "expert_idx", "expert_index", "experts", "expert_ids"),
     "weight": ("weight", "weights", "gate", "gates", "score", "scores", "prob", "probs"),

@@ -62,6 +62,8 @@ def read(data: bytes) -> dict[str, Any]:
     except (pa.ArrowException, OSError) as error:
         raise ValueError(str(error)) from error
     if b"moelab" not in (table.schema.metadata or {}):
+        if tuple(table.column_names) == COLUMNS:
+            raise ValueError("it has our columns and no header")
         return table_document(table.to_pydict())
     document = json.loads(table.schema.metadata[b"moelab"])
     if tuple(table.column_names) != COLUMNS:

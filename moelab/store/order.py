@@ -188,8 +188,6 @@ class Journal:
         Layers whose weights are too small for float16 scales.
     squares
         What `moelab.store.rounding.Rounding` has measured.
-    squares
-        What `Rounding` has measured.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
