@@ -94,7 +94,7 @@ def test_a_model_that_is_not_here_is_looked_at_and_then_opened_as_a_ghost(dashbo
     chosen(dashboard, "mixtral-8x7b")
     told = dashboard.models
     assert (told["now"], told["fits"]) == ("demo", "mixtral-8x7b")
-    assert told["note"] == "8 GB: about 2 tokens/s"
+    assert told["note"] == "mixtral-8x7b: 8 GB: about 2 tokens/s"
     assert told["picture"].startswith("data:image/svg")
     says(dashboard, "model", name="mixtral-8x7b", ghost=True)
     dashboard._models.thread.join(20)

@@ -136,7 +136,7 @@ class Models:
             raise _Stopped
         self._chosen[name] = found.chosen
         fits = {"fits": name} if found.chosen else {}
-        return {"note": found.sentence(), "picture": found.picture().address(), **fits}
+        return {"note": f"{name}: {found.sentence()}", "picture": found.picture().address(), **fits}
 
     def _opened(self, name: str) -> Any:
         import moelab
