@@ -230,7 +230,7 @@ def _kernel_errors() -> dict[int, float]:
     import numpy as np
     import torch as t
 
-    from moelab.engine.kernels import TIERS, swiglu_experts
+    from moelab.engine.kernels import TIERS, compute_experts
     from moelab.store.codecs import Layout, decode, encode
 
     rng, D, F = np.random.default_rng(0), 64, 128
@@ -245,7 +245,7 @@ def _kernel_errors() -> dict[int, float]:
         want = (gate / (1 + np.exp(-gate)) * up) @ plain["down_proj"].T
         got, one = np.empty((1, *x.shape), np.float32), np.ones((1, 2), np.float32)
         address, tier = np.array([blob.ctypes.data], np.uintp), np.array([bits])
-        swiglu_experts(address, tier, x, one, got, inner=F, half=layout.dtype)
+        compute_experts(address, tier, x, one, got, inner=F, half=layout.dtype)
         errors[bits] = float(np.linalg.norm(got[0] - want) / np.linalg.norm(want))
     return errors
 

@@ -87,7 +87,7 @@ def served(blobs: list[np.ndarray], bits: np.ndarray, tokens: int) -> np.ndarray
     gate[rng.random(gate.shape) < 0.3] = 0
     out = np.zeros((len(bits), tokens, WIDTH), np.float32)
     at = np.array([blob.ctypes.data for blob in blobs], np.uintp)
-    kernels.swiglu_experts(at, bits, x, gate, out, inner=INNER, half="bfloat16")
+    kernels.compute_experts(at, bits, x, gate, out, inner=INNER, half="bfloat16")
     return out
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import moelab
 import tiny_models
-from moelab.engine.kernels import swiglu_experts
+from moelab.engine.kernels import compute_experts
 from moelab.models.gguf_file import ATTENTION, BARE, ENDS, FAMILIES
 from moelab.models.gguf_header import parts_of
 from moelab.store.blocks import KINDS
@@ -317,7 +317,7 @@ def test_kernels_compute_a_files_own_blocks_beside_groups_of_64(name):
         x = generator.standard_normal((count, 192)).astype(np.float32)
         out = np.zeros((3, count, 192), np.float32)
         gate = np.ones((3, count), np.float32)
-        swiglu_experts(addresses, forms, x, gate, out, inner=320, half="bfloat16")
+        compute_experts(addresses, forms, x, gate, out, inner=320, half="bfloat16")
         for b, blob, got in zip((bits, 3, 16), blobs, out, strict=True):
             w, given = decode(blob, layout, b), torch.from_numpy(x)
             first, second = F.linear(given, w["gate_up_proj"]).chunk(2, -1)

@@ -124,13 +124,13 @@ def test_the_self_check_of_the_kernels_would_find_a_wrong_one(monkeypatch):
     assert set(errors) == {16, 8, 4, 3, 2}
     assert max(errors.values()) < health.WRONG
     kernels = importlib.import_module("moelab.engine.kernels")
-    right = kernels.swiglu_experts
+    right = kernels.compute_experts
 
     def off(addrs, bits, x, gate, out, **more):
         right(addrs, bits, x, gate, out, **more)
         out[..., 0] += np.abs(out).max()
 
-    monkeypatch.setattr(kernels, "swiglu_experts", off)
+    monkeypatch.setattr(kernels, "compute_experts", off)
     assert min(health._kernel_errors().values()) > health.WRONG
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,7 +38,7 @@ def run(layout, blobs, tiers, x, gate, out=None):
     """Call the kernel on blobs; returns the sum of its outputs, ``[T, H]``."""
     out = np.zeros((len(blobs), *x.shape), np.float32) if out is None else out
     addresses = np.array([blob.ctypes.data for blob in blobs], np.uintp)
-    kernels.swiglu_experts(
+    kernels.compute_experts(
         addresses,
         np.array(tiers, np.int64),
         x,
@@ -193,7 +192,7 @@ def test_extreme_codes_do_not_saturate(bits):
 @pytest.mark.parametrize("bits", TIERS)
 def test_prefill_gives_what_single_tokens_give(bits, count):
     given = layout, (blob,), tiers, x, gate = case([bits], count)
-    many = kernels.swiglu_prefill(blob, bits, layout, torch.from_numpy(x)).numpy()
+    many = kernels.compute_prefill(blob, bits, layout, torch.from_numpy(x)).numpy()
     assert error(many, reference(*given)) < ACTIVATION_ERROR[bits]
     alone = [run(layout, [blob], tiers, x[t : t + 1].copy(), gate[:, :1]) for t in range(count)]
     # Sums in another order; an activation that rounds the other way moves a result by a code.
@@ -204,7 +203,7 @@ def test_prefill_refuses_what_is_not_the_experts_blob():
     layout, (blob,), *_ = case([4])
     for count in (1, 40):
         with pytest.raises(ValueError, match="8 bit needs uint8"):
-            kernels.swiglu_prefill(blob, 8, layout, torch.zeros(count, 192))
+            kernels.compute_prefill(blob, 8, layout, torch.zeros(count, 192))
 
 
 def test_threads_may_call_at_once():
@@ -213,28 +212,6 @@ def test_threads_may_call_at_once():
     with ThreadPoolExecutor(4) as pool:
         results = pool.map(lambda _: run(*given), range(200))
     assert all(np.array_equal(result, expected) for result in results)
-
-
-def test_supports_swiglu_and_nothing_else():
-    plain = {"activation": "silu", "gating": "concatenated"}
-    plain |= dict.fromkeys(("transposed", "has_bias", "has_post_norm"), False)
-
-    def ask(tensors, **facts):
-        return kernels.supports(Layout(tensors, "bfloat16"), SimpleNamespace(**plain | facts))
-
-    swiglu = (("gate_up_proj", (256, 192)), ("down_proj", (192, 128)))
-    assert ask(swiglu)
-    assert ask(swiglu, activation="swish")
-    assert not ask(swiglu, activation="gelu")
-    assert not ask(swiglu, gating="custom")
-    assert not ask(swiglu, gating="none")
-    assert not ask(swiglu, transposed=True)
-    assert not ask(swiglu, has_bias=True)
-    assert not ask(swiglu, has_post_norm=True)
-    assert not ask((*swiglu, ("down_proj_bias", (192,))))
-    assert not ask((("up_proj", (256, 192)), ("down_proj", (192, 128))))
-    assert not ask((("gate_up_proj", (192, 256)), ("down_proj", (128, 192))))  # transposed
-    assert not ask((("gate_up_proj", (200, 192)), ("down_proj", (192, 100))))  # 100 % 64
 
 
 def test_wrong_arrays_are_refused_before_memory_is_read():
@@ -263,9 +240,9 @@ def test_wrong_arrays_are_refused_before_memory_is_read():
     ]
     for name, value, message in bad:
         with pytest.raises(ValueError, match=message):
-            kernels.swiglu_experts(**{**good, name: value})
+            kernels.compute_experts(**{**good, name: value})
     assert not good["out"].any()
-    kernels.swiglu_experts(**good)
+    kernels.compute_experts(**good)
     assert good["out"].any()
 
 

@@ -5,6 +5,8 @@ Activations are quantised by groups as `kernels` describes. A form is a tier's b
 that of a file's own blocks (`moelab.store.blocks`). What an output is computed from, and in which
 order, is the same whichever core takes its chunk.
 
+What an expert does between its two products is a `moelab.models.gating.Rule` of numbers.
+
 Letters: T tokens, n experts, H model width, I inner width, K a row's length, N rows.
 """
 
@@ -140,8 +142,32 @@ def _at_once(tokens: int, t: int) -> int:
 
 
 @kernel
+def _bytes(form: int, rows: int, width: int) -> int:
+    """Bytes of a matrix: codes, and what scales them."""
+    size, scales = group_of(form)
+    scaling = 0 if form == 16 else width // size * scales
+    return rows * (width * (form & 31) // 8 + scaling)
+
+
+@kernel
+def _activated(rule: np.ndarray, h: np.float32, up: np.float32) -> np.float32:
+    """The formula of `moelab.models.gating`; comparisons let NaN through."""
+    if rule[4] != 0:
+        h = np.float32(0) if h < 0 else h
+        return h if rule[4] == 1 else h * h
+    limit = rule[2]
+    h = min(h, limit)
+    if up > limit:
+        up = limit
+    elif up < -limit:
+        up = -limit
+    slope = h if rule[1] == 0 else h + rule[1] * h * h * h
+    return h / (np.float32(1) + np.exp(-rule[0] * slope)) * (up + rule[3])
+
+
+@kernel
 def _hidden_chunk(job: np.ndarray, index: int) -> None:
-    """Act = silu(gate @ x) * (up @ x) for some rows of one expert, quantised for what follows."""
+    """Act = rule(first product) for some rows of one expert, quantised for what follows."""
     n, tokens, width, inner, bfloat = job[1], job[2], job[3], job[4], job[5] != 0
     blocks = -(-inner // ROWS)
     e, first = index // blocks, index % blocks * ROWS
@@ -150,25 +176,31 @@ def _hidden_chunk(job: np.ndarray, index: int) -> None:
     size, scales = group_of(form)
     groups, row_bytes = width // size, width * (form & 31) // 8
     start, kind = carray(_i64(job[6]), n)[e], activations_of(form)
-    pairs = start + 2 * inner * row_bytes
+    rule, two, interleaved, biased = carray(float32_at(job[21]), 5), job[18], job[19], job[20]
+    step, lift = (2, 1) if interleaved != 0 else (1, inner)
+    pairs = start + two * inner * row_bytes
+    bias = start + _bytes(form, two * inner, width) + _bytes(form, width, inner)
     all_xq = job[11] + kind * tokens * width * 2
     all_xp = job[13] + kind * tokens * (width // BLOCK) * 8
     gate = carray(float32_at(job[9]), (n, tokens))
     act = carray(float32_at(job[15]), (n, tokens, inner))
     hidden, scaled = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for r in range(first, last):  # outside: a row comes from memory once, for all tokens
-        w, p = start + r * row_bytes, pairs + r * groups * scales
-        up, up_p = w + inner * row_bytes, p + inner * groups * scales
-        t = 0
+        w, p = start + r * step * row_bytes, pairs + r * step * groups * scales
+        up, up_p = w + lift * row_bytes, p + lift * groups * scales
+        own, other, t = np.float32(0), np.float32(0), 0
+        if biased != 0:
+            own = half_value(bfloat, bias + 2 * r * step)
+            other = half_value(bfloat, bias + 2 * (r * step + lift)) if two == 2 else other
         while t < tokens:
             count = _at_once(tokens, t)
             if count > 1 or gate[e, t] != 0:
                 x, xq, xp = job[8] + 4 * t * width, all_xq + 2 * t * width, all_xp + 8 * t * groups
                 _dots(form, bfloat, w, p, x, xq, xp, groups, count, hidden)
-                _dots(form, bfloat, up, up_p, x, xq, xp, groups, count, scaled)
+                if two == 2:
+                    _dots(form, bfloat, up, up_p, x, xq, xp, groups, count, scaled)
                 for i in range(count):
-                    h = hidden[i]
-                    act[e, t + i, r] = h / (np.float32(1) + np.exp(-h)) * scaled[i]
+                    act[e, t + i, r] = _activated(rule, hidden[i] + own, scaled[i] + other)
             t += count
     if form != 16:
         codes = carray(_i16(job[16]), (n, tokens, inner))
@@ -188,16 +220,17 @@ def _down_chunk(job: np.ndarray, index: int) -> None:
     form = carray(_i64(job[7]), n)[e]
     size, scales = group_of(form)
     groups, row_bytes = inner // size, inner * (form & 31) // 8
-    start = carray(_i64(job[6]), n)[e] + 2 * inner * width * (form & 31) // 8
-    if form != 16:
-        start += 2 * inner * (width // size) * scales
-    pairs = start + width * row_bytes
+    first_rows = job[18] * inner
+    start = carray(_i64(job[6]), n)[e] + _bytes(form, first_rows, width)
+    pairs, bias = start + width * row_bytes, start + _bytes(form, width, inner) + 2 * first_rows
     gate = carray(float32_at(job[9]), (n, tokens))
     out = carray(float32_at(job[10]), (n, tokens, width))
     found = np.empty(TILE, np.float32)
     for r in range(first, min(first + ROWS, width)):
         w, p = start + r * row_bytes, pairs + r * groups * scales
-        t = 0
+        own, t = np.float32(0), 0
+        if job[20] != 0:
+            own = half_value(bfloat, bias + 2 * r)
         while t < tokens:
             count = _at_once(tokens, t)
             if count > 1 or gate[e, t] != 0:
@@ -207,7 +240,7 @@ def _down_chunk(job: np.ndarray, index: int) -> None:
                 _dots(form, bfloat, w, p, a, aq, ap, groups, count, found)
                 for i in range(count):
                     if gate[e, t + i] != 0:
-                        out[e, t + i, r] = gate[e, t + i] * found[i]
+                        out[e, t + i, r] = gate[e, t + i] * (found[i] + own)
             t += count
 
 

@@ -1,4 +1,4 @@
-"""What experts compute: the kernels for SwiGLU experts, any family's own code for the rest.
+"""What experts compute: the kernels where they know its activation, else a family's own code.
 
 A `Batch` collects the output of one layer while its experts arrive, and adds them up in the order
 of their numbers: a floating-point sum depends on the order, and where two experts are nearly equal
@@ -23,6 +23,7 @@ from moelab.engine import kernels
 from moelab.engine.chunks import FEW_TOKENS
 from moelab.engine.memory import Slot, pages
 from moelab.models.adapter import Adapter, expert_forward
+from moelab.models.gating import SWIGLU, rule_of
 from moelab.scheduling.stream import Key
 from moelab.store.codecs import decode
 from moelab.store.store import Store
@@ -67,7 +68,9 @@ class ExpertCompute:
         self.store, self.adapter = store, adapter
         self.layout = store.layout
         self.inner = store.manifest.inner
-        self.fast = kernels.supports(store.layout, store.manifest)
+        found = rule_of(adapter.layers[0].module)
+        self.fast = kernels.supports(store.layout, store.manifest, found)
+        self.rule, self.biased = found or SWIGLU, store.manifest.has_bias
         self._full: dict[tuple[int, int], Slot] = {}  # (place, bits) -> memory of full precision
 
     def release(self) -> None:
@@ -116,7 +119,7 @@ class _Layer:
 
 
 class KernelBatch(_Layer):
-    """SwiGLU experts of few tokens, each at its own bits: one kernel call for all that are here."""
+    """Experts of few tokens, each at its own bits: one kernel call for all that are here."""
 
     def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
         super().__init__(compute, layer, x, routed)
@@ -136,7 +139,7 @@ class KernelBatch(_Layer):
                 if expert in place:  # as `_gates`, which takes 90 us for so few
                     gates[place[expert]][t] += weight
         outputs = np.zeros((len(served), *self._in.shape), np.float32)
-        kernels.swiglu_experts(
+        kernels.compute_experts(
             np.array([m.addr for _, m in served], np.uintp),
             np.array([self._compute.layout.form(s.bits) for s, _ in served], np.int64),
             self._in.numpy(),
@@ -144,6 +147,8 @@ class KernelBatch(_Layer):
             outputs,
             inner=self._compute.inner,
             half=self._compute.layout.dtype,
+            rule=self._compute.rule,
+            biased=self._compute.biased,
         )
         self._calls.append(outputs)
         self._experts += [s.expert for s, _ in served]
@@ -200,7 +205,8 @@ class PrefillBatch(_Layer):
         self, bits: int, memory: Slot, rows: torch.Tensor, gate: torch.Tensor
     ) -> torch.Tensor:
         x = self._x[rows].float()
-        return kernels.swiglu_prefill(memory.view, bits, self._compute.layout, x) * gate
+        like = self._compute
+        return kernels.compute_prefill(memory.view, bits, like.layout, x, like.rule) * gate
 
 
 class TorchBatch(PrefillBatch):

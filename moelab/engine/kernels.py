@@ -5,8 +5,8 @@ integers with one scale per group of 64, int16 at 8 bit and int8 under it, and a
 product is ``scale * xs * sum(code * xq) + offset * xs * sum(xq)``; a file's own blocks meet groups
 of 32. Nothing is unpacked to memory, so reading the weights is the cost. Rows are shared in chunks
 (`cores`): which core computes an output changes nothing of it. Kernels compile at first use,
-release the GIL and are cached on disk. What they do not know: experts other than SwiGLU, and
-devices other than the CPU.
+release the GIL and are cached on disk. What they do not know: experts whose activation is none of
+`moelab.models.gating`'s rules, and devices other than the CPU.
 
 Letters: T tokens, n experts, H model width, I inner width, K a row's length, N rows.
 """
@@ -35,6 +35,7 @@ from moelab.engine.chunks import (
 )
 from moelab.engine.row_dots import FORMS
 from moelab.engine.vectors import AVX2, kernel
+from moelab.models.gating import SWIGLU, Rule
 from moelab.store.blocks import BLOCK
 from moelab.store.codecs import GROUP, TIERS, Layout, check_blob, decode, nbytes
 from moelab.store.manifest import Manifest
@@ -43,10 +44,10 @@ __all__ = [
     "AVX2",
     "KERNEL_TOKENS",
     "POOL",
+    "compute_experts",
+    "compute_prefill",
     "linear",
     "supports",
-    "swiglu_experts",
-    "swiglu_prefill",
     "warm_up",
 ]
 
@@ -99,9 +100,11 @@ def _experts(
     out: np.ndarray,
     inner: int,
     bfloat: bool,
+    rule: np.ndarray,
 ) -> int:
     """Serve every expert to the tokens whose gate weight for it is not zero; `out` [n, T, H].
 
+    ``rule`` float32 [8] is a `Rule`, whether there is a gate beside the value, and biases.
     Returns -1, or the index of an expert that cannot be, in which case nothing was done.
     """
     n, (tokens, width) = len(addresses), x.shape
@@ -130,10 +133,12 @@ def _experts(
     job[8], job[9], job[10] = x.ctypes.data, gate.ctypes.data, out.ctypes.data
     job[11], job[13] = xq.ctypes.data, x_pairs.ctypes.data
     job[15], job[16], job[17] = act.ctypes.data, codes.ctypes.data, a_pairs.ctypes.data
+    job[18], job[19], job[20] = 1 if rule[4] != 0 else 2, np.int64(rule[5]), np.int64(rule[6])
+    job[21] = rule.ctypes.data
     run(board, n * -(-inner // ROWS))
     job[0] = DOWN
     run(board, n * -(-width // ROWS))
-    _used(xq, x_pairs, act, codes, a_pairs)
+    _used(xq, x_pairs, act, codes, a_pairs, rule)
     return -1
 
 
@@ -145,20 +150,24 @@ def _check(name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]
         )
 
 
-def supports(layout: Layout, experts: Manifest) -> bool:
+def supports(layout: Layout, experts: Manifest, rule: Rule | None) -> bool:
     """Say whether the kernels serve experts of this kind.
 
-    They serve SwiGLU: ``down_proj @ (silu(gate) * up)`` with exactly two tensors, gate and up
-    stacked as ``gate_up_proj [2I, H]``, then ``down_proj [H, I]``.
+    They serve ``down_proj @ rule(first @ x + bias) + bias``, ``first`` being ``gate_up_proj
+    [2I, H]`` or, without a gate, ``up_proj [I, H]``; the biases may be missing. A family that has
+    [in, out] is packed turned.
     """
-    if experts.activation not in ("silu", "swish") or experts.gating != "concatenated":
+    if rule is None or experts.has_post_norm or experts.transposed != layout.turned:
         return False
-    if experts.transposed or experts.has_bias or experts.has_post_norm:
+    first = "up_proj" if rule.power else "gate_up_proj"
+    names = [first, "down_proj"]
+    biases = [f"{name}_bias" for name in names] if experts.has_bias else []
+    if [name for name, _ in layout.tensors] != names + biases:
         return False
-    if tuple(name for name, _ in layout.tensors) != ("gate_up_proj", "down_proj"):
+    up, down, *ones = (layout.rows(shape) for _, shape in layout.tensors)
+    if len(up) != 2 or len(down) != 2 or up != ((1 if rule.power else 2) * down[1], down[0]):
         return False
-    up, down = (shape for _, shape in layout.tensors)
-    if len(up) != 2 or len(down) != 2 or up != (2 * down[1], down[0]):
+    if ones and tuple(ones) != (up[:1], down[:1]):
         return False
     return down[0] % GROUP == 0 and down[1] % GROUP == 0
 
@@ -203,7 +212,7 @@ def linear(
     return out
 
 
-def swiglu_experts(
+def compute_experts(
     addrs: np.ndarray,
     bits: np.ndarray,
     x: np.ndarray,
@@ -212,10 +221,12 @@ def swiglu_experts(
     *,
     inner: int,
     half: str,
+    rule: Rule = SWIGLU,
+    biased: bool = False,
 ) -> None:
     """Compute the weighted outputs of a layer's experts, for few tokens (T up to about 8).
 
-    ``out[e, t] = gate[e, t] * swiglu_e(x[t])``; adding them up is the caller's, in an order that
+    ``out[e, t] = gate[e, t] * expert_e(x[t])``; adding them up is the caller's, in an order that
     does not hang on which of them came first. The GIL is released; the memory at `addrs` must
     stay valid until the call returns. A token whose gate weight is zero costs nothing, and its
     place in `out` is left as it was.
@@ -230,7 +241,11 @@ def swiglu_experts(
     inner : int
         I, the experts' inner width.
     half : {"bfloat16", "float16"}
-        The dtype of the 16-bit tier.
+        The dtype of the 16-bit tier, and of biases.
+    rule : Rule
+        What an expert does between its two products.
+    biased : bool
+        Whether the blobs end in two biases.
 
     Raises
     ------
@@ -249,7 +264,8 @@ def swiglu_experts(
         raise ValueError(
             f"widths H={width} and I={inner} must be multiples of {GROUP}; ask supports() first"
         )
-    wrong = POOL.call(_experts, addrs, bits, x, gate, out, inner, half == "bfloat16")
+    numbers = np.array([*rule, biased, 0], np.float32)
+    wrong = POOL.call(_experts, addrs, bits, x, gate, out, inner, half == "bfloat16", numbers)
     if wrong >= 0:
         raise ValueError(
             f"expert {wrong} of the call has {bits[wrong]} bit at address {addrs[wrong]}; use "
@@ -257,7 +273,9 @@ def swiglu_experts(
         )
 
 
-def swiglu_prefill(blob: np.ndarray, bits: int, layout: Layout, x: torch.Tensor) -> torch.Tensor:
+def compute_prefill(
+    blob: np.ndarray, bits: int, layout: Layout, x: torch.Tensor, rule: Rule = SWIGLU
+) -> torch.Tensor:
     """One expert's output float32 ``[T, H]`` for any number of tokens ``x`` float32 ``[T, H]``.
 
     ``blob`` is uint8 ``[nbytes(layout, bits)]``, of a layout that `supports` accepts. At 16 bit and
@@ -265,26 +283,29 @@ def swiglu_prefill(blob: np.ndarray, bits: int, layout: Layout, x: torch.Tensor)
     without AVX512 it multiplies 16-bit matrices several times slower. Codes go through the kernels,
     however many tokens there are.
     """
+    check_blob(blob, layout, bits)
+    shapes = [layout.rows(shape) for _, shape in layout.tensors]
     if len(x) <= KERNEL_TOKENS or bits < 16:
-        check_blob(blob, layout, bits)
         blob = np.ascontiguousarray(blob)
         x, out = x.contiguous(), x.new_empty((1, *x.shape))
-        swiglu_experts(
+        compute_experts(
             np.array([blob.ctypes.data], np.uintp),
             np.array([layout.form(bits)], np.int64),
             x.numpy(),
             np.ones((1, len(x)), np.float32),
             out.numpy(),
-            inner=layout.tensors[1][1][1],
+            inner=shapes[1][1],
             half=layout.dtype,
+            rule=rule,
+            biased=len(shapes) > 2,
         )
         return out[0]
-    check_blob(blob, layout, bits)
     half = torch.from_numpy(blob).view(getattr(torch, layout.dtype))
-    up, down = (shape for _, shape in layout.tensors)
-    middle, end = math.prod(up), math.prod(up) + math.prod(down)
-    gate, value = in_blocks(x, half[:middle].view(up)).chunk(2, dim=-1)
-    return in_blocks(F.silu(gate) * value, half[middle:end].view(down))
+    parts = half[: sum(map(math.prod, shapes))].split([math.prod(shape) for shape in shapes])
+    first, down, *biases = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    inner = in_blocks(x, first)
+    y = in_blocks(rule(inner + biases[0] if biases else inner), down)
+    return y + biases[1] if biases else y
 
 
 class Rows(Protocol):
@@ -311,7 +332,7 @@ def warm_up() -> None:
     layout = Layout((("gate_up_proj", (128, 64)), ("down_proj", (64, 64))), "bfloat16")
     blobs = [np.zeros(nbytes(layout, bits), np.uint8) for bits in TIERS]
     decode(blobs[-1], layout, TIERS[-1])
-    swiglu_experts(
+    compute_experts(
         np.array([blob.ctypes.data for blob in blobs], np.uintp),
         np.array(TIERS, np.int64),
         np.ones((1, 64), np.float32),

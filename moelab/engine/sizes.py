@@ -34,6 +34,7 @@ from moelab.engine.pace import (
     median_ms,
     slots_for,
 )
+from moelab.models.gating import rule_of
 from moelab.store.architecture import Architecture
 from moelab.store.blobs import BlobFile
 from moelab.store.codecs import GROUP, Layout, decode, nbytes
@@ -102,8 +103,9 @@ def _made_up(of: Architecture, experts: Any, bits: int) -> tuple[int, Work]:
     for slot in slots:
         slot.view[:] = ORDINARY
     x, layout = torch.ones(1, experts.hidden), of.layout
-    if kernels.supports(layout, experts):
-        like: Any = SimpleNamespace(layout=layout, inner=experts.inner)
+    rule, biased = rule_of(of.layers[0].module), experts.has_bias
+    if kernels.supports(layout, experts, rule):
+        like: Any = SimpleNamespace(layout=layout, inner=experts.inner, rule=rule, biased=biased)
         return len(slots), lambda chosen: compute(
             lambda routed: KernelBatch(like, 0, x, routed), chosen, slots
         )

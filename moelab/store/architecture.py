@@ -74,7 +74,9 @@ class Architecture:
         self.layers = find_moe(self.model)
         self.described = of_model(self.model, self.layers)
         half = "float16" if config.dtype == torch.float16 else "bfloat16"
-        self.layout = Layout(self.described.pop("tensors"), half)
+        self.layout = Layout(
+            self.described.pop("tensors"), half, turned=self.described["transposed"]
+        )
         sizes = {bits: nbytes(self.layout, bits) for bits in tiers}
         self.shape = Shape(self.described["experts_per_layer"], self.layers[0].top_k, sizes)
         self.parameters = sum(p.numel() for p in self.model.parameters())

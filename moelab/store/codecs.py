@@ -48,7 +48,8 @@ class Layout:
     blocks : {"", "Q8_0", "Q4_0", "Q4_1", "MXFP4"}
         A GGUF file's blocks, which the tier of their bits holds as they are.
     turned : bool
-        The file's rows are columns of the tensors, as where a family has [in, out].
+        Rows of a blob are columns of the tensors, as where a family has [in, out]: a row is what
+        makes one output.
 
     Examples
     --------
@@ -79,12 +80,12 @@ class Layout:
                 )
         if self.blocks and self.blocks not in KINDS:
             raise ValueError(f"layout blocks {self.blocks!r} are none of {', '.join(KINDS)}")
-        rows = (self.in_file(shape) for _, shape in tensors if len(shape) > 1)
+        rows = (self.rows(shape) for _, shape in tensors if len(shape) > 1)
         if self.blocks and any(row[-1] % BLOCK for row in rows):
             raise ValueError(f"layout {tensors} has rows that are not whole blocks of {BLOCK}")
 
-    def in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that a tensor has in the file of the blocks."""
+    def rows(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that a tensor has in the blob."""
         return shape[::-1] if self.turned else shape
 
     def kind(self, bits: int) -> Kind | None:
@@ -101,8 +102,8 @@ class Layout:
 def payload_bytes(layout: Layout, bits: int) -> int:
     """Return the exact bytes of one expert at `bits`, without padding to a page."""
     _check_bits(bits)
-    kind = layout.kind(bits)
-    return sum(codes + pairs for codes, pairs in (_sizes(s, bits, kind) for _, s in layout.tensors))
+    shapes = [layout.rows(shape) for _, shape in layout.tensors]
+    return sum(map(sum, (_sizes(shape, bits, layout.kind(bits)) for shape in shapes)))
 
 
 def nbytes(layout: Layout, bits: int) -> int:
@@ -151,13 +152,15 @@ def encode(
     for name, shape in layout.tensors:
         tensor, given = tensors[name].detach(), shape
         if kind and len(shape) > 1:
-            *rows, width = layout.in_file(shape)
+            *rows, width = layout.rows(shape)
             given = (*rows, width // BLOCK * kind.nbytes)
         if tuple(tensor.shape) != given:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, the layout says {given}; "
                 "pass the expert as its module holds it"
             )
+        if layout.turned and not kind:
+            tensor = tensor.t()
         if _stays_half(shape, bits):
             parts = [_to_half(name, tensor, _DTYPES[layout.dtype])]
         elif kind:
@@ -200,16 +203,15 @@ def decode(
     blob = np.ascontiguousarray(blob)
     result, start, kind = {}, 0, layout.kind(bits)
     for name, shape in layout.tensors:
-        codes, pairs = _sizes(shape, bits, kind)
+        stored = layout.rows(shape)
+        codes, pairs = _sizes(stored, bits, kind)
         middle, end = start + codes, start + codes + pairs
         if _stays_half(shape, bits):
             half = torch.from_numpy(blob[start:middle].copy()).view(_DTYPES[layout.dtype])
-            result[name] = half.reshape(shape).to(dtype)
+            found = half.reshape(stored)
         else:
-            parts = blob[start:middle], blob[middle:end]
-            stored = layout.in_file(shape) if kind else shape
-            found = _dequantise(*parts, stored, bits, kind).to(dtype)
-            result[name] = found.T.contiguous() if kind and layout.turned else found
+            found = _dequantise(blob[start:middle], blob[middle:end], stored, bits, kind)
+        result[name] = (found.t() if layout.turned else found).to(dtype).contiguous()
         start = end
     return result
 

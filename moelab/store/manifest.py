@@ -132,7 +132,9 @@ class Manifest:
         """The text of `manifest.json`, with its own checksum."""
         data = {"format": FORMAT, **asdict(self)}
         data["checksums"] = {str(bits): list(sums) for bits, sums in self.checksums.items()}
-        if not self.layout.blocks:  # then the layout is one that every version reads
+        if not (
+            self.layout.blocks or self.layout.turned
+        ):  # then the layout is one that every version reads
             del data["layout"]["blocks"], data["layout"]["turned"]
         return json.dumps({**data, "checksum": _own_checksum(data)}, indent=1)
 

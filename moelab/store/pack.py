@@ -184,9 +184,7 @@ class _Work:
             transformers_version=transformers.__version__,
             notes=tuple(notes),
             tiers=tiers,
-            layout=Layout(
-                experts.pop("tensors"), _word(half), blocks, bool(blocks) and experts["transposed"]
-            ),
+            layout=Layout(experts.pop("tensors"), _word(half), blocks, experts["transposed"]),
             files={},
             checksums={},
             **experts,
@@ -208,6 +206,8 @@ class _Work:
         text = f"{FORMAT} {self.manifest.tiers} {source}"
         if self.fit is not None:
             text += f" {_fingerprint(self.fit)}"
+        if self.manifest.layout.turned:
+            text += " turned"
         if self.manifest.layout.blocks:
             text += f" {self.manifest.layout.blocks}"
         return digest(text.encode()), source
