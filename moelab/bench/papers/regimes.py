@@ -25,7 +25,7 @@ from moelab.bench.tables import Table, circumstances
 from moelab.replays.routing import nearest
 from moelab.replays.routing import routing as drawn
 from moelab.runs.rounds import rotated
-from moelab.scheduling.stream import Shape
+from moelab.scheduling.trace import Trace
 from moelab.settings import parse_budget
 from moelab.store.architecture import Architecture
 
@@ -51,16 +51,22 @@ PAIRS = {
     (INFINITY, "LRU"): "",
 }
 """Who is compared with whom, and what the first one's paper says."""
+KEEP_NOTHING = ("on demand", "on demand, 4 bit")
+LEAST_BITS = 4
+"""Of contenders that fill memory: so many distinct experts it holds at most, or nearly."""
+MOST_FILLING = 24
+"""Tokens before those that count."""
 REQUESTS = ["hits", "late", "loads", "skips", "substitutes"]
 
 
 @dataclass(frozen=True)
 class Regime:
-    """A model whose claims are looked at: tokens that count, and the memory of its experts."""
+    """A model whose claims are looked at: tokens that count, memory of its experts, and device."""
 
     model: str | Mapping[str, Any]
     tokens: int
     budget: str = "25%"
+    device: str = "disk"
 
 
 REGIMES = (
@@ -68,13 +74,14 @@ REGIMES = (
     Regime("phi-3.5-moe", 4),
     Regime("qwen3-30b-a3b", 8),
     Regime("gpt-oss-120b", 5, "12.5%"),
+    Regime("qwen3-30b-a3b", 5, "25%", "tx2_ssd"),
 )
 QUICK = (Regime("granite-3.1-1b-a400m", 4),)
 
 
 SHARES = dict.fromkeys(("high", "low", "skipped"), "{:.0%}")
 FORMATS = {"hits": "{:.1%}", "MB a token": "{:,.0f}", "waiting": "{:.0%}", "MB/s then": "{:,.0f}"}
-FORMATS |= SHARES
+FORMATS |= {"memory then": "{:.0%}"} | SHARES
 
 
 def regimes(
@@ -127,13 +134,16 @@ def _measure(
     found = Architecture(regime.model, tiers=TIERS)
     name, shape = found.name, found.shape
     like, profile = nearest(name, shape)
-    warm = _filling(shape, parse_budget(regime.budget, shape))
-    trace = drawn(profile, tokens=warm + regime.tokens, prompt=0)
+    trace = drawn(profile, tokens=MOST_FILLING + regime.tokens, prompt=0)
+    budget = parse_budget(regime.budget, shape)
+    filling = _filling(trace, budget // shape.nbytes[LEAST_BITS])
     bar.set_postfix_str(f"{name}: random experts are written")
     how = {"bits": max(TIERS), "dense_bits": DENSE_BITS, "budget": regime.budget}
     lab = moelab.ghost(
         regime.model, routing=trace, disk=disk, tiers=TIERS, measure_kl=False, progress=False, **how
     )
+    on = "" if regime.device == "disk" else f", {regime.device} (emulated)"
+    name += on
     try:
         told["models"][name] = (
             f"{shape.layers} x {max(shape.experts)} experts of "
@@ -142,28 +152,34 @@ def _measure(
         )
         for words in rotated(list(CONTENDERS), repeats):
             bar.set_postfix_str(f"{name}: {words}")
-            _settle(lab, CONTENDERS[words], regime.budget)
+            warm = 1 if words in KEEP_NOTHING else filling
+            _settle(lab, CONTENDERS[words], regime)
             run = lab.generate("x", max_new_tokens=warm + regime.tokens)
-            rows.append({"model": name, "contender": words, **_figures(run, warm)})
+            rows.append({"model": name, "contender": words, **_figures(run, warm, budget)})
             bar.update()
     finally:
         moelab.ghost.remove(lab)
 
 
-def _filling(shape: Shape, budget: int) -> int:
-    """Tokens that would fill a cache by what they ask for, and one more."""
-    slots = budget // shape.nbytes[max(shape.nbytes)]
-    return 1 + math.ceil(slots / (shape.top_k * shape.layers))
+def _filling(trace: Trace, slots: int) -> int:
+    """Tokens that ask for so many distinct experts, at most `MOST_FILLING`."""
+    seen: set[tuple[int, int]] = set()
+    layers = trace.shape.layers
+    for at, given in enumerate(trace.steps[: MOST_FILLING * layers]):
+        seen.update((given.layer, expert) for token in given.experts for expert in token)
+        if len(seen) >= slots:
+            return at // layers + 1
+    return MOST_FILLING
 
 
-def _settle(lab: moelab.Lab, words: str, budget: str) -> None:
+def _settle(lab: moelab.Lab, words: str, regime: Regime) -> None:
     """Set a contender up, with an empty cache."""
     lab.update(strategy=moelab.strategies.lru(), bits=max(TIERS), device="disk")
     lab.update(budget=lab.info()["minimum_budget_bytes"])
-    lab.update(**contender(words), budget=budget)
+    lab.update(**contender(words), budget=regime.budget, device=regime.device)
 
 
-def _figures(run: moelab.Run, warm: int) -> dict[str, float]:
+def _figures(run: moelab.Run, warm: int, budget: int) -> dict[str, float]:
     """What the tokens after the first ``warm`` say."""
     tokens = run.per_token.iloc[warm:]
     events = run.events.query(f"token >= {warm}")
@@ -176,6 +192,7 @@ def _figures(run: moelab.Run, warm: int) -> dict[str, float]:
         "hits": tokens["hits"].sum() / tokens[REQUESTS].sum().sum(),
         "MB a token": tokens["bytes"].mean() / 1e6,
         "waiting": tokens["stall_ms"].sum() / tokens["total_ms"].sum(),
+        "memory then": run.per_token["resident_bytes"].iloc[warm - 1] / budget,
         **{name: count / misses if misses else math.nan for name, count in shares.items()},
     }
 
@@ -199,9 +216,10 @@ def report(frame: pd.DataFrame) -> str:
         "bench --suite regimes`: ghosts of the models at their real sizes (random weights, "
         f"modelled routing), attention and head at {DENSE_BITS} bit, experts at 8, 4 or 2 bit, "
         f"equal memory for all of a model. Medians of {frame.attrs['repeats']} runs in rotated "
-        "order, in brackets the lowest and the highest. The first tokens, as many as fill the "
-        "memory at 8 bit, do not count; at 4 bit it is filled for longer, so those contenders are "
-        "seen before they have all that they could. There is no text: what HOBBIT's 2 bit and "
+        "order, in brackets the lowest and the highest. The first tokens, as many as ask for all "
+        f"the experts that memory holds at {LEAST_BITS} bit (at most {MOST_FILLING}; one where "
+        "nothing is kept), do not count: 'memory then' is what was full when counting began. There "
+        "is no text: what HOBBIT's 2 bit and "
         "EdgeMoE's 4 bit cost in quality is not here. EdgeMoE counts its paths as it decodes, at "
         "one bitwidth for all; coming layers' gates cannot be asked."
     )
@@ -230,9 +248,7 @@ def _tables(frame: pd.DataFrame) -> Iterator[Table]:
         f"Ratios of paired runs: {told} of {len(ratios)} lie with their whole range on one side "
         "of 1, the others are not told apart from it. The papers' figures are of other machines, "
         "and of whole systems against each other; here only the decisions differ. What the disk "
-        "gives while a token waits (MB/s then) differs too: loads into memory that is new are "
-        "slower than into memory that an expert has just left, and loads on demand are slower than "
-        "others for a reason that is not known yet. Read a ratio of speeds beside the MB a token."
+        "gives while a token waits (MB/s then) differs too: read a ratio beside the MB a token."
     )
     rows = [
         {"": " over ".join(pair)}
