@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from moelab.engine import readers
+from moelab.engine import memory, readers
 from moelab.engine.loader import Loader, LoadError
 from moelab.engine.memory import Arena, pages
 from moelab.store import devices
@@ -130,6 +133,45 @@ def test_an_arena_never_holds_more_than_its_limit():
     assert arena.held_bytes <= 5 * PAGE
     arena.trim()
     assert arena.held_bytes == 4 * PAGE  # the one still in use
+
+
+def told(what: str, file: str = "status") -> int:
+    """Bytes that the system says of this process."""
+    return int(re.search(rf"{what}:\s+(\d+)", Path(f"/proc/self/{file}").read_text())[1]) << 10
+
+
+@pytest.mark.skipif(not memory.END_TO_END, reason="slots have address space of their own here")
+def test_slots_lie_end_to_end_and_given_back_they_are_gone():
+    nbytes = 55 * PAGE  # an expert of the bundled model
+    arena, before = Arena({16: nbytes}, 1000 * nbytes), told("RssAnon")
+    slots = [arena.take(16) for _ in range(600)]  # more than one piece of address space
+    for s in slots:
+        s.view[:] = 7
+    steps = np.diff(sorted(s.addr for s in slots))
+    assert (steps == nbytes).sum() > 590
+    assert abs(told("RssAnon") - before - arena.held_bytes) < 8 * memory.HUGE
+    for s in slots[::2]:  # holes everywhere
+        arena.give(s)
+    arena.trim()
+    assert arena.held_bytes == 300 * nbytes
+    assert abs(told("RssAnon") - before - arena.held_bytes) < 8 * memory.HUGE
+    assert all((s.view == 7).all() for s in slots[1::2]), "the others keep what is in them"
+    again = [arena.take(16) for _ in range(300)]
+    assert {s.addr for s in again} == {s.addr for s in slots[::2]}
+    assert not any(s.view.any() for s in again), "what was given back is gone"
+
+
+@pytest.mark.skipif(not memory.END_TO_END, reason="no huge pages are asked for here")
+def test_slots_are_on_huge_pages_where_the_system_has_them():
+    mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not mode.is_file() or "[never]" in mode.read_text():
+        pytest.skip("this system has no transparent huge pages")
+    before, nbytes = told("AnonHugePages", "smaps_rollup"), 55 * PAGE
+    arena = Arena({16: nbytes}, 200 * nbytes)
+    slots = [arena.take(16) for _ in range(200)]
+    for s in slots:
+        s.view[:] = 1
+    assert told("AnonHugePages", "smaps_rollup") - before > 0.8 * arena.held_bytes
 
 
 def test_a_disk_is_measured_once_for_each_size_of_a_load(demo_store, tmp_path, monkeypatch):

@@ -1,9 +1,14 @@
-"""Memory for resident experts: page-aligned slots, one free list per tier, given back in time.
+"""Memory for resident experts: slots end to end on huge pages, given back in time.
 
 All experts of a tier have one size, so there is no fragmentation. A slot that is free but still
-mapped counts against the limit too: what the arena holds is what the process really has. What it
-does not know: which expert is in a slot. The engine gives a slot back once, after its load is done
-or withdrawn and its last computation has ended; one thread at a time calls the arena.
+mapped counts against the limit too: what the arena holds is what the process really has, but for
+the last huge page of each piece of address space (2 MB at most). What it does not know: which
+expert is in a slot. The engine gives a slot back once, after its load is done or withdrawn and its
+last computation has ended; one thread at a time calls the arena.
+
+A direct read names every piece of memory that is not contiguous, and a request to a disk holds a
+limited number (254 here). On pages of 4 KB the disk of a virtual machine (virtio) gave 0.5 to 0.8
+GB/s at any size of a load, on huge pages 1.6 at 0.2 MB, 2.4 at 1 MB and 2.8 at 26 MB.
 """
 
 from __future__ import annotations
@@ -15,10 +20,38 @@ from collections import defaultdict
 
 import numpy as np
 
+from moelab.store.codecs import PAGE
+
+HUGE = 1 << 21
+"""Bytes of a huge page."""
+SLAB, SLOTS = 1 << 26, 8
+"""Address space taken at a time: so many bytes, or so many slots where those are more."""
+_HUGE, _SMALL, _EMPTY = (
+    getattr(mmap, f"MADV_{name}", 0) for name in ("HUGEPAGE", "NOHUGEPAGE", "DONTNEED")
+)
+END_TO_END = bool(_HUGE and _SMALL and _EMPTY) and mmap.PAGESIZE == PAGE
+"""Whether slots share address space: on Linux, where a slot is whole pages. Elsewhere each has its
+own, whose memory goes with it."""
+
 
 def pages(nbytes: int) -> np.ndarray:
-    """Page-aligned memory uint8 ``[nbytes]``; returned to the system with its last view."""
-    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    """Page-aligned memory uint8 ``[nbytes]``, on huge pages where the system has them.
+
+    It is returned to the system with its last view.
+    """
+    return _space(nbytes)[1][:nbytes]
+
+
+def _space(nbytes: int) -> tuple[mmap.mmap, np.ndarray]:
+    """Address space, and as uint8 what lies in it from a huge page's border on."""
+    if not END_TO_END:
+        space = mmap.mmap(-1, nbytes)
+        return space, np.frombuffer(space, np.uint8)
+    space = mmap.mmap(-1, nbytes + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        space.madvise(_HUGE)
+    whole = np.frombuffer(space, np.uint8)
+    return space, whole[-whole.ctypes.data % HUGE :]
 
 
 def give_back() -> None:
@@ -30,11 +63,19 @@ def give_back() -> None:
 class Slot:
     """One expert's bytes: ``view`` uint8 ``[nbytes]`` at address ``addr``."""
 
-    __slots__ = ("addr", "bits", "nbytes", "view")
+    __slots__ = ("addr", "bits", "nbytes", "space", "view")
 
-    def __init__(self, bits: int, view: np.ndarray) -> None:
-        self.bits, self.view, self.nbytes = bits, view, len(view)
+    def __init__(self, bits: int, view: np.ndarray, space: mmap.mmap | None = None) -> None:
+        self.bits, self.view, self.nbytes, self.space = bits, view, len(view), space
         self.addr = view.ctypes.data
+
+    def advise(self, *advice: int) -> None:
+        """Tell the system about its pages, which are whole ones."""
+        assert self.space is not None
+        first = self.addr - np.frombuffer(self.space, np.uint8).ctypes.data
+        for one in advice:
+            with contextlib.suppress(OSError):
+                self.space.madvise(one, first, self.nbytes)
 
 
 class Arena:
@@ -51,6 +92,7 @@ class Arena:
     def __init__(self, nbytes: dict[int, int], limit_bytes: int) -> None:
         self._nbytes = nbytes
         self._free: dict[int, list[Slot]] = defaultdict(list)
+        self._bare: dict[int, list[Slot]] = defaultdict(list)  # address space without memory
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
         self.peak_bytes = 0
@@ -75,7 +117,7 @@ class Arena:
             )
         self.held_bytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
-        return Slot(bits, pages(nbytes))
+        return self._map(bits)
 
     def give(self, slot: Slot) -> None:
         """Take a slot back into its tier's free list; it stays mapped, its next load is sooner."""
@@ -93,4 +135,21 @@ class Arena:
     def _unmap(self, down_to: int) -> None:
         for free in self._free.values():
             while free and self.held_bytes > down_to:
-                self.held_bytes -= free.pop().nbytes
+                slot = free.pop()
+                self.held_bytes -= slot.nbytes
+                if END_TO_END:  # no huge page may grow back over what has been given away
+                    slot.advise(_EMPTY, _SMALL)
+                    self._bare[slot.bits].append(slot)
+
+    def _map(self, bits: int) -> Slot:
+        """A slot out of address space that has no memory yet: it comes with the first touch."""
+        bare, nbytes = self._bare[bits], self._nbytes[bits]
+        if not bare:
+            count = max(SLOTS, SLAB // nbytes) if END_TO_END else 1
+            space, room = _space(count * nbytes)
+            slots = (Slot(bits, room[at * nbytes :][:nbytes], space) for at in range(count))
+            bare += reversed([*slots])  # the first of them first
+            return bare.pop()
+        slot = bare.pop()
+        slot.advise(_HUGE)
+        return slot

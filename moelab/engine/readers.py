@@ -42,7 +42,7 @@ def at_once(store: Store) -> int:
     if not file.direct or file.nbytes < nbytes:
         return CACHED
     kept, disk = cache_dir() / "disks.json", f"{os.statvfs(file.path).f_fsid:x}"
-    known, name = _read(kept), f"{disk} 2^{nbytes.bit_length()}"
+    known, name = _read(kept), f"{disk} 2^{nbytes.bit_length()} huge pages"
     if name not in known:
         known[name] = best(paces(file, nbytes))
         with contextlib.suppress(OSError):  # a cache that cannot be written: once more next time
