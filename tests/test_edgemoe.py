@@ -6,6 +6,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from moelab.calibration import edgemoe as calibration
 from moelab.calibration import find_profile
 from moelab.calibration import profile as profiles
 from moelab.replays.replay import replay
+from moelab.scheduling.cache import Cache
 from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, Shape, View
 from moelab.scheduling.trace import LayerInput, LookAhead, Trace
@@ -24,6 +26,7 @@ from moelab.strategies.basics import KeepNothing
 from moelab.strategies.edgemoe import (
     BitAssignment,
     FrequencyOverDistance,
+    PairTable,
     PathTable,
     Preload,
     Sensitivity,
@@ -195,6 +198,41 @@ def test_a_table_survives_json_and_is_then_shared_and_closed():
     assert own.probabilities(2, ()) != table.probabilities(2, ())
 
 
+def test_pairs_add_up_what_followed_each_expert_of_the_layer_before():
+    table = PairTable((6, 6, 6))
+    table.count(1, ((0, 1),), (2, 3))
+    table.count(
+        1, ((0, 2),), (2, 4)
+    )  # after 0: 2 always, 3 and 4 half; after 1: 2, 3; after 2: 2, 4
+    assert table.probabilities(1, ((0, 1),)) == [(2, 1.0), (3, 0.75), (4, 0.25)]
+    assert table.probabilities(1, (B, (1, 2))) == [
+        (2, 1.0),
+        (3, 0.5),
+        (4, 0.5),
+    ]  # a pair never seen
+    assert table.probabilities(1, ((1, 5),)) == [(2, 1.0), (3, 1.0)]  # 5 was never seen
+    assert table.probabilities(1, ((4, 5),)) == [(2, 1.0), (3, 0.5), (4, 0.5)]  # frequencies
+    assert table.probabilities(2, ((0, 1),)) == []
+    some = np.array([True, True, False, True, True, True])
+    assert table.probabilities(1, ((0, 1),), 1, some) == [(3, 0.75)]
+
+
+def test_pairs_out_of_a_table_of_sets_are_as_if_counted_and_shared_where_that_is():
+    sets, pairs = PathTable(), PairTable(SHAPE.experts)
+    for before, experts in (((A, B), (1, 5)), ((C, B), (3, 5)), ((B,), (4,)), ((), (2, 5))):
+        sets.count(2, before, experts)
+        pairs.count(2, before, experts)
+    for before in ((B,), (A, C), ((2, 4),), ()):
+        assert sets.pairs(SHAPE.experts).probabilities(2, before) == pairs.probabilities(2, before)
+    frozen = PathTable.of(sets.to_json()).pairs(SHAPE.experts)
+    assert copy.deepcopy(frozen) is PathTable.of(sets.to_json()).pairs(SHAPE.experts) is frozen
+    with pytest.raises(ValueError, match="part of a profile"):
+        frozen.count(2, (), (1,))
+    own = copy.deepcopy(pairs)
+    own.count(2, (B,), (0,))
+    assert own.probabilities(2, (B,)) != pairs.probabilities(2, (B,))
+
+
 def walk(*tokens, look_ahead=()) -> Trace:
     """Tokens of three layers each; the first is a prompt."""
     steps = []
@@ -250,6 +288,39 @@ def test_the_coming_layers_likeliest_experts_are_preloaded_in_that_order():
 def test_no_more_than_width_are_preloaded():
     assert preloaded(known_paths(width=1).step(step(0, *A))) == [(1, 3)]
     assert preloaded(known_paths(width=0).step(step(0, *A))) == []
+
+
+def test_what_is_in_memory_is_no_preload_and_the_next_likeliest_are():
+    s = known_paths(width=2)
+    s.warm([(SHAPE.key(1, 3), 16), (SHAPE.key(1, 4), 16)])
+    assert preloaded(s.step(step(0, *A))) == [(1, 1), (1, 5)]
+    s = known_paths(width=2)
+    s.warm([(SHAPE.key(1, 3), 4), (SHAPE.key(1, 4), 16)])  # at too few bits is not there
+    assert preloaded(s.step(step(0, *A))) == [(1, 3), (1, 1)]
+
+
+@pytest.mark.parametrize(("top_k", "key", "by_pairs"), [
+    (2, "auto", False), (3, "auto", True), (3, "sets", False), (1, "pairs", True),
+])  # fmt: skip
+def test_paths_are_known_by_pairs_where_a_set_hardly_ever_recurs(top_k, key, by_pairs):
+    shape = Shape(SHAPE.experts, top_k, SHAPE.nbytes)
+    view = View(shape, Knobs(9600, 16), Cache(shape, 9600))
+    part = Preload(width=2, key=key)
+    assert isinstance(part.paths(view), PairTable) is by_pairs
+    with pytest.raises(ValueError, match="choose one of auto, sets, pairs"):
+        Preload(key="both")
+
+
+def test_pairs_guess_nobody_below_chance():
+    s = Scheduler(SHAPE, edgemoe(width=6, key="pairs"), knobs())
+    for experts in ((3, 4), (3, 5), (3, 4), (3, 4)):
+        s.step(step(0, *A))
+        s.step(step(1, *experts))
+        s.step(step(2, *C))
+        s.end_of_token()
+    for key in np.flatnonzero(s.view.bits).tolist():
+        s.cache.remove(key)
+    assert preloaded(s.step(step(0, *A))) == [(1, 3), (1, 4)]  # 5: a quarter, below 2 of 6
 
 
 def test_after_the_last_layer_the_next_tokens_first_one_is_preloaded():
@@ -387,7 +458,7 @@ def test_bad_parameters_are_refused_with_what_would_do():
 def test_its_parameters_can_be_turned_while_it_runs():
     strategy = edgemoe()
     assert {n: v for n, (_, _, v) in strategy.parameters.items()} == {
-        "tolerated": 0.02, "rule": "described", "width": 2,
+        "tolerated": 0.02, "rule": "described", "width": 1, "key": "auto",
     }  # fmt: skip
     assert strategy.tuned(rule="printed").evict.rule == "printed"
 

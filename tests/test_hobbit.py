@@ -23,6 +23,7 @@ from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.scheduling.victims import Victims
 from moelab.strategies.basics import LFU, LRU, TierPair
+from moelab.strategies.edgemoe import edgemoe
 from moelab.strategies.hobbit import FourTerms, TwoCaches, hobbit, miss_penalty, miss_shares
 from moelab.strategies.moe_apex import CostAndDistance, moe_apex
 from toy_engine import NBYTES, SHAPE, decided, places, resident
@@ -198,7 +199,43 @@ def test_it_looks_no_further_than_the_depth_set():
     s = Scheduler(SHAPE, hobbit(depth=2), knobs())
     assert s.look_ahead(0, prefill=False) == 2
     assert s.look_ahead(2, prefill=False) == 1
-    assert s.look_ahead(0, prefill=True) == 0
+    assert s.look_ahead(0, prefill=True) == 2  # -10 % of prefill, says the paper
+    assert Scheduler(SHAPE, edgemoe(), knobs()).look_ahead(0, prefill=True) == 0
+
+
+def test_a_prompt_is_looked_ahead_for_by_all_of_its_tokens_and_comes_high():
+    s = Scheduler(SHAPE, hobbit(depth=1), knobs())
+    coming = LookAhead.of(1, ((2, 3), (3, 4)), ((0.9, 0.1), (0.7, 0.3)))
+    assert (coming.experts, coming.weights) == ((2, 3, 4), pytest.approx((0.9, 0.8, 0.3)))
+    plan = s.step(step(0, (0, 1), (0.6, 0.4), ahead=[coming], prefill=True))
+    assert decisions(plan)[2:] == [("prefetch", e, 16) for e in (2, 3, 4)]  # 4: s .85, and yet
+    plan = s.step(step(0, (0, 1), (0.6, 0.4), ahead=[ahead(1, 5, 0, first=0.75)]))
+    assert decisions(plan)[2:] == [("prefetch", 5, 16), ("prefetch", 0, 4)]
+
+
+def test_a_layer_that_is_predicted_anew_lets_the_former_guess_go():
+    s = Scheduler(SHAPE, hobbit(depth=2), knobs())
+    shelter = lambda: [SHAPE.place(k) for k in np.flatnonzero(s.view.protected)]  # noqa: E731
+    s.step(step(0, (0, 1), (0.6, 0.4), ahead=[ahead(1, 2, 3), ahead(2, 4, 5)]))
+    assert shelter() == [(1, 2), (1, 3)]  # the first layer misses: no further
+    s.step(step(1, (2, 3), (0.6, 0.4), ahead=[ahead(2, 4, 5)]))
+    assert shelter() == [(2, 4), (2, 5)]
+    s = Scheduler(SHAPE, hobbit(depth=2), knobs())
+    warm(s, (1, 2), (1, 3))
+    s.step(step(0, (0, 1), (0.6, 0.4), ahead=[ahead(1, 2, 3), ahead(2, 4, 5)]))
+    s.step(step(1, (2, 3), (0.6, 0.4), ahead=[ahead(2, 0, 1)]))  # another guess for layer 2
+    assert shelter() == [(2, 0), (2, 1)]
+
+
+def test_three_low_requests_served_by_a_high_copy_are_no_use_at_high_precision():
+    s = Scheduler(SHAPE, hobbit(), knobs())
+    warm(s, (0, 1), (0, 2))
+    for _ in range(3):
+        plan = s.step(step(0, (1, 2), (0.75, 0.25)))
+        assert decisions(plan) == [("hit", 1, 16), ("hit", 2, 16)]
+    first, second = (SHAPE.key(0, e) for e in (1, 2))
+    assert [s.view.uses[first], s.view.high_uses[first]] == [3, 3]
+    assert [s.view.uses[second], s.view.high_uses[second]] == [3, 0]
 
 
 def test_a_low_copy_is_missing_where_a_high_one_is_wanted():
@@ -567,6 +604,13 @@ def test_the_calibration_of_the_bundled_model_and_going_on_with_it(demo_lab):
     least = min(row[-1] for row in data["search"])
     assert data["calibration"]["penalty_ahead"]["hobbit"] == least
     assert {len(data[half]["missed"]) for half in ("calibration", "held_out")} == {101}
+    seen = data["calibration"]["selected"]  # 67 % of all selections are at most T1, 97 % at most T2
+    assert data["t1"] == pytest.approx(seen[67], abs=1e-3)
+    assert data["t2"] == pytest.approx(seen[97], abs=1e-3)
+    assert [data["t1"], data["t2"]] == data["thresholds"]["selections"]
+    ours = calibration.made_from(demo_lab, max_tokens=8, over="misses")
+    ours = calibration.make(demo_lab, texts, ours, kept, progress=False)
+    assert [ours["t1"], ours["t2"]] == ours["thresholds"]["misses"] == data["thresholds"]["misses"]
     chance = 1 / 16
     assert all(gate["first"] > 2 * chance for gate in data["gates"].values())
     assert json.loads(json.dumps(data)) == data
@@ -580,6 +624,8 @@ def test_a_calibration_refuses_what_cannot_be_a_pair_of_tiers(demo_lab):
     for options in ({"high": 4, "low": 4}, {"high": 4, "low": 8}, {"low": 5}):
         with pytest.raises(ValueError, match="choose two of"):
             calibration.made_from(demo_lab, **options)
+    with pytest.raises(ValueError, match="over='all': thresholds are quantiles over selections or"):
+        calibration.made_from(demo_lab, over="all")
     with pytest.raises(ValueError, match="depth=4: layers to look ahead, 0 to 3"):
         calibration.made_from(demo_lab, depth=4)
     a, b = (calibration.made_from(demo_lab, budget=x) for x in ("25%", "50%"))

@@ -4,11 +4,13 @@ Recorded texts are decided again and again by the scheduler alone, without the e
 hours. One half of every text calibrates, the other is only looked at, so that the profile tells
 how far to believe it.
 
-*T1, T2*: the paper wants 67 / 30 / 3 % of the **misses** to come high, to come low, to be skipped.
-Which requests miss depends on the thresholds (a resident low copy serves a low request and fails a
-high one). So the quantiles of s are taken over the misses, again and again from those over all
-requests on, and the round that comes nearest is kept. They hold for the budget they were made at,
-and for what misses the cache: with prefetching on, what misses both is another mix.
+*T1, T2*: the paper takes them from the distribution of s over **all selections** of the router, so
+that 67 / 30 / 3 % of them would come high, come low, be skipped if they missed. That is a fact of
+the model: it holds for any budget. A rule of our own, ``over="misses"``, wants those shares of what
+does miss. Which requests miss depends on the thresholds (a resident low copy serves a low request
+and fails a high one), so quantiles are taken over the misses, again and again from those over all
+selections on, and the round that comes nearest is kept. It reads less and loses more, at the budget
+that it was made for; with prefetching on, what misses both is another mix.
 
 *Weights*: the least miss penalty over a grid on w_lru + w_lfu + w_lhu + w_fld = 1, refined around
 the best point; under prefetching as it will run, for that protects what is near anyway.
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
     from moelab.lab import Lab
 
 SHARES = {"high": 0.67, "low": 0.30, "skip": 0.03}
-"""Where the paper wants the misses to fall."""
+"""Where the paper wants the selections to fall."""
+OVER = ("selections", "misses")
 ROUNDS = 6
 AHEAD = 3
 EVALUATIONS = 80
@@ -82,7 +85,7 @@ def decide(trace: Trace, strategy: Strategy, knobs: Knobs) -> Outcome:
 
 
 def scores(trace: Trace) -> list[float]:
-    """Unimportance score of every decoded request."""
+    """Unimportance score of every selection of a decoded token."""
     return [r.score for step in trace.steps if not step.prefill for r in step.requests()]
 
 
@@ -93,7 +96,7 @@ def quantiles(found: Sequence[float]) -> tuple[float, float]:
 
 
 def thresholds(trace: Trace, outcome: Callable[[float, float], Outcome]) -> tuple[float, float]:
-    """T1 and T2 under which the misses of a trace fall as nearly as can be into `SHARES`.
+    """T1 and T2 under which the misses of a trace fall as nearly as can be into `SHARES` (ours).
 
     ``outcome`` decides the trace under T1 and T2.
     """
@@ -188,6 +191,7 @@ def made_from(
     low: int = 4,
     high_share: float = 0.75,
     depth: int = 2,
+    over: str = "selections",
 ) -> dict[str, Any]:
     """What the profile depends on besides the texts.
 
@@ -203,11 +207,13 @@ def made_from(
         Part of the budget for the high cache.
     depth
         Layers to look ahead while the weights are searched, 0 to 3 (0: for the cache alone).
+    over
+        What T1 and T2 are quantiles of: ``"selections"``, as in the paper, or ``"misses"``, ours.
 
     Raises
     ------
     ValueError
-        A tier that is not in the store, or not below the other; a depth out of range.
+        A tier that is not in the store, or not below the other; a depth out of range; another rule.
     """
     best = max(lab._store.tiers) if high is None else high
     if low not in lab._store.tiers or best not in lab._store.tiers or low >= best:
@@ -215,9 +221,12 @@ def made_from(
         raise ValueError(f"high={best}, low={low}: choose two of {tiers}, the lower as low")
     if depth not in range(AHEAD + 1):
         raise ValueError(f"depth={depth!r}: layers to look ahead, 0 to {AHEAD}")
+    if over not in OVER:
+        raise ValueError(f"over={over!r}: thresholds are quantiles over {' or '.join(OVER)}")
     made = {"max_tokens": max_tokens, "budget_bytes": parse_budget(budget, lab._shape)}
     made |= {"high": best, "low": low, "high_share": high_share, "depth": depth}
-    return made | {"shares": SHARES}
+    # Version 0.3 knew the rule of misses only: its profiles are named as it named them.
+    return made | {"shares": SHARES} | ({"over": over} if over != "misses" else {})
 
 
 def make(
@@ -228,12 +237,12 @@ def make(
     Returns
     -------
     dict
-        ``t1``, ``t2``, ``weights``; ``t1_all``, ``t2_all`` quantiles over all requests instead of
-        misses; ``gates``, see `gate_accuracy`; ``search`` every point looked at, (w_lru, w_lfu,
-        w_lhu, w_fld, miss penalty per token). ``calibration`` and ``held_out`` are what was done
-        over those texts: ``tokens``; with prefetching off ``shares`` of the misses, ``missed`` (101
-        quantiles of their s) and ``penalty`` per token of hobbit, equal (weights), lru, lfu;
-        ``penalty_ahead`` with it on.
+        ``t1``, ``t2``, ``weights``; ``thresholds`` [T1, T2] by either rule; ``gates``, see
+        `gate_accuracy`; ``search`` every point looked at, (w_lru, w_lfu, w_lhu, w_fld, miss penalty
+        per token). ``calibration`` and ``held_out`` are what was done over those texts: ``tokens``;
+        ``selected``, 101 quantiles of s over all selections; with prefetching off ``shares`` of the
+        misses, ``missed``, the quantiles of theirs, and ``penalty`` per token of hobbit, equal
+        (weights), lru, lfu; ``penalty_ahead`` with it on.
     """
     halves = zip(*map(_halves, texts), strict=True)
     trace, held_out = (
@@ -250,7 +259,11 @@ def make(
 
     with tqdm(total=EVALUATIONS, disable=not progress, desc="hobbit") as bar:
         plain = hobbit(high_share=share)
-        t1, t2 = thresholds(trace, lambda *at: decided(trace, plain, *at))
+        by_rule = {
+            "selections": [*quantiles(scores(trace))],
+            "misses": [*thresholds(trace, lambda *at: decided(trace, plain, *at))],
+        }
+        t1, t2 = by_rule[made.get("over", "misses")]
 
         def penalty(weights: Weights) -> float:
             bar.update()
@@ -269,17 +282,21 @@ def make(
             {n: decided(on, s, t1, t2, layers) for n, s in contenders.items()}
             for layers in (0, depth)
         )
-        missed = np.quantile(alone["hobbit"].missed or [0.0], np.linspace(0, 1, 101))
+        every = np.linspace(0, 1, 101)
+        selected, missed = (
+            np.quantile(found or [0.0], every).round(4).tolist()
+            for found in (scores(on), alone["hobbit"].missed)
+        )
         return {
             "tokens": alone["hobbit"].tokens,
             "shares": alone["hobbit"].shares,
-            "missed": missed.round(4).tolist(),
+            "selected": selected,
+            "missed": missed,
             "penalty": {name: out.penalty for name, out in alone.items()},
             "penalty_ahead": {name: out.penalty for name, out in ahead.items()},
         }
 
-    t1_all, t2_all = quantiles(scores(trace))
-    found = {"t1": t1, "t2": t2, "weights": list(weights), "t1_all": t1_all, "t2_all": t2_all}
+    found = {"t1": t1, "t2": t2, "weights": list(weights), "thresholds": by_rule}
     return found | {
         "calibration": judged(trace),
         "held_out": judged(held_out),

@@ -284,8 +284,8 @@ class Engine:
         depth = self.scheduler.look_ahead(layer, prefill=self.prefill)
         if depth:
             for coming, idx, weights in self.adapter.look_ahead(layer, depth):
-                guess = Routed(idx[-1:], weights[-1:], self.shape.experts[coming])
-                ahead += (LookAhead(coming, guess.experts[0], guess.weights[0]),)
+                guess = Routed(idx, weights, self.shape.experts[coming])
+                ahead += (LookAhead.of(coming, guess.experts, guess.weights),)
         wanted = None
         if "wanted" in observes and self.adapter.steers(layer):
             choice = self.adapter.wanted(layer)

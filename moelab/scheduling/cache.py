@@ -38,7 +38,8 @@ class Cache:
     """Flags of `held`, and how long each stands.
 
     Needed: serves the layer at work, until its step is over. Protected: resident and predicted for
-    a coming layer, until that layer comes, the copy leaves or another sequence begins. Pinned:
+    a coming layer, until that layer comes or is predicted anew, the copy leaves or another sequence
+    begins. Pinned:
     kept for good, as long as the strategy that pins it is in force, be it resident or not.
     """
 
@@ -99,7 +100,7 @@ class Cache:
         self._last_use[key] = self.clock
 
     def use(self, key: Key, *, high: bool) -> None:
-        """``key`` serves a token now: it becomes the last. ``high``: at the bits asked for."""
+        """``key`` serves a request: it becomes the last. ``high``: for the bits asked for."""
         self.clock += 1
         self._last_use[key] = self.clock
         self._last_token[key] = self.token + 1

@@ -9,7 +9,8 @@ ahead), so that a new policy overrides only the method it is about. When each me
     a layer's step      1. observe, of every part
                         2. tier of each request (a token's, not a prompt's), stand_in of each miss
                         3. score, where a load or a prefetch is the first to lack room
-                        4. predict, then tier of each prediction (not after a prompt)
+                        4. predict, then tier of each prediction (after a prompt only where
+                           a part says so, and at the bits asked for)
                         5. after_layer
     a new prompt        new_sequence, of every part
 
@@ -69,6 +70,8 @@ class Evicts(Protocol):
 @runtime_checkable
 class Prefetches(Protocol):
     """Ahead of need: how many routers to ask now, and whom to fetch."""
+
+    in_prefill: ClassVar[bool]
 
     def look_ahead(self, view: View) -> int: ...
     def predict(
@@ -235,6 +238,8 @@ class Prefetch(Part):
     """Nothing ahead of need."""
 
     title = "nothing ahead"
+    in_prefill: ClassVar[bool] = False
+    """Whether it is asked after a prompt too; coming routers then answer for all of its tokens."""
 
     def look_ahead(self, view: View) -> int:
         """How many of the next layers' routers to ask with this layer's input."""

@@ -68,9 +68,9 @@ class Scheduler:
 
     def look_ahead(self, layer: int, *, prefill: bool) -> int:
         """How many of the next layers' routers the engine should ask now."""
-        if prefill:
-            return 0
-        return min(self.strategy.prefetch.look_ahead(self.view), self.shape.layers - 1 - layer)
+        guess = self.strategy.prefetch
+        asked = guess.look_ahead(self.view) if guess.in_prefill or not prefill else 0
+        return min(asked, self.shape.layers - 1 - layer)
 
     def begin(self) -> LayerPlan:
         """What is to be resident before the next token: fetches the engine waits for."""
@@ -79,8 +79,7 @@ class Scheduler:
         for place in self.strategy.pinned:  # first: their flag keeps them from going for others
             key = self.shape.key(*place)
             self._fetch(key, self._asked[key], e.SET_UP, _SPARED[1], plan)
-        wanted = list(self.strategy.prefetch.begin(self.view))
-        keys = [self.shape.key(p.layer, p.expert) for p in wanted]
+        keys = [self.shape.key(p.layer, p.expert) for p in self.strategy.prefetch.begin(self.view)]
         self._need(keys)  # what is to be there must not go for one another
         for key in keys:
             self._fetch(key, self._asked[key], e.SET_UP, _SPARED[1], plan)
@@ -97,8 +96,7 @@ class Scheduler:
         held &= _NOT_PROTECTED  # their layer has come, right or wrong
         skips: list[e.Row] = []
         loads = self._serve(given, plan, skips)
-        # All that this layer computes is needed before the first load looks for room: no load
-        # evicts what another request of the same token was served by, or is waiting for.
+        # All that this layer computes is needed before the first load looks for room.
         self._need([key for key, *_ in loads])
         for key, *_ in loads:  # one copy an expert: the one at too few bits makes room first
             if key in cache:
@@ -107,7 +105,7 @@ class Scheduler:
             self._load(key, expert, want, asked, plan)
         plan.rows += skips
         # Guesses last: they take what room the layer's own loads left, and evict none of its own.
-        if not given.prefill:
+        if not given.prefill or self.strategy.prefetch.in_prefill:
             self._prefetch(given, plan)
         for key in self.strategy.evict.after_layer(layer, self.view):
             if cache.bits_of[key] and not cache.held_of[key] & _PINNED:
@@ -117,8 +115,7 @@ class Scheduler:
 
     def end_of_token(self) -> None:
         """The model has produced one token."""
-        self.view.token += 1
-        self.cache.token = self.view.token
+        self.cache.token = self.view.token = self.view.token + 1
         self.view.prefill = False
 
     def new_sequence(self) -> None:
@@ -228,7 +225,7 @@ class Scheduler:
             want = tier(request, asked, view) if free else asked
             if have and have >= want:  # a better copy than wanted serves too: it is there
                 cause = e.PREFETCHED if self._prefetched[key] else e.NONE
-                self._hit(key, expert, have, asked, cause, plan)
+                self._hit(key, expert, have, asked, want, cause, plan)
             elif not want:
                 skips.append((e.SKIP, layer, expert, asked, 0, e.SCORE, expert))
             else:
@@ -236,7 +233,7 @@ class Scheduler:
                 if other is None:
                     loads.append((key, expert, want, asked))
                 else:
-                    self._hit(other, expert, bits_of[other], asked, e.STAND_IN, plan)
+                    self._hit(other, expert, bits_of[other], asked, want, e.STAND_IN, plan)
         return loads
 
     def _stand_in(self, request: Request) -> Key | None:
@@ -248,7 +245,7 @@ class Scheduler:
         return key if key in self.cache else None
 
     def _hit(
-        self, key: Key, expert: int, bits: int, asked: int, cause: int, plan: LayerPlan
+        self, key: Key, expert: int, bits: int, asked: int, want: int, cause: int, plan: LayerPlan
     ) -> None:
         self._prefetched[key] = False
         self.cache.held_of[key] |= _NEEDED
@@ -258,7 +255,7 @@ class Scheduler:
         plan.rows.append((kind, layer, served, asked, bits, cause, expert))
         if bits < asked:
             plan.rows.append((e.DOWNGRADE, layer, served, asked, bits, cause, expert))
-        self.cache.use(key, high=bits >= asked)
+        self.cache.use(key, high=want >= asked)
 
     def _load(self, key: Key, expert: int, want: int, asked: int, plan: LayerPlan) -> None:
         # Evict before the load takes its room: the budget counts loads in flight.
@@ -289,10 +286,14 @@ class Scheduler:
         tier, layers = self.strategy.precision.tier, self.shape.layers
         last = given.layer + guess.look_ahead(view)  # a trace may know more than is asked for
         ahead = [a for a in given.look_ahead if a.layer <= last]
+        anew: set[int] = set()  # layers whose former guesses are no longer protected
         for p in guess.predict(given.layer, ahead, view):
             key = self.shape.key(p.layer, p.expert)
+            if p.layer not in anew:
+                anew.add(p.layer)
+                cache.held[self._keys[p.layer]] &= _NOT_PROTECTED
             want = asked = self._asked[key]
-            if not cache.held_of[key] & _PINNED:
+            if not given.prefill and not cache.held_of[key] & _PINNED:
                 request = Request(p.expert, p.weight, p.rank, p.score, 1, p.layer)
                 want = tier(request, asked, view)
             if want > cache.bits_of[key]:
@@ -318,8 +319,7 @@ class Scheduler:
         cache.add(key, want)
         expert = self._index_of[key]
         plan.rows.append((e.PREFETCH, self._layer_of[key], expert, asked, want, cause, expert))
-        if "in_flight" in self.observes:
-            cache.in_flight[key] = True
+        cache.in_flight[key] = "in_flight" in self.observes
         return True
 
     def _going(

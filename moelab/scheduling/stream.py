@@ -8,7 +8,7 @@ L layers, E experts of a layer, n experts of the model, K active experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
@@ -144,6 +144,20 @@ class LookAhead:
     weights: tuple[float, ...]
     ranked: list[Request] | None = field(default=None, init=False, repr=False, compare=False)
 
+    @classmethod
+    def of(
+        cls, layer: int, experts: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]
+    ) -> LookAhead:
+        """What a router said of some tokens: an expert's weight is the sum of theirs."""
+        if len(experts) == 1:
+            return cls(layer, tuple(experts[0]), tuple(weights[0]))
+        total: dict[int, float] = {}
+        for row, its in zip(experts, weights, strict=True):
+            for expert, weight in zip(row, its, strict=True):
+                total[expert] = total.get(expert, 0.0) + abs(weight)
+        best = sorted(total, key=lambda expert: -total[expert])
+        return cls(layer, tuple(best), tuple(total[expert] for expert in best))
+
     def requests(self) -> list[Request]:
         """Its experts as one token's `Request`s; worked out once."""
         if self.ranked is None:
@@ -184,7 +198,8 @@ class View:
     last_token
         Token of its last use in this sequence, counted from 1; 0: none.
     uses, high_uses
-        Uses in this sequence, and those at the bits asked for or more; a prompt counts as one.
+        Uses in this sequence, and those by a request for full precision (the bits asked for),
+        whatever copy served it; a prompt counts as one.
     in_flight
         Resident, but its bytes had not landed when that was last told; only told where a part
         observes ``"in_flight"``.
@@ -250,4 +265,6 @@ class View:
     def wanted_bits(self, request: Request) -> int:
         """Bits at which a missing expert would be loaded for this request, 0: skipped."""
         asked = int(self.asked[self.shape.key(request.layer, request.expert)])
-        return asked if self.precision is None else self.precision.tier(request, asked, self)
+        if self.prefill or self.precision is None:
+            return asked
+        return self.precision.tier(request, asked, self)

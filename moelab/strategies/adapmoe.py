@@ -145,5 +145,5 @@ def adapmoe(profile: Mapping[str, Any] | None = None, *, tau: float | None = Non
         precision=SensitivityGate(
             known.get("h", ()), known.get("tau", TAU) if tau is None else tau
         ),
-        prefetch=StackedGates(depth=1),
+        prefetch=StackedGates(depth=2),
     )

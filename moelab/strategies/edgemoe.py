@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -29,7 +30,7 @@ from moelab.scheduling.strategy import (
     View,
 )
 from moelab.scheduling.trace import LayerInput
-from moelab.strategies.edgemoe_paths import Before, Experts, PathTable
+from moelab.strategies.edgemoe_paths import Before, Experts, PairTable, PathTable
 
 TOLERATED = 0.02
 """P of the paper: 2 %."""
@@ -194,6 +195,9 @@ def activated(given: LayerInput) -> Experts:
     return tuple(sorted(given.experts[-1])) if given.experts else ()
 
 
+KEYS = ("auto", "sets", "pairs")
+
+
 class Preload(Prefetch):
     """Preload the coming layer's likeliest experts until its router has spoken.
 
@@ -206,26 +210,43 @@ class Preload(Prefetch):
     ----------
     table
         Counted offline; without one, the strategy counts its own as it decodes.
+    key
+        What paths are known by: ``"sets"``, the paper's exact sets of experts of two layers;
+        ``"pairs"``, ours, one expert of the layer before at a time; ``"auto"``: pairs where top-k
+        is above 2.
     width
-        Experts of the coming layer to guess at most; the paper reports 1 to 3 preloaded. Ours: a
-        preload takes its room in the buffer when it is issued, so too many push others out.
+        Experts of the coming layer to preload at most, those in memory not counted; the paper
+        reports 1 to 3. Ours: a preload takes its room in the buffer when it is issued, so too many
+        push others out.
     """
 
     title = "path table over two layers (EdgeMoE)"
     parameters = (
         Parameter("width", "experts of the coming layer to preload at most", 0.0, 16.0, 1.0),
+        Parameter("key", "what paths are known by; auto: pairs above top-2", choices=KEYS),
     )
     observes = frozenset({"unread"})
 
-    def __init__(self, table: PathTable | None = None, width: int = 2) -> None:
+    def __init__(self, table: PathTable | None = None, width: int = 1, key: str = "auto") -> None:
         self.table = PathTable() if table is None else table
-        self.width = self.parameters[0].checked(width)
+        self.width, self.key = (
+            p.checked(v) for p, v in zip(self.parameters, (width, key), strict=True)
+        )
+        self._pairs: PairTable | None = None
         self._before: Before = ()
 
+    def paths(self, view: View) -> PathTable | PairTable:
+        """The table in force."""
+        if self.key == "sets" or (self.key == "auto" and view.shape.top_k <= 2):
+            return self.table
+        if self._pairs is None:
+            self._pairs = self.table.pairs(view.shape.experts)
+        return self._pairs
+
     def observe(self, given: LayerInput, view: View) -> None:
-        experts = activated(given)
-        if not (self.table.frozen or given.prefill):
-            self.table.count(given.layer, self._before, experts)
+        experts, table = activated(given), self.paths(view)
+        if not (table.frozen or given.prefill):
+            table.count(given.layer, self._before, experts)
         self._before = (*self._before, experts)[-2:]
 
     def new_sequence(self) -> None:
@@ -235,9 +256,14 @@ class Preload(Prefetch):
         self, layer: int, look_ahead: Sequence[LookAhead], view: View
     ) -> Iterable[Prediction]:
         coming = (layer + 1) % view.shape.layers
-        likeliest = self.table.probabilities(coming, self._before, int(self.width))
+        keys, table = view.shape.keys(coming), self.paths(view)
+        absent = view.bits[keys] < view.asked[keys]
+        # Pairs give nearly every expert some probability: one below chance is no guess.
+        least = 0.0 if table is self.table else view.shape.top_k / view.shape.experts[coming]
+        likeliest = table.probabilities(coming, self._before, int(self.width), absent)
         for rank, (expert, probability) in enumerate(likeliest):
-            yield Prediction(coming, expert, probability, rank)
+            if probability >= least:
+                yield Prediction(coming, expert, probability, rank)
 
 
 # -- evict: frequency over layer distance ---------------------------------------------------------
@@ -254,6 +280,12 @@ def distance(i: int | np.ndarray, now: int, layers: int, rule: str = "described"
     """
     steps = (i - now) if rule == "described" else (layers - i + now)
     return np.where(steps % layers, steps % layers, layers)
+
+
+@lru_cache
+def _distances(layers: int, rule: str) -> np.ndarray:
+    """`distance` of every layer from every layer at work ``[L at work, L]``."""
+    return np.array([distance(np.arange(layers), now, layers, rule) for now in range(layers)])
 
 
 class FrequencyOverDistance(Evict):
@@ -286,9 +318,7 @@ class FrequencyOverDistance(Evict):
             self._tokens = np.zeros(view.shape.layers)
         self._tokens[given.layer] += len(given.experts)
         first = view.shape.offset[given.layer]
-        counts = (
-            self._activations.data
-        )  # one by one: an index of six takes numpy five times as long
+        counts = self._activations.data  # by an array of six indices it takes five times as long
         for row in given.experts:
             for expert in row:
                 counts[first + expert] += 1
@@ -304,11 +334,14 @@ class FrequencyOverDistance(Evict):
 
     def distance(self, view: View) -> np.ndarray:
         """d: of each layer from the one at work, 1 to S ``[L]``."""
-        n = view.shape.layers
-        return distance(np.arange(n), view.layer, n, self.rule)
+        return _distances(view.shape.layers, self.rule)[view.layer]
 
     def score(self, view: View) -> np.ndarray:
-        return self.frequency(view) / self.distance(view)[view.layer_of]
+        if not len(self._tokens):
+            return np.zeros(view.shape.n)
+        return (
+            self._activations / (np.maximum(self._tokens, 1) * self.distance(view))[view.layer_of]
+        )
 
     def terms(self, view: View) -> Mapping[str, np.ndarray]:
         f, d = self.frequency(view), self.distance(view)[view.layer_of]
@@ -320,7 +353,8 @@ def edgemoe(
     *,
     rule: str = "described",
     tolerated: float | None = None,
-    width: int = 2,
+    width: int = 1,
+    key: str = "auto",
 ) -> Strategy:
     """Bits by each expert's importance, preloading along paths, frequency over distance.
 
@@ -333,13 +367,13 @@ def edgemoe(
         Of eviction: ``"described"`` or ``"printed"``, see `FrequencyOverDistance`.
     tolerated
         P, the loss allowed for fewer bits; default the profile's, 2 % there unless asked otherwise.
-    width
-        Experts of the coming layer to preload at most.
+    width, key
+        Experts of the coming layer to preload at most, and what paths are known by: see `Preload`.
     """
     sensitivity = Sensitivity.of(profile) if profile else None
     table = PathTable.of(profile["paths"]) if profile else None
     own = float(profile["tolerated"]) if profile else TOLERATED
     allocate = BitAssignment(sensitivity, own if tolerated is None else tolerated)
     return Strategy(
-        "edgemoe", FrequencyOverDistance(rule), allocate, prefetch=Preload(table, width)
+        "edgemoe", FrequencyOverDistance(rule), allocate, prefetch=Preload(table, width, key)
     )

@@ -7,8 +7,8 @@ Three ideas, one per section of the paper: which precision a *miss* is loaded at
 Symbols: s unimportance score, T1 and T2 its thresholds; B_h and B_l bytes of an expert at high and
 low precision; l_i the layer at work, l_t the expert's layer, l_n the number of layers; T the tokens
 of this sequence so far (the prompt counts as one, the token at work as well, so T >= 1); for each
-expert, all within this sequence, R the token of its last use (1 to T, 0: never), F its uses, H its
-uses at high precision.
+expert, all within this sequence, R the token of its last use (1 to T, 0: never), F its uses, H
+those that asked for high precision, whatever copy served them.
 
 Different from the paper: an expert has one copy, so a high load replaces the low copy (an
 independent simulation puts two copies at a miss penalty 1 to 3 % higher for budgets of 10 to 50 %
@@ -82,8 +82,11 @@ class StackedGates(GateLookAhead):
 
     Walks from layer l + 1 on and stops behind the first layer that misses a predicted expert (at
     the tier wanted for it), at the latest behind l + p. So what is near is fetched first, and what
-    is far only when the link would idle. Experts seen on the way are protected from eviction.
+    is far only when the link would idle. Experts seen on the way are protected from eviction, until
+    their layer is predicted anew. A prompt is looked ahead for too, all of its tokens together.
     """
+
+    in_prefill = True
 
     title = "stacked gates, adaptive depth (HOBBIT)"
 
@@ -133,14 +136,14 @@ class FourTerms(Evict):
     explained: ClassVar = {
         "recency (LRU)": "last use / tokens so far",
         "frequency (LFU)": "uses / tokens so far",
-        "high uses (LHU)": "high-precision uses / tokens so far",
+        "high uses (LHU)": "requests for high precision / tokens so far",
         "nearness (FLD)": "1 where its layer comes next",
         "priority": "the sum of the four, weighted; the lowest leaves",
     }
     parameters = (
         Parameter("w_lru", "weight of recency: last use / tokens so far"),
         Parameter("w_lfu", "weight of frequency: uses / tokens so far"),
-        Parameter("w_lhu", "weight of high-precision uses / tokens so far: costly to miss"),
+        Parameter("w_lhu", "weight of requests for high precision / tokens so far: costly to miss"),
         Parameter("w_fld", "weight of nearness: the sooner its layer comes, the longer it stays"),
     )
 

@@ -1,8 +1,8 @@
 """MoE-APEX: HOBBIT's successor evicts by what a miss would cost and how soon it would come.
 
 Source: ASPLOS'26, doi 10.1145/3779212.3790187, its rule as a third party reports it. Everything but
-the eviction and the size of the high cache is HOBBIT's; symbols as there, and L an expert's uses at
-low precision.
+the eviction and the size of the high cache is HOBBIT's; symbols as there, and L an expert's uses
+that asked for low precision.
 """
 
 from __future__ import annotations
