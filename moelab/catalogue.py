@@ -151,8 +151,17 @@ def _fingerprint(source: str | Path, tiers: Sequence[int]) -> str:
 def _process_bytes(engine: Engine) -> int:
     """Memory of this process alone beyond dense weights and experts: Python, torch, caches."""
     memory = psutil.Process().memory_info()
-    shared = getattr(memory, "shared", engine.arena.held_bytes)  # Linux: experts are in it
-    return max(0, memory.rss - shared - engine.dense_bytes)
+    shared = getattr(memory, "shared", 0)  # files; told on Linux
+    return max(0, memory.rss - shared - engine.dense_bytes - engine.arena.held_bytes)
+
+
+def _by_torch(store: Store, engine: Engine) -> tuple[str, ...]:
+    """Says so where the kernels cannot compute a store's experts."""
+    if engine.compute.fast:
+        return ()
+    old = store.manifest.transposed and not store.layout.turned
+    again = "; it was packed by an older version: pack it again, and they may" if old else ""
+    return (f"experts are computed by torch, slowly: the kernels do not know this kind{again}",)
 
 
 def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dict[str, Any]:
@@ -181,6 +190,6 @@ def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dic
         "dense_bits": engine.dense_bits,
         "dense_bytes": engine.dense_bytes,
         "process_bytes": _process_bytes(engine),
-        "notes": store.manifest.notes,
+        "notes": (*store.manifest.notes, *_by_torch(store, engine)),
         "store": str(store.path),
     }

@@ -251,6 +251,10 @@ def test_what_computes_something_else_is_called_approximate(demo_lab):
     assert "landed" in said["edgemoe"]
     assert "0 layers are recorded" in said["ahead"]
     assert said["hobbit"]
+    ahead = demo_lab.update(prefetch=2) and demo_lab.generate("The sea", max_new_tokens=4)
+    said = moelab.predict(ahead, demo_lab, strategy="hobbit").approximate
+    assert "so far ahead in the prompt: 0 layers are recorded" in said  # HOBBIT asks there too
+    demo_lab.update(prefetch=0)
     lfu = demo_lab.settings.change(demo_lab._shape, strategy="lfu")
     assert approximate(run.trace, lfu, moelab.replay(run, "lfu")) == ""
 

@@ -15,7 +15,7 @@ from torch import nn
 import tiny_families
 from moelab.engine import kernels
 from moelab.models.adapter import expert_forward, find_moe
-from moelab.models.gating import GELU, SWIGLU, Rule, rule_of
+from moelab.models.gating import GELU, SWIGLU, Rule, rule_of, rule_of_all
 from moelab.store.codecs import Layout, decode, encode
 from test_kernels import ACTIVATION_ERROR, error, tokens
 
@@ -76,15 +76,14 @@ def test_code_that_does_something_else_or_cannot_be_asked_has_no_rule():
     assert rule_of(SimpleNamespace(has_gate=False, act_fn=nn.ReLU())) == Rule(power=1)
 
 
-def an_expert(
-    rule: Rule, biased: bool, turned: bool, width=192, inner=128, blocks="", half="bfloat16"
-):
+def an_expert(rule: Rule, biased: bool, turned: bool, half="bfloat16"):
     """(layout, tensors) of one expert as its family has it."""
+    width, inner = 192, 128
     first = "up_proj" if rule.power else "gate_up_proj"
     shapes = {first: ((1 if rule.power else 2) * inner, width), "down_proj": (width, inner)}
     biases = {f"{name}_bias": (rows,) for name, (rows, _) in shapes.items()} if biased else {}
     own = {name: shape[::-1] if turned else shape for name, shape in shapes.items()}
-    layout = Layout(tuple((own | biases).items()), half, blocks, turned)
+    layout = Layout(tuple((own | biases).items()), half, turned=turned)
     draw = torch.Generator().manual_seed(0)
     return layout, {name: torch.randn(s, generator=draw) * 0.1 for name, s in layout.tensors}
 
@@ -116,6 +115,46 @@ def test_the_kernels_compute_what_the_familys_own_code_does(name, biased, turned
         expected = theirs(x, decode(blob, layout, bits), rule, turned)
         found = kernels.compute_prefill(blob, bits, layout, x, rule)
         assert error(found.numpy(), expected.numpy()) < most, bits
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_experts_of_one_call_have_biases_of_their_own(half):
+    layout, _ = an_expert(OSS, biased=True, turned=True, half=half)
+    draw = torch.Generator().manual_seed(1)
+    some = [
+        {name: torch.randn(s, generator=draw) * 0.1 for name, s in layout.tensors} for _ in range(3)
+    ]
+    x, tiers = tokens(2, 192), (16, 8, 4)
+    blobs = [encode(tensors, layout, bits) for tensors, bits in zip(some, tiers, strict=True)]
+    out, gate = np.zeros((3, 2, 192), np.float32), np.array([[1, 2], [0, 3], [4, 0]], np.float32)
+    kernels.compute_experts(
+        np.array([blob.ctypes.data for blob in blobs], np.uintp),
+        np.array(tiers, np.int64),
+        x,
+        gate,
+        out,
+        inner=128,
+        half=half,
+        rule=OSS,
+        biased=True,
+    )
+    for blob, bits, got, weight in zip(blobs, tiers, out, gate, strict=True):
+        expected = theirs(torch.from_numpy(x), decode(blob, layout, bits), OSS, True)
+        expected = weight[:, None] * expected.numpy()
+        assert error(got, expected) < ACTIVATION_ERROR[bits]
+
+
+@pytest.mark.parametrize("limit", [7.0, 64.0, 500.0])
+def test_a_limit_is_seen_however_far_off_it_is(limit):
+    def gate(h):
+        first, second = h.chunk(2, -1)
+        return F.silu(first.clamp(max=limit)) * second.clamp(-limit, limit)
+
+    module = SimpleNamespace(has_gate=True, _apply_gate=gate, limit=limit)
+    assert rule_of(module) == Rule(limit=limit)
+    plain = SimpleNamespace(has_gate=True, _apply_gate=SWIGLU)
+    assert rule_of_all([module, module]) == Rule(limit=limit)
+    assert rule_of_all([module, plain]) is None  # a store's kernel is one for all layers
 
 
 @pytest.mark.parametrize("rule", [SWIGLU, OSS], ids=["swiglu", "gpt_oss"])

@@ -29,7 +29,7 @@ from reference import logits_of
 gguf = pytest.importorskip("gguf")
 IDS = [72, 101, 108, 108, 111, 32, 119, 111]
 CPU = gguf.GGMLQuantizationType
-WHOLE_BLOCKS = {"qwen3_moe": {}, "gpt_oss": {"intermediate_size": 64}}
+WHOLE_BLOCKS = {"qwen3_moe": {}, "gpt_oss": {"hidden_size": 128, "intermediate_size": 64}}
 ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "mixtral": "llama",
@@ -279,6 +279,7 @@ def test_a_files_own_blocks_are_a_tier_bit_by_bit(name, kind, tmp_path):
     path = pack(file, tmp_path / "store", progress=False)
     with moelab.open(path, budget="100%", measure_kl=False, progress=False) as lab:
         store, said = lab._store, " ".join(lab.info()["notes"])
+        assert lab._engine.compute.fast
         got = logits_of(lab, IDS[:1], IDS[1:])
         lab.update(bits=2, budget="50%")
         assert len(lab.generate("Hello", max_new_tokens=4, ignore_eos=True).tokens) == 4

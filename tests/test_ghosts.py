@@ -113,7 +113,7 @@ def test_what_cannot_be_made_is_refused_with_the_number_and_the_way_out(wrong, s
 
 
 def test_the_papers_regimes_on_a_small_ghost(monkeypatch):
-    asked = regimes.Regime({**SMALL, "num_experts": 16}, 3, "50%")
+    asked = regimes.Regime({**SMALL, "num_experts": 16}, 3, "50%", "tx2_ssd")
     frame = regimes.regimes([asked], repeats=2, disk="8MB", progress=False)
     assert frame.attrs["complete"]
     assert frame.groupby("contender").size().to_dict() == dict.fromkeys(regimes.CONTENDERS, 2)
@@ -124,6 +124,7 @@ def test_the_papers_regimes_on_a_small_ghost(monkeypatch):
     assert by.low[regimes.HOBBIT] > 0 == by.low["LRU"]
     assert by[["high", "low", "skipped"]].sum(axis=1).round(6).isin([0, 1]).all()
     page = regimes.report(frame)
+    assert "tx2_ssd (emulated)" in page
     assert "3 x 16 experts" in page
     name = next(iter(frame.attrs["models"]))
     ours, theirs = (frame[frame.contender == who]["tokens/s"] for who in ("LRU", "on demand"))

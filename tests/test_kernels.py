@@ -288,6 +288,7 @@ def numba_cache(tmp_path_factory) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it compiles all of them, on a machine that may be slow and shared
 def test_kernels_are_cached_between_processes_and_portable_ones_apart(numba_cache, demo_store):
     first, portable, again, portable_again = probes(numba_cache)
     assert again["rows"] == first["rows"]

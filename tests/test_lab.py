@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -299,3 +300,14 @@ def test_the_token_drawn_is_among_those_of_its_blame_however_unlikely(lab):
         assert token in dict(best.served)
         assert len(best.served) == 5 + (token not in dict(best.served[:5]))
     assert max(len(best.served) for best in run.likeliest) == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files in memory are told apart on Linux only")
+def test_what_the_process_takes_besides_does_not_grow_with_the_budget(demo_lab):
+    demo_lab.update(strategy="in_ram", budget="10%")
+    demo_lab.generate("The", max_new_tokens=2)
+    before, budget = demo_lab.info()["process_bytes"], demo_lab.settings.budget_bytes
+    demo_lab.update(budget="100%")
+    demo_lab.generate("The", max_new_tokens=2)
+    more = demo_lab.settings.budget_bytes - budget
+    assert abs(demo_lab.info()["process_bytes"] - before) < more / 2

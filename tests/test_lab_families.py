@@ -16,9 +16,15 @@ PROMPT = "A prompt of more than one hundred tokens, where one byte is one token.
 NEW = 12
 
 
-@pytest.fixture(scope="module", params=list(tiny_models.FAMILIES))
+BY_KERNELS = {"hidden_size": 128, "intermediate_size": 64}
+"""Whole groups of 64: then the kernels compute gpt-oss's experts too."""
+
+
+@pytest.fixture(scope="module", params=[*tiny_models.FAMILIES, "gpt_oss by kernels"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
+    name, kernels, _ = request.param.partition(" by kernels")
+    place = tmp_path_factory.mktemp(name + "_fast" * bool(kernels))
+    return tiny_models.FAMILIES[name](place, **BY_KERNELS if kernels else {})
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,7 @@ def generate(lab: moelab.Lab) -> moelab.Run:
 def test_sixteen_bits_are_stock_transformers(lab, folder):
     assert lab.settings.budget_bytes < lab.info()["all_experts_bytes"]
     run, ids = generate(lab), lab._encode(PROMPT)
+    assert lab._engine.compute.fast or "fast" not in folder.name
     assert len(ids) > 100
     expected = stock_logits(folder, [*ids, *run.tokens[:-1]])[len(ids) - 1 :]
     assert run.tokens == expected.argmax(-1).tolist()

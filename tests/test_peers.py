@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moelab.calibration.adapmoe import costs_of_first_only, hit_ratios, tau_for
+from moelab.replays.bounds import belady_hits
 from moelab.replays.replay import replay
 from moelab.scheduling.budget import minimum_budget
 from moelab.scheduling.cache import Cache
@@ -15,12 +16,15 @@ from moelab.scheduling.scheduler import Scheduler
 from moelab.scheduling.strategy import Knobs, LookAhead, Request, Shape, View
 from moelab.scheduling.stream import ranked
 from moelab.scheduling.trace import LayerInput, Trace
-from moelab.strategies import Precision, layer_lru
+from moelab.strategies import Precision, layer_lru, make
 from moelab.strategies.adapmoe import BestShares, SensitivityGate, adapmoe, best_shares
 from moelab.strategies.basics import DropIfCold, drop_if_cold, in_ram
 from moelab.strategies.cache_prior import CachePrior, cache_prior
+from moelab.strategies.emoe import emoe
 from moelab.strategies.mixtral_offloading import mixtral_offloading
 from moelab.strategies.moe_infinity import LeastActivated, NearestSequence, moe_infinity
+from moelab.strategies.oracle import oracle
+from moelab.strategies.pregated import pregated
 from toy_engine import NBYTES, decided, places, resident
 
 SHAPE = Shape((4, 4, 4), 2, NBYTES)
@@ -325,3 +329,119 @@ def test_a_parameter_out_of_range_is_refused_when_it_is_made_and_when_it_is_tune
         maker(**{name: wrong})
     with pytest.raises(ValueError, match=name):
         maker().tuned(**{name: wrong})
+
+
+# -- Pre-gated MoE, eMoE ------------------------------------------------------------------------
+
+
+SIX = Shape((6, 6, 6), 2, NBYTES)
+
+
+def test_who_the_layer_before_named_is_fetched_and_alone_may_serve():
+    s = Scheduler(SIX, pregated(), Knobs(18 * 1600))
+    assert s.look_ahead(0, prefill=False) == 1
+    assert s.mask(0) is None
+    ahead = (LookAhead(1, (4, 2), (0.7, 0.3)),)
+    plan = s.step(LayerInput(0, ((0, 1),), ((0.6, 0.4),), look_ahead=ahead))
+    assert places(decided(plan, "prefetch")) == [(1, 4), (1, 2)]
+    assert np.flatnonzero(s.mask(1)).tolist() == [2, 4]
+    assert s.mask(2) is None  # nobody has named its experts yet
+    s.step(LayerInput(1, ((2, 4),), ((0.5, 0.5),)))  # its coming router could not be asked
+    assert s.mask(2) is None
+    s.step(LayerInput(0, ((0, 1),), ((0.6, 0.4),), prefill=True, look_ahead=ahead))
+    assert s.mask(1) is None  # prompts are routed as usual
+
+
+def test_experts_that_prompts_asked_for_most_are_kept_and_renewed_between_prompts_only():
+    s = Scheduler(SIX, emoe(p=2), Knobs(9 * 1600))  # three of six a layer
+    s.begin()
+    kept = lambda: [s.view.index_of[s.view.residents(at)].tolist() for at in range(3)]  # noqa: E731
+    assert [sorted(row) for row in kept()] == [[0, 1, 2]] * 3
+    for prompt in range(2):
+        s.new_sequence()
+        s.begin()
+        assert [sorted(row) for row in kept()] == [[0, 1, 2]] * 3, prompt
+        for _ in range(3):
+            for layer in range(3):
+                s.step(LayerInput(layer, ((0, 1),), ((0.5, 0.5),),
+                                  wanted=((5, 4),), wanted_weights=((0.6, 0.4),)))  # fmt: skip
+            s.end_of_token()
+        assert np.flatnonzero(s.mask(0)).tolist() == [0, 1, 2]
+    s.new_sequence()
+    plan = s.begin()
+    assert [sorted(row) for row in kept()] == [[0, 4, 5]] * 3
+    assert len(decided(plan, "evict")) == 6
+    assert np.flatnonzero(s.mask(0)).tolist() == [0, 4, 5]
+
+
+def test_demand_begins_with_what_was_counted():
+    s = Scheduler(SIX, emoe({"counts": [[0, 1, 5, 2, 4, 3]] * 3}), Knobs(9 * 1600))
+    s.begin()
+    assert sorted(s.view.index_of[s.view.residents(0)].tolist()) == [2, 4, 5]
+    with pytest.raises(ValueError, match="p=0: from 1 to 100"):
+        emoe(p=0)
+
+
+# -- the oracle ----------------------------------------------------------------------------------
+
+
+def a_stream(seed: int, tokens: int = 60) -> Trace:
+    """A prompt of two tokens and then single ones; some experts are favourites."""
+    rng, trace = np.random.default_rng(seed), Trace(SIX)
+    favour = rng.dirichlet([0.7] * 6, 3)
+    pick = lambda layer: tuple(map(int, rng.choice(6, 2, False, favour[layer])))  # noqa: E731
+    for layer in range(3):
+        trace.steps.append(LayerInput(layer, (pick(layer), pick(layer)), ((0.5, 0.5),) * 2, True))
+    for _ in range(tokens):
+        trace.steps += [LayerInput(layer, (pick(layer),), ((0.6, 0.4),)) for layer in range(3)]
+    return trace
+
+
+@pytest.mark.parametrize("slots", [7, 9, 13])
+def test_the_oracle_evicts_as_belady_and_nobody_is_better(slots):
+    for seed in range(12):
+        trace, knobs = a_stream(seed), Knobs(slots * 1600)
+        best, asked = belady_hits(trace, slots)
+        found = replay(trace, oracle(trace), knobs)
+        others = [replay(trace, make(name), knobs).counts["hit"] for name in ("lru", "lfu")]
+        assert max(others) <= found.counts["hit"] <= best
+        assert found.counts["hit"] >= best - 0.02 * asked  # its own layer's experts have to stay
+
+
+def test_the_oracles_prefetches_are_all_right():
+    trace, knobs = a_stream(1), Knobs(13 * 1600)
+    found, alone = (replay(trace, oracle(trace, depth=d), knobs) for d in (1, 0))
+    assert found.counts["load"] == 0 < alone.counts["load"]
+    assert found.bytes == pytest.approx(alone.bytes, rel=0.1)
+
+
+def test_an_oracle_that_was_told_another_text_says_so():
+    trace, other = a_stream(1, tokens=2), a_stream(2, tokens=2)
+    with pytest.raises(ValueError, match="asks for experts .* the run that the oracle was given"):
+        replay(trace, oracle(other), Knobs(9 * 1600))
+    with pytest.raises(ValueError, match=r"given for \[\]: give it one of this prompt"):
+        replay(a_stream(1, tokens=3), oracle(trace), Knobs(9 * 1600))
+    with pytest.raises(TypeError, match="give a run, or its trace"):
+        oracle("The")
+
+
+def test_the_oracle_live_hits_what_belady_does(demo_lab):
+    say = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
+    first = demo_lab.update(strategy="lru", budget="25%") and demo_lab.generate("The king", **say)
+    demo_lab.update(strategy=oracle(first))
+    again = demo_lab.generate("The king", **say)
+    assert again.text == first.text
+    hits = [int(run.per_token["hits"].iloc[1:].sum()) for run in (first, again)]
+    slots = demo_lab.settings.budget_bytes // demo_lab.info()["expert_bytes"][16]
+    assert hits[0] < hits[1] <= belady_hits(again.trace, slots)[0]
+    with pytest.raises(ValueError, match="the run that the oracle was given"):
+        demo_lab.generate("A queen", **say)
+
+
+def test_experts_renewed_for_a_prompt_are_those_its_first_layer_may_choose(demo_lab):
+    demo_lab.update(strategy=emoe(p=1), budget="40%")
+    say = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
+    for text in ("The king of the north", "def sort(numbers):", "Elizabeth was not at all"):
+        events = demo_lab.generate(text, **say).events
+        assert not (events.kind == "load").any(), text
+    assert (events.query("kind == 'prefetch'").cause == "set-up").any()  # it did renew

@@ -269,6 +269,33 @@ def test_a_guess_that_finds_no_room_drops_nothing():
     assert resident(s) == held
 
 
+def test_a_part_need_not_be_a_subclass():
+    class Nobody:
+        title, parameters, observes = "nobody", (), frozenset()
+
+        def look_ahead(self, view):
+            return 1
+
+        def predict(self, layer, look_ahead, view):
+            return ()
+
+        def begin(self, view):
+            return ()
+
+        def observe(self, given, view):
+            pass
+
+        def new_sequence(self):
+            pass
+
+        def check(self):
+            pass
+
+    s = Scheduler(SHAPE, lru().replace(prefetch=Nobody()), knobs())
+    assert (s.look_ahead(0, prefill=False), s.look_ahead(0, prefill=True)) == (1, 0)
+    s.step(step(0, 0, 1, weights=(0.5, 0.5)))
+
+
 def test_a_part_that_is_no_part_is_refused():
     with pytest.raises(TypeError, match="must be an object with.*score"):
         lru().replace(evict=object())

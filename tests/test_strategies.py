@@ -210,9 +210,11 @@ COUNTS = {
     "moe_infinity": ((361, 103, 121, 0, 19), (420, 44, 40, 0, 1)),
     "adapmoe": ((381, 55, 185, 28, 130), (434, 21, 93, 9, 76)),
     "cache_prior": ((338, 126, 125, 0, 0), (423, 41, 36, 0, 0)),
+    "pregated": ((406, 58, 188, 0, 131), (444, 20, 61, 0, 46)),
+    "emoe": ((332, 132, 132, 0, 0), (387, 77, 77, 0, 0)),
     "drop_if_cold": ((347, 72, 71, 45, 0), (425, 24, 19, 15, 0)),
 }
-"""With room for 9 and for 13 of 24 experts. Version 0.3 decided the same, but for EdgeMoE (whose
+"""With room for 9 and for 13 of 24 experts. Those that 0.3 had decide as there, but EdgeMoE (whose
 width counts what is preloaded) and who looks ahead as HOBBIT does (in a prompt too, guesses replace
 former ones, and H counts requests)."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 import time
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from moelab.calibration.swapmoe import numbers_kept, renewed
+from moelab.calibration.swapmoe_network import configurations, off, unseen
 from moelab.replays.replay import replay
 from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.cache import Cache
@@ -22,9 +24,12 @@ from moelab.strategies.static_pruning import static_pruning
 from moelab.strategies.swapmoe import swapmoe
 from moelab.strategies.swapmoe_planner import (
     Estimates,
+    Network,
     Plan,
     deal,
+    fits,
     largest,
+    plan_to_the_bend,
     plan_within,
     search,
     uniform,
@@ -78,6 +83,10 @@ def residents(s: Scheduler, layer: int = 0) -> set[int]:
 def visible(s: Scheduler, layer: int = 0) -> list[int]:
     """The experts that the mask lets the router choose."""
     return np.flatnonzero(s.mask(layer)).tolist()
+
+
+def swapped(plan) -> list[tuple[int, int]]:
+    return places(decided(plan, "prefetch"))
 
 
 def virtual(s: Scheduler):
@@ -169,7 +178,7 @@ def test_f_can_be_changed_while_it_runs_and_what_was_learnt_stays():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"f": -1}, {"unit": "words"}, {"swaps": 0}, {"carry": 1.5}, {"f": "often"}]
+    "wrong", [{"f": -1}, {"unit": "words"}, {"swaps": 9}, {"carry": 1.5}, {"f": "often"}]
 )
 def test_parameters_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -495,7 +504,8 @@ def test_a_plan_is_never_dearer_than_uniform_nor_with_more_memory():
     for slots in range(8, 33, 4):
         plan = plan_within(e, slots, MODEL, nats_per_slowdown=0.1, start=before)
         assert sum(plan.experts) <= slots
-        assert min(plan.experts) >= min(3, slots // 4)
+        assert min(plan.experts) >= 2
+        assert fits(plan.experts, slots, MODEL)
         costs.append(e.cost(plan, 0.1))
         even = [uniform(slots, MODEL, f) for f in e.every]
         assert costs[-1] <= min(e.cost(p, 0.1) for p in even)
@@ -512,7 +522,7 @@ def test_the_planner_comes_within_two_percent_of_the_true_optimum():
     loss = rng.lognormal(-2, 1.5, (2, 8, 1)) * np.array([1, 0.5, 0.2, 0])
     e = Estimates(every, kept, loss.tolist(), np.zeros((2, 8, 4)).tolist(), 10.0, 1.0)
     for slots in (30, 60, 90):
-        best = min(knapsack(e.prices(f, shape, 0.0), slots, least=3) for f in every)
+        best = min(knapsack(e.prices(f, shape, 0.0), slots - 1, least=2) for f in every)
         assert e.kl(plan_within(e, slots, shape, nats_per_slowdown=0.0)) <= 1.02 * best
 
 
@@ -551,11 +561,78 @@ def test_one_slot_stays_free_where_a_layer_could_not_swap_without_it():
     assert deal((1, 1), 9, (2, 2)) == (2, 2)
 
 
+def test_a_layer_may_keep_top_k_where_a_slot_is_left_for_its_swaps():
+    assert fits((2, 2, 2, 8), 15, MODEL)
+    assert not fits((2, 2, 2, 8), 14, MODEL)
+    assert fits((3, 3, 3, 5), 14, MODEL)
+    assert fits((2, 2, 2, 2), 8, MODEL)  # nothing is ever swapped
+    assert fits((8, 8, 8, 8), 32, MODEL)
+    steep = Estimates((4,), (2, 8), [[[9.0, 0.0], *[[0.1, 0.0]] * 3]], [[[0, 0]] * 4], 10.0, 1.0)
+    assert plan_within(steep, 15, MODEL, nats_per_slowdown=0.0).experts == (8, 2, 2, 2)
+    plans = {15: Plan(4, (8, 2, 2, 2))}
+    assert largest(plans, 15, MODEL) == plans[15]
+    assert largest(plans, 16, MODEL) == Plan(4, (8, 3, 2, 2))
+    assert largest(plans, 17, MODEL) == Plan(4, (8, 3, 3, 3))  # each can swap within its own
+
+
+def test_the_network_is_what_its_weights_say_and_no_loss_where_all_is_whole():
+    network = Network([[8.0, 1.0, 0.0], [0.0, -4.0, 2.0]], [1.0, 0.0], [0.5, -2.0], 0.25, [4, 8])
+    assert network.inputs(Plan(4, (2, 2))).tolist() == [0.25, 0.5, 0.25]
+    # hidden: 2 + .5 + 1 = 3.5, and -2 + .5 below 0
+    assert network.kl(Plan(4, (2, 2))) == pytest.approx(math.exp(3.5 * 0.5 + 0.25))
+    assert network.kl(Plan(4, (4, 8))) == 0.0
+    table = [[[4.0, 1.0], [4.0, 1.0]]]
+    e = Estimates((4,), (2, 4), table, table, 10.0, 2.0, network)
+    assert e.kl(Plan(4, (2, 2))) == network.kl(Plan(4, (2, 2)))
+    assert e.added(Plan(4, (2, 2))) == 8.0
+
+
+def test_the_network_learns_what_adding_up_layers_cannot_know():
+    experts = (16,) * 5
+    some = configurations(experts, 2, (4, 16, 64), 48, seed=1)
+    assert all(2 <= n <= 16 for plan in some for n in plan.experts)
+    assert {plan.f for plan in some} == {4, 16, 64}
+    short = [[1 - n / 16 for n in plan.experts] for plan in some]
+    pairs = zip(some, short, strict=True)
+    true = [math.exp(3 * sum(row) ** 0.5 - 4 + 0.1 * math.log2(p.f)) for p, row in pairs]
+    said = unseen(some, true, experts)
+    assert off(said, true) < 1.25
+    alone = [sum(math.exp(3 * x**0.5 - 4) for x in row) for row in short]
+    assert off(said, true) < off(alone, true)
+
+
+def test_updates_are_as_frequent_as_they_may_be_before_the_time_bends_up():
+    def e(swap_ms):
+        return dataclasses.replace(estimates(), swap_ms=swap_ms)
+
+    assert plan_to_the_bend(e(0.01), 20, MODEL).f == 4
+    assert plan_to_the_bend(e(2.0), 20, MODEL).f == 16
+    assert plan_to_the_bend(e(50.0), 20, MODEL).f == 64
+    assert plan_to_the_bend(e(50.0), 20, MODEL, bend=100.0).f == 4
+    assert sum(plan_to_the_bend(e(2.0), 20, MODEL).experts) <= 20
+
+
+def test_simple_scheduling_counts_and_swaps_all_at_once():
+    s = begun(ONE_LAYER, 4, swapmoe(f=1, importance="count", swaps=0))
+    plan = s.step(told(0, 0, 1, wanted=(4, 5), norm=9.0))
+    assert swapped(plan) == [(0, 4), (0, 5)]
+    s = begun(ONE_LAYER, 4, swapmoe(f=1))
+    assert len(swapped(s.step(told(0, 0, 1, wanted=(4, 5))))) == 1
+    heavy, often = swapmoe(f=3), swapmoe(f=3, importance="count")
+    for strategy, first in ((heavy, 4), (often, 5)):
+        s = begun(ONE_LAYER, 4, strategy)
+        s.step(told(0, 0, 1, wanted=(4, 0), norm=9.0))
+        for _ in range(2):
+            plan = s.step(told(0, 0, 1, wanted=(5, 0), norm=1.0))
+        assert swapped(plan)[0] == (0, first)
+
+
 def test_the_largest_plan_that_fits_is_taken_and_the_rest_dealt_out():
     plans = {12: Plan(8, (2, 2, 3, 5)), 20: Plan(32, (3, 4, 5, 8))}
     assert largest(plans, 12, MODEL) == plans[12]
     assert largest(plans, 15, MODEL) == Plan(8, (4, 3, 3, 5))
     assert largest(plans, 31, MODEL) == Plan(32, (8, 8, 7, 8))
+    assert largest(plans, 13, MODEL) == plans[12]  # a slot for the swaps of the first two layers
     assert largest(plans, 10, MODEL) == uniform(10, MODEL)
 
 
@@ -598,7 +675,7 @@ def test_quality_is_measured_more_densely_where_few_experts_are_kept():
 def test_a_profile_is_measured_of_the_model_and_its_plans_beat_uniform(demo_lab, monkeypatch):
     from moelab.calibration import swapmoe as maker
 
-    made = maker.made_from(demo_lab, max_tokens=6, every=(3, 6), percent=(25, "50%", 100))
+    made = maker.made_from(demo_lab, max_tokens=6, every=(3, 6), percent=(25, "50%", 100), tried=12)
     assert made["percent"] == [25, 50, 100]
     texts, kept = [PROMPT * 2], {}
     data = json.loads(json.dumps(maker.make(demo_lab, texts, made, kept, progress=False)))
@@ -613,10 +690,19 @@ def test_a_profile_is_measured_of_the_model_and_its_plans_beat_uniform(demo_lab,
     for slots, plan in data["plans"].items():
         assert sum(plan["experts"]) <= int(slots)
         assert plan["kl"] <= plan["uniform_kl"]
+    assert len(data["tried"]) == 12
+    with pytest.raises(ValueError, match="tried=3: at least 12 configurations"):
+        maker.made_from(demo_lab, tried=3)
+    assert min(data["off"].values()) > 1
+    assert data["planned_by"] == min(data["off"], key=data["off"].get)
+    assert Estimates.of(data | {"planned_by": "network"}).network
+    assert Estimates.of(data | {"planned_by": "added"}).network is None
+    ours = maker.make(demo_lab, texts, made | {"tried": 0}, dict(kept), progress=False)
+    assert Estimates.of(ours).network is None
     demo_lab.update(strategy=swapmoe(data), budget="50%")
     held = (demo_lab.cache_map()["bits"] > 0).sum(1).tolist()
     assert held == data["plans"]["48"]["experts"]
 
-    monkeypatch.setattr(maker, "ShortLayer", lambda *_: None)  # nothing is measured again
+    monkeypatch.setattr(maker, "ShortLayers", lambda *_: None)  # nothing is measured again
     again = maker.make(demo_lab, texts, made, kept, progress=False)
     assert again["loss"] == data["loss"]

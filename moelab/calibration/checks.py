@@ -14,6 +14,8 @@ import fastjsonschema
 from moelab.scheduling.stream import Shape
 from moelab.store.manifest import digest
 from moelab.strategies import CALIBRATED, make
+from moelab.strategies.edgemoe_paths import PathTable
+from moelab.strategies.swapmoe_planner import HIDDEN
 
 MOST_BYTES = 256 * 2**20
 """A file larger than this is not read."""
@@ -64,6 +66,8 @@ def _fields(name: str, shape: Shape, data: dict[str, Any]) -> dict[str, Any]:
         "plans": _named(r"^\d{1,6}$", _plan(shape)),
         "base_ms": _NUMBER | {"exclusiveMinimum": 0},
         "swap_ms": _NUMBER | {"minimum": 0},
+        "network": _network(layers),
+        "planned_by": {"enum": ["network", "added"]},
     }
 
 
@@ -73,6 +77,17 @@ def _plan(shape: Shape) -> dict[str, Any]:
     rows = {"type": "array", "items": held, "minItems": shape.layers, "maxItems": shape.layers}
     fields = {"f": _WHOLE | {"minimum": 1}, "experts": rows}
     return {"type": "object", "properties": fields, "required": list(fields)}
+
+
+def _network(layers: int) -> dict[str, Any]:
+    """SwapMoE's estimator of quality: one hidden layer over f and the parts of L layers."""
+    units = _row(_NUMBER, HIDDEN)
+    fields = {"hidden": _row(_row(_NUMBER, 1 + layers), HIDDEN), "hidden_bias": units, "out": units}
+    fields |= {"out_bias": _NUMBER, "experts": _row(_WHOLE | {"minimum": 1}, layers)}
+    names = list(fields)
+    return {
+        "type": "object", "properties": fields, "required": names, "additionalProperties": False
+    }  # fmt: skip
 
 
 def check(name: str, data: Any, shape: Shape) -> None:
@@ -100,6 +115,8 @@ def _try(name: str, data: dict[str, Any], shape: Shape) -> None:
     fields = _fields(name, shape, data)
     known = {"type": "object", "properties": fields, "required": [f for f in fields if f in data]}
     fastjsonschema.validate(known, data)
+    if name == "edgemoe":
+        PathTable.of(data["paths"]).pairs(shape.experts)  # refuses experts that there are not
     for strategy, calibration in CALIBRATED.items():
         if calibration == name:
             make(strategy, data)

@@ -6,18 +6,23 @@
 2. quality and swaps, for every layer, number of experts kept n and update interval f: the layer
    alone works under the mask that SwapMoE would give it, renewed every f tokens by the importance
    of the unmasked model, while all other layers are whole; loss is mean KL against the full model,
-3. latency: tokens of the engine with many updates and with none,
-4. with these estimates the planner's configuration for each budget (`swapmoe_planner`).
+3. the same of random configurations, all layers short at once, and a small network fitted on them:
+   the paper's estimator (its appendix A.2). Of the two estimators that one plans which is nearer on
+   configurations it was not made from; both errors are told,
+4. latency: tokens of the engine with many updates and with none,
+5. with these estimates the planner's configuration for each budget (`swapmoe_planner`).
 
-A swap takes no time in measurement 2: what is late in a run is a little worse than its estimate.
+A swap takes no time in measurements 2 and 3: what is late in a run is a little worse than its
+estimate.
 
 T tokens, L layers, E experts, N numbers kept, F intervals.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,13 +31,20 @@ from tqdm.auto import tqdm
 
 from moelab.calibration.probes import expert_norms, record
 from moelab.calibration.profile import Kept, once
+from moelab.calibration.swapmoe_network import FOLDS, configurations, fitted, off, unseen
 from moelab.engine.generation import Decoder, Stream
 from moelab.runs.quality import kl_divergence
 from moelab.runs.tokens import tally
 from moelab.scheduling.budget import size
 from moelab.settings import parse_budget
 from moelab.strategies.swapmoe import swapmoe
-from moelab.strategies.swapmoe_planner import Estimates, Plan, plan_within, uniform
+from moelab.strategies.swapmoe_planner import (
+    Estimates,
+    Plan,
+    plan_to_the_bend,
+    plan_within,
+    uniform,
+)
 
 if TYPE_CHECKING:
     from moelab.engine.engine import Engine
@@ -40,8 +52,8 @@ if TYPE_CHECKING:
 
 EVERY = (4, 16, 64)
 PERCENT = tuple(range(10, 101, 5))
-NATS_PER_SLOWDOWN = 0.5
-"""KL that twice the time of a token is worth to the planner."""
+TRIED = 48
+"""Configurations that are run for the network."""
 TIMED_TOKENS = 24
 
 
@@ -76,8 +88,8 @@ def renewed(scores: np.ndarray, start: np.ndarray, f: int, n: int) -> Iterator[l
 # -- 2: quality -------------------------------------------------------------------------------
 
 
-class ShortLayer:
-    """Measures a model, at full precision, of which one layer keeps only a few experts.
+class ShortLayers:
+    """Measures a model, at full precision, of which some layers keep only a few experts.
 
     From texts as token ids ``[text][position]`` and the `importances` of each.
     """
@@ -90,35 +102,41 @@ class ShortLayer:
         with engine.full_precision():
             self._full = [Stream(engine).forward(ids, keep=len(ids)) for ids in texts]
 
-    def __call__(self, layer: int, n: int, f: int) -> tuple[float, float]:
-        """(KL in nats a token, swaps a token) with ``layer`` short."""
-        count, tokens = self._engine.shape.experts[layer], sum(map(len, self._texts))
+    def __call__(self, kept: Mapping[int, int], f: int) -> tuple[float, float]:
+        """(KL in nats a token, swaps a token) with so many experts ``kept`` of some layers."""
+        experts, tokens = self._engine.shape.experts, sum(map(len, self._texts))
+        short = {layer: n for layer, n in kept.items() if n < experts[layer]}
         kl = swaps = 0.0
-        if n >= count:  # whole
+        if not short:  # all are whole
             return kl, swaps
         for ids, scores, full in zip(self._texts, self._scores, self._full, strict=True):
-            start = self._sum[layer, :count] - scores[layer, :, :count].sum(0)  # other texts'
-            chosen = list(renewed(scores[layer, :, :count], start, f, n))
-            kl += float(kl_divergence(full, self._logits(layer, ids, chosen, f)).sum())
-            swaps += sum(len(set(b) - set(a)) for a, b in itertools.pairwise(chosen))
+            chosen = {}
+            for layer, n in short.items():
+                own = scores[layer, :, : experts[layer]]
+                start = self._sum[layer, : experts[layer]] - own.sum(0)  # other texts'
+                chosen[layer] = list(renewed(own, start, f, n))
+                pairs = itertools.pairwise(chosen[layer])
+                swaps += sum(len(set(b) - set(a)) for a, b in pairs)
+            kl += float(kl_divergence(full, self._logits(ids, chosen, f)).sum())
         return kl / tokens, swaps / tokens
 
     def _logits(
-        self, layer: int, ids: Sequence[int], chosen: Sequence[Sequence[int]], f: int
+        self, ids: Sequence[int], chosen: Mapping[int, Sequence[Sequence[int]]], f: int
     ) -> torch.Tensor:
-        """Logits ``[T, V]``: a chunk of f tokens for each set of experts."""
+        """Logits ``[T, V]``: a chunk of f tokens for each layer's next set of experts."""
         adapter, out = self._engine.adapter, []
         with self._engine.full_precision():
             stream = Stream(self._engine)
             try:
-                for begin, experts in zip(range(0, len(ids), f), chosen, strict=True):
-                    mask = np.zeros(self._engine.shape.experts[layer], bool)
-                    mask[list(experts)] = True
-                    adapter.steer(layer, mask)
+                for at, begin in enumerate(range(0, len(ids), f)):
+                    for layer, sets in chosen.items():
+                        mask = np.zeros(self._engine.shape.experts[layer], bool)
+                        mask[list(sets[at])] = True
+                        adapter.steer(layer, mask)
                     chunk = ids[begin : begin + f]
                     out.append(stream.forward(chunk, keep=len(chunk)))
             finally:
-                adapter.steer(layer)
+                adapter.release()
         return torch.cat(out)
 
 
@@ -129,7 +147,7 @@ def numbers_kept(top_k: int, experts: int) -> tuple[int, ...]:
     return tuple(sorted({top_k, min(top_k + 1, experts), experts, *more}))
 
 
-# -- 3: latency -------------------------------------------------------------------------------
+# -- 4: latency -------------------------------------------------------------------------------
 
 
 def room_to_swap(lab: Lab) -> int:
@@ -185,21 +203,27 @@ def latency(lab: Lab, data: dict[str, Any], ids: Sequence[int], device: str) -> 
     return 1e3 * base, 1e3 * max(0.0, float(np.median(more or [0.0])))
 
 
-# -- 4: the plans -----------------------------------------------------------------------------
+# -- 5: the plans -----------------------------------------------------------------------------
 
 
-def plans(lab: Lab, estimates: Estimates, percent: Sequence[float], nats: float, seed: int) -> dict:
+def plans(
+    lab: Lab, estimates: Estimates, percent: Sequence[float], nats: float | None, seed: int
+) -> dict:
     """The planner's configuration for each budget, by experts that fit, beside uniform's."""
     shape, made = lab._shape, dict[int, Plan]()
     for slots in sorted({int(part * sum(shape.experts) / 100) for part in percent}):
         if slots >= shape.layers * shape.top_k:
-            own = {"nats_per_slowdown": nats, "start": list(made.values()), "seed": seed}
-            made[slots] = plan_within(estimates, slots, shape, **own)
+            own: dict[str, Any] = {"start": list(made.values()), "seed": seed}
+            if nats is None:
+                made[slots] = plan_to_the_bend(estimates, slots, shape, **own)
+            else:
+                made[slots] = plan_within(estimates, slots, shape, nats_per_slowdown=nats, **own)
     return {
         str(slots): {
             "f": plan.f,
             "experts": list(plan.experts),
             "kl": estimates.kl(plan),
+            "added_kl": estimates.added(plan),
             "ms": estimates.ms(plan),
             "uniform_kl": estimates.kl(uniform(slots, shape, plan.f)),
         }
@@ -216,7 +240,8 @@ def made_from(
     max_tokens: int = 64,
     every: Sequence[int] = EVERY,
     percent: Sequence[float | str] = PERCENT,
-    nats_per_slowdown: float = NATS_PER_SLOWDOWN,
+    nats_per_slowdown: float | None = None,
+    tried: int = TRIED,
     device: str = "disk",
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -232,19 +257,27 @@ def made_from(
         Budgets to plan for: numbers are percent of all experts, texts as `moelab.open` takes them
         (``"25%"``, ``"2GB"``).
     nats_per_slowdown
-        KL that twice the time of a token is worth to the planner.
+        KL that twice the time of a token is worth to the planner (ours); None, as the paper has it:
+        updates are as frequent as they may be before the time of a token bends up.
+    tried
+        Random configurations that the paper's estimator of quality is fitted on; 0: losses of one
+        short layer at a time are added up instead (ours).
     device
         Where the latency is measured.
     seed
         Of the genetic search.
     """
+    if tried and tried < 2 * FOLDS:
+        raise ValueError(f"tried={tried}: at least {2 * FOLDS} configurations, or 0 for none")
     whole = lab._shape.all_bytes(max(lab._shape.nbytes))
     parts = [
         round(100 * parse_budget(part, lab._shape) / whole, 3) if isinstance(part, str) else part
         for part in percent
     ]
     made = {"max_tokens": max_tokens, "every": sorted(every), "percent": sorted(parts)}
-    return made | {"nats_per_slowdown": nats_per_slowdown, "device": device, "seed": seed}
+    made |= {"nats_per_slowdown": nats_per_slowdown, "device": device, "seed": seed}
+    # Version 0.3 had no network: its profiles are named as it named them.
+    return made | ({"tried": tried} if tried else {})
 
 
 def make(
@@ -267,10 +300,16 @@ def make(
     used = np.sum([(s > 0).sum(1) for s in scores], 0)  # [L, E], as the sum of importances
     total = np.sum([s.sum(1) for s in scores], 0)
     numbers = numbers_kept(lab._shape.top_k, max(experts))
-    short = ShortLayer(lab._engine, ids, scores)
+    short = ShortLayers(lab._engine, ids, scores)
 
     def measured(f: int, layer: int, n: int) -> tuple[float, float]:
-        return once(kept, f"layer {layer}, {n} experts, every {f}", lambda: short(layer, n, f))
+        return once(kept, f"layer {layer}, {n} experts, every {f}", lambda: short({layer: n}, f))
+
+    def run(plan: Plan) -> float:
+        layers = dict(enumerate(plan.experts))
+        return once(kept, f"{plan.experts} experts, every {plan.f}", lambda: short(layers, plan.f))[
+            0
+        ]
 
     wanted = list(itertools.product(every, range(len(experts)), numbers))
     found = [measured(*one) for one in tqdm(wanted, disable=not progress, desc="swapmoe")]
@@ -285,6 +324,16 @@ def make(
         "swaps": _short(tables[..., 1].tolist()),
     }
     data["base_ms"], data["swap_ms"] = latency(lab, data, max(ids, key=len), made["device"])
+    if made.get("tried"):
+        some = configurations(experts, lab._shape.top_k, every, made["tried"], made["seed"])
+        kls = [run(plan) for plan in tqdm(some, disable=not progress, desc="configurations")]
+        added = [Estimates.of(data).added(plan) for plan in some]
+        data["tried"] = [
+            [p.f, list(p.experts), kl] for p, kl in zip(some, _short(kls), strict=True)
+        ]
+        data["off"] = {"network": off(unseen(some, kls, experts), kls), "added": off(added, kls)}
+        data["network"] = dataclasses.asdict(fitted(some, kls, experts))
+        data["planned_by"] = min(data["off"], key=data["off"].get)
     data["plans"] = plans(
         lab, Estimates.of(data), made["percent"], made["nats_per_slowdown"], made["seed"]
     )

@@ -21,9 +21,9 @@ import torch
 
 from moelab.engine import kernels
 from moelab.engine.chunks import FEW_TOKENS
-from moelab.engine.memory import Slot, pages
+from moelab.engine.memory import HUGE, Slot, pages
 from moelab.models.adapter import Adapter, expert_forward
-from moelab.models.gating import SWIGLU, rule_of
+from moelab.models.gating import SWIGLU, rule_of_all
 from moelab.scheduling.stream import Key
 from moelab.store.codecs import decode
 from moelab.store.store import Store
@@ -68,7 +68,7 @@ class ExpertCompute:
         self.store, self.adapter = store, adapter
         self.layout = store.layout
         self.inner = store.manifest.inner
-        found = rule_of(adapter.layers[0].module)
+        found = rule_of_all(layer.module for layer in adapter.layers)
         self.fast = kernels.supports(store.layout, store.manifest, found)
         self.rule, self.biased = found or SWIGLU, store.manifest.has_bias
         self._full: dict[tuple[int, int], Slot] = {}  # (place, bits) -> memory of full precision
@@ -105,7 +105,8 @@ class ExpertCompute:
         """The expert in one of `AT_ONCE` slots, which the next one in that place writes over."""
         slot = self._full.get((place, serve.bits))
         if slot is None:
-            slot = Slot(serve.bits, pages(self.store.slot_bytes[serve.bits]))
+            nbytes = self.store.slot_bytes[serve.bits]
+            slot = Slot(serve.bits, pages(nbytes, huge=nbytes >= HUGE))
             self._full[place, serve.bits] = slot
         self.store.read(layer, serve.expert, serve.bits, into=slot.view)
         return slot

@@ -110,6 +110,7 @@ class Engine:
             self.scheduler.new_sequence()
         self._begin_token()
         self._set_up()
+        self._steer_all()  # who is resident may have been renewed for this prompt
 
     def end_of_sequence(self) -> None:
         """The run is over: what happens from now on is not written into its log and trace."""
@@ -214,10 +215,7 @@ class Engine:
         self._steer_all()
 
     def _set_up(self) -> None:
-        """Load what the strategy wants resident before it goes on, and wait.
-
-        The wait is no stall: it is not attributed to a token but added to ``setup_ms``.
-        """
+        """Load what the strategy wants resident; waiting for it is ``setup_ms``, no stall."""
         with self.lock:
             plan = self.scheduler.begin()
         told = "in_flight" in self.scheduler.strategy.observes

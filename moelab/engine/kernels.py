@@ -104,7 +104,7 @@ def _experts(
 ) -> int:
     """Serve every expert to the tokens whose gate weight for it is not zero; `out` [n, T, H].
 
-    ``rule`` float32 [8] is a `Rule`, whether there is a gate beside the value, and biases.
+    ``rule`` float32 [8] is the six numbers of a `Rule`, and whether there are biases.
     Returns -1, or the index of an expert that cannot be, in which case nothing was done.
     """
     n, (tokens, width) = len(addresses), x.shape

@@ -2,9 +2,10 @@
 
 All experts of a tier have one size, so there is no fragmentation. A slot that is free but still
 mapped counts against the limit too: what the arena holds is what the process really has, but for
-the last huge page of each piece of address space (2 MB at most). What it does not know: which
-expert is in a slot. The engine gives a slot back once, after its load is done or withdrawn and its
-last computation has ended; one thread at a time calls the arena.
+the last huge page of each piece of address space (2 MB at most), and while a forked child lives,
+which keeps a copy of what is written over. What it does not know: which expert is in a slot. The
+engine gives a slot back once, after its load is done or withdrawn and its last computation has
+ended; one thread at a time calls the arena.
 
 A direct read names every piece of memory that is not contiguous, and a request to a disk holds a
 limited number (254 here). On pages of 4 KB the disk of a virtual machine (virtio) gave 0.5 to 0.8
@@ -34,17 +35,18 @@ END_TO_END = bool(_HUGE and _SMALL and _EMPTY) and mmap.PAGESIZE == PAGE
 own, whose memory goes with it."""
 
 
-def pages(nbytes: int) -> np.ndarray:
+def pages(nbytes: int, *, huge: bool = True) -> np.ndarray:
     """Page-aligned memory uint8 ``[nbytes]``, on huge pages where the system has them.
 
-    It is returned to the system with its last view.
+    It is returned to the system with its last view. Of a huge page all 2 MB are taken: ``huge`` is
+    for loads, not for many small pieces that nothing is read into directly.
     """
-    return _space(nbytes)[1][:nbytes]
+    return _space(nbytes, huge=huge)[1][:nbytes]
 
 
-def _space(nbytes: int) -> tuple[mmap.mmap, np.ndarray]:
+def _space(nbytes: int, *, huge: bool = True) -> tuple[mmap.mmap, np.ndarray]:
     """Address space, and as uint8 what lies in it from a huge page's border on."""
-    if not END_TO_END:
+    if not (huge and END_TO_END):
         space = mmap.mmap(-1, nbytes)
         return space, np.frombuffer(space, np.uint8)
     space = mmap.mmap(-1, nbytes + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -145,7 +147,8 @@ class Arena:
         """A slot out of address space that has no memory yet: it comes with the first touch."""
         bare, nbytes = self._bare[bits], self._nbytes[bits]
         if not bare:
-            count = max(SLOTS, SLAB // nbytes) if END_TO_END else 1
+            count = min(max(SLOTS, SLAB // nbytes), self.limit_bytes // nbytes)
+            count = max(1, count) if END_TO_END else 1
             space, room = _space(count * nbytes)
             slots = (Slot(bits, room[at * nbytes :][:nbytes], space) for at in range(count))
             bare += reversed([*slots])  # the first of them first

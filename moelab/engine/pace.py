@@ -20,7 +20,7 @@ from moelab.engine import kernels, readers
 from moelab.engine.compute import Batch, Routed, Serve
 from moelab.engine.engine import Engine
 from moelab.engine.generation import Stream, threads
-from moelab.engine.memory import Slot, pages
+from moelab.engine.memory import HUGE, Slot, pages
 from moelab.replays.clock import Computing
 from moelab.store.blobs import BlobFile
 from moelab.store.devices import Device
@@ -114,7 +114,7 @@ def _stored(engine: Engine, bits: int) -> tuple[int, Work]:
 def slots_for(bits: int, nbytes: int, experts: int, top_k: int) -> list[Slot]:
     """Memory of as many experts as a cache does not hold, at least a token's."""
     held = min(experts, max(top_k, MEMORY_BYTES // nbytes))
-    return [Slot(bits, pages(nbytes)) for _ in range(held)]
+    return [Slot(bits, pages(nbytes, huge=nbytes >= HUGE)) for _ in range(held)]
 
 
 def compute(batch_of: Callable[[Routed], Batch], chosen: list[int], slots: list[Slot]) -> None:

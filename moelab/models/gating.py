@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 ASKED = 64, 256
 """Tokens, and values of each, that a family's own code is asked for."""
 LARGEST = 12.0
-"""Their standard deviation: limits of about 7, as families have them, are passed often."""
+"""Their standard deviation, or three times the module's own limit: it is passed often."""
 
 
 class Rule(NamedTuple):
@@ -54,10 +55,17 @@ SWIGLU = Rule()
 GELU = Rule(2 * math.sqrt(2 / math.pi), 0.044715)
 
 
+def rule_of_all(modules: Iterable[Any]) -> Rule | None:
+    """The one rule of some experts modules; None where they differ or have none."""
+    found = {rule_of(module) for module in modules}
+    return found.pop() if len(found) == 1 else None
+
+
 def rule_of(module: Any) -> Rule | None:
     """The rule of an experts module; None where its own code is none of these."""
     tokens, width = ASKED
-    h = LARGEST * torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
+    spread = max([LARGEST, *(3 * limit for limit in _limits(module))])
+    h = spread * torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
     try:
         theirs = module._apply_gate(h) if module.has_gate else module.act_fn(h)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
@@ -70,11 +78,15 @@ def _candidates(module: Any) -> list[Rule]:
     if not module.has_gate:
         return [Rule(power=1), Rule(power=2)]
     own = {name: getattr(module, name, None) for name in ("alpha", "swiglu_alpha")}
-    limits = {name: getattr(module, name, None) for name in ("limit", "swiglu_limit")}
     curves = [(1.0, 0.0), GELU[:2], *((float(a), 0.0) for a in own.values() if _number(a))]
-    ends = [math.inf, *(float(value) for value in limits.values() if _number(value))]
+    ends = [math.inf, *_limits(module)]
     every = itertools.product(curves, ends, (0.0, 1.0), (False, True))
     return [Rule(*curve, end, plus, 0, two) for curve, end, plus, two in every]
+
+
+def _limits(module: Any) -> list[float]:
+    own = (getattr(module, name, None) for name in ("limit", "swiglu_limit"))
+    return [float(value) for value in own if _number(value)]
 
 
 def _number(value: Any) -> bool:

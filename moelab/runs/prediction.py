@@ -266,9 +266,13 @@ def approximate(trace: Trace, settings: Settings, found: Replay) -> str:
     """
     if settings.strategy.observes & {"in_flight", "unread"}:
         return "its rule goes by what has landed, which the clock decides"
-    depth = max((a.layer - s.layer for s in trace.steps for a in s.look_ahead), default=0)
-    if settings.prefetch > depth:
-        return f"no router was asked so far ahead: {depth} layers are recorded"
+    both = (False, True) if getattr(settings.strategy.prefetch, "in_prefill", False) else (False,)
+    for prefill in both:
+        steps = [s for s in trace.steps if s.prefill == prefill]
+        depth = max((a.layer - s.layer for s in steps for a in s.look_ahead), default=0)
+        if steps and settings.prefetch > depth:
+            where = " in the prompt" if prefill else ""
+            return f"no router was asked so far ahead{where}: {depth} layers are recorded"
     if settings.strategy.steers:
         return "the router is steered"
     if found.counts["skip"] or found.counts["substitute"]:

@@ -71,8 +71,6 @@ class Evicts(Protocol):
 class Prefetches(Protocol):
     """Ahead of need: how many routers to ask now, and whom to fetch."""
 
-    in_prefill: ClassVar[bool]
-
     def look_ahead(self, view: View) -> int: ...
     def predict(
         self, layer: int, look_ahead: Sequence[LookAhead], view: View

@@ -68,9 +68,9 @@ class Scheduler:
 
     def look_ahead(self, layer: int, *, prefill: bool) -> int:
         """How many of the next layers' routers the engine should ask now."""
-        guess = self.strategy.prefetch
-        asked = guess.look_ahead(self.view) if guess.in_prefill or not prefill else 0
-        return min(asked, self.shape.layers - 1 - layer)
+        asked = self._in_prefill or not prefill
+        most = self.shape.layers - 1 - layer
+        return min(self.strategy.prefetch.look_ahead(self.view), most) if asked else 0
 
     def begin(self) -> LayerPlan:
         """What is to be resident before the next token: fetches the engine waits for."""
@@ -105,7 +105,7 @@ class Scheduler:
             self._load(key, expert, want, asked, plan)
         plan.rows += skips
         # Guesses last: they take what room the layer's own loads left, and evict none of its own.
-        if not given.prefill or self.strategy.prefetch.in_prefill:
+        if self._in_prefill or not given.prefill:
             self._prefetch(given, plan)
         for key in self.strategy.evict.after_layer(layer, self.view):
             if cache.bits_of[key] and not cache.held_of[key] & _PINNED:
@@ -176,8 +176,8 @@ class Scheduler:
         shape, view, cache = self.shape, self.view, self.cache
         self.strategy = strategy
         self.observes = strategy.observes
-        parts = (part for part in strategy.objects if type(part).observe is not Part.observe)
-        self._observers = [part.observe for part in parts]
+        self._in_prefill: bool = getattr(strategy.prefetch, "in_prefill", False)
+        self._observers = [p.observe for p in strategy.objects if type(p).observe != Part.observe]
         view.precision = strategy.precision
         view.asked = asked_bits(strategy, view)
         view.asked.flags.writeable = False

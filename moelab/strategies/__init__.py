@@ -29,10 +29,13 @@ from moelab.strategies.adapmoe import adapmoe
 from moelab.strategies.basics import drop_if_cold, in_ram, layer_lru, lfu, lru, on_demand
 from moelab.strategies.cache_prior import cache_prior
 from moelab.strategies.edgemoe import edgemoe
+from moelab.strategies.emoe import emoe
 from moelab.strategies.hobbit import hobbit
 from moelab.strategies.mixtral_offloading import mixtral_offloading
 from moelab.strategies.moe_apex import moe_apex
 from moelab.strategies.moe_infinity import moe_infinity
+from moelab.strategies.oracle import oracle
+from moelab.strategies.pregated import pregated
 from moelab.strategies.static_pruning import static_pruning
 from moelab.strategies.swapmoe import swapmoe
 
@@ -55,6 +58,8 @@ GROUPS = {
         "mixtral_offloading": "mixtral-offloading",
         "moe_infinity": "MoE-Infinity",
         "adapmoe": "AdapMoE",
+        "pregated": "Pre-gated MoE",
+        "emoe": "eMoE",
         "cache_prior": "cache-prior routing",
         "drop_if_cold": "drop if cold",
     },
@@ -72,6 +77,7 @@ CALIBRATED = {
     "swapmoe": "swapmoe",
     "static_pruning": "swapmoe",
     "adapmoe": "adapmoe",
+    "emoe": "swapmoe",
 }
 """Strategies that take a profile, and the calibration that makes it."""
 
@@ -80,9 +86,18 @@ NEEDS_CALIBRATION = ("edgemoe",)
 
 __all__ = ["CALIBRATED", "GROUPS", "NAMES", "NEEDS_CALIBRATION", "make", "maker"]
 __all__ += ["Allocate", "Evict", "Parameter", "Precision", "Prediction", "Prefetch", "Route"]
-__all__ += ["Strategy", "View", "adapmoe", "cache_prior", "drop_if_cold", "edgemoe", "hobbit"]
+__all__ += [
+    "Strategy",
+    "View",
+    "adapmoe",
+    "cache_prior",
+    "drop_if_cold",
+    "edgemoe",
+    "emoe",
+    "hobbit",
+]
 __all__ += ["in_ram", "layer_lru", "lfu", "lru", "mixtral_offloading", "moe_apex", "moe_infinity"]
-__all__ += ["on_demand", "static_pruning", "swapmoe"]
+__all__ += ["on_demand", "oracle", "pregated", "static_pruning", "swapmoe"]
 
 
 def maker(name: str) -> Callable[..., Strategy]:

@@ -213,7 +213,7 @@ class Preload(Prefetch):
     key
         What paths are known by: ``"sets"``, the paper's exact sets of experts of two layers;
         ``"pairs"``, ours, one expert of the layer before at a time; ``"auto"``: pairs where top-k
-        is above 2.
+        is above 2. A table of its own counts by what is in force.
     width
         Experts of the coming layer to preload at most, those in memory not counted; the paper
         reports 1 to 3. Ours: a preload takes its room in the buffer when it is issued, so too many
@@ -260,10 +260,18 @@ class Preload(Prefetch):
         absent = view.bits[keys] < view.asked[keys]
         # Pairs give nearly every expert some probability: one below chance is no guess.
         least = 0.0 if table is self.table else view.shape.top_k / view.shape.experts[coming]
-        likeliest = table.probabilities(coming, self._before, int(self.width), absent)
-        for rank, (expert, probability) in enumerate(likeliest):
-            if probability >= least:
-                yield Prediction(coming, expert, probability, rank)
+        k, left = view.shape.top_k, int(self.width)
+        # Of the likeliest, as many as come, those in memory are guesses too: for them none goes.
+        for rank, (expert, p) in enumerate(table.probabilities(coming, self._before, k)):
+            if p >= least and (left or not absent[expert]):
+                yield Prediction(coming, expert, p, rank)
+            left -= left and int(absent[expert])
+            absent[expert] = False
+        if left:
+            others = table.probabilities(coming, self._before, left, absent)
+            for rank, (expert, p) in enumerate(others, k):
+                if p >= least:
+                    yield Prediction(coming, expert, p, rank)
 
 
 # -- evict: frequency over layer distance ---------------------------------------------------------

@@ -1,6 +1,6 @@
 """EdgeMoE's path table: which experts come after those of the last two layers; and one by pairs.
 
-They count, and knows nothing of time, bits or room: `edgemoe` preloads by it, and
+They count, and know nothing of time, bits or room: `edgemoe` preloads by it, and
 ``lab.calibrate("edgemoe")`` fills one offline. The paper's key is the exact set of experts. With
 top-k above 2 it hardly ever recurs on models with many experts (known in 1.5 % of the cases of
 Qwen3-30B-A3B's recorded routing, recall .37), where `PairTable`, ours, finds .57 to .59.

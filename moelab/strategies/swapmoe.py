@@ -29,6 +29,8 @@ from moelab.scheduling.trace import LayerInput
 from moelab.strategies.static_pruning import FixedExperts, Table, frozen
 from moelab.strategies.swapmoe_planner import Plan, largest
 
+COUNTS = ("weighted", "count")
+
 
 class VirtualExperts(FixedExperts):
     """Each layer's n_l most important experts, renewed every f inputs.
@@ -41,8 +43,9 @@ class VirtualExperts(FixedExperts):
         Importance to begin with ``[L][E]``; the norms where not given.
     plans
         Slots of memory -> plan.
-    f, unit, swaps, memory
-        See ``parameters``.
+    f, unit, swaps, carry, importance
+        See ``parameters``. The paper's ablation "simple scheduling" is ``importance="count",
+        swaps=0``.
     """
 
     title = "virtual experts (SwapMoE)"
@@ -50,8 +53,9 @@ class VirtualExperts(FixedExperts):
     parameters = (
         Parameter("f", "Renew the virtual experts every f inputs; 0: as planned", 0, 256, 1),
         Parameter("unit", "What an input is", choices=("tokens", "sequences")),
-        Parameter("swaps", "Experts of a layer that may be on their way at a time", 1, 8, 1),
+        Parameter("swaps", "Experts of a layer that may be on their way; 0: all at once", 0, 8, 1),
         Parameter("carry", "Part of the importance that lives on after an update (paper: 0)"),
+        Parameter("importance", "What an activation counts: ‖x‖ ‖G‖ ‖E‖, or 1", choices=COUNTS),
     )
 
     def __init__(
@@ -64,10 +68,11 @@ class VirtualExperts(FixedExperts):
         unit: str = "tokens",
         swaps: int = 1,
         carry: float = 0.0,
+        importance: str = "weighted",
     ) -> None:
         super().__init__(norms)
-        given = (f, unit, swaps, carry)
-        self.f, self.unit, self.swaps, self.carry = (
+        given = (f, unit, swaps, carry, importance)
+        self.f, self.unit, self.swaps, self.carry, self.importance = (
             p.checked(value) for p, value in zip(self.parameters, given, strict=True)
         )
         self._norms, self._start = frozen(norms), frozen(start) or frozen(norms)
@@ -81,12 +86,14 @@ class VirtualExperts(FixedExperts):
     def observe(self, given: LayerInput, view: View) -> None:
         layer = given.layer
         scores: Any = self._scores(layer, view).data  # numpy says these are whole numbers
+        counts = self.importance == "count"
         norm = self._norms[layer] if self._norms else None
         norms = given.norms or (1.0,) * len(given.experts)
         rows = zip(norms, given.router_experts, given.router_weights, strict=True)
         for x, experts, gates in rows:
             for i, g in zip(experts, gates, strict=True):
-                scores[i] += x * abs(g) * (norm[i] if norm is not None else 1.0)
+                each = x * abs(g) * (norm[i] if norm is not None else 1.0)
+                scores[i] += 1.0 if counts else each
         self._serving = [e for row in given.experts for e in row]
         if self.unit == "tokens":
             self._inputs[layer] += len(given.experts)
@@ -148,7 +155,8 @@ class VirtualExperts(FixedExperts):
         on_their_way = np.count_nonzero(view.in_flight[at])
         chosen = self.order(layer, view)[: self.plan(view).experts[layer]]
         absent = chosen[view.bits[at][chosen] == 0]
-        for expert in absent[: max(0, self.swaps - on_their_way)].tolist():
+        room = max(0, self.swaps - on_their_way) if self.swaps else len(absent)
+        for expert in absent[:room].tolist():
             leaver = self._spared(layer, view)
             if leaver is not None or self._has_free_slot(layer, view):
                 yield Prediction(layer, expert, instead=-1 if leaver is None else leaver)
@@ -197,6 +205,7 @@ def swapmoe(
     unit: str = "tokens",
     swaps: int = 1,
     carry: float = 0.0,
+    importance: str = "weighted",
 ) -> Strategy:
     """Only resident experts compute, so no token waits; they follow the input (SwapMoE).
 
@@ -210,14 +219,15 @@ def swapmoe(
     unit
         What an input is: ``"tokens"`` or ``"sequences"``.
     swaps
-        Experts of a layer that may be on their way at a time.
+        Experts of a layer that may be on their way at a time; 0: all at once.
     carry
         Part of the importance that lives on after an update; 0 is the paper's.
+    importance
+        What an activation counts: ``"weighted"``, or ``"count"``, 1.
     """
     data = profile or {}
     saved = data.get("plans", {}).items()
     plans = {int(slots): Plan(p["f"], tuple(p["experts"])) for slots, p in saved}
-    one = VirtualExperts(
-        data.get("norms"), data.get("importance"), plans, f=f, unit=unit, swaps=swaps, carry=carry
-    )
+    own = {"f": f, "unit": unit, "swaps": swaps, "carry": carry, "importance": importance}
+    one = VirtualExperts(data.get("norms"), data.get("importance"), plans, **own)
     return Strategy("swapmoe", one, allocate=one, route=one, prefetch=one)

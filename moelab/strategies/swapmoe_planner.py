@@ -2,22 +2,30 @@
 
 A configuration is {f, n_1 … n_L}: the virtual experts are renewed every f inputs, layer l keeps
 n_l of them. The best one under a memory limit is searched by a genetic algorithm over estimates
-that were profiled before (`Estimates`). What it does not know: layers are profiled one at a time,
-so a loss that arises only where several layers are short together is not in the estimate.
+that were profiled before. Quality has two estimators: the paper's, a small network fitted on random
+configurations that were run (`Network`, its appendix A.2), and ours, losses of one short layer at a
+time added up (`Estimates`), which cannot know what arises only where several are short together.
 
 N numbers of experts profiled, F update intervals profiled, L layers.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from moelab.scheduling.strategy import Shape
 
 DEFAULT_F = 16
+HIDDEN = 16
+"""Units of the network that estimates quality."""
+BEND = 0.05
+"""Share of a token's time that more frequent updates may cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +37,20 @@ class Plan:
 
 
 def usable(slots: int, shape: Shape) -> int:
-    """Experts to plan with, of the ``slots`` that fit the memory.
+    """Experts to deal out evenly, of the ``slots`` that fit the memory.
 
     A swap needs an expert that can be spared while its successor loads. Where the memory does not
     hold one more than top-k of every layer, one slot is kept free for that.
     """
     least = shape.layers * shape.top_k
     return slots - 1 if least < slots < least + shape.layers else slots
+
+
+def fits(experts: Sequence[int], slots: int, shape: Shape) -> bool:
+    """Whether a plan fits: where a layer keeps top-k and no more, with a slot for its swaps."""
+    pairs = zip(experts, shape.experts, strict=True)
+    swapless = any(n <= shape.top_k and n < count for n, count in pairs)
+    return sum(experts) + (swapless and slots > shape.layers * shape.top_k) <= slots
 
 
 def deal(experts: Sequence[int], more: int, limits: Sequence[int]) -> tuple[int, ...]:
@@ -60,8 +75,50 @@ def largest(plans: Mapping[int, Plan], slots: int, shape: Shape) -> Plan:
     if not fitting:
         return uniform(slots, shape)
     plan = plans[max(fitting)]
-    more = usable(slots, shape) - sum(plan.experts)
-    return Plan(plan.f, deal(plan.experts, more, shape.experts))
+    for more in range(slots - sum(plan.experts), 0, -1):
+        dealt = deal(plan.experts, more, shape.experts)
+        if fits(dealt, slots, shape):
+            return Plan(plan.f, dealt)
+    return plan
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """E_accuracy of the paper's appendix A.2: a small ReLU network from a configuration to its KL.
+
+    Inputs are log2(f) and the part of its experts that each layer keeps; what comes out is the
+    logarithm of KL in nats a token. `moelab.calibration.swapmoe` fits it.
+
+    Parameters
+    ----------
+    hidden, hidden_bias, out, out_bias
+        Weights ``[H][1 + L]``, ``[H]``, ``[H]`` and one number.
+    experts
+        Number of experts of each layer.
+    """
+
+    hidden: Sequence[Sequence[float]]
+    hidden_bias: Sequence[float]
+    out: Sequence[float]
+    out_bias: float
+    experts: Sequence[int]
+
+    def inputs(self, plan: Plan) -> np.ndarray:
+        """What the network sees of a configuration ``[1 + L]``."""
+        return inputs(plan, self.experts)
+
+    def kl(self, plan: Plan) -> float:
+        """Estimated KL in nats a token; none where every layer is whole."""
+        if tuple(plan.experts) == tuple(self.experts):
+            return 0.0
+        seen = np.asarray(self.hidden) @ self.inputs(plan) + np.asarray(self.hidden_bias)
+        return math.exp(float(np.maximum(seen, 0) @ np.asarray(self.out)) + self.out_bias)
+
+
+def inputs(plan: Plan, experts: Sequence[int]) -> np.ndarray:
+    """log2(f) in eighths, and the part of its experts that each layer keeps ``[1 + L]``."""
+    parts = (n / count for n, count in zip(plan.experts, experts, strict=True))
+    return np.array([math.log2(plan.f) / 8, *parts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +133,8 @@ class Estimates:
         ``[F][L][N]``: KL in nats a token, and swaps a token, with only layer l short.
     base_ms, swap_ms
         Time of a token without a swap, and what each swap adds.
+    network
+        The paper's estimator of quality, asked instead of ours where it is given.
     """
 
     every: tuple[int, ...]
@@ -84,16 +143,22 @@ class Estimates:
     swaps: Sequence[Sequence[Sequence[float]]]
     base_ms: float
     swap_ms: float
+    network: Network | None = None
 
     @classmethod
     def of(cls, profile: Mapping[str, Any]) -> Estimates:
         """From a profile's data."""
         names = ("every", "kept", "loss", "swaps", "base_ms", "swap_ms")
         every, kept, *rest = (profile[name] for name in names)
-        return cls(tuple(every), tuple(kept), *rest)
+        found = profile.get("network") if profile.get("planned_by") == "network" else None
+        return cls(tuple(every), tuple(kept), *rest, Network(**found) if found else None)
 
     def kl(self, plan: Plan) -> float:
-        """Estimated loss of quality, KL in nats a token: the layers' losses added up."""
+        """Estimated loss of quality, KL in nats a token."""
+        return self.network.kl(plan) if self.network else self.added(plan)
+
+    def added(self, plan: Plan) -> float:
+        """The same by our own estimator: the layers' losses added up."""
         return self._sum(self.loss, plan)
 
     def ms(self, plan: Plan) -> float:
@@ -225,30 +290,67 @@ def plan_within(
     *,
     nats_per_slowdown: float,
     start: Sequence[Plan] = (),
+    every: Sequence[int] = (),
     seed: int = 0,
 ) -> Plan:
     """The best configuration for a memory of ``slots`` experts.
 
-    ``start`` may hold plans of smaller memories, so that more memory never plans worse.
+    ``start`` may hold plans of smaller memories, so that more memory never plans worse; ``every``
+    limits f to some of the intervals profiled.
 
     Raises
     ------
     ValueError
         The memory does not hold top-k experts of every layer.
     """
-    room = usable(slots, shape)
     even = uniform(slots, shape)
-    least = min(shape.top_k + 1, *even.experts)
-    if least < shape.top_k:
+    least = shape.top_k
+    if min(even.experts) < least:
         raise ValueError(f"{slots} experts are fewer than top-{shape.top_k} of every layer")
-    price = {f: estimates.prices(f, shape, nats_per_slowdown) for f in estimates.every}
+    every = every or estimates.every
+    price = {f: estimates.prices(f, shape, nats_per_slowdown) for f in every}
+
+    def cost(plan: Plan) -> float:
+        if estimates.network:
+            return estimates.cost(plan, nats_per_slowdown)
+        return sum(row[n] for row, n in zip(price[plan.f], plan.experts, strict=True))
+
     return search(
-        lambda p: sum(row[n] for row, n in zip(price[p.f], p.experts, strict=True)),
-        lambda p: sum(p.experts) <= room and min(p.experts) >= least,
-        [Plan(f, even.experts) for f in estimates.every] + list(start),
-        every=estimates.every,
+        cost,
+        lambda p: fits(p.experts, slots, shape),
+        [Plan(f, even.experts) for f in every] + [plan for plan in start if plan.f in every],
+        every=every,
         low=least,
-        high=[min(count, room) for count in shape.experts],
+        high=[min(count, slots) for count in shape.experts],
         seed=seed,
         generations=40 * (1 + shape.layers),
     )
+
+
+def plan_to_the_bend(
+    estimates: Estimates,
+    slots: int,
+    shape: Shape,
+    *,
+    start: Sequence[Plan] = (),
+    bend: float = BEND,
+    seed: int = 0,
+) -> Plan:
+    """The best quality at the highest update frequency before the time of a token bends up.
+
+    As the paper does (its 3.4.1): updates as often as they hardly cost time, here at most ``bend``
+    above the fastest of the best configurations of each f.
+
+    Raises
+    ------
+    ValueError
+        The memory does not hold top-k experts of every layer.
+    """
+    found = [
+        plan_within(
+            estimates, slots, shape, nats_per_slowdown=0.0, start=start, every=(f,), seed=seed
+        )
+        for f in sorted(estimates.every)
+    ]
+    fastest = min(map(estimates.ms, found))
+    return next(plan for plan in found if estimates.ms(plan) <= (1 + bend) * fastest)

@@ -114,9 +114,8 @@ DISK = (
     "On demand holds one layer's experts whatever the budget."
 )
 LIVE = (
-    "The shares differ from the aim because the thresholds are calibrated on the misses of a "
-    "cache without prefetching, and in a run prefetching fetches the important experts first: what "
-    "is left to miss is less important."
+    "The paper's shares are of all selections, and so are the thresholds. What misses is another "
+    "mix: prefetching fetches the important experts first, and what is left to miss is less so."
 )
 FORMATS = {
     **dict.fromkeys(PAPER_SHARES, "{:.1%}"),

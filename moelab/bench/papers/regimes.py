@@ -74,7 +74,6 @@ REGIMES = (
     Regime("phi-3.5-moe", 4),
     Regime("qwen3-30b-a3b", 8),
     Regime("gpt-oss-120b", 5, "12.5%"),
-    Regime("qwen3-30b-a3b", 5, "25%", "tx2_ssd"),
 )
 QUICK = (Regime("granite-3.1-1b-a400m", 4),)
 
