@@ -35,7 +35,8 @@ def errors(
 
     ``shared`` is the share of tokens that the run and the recorded one have in common.
     """
-    lab.update(strategy="lru", device="disk", measure_kl=False, prefetch=AHEAD)
+    lab.update(strategy="lru", device="disk", measure_kl=False)
+    lab.update(prefetch="hobbit", depth=AHEAD)  # who looks ahead in the prompt, too
     lab.generate(
         PROMPT, max_new_tokens=4, ignore_eos=True
     )  # pages and clocks of a process that runs

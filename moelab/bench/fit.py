@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from moelab.bench import ghosts
 from moelab.engine.sizes import DENSE_BITS, of_sizes
 from moelab.engine.spare import Machine as Spare
 from moelab.replays.bounds import NEVER, reuse_distances
+from moelab.replays.replay import replay
 from moelab.replays.routing import PROFILES, nearest, routing
 from moelab.runs.prediction import Predictor, fitted
 from moelab.scheduling.budget import BudgetError, minimum_budget, size
@@ -38,7 +40,7 @@ from moelab.store.architecture import KNOWN, Architecture
 from moelab.store.devices import device as find_device
 from moelab.store.machine import Machine
 from moelab.store.paths import cache_dir
-from moelab.strategies import make
+from moelab.strategies import lru, make
 from moelab.views.sheet import Picture, Sheet, Shown, Table, lines
 
 TIERS = (16, 8, 4)
@@ -259,7 +261,12 @@ def fit(
     trace, basis = _stream(of)
     place = Path(folder) if folder else cache_dir()
     place.mkdir(parents=True, exist_ok=True)
-    known, small_ms, off = _demo()
+    known, small_ms, off, scheduler_ms = _demo()
+    # The same scheduler decides in a replay: what that takes here, beside what the demo's takes.
+    ours = known.computing.deciding_ms * _scheduler_ms(trace) / scheduler_ms
+    known = dataclasses.replace(
+        known, computing=dataclasses.replace(known.computing, deciding_ms=ours)
+    )
     machine = of_sizes(of, known, TIERS, place, small_ms=small_ms)
     disk = machine[16].disk
     basis += (
@@ -327,10 +334,11 @@ def _stream(of: Architecture) -> tuple[Trace, str]:
 
 
 @functools.cache
-def _demo() -> tuple[Machine, float, float]:
-    """The machine at the demo, a layer's ms besides weights, and how far the clock is off there.
+def _demo() -> tuple[Machine, float, float, float]:
+    """The machine at the demo, a layer's ms besides weights, how far the clock is off there.
 
-    The demo's dense weights are so small that what they take is not told apart.
+    And `_scheduler_ms` of it. The demo's dense weights are so small that what they take is not told
+    apart.
     """
     with moelab.open("demo", budget="100%", measure_kl=False, progress=False) as lab:
         prompt = "Once upon a time"
@@ -338,4 +346,18 @@ def _demo() -> tuple[Machine, float, float]:
         run = lab.generate(prompt, max_new_tokens=DEMO_TOKENS, ignore_eos=True)
         machine = fitted(run, lab._session.machine())
         off = moelab.predict(run, lab, budget="25%").check(1)["error"]
-    return machine, machine.computing.layer_ms, off
+        return machine, machine.computing.layer_ms, off, _scheduler_ms(run.trace)
+
+
+def _scheduler_ms(trace: Trace) -> float:
+    """What the scheduler takes for a layer of a trace, LRU in a quarter of the memory."""
+    knobs = Knobs(trace.shape.all_bytes(max(trace.shape.nbytes)) // 4)
+    steps = [step for step in trace.steps if not step.prefill]
+    some = Trace(trace.shape, steps[: 16 * trace.shape.layers])
+
+    def decide() -> float:
+        begun = time.perf_counter()
+        replay(some, lru(), knobs)
+        return 1e3 * (time.perf_counter() - begun) / len(some.steps)
+
+    return min(decide() for _ in range(3))
