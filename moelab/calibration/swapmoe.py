@@ -333,7 +333,7 @@ def make(
         ]
         data["off"] = {"network": off(unseen(some, kls, experts), kls), "added": off(added, kls)}
         data["network"] = dataclasses.asdict(fitted(some, kls, experts))
-        data["planned_by"] = min(data["off"], key=data["off"].get)
+        data["planned_by"] = min(data["off"], key=lambda name: data["off"][name])
     data["plans"] = plans(
         lab, Estimates.of(data), made["percent"], made["nats_per_slowdown"], made["seed"]
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -53,8 +52,8 @@ def fitted(plans: Sequence[Plan], kls: Sequence[float], experts: Sequence[int]) 
             found = (seen @ weights[0].T + weights[1]).relu() @ weights[2] + weights[3]
             (found - wanted).square().mean().backward()
             adam.step()
-    done: Any = [weight.tolist() for weight in weights]
-    return Network(*done, list(experts))
+    hidden, hidden_bias, out, out_bias = (weight.tolist() for weight in weights)
+    return Network(hidden, hidden_bias, out, out_bias, list(experts))
 
 
 def unseen(plans: Sequence[Plan], kls: Sequence[float], experts: Sequence[int]) -> list[float]:

@@ -77,20 +77,21 @@ def _candidates(module: Any) -> list[Rule]:
     """The plainest first."""
     if not module.has_gate:
         return [Rule(power=1), Rule(power=2)]
-    own = {name: getattr(module, name, None) for name in ("alpha", "swiglu_alpha")}
-    curves = [(1.0, 0.0), GELU[:2], *((float(a), 0.0) for a in own.values() if _number(a))]
+    alphas = _numbers(module, "alpha", "swiglu_alpha")
+    curves = [(1.0, 0.0), GELU[:2], *((alpha, 0.0) for alpha in alphas)]
     ends = [math.inf, *_limits(module)]
     every = itertools.product(curves, ends, (0.0, 1.0), (False, True))
     return [Rule(*curve, end, plus, 0, two) for curve, end, plus, two in every]
 
 
 def _limits(module: Any) -> list[float]:
-    own = (getattr(module, name, None) for name in ("limit", "swiglu_limit"))
-    return [float(value) for value in own if _number(value)]
+    return _numbers(module, "limit", "swiglu_limit")
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _numbers(module: Any, *names: str) -> list[float]:
+    """The module's attributes of these names that are numbers."""
+    found = [getattr(module, name, None) for name in names]
+    return [float(n) for n in found if isinstance(n, (int, float)) and not isinstance(n, bool)]
 
 
 def _same(ours: torch.Tensor, theirs: Any) -> bool:

@@ -151,7 +151,8 @@ class Estimates:
         names = ("every", "kept", "loss", "swaps", "base_ms", "swap_ms")
         every, kept, *rest = (profile[name] for name in names)
         found = profile.get("network") if profile.get("planned_by") == "network" else None
-        return cls(tuple(every), tuple(kept), *rest, Network(**found) if found else None)
+        network = Network(**found) if found else None
+        return cls(tuple(every), tuple(kept), *rest, network=network)
 
     def kl(self, plan: Plan) -> float:
         """Estimated loss of quality, KL in nats a token."""
