@@ -33,7 +33,8 @@ def errors(
 ) -> pd.DataFrame:
     """A row for each strategy and device: predicted and measured ms a token, and the error.
 
-    ``shared`` is the share of tokens that the run and the recorded one have in common.
+    ``shared`` is the share of tokens that the run and the recorded one have in common. The recorded
+    run is of LRU that looks ahead as HOBBIT does, and so is the row "lru".
     """
     lab.update(strategy="lru", device="disk", measure_kl=False)
     lab.update(prefetch="hobbit", depth=AHEAD)  # who looks ahead in the prompt, too

@@ -53,8 +53,8 @@ SHARES = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 """Of the cliff: where the grid has its budgets, beside all experts."""
 MOST_OF = 0.9
 OFF = (
-    "Of a store of 4 x 64 experts, at two budgets and two tiers, such predictions were 4 to 17 % "
-    "off at the pace that its own loads had, and up to 42 % where the disk had meanwhile sped up."
+    "Against ghosts of four models (granite-3.1-1b, olmoe-1b-7b, qwen3-30b-a3b, gpt-oss-20b), one "
+    "run each, such speeds were 10 to 71 % too high, half of them by more than 30 %."
 )
 """Measured on two cores and a shared disk."""
 SIZES = "Disk and memory, by bits (demo kl: what the bundled demo loses, not this model)"

@@ -72,11 +72,12 @@ class Slot:
         self.addr = view.ctypes.data
 
     def advise(self, *advice: int) -> None:
-        """Tell the system about its pages, which are whole ones."""
+        """Tell the system about its pages; an error only where it does not take them back."""
         assert self.space is not None
         first = self.addr - np.frombuffer(self.space, np.uint8).ctypes.data
         for one in advice:
-            with contextlib.suppress(OSError):
+            hints = () if one == _EMPTY else (OSError,)
+            with contextlib.suppress(*hints):
                 self.space.madvise(one, first, self.nbytes)
 
 

@@ -2,8 +2,9 @@
 
 They count, and know nothing of time, bits or room: `edgemoe` preloads by it, and
 ``lab.calibrate("edgemoe")`` fills one offline. The paper's key is the exact set of experts. With
-top-k above 2 it hardly ever recurs on models with many experts (known in 1.5 % of the cases of
-Qwen3-30B-A3B's recorded routing, recall .37), where `PairTable`, ours, finds .57 to .59.
+top-k above 2 it hardly ever recurs on models with many experts: on recorded routing of
+Qwen3-30B-A3B even the set of one layer was known in 8 % of the cases (recall .34), and pairs, ours,
+found .52 (`moelab.predictors`).
 """
 
 from __future__ import annotations
