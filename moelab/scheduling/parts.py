@@ -9,8 +9,9 @@ ahead), so that a new policy overrides only the method it is about. When each me
     a layer's step      1. observe, of every part
                         2. tier of each request (a token's, not a prompt's), stand_in of each miss
                         3. score, where a load or a prefetch is the first to lack room
-                        4. predict, then tier of each prediction (after a prompt only where
-                           a part says so, and at the bits asked for)
+                        4. predict, then tier of each prediction that is not there at the
+                           bits asked for (after a prompt only where a part says so, and at
+                           those bits)
                         5. after_layer
     a new prompt        new_sequence, of every part
 

@@ -282,26 +282,26 @@ class Scheduler:
         return self._evict(key, e.ROOM, plan, victims)
 
     def _prefetch(self, given: LayerInput, plan: LayerPlan) -> None:
-        view, cache, guess = self.view, self.cache, self.strategy.prefetch
-        tier, layers = self.strategy.precision.tier, self.shape.layers
+        shape, view, cache = self.shape, self.view, self.cache
+        guess, tier = self.strategy.prefetch, self.strategy.precision.tier
         last = given.layer + guess.look_ahead(view)  # a trace may know more than is asked for
         ahead = [a for a in given.look_ahead if a.layer <= last]
+        bits_of, held_of = cache.bits_of, cache.held_of
         anew: set[int] = set()  # layers whose former guesses are no longer protected
         for p in guess.predict(given.layer, ahead, view):
-            key = self.shape.key(p.layer, p.expert)
+            key = shape.offset[p.layer] + p.expert
             if p.layer not in anew:
                 anew.add(p.layer)
                 cache.held[self._keys[p.layer]] &= _NOT_PROTECTED
             want = asked = self._asked[key]
-            if not given.prefill and not cache.held_of[key] & _PINNED:
-                request = Request(p.expert, p.weight, p.rank, p.score, 1, p.layer)
-                want = tier(request, asked, view)
-            if want > cache.bits_of[key]:
-                cause = e.AHEAD + (p.layer - given.layer) % layers
-                if self._fetch(key, want, cause, _SPARED[0], plan, p.instead):
-                    self._prefetched[key] = True
-            if cache.bits_of[key]:  # fetched or there before: until its layer comes it may stay
-                cache.held_of[key] |= _PROTECTED
+            if asked > bits_of[key]:
+                if not given.prefill and not held_of[key] & _PINNED:
+                    request = Request(p.expert, p.weight, p.rank, p.score, 1, p.layer)
+                    want = tier(request, asked, view)
+                cause = e.AHEAD + (p.layer - given.layer) % shape.layers
+                self._prefetched[key] |= self._fetch(key, want, cause, _SPARED[0], plan, p.instead)
+            if bits_of[key]:  # fetched or there before: until its layer comes it may stay
+                held_of[key] |= _PROTECTED
 
     def _fetch(
         self, key: Key, want: int, cause: int, spared: int, plan: LayerPlan, instead: Key = -1

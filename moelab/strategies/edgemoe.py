@@ -260,18 +260,17 @@ class Preload(Prefetch):
         absent = view.bits[keys] < view.asked[keys]
         # Pairs give nearly every expert some probability: one below chance is no guess.
         least = 0.0 if table is self.table else view.shape.top_k / view.shape.experts[coming]
-        k, left = view.shape.top_k, int(self.width)
-        # Of the likeliest, as many as come, those in memory are guesses too: for them none goes.
-        for rank, (expert, p) in enumerate(table.probabilities(coming, self._before, k)):
-            if p >= least and (left or not absent[expert]):
+        left = int(self.width)
+        for rank, (expert, p) in enumerate(table.probabilities(coming, self._before)):
+            # Of the likeliest, as many as come, those in memory are guesses too: they stay.
+            likely = rank < view.shape.top_k
+            if p < least or not (left or likely):
+                break
+            if absent[expert] and left:
+                left -= 1
                 yield Prediction(coming, expert, p, rank)
-            left -= left and int(absent[expert])
-            absent[expert] = False
-        if left:
-            others = table.probabilities(coming, self._before, left, absent)
-            for rank, (expert, p) in enumerate(others, k):
-                if p >= least:
-                    yield Prediction(coming, expert, p, rank)
+            elif likely and not absent[expert]:
+                yield Prediction(coming, expert, p, rank)
 
 
 # -- evict: frequency over layer distance ---------------------------------------------------------

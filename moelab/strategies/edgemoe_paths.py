@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Self
@@ -22,8 +22,6 @@ Experts = tuple[int, ...]
 """The experts activated in one layer by one token, sorted."""
 Before = tuple[Experts, ...]
 """The experts activated in the MoE layers before this one, oldest first, at most two."""
-Absent = np.ndarray | None
-"""Which of a layer's experts are asked about, bool ``[E]``; None: all."""
 LONGEST = 2
 _BITS = 20  # of an expert's number
 
@@ -49,7 +47,7 @@ class PathTable:
     >>> table = PathTable()
     >>> table.count(2, ((0, 1), (3, 4)), (5, 6))
     >>> table.count(2, ((0, 1), (3, 4)), (5, 7))
-    >>> table.probabilities(2, ((0, 1), (3, 4)))
+    >>> list(table.probabilities(2, ((0, 1), (3, 4))))
     [(5, 1.0), (6, 0.5), (7, 0.5)]
     """
 
@@ -72,23 +70,15 @@ class PathTable:
                 return n
         return None
 
-    def probabilities(
-        self, layer: int, before: Before, most: int | None = None, absent: Absent = None
-    ) -> list[tuple[int, float]]:
-        """The likeliest experts of ``layer``, of those absent; those never seen are left out."""
+    def probabilities(self, layer: int, before: Before) -> Iterator[tuple[int, float]]:
+        """Experts of ``layer``, the likeliest first; those never seen are left out."""
         n = self.known(layer, before)
         if n is None:
-            return []
+            return
         row = self._rows[layer, before[len(before) - n :]]
         # Count and expert as one number: sorted in half the time that pairs take.
-        ordered = sorted(
-            [
-                expert - (count << _BITS)
-                for expert, count in row.counts.items()
-                if absent is None or absent[expert]
-            ]
-        )
-        return [(n & ((1 << _BITS) - 1), -(n >> _BITS) / row.times) for n in ordered[:most]]
+        for n in sorted([expert - (count << _BITS) for expert, count in row.counts.items()]):
+            yield n & ((1 << _BITS) - 1), -(n >> _BITS) / row.times
 
     def pairs(self, experts: tuple[int, ...]) -> PairTable:
         """What it has counted, by pairs, of a model with so many experts a layer; frozen if it is.
@@ -191,25 +181,23 @@ class PairTable:
         experts, number = np.array([*counts], int), np.array([*counts.values()], np.float32)
         self._seen[layer] += times
         self._alone[layer][experts] += number
-        for one in before[-1] if before else ():
-            self._times[layer][one] += times
-            self._counts[layer][one][experts] += number
+        if before:
+            last = np.array(before[-1], int)
+            self._times[layer][last] += times
+            self._counts[layer][last[:, None], experts] += number
 
-    def probabilities(
-        self, layer: int, before: Before, most: int | None = None, absent: Absent = None
-    ) -> list[tuple[int, float]]:
-        """The likeliest experts of ``layer``, of those absent; those never seen are left out."""
+    def probabilities(self, layer: int, before: Before) -> Iterator[tuple[int, float]]:
+        """Experts of ``layer``, the likeliest first; those never seen are left out."""
         last = [one for one in before[-1] if self._times[layer][one]] if before else []
         if last:
             rows = self._counts[layer][last]
             rows /= self._times[layer][last][:, None]
-            found = np.add.reduce(rows, 0) / len(last)
+            found = np.add.reduce(rows, 0)
+            found /= len(last)
         else:
             found = self._alone[layer] / max(1, self._seen[layer])
-        if absent is not None:
-            found = found * absent
-        order = np.argsort(-found, kind="stable")[:most].tolist()
-        return [(expert, p) for expert in order if (p := float(found[expert]))]
+        order = np.argsort(-found, kind="stable")[: np.count_nonzero(found)]
+        return zip(order.tolist(), found[order].tolist(), strict=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PairTable:
         if self.frozen:
