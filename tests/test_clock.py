@@ -85,9 +85,19 @@ def test_a_wait_wakes_late_and_the_core_after_it_is_slow():
     shape = Shape((4,), 1, {16: 1000})
     trace = Trace(shape, decode([(0,)]))
     slow = Computing(2.0, 0.0, {16: 4.0}, call_ms=1.0, wake_ms=0.5, after_wait=2.0)
+    # The reader wakes 0.5 after it is asked, whoever waits 0.5 after it is done.
     assert told(trace, make("lru"), Even(10.0), slow) == [
-        Spent(2 + 2 * 5, 0.0, pytest.approx(10.5))
+        Spent(2 + 2 * 5, 0.0, pytest.approx(11.0))
     ]
+
+
+def test_a_reader_that_is_at_work_needs_not_wake():
+    shape = Shape((4,), 2, {16: 1000})
+    trace = Trace(shape, [LayerInput(0, ((0, 1),), ((0.5, 0.5),))])
+    slow = Computing(2.0, 0.0, {16: 4.0}, wake_ms=0.5)
+    (spent,) = told(trace, make("lru"), Even(10.0), slow)
+    # Done at 10.5 and 20.5; the first is computed from 11.0 to 15.0.
+    assert spent.stall_ms == pytest.approx(11.0 + (20.5 - 15.0 + 0.5))
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -1,19 +1,21 @@
 """A machine at the sizes of a model that is not there: its configuration says all that is timed.
 
 Kernels compute made-up experts and a made-up dense matrix of the model's widths, and a scratch file
-is read in loads of an expert's size. What hangs on no size (a thread that wakes up, the small
-operations of a layer) is taken from a model that was measured. What it does not know: attention
-over a long context, and what the families' own code costs more than that model's.
+is read in loads of an expert's size, while all cores compute. What hangs on no size (a thread that
+wakes up, the small operations of a layer) is taken from a model that was measured. What it does not
+know: attention over a long context, and what the families' own code costs more than that model's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,8 +123,17 @@ def _made_up(of: Architecture, experts: Any, bits: int) -> tuple[int, Work]:
 def _dense_pace(width: int, half: str, bits: int) -> float:
     """Bytes a second of dense weights through the kernels, past the caches."""
     width = max(GROUP, width // GROUP * GROUP)
-    layout = Layout((("w", (DENSE_ROWS, width)),), half)
-    each = nbytes(layout, bits)
+    (work := _dense_work(width, half, bits))()
+    return 1e3 * nbytes(_dense(width, half), bits) / median_ms(work)
+
+
+def _dense(width: int, half: str) -> Layout:
+    return Layout((("w", (DENSE_ROWS, width)),), half)
+
+
+def _dense_work(width: int, half: str, bits: int) -> Callable[[], None]:
+    """Multiplies one of so many matrices that no cache holds them."""
+    each = nbytes(_dense(width, half), bits)
     memory, turn = pages(each * max(2, MEMORY_BYTES // each)), itertools.count()
     memory[:] = ORDINARY
     x, places = np.ones((1, width), np.float32), len(memory) // each
@@ -131,8 +142,7 @@ def _dense_pace(width: int, half: str, bits: int) -> float:
         place = memory.ctypes.data + each * (next(turn) % places)
         kernels.linear(place, bits, half, x, DENSE_ROWS)
 
-    work()
-    return 1e3 * each / median_ms(work)
+    return work
 
 
 def _scratch(folder: Path, load: int) -> dict[str, Any]:
@@ -146,4 +156,23 @@ def _scratch(folder: Path, load: int) -> dict[str, Any]:
         time.sleep(SETTLE_S)
         blobs = BlobFile(Path(file.name))
         depth = readers.best(readers.paces(blobs, load)) if blobs.direct else readers.CACHED
-        return {"disk": disk_of(blobs, load, depth), "readers": depth}
+        with _beside():
+            return {"disk": disk_of(blobs, load, depth), "readers": depth}
+
+
+@contextlib.contextmanager
+def _beside() -> Iterator[None]:
+    """Inside, all cores compute dense weights: readers take their turn from that, as in a run."""
+    work, over = _dense_work(DENSE_ROWS, "float16", 16), threading.Event()
+
+    def compute() -> None:
+        while not over.is_set():
+            work()
+
+    thread = threading.Thread(target=compute, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -55,7 +55,7 @@ class Computing:
     ask_ms
         Asking one coming layer's router early.
     wake_ms
-        From a load that is done to a thread that goes on.
+        From a load that is done, or asked for, to a thread that goes on.
     after_wait
         How many times as long experts take that come after a wait: a core that slept is slower.
     """
@@ -102,9 +102,13 @@ class _Load:
 
 @dataclass(slots=True)
 class _Line:
-    """The loader: on demand before prefetch, no more at once than the bus works on."""
+    """The loader: on demand before prefetch, no more at once than the bus works on.
+
+    ``wake``: seconds until a reader that had nothing to do goes on.
+    """
 
     bus: Bus
+    wake: float = 0.0
     queues: tuple[deque[_Load], deque[_Load]] = field(default_factory=lambda: (deque(), deque()))
     free: list[float] = field(default_factory=list)  # when each place is, a heap
 
@@ -118,7 +122,7 @@ class _Line:
         """Begin what would have begun by then."""
         free, bus = self.free, self.bus
         while ready := self.queues[0] or self.queues[1]:
-            begin = ready[0].asked
+            begin = ready[0].asked + self.wake
             while len(free) > bus.queue:  # another device, which works on fewer
                 heapq.heappop(free)
             if len(free) == bus.queue:
@@ -163,7 +167,7 @@ class Clock:
     def __init__(self, shape: Shape, computing: Computing, buses: Mapping[int, Bus]) -> None:
         self.tokens: list[Spent] = []
         self._shape, self._computing, self._buses = shape, computing, buses
-        self._line = _Line(buses[0])
+        self._line = _Line(buses[0], computing.wake_ms / 1e3)
         self._now = 0.0
         self._loads: dict[Key, _Load] = {}  # that may not have landed
         self._ahead: set[Key] = set()  # prefetches among them
