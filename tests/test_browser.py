@@ -649,6 +649,24 @@ def test_a_budget_can_follow_the_machine_until_it_is_set_by_hand(dash):
     assert kernel(dash.page, "print(lab.follows)") == "False"
 
 
+def test_a_model_that_is_not_here_is_looked_at_from_the_list(dash):
+    pick = dash.root.get_by_label("Model", exact=True)
+    pick.select_option("granite-3.1-1b-a400m")
+    line, was = dash.root.locator(".moe-opening"), pick.input_value()
+    dash.until(lambda: "timing this machine" in line.inner_text(), "it says what is being done")
+    ghost = line.get_by_role("button", name="Open a ghost of it")
+    dash.until(ghost.is_visible, "timed")
+    assert "tokens/s" in line.inner_text()
+    assert "(modelled)" in line.inner_text()
+    dash.until(
+        lambda: line.locator("img").evaluate("i => i.complete && i.naturalWidth") > 300, "drawn"
+    )
+    shot(dash.page, "lab-light-fit")
+    line.get_by_role("button", name="Dismiss").click()
+    dash.until(lambda: not line.is_visible(), "gone")
+    assert pick.input_value() == was, "the model shown stays"
+
+
 def test_a_restart_of_the_kernel_is_said(dash, live_page):
     """The last test on this page: it leaves no lab behind."""
     dash.page.evaluate(f"() => {KERNEL}.restart()")

@@ -133,6 +133,17 @@ def test_the_papers_regimes_on_a_small_ghost(monkeypatch):
     assert name in page
 
 
+def test_a_recorded_regime_has_as_many_experts_active_as_its_recording(tmp_path):
+    small = {**SMALL, "num_experts": 16, "num_experts_per_tok": 1}
+    _, profile = regimes.nearest("olmoe", Architecture(small, tiers=(8,)).shape)
+    regimes.drawn(profile, tokens=8, prompt=3).save(tmp_path / "route.parquet")
+    asked = regimes.Regime(
+        {**small, "num_experts_per_tok": 2}, 3, routing=tmp_path / "route.parquet"
+    )
+    page = regimes.report(regimes.regimes([asked], repeats=1, disk="8MB", progress=False))
+    assert "top 1; memory for 25 % of them; routing as it was recorded" in page
+
+
 def test_regimes_keep_what_ctrl_c_left(monkeypatch):
     def press(*_):
         raise KeyboardInterrupt

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -22,10 +23,10 @@ import moelab
 from moelab.bench.cases import contender
 from moelab.bench.papers.results import Ratio
 from moelab.bench.tables import Table, circumstances
+from moelab.replays.files import Trace
 from moelab.replays.routing import nearest
 from moelab.replays.routing import routing as drawn
 from moelab.runs.rounds import rotated
-from moelab.scheduling.trace import Trace
 from moelab.settings import parse_budget
 from moelab.store.architecture import Architecture
 
@@ -61,12 +62,17 @@ REQUESTS = ["hits", "late", "loads", "skips", "substitutes"]
 
 @dataclass(frozen=True)
 class Regime:
-    """A model whose claims are looked at: tokens that count, memory of its experts, and device."""
+    """A model whose claims are looked at: tokens that count, memory of its experts, and device.
+
+    ``routing``: a file that it was recorded in, see `moelab.Trace.load`; so many experts as were
+    active there are active then. Without it routing is modelled.
+    """
 
     model: str | Mapping[str, Any]
     tokens: int
     budget: str = "25%"
     device: str = "disk"
+    routing: str | Path | None = None
 
 
 REGIMES = (
@@ -131,23 +137,30 @@ def _measure(
     regime: Regime, repeats: int, disk: str, rows: list[dict], told: dict[str, Any], bar: Any
 ) -> None:
     found = Architecture(regime.model, tiers=TIERS)
-    name, shape = found.name, found.shape
-    like, profile = nearest(name, shape)
-    trace = drawn(profile, tokens=MOST_FILLING + regime.tokens, prompt=0)
+    name, model = found.name, regime.model
+    if regime.routing is None:
+        like, profile = nearest(name, found.shape)
+        trace = drawn(profile, tokens=MOST_FILLING + regime.tokens, prompt=0)
+        whose = f"modelled after {like}"
+    else:
+        trace, whose = Trace.load(regime.routing), "as it was recorded"
+        model = {**found.config, "num_experts_per_tok": trace.shape.top_k}
+        found = Architecture(model, tiers=TIERS)
+    shape = found.shape
     budget = parse_budget(regime.budget, shape)
     filling = _filling(trace, budget // shape.nbytes[LEAST_BITS])
     bar.set_postfix_str(f"{name}: random experts are written")
     how = {"bits": max(TIERS), "dense_bits": DENSE_BITS, "budget": regime.budget}
     lab = moelab.ghost(
-        regime.model, routing=trace, disk=disk, tiers=TIERS, measure_kl=False, progress=False, **how
+        model, routing=trace, disk=disk, tiers=TIERS, measure_kl=False, progress=False, **how
     )
     on = "" if regime.device == "disk" else f", {regime.device} (emulated)"
-    name += on
+    name += on if regime.routing is None else f", recorded{on}"
     try:
         told["models"][name] = (
             f"{shape.layers} x {max(shape.experts)} experts of "
             f"{shape.nbytes[max(TIERS)] / 1e6:.0f} MB at 8 bit, top {shape.top_k}; memory for "
-            f"{regime.budget.replace('%', ' %')} of them; routing modelled after {like}"
+            f"{regime.budget.replace('%', ' %')} of them; routing {whose}"
         )
         for words in rotated(list(CONTENDERS), repeats):
             bar.set_postfix_str(f"{name}: {words}")
