@@ -88,6 +88,8 @@ def as_gguf(source: Path, file: Path, kind=CPU.F32, *, split: int = 1) -> Path:
     for shard in source.glob("*.safetensors"):
         weights |= load_file(shard)
     out = _all_as_llama_cpp(weights, family, config)
+    if config["model_type"] == "gemma4_text":  # of a head of the layers that see all: a quarter
+        out["rope_freqs.weight"] = np.array([1] * 8 + [1e30] * 24, np.float32)
     keys = list(out)
     files = [file] if split == 1 else [
         file.with_name(f"{file.stem}-{i + 1:05}-of-{split:05}.gguf") for i in range(split)
@@ -352,6 +354,34 @@ def test_what_is_not_read_says_what_would_do(tmp_path):
     shutil.copyfile(tmp_path / "dense.gguf", tmp_path / "folder" / "dense.gguf")
     with pytest.raises(StoreError, match="give one of them by name"):
         moelab.open(tmp_path / "folder", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("factors", "said"),
+    [
+        ([1, 1, 8, 8], "rope_freqs.weight scale the turning of positions by 1 to 8"),
+        ([1, 1e30, 1, 1e30], "scale the turning of positions by 1 to 1e"),
+        ([1, 1, 1, 1e30], "only a part of each head turns .* gemma4, not of olmoe"),
+    ],
+)
+def test_frequencies_that_are_not_computed_are_refused(factors, said, tmp_path, monkeypatch):
+    written = _all_as_llama_cpp
+    more = {"rope_freqs.weight": np.array(factors, np.float32)}
+    monkeypatch.setitem(globals(), "_all_as_llama_cpp", lambda *how: written(*how) | more)
+    (tmp_path / "given").mkdir()
+    file = as_gguf(made("olmoe", tmp_path / "source"), tmp_path / "given" / "tiny.gguf")
+    with pytest.raises(ValueError, match=said):
+        moelab.open(file, progress=False)
+
+
+def test_frequencies_that_all_turn_change_nothing(tmp_path, monkeypatch):
+    written = _all_as_llama_cpp
+    more = {"rope_freqs.weight": np.ones(4, np.float32)}
+    monkeypatch.setitem(globals(), "_all_as_llama_cpp", lambda *how: written(*how) | more)
+    (tmp_path / "given").mkdir()
+    file = as_gguf(made("olmoe", tmp_path / "source"), tmp_path / "given" / "tiny.gguf")
+    with moelab.open(file, tiers=(16,), progress=False) as lab:
+        assert lab.generate("a", max_new_tokens=2).text is not None
 
 
 def test_a_lost_tensor_and_a_lost_tokenizer_are_named(tmp_path, monkeypatch):

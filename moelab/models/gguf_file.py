@@ -28,7 +28,8 @@ ATTENTION = {
     "ffn_norm": "post_attention_layernorm",
 }
 ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-IGNORED = ("rope_freqs.",)
+ROPE_FREQS = "rope_freqs.weight"
+"""What divides the frequencies of rotary embeddings; the header's reader takes it in."""
 BARE = {
     **dict.fromkeys(("self_attn.sinks", "layer_scalar"), "weight"),
     "block_sparse_moe.e_score_correction_bias": "bias",
@@ -271,7 +272,7 @@ class GgufCheckpoint(Checkpoint):
         """(transformers' name, shape) of what a tensor holds: one, or one of each expert."""
         family = self._family
         found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias|scale)", name)
-        if name.startswith(IGNORED):
+        if name == ROPE_FREQS:
             return []
         if found is None:
             stem, _, end = name.rpartition(".")

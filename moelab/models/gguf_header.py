@@ -12,7 +12,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from moelab.models.gguf_file import FAMILIES, Family, open_reader
+import numpy as np
+
+from moelab.models.gguf_file import FAMILIES, ROPE_FREQS, Family, open_reader
 from moelab.models.shards import GGUF
 
 SIZES = {
@@ -30,6 +32,8 @@ SIZES = {
 """Keys of a GGUF header, behind its architecture's name, and what config.json calls them."""
 MOST_LAYERS = 256
 """A number for each layer is read; a list that is longer says something else."""
+STILL = 1e20
+"""A frequency divided by so much, or more, stands still."""
 BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template.*", "generation_config.json")
 
 
@@ -72,9 +76,15 @@ def unfold(file: Path, folder: Path) -> None:
             f"mixtures {', '.join(FAMILIES)}, and of others their safetensors checkpoint"
         )
     beside = file.parent / "config.json"
-    shapes = {
-        t.name: tuple(map(int, reversed(t.shape))) for p in parts for t in open_reader(p).tensors
-    }
+    tensors = {t.name: t for p in parts for t in open_reader(p).tensors}
+    shapes = {name: tuple(map(int, reversed(t.shape))) for name, t in tensors.items()}
+    if ROPE_FREQS in tensors:
+        said[ROPE_FREQS] = _turned(np.array(tensors[ROPE_FREQS].data, np.float32), file)
+    if said.get(ROPE_FREQS, 1.0) < 1 and architecture != "gemma4":
+        raise ValueError(
+            f"{file.name}: by its {ROPE_FREQS} only a part of each head turns with the position, "
+            f"which moelab knows of gemma4, not of {architecture}; take its safetensors checkpoint"
+        )
     if beside.is_file():
         shutil.copyfile(beside, folder / "config.json")
     else:
@@ -86,6 +96,23 @@ def unfold(file: Path, folder: Path) -> None:
     heads = {"q_proj.weight": q, "k_proj.weight": kv or q} if family.permuted else {}
     note = {"architecture": architecture, "files": [str(part) for part in parts], "heads": heads}
     (folder / GGUF).write_text(json.dumps(note), encoding="utf-8")
+
+
+def _turned(factors: np.ndarray, file: Path) -> float:
+    """Share of a head's width that turns with the position, of what divides its frequencies.
+
+    Raises
+    ------
+    ValueError
+        A factor is neither 1 (turns) nor so large that nothing does, or they are mixed.
+    """
+    turns = int((factors == 1).sum())
+    if (factors[:turns] != 1).any() or (factors[turns:] < STILL).any():
+        raise ValueError(
+            f"{file.name}: its {ROPE_FREQS} scale the turning of positions by {factors.min():g} to "
+            f"{factors.max():g}, which moelab does not compute; take its safetensors checkpoint"
+        )
+    return turns / len(factors)
 
 
 def _small(field: Any) -> bool:
@@ -125,14 +152,16 @@ def _config(
 def _gemma4(said: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Layers that see a window and layers that see all; the latter have heads of their own.
 
-    A quarter of their width turns, as transformers has it; `rope_freqs` of the file is not read.
+    Of the latter's width a part turns: as the file's `rope_freqs` say, else a quarter, as in
+    transformers.
     """
     local = [bool(x) for x in said["gemma4.attention.sliding_window_pattern"]]
     heads = said["gemma4.attention.head_count_kv"]
     each = heads if isinstance(heads, list) else [heads] * len(local)
     by_kind = dict(zip(local, each, strict=True))
     theta = [said[f"gemma4.rope.freq_base{end}"] for end in ("", "_swa")]
-    every = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": theta[0]}
+    part = said.get(ROPE_FREQS, 0.25)
+    every = {"rope_type": "proportional", "partial_rotary_factor": part, "rope_theta": theta[0]}
     return {
         "layer_types": ["sliding_attention" if x else "full_attention" for x in local],
         "num_key_value_heads": by_kind.get(True, by_kind[False]),
