@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moelab.views.sheet import Shown
 
 _POLL_SECONDS = 0.03
-_SUITES = ("papers", "scheduler", "rivals", "regimes")
+_SUITES = ("papers", "scheduler", "rivals", "regimes", "systems")
 
 app = typer.Typer(
     add_completion=False,
@@ -297,6 +297,12 @@ def bench(
 
         frame = regimes.regimes(regimes.QUICK if quick else regimes.REGIMES)
         report = regimes.report(frame)
+    elif suite == "systems":
+        from moelab.bench import systems
+
+        extent = {"places": {"demo": "25%"}, "repeats": 1, "replayed": 8} if quick else {}
+        frame = systems.systems(**extent)
+        report = systems.report(frame)
     else:
         frame = measure.bench(
             model,

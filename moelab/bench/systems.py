@@ -1,0 +1,259 @@
+"""Every system in one table: what its paper says, and what its idea does here.
+
+Each is set against what its headline compares it with: on the bundled model and on smollm2-moe
+live, at an emulated eMMC, and by replay over routing of 48 layers x 128 experts (*modelled*, see
+`moelab.routing`). The verdict is a rule, not an opinion: an idea *holds* where every place that can
+be told gives at least half of the printed gain, *does not hold* where none does; otherwise, and
+where the headline is of something that is not here, it *cannot be told here*.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+import moelab
+from moelab.bench.cases import Case, contender, measure, settle
+from moelab.bench.papers.results import Ratio
+from moelab.bench.tables import Table, circumstances
+from moelab.runs.rounds import rotated
+
+HOLDS, NOT, OPEN = "holds", "does not hold", "cannot be told here"
+HARMLESS = 0.02
+"""Mean KL, nats: an output that its paper calls unchanged."""
+
+
+@dataclass(frozen=True)
+class System:
+    """A system's idea as a contender, its headline, and what that is to be read with.
+
+    ``figure``: ``"speed"`` (by replay: bytes a token, the fewer the faster), ``"hits"``, or
+    ``"loss"`` (KL, no more than `HARMLESS`); ``gain``: how many times as good as ``against`` the
+    paper says, None where its headline is of something else.
+    """
+
+    name: str
+    ours: str
+    against: str
+    figure: str
+    gain: float | None
+    headline: str
+    why: str
+
+
+SYSTEMS = (
+    System(
+        "EdgeMoE", "lru + evict edgemoe + prefetch edgemoe", "on_demand", "speed", 2.64,
+        "2.64 to 3.03x as fast as on demand, Jetson TX2",
+        "the buffer alone gives most of it: on demand keeps nothing",
+    ),
+    System(
+        "HOBBIT", "hobbit", "moe_infinity", "speed", 3.64,
+        "3.64x (Mixtral) and 9.93x (Phi-MoE) as fast as MoE-Infinity, Orin",
+        "whole systems were compared there; the decisions alone give less",
+    ),
+    System(
+        "SwapMoE", "swapmoe", "static_pruning", "loss", None,
+        "two thirds less memory for 0.041 of Rouge-2",
+        "its quality is of summaries by an encoder-decoder; KL is another scale",
+    ),
+    System(
+        "AdapMoE", "adapmoe", "mixtral_offloading", "speed", 1.35,
+        "1.35x as fast as the offloading before it",
+        "second experts of little weight are few where routing was trained to use both",
+    ),
+    System(
+        "Pre-gated MoE", "pregated", "on_demand", "speed", 1.7,
+        "1.7x as fast as on demand, accuracy as before",
+        "all but the first layer's experts are there in time; untrained, it changes the output",
+    ),
+    System(
+        "eMoE", "emoe", "lru", "loss", 1.0,
+        "80 % less memory, perplexity unchanged up to 40 prompts",
+        "experts of these models share the work: without most of them the text is another one",
+    ),
+    System(
+        "cache-prior routing", "cache_prior", "lru", "speed", 2.0,
+        "up to 2x as fast on a phone",
+        "as far as the router is made to prefer what is there; the KL beside it is the price",
+    ),
+    System(
+        "FlashMoE", "flashmoe", "lru", "hits", 1.21,
+        "hits 1.21x LRU's (OLMoE)",
+        "recency and frequency are all that its net sees, and LFU sees most of that",
+    ),
+    System(
+        "FineMoE", "finemoe", "moe_infinity", "hits", 1.68,
+        "hits 1.68x MoE-Infinity's",
+        "MoE-Infinity's matching is no worse here than LRU, so there is less to win",
+    ),
+    System(
+        "SpecMD (Least-Stale)", "least_stale", "lru", "hits", 1.2,
+        "88 % hits at 5 % of memory, where LRU thrashes",
+        "it helps below one token's cycle only",
+    ),
+    System(
+        "Hermes", "hermes", "on_demand", "speed", None,
+        "2.58 to 4.24x as fast as PipeSwitch",
+        "of dense models, which need every layer; a mixture needs a few of its experts",
+    ),
+)  # fmt: skip
+
+PLACES = {"demo": "25%", "smollm2-moe": "75%"}
+"""Models to run, and the share of their experts in memory."""
+DEVICE, ROUTED, SHARE = "emmc", "qwen3-30b-a3b", "25%"
+
+
+def systems(
+    chosen: Sequence[System] = SYSTEMS,
+    places: Mapping[str, str] = PLACES,
+    *,
+    tokens: int = 24,
+    repeats: int = 3,
+    replayed: int = 64,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Measure every system beside what its headline compares it with.
+
+    Parameters
+    ----------
+    chosen
+        Of `SYSTEMS`.
+    places
+        Models by name -> budget.
+    tokens, repeats
+        Of each run; runs of each contender, in rotated order.
+    replayed
+        Tokens of modelled routing at 48 x 128.
+    progress
+        Show a bar. Ctrl-C keeps what there is.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for each contender, place and run: ``speed``, ``hits``, ``loss``; for `report`.
+    """
+    words = list(dict.fromkeys(w for s in chosen for w in (s.ours, s.against)))
+    rows: list[dict[str, Any]] = []
+    count = len(words) * (1 + len(places) * (repeats + 1))
+    complete = False
+    with contextlib.suppress(KeyboardInterrupt), tqdm(total=count, disable=not progress) as bar:
+        for place, budget in places.items():
+            _live(place, budget, words, tokens, repeats, rows, bar)
+        rows += _replayed(words, replayed, bar)
+        complete = True
+    frame = pd.DataFrame(rows, columns=["place", "contender", "speed", "hits", "loss"])
+    frame.attrs = {"suite": "systems", "complete": complete, "repeats": repeats, "tokens": tokens}
+    frame.attrs["systems"] = tuple(chosen)
+    return frame
+
+
+def _live(
+    place: str, budget: str, words: Sequence[str], tokens: int, repeats: int, rows: list, bar: Any
+) -> None:
+    """Runs of every contender on a model, and its KL."""
+    cases = {w: Case(w, budget, DEVICE) for w in words}
+    with moelab.open(place, budget="100%", measure_kl=False, progress=False) as lab:
+        prompt = next(text for texts in lab.prompts().values() for text in texts)
+        loss = {}
+        for w, case in cases.items():
+            bar.set_postfix_str(f"{place}: quality of {w}")
+            settle(lab, Case(case.strategy, case.budget, "disk"))
+            loss[w] = lab.score(None if lab.probes() else prompt, progress=False).kl_mean
+            bar.update()
+    for w in rotated(words, repeats):
+        bar.set_postfix_str(f"{place}: {w}")
+        found = measure(place, cases[w], prompt, tokens=tokens, seed=0, temperature=0)
+        figures = {"speed": found["tokens_per_s"], "hits": found["hit_ratio"], "loss": loss[w]}
+        rows.append({"place": place, "contender": w, **figures})
+        bar.update()
+
+
+def _replayed(words: Sequence[str], tokens: int, bar: Any) -> list[dict[str, Any]]:
+    """Hits, and the inverse of bytes a token, over modelled routing."""
+    trace, rows = moelab.routing(ROUTED, tokens=tokens), []
+    for w in words:
+        bar.set_postfix_str(f"48 x 128: {w}")
+        settings = contender(w)
+        found = moelab.replay(trace, settings.pop("strategy"), budget=SHARE, bits=16, **settings)
+        figures = {"speed": 1 / max(1, found.bytes), "hits": found.hit_ratio}
+        rows.append({"place": ROUTED, "contender": w, **figures})
+        bar.update()
+    return rows
+
+
+# -- the table ------------------------------------------------------------------------------------
+
+
+def report(frame: pd.DataFrame) -> str:
+    """The table in Markdown."""
+    made, machine = circumstances()["made"], circumstances()["machine"]
+    places = list(dict.fromkeys(frame["place"]))
+    shown = ", ".join(f"{place} at {PLACES[place]}" for place in places if place in PLACES)
+    how = (
+        f"Measured {made[:10]} on {machine['cores']} cores of {machine['processor']}: {shown} of "
+        f"their experts' memory, {frame.attrs['tokens']} tokens, {frame.attrs['repeats']} runs in "
+        f"rotated order, {DEVICE} (emulated); KL on the models' own texts. {ROUTED}: replay of "
+        f"modelled routing at {SHARE}, speed as bytes a token. Ratios: median of paired runs, in "
+        "brackets the lowest and the highest."
+    )
+    rows = [_row(system, frame, places) for system in frame.attrs["systems"]]
+    early = [] if frame.attrs["complete"] else ["**Stopped early.**"]
+    table = Table("Every system, its headline, and ours", pd.DataFrame(rows)).markdown()
+    return "\n\n".join([how, *early, *table]) + "\n"
+
+
+def _row(system: System, frame: pd.DataFrame, places: Sequence[str]) -> dict[str, str]:
+    by_place: dict[Any, pd.DataFrame] = dict(list(frame.groupby("place")))
+    found = {place: _at(system, by_place[place]) for place in places}
+    said = {place: "" if one is None else one[0] for place, one in found.items()}
+    good = [one[1] for one in found.values() if one is not None and one[1] is not None]
+    return {
+        "system": system.name,
+        "its headline": system.headline,
+        **said,
+        "here": verdict(good if system.gain is not None else []),
+        "why": system.why,
+    }
+
+
+def verdict(good: Sequence[bool]) -> str:
+    """What the places say together.
+
+    Examples
+    --------
+    >>> verdict([True, True]), verdict([False]), verdict([True, False]), verdict([])
+    ('holds', 'does not hold', 'cannot be told here', 'cannot be told here')
+    """
+    if good and all(good):
+        return HOLDS
+    return NOT if good and not any(good) else OPEN
+
+
+def _at(system: System, runs: pd.DataFrame) -> tuple[str, bool | None] | None:
+    """What a place says: in words, and whether the headline holds; None where it cannot be told."""
+    by_contender: dict[Any, pd.DataFrame] = dict(list(runs.groupby("contender")))
+    ours, theirs = (by_contender.get(w) for w in (system.ours, system.against))
+    if ours is None or theirs is None:
+        return None
+    loss, their_loss = (float(np.median(one["loss"])) for one in (ours, theirs))
+    price = "" if np.isnan(loss) or loss < 1e-6 else f", KL {loss:.3f}"
+    if system.figure == "loss":
+        if np.isnan(loss):
+            return None
+        beside = f" against {their_loss:.3f}" if system.gain is None else ""
+        return f"KL {loss:.3f}{beside}", bool(loss <= HARMLESS)
+    values = [one[system.figure].tolist() for one in (ours, theirs)]
+    if not min(values[1]):
+        return None
+    ratio = Ratio.of(*values)
+    words = str(ratio) if len(runs) > 2 and system.figure == "speed" else f"{ratio.median:.2f}x"
+    if system.gain is None:
+        return words + price, None
+    return words + price, ratio.median >= 1 + (system.gain - 1) / 2

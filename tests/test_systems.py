@@ -1,0 +1,71 @@
+"""Every system in one table, and the roofs over a prompt's length."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+
+import moelab
+from moelab.bench import roofline, systems
+
+CLAIM = systems.System("X", "lfu", "lru", "hits", 1.2, "hits 1.2x", "because")
+
+
+def made(rows, *chosen) -> str:
+    frame = pd.DataFrame(rows, columns=["place", "contender", "speed", "hits", "loss"])
+    frame.attrs = {"complete": True, "repeats": 1, "tokens": 4, "systems": chosen}
+    return systems.report(frame)
+
+
+@pytest.mark.parametrize(
+    ("hits", "said"), [((0.56, 0.55), "holds"), ((0.5, 0.5), "does not"), ((0.6, 0.5), "cannot")]
+)
+def test_half_of_the_gain_at_every_place_is_what_holds(hits, said):
+    rows = [("a", "lru", 1.0, 0.5, 0.0), ("b", "lru", 1.0, 0.5, math.nan)]
+    rows += [("a", "lfu", 1.0, hits[0], 0.0), ("b", "lfu", 1.0, hits[1], math.nan)]
+    assert f"| {said}" in made(rows, CLAIM)
+
+
+def test_a_loss_is_judged_by_what_is_harmless_and_other_scales_are_not():
+    rows = [("a", "lru", 1.0, 0.5, 0.0), ("a", "lfu", 1.0, 0.5, 0.3)]
+    of_loss = systems.System("X", "lfu", "lru", "loss", 1.0, "unchanged", "because")
+    assert "KL 0.300" in (page := made(rows, of_loss))
+    assert "does not hold" in page
+    other = systems.System("X", "lfu", "lru", "loss", None, "Rouge", "another scale")
+    assert "KL 0.300 against 0.000" in (page := made(rows, other))
+    assert "cannot be told here" in page
+
+
+def test_two_systems_are_measured_live_and_by_replay(demo_store):
+    chosen = [one for one in systems.SYSTEMS if one.name in ("Pre-gated MoE", "eMoE")]
+    frame = systems.systems(
+        chosen, {"demo": "50%"}, tokens=3, repeats=1, replayed=2, progress=False
+    )
+    assert frame.attrs["complete"]
+    assert sorted(frame.groupby("place").size()) == [4, 4]
+    assert frame.query("place == 'demo'")["speed"].min() > 0
+    page = systems.report(frame)
+    assert "| Pre-gated MoE |" in page
+    assert "KL " in page
+
+
+def test_every_contender_is_one():
+    for one in systems.SYSTEMS:
+        assert systems.contender(one.ours)["strategy"] in moelab.strategies.NAMES
+        assert systems.contender(one.against)["strategy"] in moelab.strategies.NAMES
+
+
+def test_roofs_by_hand_and_a_prompt_beside_them(demo_lab):
+    found = roofline.roofline(demo_lab, (1, 4, 4096), measured=False)
+    rows = found.roofs.set_index("tokens")
+    # One token asks for its 2 experts; 4 for 16 (1 - (7/8)^4) = 6.62, of which each is read once.
+    assert rows["disk"][4] / rows["disk"][1] == pytest.approx(4 * 2 / (16 * (1 - (7 / 8) ** 4)))
+    assert rows["memory"][4] / rows["memory"][1] == pytest.approx(rows["disk"][4] / rows["disk"][1])
+    assert set(rows["computing"]) == {rows["computing"][1]}
+    lowest = rows[list(roofline.ROOFS)].idxmin(axis=1)
+    assert rows["limit"].tolist() == lowest.tolist()
+    assert found.sentence() in repr(found)
+    (measured,) = roofline.roofline(demo_lab, (8,)).roofs["measured"]
+    assert measured > 0
