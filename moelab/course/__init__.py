@@ -14,10 +14,10 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any
 
-from moelab.course import papers, practice
+from moelab.course import field, papers, practice
 from moelab.course.verdict import CHECKS, Verdict, unanswered
 
-__all__ = ["CHECKS", "Verdict", "check", "papers", "practice"]
+__all__ = ["CHECKS", "Verdict", "check", "field", "papers", "practice"]
 
 
 def check(exercise: str, answer: Any = None, **given: Any) -> Verdict:
