@@ -29,7 +29,7 @@ from moelab.scheduling.strategy import Evict, Strategy, View
 from moelab.scheduling.trace import LayerInput
 from moelab.strategies.basics import EqualShares
 
-Weights = Sequence[tuple[Any, Any]]
+Weights = Sequence[Sequence[Any]]
 """Of each layer of a net: matrix ``[out, in]`` and bias ``[out]``."""
 
 
