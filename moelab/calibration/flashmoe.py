@@ -8,9 +8,9 @@ hidden units, and the paper has 128, a rate of 1e-3 and 260,000 tokens; on the t
 20 epochs and 32 units do better on unseen text than more of either.
 
 One half of every text trains, the other tells what it is worth: the hit ratio of a cache of each
-layer's own, of several sizes, by replay, beside LRU, LFU and Belady. What it does not know: routing unlike
-that of its texts. The nets know experts by their number, and on another mix of favourites they may
-do worse than LRU.
+layer's own, of several sizes, by replay, beside LRU, LFU and Belady. What it does not know: routing
+unlike that of its texts. The nets know experts by their number, and on another mix of favourites
+they may do worse than LRU.
 
 T tokens, L layers, E experts of a layer, H hidden units, N examples.
 """
