@@ -1,8 +1,8 @@
 """Hermes (PIPELOAD): whole layers are loaded ahead and dropped after use; the gate has no say.
 
-Source: "Hermes: Memory-Efficient Pipeline Inference for Large Models on Edge Devices", arXiv
-2409.04249, for dense transformers: m loading agents read the coming layers in parallel, an
-inference agent computes them in order, and a daemon frees each as soon as it was computed.
+Source: Hermes, arXiv 2409.04249, for dense transformers, by others' notes on it: m loading agents
+read the coming layers in parallel, an inference agent computes them in order, and a daemon frees
+each as soon as it was computed.
 
 Here the next ``depth`` layers are m's. On a mixture of experts it is the baseline that shows what
 loading by the expert saves: a token reads every expert of every layer, and deciding grows with all

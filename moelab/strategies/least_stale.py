@@ -1,11 +1,10 @@
 """Least-Stale: what this pass through the layers has not used leaves first, last turn first.
 
-Source: "SpecMD: A Comprehensive Study on Speculative Expert Prefetching", arXiv 2602.03921. Of the
-paper only the abstract was at hand: layers are walked in a fixed order, so that reuse can be told
-ahead; an eviction by it cuts "collision misses" (of an expert that was let go shortly before its
-turn) on OLMoE at 5 % of its memory. The rule is as others describe it: copies that the forward pass
-at hand has not used are stale, and leave before those that it has; within each of the two the
-layer whose turn is farthest away gives first. What the paper says otherwise is not here.
+Source: SpecMD, arXiv 2602.03921, of which only the abstract was at hand: layers are walked in a
+fixed order, so that reuse can be told ahead, and an eviction by it cuts "collision misses", on
+OLMoE at 5 % of its memory. The rule itself is as others describe it, not read in the paper: copies
+that the forward pass at hand has not used are stale, and leave before those that it has; within
+each of the two the layer whose turn is farthest away gives first.
 
 The layer at work has its next turn after all others. Equals leave by their last use.
 """
