@@ -148,6 +148,10 @@ def test_on_a_full_disk_the_file_is_named_and_the_profile_there_was_stays(
 def test_a_strategy_that_cannot_do_without_says_which_call_makes_it(lab):
     with pytest.raises(ValueError, match=r"lab.calibrate\('edgemoe'\)"):
         lab.update(strategy="edgemoe")
+    for decision in ("strategy", "evict"):
+        with pytest.raises(ValueError, match=r"lab.calibrate\('flashmoe'\)"):
+            lab.update(**{decision: "flashmoe"})
+    lab.update(allocate="flashmoe")  # equal shares need nothing
     with pytest.raises(ValueError, match="'lru' has no calibration; these have: edgemoe"):
         lab.calibrate("lru")
 

@@ -23,7 +23,7 @@ from moelab.settings import refuse_unknown
 if TYPE_CHECKING:
     from moelab.lab import Lab
 
-NAMES = ("edgemoe", "hobbit", "swapmoe", "adapmoe")
+NAMES = ("edgemoe", "hobbit", "swapmoe", "adapmoe", "flashmoe")
 
 
 def calibrate(

@@ -6,6 +6,7 @@ of it can fail in the middle of a run.
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -20,6 +21,8 @@ from moelab.strategies.swapmoe_planner import HIDDEN
 MOST_BYTES = 256 * 2**20
 """A file larger than this is not read."""
 _MOST = 1e15
+_LARGEST_WEIGHT = 1e4
+"""Of a net: what it computes in single precision stays finite."""
 _NUMBER = {"type": "number", "minimum": -_MOST, "maximum": _MOST}
 _SHARE = {"type": "number", "minimum": 0, "maximum": 1}
 _PASSED: set[str] = set()
@@ -47,6 +50,10 @@ def _fields(name: str, shape: Shape, data: dict[str, Any]) -> dict[str, Any]:
         return {"h": _row(_NUMBER, layers), "hits": table(1), "tau": _NUMBER | {"minimum": 0}}
     if name == "hobbit":
         return {"t1": _SHARE, "t2": _SHARE, "weights": _row(_SHARE, 4)}
+    if name == "flashmoe":
+        hidden = len(data["nets"][0][0][1])
+        nets = [_net(hidden, count) for count in shape.experts]
+        return {"nets": {"type": "array", "items": nets, "minItems": layers, "maxItems": layers}}
     if name == "edgemoe":
         place = r"\d{1,6}(\.\d{1,6})*"
         return {
@@ -88,6 +95,16 @@ def _network(layers: int) -> dict[str, Any]:
     return {
         "type": "object", "properties": fields, "required": names, "additionalProperties": False
     }  # fmt: skip
+
+
+def _net(hidden: int, experts: int) -> dict[str, Any]:
+    """FlashMoE's net of one layer: 2E -> H -> H -> E."""
+    weight = _NUMBER | {"minimum": -_LARGEST_WEIGHT, "maximum": _LARGEST_WEIGHT}
+    sizes = itertools.pairwise((2 * experts, hidden, hidden, experts))
+    pairs = [[_row(_row(weight, inputs), out), _row(weight, out)] for inputs, out in sizes]
+    exactly = {"type": "array", "minItems": 2, "maxItems": 2}
+    rows = [{**exactly, "items": pair} for pair in pairs]
+    return {"type": "array", "items": rows, "minItems": 3, "maxItems": 3}
 
 
 def check(name: str, data: Any, shape: Shape) -> None:

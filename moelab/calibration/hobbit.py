@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from moelab.calibration.probes import record
+from moelab.calibration.probes import halves, record
 from moelab.calibration.profile import Kept, once
 from moelab.scheduling.events import LOAD, SKIP
 from moelab.scheduling.scheduler import Scheduler
@@ -244,9 +244,9 @@ def make(
         misses, ``missed``, the quantiles of theirs, and ``penalty`` per token of hobbit, equal
         (weights), lru, lfu; ``penalty_ahead`` with it on.
     """
-    halves = zip(*map(_halves, texts), strict=True)
+    parts = zip(*map(halves, texts), strict=True)
     trace, held_out = (
-        record(lab, half, tokens=made["max_tokens"], look_ahead=AHEAD) for half in halves
+        record(lab, half, tokens=made["max_tokens"], look_ahead=AHEAD) for half in parts
     )
     alike = {"budget_bytes": made["budget_bytes"], "bits": made["high"], "low_bits": made["low"]}
     depth, share = made["depth"], made["high_share"]
@@ -303,10 +303,3 @@ def make(
         "gates": gate_accuracy(held_out),
         "search": [[*point, value] for point, value in sorted(seen.items())],
     }
-
-
-def _halves(text: str) -> tuple[str, str]:
-    """The text cut in two, between words."""
-    middle = text.find(" ", len(text) // 2)
-    cut = len(text) // 2 if middle < 0 else middle
-    return text[:cut], text[cut:]

@@ -47,6 +47,13 @@ def digest_of(texts: Sequence[str]) -> str:
     return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
 
 
+def halves(text: str) -> tuple[str, str]:
+    """The text cut in two, between words."""
+    middle = text.find(" ", len(text) // 2)
+    cut = len(text) // 2 if middle < 0 else middle
+    return text[:cut], text[cut:]
+
+
 class Evaluator:
     """Quality of the model with each expert at bits of its own, on a few texts.
 

@@ -165,7 +165,7 @@ class Strategies:
             return made
         wanted = CALIBRATED.get(name)
         profile = find_profile(self._store, wanted) if wanted else None
-        if profile is None and name in NEEDS_CALIBRATION and role in ("", "allocate"):
+        if profile is None and name in NEEDS_CALIBRATION and role in ("", NEEDS_CALIBRATION[name]):
             raise ValueError(
                 f"strategy {name!r} needs a calibration of this model: run "
                 f"lab.calibrate({name!r}) once"

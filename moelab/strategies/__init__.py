@@ -26,16 +26,21 @@ from moelab.scheduling.strategy import (
     View,
 )
 from moelab.strategies.adapmoe import adapmoe
+from moelab.strategies.arc import arc
 from moelab.strategies.basics import drop_if_cold, in_ram, layer_lru, lfu, lru, on_demand
 from moelab.strategies.cache_prior import cache_prior
 from moelab.strategies.edgemoe import edgemoe
 from moelab.strategies.emoe import emoe
+from moelab.strategies.flashmoe import flashmoe
+from moelab.strategies.hermes import hermes
 from moelab.strategies.hobbit import hobbit
+from moelab.strategies.least_stale import least_stale
 from moelab.strategies.mixtral_offloading import mixtral_offloading
 from moelab.strategies.moe_apex import moe_apex
 from moelab.strategies.moe_infinity import moe_infinity
 from moelab.strategies.oracle import oracle
 from moelab.strategies.pregated import pregated
+from moelab.strategies.s3fifo import s3fifo
 from moelab.strategies.static_pruning import static_pruning
 from moelab.strategies.swapmoe import swapmoe
 
@@ -45,6 +50,8 @@ GROUPS = {
         "lru": "LRU",
         "lfu": "LFU",
         "layer_lru": "LRU per layer",
+        "arc": "ARC",
+        "s3fifo": "S3-FIFO",
         "in_ram": "all in RAM",
     },
     "papers": {
@@ -60,6 +67,9 @@ GROUPS = {
         "adapmoe": "AdapMoE",
         "pregated": "Pre-gated MoE",
         "emoe": "eMoE",
+        "flashmoe": "FlashMoE",
+        "least_stale": "Least-Stale",
+        "hermes": "Hermes",
         "cache_prior": "cache-prior routing",
         "drop_if_cold": "drop if cold",
     },
@@ -78,11 +88,12 @@ CALIBRATED = {
     "static_pruning": "swapmoe",
     "adapmoe": "adapmoe",
     "emoe": "swapmoe",
+    "flashmoe": "flashmoe",
 }
 """Strategies that take a profile, and the calibration that makes it."""
 
-NEEDS_CALIBRATION = ("edgemoe",)
-"""Those that cannot be used by name without one."""
+NEEDS_CALIBRATION = {"edgemoe": "allocate", "flashmoe": "evict"}
+"""Those that cannot be used by name without one, and the decision that it is for."""
 
 __all__ = ["CALIBRATED", "GROUPS", "NAMES", "NEEDS_CALIBRATION", "make", "maker"]
 __all__ += ["Allocate", "Evict", "Parameter", "Precision", "Prediction", "Prefetch", "Route"]
@@ -90,14 +101,18 @@ __all__ += [
     "Strategy",
     "View",
     "adapmoe",
+    "arc",
     "cache_prior",
     "drop_if_cold",
     "edgemoe",
     "emoe",
+    "flashmoe",
+    "hermes",
     "hobbit",
+    "least_stale",
 ]
 __all__ += ["in_ram", "layer_lru", "lfu", "lru", "mixtral_offloading", "moe_apex", "moe_infinity"]
-__all__ += ["on_demand", "oracle", "pregated", "static_pruning", "swapmoe"]
+__all__ += ["on_demand", "oracle", "pregated", "s3fifo", "static_pruning", "swapmoe"]
 
 
 def maker(name: str) -> Callable[..., Strategy]:

@@ -139,6 +139,11 @@ def expected(request: Request) -> Prediction:
     return Prediction(request.layer, request.expert, request.weight, request.rank, request.score)
 
 
+def turns(view: View) -> np.ndarray:
+    """How many layers each expert's own has to wait for its turn: 1 next, L at work now ``[n]``."""
+    return (view.layer_of - view.layer - 1) % view.shape.layers + 1
+
+
 class DropIfCold(Precision):
     """Skip an expert that is missing and has less than F/k of the normalised gate weight.
 
