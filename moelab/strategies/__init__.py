@@ -30,7 +30,9 @@ from moelab.strategies.basics import drop_if_cold, in_ram, layer_lru, lfu, lru, 
 from moelab.strategies.cache_prior import cache_prior
 from moelab.strategies.edgemoe import edgemoe
 from moelab.strategies.emoe import emoe
+from moelab.strategies.finemoe import finemoe
 from moelab.strategies.hobbit import hobbit
+from moelab.strategies.max_rank import max_rank
 from moelab.strategies.mixtral_offloading import mixtral_offloading
 from moelab.strategies.moe_apex import moe_apex
 from moelab.strategies.moe_infinity import moe_infinity
@@ -57,10 +59,12 @@ GROUPS = {
     "peers": {
         "mixtral_offloading": "mixtral-offloading",
         "moe_infinity": "MoE-Infinity",
+        "finemoe": "FineMoE",
         "adapmoe": "AdapMoE",
         "pregated": "Pre-gated MoE",
         "emoe": "eMoE",
         "cache_prior": "cache-prior routing",
+        "max_rank": "max-rank routing",
         "drop_if_cold": "drop if cold",
     },
 }
@@ -94,10 +98,11 @@ __all__ += [
     "drop_if_cold",
     "edgemoe",
     "emoe",
+    "finemoe",
     "hobbit",
 ]
-__all__ += ["in_ram", "layer_lru", "lfu", "lru", "mixtral_offloading", "moe_apex", "moe_infinity"]
-__all__ += ["on_demand", "oracle", "pregated", "static_pruning", "swapmoe"]
+__all__ += ["in_ram", "layer_lru", "lfu", "lru", "max_rank", "mixtral_offloading", "moe_apex"]
+__all__ += ["moe_infinity", "on_demand", "oracle", "pregated", "static_pruning", "swapmoe"]
 
 
 def maker(name: str) -> Callable[..., Strategy]:
