@@ -18,6 +18,7 @@ from moelab.scheduling.strategy import Knobs, Shape, View
 from moelab.scheduling.trace import LayerInput, Trace, unrecorded
 from moelab.strategies import make
 from moelab.strategies.finemoe import ExpertMaps, Rows, expert_probabilities, finemoe
+from moelab.strategies.max_rank import max_rank
 from toy_engine import NBYTES, decided, places
 
 SHAPE = Shape((4, 4, 4, 4), 2, NBYTES)
@@ -188,6 +189,56 @@ def test_the_second_pass_is_fetched_from_the_first_ones_map():
 def test_a_parameter_out_of_range_is_refused(name, wrong):
     with pytest.raises(ValueError, match=name):
         finemoe(**{name: wrong})
+
+
+# -- max-rank routing ------------------------------------------------------------------------------
+
+
+def did(plan) -> list[tuple[str, int]]:
+    return [(d.kind, d.expert) for d in decided(plan)]
+
+
+def test_a_missing_expert_is_replaced_by_the_best_resident_one_of_the_first_ranks():
+    shape = Shape((8,), 2, NBYTES)
+    s = Scheduler(shape, max_rank(max_rank=2), Knobs(8 * 1600))
+    s.cache.add(3, 16)
+    s.cache.add(4, 16)
+    ranking = (0.3, 0.2, 0.15, 0.13, 0.12, 0.05, 0.03, 0.02)  # 0 to 3 are good enough
+    assert did(s.step(told(0, *ranking))) == [("substitute", 3), ("load", 0)]
+    s.cache.remove(3)
+    assert did(s.step(told(0, *ranking))) == [("hit", 0), ("load", 1)]  # 4 is no longer
+    s.cache.add(3, 16)
+    assert did(s.step(told(0, *ranking))) == [("hit", 0), ("hit", 1)]
+
+
+def test_nobody_stands_in_for_two_and_nobody_without_probabilities_or_in_a_prompt():
+    shape = Shape((8,), 3, NBYTES)
+    ranking = array("d", (0.3, 0.2, 0.15, 0.13, 0.12, 0.05, 0.03, 0.02))
+    row, weights = (0, 1, 2), (0.5, 0.3, 0.2)
+    for prefill, p, kinds in (
+        (False, ranking, ["substitute", "load", "load"]),
+        (False, None, ["load"] * 3),
+        (True, ranking, ["load"] * 3),
+    ):
+        s = Scheduler(shape, max_rank(), Knobs(8 * 1600))
+        s.cache.add(4, 16)
+        plan = s.step(LayerInput(0, (row,), (weights,), prefill, probabilities=p))
+        assert [kind for kind, _ in did(plan)] == kinds
+
+
+def test_max_rank_1_is_lru_live_and_more_replaces_and_loads_less(demo_lab):
+    def run(strategy, **values):
+        demo_lab.update(strategy="lru", budget="100%")
+        demo_lab._engine.recover()
+        demo_lab.update(strategy=strategy, budget="30%", **values)
+        return demo_lab.generate("The king", **{**SAY, "max_new_tokens": 16})
+
+    plain, one, four = run("lru"), run("max_rank", max_rank=1), run("max_rank", max_rank=4)
+    assert one.tokens == plain.tokens
+    later = [run.events[run.events.token > 0].kind for run in (plain, one, four)]
+    loads = [(kinds == "load").sum() for kinds in later]
+    assert loads[0] == loads[1] > loads[2]
+    assert (later[2] == "substitute").any()
 
 
 # -- what it is told -------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class ExpertMaps(Evict, Prefetch):
         p = expert_probabilities(given, shape.experts[layer])
         keys = shape.keys(layer)
         self._map[keys] = p
-        self._dots += self._store.all[:, keys] @ p
+        self._dots += _products(self._store.all[:, keys], p)
         self._length[layer] = p @ p + (self._length[layer - 1] if layer else 0)
         if layer == shape.layers - 1:
             self._keep(layer)
@@ -151,7 +151,7 @@ class ExpertMaps(Evict, Prefetch):
             self._embedding = vector / max(float(np.linalg.norm(vector)), TINY)
         self._semantic = np.zeros(0)
         if self._embedding is not None and self._embeddings is not None:
-            self._semantic = self._embeddings.all @ self._embedding
+            self._semantic = _products(self._embeddings.all, self._embedding)
 
     def trajectory(self) -> np.ndarray:
         """Cosine of P_1 ... P_l, of the layers so far, with that of each entry ``[C]``."""
@@ -222,6 +222,11 @@ class ExpertMaps(Evict, Prefetch):
     def terms(self, view: View) -> Mapping[str, np.ndarray]:
         p = np.ones(view.shape.n) if self._found is None else self._found
         return {"probability": p, "visits": view.uses, "priority": self.score(view)}
+
+
+def _products(rows: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """Each row times the vector, on this thread: a BLAS's others go on waiting in a loop."""
+    return np.einsum("cd,d->c", rows, vector)
 
 
 def expert_probabilities(given: LayerInput, experts: int) -> np.ndarray:
