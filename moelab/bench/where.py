@@ -39,8 +39,8 @@ from moelab.strategies import lru
 from moelab.views.sheet import Picture, Sheet, Shown, Table, lines
 
 THERE = {
-    "cpu": ("the CPU's memory", 50e9),
-    "near_memory": ("a memory that computes", 512e9),
+    "cpu": ("the CPU", 50e9),
+    "near_memory": ("a processor at the memory", 512e9),
 }
 """Titles, and bytes of weights read a second where they lie. The first follows from Fiddler's two
 constants for an expert of Mixtral-8x7B, 352 MB in 7 ms; the second is a round number of ours."""
@@ -215,7 +215,7 @@ def where(
     if there in THERE:
         title, speed = THERE[str(there)]
     elif isinstance(there, (int, float)) and there > 1:  # no bool either
-        title, speed = f"a memory of {size(float(there))}/s", float(there)
+        title, speed = f"what reads {size(float(there))}/s", float(there)
     else:
         raise ValueError(f"there={there!r}: one of {', '.join(THERE)}, or bytes a second")
     bus, nbytes = find_device(device), trace.shape.nbytes[knobs.bits]
