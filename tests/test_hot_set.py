@@ -93,6 +93,15 @@ def test_a_file_that_cannot_be_used_is_named_and_begun_anew(tmp_path, data):
     assert HotSet(SHAPE, path).uses.any()
 
 
+def test_a_cache_that_cannot_be_written_costs_no_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    hot = HotSet(SHAPE, tmp_path / "file" / "hot.json")
+    hot._heard(ONE)
+    assert hot.uses.any()
+    with pytest.raises(OSError, match="file"):
+        hot.save()
+
+
 def test_what_it_helps_is_what_replays_of_the_next_run_say(hot):
     hot.learn(ONE)
     coming = trace(((3, 2), (0, 1)), ((0, 1), (2, 3)), ((0, 1), (2, 3)), ((3, 2), (0, 1)))

@@ -2,9 +2,9 @@
 
 `moelab.open(..., hot_set=True)` begins with the most used experts that fit, and counts every run
 for the next time. What was counted lies in the user's cache folder, one small file a model; a run
-fades by a tenth with each that follows, so that the set follows what is asked for. Nothing is
-pinned: from the first token on the strategy decides over them as over any other, and a strategy
-that says itself who is there at the start goes before.
+fades by a tenth with each that follows, so that the set follows what is asked for; repeats of a
+what-if are runs like others. Nothing is pinned: from the first token on the strategy decides over
+these experts as over any other, and one that says itself who is there at the start goes before.
 
 Whether it helps hangs on the prompt: a long one uses so many experts that little of the set is left
 when the first token is decoded. `HotSet.helps` replays the next run with it and without.

@@ -19,8 +19,8 @@ Not as there: a layer's guesses are at most ``most`` times k, because here a pre
 when it is issued, and where nothing is alike δ = 1 asks for all experts. The embedding is told with
 layer 0, so that layer 0 itself is never fetched. Visits are those of this sequence. A prompt is one
 pass, with the mean of its tokens. The store begins empty and learns from the runs; it has 256
-entries where the authors' demo has 1000, because a run's trace keeps a copy of it. It takes 4
-bytes for each expert and entry, beside the budget.
+entries where the authors' demo has 1000, because a run's trace keeps a copy of it; it takes
+4 · C · (n + D) bytes beside the budget.
 
 Where a trace has no probabilities, or a model no router to be asked, P is the gate weights of those
 chosen, and 0 of the others; without the embedding the first d layers are looked up by P_1 too.
