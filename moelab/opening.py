@@ -16,6 +16,7 @@ import torch
 from moelab.calibration.profile import Strategies
 from moelab.catalogue import CHEAP_BYTES, find_store
 from moelab.lab import Lab
+from moelab.runs.hot_set import HotSet
 from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Shape
@@ -44,6 +45,7 @@ def open(  # noqa: A001
     dtype: torch.dtype = torch.float32,
     dense_bits: int = 16,
     threads: int | None = None,
+    hot_set: bool = False,
     verify: bool = False,
     progress: bool | Callable[[str], None] = True,
 ) -> Lab:
@@ -74,8 +76,9 @@ def open(  # noqa: A001
     dense_bits, threads
         What large dense weights (attention, head, ...) are kept at, beside the budget: 16 (the
         checkpoint's own), 8 or 4; and cores that compute (default: torch's, by OMP_NUM_THREADS).
-    verify, progress
-        Check every blob's checksum first; show bars while packing, or call this with what is done.
+    hot_set, verify, progress
+        Begin with the experts that earlier runs used most, and count on (`moelab.runs.hot_set`);
+        check every blob's checksum first; show bars while packing, or call this with what is done.
 
     Raises
     ------
@@ -106,7 +109,13 @@ def open(  # noqa: A001
         strategies=strategies,
         progress=progress is True,
     )
-    if budget == "auto":
+    return _begun(lab, hot_set, follows=budget == "auto")
+
+
+def _begun(lab: Lab, hot_set: bool, *, follows: bool) -> Lab:
+    if hot_set:
+        HotSet.of(lab._engine.store).begin(lab._session)
+    if follows:
         lab.update(budget="auto")
     return lab
 

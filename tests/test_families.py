@@ -57,6 +57,7 @@ class Served(reference.Served):
     def __init__(self, folder: Path) -> None:
         self.calls: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.ahead: dict[int, list] = {}
+        self.whole: dict[int, dict] = {}
         self.asked: dict[int, tuple] = {}  # what each layer's router was given
         super().__init__(folder)
         for layer in self.adapter.layers:
@@ -70,6 +71,8 @@ class Served(reference.Served):
     def seen(self, layer, idx, weights):
         self.calls[layer] = idx.clone(), weights.clone()
         self.ahead[layer] = self.adapter.look_ahead(layer, 1)
+        observes = frozenset({"probabilities", "embedding"})
+        self.whole[layer] = self.adapter.observed(layer, observes)
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +114,7 @@ def test_family_is_served_exactly_also_with_dense_weights_at_16_bit(name, tmp_pa
     expected, got = logits(theirs), logits(served.model)
     assert (got - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
     check_look_ahead(served, name)
+    check_whole(served)
     check_masks(served)
     monkeypatch.setattr(skeleton, "LARGE", 1)
     served = Served(tmp_path)
@@ -150,6 +154,20 @@ def check_look_ahead(served: Served, name: str) -> None:
             expected = ask_router(facts, x, *more)
             assert torch.equal(idx, expected[0])
             assert torch.equal(weights, expected[1])
+
+
+def check_whole(served: Served) -> None:
+    """The gate's probabilities are of all experts, and the embedding comes with the first layer."""
+    two = served.model.config.is_encoder_decoder  # each stack has a table of its own: not told
+    for layer, told in served.whole.items():
+        facts, p = served.adapter.layers[layer], told["probabilities"]
+        assert (told["embedding"] is None) == (layer > 0 or two)
+        if p is None:
+            assert facts.router is None or facts.special is not None
+            continue
+        assert len(p) == facts.num_experts
+        assert min(p) >= 0
+        assert sum(p) <= 1 + 1e-4  # the rest is a router's "no expert"
 
 
 @torch.no_grad()

@@ -46,13 +46,16 @@ def decisions(run):
     return made[["token", "layer", "expert", "kind", "bits"]].to_numpy().tolist()
 
 
-def test_a_ghost_of_a_run_has_the_same_hits_loads_and_bytes(demo_store):
-    how = {"bits": 4, "strategy": "mixtral_offloading", "measure_kl": False, "progress": False}
+@pytest.mark.parametrize(
+    ("strategy", "told"), [("mixtral_offloading", "look_ahead"), ("finemoe", "probabilities")]
+)
+def test_a_ghost_of_a_run_has_the_same_hits_loads_and_bytes(demo_store, strategy, told):
+    how = {"bits": 4, "strategy": strategy, "measure_kl": False, "progress": False}
     with moelab.open(demo_store, budget="25%", **how) as lab:
         was = lab.generate(PROMPT, max_new_tokens=8, ignore_eos=True)
     with moelab.ghost(demo_store, routing=was.trace, budget="25%", **how) as ghost:
         again = ghost.generate("anything", max_new_tokens=8)
-    assert any(step.look_ahead for step in was.trace.steps)
+    assert any(getattr(step, told) for step in was.trace.steps)
     assert decisions(again) == decisions(was)
     assert ghost.info()["dense_bytes"] == lab.info()["dense_bytes"]
     assert again.summary()["timing"] == was.summary()["timing"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from array import array
 from collections.abc import Iterable
 from typing import Any
 
@@ -116,7 +117,16 @@ class Toy:
             norms=tuple(rng.uniform(1, 2) for _ in chosen) if "norms" in observes else None,
             in_flight=flying if "in_flight" in observes else (),
             unread=late if "unread" in observes else (),
+            **self._whole(layer, observes),
         )
+
+    def _whole(self, layer: int, observes: frozenset[str]) -> dict[str, array]:
+        """All experts' probabilities, and with layer 0 an embedding."""
+        favour, rng = self.favour[layer], self.rng
+        scores = [f + rng.random() for f in favour] if "probabilities" in observes else []
+        told = {"probabilities": array("d", [x / sum(scores) for x in scores])}
+        told["embedding"] = array("d", [rng.uniform(-1, 1) for _ in range(5)] if not layer else [])
+        return {name: values for name, values in told.items() if name in observes and values}
 
     @staticmethod
     def _top(place: list[float], scores: list[float]) -> list[tuple[int, float]]:

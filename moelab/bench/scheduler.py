@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -54,6 +55,8 @@ SHOWN = {
     "hit_ratio": ("hit ratio", "{:.3f}"),
 }
 COLUMNS = ("layers", "experts", "top_k", "budget", "strategy", "look_ahead", *SHOWN)
+WIDTH = 2048
+"""Of an embedding."""
 POPULARITY, TO_NEXT_TOKEN, GUESS_NOISE = (0.2, 0.9), 0.4, 0.25
 """s of the least and the most predictable layer, the part that goes over, noise of a look-ahead."""
 
@@ -83,12 +86,21 @@ class Stream:
         if depth:
             experts, weights = _chosen(self.guesses[at : at + 1, layer + 1], k)
             ahead = (LookAhead(layer + 1, experts[0], weights[0]),)
-        return LayerInput(layer, *_chosen(scores[None], k), False, ahead, *wanted, (1.0,))
+        chosen = _chosen(scores[None], k)
+        return LayerInput(layer, *chosen, False, ahead, *wanted, (1.0,), **self.whole(layer, at))
 
     def read(self, layer: int) -> LayerInput:
         """What a layer tells of the prompt."""
         chosen = _chosen(self.scores[: self.prompt, layer], self.shape.top_k)
-        return LayerInput(layer, *chosen, prefill=True, norms=(1.0,) * self.prompt)
+        norms = (1.0,) * self.prompt
+        return LayerInput(layer, *chosen, True, norms=norms, **self.whole(layer, 0))
+
+    def whole(self, layer: int, at: int) -> dict[str, Any]:
+        """Probabilities of all experts, and for an embedding what comes with the token."""
+        p = np.exp(self.scores[at, layer])
+        told = {"probabilities": array("d", (p / p.sum()).tolist())}
+        token = {"embedding": array("d", self.scores[at].ravel()[:WIDTH])}
+        return told if layer else told | token
 
 
 @lru_cache(maxsize=1)

@@ -299,6 +299,7 @@ class Engine:
             tuple(x.float().norm(dim=-1).tolist()) if "norms" in observes else None,
             unread=self._withdraw(layer) if "unread" in observes else (),
             in_flight=self._not_landed() if "in_flight" in observes else (),
+            **self.adapter.observed(layer, observes),
         )
 
     def _not_landed(self) -> tuple[Key, ...]:

@@ -8,7 +8,9 @@ cache, shared experts, generation) is transformers' own. `families` says what a 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ __all__ = ["Adapter", "MoELayer", "attach", "expert_forward", "find_moe", "load_
 # T tokens, E experts, K active experts per token, D model width.
 
 RunLayer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
+DECIMALS = 6
+"""Of what `Adapter.observed` gives: a trace in JSON is a third as long."""
 
 
 class Adapter:
@@ -50,6 +54,8 @@ class Adapter:
         self._last: RouterTap | None = None
         self._replaced: list[nn.Module] = []
         self._before = getattr(model.config, "_experts_implementation", None)
+        self._embedded: torch.Tensor | None = None  # until the first MoE layer of a pass is over
+        self._hook = model.get_input_embeddings().register_forward_hook(self._embed)
         self._taps = {
             layer.index: RouterTap(layer, seen=self._remember)
             for layer in self.layers
@@ -145,8 +151,26 @@ class Adapter:
         tap = self._taps.get(layer)
         return tap.unmasked() if tap is not None and tap.steered and tap is self._last else None
 
+    def observed(self, layer: int, observes: frozenset[str]) -> dict[str, array[float] | None]:
+        """Of ``"probabilities"`` and ``"embedding"`` what is asked for; see `LayerInput`.
+
+        To be called while `layer` is served. Of a recorded run it is what was recorded.
+        """
+        found: dict[str, array[float] | None] = {}
+        for name in observes & {"probabilities", "embedding"}:
+            if self.recorded is not None:
+                found[name] = getattr(self.recorded(layer), name)
+            elif name == "embedding":
+                found[name] = _mean(self._embedded) if layer == 0 else None
+            else:
+                tap = self._taps.get(layer)
+                said = tap.probabilities() if tap is not None and tap is self._last else None
+                found[name] = _mean(said)
+        return found
+
     def detach(self) -> None:
         """Give the model its own forwards back. Its experts are still on meta."""
+        self._hook.remove()
         for tap in self._taps.values():
             tap.remove()
         for layer in self.layers:
@@ -156,6 +180,9 @@ class Adapter:
         if self.model._can_set_experts_implementation():
             self.model.set_experts_implementation(self._before or "eager")
         self._taps, self._replaced, self._last = {}, [], None
+
+    def _embed(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        self._embedded = output
 
     def _remember(self, tap: RouterTap) -> None:
         if self._last is not None and self._last is not tap:
@@ -172,6 +199,7 @@ class Adapter:
             if self.recorded is not None:
                 idx, weights = choice(self.recorded(layer.index), len(flat))
             out = self._run_layer(layer.index, flat, idx, weights, scale_input)
+            self._embedded = None  # a prompt's are megabytes
             return out.view(x.shape)
 
         if layer.special is None:
@@ -204,6 +232,15 @@ def attach(model: PreTrainedModel, run_layer: RunLayer) -> Adapter:
     if any("_moelab_run" in vars(layer.module) for layer in layers):
         raise ValueError("this model is attached already; call detach() on its adapter first")
     return Adapter(model, layers, run_layer)
+
+
+@torch.no_grad()
+def _mean(rows: torch.Tensor | None) -> array[float] | None:
+    """Mean of the rows of ``[..., D]``."""
+    if rows is None:
+        return None
+    mean = rows.reshape(-1, rows.shape[-1]).double().mean(0)
+    return array("d", mean.round(decimals=DECIMALS).tolist())
 
 
 def _forward(

@@ -142,6 +142,24 @@ class RouterTap:
             return None
         return self.layer.choice(self._ask(self.hidden, *self._extra, steered=False))
 
+    @torch.no_grad()
+    def probabilities(self) -> torch.Tensor | None:
+        """Those of all experts on the last input, unmasked ``[E]``: the mean over its tokens.
+
+        Where a router gives logits, their softmax: also in families that choose by sigmoid.
+        """
+        if self.hidden is None or self._extra is None:
+            return None
+        said = self._ask(self.hidden, *self._extra, steered=False)
+        said = said[0] if isinstance(said, (tuple, list)) else said
+        experts = self.layer.num_experts
+        if not isinstance(said, torch.Tensor) or said.shape[-1] < experts:
+            return None
+        rows = said.reshape(-1, said.shape[-1]).float()
+        sums = rows.sum(-1)
+        given = bool((rows >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+        return (rows if given else rows.softmax(-1))[:, :experts].mean(0)
+
     def forget(self) -> None:
         """Let go of the last input: a prefill's hidden states are megabytes per layer."""
         self.hidden = None

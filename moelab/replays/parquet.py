@@ -7,6 +7,7 @@ what is loaded back is the same trace, checked like one from JSON. The header (m
 A row: ``step`` of the trace, ``what`` (`WHATS`), ``token`` within the step, ``layer``, ``expert``,
 ``weight`` (the gate's). ``wanted`` is the router's own choice where it was steered, ``ahead`` a
 coming layer's router; of a ``norm`` only the weight counts, ``in flight`` and ``unread`` name keys.
+A ``probability`` is an expert's, of an ``embedding`` each number has the place of an expert.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from moelab.replays.foreign import table_document
 from moelab.scheduling.trace import FILES, SAVED
 
 WHATS = ("chosen", "wanted", "ahead", "norm", "in flight", "unread", "step")
-CHOSEN, WANTED, AHEAD, NORM, IN_FLIGHT, UNREAD, STEP = range(len(WHATS))
+WHATS += ("probability", "embedding")
+CHOSEN, WANTED, AHEAD, NORM, IN_FLIGHT, UNREAD, STEP, PROBABILITY, EMBEDDING = range(len(WHATS))
 COLUMNS = ("step", "what", "token", "layer", "expert", "weight")
 Row = tuple[int, int, int, int, int, float]
 MOST_ROWS = 1 << 25
@@ -102,6 +104,9 @@ def _rows(at: int, step: list[Any]) -> Iterator[Row]:
     for what, name in ((IN_FLIGHT, "in_flight"), (UNREAD, "unread")):
         for token, key in enumerate(given[name]):
             yield at, what, token, layer, key, 0.0
+    for what, name in ((PROBABILITY, "probabilities"), (EMBEDDING, "embedding")):
+        for place, value in enumerate(given[name] or ()):
+            yield at, what, 0, layer, place, value
 
 
 def _choice(at: int, what: int, token: int, layer: int, experts: Any, gates: Any) -> Iterator[Row]:
@@ -131,13 +136,17 @@ def _step(rows: list[Row]) -> list[Any]:
     ahead, ahead_gates = _choices(rest, AHEAD)
     coming = {token: at for _, what, token, at, *_ in rest if what == AHEAD}
     look_ahead = zip(coming.values(), ahead, ahead_gates, strict=True)
-    norms = [weight for _, what, *_, weight in rest if what == NORM]
+    norms, probabilities, embedding = (
+        [weight for _, what, *_, weight in rest if what == kind] or None
+        for kind in (NORM, PROBABILITY, EMBEDDING)
+    )
     flying, unread = ([r[4] for r in rest if r[1] == kind] for kind in (IN_FLIGHT, UNREAD))
     own = (wanted, wanted_gates) if wanted else (None, None)
     told = [list(one) for one in look_ahead]
     if len(chosen) != tokens:
         raise ValueError(f"step {rows[0][0]} has {len(chosen)} tokens of {tokens}")
-    return [layer, chosen, gates, bool(prefill), told, *own, norms or None, flying, unread]
+    whole = (probabilities, embedding)
+    return [layer, chosen, gates, bool(prefill), told, *own, norms, flying, unread, *whole]
 
 
 def _choices(rows: list[Row], kind: int) -> tuple[list[list[int]], list[list[float]]]:

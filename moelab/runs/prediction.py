@@ -26,7 +26,7 @@ from moelab.runs.what_if import WhatIf, overlaid
 from moelab.scheduling.events import HIT, LOAD, PREFETCH, SUBSTITUTE
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Knobs
-from moelab.scheduling.trace import Change, Trace
+from moelab.scheduling.trace import Change, Trace, unrecorded
 from moelab.settings import Settings
 from moelab.store.devices import Device
 from moelab.store.devices import device as find_device
@@ -266,11 +266,13 @@ def approximate(trace: Trace, settings: Settings, found: Replay) -> str:
     """
     if settings.strategy.observes & {"in_flight", "unread"}:
         return "its rule goes by what has landed, which the clock decides"
+    if lacks := unrecorded(trace, settings.strategy):
+        return f"its rule goes by what is not recorded: {', '.join(lacks)}"
     both = (False, True) if getattr(settings.strategy.prefetch, "in_prefill", False) else (False,)
     for prefill in both:
         steps = [s for s in trace.steps if s.prefill == prefill]
         depth = max((a.layer - s.layer for s in steps for a in s.look_ahead), default=0)
-        if steps and settings.prefetch > depth:
+        if steps and settings.strategy.asks_ahead and settings.prefetch > depth:
             where = " in the prompt" if prefill else ""
             return f"no router was asked so far ahead{where}: {depth} layers are recorded"
     if settings.strategy.steers:

@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from moelab.runs.run import Asked, Run
 from moelab.runs.tokens import Noted
 from moelab.scheduling.budget import BudgetError
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.trace import Trace
 from moelab.settings import MakeStrategy, Settings, is_whole
 from moelab.spelling import differences
 from moelab.store.machine import Machine
@@ -64,6 +65,8 @@ class Session:
         warn_of_other_ways(engine.model, name)
         self.tokenizer, self._name = tokenizer, name
         self.run: Run | None = None
+        self.heard: Callable[[Trace], None] | None = None
+        """Is told what every run was routed to, when it is over."""
         self.closed = False
         self._process = Process("this lab was opened")
         self._strategies = strategies
@@ -314,6 +317,8 @@ class Session:
     def _work(self, run: Run, changes: dict[int, Settings | Mapping[str, Any]]) -> None:
         try:
             self._generate(run, changes)
+            if self.heard is not None:
+                self.heard(run.trace)
         except BaseException as error:  # noqa: BLE001, kept for join() and the window
             self.engine.recover()
             run.ended, run.error = "failed", error

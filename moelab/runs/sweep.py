@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from moelab.replays.replay import replay
 from moelab.runs.prediction import approximate, trace_of
-from moelab.scheduling.trace import Trace
+from moelab.scheduling.trace import Trace, unrecorded
 from moelab.settings import Settings, is_whole
 from moelab.spelling import in_words, short
 from moelab.store.paths import cache_dir
@@ -167,8 +167,11 @@ def _decide(trace: Trace, asked: Row) -> Row:
     tokens = sum(1 for s in trace.steps if s.layer == 0 and not s.prefill)
     counts = {column: found.counts[kind] for kind, column in COUNTED.items()}
     lacks = {
-        "look-ahead": settings.prefetch and not any(step.look_ahead for step in trace.steps),
+        "look-ahead": settings.strategy.asks_ahead
+        and settings.prefetch
+        and not any(step.look_ahead for step in trace.steps),
         "calibration": settings.strategy.name in CALIBRATED,  # of the model: defaults are used
+        **dict.fromkeys(unrecorded(trace, settings.strategy), True),
     }
     return {
         "settings": short(settings, shape),

@@ -142,7 +142,8 @@ class Part:
     observes
         What it wants to be told with every layer besides the routing: of ``"wanted"`` (the
         router's unmasked choice), ``"norms"`` (of the layer's input), ``"in_flight"``,
-        ``"unread"``; see `moelab.scheduling.trace.LayerInput`.
+        ``"unread"``, ``"probabilities"`` (of all experts), ``"embedding"``; see
+        `moelab.scheduling.trace.LayerInput`.
     """
 
     title: ClassVar[str] = ""

@@ -148,6 +148,11 @@ class Strategy:
         return route.mask is not Route.mask or route.bias is not Route.bias
 
     @property
+    def asks_ahead(self) -> bool:
+        """Whether its prefetch decision goes by what coming layers' routers say."""
+        return type(self.prefetch).look_ahead is not Prefetch.look_ahead
+
+    @property
     def full_name(self) -> str:
         """The name; of a mix with the decisions taken from others: ``lru + evict hobbit``."""
         base, own = self.name.rstrip("*"), self.keywords

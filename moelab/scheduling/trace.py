@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,11 @@ from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Key, Knobs, LookAhead, Request, Shape, ranked
 from moelab.scheduling.writing import write_atomically
 
-FORMAT = 4
+FORMAT = 5
 OLDEST = 3
 """In traces of version 0.3 a key was (layer, expert); T1, T2, low bits and depth were settings."""
+NEW_IN_5 = 2
+"""Fields of a step that earlier formats lack: the last ones."""
 MOST_BYTES = 512 * 2**20
 """A file larger than this is refused before it is read."""
 MOST_EXPERTS, MOST_LAYERS = 2**20, 2**12
@@ -55,6 +58,12 @@ class LayerInput:
     unread
         Keys of prefetches of this layer whose reading had not begun when the router had spoken,
         where a part observes ``"unread"``: they are withdrawn.
+    probabilities
+        The gate's probabilities of all the layer's experts ``[E]``, without mask or bias, mean over
+        the tokens, where a part observes ``"probabilities"`` and there is a router to be asked.
+    embedding
+        What the embedding layer gave ``[D]``, mean over the tokens, told with layer 0 where a part
+        observes ``"embedding"``; not of an encoder-decoder.
     """
 
     layer: int
@@ -67,6 +76,8 @@ class LayerInput:
     norms: tuple[float, ...] | None = None
     in_flight: tuple[Key, ...] = ()
     unread: tuple[Key, ...] = ()
+    probabilities: array[float] | None = None
+    embedding: array[float] | None = None
     asked: list[Request] | None = field(default=None, init=False, repr=False, compare=False)
 
     def requests(self) -> list[Request]:
@@ -85,7 +96,8 @@ class LayerInput:
             return self
         same = (self.layer, self.experts, self.weights, self.prefill, self.look_ahead)
         router = (self.wanted, self.wanted_weights, self.norms)  # dataclasses.replace takes longer
-        new = LayerInput(*same, *router, tuple(in_flight), tuple(unread))
+        whole = (self.probabilities, self.embedding)
+        new = LayerInput(*same, *router, tuple(in_flight), tuple(unread), *whole)
         object.__setattr__(new, "asked", self.requests())
         return new
 
@@ -210,6 +222,12 @@ class Trace:
             ) from e
 
 
+def unrecorded(trace: Trace, strategy: Strategy) -> list[str]:
+    """What a strategy goes by, and no step of a trace has: it goes by less then."""
+    wants = sorted(strategy.observes & {"probabilities", "embedding"})
+    return [name for name in wants if all(getattr(s, name) is None for s in trace.steps)]
+
+
 SAVED = tuple(f.name for f in dataclasses.fields(LayerInput) if f.init)
 FILES: dict[str, tuple[Callable[[dict[str, Any]], bytes], Callable[[bytes], Any]]] = {
     "": (lambda doc: json.dumps(doc).encode(), json.loads)
@@ -221,7 +239,7 @@ def _plain(value: Any) -> Any:
     """A field of a step as JSON has it."""
     if value and isinstance(value, tuple) and isinstance(value[0], LookAhead):
         return [(a.layer, a.experts, a.weights) for a in value]
-    return value
+    return list(value) if isinstance(value, array) else value
 
 
 def _parts(doc: dict) -> tuple:
@@ -237,7 +255,8 @@ def _parts(doc: dict) -> tuple:
 
     steps = []
     for i, row in enumerate(doc["steps"]):
-        given = dict(zip(SAVED, row, strict=True))
+        lacks = [None] * (NEW_IN_5 if len(row) == len(SAVED) - NEW_IN_5 else 0)
+        given = dict(zip(SAVED, (*row, *lacks), strict=True))
         _whole(given["layer"], i % shape.layers, i % shape.layers, f"layer of step {i}")
         steps.append(_step(given, shape, key))
     changes = [_change(shape, *row) for row in doc["changes"]]
@@ -258,10 +277,14 @@ def _whole(value: Any, low: int, high: int, what: str) -> int:
     return value
 
 
-def _real(value: Any, what: str, low: float = 0) -> float:
-    if type(value) not in (int, float) or not low <= value <= MOST:  # NaN neither
-        raise ValueError(f"{what} is {str(value)[:40]}; a number from {low} to {MOST:.2g}")
+def _real(value: Any, what: str, low: float = 0, high: float = MOST) -> float:
+    if type(value) not in (int, float) or not low <= value <= high:  # NaN neither
+        raise ValueError(f"{what} is {str(value)[:40]}; a number from {low} to {high:.2g}")
     return float(value)
+
+
+def _array(values: Any, low: float, high: float, what: str) -> array[float]:
+    return array("d", [_real(value, what, low, high) for value in values])
 
 
 def _word(value: Any) -> str:
@@ -344,4 +367,9 @@ def _step(row: dict[str, Any], shape: Shape, key: Callable[[Any], Key]) -> Layer
         _whole(len(norms), tokens, tokens, "norms of a step")
     row |= {name: tuple(map(key, row[name])) for name in ("in_flight", "unread")}
     row |= {"look_ahead": tuple(ahead), "norms": norms}
+    if row["probabilities"] is not None:
+        row["probabilities"] = _array(row["probabilities"], 0, 1, "probability")
+        _whole(len(row["probabilities"]), most, most, "probabilities of a step")
+    if row["embedding"] is not None:
+        row["embedding"] = _array(row["embedding"], -MOST, MOST, "embedding")
     return LayerInput(**row)

@@ -31,10 +31,12 @@ from moelab.strategies.basics import drop_if_cold, in_ram, layer_lru, lfu, lru, 
 from moelab.strategies.cache_prior import cache_prior
 from moelab.strategies.edgemoe import edgemoe
 from moelab.strategies.emoe import emoe
+from moelab.strategies.finemoe import finemoe
 from moelab.strategies.flashmoe import flashmoe
 from moelab.strategies.hermes import hermes
 from moelab.strategies.hobbit import hobbit
 from moelab.strategies.least_stale import least_stale
+from moelab.strategies.max_rank import max_rank
 from moelab.strategies.mixtral_offloading import mixtral_offloading
 from moelab.strategies.moe_apex import moe_apex
 from moelab.strategies.moe_infinity import moe_infinity
@@ -64,6 +66,7 @@ GROUPS = {
     "peers": {
         "mixtral_offloading": "mixtral-offloading",
         "moe_infinity": "MoE-Infinity",
+        "finemoe": "FineMoE",
         "adapmoe": "AdapMoE",
         "pregated": "Pre-gated MoE",
         "emoe": "eMoE",
@@ -71,6 +74,7 @@ GROUPS = {
         "least_stale": "Least-Stale",
         "hermes": "Hermes",
         "cache_prior": "cache-prior routing",
+        "max_rank": "max-rank routing",
         "drop_if_cold": "drop if cold",
     },
 }
@@ -97,22 +101,10 @@ NEEDS_CALIBRATION = {"edgemoe": "allocate", "flashmoe": "evict"}
 
 __all__ = ["CALIBRATED", "GROUPS", "NAMES", "NEEDS_CALIBRATION", "make", "maker"]
 __all__ += ["Allocate", "Evict", "Parameter", "Precision", "Prediction", "Prefetch", "Route"]
-__all__ += [
-    "Strategy",
-    "View",
-    "adapmoe",
-    "arc",
-    "cache_prior",
-    "drop_if_cold",
-    "edgemoe",
-    "emoe",
-    "flashmoe",
-    "hermes",
-    "hobbit",
-    "least_stale",
-]
-__all__ += ["in_ram", "layer_lru", "lfu", "lru", "mixtral_offloading", "moe_apex", "moe_infinity"]
-__all__ += ["on_demand", "oracle", "pregated", "s3fifo", "static_pruning", "swapmoe"]
+__all__ += ["Strategy", "View", "adapmoe", "arc", "cache_prior", "drop_if_cold", "edgemoe", "emoe"]
+__all__ += ["finemoe", "flashmoe", "hermes", "hobbit", "in_ram", "layer_lru", "least_stale", "lfu"]
+__all__ += ["lru", "max_rank", "mixtral_offloading", "moe_apex", "moe_infinity", "on_demand"]
+__all__ += ["oracle", "pregated", "s3fifo", "static_pruning", "swapmoe"]
 
 
 def maker(name: str) -> Callable[..., Strategy]:
