@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from moelab import demo
 from moelab.calibration.probes import soft_counts
 from moelab.calibration.profile import SHIPPED
 from moelab.calibration.swapmoe import tables
@@ -101,3 +102,16 @@ def test_what_it_ranks_by_is_measured_alone_and_is_what_the_bundled_profile_has(
     found = tables(demo_lab, tokens=shipped["made_from"]["max_tokens"])
     for name in ("norms", "counts", "soft", "importance"):
         assert np.array(found[name]) == pytest.approx(np.array(shipped["data"][name]), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_pruned_for_a_task_a_model_keeps_what_that_task_needs(demo_lab):
+    """Calibrated on one half of a domain's text, measured on the other."""
+    code, novel = (demo.probes()[domain] for domain in ("code", "novel"))
+    lost = []
+    for text in (code, novel):
+        known = tables(demo_lab, [text[: len(text) // 2]], tokens=96)
+        pruned = static_pruning(known, by="importance")
+        demo_lab.update(strategy=pruned, budget="50%", bits=16)
+        lost.append(demo_lab.score(code[len(code) // 2 :], max_tokens=32, progress=False).kl_mean)
+    assert 0 < lost[0] < lost[1]
