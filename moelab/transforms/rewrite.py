@@ -1,9 +1,9 @@
 """A checkpoint rewritten by one of the ideas: `transform`, which stock transformers loads again.
 
 Layer by layer: one layer's experts are in memory, in float32, however large the model is. Each
-layer becomes a file of its own and all other weights are copied, in a folder beside the destination
-that takes its name at the very end. A writer that is stopped leaves that folder, and the same call
-goes on after the last file that is whole.
+layer becomes a file of its own and what else the model uses is copied, in a folder beside the
+destination that takes its name at the very end. A writer that is stopped leaves that folder, and
+the same call goes on after the last file that is whole.
 """
 
 from __future__ import annotations
@@ -247,7 +247,8 @@ class _Rewriting:
         config = read_json(self.layers.folder / "config.json")
         experts, neurons = self.idea.left(self.layers.size(0))
         if experts != first.num_experts:
-            if (config.get("n_group") or 1) > 1:
+            text: Any = before.config
+            if (getattr(text.get_text_config(), "n_group", 1) or 1) > 1:
                 raise ValueError(
                     f"{config['model_type']} routes by groups of experts, which merging would tear "
                     "apart; choose another transform"
