@@ -35,7 +35,7 @@ UPWARDS = (
     ("calibration",),
     ("lab",),
     ("opening",),
-    ("bench", "health", "widgets"),
+    ("bench", "health", "transforms", "widgets"),
     ("course",),
     ("cli",),
     ("training", "__main__"),

@@ -67,7 +67,7 @@ def _fields(name: str, shape: Shape, data: dict[str, Any]) -> dict[str, Any]:
     every, kept = (data.get(key) for key in ("every", "kept"))
     sizes = [len(known) if isinstance(known, list) else 0 for known in (every, kept)]
     measured = _row(_row(_row(_NUMBER, sizes[1]), layers), sizes[0])
-    return dict.fromkeys(("norms", "counts", "importance"), table()) | {
+    return dict.fromkeys(("norms", "counts", "soft", "importance"), table()) | {
         **dict.fromkeys(("every", "kept"), counts),
         **dict.fromkeys(("loss", "swaps"), measured),
         "plans": _named(r"^\d{1,6}$", _plan(shape)),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -127,3 +127,37 @@ def expert_norms(lab: Lab) -> list[list[float]]:
 
     counts = enumerate(store.experts_per_layer)
     return [[norm(layer, expert) for expert in range(count)] for layer, count in counts]
+
+
+def soft_counts(
+    lab: Lab, texts: Sequence[str] | None = None, *, tokens: int = 64
+) -> list[list[float]]:
+    """SEER-MoE's soft counts: gate probabilities summed over all tokens of texts, ``[L][E]``.
+
+    Softmax of the router's logits over all experts, whatever it makes of them afterwards. Empty
+    where a layer's router gives no logits of every expert.
+    """
+    engine, sums = lab._engine, [torch.zeros(n) for n in lab._shape.experts]
+    told: set[int] = set()
+
+    def add(layer: int, output: Any) -> None:
+        logits = output[0] if isinstance(output, (tuple, list)) else output
+        count = len(sums[layer])
+        if isinstance(logits, torch.Tensor) and logits.shape[-1] >= count:
+            told.add(layer)
+            rows = logits.float().reshape(-1, logits.shape[-1])
+            sums[layer] += rows.softmax(-1).sum(0)[:count]
+
+    def hear(layer: int) -> Callable[..., None]:
+        return lambda _router, _inputs, output: add(layer, output)
+
+    routers = ((at.index, at.router) for at in engine.adapter.layers if at.router is not None)
+    hooks = [router.register_forward_hook(hear(layer)) for layer, router in routers]
+    try:
+        for text in texts_of(lab, texts):
+            with engine.full_precision():
+                Stream(engine).forward(lab._encode(text)[:tokens])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [row.tolist() for row in sums] if len(told) == len(sums) else []

@@ -2,7 +2,8 @@
 
 ``lab.calibrate("swapmoe")`` measures, in this order,
 
-1. ‖E_i‖ of every expert, and on sample texts how often each is used and its importance,
+1. ‖E_i‖ of every expert, and on sample texts how often each is used, its summed gate
+   probabilities and its importance,
 2. quality and swaps, for every layer, number of experts kept n and update interval f: the layer
    alone works under the mask that SwapMoE would give it, renewed every f tokens by the importance
    of the unmasked model, while all other layers are whole; loss is mean KL against the full model,
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from moelab.calibration.probes import expert_norms, record
+from moelab.calibration.probes import expert_norms, record, soft_counts, texts_of
 from moelab.calibration.profile import Kept, once
 from moelab.calibration.swapmoe_network import FOLDS, configurations, fitted, off, unseen
 from moelab.engine.generation import Decoder, Stream
@@ -70,6 +71,49 @@ def importances(lab: Lab, text: str, tokens: int, norms: Sequence[Sequence[float
         for i, g in zip(experts, gates, strict=True):
             out[given.layer, at // shape.layers, i] += x * abs(g) * norms[given.layer][i]
     return out
+
+
+def tables(lab: Lab, texts: Sequence[str] | None = None, *, tokens: int = 64) -> dict[str, Any]:
+    """What `static_pruning` ranks experts by, and nothing else of this calibration; not saved.
+
+    On text of one task it makes task pruning: ``static_pruning(tables(lab, [text]), by="count")``.
+
+    Parameters
+    ----------
+    lab
+        Its model is measured, whatever its settings are; nothing may run in it.
+    texts
+        To measure on; default the model's own probes.
+    tokens
+        Taken of each text.
+
+    Returns
+    -------
+    dict
+        ``norms``, ``counts``, ``importance`` and, where routers give logits, ``soft``: ``[L][E]``.
+    """
+    used = texts_of(lab, texts)
+    norms = expert_norms(lab)
+    return _tables(lab, used, tokens, norms, [importances(lab, t, tokens, norms) for t in used])
+
+
+def _tables(
+    lab: Lab,
+    texts: Sequence[str],
+    tokens: int,
+    norms: list[list[float]],
+    scores: Sequence[np.ndarray],
+) -> dict[str, Any]:
+    used = np.sum([(s > 0).sum(1) for s in scores], 0)  # [L, E], as the sum of importances
+    total = np.sum([s.sum(1) for s in scores], 0)
+    experts = lab._shape.experts
+    found = {
+        "norms": _short(norms),
+        "counts": [row[:n].tolist() for row, n in zip(used, experts, strict=True)],
+        "importance": _short([row[:n].tolist() for row, n in zip(total, experts, strict=True)]),
+    }
+    soft = soft_counts(lab, texts, tokens=tokens)
+    return found | ({"soft": _short(soft)} if soft else {})
 
 
 def renewed(scores: np.ndarray, start: np.ndarray, f: int, n: int) -> Iterator[list[int]]:
@@ -297,8 +341,6 @@ def make(
     if max(map(len, ids)) < 3:
         raise ValueError("nothing to time: at least one text needs 3 tokens or more")
     scores = [importances(lab, text, made["max_tokens"], norms) for text in texts]
-    used = np.sum([(s > 0).sum(1) for s in scores], 0)  # [L, E], as the sum of importances
-    total = np.sum([s.sum(1) for s in scores], 0)
     numbers = numbers_kept(lab._shape.top_k, max(experts))
     short = ShortLayers(lab._engine, ids, scores)
 
@@ -314,10 +356,7 @@ def make(
     wanted = list(itertools.product(every, range(len(experts)), numbers))
     found = [measured(*one) for one in tqdm(wanted, disable=not progress, desc="swapmoe")]
     tables = np.array(found).reshape(len(every), len(experts), len(numbers), 2)
-    data = {
-        "norms": _short(norms),
-        "counts": [row[:n].tolist() for row, n in zip(used, experts, strict=True)],
-        "importance": _short([row[:n].tolist() for row, n in zip(total, experts, strict=True)]),
+    data = _tables(lab, texts, made["max_tokens"], norms, scores) | {
         "every": every,
         "kept": list(numbers),
         "loss": _short(tables[..., 0].tolist()),

@@ -2,8 +2,13 @@
 
 The first baseline of SwapMoE (arXiv 2308.15030): the experts with the largest weights ‖E_i‖ stay in
 memory, all others are as good as gone. No token waits for a load, and memory is bounded; the output
-changes instead. As a second variant the experts that the router chose most often on sample text
-stay. `moelab.strategies.swapmoe` is this with a choice that follows the input.
+changes instead. `moelab.strategies.swapmoe` is this with a choice that follows the input.
+
+Other rules for who stays, each from sample text: SEER-MoE's (arXiv 2404.05089) counts, hard (tokens
+routed to the expert) and soft (gate probabilities summed over all tokens), with its choice between
+as many experts of each layer and the best of the whole model; and gate x norm, as REAP's. On text
+of one task alone it is the part of task-specific pruning (arXiv 2206.00277) that needs no training.
+SEER-MoE's second stage, fine-tuning with fewer active experts, is not here.
 """
 
 from __future__ import annotations
@@ -20,10 +25,11 @@ from moelab.scheduling.strategy import (
     Prediction,
     Prefetch,
     Route,
+    Shape,
     Strategy,
     View,
 )
-from moelab.strategies.swapmoe_planner import Plan, uniform
+from moelab.strategies.swapmoe_planner import DEFAULT_F, Plan, uniform, usable
 
 Table = Sequence[Sequence[float]]
 """One number for each expert, ``[L][E]``."""
@@ -38,31 +44,57 @@ class FixedExperts(Allocate, Route, Evict, Prefetch):
 
     Parameters
     ----------
-    norms, counts
-        ‖E_i‖ and uses on sample text ``[L][E]``. Without them experts rank by their index.
+    norms, counts, soft, importance
+        What is known of the experts ``[L][E]``: ‖E_i‖, and on sample text uses, summed gate
+        probabilities and SwapMoE's importance. Without any of them experts rank by their index.
     by
-        Which of the two decides: ``"norm"`` or ``"count"``.
+        Which of them decides: ``"norm"``, ``"count"``, ``"soft"`` or ``"importance"``.
+    span
+        ``"layer"``: as many of each layer. ``"model"``: the highest of all layers together, n_l as
+        it comes, and never fewer than top-k of a layer.
     """
 
     title = "fixed experts (static pruning)"
     parameters = (
         Parameter(
             "by",
-            "Who stays: the experts with the largest weights, or the most used on sample text",
-            choices=("norm", "count"),
+            "Who stays: largest weights, most used, most probable, or largest gate x norm",
+            choices=("norm", "count", "soft", "importance"),
+        ),
+        Parameter(
+            "span",
+            "Chosen within each layer, as many of each, or over the whole model",
+            choices=("layer", "model"),
         ),
     )
 
     def __init__(
-        self, norms: Table | None = None, counts: Table | None = None, *, by: str = "norm"
+        self,
+        norms: Table | None = None,
+        counts: Table | None = None,
+        *,
+        soft: Table | None = None,
+        importance: Table | None = None,
+        by: str = "norm",
+        span: str = "layer",
     ) -> None:
-        self.by = FixedExperts.parameters[0].checked(by)
-        self._tables = {"norm": frozen(norms), "count": frozen(counts)}
-        self._planned: tuple[int, Plan] | None = None
+        known = zip(FixedExperts.parameters, (by, span), strict=True)
+        self.by, self.span = (parameter.checked(value) for parameter, value in known)
+        tables = {"norm": norms, "count": counts, "soft": soft, "importance": importance}
+        self._tables = {name: frozen(table) for name, table in tables.items()}
+        self._planned: tuple[tuple[int, str, str], Plan] | None = None
         self._orders: list[np.ndarray] = []  # of each layer [E], the most deserving first
         self._ordered_by = ""
         self._score: np.ndarray | None = None  # without the copies on their way, once worked out
         self._rank = np.zeros(0)  # of every expert within its layer [n], 0: the most deserving
+
+    def check(self) -> None:
+        """Raise ValueError where experts are known, but not what this rule ranks them by."""
+        if any(self._tables.values()) and not self._tables[self.by]:
+            raise ValueError(
+                f"by={self.by!r}: the profile has no such numbers, an older version made it; "
+                "measure them once with lab.calibrate('swapmoe', again=True)"
+            )
 
     # -- who ----------------------------------------------------------------------------------
 
@@ -95,13 +127,15 @@ class FixedExperts(Allocate, Route, Evict, Prefetch):
     def plan(self, view: View) -> Plan:
         """How many experts of each layer the budget holds at the bits asked for."""
         slots = view.knobs.budget_bytes // view.shape.nbytes[view.knobs.bits]
-        if self._planned is None or self._planned[0] != slots:
-            self._planned, self._score = (slots, self.plan_for(slots, view)), None
+        asked = slots, self.by, self.span
+        if self._planned is None or self._planned[0] != asked:
+            self._planned, self._score = (asked, self.plan_for(slots, view)), None
         return self._planned[1]
 
     def plan_for(self, slots: int, view: View) -> Plan:
         """The plan for a memory of so many experts."""
-        return uniform(slots, view.shape)
+        table = self.initial() if self.span == "model" else ()
+        return over_the_model(table, slots, view.shape) if table else uniform(slots, view.shape)
 
     # -- allocate -----------------------------------------------------------------------------
 
@@ -172,17 +206,42 @@ def frozen(table: Table | None) -> tuple[np.ndarray, ...]:
     return tuple(np.array(row, float) for row in table or ())
 
 
-def static_pruning(profile: Mapping[str, Any] | None = None, *, by: str = "norm") -> Strategy:
-    """The same few experts for ever: largest ‖E_i‖, or most used; nothing is ever loaded.
+def over_the_model(table: Sequence[np.ndarray], slots: int, shape: Shape) -> Plan:
+    """Top-k of every layer and, of all others, those with the highest numbers ``[L][E]``."""
+    kept = [min(shape.top_k, count) for count in shape.experts]
+    others = [np.sort(row)[::-1][n:] for row, n in zip(table, kept, strict=True)]
+    layers = np.repeat(np.arange(shape.layers), [len(row) for row in others])
+    more = usable(slots, shape) - sum(kept)
+    if more < 0:
+        return uniform(slots, shape)
+    first = layers[np.argsort(-np.concatenate(others), kind="stable")[:more]]
+    counts = np.bincount(first, minlength=shape.layers) + kept
+    return Plan(DEFAULT_F, tuple(counts.tolist()))
+
+
+def static_pruning(
+    profile: Mapping[str, Any] | None = None, *, by: str = "norm", span: str = "layer"
+) -> Strategy:
+    """The same few experts for ever, those that rank highest; nothing is ever loaded.
 
     Parameters
     ----------
     profile
-        What ``lab.calibrate("swapmoe")`` measured: ``norms`` and ``counts``. Without it the experts
-        with the lowest indices stay.
+        What ``lab.calibrate("swapmoe")`` measured, or `moelab.calibration.swapmoe.tables` on text
+        of one task. Without it the experts with the lowest indices stay.
     by
-        ``"norm"`` or ``"count"``.
+        What they rank by: ``"norm"``, ‖E_i‖; ``"count"``, how often they were used; ``"soft"``,
+        their gate probabilities summed over all tokens; ``"importance"``, ‖x‖ ‖G‖ ‖E‖ summed.
+    span
+        ``"layer"``: as many of each layer; ``"model"``: the highest of all layers together.
+
+    Raises
+    ------
+    ValueError
+        The profile has no numbers for this rule.
     """
     data = profile or {}
-    one = FixedExperts(data.get("norms"), data.get("counts"), by=by)
+    more = {name: data.get(name) for name in ("soft", "importance")}
+    one = FixedExperts(data.get("norms"), data.get("counts"), **more, by=by, span=span)
+    one.check()
     return Strategy("static_pruning", one, allocate=one, route=one, prefetch=one)
