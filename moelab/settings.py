@@ -22,7 +22,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from moelab.scheduling.budget import check_budget
 from moelab.scheduling.strategy import ROLES, Own, Strategy, begun_anew
-from moelab.scheduling.stream import Knobs, Shape
+from moelab.scheduling.stream import FULL, ZIPPED, Knobs, Shape
 from moelab.store.devices import device as find_device
 from moelab.strategies import NAMES
 from moelab.strategies import make as make_strategy
@@ -185,6 +185,11 @@ class Settings:
             if parameter.tier and value is not None and value not in shape.nbytes:
                 words = f"{name}={value!r} is not in this store; choose one of {tiers} or None"
                 raise ValueError(words)
+            if parameter.tier and value == ZIPPED < self.bits == FULL:
+                raise ValueError(
+                    f"{name}={ZIPPED}: {ZIPPED} bit are the same weights as {FULL}; choose "
+                    f"bits={ZIPPED}, and fewer as {name}"
+                )
         if not isinstance(self.measure_kl, int) or self.measure_kl < 0:
             words = f"measure_kl={self.measure_kl!r}: True, False, or n for every n-th token"
             raise ValueError(words)

@@ -164,7 +164,7 @@ def test_a_folder_that_is_no_store_is_never_replaced(qwen, tmp_path, overwrite):
 
 
 def test_wrong_tiers_and_sources_are_refused_with_the_next_step(qwen, tmp_path):
-    with pytest.raises(StoreError, match=r"tiers=\(5,\) must be one or more of \(16, 8, 4, 3, 2\)"):
+    with pytest.raises(StoreError, match=r"tiers=\(5,\) must be one or more of \(16, 12"):
         pack(qwen, tmp_path / "s", tiers=(5,))
     with pytest.raises(StoreError, match="one or more"):
         pack(qwen, tmp_path / "s", tiers=())

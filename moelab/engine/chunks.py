@@ -21,10 +21,11 @@ from numba import types
 from numba.np.numpy_support import carray
 
 from moelab.engine.cores import JOB, Pool, done, finish, idle, publish, take
-from moelab.engine.row_dots import MXFP4, Q4_1, TILE, block_dot, block_dots, dot, dots
+from moelab.engine.row_dots import MXFP4, Q4_1, TILE, block_dot, block_dots, dot, dots, widen
 from moelab.engine.vectors import half_value, intrinsic_of, kernel
 from moelab.store.blocks import BLOCK
 from moelab.store.groups import GROUP
+from moelab.store.zipped import ZIPPED, amend, table_bytes
 
 ROWS = 64
 """Rows of a chunk; of the inner width they are whole groups, quantised where they were made."""
@@ -44,9 +45,15 @@ def _pointer(kind: Any, llvm: ir.Type) -> Any:
     )
 
 
+_u8 = _pointer(types.uint8, ir.IntType(8))
 _i16 = _pointer(types.int16, ir.IntType(16))
 float32_at = _pointer(types.float32, ir.FloatType())
 _i64 = _pointer(types.int64, ir.IntType(64))
+
+
+@kernel
+def used(*arrays: np.ndarray) -> None:
+    """Numba frees an array after its last use, and an address is none: this is."""
 
 
 @kernel
@@ -144,9 +151,24 @@ def _at_once(tokens: int, t: int) -> int:
 @kernel
 def _bytes(form: int, rows: int, width: int) -> int:
     """Bytes of a matrix: codes, and what scales them."""
+    codes = rows * (width * (form & 31) // 8)
+    if form == 16:
+        return codes
+    if form == ZIPPED:
+        return codes + table_bytes(rows * width)
     size, scales = group_of(form)
-    scaling = 0 if form == 16 else width // size * scales
-    return rows * (width * (form & 31) // 8 + scaling)
+    return codes + rows * (width // size * scales)
+
+
+@kernel
+def _row(form: int, matrix: int, rows: int, r: int, row_bytes: int, words: np.ndarray) -> int:
+    """The address of row ``r`` of a matrix; of 12 bit that of ``words``, where it now is 16."""
+    if form != ZIPPED:
+        return matrix + r * row_bytes
+    table = matrix + rows * row_bytes
+    if widen(matrix + r * row_bytes, table, len(words) // GROUP, words.ctypes.data):
+        amend(carray(_u8(table), table_bytes(rows * len(words))), r * len(words), words)
+    return words.ctypes.data
 
 
 @kernel
@@ -185,9 +207,13 @@ def _hidden_chunk(job: np.ndarray, index: int) -> None:
     gate = carray(float32_at(job[9]), (n, tokens))
     act = carray(float32_at(job[15]), (n, tokens, inner))
     hidden, scaled = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    words = np.empty((2, width if form == ZIPPED else 0), np.uint16)
+    meets = 16 if form == ZIPPED else form
     for r in range(first, last):  # outside: a row comes from memory once, for all tokens
-        w, p = start + r * step * row_bytes, pairs + r * step * groups * scales
-        up, up_p = w + lift * row_bytes, p + lift * groups * scales
+        w = _row(form, start, two * inner, r * step, row_bytes, words[0])
+        up = w if two == 1 else _row(form, start, two * inner, r * step + lift, row_bytes, words[1])
+        p = pairs + r * step * groups * scales
+        up_p = p + lift * groups * scales
         own, other, t = np.float32(0), np.float32(0), 0
         if biased != 0:
             own = half_value(bfloat, bias + 2 * r * step)
@@ -196,19 +222,20 @@ def _hidden_chunk(job: np.ndarray, index: int) -> None:
             count = _at_once(tokens, t)
             if count > 1 or gate[e, t] != 0:
                 x, xq, xp = job[8] + 4 * t * width, all_xq + 2 * t * width, all_xp + 8 * t * groups
-                _dots(form, bfloat, w, p, x, xq, xp, groups, count, hidden)
+                _dots(meets, bfloat, w, p, x, xq, xp, groups, count, hidden)
                 if two == 2:
-                    _dots(form, bfloat, up, up_p, x, xq, xp, groups, count, scaled)
+                    _dots(meets, bfloat, up, up_p, x, xq, xp, groups, count, scaled)
                 for i in range(count):
                     act[e, t + i, r] = _activated(rule, hidden[i] + own, scaled[i] + other)
             t += count
-    if form != 16:
+    if meets != 16:
         codes = carray(_i16(job[16]), (n, tokens, inner))
         at = job[17] + 8 * e * tokens * (inner // BLOCK)
         a_pairs = carray(float32_at(at), (tokens, inner // size, 2))
         for t in range(tokens):
             if gate[e, t] != 0 or tokens > FEW_TOKENS:
                 quantise(act[e, t], first // size, last // size, form, codes[e, t], a_pairs[t])
+    used(words)
 
 
 @kernel
@@ -226,8 +253,11 @@ def _down_chunk(job: np.ndarray, index: int) -> None:
     gate = carray(float32_at(job[9]), (n, tokens))
     out = carray(float32_at(job[10]), (n, tokens, width))
     found = np.empty(TILE, np.float32)
+    words = np.empty(inner if form == ZIPPED else 0, np.uint16)
+    meets = 16 if form == ZIPPED else form
     for r in range(first, min(first + ROWS, width)):
-        w, p = start + r * row_bytes, pairs + r * groups * scales
+        w = _row(form, start, width, r, row_bytes, words)
+        p = pairs + r * groups * scales
         own, t = np.float32(0), 0
         if job[20] != 0:
             own = half_value(bfloat, bias + 2 * r)
@@ -237,11 +267,12 @@ def _down_chunk(job: np.ndarray, index: int) -> None:
                 row = e * tokens + t
                 a, aq = job[15] + 4 * row * inner, job[16] + 2 * row * inner
                 ap = job[17] + 8 * (e * tokens * (inner // BLOCK) + t * groups)
-                _dots(form, bfloat, w, p, a, aq, ap, groups, count, found)
+                _dots(meets, bfloat, w, p, a, aq, ap, groups, count, found)
                 for i in range(count):
                     if gate[e, t + i] != 0:
                         out[e, t + i, r] = gate[e, t + i] * (found[i] + own)
             t += count
+    used(words)
 
 
 @partial(kernel, any_order=True)

@@ -1,6 +1,7 @@
 """Experts and dense weights straight from their bytes: one call a layer, shared among cores.
 
-At 16 bit weights are widened to float32 and activations stay float32. Below, activations become
+At 16 bit weights are widened to float32 and activations stay float32; at 12 bit a row first becomes
+the 16-bit one in a core's own cache, so both give the same bits. Below, activations become
 integers with one scale per group of 64, int16 at 8 bit and int8 under it, and a group's dot
 product is ``scale * xs * sum(code * xq) + offset * xs * sum(xq)``; a file's own blocks meet groups
 of 32. Nothing is unpacked to memory, so reading the weights is the cost. Rows are shared in chunks
@@ -13,7 +14,6 @@ Letters: T tokens, n experts, H model width, I inner width, K a row's length, N 
 
 from __future__ import annotations
 
-import math
 from typing import Protocol
 
 import numpy as np
@@ -32,12 +32,23 @@ from moelab.engine.chunks import (
     job_of,
     quantise,
     run,
+    used,
 )
 from moelab.engine.row_dots import FORMS
 from moelab.engine.vectors import AVX2, kernel
 from moelab.models.gating import SWIGLU, Rule
 from moelab.store.blocks import BLOCK
-from moelab.store.codecs import GROUP, TIERS, Layout, check_blob, decode, nbytes
+from moelab.store.codecs import (
+    GROUP,
+    KNOWN_TIERS,
+    TIERS,
+    ZIPPED,
+    Layout,
+    check_blob,
+    decode,
+    matrices,
+    nbytes,
+)
 from moelab.store.manifest import Manifest
 
 __all__ = [
@@ -55,13 +66,8 @@ KERNEL_TOKENS = 32
 """Up to so many tokens the kernels beat widening an expert of 16 bit (measured with AVX2)."""
 BLOCK_BYTES = 1 << 20
 """Of float32 rows that are widened at a time: they stay in a core's cache."""
-_FORMS = (*TIERS, *FORMS)
+_FORMS = (*KNOWN_TIERS, *FORMS)
 _UINTP, _INT64, _FLOAT32 = np.dtype(np.uintp), np.dtype(np.int64), np.dtype(np.float32)
-
-
-@kernel
-def _used(*arrays: np.ndarray) -> None:
-    """Numba frees an array after its last use, and an address is none: this is."""
 
 
 @kernel
@@ -87,7 +93,7 @@ def _linear(
     job[8], job[10] = x.ctypes.data, out.ctypes.data
     job[11], job[13] = codes.ctypes.data, pairs.ctypes.data
     run(board, -(-out.shape[1] // ROWS))
-    _used(codes, pairs)
+    used(codes, pairs)
 
 
 @kernel
@@ -112,7 +118,7 @@ def _experts(
     for e in range(n):
         if addresses[e] == 0 or bits[e] not in _FORMS:
             return e
-        if bits[e] != 16:
+        if bits[e] != 16 and bits[e] != ZIPPED:
             wanted[activations_of(bits[e])] = bits[e]
     # Only rows of tokens that are served are ever filled, and only those are read.
     xq = np.empty((ACTIVATIONS, tokens, width), np.int16)
@@ -138,7 +144,7 @@ def _experts(
     run(board, n * -(-inner // ROWS))
     job[0] = DOWN
     run(board, n * -(-width // ROWS))
-    _used(xq, x_pairs, act, codes, a_pairs, rule)
+    used(xq, x_pairs, act, codes, a_pairs, rule)
     return -1
 
 
@@ -269,7 +275,7 @@ def compute_experts(
     if wrong >= 0:
         raise ValueError(
             f"expert {wrong} of the call has {bits[wrong]} bit at address {addrs[wrong]}; use "
-            f"tiers {TIERS} and addresses of blobs in memory"
+            f"tiers {KNOWN_TIERS} and addresses of blobs in memory"
         )
 
 
@@ -278,14 +284,14 @@ def compute_prefill(
 ) -> torch.Tensor:
     """One expert's output float32 ``[T, H]`` for any number of tokens ``x`` float32 ``[T, H]``.
 
-    ``blob`` is uint8 ``[nbytes(layout, bits)]``, of a layout that `supports` accepts. At 16 bit and
-    beyond 32 tokens weights are widened to float32 and torch multiplies them with its threads;
-    without AVX512 it multiplies 16-bit matrices several times slower. Codes go through the kernels,
-    however many tokens there are.
+    ``blob`` is uint8 ``[nbytes(layout, bits)]``, of a layout that `supports` accepts. At 16 and
+    12 bit and beyond 32 tokens weights are widened to float32 and torch multiplies them with its
+    threads; without AVX512 it multiplies 16-bit matrices several times slower. Codes go through
+    the kernels, however many tokens there are.
     """
     check_blob(blob, layout, bits)
     shapes = [layout.rows(shape) for _, shape in layout.tensors]
-    if len(x) <= KERNEL_TOKENS or bits < 16:
+    if len(x) <= KERNEL_TOKENS or bits < ZIPPED:
         blob = np.ascontiguousarray(blob)
         x, out = x.contiguous(), x.new_empty((1, *x.shape))
         compute_experts(
@@ -300,9 +306,7 @@ def compute_prefill(
             biased=len(shapes) > 2,
         )
         return out[0]
-    half = torch.from_numpy(blob).view(getattr(torch, layout.dtype))
-    parts = half[: sum(map(math.prod, shapes))].split([math.prod(shape) for shape in shapes])
-    first, down, *biases = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    first, down, *biases = matrices(blob, layout, bits)
     inner = in_blocks(x, first)
     y = in_blocks(rule(inner + biases[0] if biases else inner), down)
     return y + biases[1] if biases else y

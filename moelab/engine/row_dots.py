@@ -1,9 +1,10 @@
 """One row of weights meets one token, or `TILE` of them: the dot products under the kernels.
 
 bfloat16 or float16 weights meet float32 activations, packed codes integer ones (int16 at 8 bit,
-int8 below). All arguments are addresses; a row is whole groups of 64, or of a file's own blocks two
-for each (`moelab.store.blocks`, whose forms stand beside the bits). They are emitted as LLVM
-vectors: codes are unpacked in registers, once for all tokens, and multiplied 16 or 32 at a time.
+int8 below); a row of 12 bit becomes bfloat16 in `widen` before. All arguments are addresses; a row
+is whole groups of 64, or of a file's own blocks two for each (`moelab.store.blocks`, whose forms
+stand beside the bits). They are emitted as LLVM vectors: codes are unpacked in registers, once for
+all tokens, and multiplied 16 or 32 at a time.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from moelab.engine.vectors import (
 )
 from moelab.store.blocks import BLOCK, KINDS, VALUES
 from moelab.store.groups import GROUP
+from moelab.store.zipped import COMMON, GROUP_BYTES
 
 AHEAD = 1024
 """Bytes ahead of a row dot that its weights are fetched, past the caches.
@@ -51,7 +53,7 @@ _KIND = {kind.form: kind for kind in KINDS.values()}
 
 
 def _fetch(b: Builder, address: ir.Value, nbytes: int, *, keep: bool) -> None:
-    """Fetch weights that come soon, see `AHEAD`; to keep them in a cache more tokens need them."""
+    """Fetch weights `AHEAD` of an address; to keep them in a cache more tokens need them."""
     kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(I8), I32, I32, I32])
     fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
     for line in range(0, nbytes, 64):
@@ -85,7 +87,8 @@ def _codes(b: Builder, group: ir.Value, form: int) -> list[ir.Value]:
     if bits == 4:
         v = load(b, group, 0, V(I8, 32))
         codes = [b.and_(v, splat(15)), b.lshr(v, splat(4))]
-        return [looked_up(b, some, VALUES.tolist()) for some in codes] if form == MXFP4 else codes
+        table = ir.Constant(V(I8, 32), 2 * VALUES.tolist())
+        return [looked_up(b, some, table) for some in codes] if form == MXFP4 else codes
     half = load(b, group, 0, V(I8, 16))
     lanes = ir.Constant(V(I32, 32), list(range(32)))
     v = b.shuffle_vector(half, shift_right(b, half, 2), lanes)
@@ -221,6 +224,37 @@ def _dots_of_half(bfloat: bool, tokens: int) -> Any:
         return types.float32(*[types.intp] * 4), emit
 
     return dots
+
+
+@intrinsic
+def widen(_: Any, row: Any, table: Any, groups: Any, words: Any) -> Any:  # noqa: ARG001
+    """Groups of 12 bit (`moelab.store.zipped`) to bfloat16 at ``words``; whether some are none."""
+
+    def emit(_c: Any, b: Builder, _s: Any, args: list[ir.Value]) -> ir.Value:
+        row, table, groups, words = args
+        meant = b.lshr(load(b, table, 0, V(I16, 16)), splat(8, 16, I16))
+        meant = permute(b, b.trunc(meant, V(I8, 16)), [k % 16 for k in range(32)])
+        largest = cgutils.alloca_once_value(b, splat(0))
+        in_turn = ir.Constant(V(I32, 64), [k // 2 + 32 * (k % 2) for k in range(64)])
+        # Of the next row: it comes while this one is multiplied, which lies in the cache by then.
+        row_bytes = b.mul(groups, I64(GROUP_BYTES))
+        long = b.icmp_unsigned(">", row_bytes, I64(AHEAD))
+        beyond = b.select(long, b.sub(row_bytes, I64(AHEAD)), I64(0))
+        with cgutils.for_range(b, groups) as loop:
+            at = b.add(row, b.mul(loop.index, I64(GROUP_BYTES)))
+            _fetch(b, b.add(at, beyond), GROUP_BYTES, keep=False)
+            pairs = load(b, at, GROUP, V(I8, 32))
+            for k, codes in enumerate((pairs, shift_right(b, pairs, 4))):
+                codes, before = b.and_(codes, splat(15)), b.load(largest)  # noqa: PLW2901
+                b.store(b.select(b.icmp_unsigned(">", codes, before), codes, before), largest)
+                lows = load(b, at, 32 * k, V(I8, 32))
+                found = b.shuffle_vector(lows, looked_up(b, codes, meant), in_turn)
+                to = b.add(words, b.add(b.mul(loop.index, I64(2 * GROUP)), I64(64 * k)))
+                b.store(found, b.inttoptr(to, ir.PointerType(found.type))).align = 2
+        strange = b.icmp_unsigned("==", b.load(largest), splat(COMMON))
+        return b.icmp_unsigned("!=", b.bitcast(strange, I32), I32(0))
+
+    return types.boolean(*[types.intp] * 4), emit
 
 
 def _written(b: Builder, found: list[ir.Value], out: ir.Value) -> ir.Value:

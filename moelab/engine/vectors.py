@@ -19,7 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from moelab.store import blocks
+from moelab.store import blocks, zipped
 from moelab.store.groups import compiled
 
 
@@ -36,7 +36,8 @@ AVX2 = _has_avx2()
 """Whether the kernels use AVX2's own instructions, or what every machine has."""
 
 intrinsic = cast("Callable[..., Any]", _intrinsic)
-_NAMES = ("vectors.py", "row_dots.py", "cores.py", "chunks.py", "kernels.py", blocks.__file__)
+_NAMES = ("vectors.py", "row_dots.py", "cores.py", "chunks.py", "kernels.py")
+_NAMES += (blocks.__file__, zipped.__file__)
 _FILES = [Path(__file__).parent / name for name in _NAMES]
 _TEXT = hashlib.blake2b(b"".join(f.read_bytes() for f in _FILES), digest_size=4).hexdigest()
 # Infinities and NaN must mean what they mean, so fastmath's nnan and ninf stay off. A loop that
@@ -142,15 +143,14 @@ def products(b: Builder, codes: Any, x: ir.Value, *, signed: bool) -> ir.Value:
     return b.add(even, odd)
 
 
-def looked_up(b: Builder, codes: Any, table: list[int]) -> ir.Value:
-    """What a table of 16 bytes has at the places of <32 x i8> codes."""
+def looked_up(b: Builder, codes: Any, table: ir.Value) -> ir.Value:
+    """What a table of 16 bytes, twice in <32 x i8>, has at the places of <32 x i8> codes."""
     if AVX2:
-        return call(
-            b, "llvm.x86.avx2.pshuf.b", codes.type, ir.Constant(codes.type, 2 * table), codes
-        )
+        return call(b, "llvm.x86.avx2.pshuf.b", codes.type, table, codes)
     found = splat(0)
-    for code, value in enumerate(table):
-        found = b.select(b.icmp_unsigned("==", codes, splat(code)), splat(value), found)
+    for code in range(16):
+        value = permute(b, table, [code] * 32)
+        found = b.select(b.icmp_unsigned("==", codes, splat(code)), value, found)
     return found
 
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from moelab.scheduling.cache import Cache
     from moelab.scheduling.parts import SetsPrecision
 
+FULL, ZIPPED = 16, 12
+"""Bits of two tiers with the same weights; whatever else has fewer bits has lost some of them."""
+
 Key = int
 """An expert of the model: ``offset[layer] + expert``."""
 

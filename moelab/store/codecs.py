@@ -4,7 +4,8 @@ At 16 bit a blob is the checkpoint's own bfloat16 or float16 bytes. Below that e
 becomes unsigned codes (signed at 8 bit) in groups of 64 along its last dimension, followed by one
 float16 (scale, offset) pair per group: ``weight = scale * code + offset``. At 4, 3 and 2 bits each
 group's range is searched, because rounding to the nearest of four levels between min and max
-wastes them on outliers. Biases and other 1-D tensors stay at 16 bit; a last dimension that 64 does
+wastes them on outliers. At 12 bit matrices are the 16-bit ones in fewer bytes (`zipped`).
+Biases and other 1-D tensors stay at 16 bit; a last dimension that 64 does
 not divide is padded, and the padding is dropped when decoding. One tier may instead hold the blocks
 of a GGUF file as they are (`blocks`). What the codec does not know is activations: no calibration
 data is used.
@@ -22,10 +23,14 @@ import torch
 
 from moelab.store.blocks import BLOCK, KINDS, VALUES, Kind, pairs_of, take_apart
 from moelab.store.groups import GROUP, fit_ranges, pack_codes, unpack_codes
+from moelab.store.zipped import ZIPPED, code_bytes, table_bytes, unzip_words, zip_words
 
-__all__ = ["GROUP", "PAGE", "TIERS", "Fit", "Layout", "decode", "encode", "nbytes", "payload_bytes"]
+__all__ = ["GROUP", "KNOWN_TIERS", "PAGE", "TIERS", "ZIPPED", "Fit", "Layout", "decode", "encode"]
+__all__ += ["matrices", "nbytes", "payload_bytes"]
 
 TIERS = (16, 8, 4, 3, 2)
+"""What is packed unless other tiers are asked for."""
+KNOWN_TIERS = (16, ZIPPED, 8, 4, 3, 2)
 PAGE = 4096
 FLOAT16_MAX = 65504.0
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,7 +106,7 @@ class Layout:
 
 def payload_bytes(layout: Layout, bits: int) -> int:
     """Return the exact bytes of one expert at `bits`, without padding to a page."""
-    _check_bits(bits)
+    _check_bits(bits, layout)
     shapes = [layout.rows(shape) for _, shape in layout.tensors]
     return sum(map(sum, (_sizes(shape, bits, layout.kind(bits)) for shape in shapes)))
 
@@ -126,7 +131,7 @@ def encode(
         the layout's blocks matrices are the file's bytes, uint8, row by row.
     layout : Layout
         The expected shapes, and the dtype of the 16-bit tier.
-    bits : {16, 8, 4, 3, 2}
+    bits : {16, 12, 8, 4, 3, 2}
         The tier.
     fit : callable
         Chooses the range of each group at 4, 3 and 2 bits, see `Fit`; default the searched one.
@@ -140,7 +145,8 @@ def encode(
     ------
     ValueError
         On an unknown tier, missing or misshapen tensors, NaN or infinite weights, weights that
-        float16 scales cannot hold (beyond 65504), and a ``fit`` that returns something else.
+        float16 scales cannot hold (beyond 65504), a ``fit`` that returns something else, and at 12
+        bit on float16 weights and on more exceptions than there is room for.
     """
     blob = np.zeros(nbytes(layout, bits), np.uint8)
     if set(tensors) != {name for name, _ in layout.tensors}:
@@ -163,6 +169,9 @@ def encode(
             tensor = tensor.t()
         if _stays_half(shape, bits):
             parts = [_to_half(name, tensor, _DTYPES[layout.dtype])]
+        elif bits == ZIPPED:
+            words = _to_half(name, tensor, torch.bfloat16).reshape(-1).view(np.uint16)
+            parts = zip_words(name, words)
         elif kind:
             parts = take_apart(name, tensor.numpy(), kind)
         else:
@@ -186,8 +195,8 @@ def decode(
     layout, bits
         As given to `encode`.
     dtype : torch.dtype
-        The dtype of the result. At 16 bit the exact inverse of `encode`, whenever `dtype` can
-        hold the checkpoint's values.
+        The dtype of the result. At 16 and 12 bit the exact inverse of `encode`, whenever `dtype`
+        can hold the checkpoint's values.
 
     Returns
     -------
@@ -206,14 +215,31 @@ def decode(
         stored = layout.rows(shape)
         codes, pairs = _sizes(stored, bits, kind)
         middle, end = start + codes, start + codes + pairs
-        if _stays_half(shape, bits):
-            half = torch.from_numpy(blob[start:middle].copy()).view(_DTYPES[layout.dtype])
-            found = half.reshape(stored)
+        if _stays_half(shape, bits) or bits == ZIPPED:
+            found = _half(blob[start:end].copy(), stored, layout.dtype, bits)
         else:
             found = _dequantise(blob[start:middle], blob[middle:end], stored, bits, kind)
         result[name] = (found.t() if layout.turned else found).to(dtype).contiguous()
         start = end
     return result
+
+
+def matrices(blob: np.ndarray, layout: Layout, bits: int) -> list[torch.Tensor]:
+    """The tensors of a blob of 16 or 12 bit, as its rows have them; of 16 bit views of it.
+
+    Raises
+    ------
+    ValueError
+        On a blob of another size than ``nbytes(layout, bits)``.
+    """
+    check_blob(blob, layout, bits)
+    found, start = [], 0
+    for _, shape in layout.tensors:
+        stored = layout.rows(shape)
+        end = start + sum(_sizes(stored, bits, None))
+        found.append(_half(blob[start:end], stored, layout.dtype, bits))
+        start = end
+    return found
 
 
 def check_blob(blob: np.ndarray, layout: Layout, bits: int) -> None:
@@ -226,9 +252,14 @@ def check_blob(blob: np.ndarray, layout: Layout, bits: int) -> None:
         )
 
 
-def _check_bits(bits: int) -> None:
-    if bits not in TIERS:
-        raise ValueError(f"bits={bits!r} is not a tier; use one of {TIERS}")
+def _check_bits(bits: int, layout: Layout) -> None:
+    if bits not in KNOWN_TIERS:
+        raise ValueError(f"bits={bits!r} is not a tier; use one of {KNOWN_TIERS}")
+    if bits == ZIPPED and layout.dtype != "bfloat16":
+        raise ValueError(
+            f"{bits} bit holds bfloat16 weights, whose mantissas have 7 bits; these are "
+            f"{layout.dtype}, whose 10 leave too little to save: leave out tier {bits}"
+        )
 
 
 def _stays_half(shape: tuple[int, ...], bits: int) -> bool:
@@ -236,14 +267,23 @@ def _stays_half(shape: tuple[int, ...], bits: int) -> bool:
 
 
 def _sizes(shape: tuple[int, ...], bits: int, kind: Kind | None) -> tuple[int, int]:
-    """Bytes of a tensor's codes, and of its (scale, offset) pairs."""
+    """Bytes of a tensor's codes, and of its (scale, offset) pairs or its table."""
     if _stays_half(shape, bits):
         return 2 * math.prod(shape), 0
+    if bits == ZIPPED:
+        return code_bytes(math.prod(shape)), table_bytes(math.prod(shape))
     if kind:
         blocks = math.prod(shape) // BLOCK
         return blocks * BLOCK * bits // 8, blocks * kind.scales
     groups = math.prod(shape[:-1]) * -(-shape[-1] // GROUP)
     return groups * GROUP * bits // 8, groups * 4
+
+
+def _half(raw: np.ndarray, shape: tuple[int, ...], dtype: str, bits: int) -> torch.Tensor:
+    """A tensor of 16 or 12 bit from its bytes."""
+    if not _stays_half(shape, bits):
+        raw = unzip_words(raw, math.prod(shape)).view(np.uint8)
+    return torch.from_numpy(raw).view(_DTYPES[dtype]).reshape(shape)
 
 
 def _to_half(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moelab.models.families import MoELayer
-from moelab.store.codecs import PAGE, TIERS, Layout, nbytes
+from moelab.store.codecs import KNOWN_TIERS, PAGE, Layout, nbytes
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -177,9 +177,9 @@ class Manifest:
         manifest = cls(**data)
         if len(bytes.fromhex(manifest.id)) != 16:
             raise ValueError(f"id {manifest.id!r} is not 32 hex digits")
-        known = tuple(bits for bits in TIERS if bits in manifest.tiers)
+        known = tuple(bits for bits in KNOWN_TIERS if bits in manifest.tiers)
         if not known or manifest.tiers != known:
-            raise ValueError(f"tiers {manifest.tiers} are not among {TIERS}, highest first")
+            raise ValueError(f"tiers {manifest.tiers} are not among {KNOWN_TIERS}, highest first")
         if len(manifest.layer_names) != len(manifest.experts_per_layer):
             raise ValueError("layer_names and experts_per_layer differ in length")
         if not manifest.experts_per_layer or min(manifest.experts_per_layer) < manifest.top_k:

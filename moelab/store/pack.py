@@ -35,7 +35,7 @@ from moelab.models.inventory import inventory
 from moelab.models.shards import DTYPES, Checkpoint
 from moelab.models.skeleton import blank_model
 from moelab.store.blocks import KINDS, own_blocks
-from moelab.store.codecs import PAGE, TIERS, Fit, Layout, encode
+from moelab.store.codecs import KNOWN_TIERS, PAGE, TIERS, ZIPPED, Fit, Layout, encode
 from moelab.store.destination import (
     check_room,
     move,
@@ -87,9 +87,10 @@ def pack(
     destination
         Folder to make. If it is already the store of this source at these tiers, nothing is done.
     tiers
-        Bits to store every expert at, from 16, 8, 4, 3, 2. 16 is the checkpoint's own bytes
-        (bfloat16 where the checkpoint is float32). Experts that a GGUF file has in blocks of Q8_0,
-        Q4_0, Q4_1 or MXFP4 are copied to the tier of their bits, and those above it are left out.
+        Bits to store every expert at, from 16, 12, 8, 4, 3, 2. 16 is the checkpoint's own bytes
+        (bfloat16 where the checkpoint is float32), 12 the same weights if they are bfloat16 and
+        their exponents alike (`moelab.store.zipped`). Experts that a GGUF file has in blocks of
+        Q8_0, Q4_0, Q4_1 or MXFP4 are copied to the tier of their bits; those above are left out.
     fit
         A codec's rule of your own: how the range of 64 weights is chosen at 4, 3 and 2 bits, see
         `moelab.store.codecs.Fit`. Size and kernels stay as they are.
@@ -316,7 +317,7 @@ class _Work:
         if layout.blocks:
             given[KINDS[layout.blocks].bits] = self.reader(layer, expert, raw=True)
         blobs = {b: pool.submit(encode, given[b], layout, b, fit=self.fit) for b in out}
-        matrices = (t for t in tensors.values() if t.ndim > 1 and min(out) < 16)
+        matrices = (t for t in tensors.values() if t.ndim > 1 and min(out) < ZIPPED)
         if any(0 < float(t.abs().max()) < _COARSE for t in matrices):
             journal.coarse.add(layer)
         for bits, stream in out.items():
@@ -342,9 +343,9 @@ def _word(dtype: torch.dtype) -> str:
 
 
 def _check_tiers(tiers: Sequence[int]) -> tuple[int, ...]:
-    wrong = [bits for bits in tiers if bits not in TIERS]
+    wrong = [bits for bits in tiers if bits not in KNOWN_TIERS]
     if wrong or not tiers:
-        raise StoreError(f"tiers={tuple(tiers)} must be one or more of {TIERS}")
+        raise StoreError(f"tiers={tuple(tiers)} must be one or more of {KNOWN_TIERS}")
     return tuple(sorted(set(tiers), reverse=True))
 
 

@@ -1,0 +1,113 @@
+"""What forms of the experts that are no tier cost in quality: KL on texts, outside any run.
+
+Each text goes through the model twice in one pass, with the store's 16-bit experts and with every
+matrix of them sent through a form and back; the result is rounded to the 16-bit type, which adds
+0.2 % of a weight to what the form itself loses. What it does not know: time and memory.
+
+T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from moelab.calibration.probes import texts_of
+from moelab.engine.generation import Stream
+from moelab.runs.quality import kl_divergence
+from moelab.store.codecs import decode, encode
+from moelab.store.representations import REPRESENTATIONS, Representation
+from moelab.store.store import Store
+
+if TYPE_CHECKING:
+    from moelab.lab import Lab
+
+FULL = 16
+
+
+class Loss(NamedTuple):
+    """Of one form: bits a weight, KL in nats a token against 16 bit, share of equal likeliest."""
+
+    name: str
+    bits: float
+    kl_mean: float
+    same_top1: float
+
+
+def losses(
+    lab: Lab,
+    names: Iterable[str] = tuple(REPRESENTATIONS),
+    texts: Sequence[str] | None = None,
+    *,
+    max_tokens: int = 64,
+) -> list[Loss]:
+    """Measure forms of `moelab.store.representations` on texts, by default the model's own probes.
+
+    Raises
+    ------
+    ValueError
+        The store has no 16 bit, there is no such form, or no text.
+
+    Examples
+    --------
+    >>> losses(moelab.open("demo"), ["ternary, rows"])  # doctest: +SKIP
+    """
+    if FULL not in lab._store.tiers:
+        raise ValueError(f"forms are made from {FULL} bit; this store has {lab._store.tiers}")
+    ids = [lab._encode(text)[:max_tokens] for text in texts_of(lab, texts)]
+    full, found = _logits(lab, ids), []
+    for name in names:
+        if name not in REPRESENTATIONS:
+            raise ValueError(f"{name!r} is no form; choose of {', '.join(REPRESENTATIONS)}")
+        form = REPRESENTATIONS[name]
+        lossy = _logits(lab, ids, form)
+        same = (full.argmax(-1) == lossy.argmax(-1)).double().mean()
+        kl = kl_divergence(full, lossy).mean()
+        found.append(Loss(name, _bits(lab._store, form), float(kl), float(same)))
+    return found
+
+
+def _bits(store: Store, form: Representation) -> float:
+    """Bits a weight over the matrices of an expert."""
+    shapes = [store.layout.rows(shape) for _, shape in store.layout.tensors if len(shape) > 1]
+    counts = [rows * width for rows, width in shapes]
+    bits = (form.bits(width) * n for (_, width), n in zip(shapes, counts, strict=True))
+    return sum(bits) / sum(counts)
+
+
+def _logits(
+    lab: Lab, texts: Sequence[Sequence[int]], form: Representation | None = None
+) -> torch.Tensor:
+    """Logits ``[T, V]`` of all texts with every expert at 16 bit or, of a form, what it left."""
+    engine = lab._engine
+    with ExitStack() as stack:
+        stack.enter_context(engine.full_precision(lambda _: FULL))
+        if form is not None:
+            engine.compute.store = _Through(lab._store, form)
+            stack.callback(setattr, engine.compute, "store", lab._store)
+        return torch.cat([Stream(engine).forward(ids, keep=len(ids)) for ids in texts])
+
+
+class _Through(Store):
+    """A store whose 16-bit experts have been through a form."""
+
+    def __init__(self, store: Store, form: Representation) -> None:
+        self.__dict__ |= store.__dict__
+        self._form = form
+
+    def read(
+        self, layer: int, expert: int, bits: int, *, into: np.ndarray | None = None
+    ) -> np.ndarray:
+        blob = super().read(layer, expert, bits, into=into)
+        tensors = decode(blob, self.layout, bits)
+        for name, tensor in tensors.items():
+            if tensor.ndim > 1:
+                rows = tensor.t() if self.layout.turned else tensor
+                lossy = self._form.through(rows.contiguous())
+                tensors[name] = lossy.t() if self.layout.turned else lossy
+        blob[:] = encode(tensors, self.layout, bits)
+        return blob
