@@ -95,7 +95,7 @@ class Recording:
             "gates": gates | {name: encoded(gates[name], GATES[name]) for name in known},
         }
         rows = np.flatnonzero(events["kind"] == codes.EVICT)
-        trace = until(run.trace, len(read["pieces"]))
+        trace = until(run.trace, run.passes(len(read["pieces"])))
         return cls(document, lambda: by_row(trace, rows))
 
     # -- files ------------------------------------------------------------------------------
