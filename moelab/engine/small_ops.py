@@ -116,7 +116,7 @@ class GrowingLayer(DynamicLayer):
 
     def rewind(self, count: int) -> None:
         """Keep the first ``count`` tokens; what comes next is written over the others."""
-        if self.is_initialized:
+        if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[:, :, :count], self.values[:, :, :count]
 
 

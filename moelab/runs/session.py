@@ -339,16 +339,16 @@ class Session:
             while not run.ended:
                 self._obey(run, changes)
                 first = len(run.tokens)
-                most = min((asked.max_new_tokens, *changes)) - first  # changes act in time
-                for row, (token, logits) in enumerate(passes.next(context, first, most)):
+                made = passes.next(context, first, min((asked.max_new_tokens, *changes)) - first)
+                for row, (token, logits) in enumerate(made):
                     run.likeliest.append(measure(context, logits, first + row, token))
                     # The clock runs on from token to token: all that a person waits for is in one.
                     ended = time.perf_counter()
                     self._note(run, token, ended - begun, measure, row)
                     begun = ended
                     context.append(token)
-                engine.end_of_token(row + 1)
-                if token in run._eos:
+                engine.end_of_token(len(made))
+                if context[-1] in run._eos:
                     run.ended = "end of text"
                 elif len(run.tokens) == asked.max_new_tokens:
                     run.ended = "length"
