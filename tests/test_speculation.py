@@ -12,6 +12,8 @@ import moelab
 import tiny_models
 from moelab.engine.spare import Machine
 from moelab.replays.replay import replay
+from moelab.runs.shadows import Shadows
+from moelab.runs.tokens import table
 from moelab.runs.what_if import WhatIf
 from moelab.scheduling.trace import Trace
 from moelab.strategies import make
@@ -141,6 +143,15 @@ def test_rejected_loads_are_those_no_token_chose(run):
         lost[one.token] = int(here["bytes"][only].sum())
     assert run.speculation.passes["rejected_bytes"].tolist() == list(lost.values())
     assert 0 < sum(lost.values()) < loads["bytes"].sum()
+
+
+def test_shadows_are_of_the_same_tokens(demo_lab, run):
+    shadows = Shadows(run, demo_lab._strategies)
+    while shadows.advance(1):
+        pass
+    told = {one["name"]: one for one in shadows.told(table(run.token_reports))}
+    assert {one["tokens"] for one in told.values()} == {NEW - 1}
+    assert told["run"]["hit_ratio"] == pytest.approx(told["lru"]["hit_ratio"], abs=1e-6)
 
 
 def test_break_even(run):

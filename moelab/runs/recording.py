@@ -240,7 +240,7 @@ class Recording:
         ----------
         token
             From 0. Token 0 carries the prompt: experts that only earlier positions of the prompt
-            used have no gate weight.
+            used have no gate weight. Of a drafted chain's pass the first token it kept carries all.
 
         Returns
         -------

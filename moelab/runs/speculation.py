@@ -1,7 +1,9 @@
 """What drafting was worth in a run: accepted and rejected tokens, their bytes, and whether it paid.
 
 A pass over a drafted chain loads the union of its tokens' experts. What only rejected tokens asked
-for was read for nothing, unless it is still there when it is next asked for.
+for was read for nothing, unless it is still there when it is next asked for. Tokens that follow one
+another share experts, which a cache knows how to use as well: a draft is fairly held against a run
+without one whose budget is larger by ``draft_bytes``.
 """
 
 from __future__ import annotations
