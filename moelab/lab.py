@@ -271,7 +271,7 @@ class Lab:
         """What is resident now, arrays ``[L, E]``.
 
         ``bits`` uint8 (0: not resident), ``in_flight`` bool, ``loaded`` and ``used`` int32 (last
-        token of this run that did so, -1: none), ``uses`` int32 (in this run).
+        token of this run that did so, -1: none; with a draft ``used`` is a pass), ``uses`` int32.
 
         Examples
         --------
