@@ -121,6 +121,8 @@ class Lab:
         ignore_eos: bool = False,
         chat: bool | None = None,
         changes: Changes | None = None,
+        draft_bits: int | None = None,
+        draft_length: int = 4,
     ) -> Run:
         """Generate in the background and return at once.
 
@@ -145,6 +147,9 @@ class Lab:
         changes
             Settings to change on the way, just before a token: ``{12: {"bits": 4}}`` as in
             `update`, or a `Settings` as a whole. One that is refused ends the run.
+        draft_bits, draft_length
+            All experts at this tier, in memory beside the budget, write so many tokens (1 to 7)
+            of greedy text ahead, which one pass verifies: it is the same; see ``run.speculation``.
 
         Raises
         ------
@@ -159,6 +164,7 @@ class Lab:
         >>> run.join().changes
         [(4, {'bits': '4'})]
         """
+        drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
         return self._session.start(
             prompt,
             max_new_tokens=max_new_tokens,
@@ -166,11 +172,9 @@ class Lab:
             chat=chat,
             measure_kl=measure_kl,
             changes=changes,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
+            draft=(draft_bits, draft_length),
             repetition_penalty=repetition_penalty,
-            seed=seed,
+            **drawn,
         )
 
     def generate(self, prompt: str | Messages, **options: Any) -> Run:
@@ -267,7 +271,7 @@ class Lab:
         """What is resident now, arrays ``[L, E]``.
 
         ``bits`` uint8 (0: not resident), ``in_flight`` bool, ``loaded`` and ``used`` int32 (last
-        token of this run that did so, -1: none), ``uses`` int32 (in this run).
+        token of this run that did so, -1: none; with a draft ``used`` is a pass), ``uses`` int32.
 
         Examples
         --------
@@ -295,11 +299,9 @@ class Lab:
         if not 0 <= layer < self._shape.layers:
             raise ValueError(f"there is no layer {layer}; there are 0 to {self._shape.layers - 1}")
         terms = self._session.why(layer)
-        if expert is None:
-            return terms
-        if expert not in terms:
+        if expert is not None and expert not in terms:
             raise ValueError(f"expert {expert} of layer {layer} is not resident now")
-        return terms[expert]
+        return terms if expert is None else terms[expert]
 
     # -- comparing --------------------------------------------------------------------------
 

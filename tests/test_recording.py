@@ -43,9 +43,9 @@ def runs(demo_store):
         engine, maps = lab._engine, []
         end = engine.end_of_token
 
-        def and_look():
+        def and_look(*count):
             maps.append(lab.cache_map())
-            end()
+            end(*count)
 
         engine.end_of_token = and_look
         for name in NAMES:

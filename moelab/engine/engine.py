@@ -118,10 +118,10 @@ class Engine:
         self.log, self.trace = EventLog(time.perf_counter()), None
         give_back()
 
-    def end_of_token(self) -> None:
-        """One token is produced; what follows belongs to the next one."""
+    def end_of_token(self, made: int = 1) -> None:
+        """A pass has ``made`` tokens; what follows belongs to the next one."""
         self.scheduler.end_of_token()
-        self.token += 1
+        self.token += made
         self.prefill = False
         self._begin_token()
 

@@ -24,7 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 from moelab.engine import kernels
 from moelab.engine.chunks import FEW_TOKENS
 from moelab.engine.engine import Engine
-from moelab.engine.small_ops import growing
+from moelab.engine.small_ops import GrowingLayer, growing
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +164,17 @@ class Stream:
         self._cache = growing(DynamicCache(config=engine.model.config))
         weights = (p for p in engine.model.parameters() if p.device.type != "meta")
         self._tiny = sum(p.numel() for p in weights) < TINY_PARAMETERS
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether every layer's keys and values can be forgotten from a token on."""
+        return all(isinstance(layer, GrowingLayer) for layer in self._cache.layers)
+
+    def rewind(self, count: int) -> None:
+        """Forget all but the first ``count`` tokens."""
+        del self._ids[count:]
+        for layer in self._cache.layers:
+            layer.rewind(count)  # pyright: ignore[reportAttributeAccessIssue]
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[int], *, keep: int = 1) -> torch.Tensor:

@@ -114,6 +114,11 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :count], values[:, :, :count]
         return self.keys, self.values
 
+    def rewind(self, count: int) -> None:
+        """Keep the first ``count`` tokens; what comes next is written over the others."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[:, :, :count], self.values[:, :, :count]
+
 
 def _wider(old: torch.Tensor, count: int) -> torch.Tensor:
     b, h, n, k = old.shape

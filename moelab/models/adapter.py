@@ -8,8 +8,9 @@ cache, shared experts, generation) is transformers' own. `families` says what a 
 
 from __future__ import annotations
 
+import contextlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,15 @@ class Adapter:
             self._serve(layer)
         if model._can_set_experts_implementation():
             model.set_experts_implementation("moelab")
+
+    @contextlib.contextmanager
+    def served_by(self, run_layer: RunLayer) -> Iterator[None]:
+        """Inside, MoE layers call ``run_layer`` instead."""
+        own, self._run_layer = self._run_layer, run_layer
+        try:
+            yield
+        finally:
+            self._run_layer = own
 
     def steer(
         self,

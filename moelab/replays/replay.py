@@ -130,7 +130,7 @@ def replay(
         changes = [c._replace(name=strategy.name, strategy=strategy) for c in changes]
     changes = _found(changes, strategies or {})
     if "gate weights" in trace.lacks:
-        by_weight = [c.name for c in changes if c.strategy and _goes_by_weight(c.strategy)]
+        by_weight = [c.name for c in changes if c.strategy and goes_by_weight(c.strategy)]
         if by_weight:
             raise ValueError(f"this trace has no gate weights, by which {by_weight[0]!r} decides")
     first = changes.pop(0)
@@ -191,7 +191,8 @@ class Player:
             self._clock.between(plan)
 
 
-def _goes_by_weight(strategy: Strategy) -> bool:
+def goes_by_weight(strategy: Strategy) -> bool:
+    """Whether gate weights decide at which bits an expert is served."""
     plain = type(strategy.precision).tier is Precision.tier
     return not plain and getattr(strategy.precision, "low_bits", 0) is not None
 

@@ -63,9 +63,9 @@ def reasons(trace: Trace, wanted: Collection[int]) -> dict[int, dict[str, Any]]:
     return found
 
 
-def until(trace: Trace, tokens: int) -> Trace:
-    """The trace of the first tokens, which does not grow."""
-    end = tokens * trace.shape.layers
+def until(trace: Trace, passes: int) -> Trace:
+    """The trace of the first passes, which does not grow."""
+    end = passes * trace.shape.layers
     return Trace(trace.shape, trace.steps[:end], list(trace.changes), list(trace.resident))
 
 

@@ -172,6 +172,8 @@ def _disk(run: Run, disk: Device) -> Device:
 
 
 def _measured(run: Run) -> Spent:
+    if run.request.draft_bits is not None:
+        raise ValueError("a pass of this run made several tokens: give a run without a draft")
     reports = run.token_reports[1:]
     if not reports:
         raise ValueError("this run decoded no token: there is nothing to learn its times from")

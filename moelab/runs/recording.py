@@ -95,7 +95,7 @@ class Recording:
             "gates": gates | {name: encoded(gates[name], GATES[name]) for name in known},
         }
         rows = np.flatnonzero(events["kind"] == codes.EVICT)
-        trace = until(run.trace, len(read["pieces"]))
+        trace = until(run.trace, run.passes(len(read["pieces"])))
         return cls(document, lambda: by_row(trace, rows))
 
     # -- files ------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ class Recording:
         ----------
         token
             From 0. Token 0 carries the prompt: experts that only earlier positions of the prompt
-            used have no gate weight.
+            used have no gate weight. Of a drafted chain's pass the first token it kept carries all.
 
         Returns
         -------

@@ -143,6 +143,8 @@ class Rounds:
             **dataclasses.asdict(asked.sampling) | seed,
             ignore_eos=asked.ignore_eos,
             chat=bool(asked.messages),
+            draft_bits=asked.draft_bits,
+            draft_length=asked.draft_length,
             changes=dict(one.plan[1:]),
         )
         one.runs.append(run)

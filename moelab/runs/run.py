@@ -25,7 +25,9 @@ from moelab.store.devices import DEVICES
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moelab.engine.speculation import Pass
     from moelab.runs.recording import Recording
+    from moelab.runs.speculation import Speculation
     from moelab.scheduling.strategy import Shape
     from moelab.settings import Settings
 
@@ -35,7 +37,7 @@ class Asked:
     """What a run was asked for: the arguments of ``lab.start`` that made it.
 
     ``messages`` is the conversation where the chat template was used, else empty; the prompt is
-    then what was said last.
+    then what was said last. ``draft_bits`` None: no draft.
     """
 
     prompt: str
@@ -43,6 +45,8 @@ class Asked:
     sampling: Sampling
     ignore_eos: bool = False
     messages: tuple[dict[str, str], ...] = ()
+    draft_bits: int | None = None
+    draft_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,8 @@ class Run:
         self.history: list[tuple[int, Settings]] = []
         self.likeliest: list[Likeliest] = []
         self.outpaced: set[str] = set()
+        self._verified: list[Pass] = []
+        self._places: list[tuple[int, int]] = []  # of each token: its pass, and the row in it
         self._ids, self._tokenizer, self._eos = ids, tokenizer, eos
         self._stop, self._done = threading.Event(), threading.Event()
         self.peak_bytes, self.direct, self.setup_ms = 0, True, 0.0
@@ -207,6 +213,21 @@ class Run:
         reports = self.token_reports[:last]
         return Account.of(table(reports[first:]), self._tokens.records(first, len(reports)))
 
+    @property
+    def speculation(self) -> Speculation | None:
+        """What drafting was worth by now; None without ``draft_bits``."""
+        from moelab.runs.speculation import speculation
+
+        bits = self.request.draft_bits
+        return None if bits is None else speculation(self, self._verified, bits)
+
+    def passes(self, tokens: int) -> int:
+        """Forward passes that made the first ``tokens``: as many, but where drafts were verified.
+
+        The trace has one step a layer and pass.
+        """
+        return self._places[tokens - 1][0] + 1 if tokens else 0
+
     def limits(self) -> Limits:
         """What the strategy in force had to do with, for `Account.sentence`."""
         settings, shape = self.history[-1][1], self._trace.shape
@@ -246,8 +267,13 @@ class Run:
     def _begin(self, log: EventLog, trace: Trace) -> None:
         self._log, self._trace, self._tokens = log, trace, Tokens(log)
 
-    def _add(self, token: int, noted: Noted) -> None:
-        """One more token; its text is noted here, where the text so far is known."""
+    def _add(self, token: int, noted: Noted, row: int = 0) -> None:
+        """One more token; its text is noted here, where the text so far is known.
+
+        ``row``: of its pass, which is a new one where that is 0.
+        """
+        last = self._places[-1][0] if self._places else -1
+        self._places.append((last + (row == 0), row))
         self.tokens.append(token)
         text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
         piece = ""

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from moelab.engine.engine import Engine
-from moelab.engine.generation import Decoder, Sampler, Sampling, warn_of_other_ways
+from moelab.engine.generation import Sampler, Sampling, warn_of_other_ways
 from moelab.engine.pace import measure
 from moelab.engine.process import Process
+from moelab.engine.speculation import Passes
 from moelab.models.chat import Messages, encode, messages
 from moelab.models.families import positions
+from moelab.runs import speculation
 from moelab.runs.auto import Auto
 from moelab.runs.quality import Measure
 from moelab.runs.run import Asked, Run
@@ -267,6 +269,7 @@ class Session:
         chat: bool | None,
         measure_kl: int | None,
         changes: Changes | None,
+        draft: tuple[int | None, int],
         **sampling: Any,
     ) -> Run:
         """See `moelab.Lab.start`; of ``sampling`` None is as the model has it."""
@@ -288,8 +291,9 @@ class Session:
         if sampling["seed"] is None:
             sampling["seed"] = self.settings.seed
         how = Sampling.of(self.engine.model, **sampling)
+        speculation.check(self.engine, self.settings, how, *draft)
         run = Run(
-            Asked(text, max_new_tokens, how, ignore_eos, said),
+            Asked(text, max_new_tokens, how, ignore_eos, said, *draft),
             ids,
             self.tokenizer,
             set() if ignore_eos else self.eos(chat=bool(said)),
@@ -327,30 +331,31 @@ class Session:
             run._end()
 
     def _generate(self, run: Run, changes: dict[int, Settings | Mapping[str, Any]]) -> None:
-        engine, begun = self.engine, time.perf_counter()
+        engine, asked, context = self.engine, run.request, list(run._ids)
+        sampler = Sampler(engine.model, asked.sampling, len(context))
+        passes = Passes(engine, sampler, asked.draft_bits, asked.draft_length, run._eos)
+        begun = time.perf_counter()  # a draft is in memory by now
         run.history[:1] = [(0, engine.settings)]
         engine.new_sequence()
         assert engine.trace is not None
         run._begin(engine.log, engine.trace)
-        decoder, measure = Decoder(engine), Measure(engine)
-        sampler = Sampler(engine.model, run.request.sampling, len(run._ids))
-        context, new = list(run._ids), list(run._ids)
+        measure, run._verified = Measure(engine), passes.made
         try:
             while not run.ended:
                 self._obey(run, changes)
-                logits = decoder.step(new)
-                token = sampler.draw(context, logits)
-                run.likeliest.append(measure(context, logits, len(run.tokens), token))
-                # The clock runs on from token to token: all that a person waits for is in one.
-                ended = time.perf_counter()
-                self._note(run, token, ended - begun, measure)
-                begun = ended
-                engine.end_of_token()
-                context.append(token)
-                new = [token]
-                if token in run._eos:
+                first = len(run.tokens)
+                made = passes.next(context, first, min((asked.max_new_tokens, *changes)) - first)
+                for row, (token, logits) in enumerate(made):
+                    run.likeliest.append(measure(context, logits, first + row, token))
+                    # The clock runs on from token to token: all that a person waits for is in one.
+                    ended = time.perf_counter()
+                    self._note(run, token, ended - begun, measure, row)
+                    begun = ended
+                    context.append(token)
+                engine.end_of_token(len(made))
+                if context[-1] in run._eos:
                     run.ended = "end of text"
-                elif len(run.tokens) == run.request.max_new_tokens:
+                elif len(run.tokens) == asked.max_new_tokens:
                     run.ended = "length"
                 elif run.stopped:
                     run.ended = "stopped"
@@ -370,6 +375,8 @@ class Session:
             old, new, cause = self.engine.settings, self.settings, self._cause
         if new is old:
             return
+        if run.request.draft_bits is not None:
+            speculation.check_strategy(new.strategy)
         self.engine.apply(new)
         run.history.append((token, new))
         if changed := differences(old, new):
@@ -377,7 +384,7 @@ class Session:
                 changed["budget"] += f" ({cause})"
             run.changes.append((token, changed))
 
-    def _note(self, run: Run, token: int, seconds: float, measure: Measure) -> None:
+    def _note(self, run: Run, token: int, seconds: float, measure: Measure, row: int) -> None:
         engine = self.engine
         run.peak_bytes, run.direct = engine.arena.peak_bytes, engine.loader.direct
         setup, run.setup_ms = engine.setup_ms - run.setup_ms, engine.setup_ms
@@ -386,7 +393,7 @@ class Session:
         noted = Noted(
             "",
             seconds,
-            engine.deciding,
+            0.0 if row else engine.deciding,  # as all of its pass, the first's
             measure.kl,
             engine.scheduler.cache.used_bytes,
             engine.settings.budget_bytes,
@@ -395,4 +402,4 @@ class Session:
             measure.seconds,
             setup / 1e3,
         )
-        run._add(token, noted)
+        run._add(token, noted, row)

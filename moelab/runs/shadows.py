@@ -7,6 +7,7 @@ by how much. They know no time: a load is there at once, so that a hit that came
 
 from __future__ import annotations
 
+import bisect
 import time
 from typing import Any
 
@@ -73,7 +74,8 @@ class Shadows:
         players = dict(self._players or {})
         if not players or self._steered():
             return []
-        tokens = min(player.at for player in players.values()) // self._layers - 1
+        passes = min(player.at for player in players.values()) // self._layers
+        tokens = bisect.bisect_left(self._run._places, (passes,)) - 1  # the prompt's apart
         if tokens < 1:
             return []
         counts = values[1 : tokens + 1, [COLUMNS.index(name) for name in REQUESTS]].sum(0)

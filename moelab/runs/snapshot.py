@@ -148,11 +148,13 @@ class RunReader:
         return {"count": start + len(rows), "causes": list(known), **columns}
 
     def _gates_of(self, tokens: int) -> dict[str, Any]:
-        """What the router chose at the last position of each token: arrays [T, L, K]."""
+        """What the router chose at each token's position, the prompt's last: arrays [T, L, K]."""
         trace = self.run.trace
         layers, top_k = trace.shape.layers, trace.shape.top_k
         for t in range(len(self._gates), tokens):
-            self._gates.append(_last(trace.steps[t * layers : (t + 1) * layers], top_k))
+            at, row = self.run._places[t]
+            row = row if at else -1  # the prompt's last
+            self._gates.append(_row(trace.steps[at * layers : (at + 1) * layers], top_k, row))
         size = (-1, layers, top_k)
         expert, weight, wanted = zip(*self._gates, strict=True) if self._gates else ((), (), ())
         steered = any(w is not None for w in wanted)
@@ -196,19 +198,19 @@ def _start(trace: Trace) -> dict[str, list[int]]:
     }
 
 
-def _last(
-    steps: Sequence[LayerInput], top_k: int
+def _row(
+    steps: Sequence[LayerInput], top_k: int, row: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Experts, gate weights and the router's own choice at the last position: [L, K] each."""
+    """Experts, gate weights and the router's own choice at one position: [L, K] each."""
     expert = np.full((len(steps), top_k), -1, "<i2")
     weight = np.zeros((len(steps), top_k), "<f4")
     wanted, steered = np.full_like(expert, -1), False
     for i, step in enumerate(steps):
-        chosen = step.experts[-1]
+        chosen = step.experts[row]
         expert[i, : len(chosen)] = chosen
-        weight[i, : len(chosen)] = step.weights[-1]
+        weight[i, : len(chosen)] = step.weights[row]
         steered |= step.wanted is not None
-        own = step.router_experts[-1]
+        own = step.router_experts[row]
         wanted[i, : len(own)] = own
     return expert, weight, wanted if steered else None
 

@@ -46,6 +46,8 @@ WALL = ("total_ms", "measuring_ms", "setup_ms")
 class TokenReport:
     """What one token cost. Token 0 is the first generated one and carries the whole prefill.
 
+    Where a pass verified a draft, the first token that it kept carries the pass, the others little.
+
     ``total_ms`` is the engine's own time: compute (and drawing the token), deciding (the strategy's
     own time) and stalls. ``stall_ms`` is by cause: ``on demand``, ``prefetch late`` (a guess was
     right but still on its way), ``evict``. ``measuring_ms`` went into KL and the likeliest tokens,

@@ -44,7 +44,8 @@ class LayerInput:
         The router's choice and its gate weights, ``[T][K]`` as tuples; experts that count for
         nothing (out of range, weight 0) are left out, so a token may have fewer than K.
     prefill
-        A prompt (T >= 1 tokens at once) rather than one decoded token.
+        A prompt (T >= 1 tokens at once) rather than a decoded token; T > 1 decoded ones are a
+        drafted chain, verified in one pass.
     look_ahead
         Coming layers' routers asked with this layer's input, where the strategy wants it.
     wanted, wanted_weights
@@ -81,7 +82,7 @@ class LayerInput:
     asked: list[Request] | None = field(default=None, init=False, repr=False, compare=False)
 
     def requests(self) -> list[Request]:
-        """The layer's unique experts: a token's by falling weight, a prompt's by falling use.
+        """The layer's unique experts: one token's by falling weight, of more by falling use.
 
         Worked out once: a stream that is replayed many times is ranked once.
         """
@@ -348,7 +349,7 @@ def _chosen(experts: list, weights: list, most: int, what: str) -> tuple[tuple, 
 def _step(row: dict[str, Any], shape: Shape, key: Callable[[Any], Key]) -> LayerInput:
     most = shape.experts[row["layer"]]
     tokens = len(row["experts"])
-    if type(row["prefill"]) is not bool or not tokens or (tokens > 1 and not row["prefill"]):
+    if type(row["prefill"]) is not bool or not tokens:
         raise ValueError(f"a step of {tokens} tokens with prefill {str(row['prefill'])[:40]}")
     for experts, weights in (("experts", "weights"), ("wanted", "wanted_weights")):
         if row[experts] is None and row[weights] is None and experts == "wanted":

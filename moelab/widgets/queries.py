@@ -124,7 +124,7 @@ class RunQueries:
 
 def explained(run: Any, row: int) -> dict[int, dict[str, Any]]:
     """Why the expert of this row went, then and at other times, by row: one replay tells all."""
-    trace = until(run.trace, len(run.token_reports))
+    trace = until(run.trace, run.passes(len(run.token_reports)))
     events = run.log.records()
     evicted = np.flatnonzero(events["kind"] == CODES["evict"])
     if row not in evicted:
