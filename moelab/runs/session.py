@@ -390,16 +390,8 @@ class Session:
         setup, run.setup_ms = engine.setup_ms - run.setup_ms, engine.setup_ms
         if engine.loader.outpaced:
             run.outpaced = run.outpaced | {engine.settings.device}
-        noted = Noted(
-            "",
-            seconds,
-            0.0 if row else engine.deciding,  # as all of its pass, the first's
-            measure.kl,
-            engine.scheduler.cache.used_bytes,
-            engine.settings.budget_bytes,
-            engine.settings.device,
-            len(engine.log),
-            measure.seconds,
-            setup / 1e3,
-        )
+        deciding = 0.0 if row else engine.deciding  # as all of its pass, the first's
+        memory = engine.scheduler.cache.used_bytes, engine.settings.budget_bytes
+        rest = engine.settings.device, len(engine.log), measure.seconds, setup / 1e3
+        noted = Noted("", seconds, deciding, measure.kl, *memory, *rest)
         run._add(token, noted, row)
