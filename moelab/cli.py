@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from moelab.views.sheet import Shown
 
 _POLL_SECONDS = 0.03
-_SUITES = ("papers", "scheduler", "rivals", "regimes", "systems")
+_BESIDE = {"regimes": "moelab.bench.papers.regimes", "systems": "moelab.bench.systems"}
+_SUITES = ("papers", "scheduler", "rivals", *_BESIDE)
 
 app = typer.Typer(
     add_completion=False,
@@ -292,17 +294,10 @@ def bench(
 
         frame = beside.rivals(shape, folder=folder, llama=llama, quick=quick)
         report = beside.report(frame)
-    elif suite == "regimes":
-        from moelab.bench.papers import regimes
-
-        frame = regimes.regimes(regimes.QUICK if quick else regimes.REGIMES)
-        report = regimes.report(frame)
-    elif suite == "systems":
-        from moelab.bench import systems
-
-        extent = {"places": {"demo": "25%"}, "repeats": 1, "replayed": 8} if quick else {}
-        frame = systems.systems(**extent)
-        report = systems.report(frame)
+    elif suite in _BESIDE:
+        asked = import_module(_BESIDE[suite])
+        frame = asked.measured(quick=quick)
+        report = asked.report(frame)
     else:
         frame = measure.bench(
             model,

@@ -133,6 +133,11 @@ def regimes(
     return frame
 
 
+def measured(*, quick: bool) -> pd.DataFrame:
+    """All of `REGIMES`, or a small one."""
+    return regimes(QUICK if quick else REGIMES)
+
+
 def _measure(
     regime: Regime, repeats: int, disk: str, rows: list[dict], told: dict[str, Any], bar: Any
 ) -> None:
