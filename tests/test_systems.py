@@ -45,7 +45,9 @@ def test_two_systems_are_measured_live_and_by_replay(demo_store):
         chosen, {"demo": "50%"}, tokens=3, repeats=1, replayed=2, progress=False
     )
     assert frame.attrs["complete"]
-    assert sorted(frame.groupby("place").size()) == [4, 4]
+    by_place = frame.groupby("place")["contender"].agg(set)
+    assert by_place["demo"] == {"pregated", "emoe", "on_demand", "lru"}
+    assert by_place[systems.ROUTED] == {"on_demand", "lru"}, "the others change the output"
     assert frame.query("place == 'demo'")["speed"].min() > 0
     page = systems.report(frame)
     assert "| Pre-gated MoE |" in page

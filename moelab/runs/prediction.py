@@ -187,8 +187,8 @@ def typical(tokens: Sequence[Spent]) -> Spent:
     return Spent(*map(statistics.median, columns))
 
 
-def _by_name(name: str, _using: Strategy | None, _role: str) -> Strategy:
-    if name in NEEDS_CALIBRATION:
+def _by_name(name: str, _using: Strategy | None, role: str) -> Strategy:
+    if name in NEEDS_CALIBRATION and role in ("", NEEDS_CALIBRATION[name]):
         raise ValueError(
             f"{name!r} needs what was measured of the model, which the lab has: "
             f"moelab.predict(run, lab, strategy={name!r}).replay"
