@@ -11,7 +11,9 @@ from transformers import GenerationConfig
 import moelab
 import tiny_models
 from moelab.engine.spare import Machine
+from moelab.models.recorded import Recorded
 from moelab.replays.replay import replay
+from moelab.runs.compare import code_of
 from moelab.runs.shadows import Shadows
 from moelab.runs.tokens import table
 from moelab.runs.what_if import WhatIf
@@ -169,8 +171,11 @@ def test_it_is_made_again_and_saved(demo_lab, run, tmp_path):
     assert (again.tokens, decided(again)) == (run.tokens, decided(run))
     loaded = moelab.Recording.load(run.save(tmp_path / "run"))
     assert loaded.per_token["bytes"].tolist() == run.per_token["bytes"].tolist()
+    assert "draft_bits=2, draft_length=4" in code_of(loaded.document)
     with pytest.raises(ValueError, match="without a draft"):
         moelab.predict(run, demo_lab, device="sd_card")
+    with pytest.raises(ValueError, match="drafted passes of several tokens"):
+        Recorded(run.trace)
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -199,6 +204,19 @@ def test_so_is_a_change_to_such_a_strategy(demo_lab):
         greedy(demo_lab, draft_bits=2, changes={4: {"strategy": "hobbit"}})
     assert demo_lab.run.ended == "failed"
     assert greedy(demo_lab, max_new_tokens=2).ended == "length"
+
+
+def test_a_change_by_hand_is_refused_at_once_and_the_run_goes_on(demo_lab):
+    run = demo_lab.start(
+        PROMPTS[0], max_new_tokens=200, temperature=0, draft_bits=2, ignore_eos=True
+    )
+    while len(run.tokens) < 4:
+        assert run.speculation is not None  # at any moment
+    with pytest.raises(ValueError, match="routing is the router's own"):
+        demo_lab.update(strategy="swapmoe")
+    assert demo_lab.settings.strategy.name == "lru"
+    run.stop()
+    assert run.join().error is None
 
 
 def test_so_is_one_that_memory_does_not_hold(demo_lab, monkeypatch):

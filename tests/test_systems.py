@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pandas as pd
 import pytest
 
 import moelab
-from moelab.bench import roofline, systems
+from moelab.bench import as_json, as_record, roofline, systems
 
 CLAIM = systems.System("X", "lfu", "lru", "hits", 1.2, "hits 1.2x", "because")
 
 
-def made(rows, *chosen) -> str:
+def made(rows, *given) -> str:
+    chosen = [dataclasses.asdict(one) for one in given]
     frame = pd.DataFrame(rows, columns=["place", "contender", "speed", "hits", "loss"])
     frame.attrs = {"complete": True, "repeats": 1, "tokens": 4, "systems": chosen}
-    frame.attrs["forms"] = pd.DataFrame()
+    frame.attrs |= {"forms": [], "places": {"a": "25%"}}
     return systems.report(frame)
 
 
@@ -50,6 +52,8 @@ def test_two_systems_are_measured_live_and_by_replay(demo_store):
     assert by_place[systems.ROUTED] == {"on_demand", "lru"}, "the others change the output"
     assert frame.query("place == 'demo'")["speed"].min() > 0
     page = systems.report(frame)
+    assert "demo at 50%" in page
+    assert as_json(as_record(frame))
     assert "| Pre-gated MoE |" in page
     assert "KL " in page
 

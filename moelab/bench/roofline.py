@@ -60,9 +60,13 @@ class Roofline(Shown):
 
     def sentence(self) -> str:
         """What limits a prompt, in one sentence."""
-        longest = max(self.roofs["tokens"].tolist())
-        until = f"prompts below {self.turns} tokens" if self.turns else f"up to {longest} tokens"
-        return f"{self.model} at {self.bits} bit: the disk is the limit of {until} (modelled)."
+        lengths = self.roofs["tokens"].tolist()
+        if self.turns == lengths[0]:
+            return f"{self.model} at {self.bits} bit: the disk is no prompt's limit (modelled)."
+        until = f"below {self.turns}" if self.turns else f"up to {lengths[-1]}"
+        return (
+            f"{self.model} at {self.bits} bit: the disk limits prompts {until} tokens (modelled)."
+        )
 
     def sheet(self) -> Sheet:
         """Sentence, picture, table."""
@@ -96,7 +100,12 @@ def roofline(
     ------
     RuntimeError
         The lab is at work.
+    ValueError
+        No length is given, or one is below 1.
     """
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"lengths={lengths}: tokens of prompts, each 1 or more")
+    lengths = tuple(sorted(lengths))
     shape, bits = lab._shape, lab.settings.bits
     machine, layout = lab._session.machine(), lab._store.manifest.layout
     flop = 2 * sum(math.prod(size) for _, size in layout.tensors)  # of a token and expert
@@ -121,7 +130,7 @@ def roofline(
 
 def _many_s(lab: moelab.Lab, bits: int) -> float:
     """Seconds of one expert on `MANY` tokens."""
-    with lab._session.claimed() as engine, threads(1), torch.inference_mode():
+    with lab._session.claimed() as engine, threads(engine.threads), torch.inference_mode():
         store = engine.store
         slot = Slot(bits, pages(store.slot_bytes[bits]))
         store.read(0, 0, bits, into=slot.view)
@@ -144,8 +153,9 @@ def _prompt(lab: moelab.Lab, tokens: int) -> float:
     ids = lab._encode(text)
     ids = (ids * (tokens // len(ids) + 1))[:tokens]
     lab._engine.recover()
-    run = lab.generate(lab._store.tokenizer().decode(ids), max_new_tokens=1, ignore_eos=True)
-    return 1e3 * tokens / float(run.per_token["total_ms"].iloc[0])
+    words = lab._store.tokenizer().decode(ids)
+    run = lab.generate(words, max_new_tokens=1, ignore_eos=True, chat=False)
+    return 1e3 * len(run._ids) / float(run.per_token["total_ms"].iloc[0])
 
 
 def main(

@@ -212,7 +212,10 @@ def where(
     if knobs is None and not trace.changes:
         raise ValueError("this trace records no settings; give knobs=")
     knobs = knobs or trace.changes[0].knobs
-    if there in THERE:
+    if width < 0 or knobs.bits not in trace.shape.nbytes:
+        tiers = ", ".join(map(str, trace.shape.nbytes))
+        raise ValueError(f"width={width}: 0 or more; bits={knobs.bits}: one of {tiers}")
+    if isinstance(there, str) and there in THERE:
         title, speed = THERE[str(there)]
     elif isinstance(there, (int, float)) and there > 1:  # no bool either
         title, speed = f"what reads {size(float(there))}/s", float(there)
@@ -229,7 +232,7 @@ def where(
         for given, tokens in zip(trace.steps, missing, strict=True):
             ms[given.prefill] += costs.layer(tokens, rule)
             count += 0 if given.prefill else len(tokens)
-        decoded = max(1, sum(s.layer == 0 and not s.prefill for s in trace.steps))
+        decoded = max(1, trace.decoded)
         rows.append((rule, ms[False] / decoded, ms[True], count / decoded))
     rules = pd.DataFrame(rows, columns=["rule", "token_ms", "prompt_ms", "missing"])
     even = costs.even_tokens * float(np.mean(trace.shape.experts)) / trace.shape.top_k

@@ -51,6 +51,8 @@ def losses(
     ------
     ValueError
         The store has no 16 bit, there is no such form, or no text.
+    RuntimeError
+        The lab is at work.
 
     Examples
     --------
@@ -58,16 +60,19 @@ def losses(
     """
     if FULL not in lab._store.tiers:
         raise ValueError(f"forms are made from {FULL} bit; this store has {lab._store.tiers}")
+    asked = list(names)
+    if wrong := [name for name in asked if name not in REPRESENTATIONS]:
+        raise ValueError(f"{wrong[0]!r} is no form; choose of {', '.join(REPRESENTATIONS)}")
     ids = [lab._encode(text)[:max_tokens] for text in texts_of(lab, texts)]
-    full, found = _logits(lab, ids), []
-    for name in names:
-        if name not in REPRESENTATIONS:
-            raise ValueError(f"{name!r} is no form; choose of {', '.join(REPRESENTATIONS)}")
-        form = REPRESENTATIONS[name]
-        lossy = _logits(lab, ids, form)
-        same = (full.argmax(-1) == lossy.argmax(-1)).double().mean()
-        kl = kl_divergence(full, lossy).mean()
-        found.append(Loss(name, _bits(lab._store, form), float(kl), float(same)))
+    found = []
+    with lab._session.claimed():
+        full = _logits(lab, ids)
+        for name in asked:
+            form = REPRESENTATIONS[name]
+            lossy = _logits(lab, ids, form)
+            same = (full.argmax(-1) == lossy.argmax(-1)).double().mean()
+            kl = kl_divergence(full, lossy).mean()
+            found.append(Loss(name, _bits(lab._store, form), float(kl), float(same)))
     return found
 
 

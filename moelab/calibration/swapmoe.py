@@ -81,7 +81,7 @@ def tables(lab: Lab, texts: Sequence[str] | None = None, *, tokens: int = 64) ->
     Parameters
     ----------
     lab
-        Its model is measured, whatever its settings are; nothing may run in it.
+        Its model is measured, whatever its settings are.
     texts
         To measure on; default the model's own probes.
     tokens
@@ -91,10 +91,17 @@ def tables(lab: Lab, texts: Sequence[str] | None = None, *, tokens: int = 64) ->
     -------
     dict
         ``norms``, ``counts``, ``importance`` and, where routers give logits, ``soft``: ``[L][E]``.
+
+    Raises
+    ------
+    RuntimeError
+        The lab is at work.
     """
     used = texts_of(lab, texts)
-    norms = expert_norms(lab)
-    return _tables(lab, used, tokens, norms, [importances(lab, t, tokens, norms) for t in used])
+    with lab._session.claimed():
+        norms = expert_norms(lab)
+        scores = [importances(lab, text, tokens, norms) for text in used]
+        return _tables(lab, used, tokens, norms, scores)
 
 
 def _tables(

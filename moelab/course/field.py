@@ -86,7 +86,7 @@ def what_twelve_bits_spare(answer: Any) -> Said:
 
 @exercise("10.2")
 def fewest_bits(answer: Any) -> Said:
-    """The fewest bits of the store's tiers at which the text loses less than `KL_BORNE`."""
+    """The fewest bits of the store's tiers at which the text loses less than `FEW`."""
     bits = int(a_number(answer, "bits of a tier", whole=True))
     with opened() as lab:
         tiers = sorted(lab.info()["tiers"])

@@ -34,6 +34,8 @@ class Recorded:
         tokens = [trace.steps[at : at + layers] for at in range(0, len(trace.steps), layers)]
         if not tokens or len(tokens[-1]) < layers:
             raise ValueError(f"this trace ends within a token, or has none: {len(trace)} steps")
+        if any(len(given.experts) > 1 for given in trace.steps if not given.prefill):
+            raise ValueError("this trace has drafted passes of several tokens; record one without")
         self._prompt = tokens[0]
         later = [token for token in tokens[1:] if not token[0].prefill]
         self._decoded = later or [self._prompt]

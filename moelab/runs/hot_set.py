@@ -36,6 +36,7 @@ FORMAT = 1
 FADES = 0.9
 """What is left of a run's uses when another has been counted."""
 MOST_BYTES = 64 * 2**20
+_UNUSABLE = (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError)
 
 
 class Helps(NamedTuple):
@@ -85,7 +86,7 @@ class HotSet:
         if path.exists():
             try:
                 self.uses = _read(path, shape)
-            except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            except _UNUSABLE as error:
                 warnings.warn(f"the hot set {path} is begun anew: {error}", stacklevel=3)
 
     @classmethod
@@ -97,10 +98,8 @@ class HotSet:
         """Count a run, each token that chose an expert once."""
         self.uses *= FADES
         for given in trace.steps:
-            first = self.shape.offset[given.layer]
-            for row in given.router_experts:
-                for expert in row:
-                    self.uses[first + expert] += 1
+            experts = np.concatenate([np.array(row, int) for row in given.router_experts])
+            np.add.at(self.uses, self.shape.offset[given.layer] + experts, 1)
 
     def save(self) -> Path:
         """Write it; returns where.
@@ -167,9 +166,12 @@ class HotSet:
         return Helps(seen, cold.hit_ratio, warm.hit_ratio, fetched=len(resident), **loads)
 
     def _heard(self, trace: Trace) -> None:
-        self.learn(trace)
-        with contextlib.suppress(OSError):  # a cache that cannot be written: of this session only
-            self.save()
+        try:
+            self.learn(trace)
+            with contextlib.suppress(OSError):  # a cache that cannot be written: of this session
+                self.save()
+        except Exception as error:  # noqa: BLE001 the run is whole, whatever becomes of this
+            warnings.warn(f"the hot set did not learn from this run: {error}", stacklevel=1)
 
 
 def _loads(found: Replay) -> int:

@@ -102,7 +102,7 @@ _CHANGE = _list([_INDEX, _WORDS], minItems=2, maxItems=2)
 _SHOWN = _WORDS | {"required": ["bits"]}
 _SETTING = _object(token=_INDEX, shown=_SHOWN, code=_TEXT, update=_TEXT, short=_TEXT, about=_TEXT)
 SCHEMA = _object(
-    ("evictions", "ended", "repeats", "sentence"),
+    ("evictions", "ended", "repeats", "sentence", "draft"),
     format={"const": FORMAT},
     moelab=_TEXT,
     model=_object(
@@ -121,6 +121,7 @@ SCHEMA = _object(
     max_new_tokens=_INDEX,
     ignore_eos=_FLAG,
     sampling=_object(**dict.fromkeys(SAMPLED, _NUMBER)),
+    draft=_list(_INDEX, minItems=2, maxItems=2),
     pieces=_list(_TEXT),
     ids=_list(_INDEX),
     error=_TEXT,

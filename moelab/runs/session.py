@@ -68,7 +68,7 @@ class Session:
         self.tokenizer, self._name = tokenizer, name
         self.run: Run | None = None
         self.heard: Callable[[Trace], None] | None = None
-        """Is told what every run was routed to, when it is over."""
+        """Is told what every run was routed to, when it is over; it must not raise."""
         self.closed = False
         self._process = Process("this lab was opened")
         self._strategies = strategies
@@ -101,6 +101,8 @@ class Session:
         if self.closed:
             raise RuntimeError(CLOSED)
         new = self.settings.change(self.engine.shape, make=self._strategies, **changes)
+        if self.run and self.run.running and self.run.request.draft_bits is not None:
+            speculation.check_strategy(new.strategy)
         return self.put(self._checked_settings(new, self.engine))
 
     @staticmethod
@@ -321,13 +323,13 @@ class Session:
     def _work(self, run: Run, changes: dict[int, Settings | Mapping[str, Any]]) -> None:
         try:
             self._generate(run, changes)
-            if self.heard is not None:
-                self.heard(run.trace)
         except BaseException as error:  # noqa: BLE001, kept for join() and the window
             self.engine.recover()
             run.ended, run.error = "failed", error
         finally:
             self.release()
+            if self.heard is not None and run.error is None:
+                self.heard(run.trace)
             run._end()
 
     def _generate(self, run: Run, changes: dict[int, Settings | Mapping[str, Any]]) -> None:

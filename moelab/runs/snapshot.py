@@ -85,6 +85,7 @@ class RunReader:
                 "max_new_tokens": run.request.max_new_tokens,
                 "ignore_eos": run.request.ignore_eos,
                 "sampling": dataclasses.asdict(run.request.sampling),
+                "draft": [run.request.draft_bits or 0, run.request.draft_length],
                 "pieces": [r.text for r in reports],
                 "ids": run.tokens[:tokens],
                 "ended": run.ended,

@@ -110,7 +110,8 @@ def speculation(run: Run, made: list[Pass], bits: int) -> Speculation:
 
     log, shape = run.log.records(), run.trace.shape
     rows = []
-    for one in list(made):
+    # A pass is made before its tokens are measured and noted: one under way is not of it yet.
+    for one in [m for m in list(made) if m.token + m.kept <= len(run.tokens)]:
         low, high = np.searchsorted(log["token"], (one.token, one.token + one.kept))
         here = log[low:high]
         here = here[here["at"] >= 0]

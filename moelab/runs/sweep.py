@@ -164,7 +164,6 @@ def _decide(trace: Trace, asked: Row) -> Row:
         found = replay(trace, settings.strategy, settings.knobs())
     except (ValueError, TypeError) as error:
         return {"error": in_words(error)}
-    tokens = sum(1 for s in trace.steps if s.layer == 0 and not s.prefill)
     counts = {column: found.counts[kind] for kind, column in COUNTED.items()}
     lacks = {
         "look-ahead": settings.strategy.asks_ahead
@@ -176,7 +175,7 @@ def _decide(trace: Trace, asked: Row) -> Row:
     return {
         "settings": short(settings, shape),
         "hit_ratio": found.hit_ratio,
-        "bytes_per_token": found.bytes / max(1, tokens),
+        "bytes_per_token": found.bytes / max(1, trace.decoded),
         **counts,
         "approximate": bool(approximate(trace, settings, found)),
         "lacks": ", ".join(name for name, so in lacks.items() if so),

@@ -174,6 +174,11 @@ class Trace:
         """Steps of the whole model in this trace (the prefill counts as one)."""
         return sum(1 for s in self.steps if s.layer == 0)
 
+    @property
+    def decoded(self) -> int:
+        """Tokens that were decoded, those of a drafted pass each."""
+        return sum(len(s.experts) for s in self.steps if s.layer == 0 and not s.prefill)
+
     def document(self) -> dict[str, Any]:
         """All of it as JSON has it."""
         shape = self.shape

@@ -72,6 +72,10 @@ def compare(
     """
     import pandas as pd
 
+    if isinstance(how, str) or any(name not in IDEAS for name in how):
+        raise ValueError(f"how={how!r}: a list of {', '.join(IDEAS)}")
+    if max_tokens < 2:
+        raise ValueError(f"max_tokens={max_tokens}: 2 or more")
     rows = []
     with open_lab(model, tiers=(16, *bits), measure_kl=False, progress=progress) as lab:
         ids = [lab._encode(text)[:max_tokens] for text in texts_of(lab, texts)]

@@ -230,8 +230,8 @@ def report(frame: pd.DataFrame) -> str:
     made, machine = itemgetter("made", "machine")(circumstances())
     how = (
         f"Measured {made[:10]} on {machine['cores']} cores of {machine['processor']} by `moelab "
-        "bench --suite regimes`: ghosts of the models at their real sizes (random weights, "
-        f"modelled routing), attention and head at {DENSE_BITS} bit, experts at 8, 4 or 2 bit, "
+        "bench --suite regimes`: ghosts of the models at their real sizes (random weights), "
+        f"attention and head at {DENSE_BITS} bit, experts at 8, 4 or 2 bit, "
         f"equal memory for all of a model. Medians of {frame.attrs['repeats']} runs in rotated "
         "order, in brackets the lowest and the highest. The first tokens, as many as ask for all "
         f"the experts that memory holds at {LEAST_BITS} bit (at most {MOST_FILLING}; one where "
