@@ -232,6 +232,10 @@ def test_swapmoe_never_waits_and_never_exceeds_its_budget(quick):
     assert table.set_index("strategy").loc["on_demand", "stalls a run"] > 0
     whole = swaps.set_index("budget").loc["100%", "KL"]
     assert whole < everyone.UNCHANGED < swaps.set_index("budget").loc["25%", "KL"]
+    dense = quick.results.found["dense bits"]
+    assert [row["bits"] for row in dense] == ["16", "8", "4"]
+    assert dense[0]["perplexity"] == 0
+    assert dense[0]["MB"] > dense[-1]["MB"]
     plans = quick.results.found["plans"]["25%"]
     counts = {name: plans[name]["experts"] for name in ("planned", "uniform")}
     assert all(len(experts) == quick.results.info["layers"] for experts in counts.values())

@@ -196,6 +196,7 @@ def test_the_rooms_of_contributing_are_those_of_the_package_from_the_bottom_up(c
         "notebooks/PAPERS_MEASURED.md",
         "notebooks/PAPERS_AT_SIZE.md",
         "notebooks/GHOSTS_MEASURED.md",
+        "notebooks/SYSTEMS_MEASURED.md",
     ],
 )
 def test_links_lead_somewhere(name):

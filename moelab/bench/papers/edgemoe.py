@@ -12,12 +12,14 @@ import pandas as pd
 
 import moelab
 from moelab.bench.cases import Case
-from moelab.bench.papers.results import Report, Results, Task, named
+from moelab.bench.papers.results import Report, Results, Task, named, score
 from moelab.bench.tables import Table, Versus, figures
 
 NAME = "edgemoe"
 DEVICES = ("tx2_ssd", "sd_card")
 PRELOADED, BUFFERED = 3, 10
+DENSE_BITS = (16, 8, 4)
+DENSE = "What is no expert at fewer bits, every expert at 16 (the paper keeps it whole)"
 BITS = "on_demand + allocate edgemoe"
 PRELOAD = f"{BITS} + prefetch edgemoe"
 RUNGS = {
@@ -59,8 +61,11 @@ def cases(results: Results) -> list[Case]:
 
 
 def tasks(results: Results) -> list[Task]:
-    """What the profile says of the assignment that is used."""
-    return [("EdgeMoE's bits", lambda: _assigned_bits(results))]
+    """What the profile says of the assignment that is used, and fewer bits for all else."""
+    return [
+        ("EdgeMoE's bits", lambda: _assigned_bits(results)),
+        ("EdgeMoE's non-experts", lambda: _dense_bits(results)),
+    ]
 
 
 def _assigned_bits(results: Results) -> None:
@@ -79,6 +84,19 @@ def _assigned_bits(results: Results) -> None:
     }
 
 
+def _dense_bits(results: Results) -> None:
+    """Perplexity with what is no expert at fewer bits, every expert whole."""
+    rows, whole = list[dict[str, Any]](), 0.0
+    for bits in DENSE_BITS:
+        how = {"budget": "100%", "dense_bits": bits, "measure_kl": False}
+        with moelab.open(results.model, **how, progress=False) as lab:
+            found = score(lab, results.extent)["perplexity"]
+            held = lab.info()["dense_bytes"] / 1e6
+        whole = whole or found
+        rows.append({"bits": str(bits), "MB": held, "perplexity": found / whole - 1})
+    results.found["dense bits"] = rows
+
+
 def report(results: Results) -> Report:
     """The ladder as a table, a row a rung; theirs beside ours."""
     rows = [row for name in RUNGS if (row := _row(results, name))]
@@ -95,8 +113,10 @@ def report(results: Results) -> Report:
         "time. Preloading and the buffer may change time only: *same text* says whether every run "
         f"wrote the tokens that the bits alone wrote.{chosen}"
     )
-    table = Table("EdgeMoE's ladder", pd.DataFrame(rows), note=WHY_MORE)
-    return Report("EdgeMoE: the ladder", text, [table], _versus(results, rows))
+    tables = [Table("EdgeMoE's ladder", pd.DataFrame(rows), note=WHY_MORE)]
+    if dense := results.found.get("dense bits"):
+        tables.append(Table(DENSE, pd.DataFrame(dense), {"MB": "{:.2f}"}))
+    return Report("EdgeMoE: the ladder", text, tables, _versus(results, rows))
 
 
 WHY_MORE = (
