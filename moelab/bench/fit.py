@@ -56,7 +56,7 @@ DECIDED, WEIGHTS_BYTES = 9, 1 << 25
 """Tokens that are decided to time it, a prompt's among them."""
 OFF = (
     "Against ghosts of four models (granite-3.1-1b, olmoe-1b-7b, qwen3-30b-a3b, gpt-oss-20b), "
-    "three times each, such speeds were from 20 % too low to 28 % too high, half of them within "
+    "three times each, such speeds were from 20 % too low to 25 % too high, half of them within "
     "10 %."
 )
 """Measured on two cores and a shared disk."""
