@@ -164,6 +164,12 @@ def _by_torch(store: Store, engine: Engine) -> tuple[str, ...]:
     return (f"experts are computed by torch, slowly: the kernels do not know this kind{again}",)
 
 
+def _of_family(engine: Engine) -> tuple[str, ...]:
+    """What is otherwise here than in transformers' own forward of a family."""
+    known = (layer.special.note for layer in engine.adapter.layers if layer.special)
+    return tuple(dict.fromkeys(filter(None, known)))
+
+
 def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dict[str, Any]:
     """What a person reads before choosing a budget: sizes in bytes, counts of experts."""
     s, shape = settings, engine.shape
@@ -171,6 +177,7 @@ def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dic
         "name": name,
         "architecture": store.manifest.architecture,
         "layers": shape.layers,
+        "encoder_layers": shape.encoder_layers,
         "experts_per_layer": max(shape.experts),
         "top_k": shape.top_k,
         "positions": positions(engine.model),
@@ -190,6 +197,6 @@ def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dic
         "dense_bits": engine.dense_bits,
         "dense_bytes": engine.dense_bytes,
         "process_bytes": _process_bytes(engine),
-        "notes": (*store.manifest.notes, *_by_torch(store, engine)),
+        "notes": (*store.manifest.notes, *_by_torch(store, engine), *_of_family(engine)),
         "store": str(store.path),
     }

@@ -157,11 +157,11 @@ def check_look_ahead(served: Served, name: str) -> None:
 
 
 def check_whole(served: Served) -> None:
-    """The gate's probabilities are of all experts, and the embedding comes with the first layer."""
-    two = served.model.config.is_encoder_decoder  # each stack has a table of its own: not told
+    """The gate's probabilities are of all experts; the decoder's first layer has the embedding."""
+    first = next(at.index for at in served.adapter.layers if not at.encoder)
     for layer, told in served.whole.items():
         facts, p = served.adapter.layers[layer], told["probabilities"]
-        assert (told["embedding"] is None) == (layer > 0 or two)
+        assert (told["embedding"] is None) == (layer != first)
         if p is None:
             assert facts.router is None or facts.special is not None
             continue

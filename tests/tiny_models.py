@@ -111,6 +111,56 @@ def deepseek_v3(folder: Path, **changes: Any) -> Path:
     return write(transformers.DeepseekV3ForCausalLM(config), folder)
 
 
+def switch(folder: Path, **changes: Any) -> Path:
+    """An encoder-decoder, top-1, a dense layer before each sparse one, everything tied."""
+    settings = {
+        "vocab_size": VOCABULARY,
+        "d_model": 128,
+        "d_kv": 32,
+        "d_ff": 64,
+        "num_heads": 4,
+        "num_layers": 4,
+        "num_sparse_encoder_layers": 2,
+        "num_experts": 6,
+        "num_decoder_layers": 6,
+        "num_sparse_decoder_layers": 3,
+        "expert_capacity": 4,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+    }
+    config = transformers.SwitchTransformersConfig(**{**settings, **changes})
+    model = transformers.SwitchTransformersForConditionalGeneration(config)
+    model.generation_config.decoder_start_token_id = 258
+    return write(model, folder)
+
+
+def nllb(folder: Path, **changes: Any) -> Path:
+    """An encoder-decoder, top-2, with biases; the first token after the start is forced."""
+    settings = {
+        "vocab_size": VOCABULARY,
+        "d_model": 96,
+        "encoder_ffn_dim": 80,
+        "decoder_ffn_dim": 80,
+        "encoder_layers": 4,
+        "encoder_sparse_step": 2,
+        "encoder_attention_heads": 4,
+        "decoder_layers": 3,
+        "decoder_sparse_step": 1,
+        "decoder_attention_heads": 4,
+        "num_experts": 6,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+        "decoder_start_token_id": 257,
+        "max_position_embeddings": 512,
+    }
+    config = transformers.NllbMoeConfig(**{**settings, **changes})
+    model = transformers.NllbMoeForConditionalGeneration(config)
+    model.generation_config.forced_bos_token_id = 77
+    return write(model, folder)
+
+
+ENCODER_DECODERS = {"switch": switch, "nllb": nllb}
 FAMILIES = {
     "qwen3_moe": qwen3_moe,
     "mixtral": mixtral,

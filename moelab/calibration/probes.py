@@ -141,9 +141,8 @@ def soft_counts(
     told: set[int] = set()
 
     def add(layer: int, output: Any) -> None:
-        logits = output[0] if isinstance(output, (tuple, list)) else output
-        count = len(sums[layer])
-        if isinstance(logits, torch.Tensor) and logits.shape[-1] >= count:
+        logits, count = engine.adapter.layers[layer].logits(output), len(sums[layer])
+        if logits is not None:
             told.add(layer)
             rows = logits.float().reshape(-1, logits.shape[-1])
             sums[layer] += rows.softmax(-1).sum(0)[:count]

@@ -279,7 +279,8 @@ class Engine:
         """What the scheduler is told of a layer: the routing, and what its parts observe."""
         observes = self.scheduler.strategy.observes
         ahead: tuple[LookAhead, ...] = ()
-        depth = self.scheduler.look_ahead(layer, prefill=self.prefill)
+        prefill = self.prefill or layer < self.shape.encoder_layers
+        depth = self.scheduler.look_ahead(layer, prefill=prefill)
         if depth:
             for coming, idx, weights in self.adapter.look_ahead(layer, depth):
                 guess = Routed(idx, weights, self.shape.experts[coming])
@@ -292,7 +293,7 @@ class Engine:
             layer,
             routed.experts,
             routed.weights,
-            self.prefill,
+            prefill,
             ahead,
             wanted and wanted.experts,
             wanted and wanted.weights,

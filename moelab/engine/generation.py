@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moelab.engine import kernels
 from moelab.engine.chunks import FEW_TOKENS
 from moelab.engine.engine import Engine
 from moelab.engine.small_ops import GrowingLayer, growing
+from moelab.models.families import encoder_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +85,36 @@ def warn_of_other_ways(model: PreTrainedModel, name: str) -> None:
         )
 
 
-class Sampler:
-    """Draws tokens from logits, after a prompt of ``prompt`` tokens."""
+def source_and_ids(model: Any, prompt: Sequence[int]) -> tuple[list[int], list[int]]:
+    """What an encoder reads of a prompt, and the tokens that the text goes on from.
 
-    def __init__(self, model: Any, sampling: Sampling, prompt: int) -> None:
+    A decoder's text goes on from the prompt, an encoder-decoder's from its start token.
+
+    Raises
+    ------
+    ValueError
+        An encoder-decoder without one, or with one that is no token.
+    """
+    if not model.config.is_encoder_decoder:
+        return [], list(prompt)
+    asked = [(of, "decoder_start_token_id") for of in (model.generation_config, model.config)]
+    asked.append((model.generation_config, "bos_token_id"))
+    start = next((s for of, name in asked if (s := getattr(of, name, None)) is not None), None)
+    words = len(model.get_input_embeddings().weight)
+    if type(start) is not int or not 0 <= start < words:
+        raise ValueError(
+            f"decoder_start_token_id is {start!r}, and a token from 0 to {words - 1} is to begin "
+            "the text; put it into the checkpoint's generation_config.json and pack it again"
+        )
+    return list(prompt), [start]
+
+
+class Sampler:
+    """Draws tokens from logits, after a prompt of ``prompt`` tokens, or what an encoder read."""
+
+    def __init__(
+        self, model: Any, sampling: Sampling, prompt: int, source: Sequence[int] = ()
+    ) -> None:
         self._greedy = sampling.temperature == 0
         self._generator = torch.Generator().manual_seed(sampling.seed)
         config = copy.deepcopy(model.generation_config)
@@ -95,7 +122,8 @@ class Sampler:
         for name, value in (OTHER_WAYS | own | {"do_sample": not self._greedy}).items():
             setattr(config, name, value)  # `update` would log what is at odds in the model's own
         model._prepare_special_tokens(config, device="cpu")
-        self._steps = model._get_logits_processor(config, prompt, device="cpu")
+        read = torch.tensor([list(source)]) if source else None
+        self._steps = model._get_logits_processor(config, prompt, read, device="cpu")
 
     def draw(self, ids: Sequence[int], logits: torch.Tensor) -> int:
         """The next token after ``ids`` from logits ``[V]``."""
@@ -156,19 +184,25 @@ class NotFiniteError(RuntimeError):
 
 
 class Stream:
-    """A growing sequence with its key-value cache."""
+    """A growing sequence with its key-value cache.
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    ``source``: what an encoder reads before the first token, whole in one pass, because each of its
+    tokens attends to all.
+    """
+
+    def __init__(self, engine: Engine, source: Sequence[int] = ()) -> None:
+        self.engine, self._source = engine, list(source)
         self._ids: list[int] = []
-        self._cache = growing(DynamicCache(config=engine.model.config))
+        self._read: Any = None  # what the encoder made of the source
+        self._cache = growing(engine.model.config)
         weights = (p for p in engine.model.parameters() if p.device.type != "meta")
         self._tiny = sum(p.numel() for p in weights) < TINY_PARAMETERS
 
     @property
     def rewinds(self) -> bool:
         """Whether every layer's keys and values can be forgotten from a token on."""
-        return all(isinstance(layer, GrowingLayer) for layer in self._cache.layers)
+        layers = getattr(self._cache, "layers", [None])  # an encoder-decoder's is of two parts
+        return all(isinstance(layer, GrowingLayer) for layer in layers)
 
     def rewind(self, count: int) -> None:
         """Forget all but the first ``count`` tokens."""
@@ -185,24 +219,37 @@ class Stream:
         NotFiniteError
             They have a NaN or an infinity; the message says at which token, and where from.
         """
-        few = self._tiny or len(ids) <= FEW_TOKENS  # then torch's own operations are small ones
+        reads = self._source if self._read is None else ()
+        # Of a few tokens torch's own operations are small ones.
+        few = self._tiny or max(len(ids), len(reads)) <= FEW_TOKENS
         kernels.POOL.threads = 1 if self._tiny else self.engine.threads
         with threads(1 if few else self.engine.threads):
-            out = self.engine.model(
-                torch.tensor([list(ids)]),  # pyright: ignore[reportArgumentType]
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=keep,
-            )
+            if reads:
+                self._read = encoded(self.engine.model, reads)
+            kept = {"past_key_values": self._cache, "use_cache": True}
+            logits = logits_of(self.engine.model, ids, self._read, keep, **kept)  # [keep, V]
             self._ids += ids
-            largest = out.logits[0].amax(-1)  # [keep]; of a NaN it is NaN, and -inf may be a mask
+            largest = logits.amax(-1)  # [keep]; of a NaN it is NaN, and -inf may be a mask
             if not (finite := largest.isfinite()).all():
                 at = len(self._ids) - keep + int(finite.int().argmin())
                 raise NotFiniteError(
                     f"NaN or infinity in the logits after token {at} of the sequence (id "
-                    f"{self._ids[at]}): {cause(self.engine, self._ids[: at + 1])}"
+                    f"{self._ids[at]}): {cause(self.engine, self._ids[: at + 1], self._source)}"
                 )
-        return out.logits[0]
+        return logits
+
+
+def encoded(model: Any, source: Sequence[int]) -> Any:
+    """What the encoder makes of a source."""
+    return encoder_of(model)(torch.tensor([list(source)]))
+
+
+def logits_of(model: Any, ids: Sequence[int], read: Any, keep: int, **kept: Any) -> torch.Tensor:
+    """Logits ``[keep, V]`` at the end of ``ids``, of a decoder that ``read`` is for or none."""
+    tokens = torch.tensor([list(ids)])
+    if read is None:
+        return model(tokens, logits_to_keep=keep, **kept).logits[0]
+    return model(encoder_outputs=read, decoder_input_ids=tokens, **kept).logits[0, -keep:]
 
 
 class Decoder(Stream):
@@ -221,8 +268,8 @@ class Decoder(Stream):
 class Reference(Stream):
     """The same model at full precision over the same tokens, outside budget, cache and clock."""
 
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
+    def __init__(self, engine: Engine, source: Sequence[int] = ()) -> None:
+        super().__init__(engine, source)
         self._seen = 0
 
     def logits(self, ids: Sequence[int], *, keep: int = 1) -> torch.Tensor:
@@ -235,7 +282,7 @@ class Reference(Stream):
 
 
 @torch.inference_mode()
-def cause(engine: Engine, ids: Sequence[int]) -> str:
+def cause(engine: Engine, ids: Sequence[int], source: Sequence[int] = ()) -> str:
     """What makes the logits after ``ids`` not finite: a weight, a module, or too few bits."""
     model = engine.model
     for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -255,7 +302,7 @@ def cause(engine: Engine, ids: Sequence[int]) -> str:
     hooks = [module.register_forward_hook(watch(name)) for name, module in named]
     try:
         with engine.full_precision():
-            model(torch.tensor([list(ids)]), use_cache=False, logits_to_keep=1)  # pyright: ignore[reportArgumentType]
+            logits_of(model, ids, encoded(model, source) if source else None, 1, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

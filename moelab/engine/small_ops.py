@@ -16,7 +16,7 @@ import torch
 from numba import types
 from numba.np.numpy_support import carray
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 from moelab.engine.chunks import float32_at
@@ -127,7 +127,15 @@ def _wider(old: torch.Tensor, count: int) -> torch.Tensor:
     return new
 
 
-def growing(cache: DynamicCache) -> DynamicCache:
-    """The cache, with room to grow in every layer that keeps all tokens."""
+def growing(config: Any) -> DynamicCache | EncoderDecoderCache:
+    """A model's cache, with room to grow in every layer that keeps all tokens.
+
+    An encoder-decoder's is of two parts: what the encoder read comes once and does not grow.
+    """
+    if config.is_encoder_decoder:  # its configuration may count the encoder's layers
+        own = DynamicCache()
+        own.layer_class_to_replicate = GrowingLayer
+        return EncoderDecoderCache(own, DynamicCache())
+    cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(at) is DynamicLayer else at for at in cache.layers]
     return cache

@@ -118,6 +118,8 @@ class Passes:
         The draft's tier, None for no draft, and how many tokens it writes at a time, at most.
     ends
         Tokens that end a text.
+    source
+        What an encoder reads before the first pass.
 
     Attributes
     ----------
@@ -132,8 +134,9 @@ class Passes:
         draft_bits: int | None = None,
         length: int = 0,
         ends: Collection[int] = (),
+        source: Sequence[int] = (),
     ) -> None:
-        self._decoder, self._sampler = Decoder(engine), sampler
+        self._decoder, self._sampler = Decoder(engine, source), sampler
         self._draft = None if draft_bits is None else Draft(engine, draft_bits)
         self._length, self._ends = length, ends
         self._known = 0  # tokens whose keys and values are in the cache
@@ -230,6 +233,8 @@ def one_by_one(engine: Engine) -> Iterator[None]:
 
 def why_not(engine: Engine) -> str:
     """What keeps this model from verifying several tokens in one pass; empty where nothing does."""
+    if engine.model.config.is_encoder_decoder:
+        return "it is an encoder-decoder"
     attention = engine.model.config._attn_implementation
     if attention != _SDPA:
         return f"its attention is transformers' {attention!r}, and only {_SDPA!r} is known"

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moelab.models.families import MoELayer, expert_forward, find_moe
+from moelab.models.families import MoELayer, encoder_of, expert_forward, find_moe
 from moelab.models.recorded import Step, ahead, choice
 from moelab.models.routing import RouterTap
 from moelab.models.skeleton import load_skeleton
@@ -56,7 +56,10 @@ class Adapter:
         self._replaced: list[nn.Module] = []
         self._before = getattr(model.config, "_experts_implementation", None)
         self._embedded: torch.Tensor | None = None  # until the first MoE layer of a pass is over
-        self._hook = model.get_input_embeddings().register_forward_hook(self._embed)
+        two = encoder_of(model) is not None
+        table: Any = (model.get_decoder() if two else model).get_input_embeddings()
+        self._hook = table.register_forward_hook(self._embed)
+        self._first = next((at.index for at in layers if not at.encoder), 0)
         self._taps = {
             layer.index: RouterTap(layer, seen=self._remember)
             for layer in self.layers
@@ -138,7 +141,8 @@ class Adapter:
         Returns
         -------
         list of (layer, idx [T, K], weights [T, K])
-            For `layer + 1` up to `layer + depth`, fewer at the end of the model. Layers whose
+            For `layer + 1` up to `layer + depth`, fewer at the end of an encoder or of the model:
+            the tokens of an encoder are not those of its decoder. Layers whose
             router cannot be asked are left out: no router module, or one that needs arguments
             which it only gets when its own turn comes (some families, on the first pass).
         """
@@ -148,6 +152,8 @@ class Adapter:
         found = []
         for later in range(layer + 1, min(layer + depth, len(self.layers) - 1) + 1):
             coming = self._taps.get(later)
+            if self.layers[later].encoder != self.layers[layer].encoder:
+                break
             guess = coming.predict(tap) if coming is not None else None
             if guess is not None:
                 found.append((later, *guess))
@@ -171,7 +177,7 @@ class Adapter:
             if self.recorded is not None:
                 found[name] = getattr(self.recorded(layer), name)
             elif name == "embedding":
-                found[name] = _mean(self._embedded) if layer == 0 else None
+                found[name] = _mean(self._embedded) if layer == self._first else None
             else:
                 tap = self._taps.get(layer)
                 said = tap.probabilities() if tap is not None and tap is self._last else None
@@ -215,6 +221,7 @@ class Adapter:
         if layer.special is None:
             vars(layer.module)["_moelab_run"] = run
         else:
+            layer.special.infer(layer.router)
             module, forward = layer.special.forward(layer, run)
             module.forward = forward
             self._replaced.append(module)

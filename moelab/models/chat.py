@@ -20,15 +20,13 @@ def load_tokenizer(folder: Path) -> Any:
     Raises
     ------
     ValueError
-        The checkpoint brought none that can be used, or is an encoder-decoder.
+        The checkpoint brought none that can be used.
     """
     from transformers import AutoTokenizer
 
     from moelab.models.skeleton import LOCAL, read_config
 
     config = read_config(folder)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{folder} is an encoder-decoder; moelab runs decoder-only models")
     reason = "it knows no word"  # such a one transformers makes where there is no file
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **LOCAL)

@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 MOST_BYTES = 8 << 20
 MOST = {"layer": 2048, "layers": 2048, "experts": 65536}
 """Largest numbers of keys that end so: a model has a module for each layer, or each expert."""
-ALWAYS = {"architectures", "quantization_config", "torch_dtype"}
+ALWAYS = {"architectures", "quantization_config", "torch_dtype", "decoder_start_token_id"}
 CHOOSES_CODE = {"attn_implementation", "auto_map", "distributed_config", "experts_implementation"}
 CHOOSES_CODE |= {"fusion_config", "transformers_weights"}  # the last: which file is read
 DTYPES = ("bfloat16", "float16", "float32", "float64")

@@ -38,6 +38,8 @@ class MoELayer:
         The experts module, the router (None where a family has no module for it) and their parent.
     num_experts, top_k
         E and K.
+    encoder
+        Whether it is of an encoder, which only a prompt runs through.
     activation
         "silu", "gelu", ... or "custom".
     gating
@@ -60,6 +62,7 @@ class MoELayer:
     block: Any = field(repr=False)
     num_experts: int
     top_k: int
+    encoder: bool
     activation: str
     gating: str
     transposed: bool
@@ -84,6 +87,13 @@ class MoELayer:
         """Read (experts [T, K], weights [T, K]) from what the router returned, or None."""
         return self.special.choice(self, output) if self.special else _read_choice(output)
 
+    def logits(self, output: Any) -> torch.Tensor | None:
+        """The router's logits of all experts ``[..., E]`` in what it returned, or None."""
+        if isinstance(output, (tuple, list)):
+            output = output[self.special.logits if self.special else 0]
+        wide = isinstance(output, torch.Tensor) and output.shape[-1] >= self.num_experts
+        return output if wide else None
+
 
 def find_moe(model: nn.Module) -> list[MoELayer]:
     """List the MoE layers of a model in forward order.
@@ -99,12 +109,15 @@ def find_moe(model: nn.Module) -> list[MoELayer]:
         The model has no experts, or fewer than it is to activate.
     """
     layers: list[MoELayer] = []
+    encoder = encoder_of(model)
+    inside = {id(module) for module in encoder.modules()} if encoder is not None else set()
     for name, module in model.named_modules():
         special = UNDECORATED.get(type(module).__name__)
         if special is not None and not hasattr(module, "is_transposed"):
             special.describe(module)
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
-            layers.append(_describe(model, name, module, special, index=len(layers)))
+            at, own = len(layers), id(module) in inside
+            layers.append(_describe(model, name, module, special, index=at, encoder=own))
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no experts that moelab knows how to serve; "
@@ -158,7 +171,13 @@ def _linear(
 
 
 def _describe(
-    model: nn.Module, name: str, module: Any, special: Undecorated | None, *, index: int
+    model: nn.Module,
+    name: str,
+    module: Any,
+    special: Undecorated | None,
+    *,
+    index: int,
+    encoder: bool,
 ) -> MoELayer:
     block = model.get_submodule(name.rpartition(".")[0])
     router = next(
@@ -178,6 +197,7 @@ def _describe(
         block=block,
         num_experts=module.num_experts,
         top_k=top_k,
+        encoder=encoder,
         activation=_activation(getattr(module, "act_fn", None)),
         gating=_gating(module),
         transposed=module.is_transposed,
@@ -249,6 +269,12 @@ def _read_choice(output: Any) -> Choice | None:
     idx = tensors[at].reshape(-1, tensors[at].shape[-1]).to(torch.int64)
     weights = [t for t in tensors[:at] if t.is_floating_point() and t.numel() == idx.numel()]
     return (idx, weights[-1].reshape(idx.shape)) if weights else None
+
+
+def encoder_of(model: Any) -> Any:
+    """The encoder of an encoder-decoder; None of any other model."""
+    whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return model.get_encoder() if whole else None
 
 
 def positions(model: nn.Module) -> int | None:

@@ -30,9 +30,9 @@ class Recorded:
     """
 
     def __init__(self, trace: Trace) -> None:
-        layers = trace.shape.layers
-        tokens = [trace.steps[at : at + layers] for at in range(0, len(trace.steps), layers)]
-        if not tokens or len(tokens[-1]) < layers:
+        ends = [*trace.passes[1:], len(trace)]
+        tokens = [trace.steps[a:b] for a, b in zip(trace.passes, ends, strict=True)]
+        if not tokens or tokens[-1][-1].layer < trace.shape.layers - 1:
             raise ValueError(f"this trace ends within a token, or has none: {len(trace)} steps")
         if any(len(given.experts) > 1 for given in trace.steps if not given.prefill):
             raise ValueError("this trace has drafted passes of several tokens; record one without")
@@ -46,7 +46,8 @@ class Recorded:
 
         def step(layer: int) -> LayerInput:
             at = token()
-            return (self._decoded[(at - 1) % self.decoded] if at else self._prompt)[layer]
+            whole = self._decoded[(at - 1) % self.decoded] if at else self._prompt
+            return whole[layer - whole[0].layer]
 
         return step
 

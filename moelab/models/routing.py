@@ -150,10 +150,9 @@ class RouterTap:
         """
         if self.hidden is None or self._extra is None:
             return None
-        said = self._ask(self.hidden, *self._extra, steered=False)
-        said = said[0] if isinstance(said, (tuple, list)) else said
+        said = self.layer.logits(self._ask(self.hidden, *self._extra, steered=False))
         experts = self.layer.num_experts
-        if not isinstance(said, torch.Tensor) or said.shape[-1] < experts:
+        if said is None:
             return None
         rows = said.reshape(-1, said.shape[-1]).float()
         sums = rows.sum(-1)

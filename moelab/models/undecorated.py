@@ -1,11 +1,15 @@
 """Three families whose experts modules lack transformers' decorator, described by hand.
 
 Each sets what the decorator would have set (`describe`), says how to read the router's output
-(`choice`), and which forward to replace so that the layer can be served (`forward`).
+(`choice`), and which forward to replace so that the layer can be served (`forward`). Switch and
+NLLB bound how many tokens an expert takes, so that a batch in training is even. transformers does
+so outside training as well: of a prompt whose tokens like one expert, those above its capacity get
+none. Here no token is dropped (`infer`): what becomes of it must not depend on the others.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,13 +27,20 @@ Choice = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Undecorated:
-    """What the decorator would have set, the forward that serves, the router's choice."""
+    """What the decorator would have set, the forward that serves, the router's choice.
+
+    ``infer`` takes training's ways from a router; ``note`` tells a person of it. ``logits`` is the
+    place of the router's logits in what it returns.
+    """
 
     describe: Callable[[Any], None]
     choice: Callable[[MoELayer, Any], Choice]
     forward: Callable[[MoELayer, Run], tuple[nn.Module, Run]]
     top_k: int | None = None  # where no attribute says it
     per_expert: Callable[[Any], nn.Module] | None = None
+    infer: Callable[[Any], None] = lambda _: None
+    note: str = ""
+    logits: int = 2
 
 
 def _describe_single_modules(module: Any) -> None:
@@ -49,6 +60,14 @@ def _switch_choice(_: MoELayer, output: Any) -> Choice:
 def _nllb_choice(layer: MoELayer, output: Any) -> Choice:
     weights, idx = output[1].topk(2, -1)  # the gates of both experts, [T, E]
     return idx, weights * (1 - layer.module.moe_token_dropout)
+
+
+def _switch_infer(router: Any) -> None:
+    router.expert_capacity = sys.maxsize
+
+
+def _nllb_infer(router: Any) -> None:
+    router.moe_eval_capacity_token_fraction = 1.0  # an expert may take every token
 
 
 def _forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
@@ -87,10 +106,12 @@ def _llama4_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
 
 UNDECORATED = {
     "SwitchTransformersExperts": Undecorated(
-        _describe_single_modules, _switch_choice, _forward, 1, lambda m: m["expert_0"]
+        *(_describe_single_modules, _switch_choice, _forward, 1, lambda m: m["expert_0"]),
+        *(_switch_infer, "no token is dropped, whatever expert_capacity says"),
     ),
     "NllbMoeExperts": Undecorated(
-        _describe_single_modules, _nllb_choice, _forward, 2, lambda m: m["expert_0"]
+        *(_describe_single_modules, _nllb_choice, _forward, 2, lambda m: m["expert_0"]),
+        *(_nllb_infer, "both experts of a token are computed; transformers runs experts 0 and 1"),
     ),
-    "Llama4TextExperts": Undecorated(_describe_llama4, _llama4_choice, _llama4_forward),
+    "Llama4TextExperts": Undecorated(_describe_llama4, _llama4_choice, _llama4_forward, logits=1),
 }

@@ -101,7 +101,7 @@ def working_set(trace: Trace, recent: int = RECENT) -> np.ndarray:
     asked: list[set[tuple[int, int]]] = []
     for step in trace.steps:
         if not step.prefill:
-            if step.layer == 0:
+            if step.layer == trace.shape.path().start:
                 asked.append(set())
             asked[-1].update((step.layer, r.expert) for r in step.requests())
     windows = (asked[max(0, t + 1 - recent) : t + 1] for t in range(len(asked)))

@@ -161,6 +161,8 @@ def nearest(name: str, shape: Shape) -> tuple[str, Profile]:
     then in their number. The profile is of the sizes asked for, and knows no bytes; where gate
     weights were not recorded, theirs are of `GATES` or of the nearest that has some.
     """
+    if shape.encoder_layers:
+        raise ValueError(f"{name} is an encoder-decoder, and nobody's routing is known of those")
     experts, k = max(shape.experts), shape.top_k
 
     def away(one: tuple[str, Profile]) -> float:

@@ -65,7 +65,7 @@ def reasons(trace: Trace, wanted: Collection[int]) -> dict[int, dict[str, Any]]:
 
 def until(trace: Trace, passes: int) -> Trace:
     """The trace of the first passes, which does not grow."""
-    end = passes * trace.shape.layers
+    end = trace.shape.steps_of(passes)
     return Trace(trace.shape, trace.steps[:end], list(trace.changes), list(trace.resident))
 
 

@@ -154,14 +154,15 @@ class HotSet:
         tokens
             Decoded tokens to look at, after the prompt.
         """
-        end = (1 + tokens) * trace.shape.layers
+        shape = trace.shape
+        end = shape.steps_of(1 + tokens)
         head = dataclasses.replace(trace, steps=trace.steps[:end], resident=[])
         resident = self.warmed(strategy, knobs).cache.items()
         cold, warm = (
             replay(dataclasses.replace(head, resident=there), strategy, knobs)
             for there in ([], resident)
         )
-        seen = sum(given.layer == 0 and not given.prefill for given in head.steps)
+        seen = sum(given.layer == shape.path().start and not given.prefill for given in head.steps)
         loads = {"cold_loads": _loads(cold), "warm_loads": _loads(warm)}
         return Helps(seen, cold.hit_ratio, warm.hit_ratio, fetched=len(resident), **loads)
 

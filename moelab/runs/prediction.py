@@ -148,7 +148,7 @@ def fitted(run: Run | Trace, machine: Machine) -> Machine:
     """The machine as this run found it; a trace has no times, and leaves it as it was measured."""
     if isinstance(run, Trace):
         return machine
-    was, layers = _measured(run), run.trace.shape.layers
+    was, layers = _measured(run), len(run.trace.shape.path())
     machine = dataclasses.replace(machine, disk=_disk(run, machine.disk))
     found = typical(decided(run.trace, run.history, run.history, machine).tokens)
     return dataclasses.replace(machine, computing=machine.computing.fitted(layers, found, was))

@@ -111,8 +111,8 @@ class Measure:
     ``seconds`` is what the last one took, ``kl`` what it found.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, source: Sequence[int] = ()) -> None:
+        self._engine, self._source = engine, source
         self._reference: Reference | None = None
         self.kl: float | None = None
         self.seconds = 0.0
@@ -123,7 +123,7 @@ class Measure:
         """The likeliest tokens after ``context``; at full precision too where KL is measured."""
         begun, every, full = time.perf_counter(), int(self._engine.settings.measure_kl), None
         if every and token % every == 0:
-            self._reference = self._reference or Reference(self._engine)
+            self._reference = self._reference or Reference(self._engine, self._source)
             full = self._reference.logits(context)[-1]
         # One thread: to wake another one beside the loader's takes longer than these sums.
         with threads(1):

@@ -230,7 +230,8 @@ class Recording:
         m, now = self.document["model"], self.document["settings"][-1]
         each = m["expert_bytes"][now["shown"]["bits"]]
         budget = self.figures[COLUMNS.index("budget_bytes"), -1:].sum()
-        limits = Limits(int(budget), m["top_k"] * m["layers"] * each, now["shown"].get("evict", ""))
+        layers = m["layers"] - m.get("encoder_layers", 0)  # those of a decoded token
+        limits = Limits(int(budget), m["top_k"] * layers * each, now["shown"].get("evict", ""))
         return self.account(max(1, now["token"])).sentence(limits)
 
     def blame(self, token: int) -> pd.DataFrame:

@@ -106,9 +106,10 @@ SCHEMA = _object(
     format={"const": FORMAT},
     moelab=_TEXT,
     model=_object(
-        ("dense_bits", "dense_bytes"),
+        ("dense_bits", "dense_bytes", "encoder_layers"),
         **dict.fromkeys(("name", "architecture"), _TEXT),
         **dict.fromkeys(("layers", "experts", "top_k"), _SIZE),
+        encoder_layers=_INDEX,
         tiers=_list(_SIZE, minItems=1),
         causes={"const": list(STALLS)},
         expert_bytes={"type": "object", "additionalProperties": _BYTES},
@@ -310,6 +311,7 @@ def _columns(d: dict[str, Any]) -> None:
     if sorted(m["expert_bytes"]) != sorted(map(str, m["tiers"])):
         raise ValueError("model.expert_bytes must name the tiers")
     _within("model.experts", [m["layers"] * m["experts"]], 1, MOST_EXPERTS)
+    _within("model.encoder_layers", [m.get("encoder_layers", 0)], 0, m["layers"])
     lengths = {"ids": d["ids"], "top.served": d["top"]["served"], "top.full": d["top"]["full"]}
     for field, values in lengths.items():
         _long(field, values, tokens)

@@ -89,14 +89,11 @@ class Shadows:
         """Whether the run's own router is: its stream is no other strategy's then."""
         return any(settings.strategy.steers for _, settings in self._run.history)
 
-    @property
-    def _layers(self) -> int:
-        return self._run.trace.shape.layers
-
     def _piece(self) -> bool:
         """One token of whoever is furthest behind, or Belady; False where all is followed."""
-        trace, layers = self._run.trace, self._layers
-        whole = len(trace.steps) // layers
+        trace = self._run.trace
+        shape = trace.shape
+        whole = shape.passes_of(len(trace.steps))
         if not whole or not trace.changes:
             return False
         if (players := self._players) is None:
@@ -105,10 +102,10 @@ class Shadows:
         if not players:
             return False
         behind = min(players, key=lambda name: players[name].at)
-        followed, end = players[behind].at // layers, not self._run.running
+        followed, end = shape.passes_of(players[behind].at), not self._run.running
         last = end and followed == whole > self._asked
         if followed > max(1, GROWN * self._asked) or last:
-            self._asked, self._best = followed, _best(trace, followed * layers)
+            self._asked, self._best = followed, _best(trace, shape.steps_of(followed))
             return True
         if followed < whole:
             self._follow(behind, trace)
@@ -133,7 +130,8 @@ class Shadows:
         assert self._players is not None
         player = self._players[name]
         try:
-            for _ in range(trace.shape.layers):
+            shape = trace.shape
+            while player.at < shape.steps_of(shape.passes_of(player.at) + 1):
                 at, changes = player.at, []
                 pairs = zip(trace.changes[1:], self._run.history[1:], strict=False)
                 for change, (_, settings) in pairs:

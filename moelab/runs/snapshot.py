@@ -111,8 +111,9 @@ class RunReader:
         run, shape = self.run, self.run.trace.shape
         return {
             "name": run.model,
-            "architecture": run.architecture.removesuffix("ForCausalLM"),
+            "architecture": in_short(run.architecture),
             "layers": shape.layers,
+            "encoder_layers": shape.encoder_layers,
             "experts": max(shape.experts),
             "top_k": shape.top_k,
             "tiers": sorted(shape.nbytes, reverse=True),
@@ -151,11 +152,12 @@ class RunReader:
     def _gates_of(self, tokens: int) -> dict[str, Any]:
         """What the router chose at each token's position, the prompt's last: arrays [T, L, K]."""
         trace = self.run.trace
-        layers, top_k = trace.shape.layers, trace.shape.top_k
+        shape, layers, top_k = trace.shape, trace.shape.layers, trace.shape.top_k
         for t in range(len(self._gates), tokens):
             at, row = self.run._places[t]
             row = row if at else -1  # the prompt's last
-            self._gates.append(_row(trace.steps[at * layers : (at + 1) * layers], top_k, row))
+            steps = trace.steps[shape.steps_of(at) : shape.steps_of(at + 1)]
+            self._gates.append(_row(steps, (layers, top_k), row))
         size = (-1, layers, top_k)
         expert, weight, wanted = zip(*self._gates, strict=True) if self._gates else ((), (), ())
         steered = any(w is not None for w in wanted)
@@ -188,6 +190,11 @@ class RunReader:
         return self._texts[token]
 
 
+def in_short(architecture: str) -> str:
+    """A class of transformers without what all of them end with."""
+    return architecture.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration")
+
+
 def _start(trace: Trace) -> dict[str, list[int]]:
     """What was resident when the run began."""
     resident = list(trace.resident)
@@ -200,14 +207,13 @@ def _start(trace: Trace) -> dict[str, list[int]]:
 
 
 def _row(
-    steps: Sequence[LayerInput], top_k: int, row: int
+    steps: Sequence[LayerInput], size: tuple[int, int], row: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Experts, gate weights and the router's own choice at one position: [L, K] each."""
-    expert = np.full((len(steps), top_k), -1, "<i2")
-    weight = np.zeros((len(steps), top_k), "<f4")
+    expert, weight = np.full(size, -1, "<i2"), np.zeros(size, "<f4")
     wanted, steered = np.full_like(expert, -1), False
-    for i, step in enumerate(steps):
-        chosen = step.experts[row]
+    for step in steps:
+        i, chosen = step.layer, step.experts[row]
         expert[i, : len(chosen)] = chosen
         weight[i, : len(chosen)] = step.weights[row]
         steered |= step.wanted is not None

@@ -117,7 +117,7 @@ def speculation(run: Run, made: list[Pass], bits: int) -> Speculation:
         here = here[here["at"] >= 0]
         read = np.isin(here["kind"], (e.LOAD, e.PREFETCH))
         first = run.passes(one.token + 1) - 1
-        steps = run.trace.steps[first * shape.layers : (first + 1) * shape.layers]
+        steps = run.trace.steps[shape.steps_of(first) : shape.steps_of(first + 1)]
         kept = {(s.layer, x) for s in steps for row in s.experts[: one.kept] for x in row}
         loads = here[here["kind"] == e.LOAD]
         places = zip(loads["layer"].tolist(), loads["expert"].tolist(), strict=True)

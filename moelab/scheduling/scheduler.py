@@ -69,7 +69,7 @@ class Scheduler:
     def look_ahead(self, layer: int, *, prefill: bool) -> int:
         """How many of the next layers' routers the engine should ask now."""
         asked = self._in_prefill or not prefill
-        most = self.shape.layers - 1 - layer
+        most = self.shape.stack_end(layer) - 1 - layer
         return min(self.strategy.prefetch.look_ahead(self.view), most) if asked else 0
 
     def begin(self) -> LayerPlan:
@@ -298,7 +298,7 @@ class Scheduler:
                 if not given.prefill and not held_of[key] & _PINNED:
                     request = Request(p.expert, p.weight, p.rank, p.score, 1, p.layer)
                     want = tier(request, asked, view)
-                cause = e.AHEAD + (p.layer - given.layer) % shape.layers
+                cause = e.AHEAD + int(shape.away(given.layer)[p.layer])
                 self._prefetched[key] |= self._fetch(key, want, cause, _SPARED[0], plan, p.instead)
             if bits_of[key]:  # fetched or there before: until its layer comes it may stay
                 held_of[key] |= _PROTECTED

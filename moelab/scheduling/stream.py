@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,6 +39,9 @@ class Shape:
         Experts a token activates in one layer.
     nbytes
         Bytes of one expert at each tier, ``{16: 147456, 4: 45056, ...}``.
+    encoder_layers
+        How many of the layers, the first ones, are an encoder's: only a prompt runs through them. A
+        prompt's pass has all layers, a decoded token's begins behind the encoder.
 
     Attributes
     ----------
@@ -56,6 +60,7 @@ class Shape:
     experts: tuple[int, ...]
     top_k: int
     nbytes: Mapping[int, int]
+    encoder_layers: int = 0
     offset: tuple[int, ...] = field(init=False, repr=False, compare=False)
     layer_of: np.ndarray = field(init=False, repr=False, compare=False)
     index_of: np.ndarray = field(init=False, repr=False, compare=False)
@@ -94,8 +99,60 @@ class Shape:
         return self.n * self.nbytes[bits]
 
     def token_cycle_bytes(self, bits: int) -> int:
-        """Bytes one token touches: top-k x layers x bytes of an expert."""
-        return self.top_k * self.layers * self.nbytes[bits]
+        """Bytes one decoded token touches: top-k x layers x bytes of an expert."""
+        return self.top_k * len(self.path()) * self.nbytes[bits]
+
+    # -- the way of a token through the layers ------------------------------------------------
+
+    def path(self, *, prefill: bool = False) -> range:
+        """The layers of one pass: of a decoded token, or of a prompt."""
+        return range(0 if prefill else self.encoder_layers, self.layers)
+
+    def begins(self, layer: int, *, prefill: bool) -> bool:
+        """Whether a pass begins with this layer."""
+        return layer == self.path(prefill=prefill).start
+
+    def following(self, layer: int) -> int:
+        """The layer after this one; after the last the first of the next token."""
+        return layer + 1 if layer + 1 < self.layers else self.encoder_layers
+
+    def stack_end(self, layer: int) -> int:
+        """The layer behind the last of the encoder or decoder that this one is in.
+
+        An encoder's tokens are not those of its decoder: no router is asked across that border.
+        """
+        return self.encoder_layers if layer < self.encoder_layers else self.layers
+
+    def away(self, layer: int) -> np.ndarray:
+        """How many layers from this one the turn of each comes, 0 of its own ``[L]``.
+
+        Layers are walked as a ring, of which the encoder's are no part: behind this one they come
+        with the next prompt only, which is as far as L.
+        """
+        return _away(self.layers, self.encoder_layers, layer)
+
+    def next_turn(self, layer: int) -> np.ndarray:
+        """As `away`, but of its own layer: a whole round ``[L]``."""
+        own = self.layers if layer < self.encoder_layers else len(self.path())
+        away = self.away(layer)
+        return np.where(away, away, own)
+
+    def steps_of(self, passes: int) -> int:
+        """Layers that a sequence has run through after so many passes, the prompt's first."""
+        return passes * len(self.path()) + (self.encoder_layers if passes else 0)
+
+    def passes_of(self, steps: int) -> int:
+        """Passes that are complete after so many layers of a sequence."""
+        return max(0, steps - self.encoder_layers) // len(self.path())
+
+
+@lru_cache(maxsize=1024)
+def _away(layers: int, encoder_layers: int, layer: int) -> np.ndarray:
+    away = np.arange(layers) - layer
+    away[away < 0] += layers - encoder_layers
+    away[: min(layer, encoder_layers)] = layers
+    away.flags.writeable = False
+    return away
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,8 +63,8 @@ class LayerInput:
         The gate's probabilities of all the layer's experts ``[E]``, without mask or bias, mean over
         the tokens, where a part observes ``"probabilities"`` and there is a router to be asked.
     embedding
-        What the embedding layer gave ``[D]``, mean over the tokens, told with layer 0 where a part
-        observes ``"embedding"``; not of an encoder-decoder.
+        What the embedding layer gave ``[D]``, mean over the tokens, told with the first layer that
+        a decoded token runs through where a part observes ``"embedding"``.
     """
 
     layer: int
@@ -172,19 +172,27 @@ class Trace:
     @property
     def tokens(self) -> int:
         """Steps of the whole model in this trace (the prefill counts as one)."""
-        return sum(1 for s in self.steps if s.layer == 0)
+        return len(self.passes)
 
     @property
     def decoded(self) -> int:
         """Tokens that were decoded, those of a drafted pass each."""
-        return sum(len(s.experts) for s in self.steps if s.layer == 0 and not s.prefill)
+        first = self.shape.path().start
+        return sum(len(s.experts) for s in self.steps if s.layer == first and not s.prefill)
+
+    @property
+    def passes(self) -> list[int]:
+        """Indices of the steps with which the whole model begins."""
+        begins = self.shape.begins
+        return [i for i, s in enumerate(self.steps) if begins(s.layer, prefill=s.prefill)]
 
     def document(self) -> dict[str, Any]:
         """All of it as JSON has it."""
-        shape = self.shape
+        shape, own = self.shape, self.shape.encoder_layers
+        of = {"experts": shape.experts, "top_k": shape.top_k, "nbytes": dict(shape.nbytes)}
         return {
             "format": FORMAT,
-            "shape": {"experts": shape.experts, "top_k": shape.top_k, "nbytes": dict(shape.nbytes)},
+            "shape": of | ({"encoder_layers": own} if own else {}),  # else every version reads it
             "steps": [[_plain(getattr(s, name)) for name in SAVED] for s in self.steps],
             "changes": [
                 (
@@ -263,7 +271,10 @@ def _parts(doc: dict) -> tuple:
     for i, row in enumerate(doc["steps"]):
         lacks = [None] * (NEW_IN_5 if len(row) == len(SAVED) - NEW_IN_5 else 0)
         given = dict(zip(SAVED, (*row, *lacks), strict=True))
-        _whole(given["layer"], i % shape.layers, i % shape.layers, f"layer of step {i}")
+        behind = steps[-1].layer if steps else shape.layers - 1
+        prompt = given["prefill"] is True and behind == shape.layers - 1
+        due = 0 if prompt else shape.following(behind)
+        _whole(given["layer"], due, due, f"layer of step {i}")
         steps.append(_step(given, shape, key))
     changes = [_change(shape, *row) for row in doc["changes"]]
     ats = [change.at for change in changes]
@@ -305,7 +316,7 @@ def _bits(shape: Shape, bits: Any) -> int:
     return bits
 
 
-def _shape(experts: list, top_k: Any, nbytes: dict) -> Shape:
+def _shape(experts: list, top_k: Any, nbytes: dict, encoder_layers: Any = 0) -> Shape:
     _whole(len(experts), 1, MOST_LAYERS, "number of layers")
     for count in experts:
         _whole(count, 1, MOST_EXPERTS, "number of experts")
@@ -313,7 +324,8 @@ def _shape(experts: list, top_k: Any, nbytes: dict) -> Shape:
     _whole(top_k, 1, min(experts), "top_k")
     tiers = {_whole(int(b), 1, 32, "bits"): _whole(n, 1, MOST, "bytes") for b, n in nbytes.items()}
     _whole(len(tiers), 1, 32, "number of tiers")
-    return Shape(tuple(experts), top_k, tiers)
+    _whole(encoder_layers, 0, len(experts) - 1, "number of encoder layers")
+    return Shape(tuple(experts), top_k, tiers, encoder_layers)
 
 
 def _change(

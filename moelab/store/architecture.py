@@ -78,7 +78,8 @@ class Architecture:
             self.described.pop("tensors"), half, turned=self.described["transposed"]
         )
         sizes = {bits: nbytes(self.layout, bits) for bits in tiers}
-        self.shape = Shape(self.described["experts_per_layer"], self.layers[0].top_k, sizes)
+        own = self.described["experts_per_layer"], self.layers[0].top_k, sizes
+        self.shape = Shape(*own, self.described["encoder_layers"])
         self.parameters = sum(p.numel() for p in self.model.parameters())
         each = sum(math.prod(shape) for _, shape in self.layout.tensors)
         self.expert_parameters = self.shape.n * each

@@ -92,6 +92,8 @@ class Manifest:
         {path inside the store: (bytes, blake2b-128 or "")}; empty where `checksums` covers it.
     checksums
         {bits: one blake2b-128 per expert, layer by layer}.
+    encoder_layers
+        How many of the layers, the first ones, are an encoder's.
     """
 
     id: str
@@ -117,6 +119,7 @@ class Manifest:
     has_post_norm: bool
     files: dict[str, tuple[int, str]]
     checksums: dict[int, tuple[str, ...]]
+    encoder_layers: int = 0
 
     @property
     def slot_bytes(self) -> dict[int, int]:
@@ -136,6 +139,8 @@ class Manifest:
             self.layout.blocks or self.layout.turned
         ):  # then the layout is one that every version reads
             del data["layout"]["blocks"], data["layout"]["turned"]
+        if not self.encoder_layers:
+            del data["encoder_layers"]
         return json.dumps({**data, "checksum": _own_checksum(data)}, indent=1)
 
     @classmethod
@@ -182,6 +187,9 @@ class Manifest:
             raise ValueError(f"tiers {manifest.tiers} are not among {KNOWN_TIERS}, highest first")
         if len(manifest.layer_names) != len(manifest.experts_per_layer):
             raise ValueError("layer_names and experts_per_layer differ in length")
+        own = manifest.encoder_layers
+        if type(own) is not int or not 0 <= own < len(manifest.layer_names):
+            raise ValueError(f"encoder_layers={shortened(own)} of {len(manifest.layer_names)}")
         if not manifest.experts_per_layer or min(manifest.experts_per_layer) < manifest.top_k:
             raise ValueError(f"a layer has fewer than top_k={manifest.top_k} experts")
         for name in manifest.files:
@@ -207,7 +215,7 @@ def of_model(model: Any, layers: Sequence[MoELayer]) -> dict[str, Any]:
     Raises
     ------
     StoreError
-        The experts differ from layer to layer.
+        The experts differ from layer to layer, or are all of an encoder.
     """
 
     def kind(layer: MoELayer) -> dict[str, Any]:
@@ -220,11 +228,14 @@ def of_model(model: Any, layers: Sequence[MoELayer]) -> dict[str, Any]:
                 f"experts of layer {layer.index} ({layer.name}) are {kind(layer)}, those of layer "
                 f"0 are {kind(first)}; a store holds experts of one shape only"
             )
+    if all(layer.encoder for layer in layers):
+        raise StoreError("all experts are the encoder's: no token that is written asks for one")
     return {
         "architecture": type(model).__name__,
         "model_type": model.config.model_type,
         "layer_names": tuple(layer.name for layer in layers),
         "experts_per_layer": tuple(layer.num_experts for layer in layers),
+        "encoder_layers": sum(layer.encoder for layer in layers),
         **kind(first),
     }
 

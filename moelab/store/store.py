@@ -137,7 +137,8 @@ class Store:
     @property
     def shape(self) -> Shape:
         """What a scheduler must know of it."""
-        return Shape(self.experts_per_layer, self.top_k, self.slot_bytes)
+        own = self.manifest
+        return Shape(own.experts_per_layer, own.top_k, self.slot_bytes, own.encoder_layers)
 
     @property
     def checked_file(self) -> Path:

@@ -141,7 +141,7 @@ def expected(request: Request) -> Prediction:
 
 def turns(view: View) -> np.ndarray:
     """How many layers each expert's own has to wait for its turn: 1 next, L at work now ``[n]``."""
-    return (view.layer_of - view.layer - 1) % view.shape.layers + 1
+    return view.shape.next_turn(view.layer)[view.layer_of]
 
 
 class DropIfCold(Precision):

@@ -240,7 +240,7 @@ class Preload(Prefetch):
         if self.key == "sets" or (self.key == "auto" and view.shape.top_k <= 2):
             return self.table
         if self._pairs is None:
-            self._pairs = self.table.pairs(view.shape.experts)
+            self._pairs = self.table.pairs(view.shape.experts, view.shape.encoder_layers)
         return self._pairs
 
     def observe(self, given: LayerInput, view: View) -> None:
@@ -255,7 +255,7 @@ class Preload(Prefetch):
     def predict(
         self, layer: int, look_ahead: Sequence[LookAhead], view: View
     ) -> Iterable[Prediction]:
-        coming = (layer + 1) % view.shape.layers
+        coming = view.shape.following(layer)
         keys, table = view.shape.keys(coming), self.paths(view)
         absent = view.bits[keys] < view.asked[keys]
         # Pairs give nearly every expert some probability: one below chance is no guess.
@@ -290,9 +290,18 @@ def distance(i: int | np.ndarray, now: int, layers: int, rule: str = "described"
 
 
 @lru_cache
-def _distances(layers: int, rule: str) -> np.ndarray:
-    """`distance` of every layer from every layer at work ``[L at work, L]``."""
-    return np.array([distance(np.arange(layers), now, layers, rule) for now in range(layers)])
+def _distances(layers: int, encoder: int, rule: str) -> np.ndarray:
+    """`distance` of every layer from every layer at work ``[L at work, L]``.
+
+    The ring of a decoded token begins behind the first ``encoder`` layers; of these, what the
+    prompt has run through is as far as can be, by either rule.
+    """
+    found, every = np.full((layers, layers), layers), np.arange(layers)
+    for now in range(layers):
+        first = encoder if now >= encoder else 0
+        ring = distance(every[first:], now, layers - first, rule)
+        found[now, max(first, min(now, encoder)) :] = ring[max(0, min(now, encoder) - first) :]
+    return found
 
 
 class FrequencyOverDistance(Evict):
@@ -341,7 +350,7 @@ class FrequencyOverDistance(Evict):
 
     def distance(self, view: View) -> np.ndarray:
         """d: of each layer from the one at work, 1 to S ``[L]``."""
-        return _distances(view.shape.layers, self.rule)[view.layer]
+        return _distances(view.shape.layers, view.shape.encoder_layers, self.rule)[view.layer]
 
     def score(self, view: View) -> np.ndarray:
         if not len(self._tokens):

@@ -80,13 +80,13 @@ class PathTable:
         for n in sorted([expert - (count << _BITS) for expert, count in row.counts.items()]):
             yield n & ((1 << _BITS) - 1), -(n >> _BITS) / row.times
 
-    def pairs(self, experts: tuple[int, ...]) -> PairTable:
+    def pairs(self, experts: tuple[int, ...], encoder_layers: int = 0) -> PairTable:
         """What it has counted, by pairs, of a model with so many experts a layer; frozen if it is.
 
         A frozen table is counted over once.
         """
         if self._by_pairs is None or not self.frozen:
-            found = self._by_pairs = PairTable(experts)
+            found = self._by_pairs = PairTable(experts, encoder_layers)
             for (layer, before), row in self._counted.items():
                 found.add(layer, before, row.times, row.counts)
             found.frozen = self.frozen
@@ -151,6 +151,8 @@ class PairTable:
     ----------
     experts
         Number of experts of each layer.
+    encoder_layers
+        Before the first layer behind these comes the last of the token before.
 
     Examples
     --------
@@ -161,8 +163,9 @@ class PairTable:
     [(5, 1.0), (6, 0.75), (2, 0.25)]
     """
 
-    def __init__(self, experts: tuple[int, ...]) -> None:
-        before = (*experts[-1:], *experts)
+    def __init__(self, experts: tuple[int, ...], encoder_layers: int = 0) -> None:
+        own, last = experts[:encoder_layers], experts[-1:]
+        before = (*last, *own[:-1], *(last if own else ()), *experts[encoder_layers:])
         shapes = list(zip(before, experts, strict=False))
         self._counts = [np.zeros(shape, np.float32) for shape in shapes]  # of layer [E before, E]
         self._times = [np.zeros(shape[0], np.float32) for shape in shapes]

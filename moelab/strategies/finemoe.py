@@ -19,7 +19,8 @@ Not as there: a layer's guesses are at most ``most`` times k, because here a pre
 when it is issued, and where nothing is alike δ = 1 asks for all experts. The embedding is told with
 layer 0, so that layer 0 itself is never fetched. Visits are those of this sequence. A prompt is one
 pass, with the mean of its tokens. Misses are read before guesses, where the paper's pause them all.
-The store begins empty and learns from the runs; it has 256 entries where the authors' demo has
+Of an encoder-decoder a pass is the decoder's. The store begins empty and learns from the runs; it
+has 256 entries where the authors' demo has
 1000, because a run's trace keeps a copy of it; it takes 4 · C · (n + D) bytes beside the budget.
 
 Where a trace has no probabilities, or a model no router to be asked, P is the gate weights of those
@@ -119,11 +120,12 @@ class ExpertMaps(Evict, Prefetch):
     def observe(self, given: LayerInput, view: View) -> None:
         """Take in P of this layer; after the last one the map is complete."""
         layer, shape = given.layer, view.shape
+        first = shape.path().start
         if self._store is None:
             self._store, self._lengths = Rows(shape.n), Rows(shape.layers)
-        if layer == 0:
+        if layer == first:
             self._begin(given, shape.n, shape.layers)
-        elif layer != self._at + 1:
+        elif layer < first or layer != self._at + 1:
             self._at = -1
             return
         self._at = layer
@@ -131,9 +133,9 @@ class ExpertMaps(Evict, Prefetch):
         keys = shape.keys(layer)
         self._map[keys] = p
         self._dots += _products(self._store.all[:, keys], p)
-        self._length[layer] = p @ p + (self._length[layer - 1] if layer else 0)
+        self._length[layer] = p @ p + (self._length[layer - 1] if layer > first else 0)
         if layer == shape.layers - 1:
-            self._keep(layer)
+            self._keep(len(shape.path()))
         elif len(self._dots):
             alike = self.trajectory()
             best = int(np.argmax(alike))
@@ -158,12 +160,12 @@ class ExpertMaps(Evict, Prefetch):
         theirs = self._lengths.all[:, self._at]
         return self._dots / np.maximum(np.sqrt(theirs * self._length[self._at]), TINY)
 
-    def _keep(self, last: int) -> None:
+    def _keep(self, layers: int) -> None:
         """Put the map into the store, in place of the most redundant where that is full."""
         assert self._store is not None
         at = self._store.count
         if at >= self.maps:
-            share = min(self.depth / (last + 1), 1)
+            share = min(self.depth / layers, 1)
             redundancy = (1 - share) * self.trajectory()
             if len(self._semantic):
                 redundancy = redundancy + share * self._semantic
@@ -182,17 +184,18 @@ class ExpertMaps(Evict, Prefetch):
         self, layer: int, look_ahead: Sequence[LookAhead], view: View
     ) -> Iterable[Prediction]:
         depth, last, found = self.depth, view.shape.layers - 1, self._found
+        first = view.shape.path().start
         if not depth or self._at != layer or layer == last or not len(self._dots):
             return []
         assert found is not None
         assert self._store is not None
         guesses: list[Prediction] = []
-        if layer == 0 and depth > 1:
+        if layer == first and depth > 1:
             like, score = found, self._score
             if len(self._semantic):
                 best = int(np.argmax(self._semantic))
                 like, score = self._store.all[best], float(self._semantic[best])
-            coming = range(1, min(depth, last + 1))
+            coming = range(first + 1, min(first + depth, last + 1))
             guesses = [g for at in coming for g in self._likely(at, like, score, view)]
         if layer + depth <= last:
             guesses += self._likely(layer + depth, found, self._score, view)

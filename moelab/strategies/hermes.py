@@ -48,9 +48,9 @@ class WholeLayers(Prefetch):
     def predict(
         self, layer: int, look_ahead: Sequence[LookAhead], view: View
     ) -> Iterable[Prediction]:
-        layers = view.shape.layers
-        for coming in range(layer + 1, layer + 1 + min(self.depth, layers - 1)):
-            at = coming % layers
+        at, seen = layer, {layer}
+        while len(seen) <= self.depth and (at := view.shape.following(at)) not in seen:
+            seen.add(at)
             for expert in range(view.shape.experts[at]):
                 yield Prediction(at, expert)
 

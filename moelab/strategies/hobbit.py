@@ -109,9 +109,11 @@ class StackedGates(GateLookAhead):
 
 
 def layers_away(view: View) -> np.ndarray:
-    """(l_t - l_i + l_n) mod l_n of every layer ``[L]``: how many layers from now it comes."""
-    n = view.shape.layers
-    return (np.arange(n) - view.layer + n) % n
+    """(l_t - l_i + l_n) mod l_n of every layer ``[L]``: how many layers from now it comes.
+
+    An encoder's, behind the layer at work, come no more: l_n.
+    """
+    return view.shape.away(view.layer)
 
 
 class FourTerms(Evict):

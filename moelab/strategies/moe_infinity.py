@@ -88,8 +88,10 @@ class LeastActivated(Evict):
 
     def _factors(self, view: View) -> dict[str, np.ndarray]:
         """P and 1 - i/L of every expert ``[n]``."""
-        layers, layer_of = view.shape.layers, view.layer_of
-        decay = (1 - np.arange(layers) / layers)[layer_of]
+        path, layer_of = view.shape.path(prefill=view.prefill), view.layer_of
+        decay = 1 - (np.arange(path.stop) - path.start) / len(path)
+        decay[: path.start] = 0  # of an encoder, which no more tokens run through
+        decay = decay[layer_of]
         if not len(self._uses):
             return {"activation ratio": np.zeros(view.shape.n), "layer decay": decay}
         p = self._uses / np.maximum(self._of_layer, 1)[layer_of]
@@ -130,7 +132,7 @@ class NearestSequence(Prefetch):
         if not self.eam.size:
             self.eam = np.zeros(size)
             self._cosines = {"token": self._none(), "sequence": self._none()}
-        if layer == 0 or not self.pass_eam.size:
+        if view.shape.begins(layer, prefill=given.prefill) or not self.pass_eam.size:
             self.pass_eam = np.zeros(size)
             self._cosines["token"] = self._none()
         sequence, this_pass = self.eam[layer].data, self.pass_eam[layer].data

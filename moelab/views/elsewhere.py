@@ -64,7 +64,8 @@ def elsewhere(
 def placed(trace: Trace, each: int) -> float:
     """Hits of the second half with each layer's ``each`` most used experts of what came before."""
     decoded = [step for step in trace.steps if not step.prefill]
-    half = len(decoded) // (2 * trace.shape.layers) * trace.shape.layers
+    layers = len(trace.shape.path())
+    half = len(decoded) // (2 * layers) * layers
     before = [step for step in trace.steps if step.prefill] + decoded[:half]
     uses: dict[int, Counter[int]] = defaultdict(Counter)
     for step in before:

@@ -77,9 +77,10 @@ def predictors(
     """
     trace = trace_of(of)
     tokens = _tokens(trace)
-    if len(tokens) < 4 or trace.shape.layers < 2:
+    layers = len(trace.shape.path())
+    if len(tokens) < 4 or layers < 2:
         raise ValueError(
-            f"{len(tokens)} decoded tokens of {trace.shape.layers} layers: record at least four "
+            f"{len(tokens)} decoded tokens of {layers} layers: record at least four "
             "tokens of a model with two layers or more"
         )
     half = len(tokens) // 2
@@ -117,25 +118,26 @@ def _timed(
     layer = (
         of_layer.layer_ms + of_layer.deciding_ms + of_layer.call_ms + k * of_layer.expert_ms[bits]
     )
-    whole = trace.shape.layers * layer + of_layer.token_ms
+    layers = len(trace.shape.path())
+    whole = layers * layer + of_layer.token_ms
     leads = {"any time": whole, "a token": whole, "never": 0.0, "a layer": layer}
     lead = table.ahead.map(lambda a: leads[a] if a in leads else layer * int(a.split()[0]))
     load = 1e3 * machine.bus(find_device(device)).due(trace.shape.nbytes[bits], 0.0)
-    hidden = np.minimum(lead, load) * table.recall * k * (trace.shape.layers - 1)
+    hidden = np.minimum(lead, load) * table.recall * k * (layers - 1)
     return table.assign(lead_ms=lead, load_ms=load, hidden_ms=hidden)
 
 
 def _tokens(trace: Trace) -> list[list[LayerInput]]:
     """The decoded tokens, each with its layers' inputs."""
     steps = [step for step in trace.steps if not step.prefill]
-    layers = trace.shape.layers
+    layers = len(trace.shape.path())
     return [steps[at : at + layers] for at in range(0, len(steps) - layers + 1, layers)]
 
 
 def _prompt(trace: Trace) -> Iterator[list[Experts]]:
-    """The prompt's tokens as far as all layers recorded them."""
-    layers = trace.shape.layers
-    steps = [step for step in trace.steps if step.prefill]
+    """The prompt's tokens as far as all layers recorded them; what an encoder read is not among."""
+    path = trace.shape.path()
+    layers, steps = len(path), [step for step in trace.steps if step.prefill and step.layer in path]
     for at in range(0, len(steps) - layers + 1, layers):
         whole = steps[at : at + layers]
         yield from (list(rows) for rows in zip(*(s.experts for s in whole), strict=False))
@@ -252,7 +254,7 @@ def _gate(tokens: list[list[LayerInput]], nbytes: int) -> Iterator[dict[str, obj
         rows = _rows(token)
         for step in token:
             for coming in step.look_ahead:
-                wanted = rows[coming.layer]
+                wanted = rows[coming.layer - token[0].layer]
                 guessed = coming.experts[: len(wanted)]
                 hits, at = len(set(guessed) & set(wanted)), sums[coming.layer - step.layer]
                 for i, count in enumerate((hits, len(wanted), len(guessed) - hits)):

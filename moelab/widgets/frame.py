@@ -24,7 +24,7 @@ import numpy as np
 from moelab import strategies
 from moelab.runs.account import Account, ending
 from moelab.runs.shadows import SHADOWS, Shadows
-from moelab.runs.snapshot import RunReader, origins
+from moelab.runs.snapshot import RunReader, in_short, origins
 from moelab.runs.tokens import COLUMNS, STALLS, figures
 from moelab.scheduling.parts import Precision, Prefetch
 from moelab.scheduling.strategy import Parameter, Strategy, is_on, part_parameters, part_title
@@ -76,8 +76,9 @@ def options(lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> di
     """What the controls offer and what never changes for this model."""
     return {
         "name": info["name"],
-        "architecture": info["architecture"].removesuffix("ForCausalLM"),
+        "architecture": in_short(info["architecture"]),
         "layers": info["layers"],
+        "encoder_layers": info["encoder_layers"],
         "experts": info["experts_per_layer"],
         "top_k": info["top_k"],
         "tiers": list(info["tiers"]),

@@ -1,0 +1,170 @@
+"""Encoder-decoders, from `moelab.open` to the last token: the text is stock transformers' own.
+
+Two things are put right in the reference. transformers drops a prompt's tokens above an expert's
+capacity in Switch Transformers, and runs experts 0 and 1 only of NLLB-MoE.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, EncoderDecoderCache
+
+import moelab
+import tiny_models
+from moelab.replays.replay import replay
+from moelab.scheduling.budget import minimum_budget
+from moelab.scheduling.stream import Shape
+from moelab.scheduling.trace import Trace
+from moelab.strategies import NAMES, make
+from moelab.strategies.edgemoe import _distances
+from test_families import nllb_forward
+from test_strategies import check_run, decided, live
+
+SOURCE = (
+    "A text of more than one hundred tokens, where one byte is one token, to be put short. " * 2
+)
+NEW = 12
+PENALTY = {"repetition_penalty": 2.0}  # else a random model with tied weights repeats a token
+
+
+@pytest.fixture(scope="module", params=["switch", "switch untied", "nllb"])
+def folder(request, tmp_path_factory):
+    name, _, untied = request.param.partition(" ")
+    place = tmp_path_factory.mktemp(name + untied)
+    return tiny_models.ENCODER_DECODERS[name](place, tie_word_embeddings=not untied)
+
+
+@pytest.fixture(scope="module")
+def lab(folder):
+    with moelab.open(folder, budget="100%", tiers=(16, 4, 2), progress=False) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def stock(folder):
+    kind = getattr(transformers, transformers.AutoConfig.from_pretrained(folder).architectures[0])
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    for module in model.modules():
+        if hasattr(module, "expert_capacity"):
+            module.expert_capacity = sys.maxsize
+        if type(module).__name__ == "NllbMoeExperts":
+            module.forward = nllb_forward.__get__(module)
+    return model
+
+
+def generate(lab, **own):
+    how = {"max_new_tokens": NEW, "temperature": 0, "ignore_eos": True} | PENALTY | own
+    return lab.generate(SOURCE, **how)
+
+
+@torch.inference_mode()
+def stocks(stock, lab, **own) -> list[int]:
+    ids = torch.tensor([lab._encode(SOURCE)])
+    how = {"max_new_tokens": NEW, "min_new_tokens": NEW, "eos_token_id": None, "do_sample": False}
+    how |= PENALTY
+    # By itself it counts the encoder's layers, and fails where the decoder has more.
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    return stock.generate(ids, past_key_values=cache, **how | own)[0, 1:].tolist()
+
+
+@pytest.mark.parametrize("budget", ["100%", "tight"])
+def test_greedy_text_is_stock_transformers_also_with_little_memory(lab, stock, budget):
+    info = lab.info()
+    least = info["minimum_budget_bytes"] + info["expert_bytes"][16]
+    lab.update(budget=least if budget == "tight" else budget)
+    run = generate(lab)
+    assert len(lab._encode(SOURCE)) > 100
+    assert run.tokens == stocks(stock, lab)
+    assert len(set(run.tokens)) > 3
+    assert run.summary()["peak_resident_bytes"] <= lab.settings.budget_bytes
+    assert any("expert" in note for note in info["notes"])
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_seed_draws_what_it_draws_of_stock_transformers(lab, stock, seed):
+    lab.update(budget="50%")
+    torch.manual_seed(seed)
+    expected = stocks(stock, lab, do_sample=True, temperature=1.5, top_k=20, top_p=0.95)
+    how = {"temperature": 1.5, "top_k": 20, "top_p": 0.95, "seed": seed}
+    tokens = generate(lab, **how).tokens
+    assert tokens == expected == generate(lab, **how).tokens
+    assert tokens != stocks(stock, lab)
+
+
+def test_a_token_runs_through_the_decoder_alone_and_only_a_prompt_through_the_encoder(lab):
+    lab.update(budget="50%", strategy="lru")
+    run, shape, ids = generate(lab), lab._shape, lab._encode(SOURCE)
+    own, layers = shape.encoder_layers, list(range(shape.layers))
+    assert lab.info()["encoder_layers"] == own == 2
+    cycle = (shape.layers - own) * shape.top_k * shape.nbytes[16]
+    assert lab.info()["token_cycle_bytes"] == cycle
+    steps = run.trace.steps
+    assert [s.layer for s in steps] == [*layers, *(layers[own:] * (NEW - 1))]
+    assert [s.prefill for s in steps] == [True] * len(layers) + [False] * (len(steps) - len(layers))
+    assert {len(s.experts) for s in steps[:own]} == {len(ids)}
+    assert {len(s.experts) for s in steps[own:]} == {1}
+    assert (run.trace.tokens, run.trace.decoded) == (NEW, NEW - 1)
+    recording = run.recording()
+    assert recording.document["model"]["encoder_layers"] == own
+    assert recording.gates["expert"].shape == (NEW, shape.layers, shape.top_k)
+    assert (recording.gates["expert"][1:, :own] == -1).all()
+    assert (recording.gates["expert"][1:, own:] >= 0).all()
+    assert set(recording.blame(3).layer) == set(layers[own:])
+    assert set(recording.blame(0).layer) == set(layers)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_strategy_keeps_its_contract(lab, name, tmp_path):
+    lab.update(strategy="lru", budget="100%")
+    lab._engine.recover()
+    lab.update(strategy=make(name), bits=16, budget="100%")
+    need = minimum_budget(lab._shape, lab.settings.strategy, lab.settings.knobs())
+    lab.update(budget=max(need, int(0.4 * lab._shape.all_bytes(16))))
+    template = lab.settings.strategy
+    run = generate(lab, temperature=0.7, seed=3)
+    loaded = Trace.load(run.trace.save(tmp_path / "trace"))
+    assert loaded.shape == lab._shape
+    assert decided(replay(loaded, strategies={name: template})) == live(run)
+    for _ in range(2):  # the second knows the first
+        check_run(lab, run)
+        assert decided(replay(run.trace)) == live(run)
+        run = generate(lab, temperature=0.7, seed=3)
+    recording = moelab.Recording.load(run.save(tmp_path / "run"))
+    assert (recording.cache_map()["bits"] == lab.cache_map()["bits"]).all()
+    assert all(entry["error"] == "" for entry in recording.evictions.values())
+
+
+def test_an_oracle_of_the_same_text_loads_least(lab):
+    lab.update(strategy="lru", bits=16, budget="100%")
+    lab._engine.recover()
+    lab.update(budget="40%")
+    plain = generate(lab)
+    for depth in (0, 2):
+        lab._engine.recover()
+        lab.update(strategy=moelab.strategies.oracle(plain, depth=depth))
+        best = generate(lab)
+        check_run(lab, best)
+        assert best.tokens == plain.tokens
+        assert decided(replay(best.trace)) == live(best)
+        loads, most = (sum(r.loads for r in run.token_reports[1:]) for run in (best, plain))
+        assert loads <= most
+
+
+def test_layers_come_in_the_order_in_which_tokens_run_through_them():
+    shape = Shape((4,) * 5, 1, {16: 100}, encoder_layers=2)
+    assert [shape.following(layer) for layer in range(5)] == [1, 2, 3, 4, 2]
+    assert [shape.stack_end(layer) for layer in range(5)] == [2, 2, 5, 5, 5]
+    assert shape.away(0).tolist() == [0, 1, 2, 3, 4]
+    assert shape.away(1).tolist() == [5, 0, 1, 2, 3]
+    assert shape.away(3).tolist() == [5, 5, 2, 0, 1]
+    assert shape.next_turn(3).tolist() == [5, 5, 2, 3, 1]
+    assert shape.next_turn(1).tolist() == [5, 5, 1, 2, 3]
+    assert [shape.steps_of(passes) for passes in range(4)] == [0, 5, 8, 11]
+    assert [shape.passes_of(steps) for steps in (0, 4, 5, 7, 8, 10, 11)] == [0, 0, 1, 1, 2, 2, 3]
+    assert _distances(5, 2, "described")[3].tolist() == [5, 5, 2, 3, 1]
+    assert _distances(5, 2, "printed")[3].tolist() == [5, 5, 1, 3, 2]
+    assert _distances(5, 2, "described")[1].tolist() == [5, 5, 1, 2, 3]
