@@ -172,6 +172,7 @@ def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dic
         "architecture": store.manifest.architecture,
         "layers": shape.layers,
         "experts_per_layer": max(shape.experts),
+        **({"free_experts": shape.free} if shape.free else {}),
         "top_k": shape.top_k,
         "positions": positions(engine.model),
         "tiers": tuple(sorted(shape.nbytes, reverse=True)),

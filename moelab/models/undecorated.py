@@ -1,4 +1,4 @@
-"""Three families whose experts modules lack transformers' decorator, described by hand.
+"""Four families whose experts modules lack transformers' decorator, described by hand.
 
 Each sets what the decorator would have set (`describe`), says how to read the router's output
 (`choice`), and which forward to replace so that the layer can be served (`forward`).
@@ -30,6 +30,7 @@ class Undecorated:
     forward: Callable[[MoELayer, Run], tuple[nn.Module, Run]]
     top_k: int | None = None  # where no attribute says it
     per_expert: Callable[[Any], nn.Module] | None = None
+    free: Callable[[Any], int] = lambda _: 0  # experts without weights, see `MoELayer.free`
 
 
 def _describe_single_modules(module: Any) -> None:
@@ -85,6 +86,12 @@ def _llama4_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
     return block, forward
 
 
+def _describe_longcat(module: Any) -> None:
+    _describe_llama4(module)
+    module.is_transposed = False
+    module.num_experts = module.num_routed_experts
+
+
 UNDECORATED = {
     "SwitchTransformersExperts": Undecorated(
         _describe_single_modules, _switch_choice, _forward, 1, lambda m: m["expert_0"]
@@ -93,4 +100,10 @@ UNDECORATED = {
         _describe_single_modules, _nllb_choice, _forward, 2, lambda m: m["expert_0"]
     ),
     "Llama4TextExperts": Undecorated(_describe_llama4, _llama4_choice, _llama4_forward),
+    "LongcatFlashExperts": Undecorated(
+        _describe_longcat,
+        lambda _, output: (output[2], output[1]),
+        lambda layer, run: (layer.module, run),
+        free=lambda module: module.zero_expert_num,
+    ),
 }

@@ -113,7 +113,7 @@ class RunReader:
             "name": run.model,
             "architecture": run.architecture.removesuffix("ForCausalLM"),
             "layers": shape.layers,
-            "experts": max(shape.experts),
+            "experts": max(shape.experts) + shape.free,
             "top_k": shape.top_k,
             "tiers": sorted(shape.nbytes, reverse=True),
             "expert_bytes": {str(bits): int(n) for bits, n in shape.nbytes.items()},
@@ -207,11 +207,12 @@ def _row(
     weight = np.zeros((len(steps), top_k), "<f4")
     wanted, steered = np.full_like(expert, -1), False
     for i, step in enumerate(steps):
-        chosen = step.experts[row]
+        free, gates = (f[row] if f else () for f in (step.free, step.free_weights))
+        chosen = step.experts[row] + free
         expert[i, : len(chosen)] = chosen
-        weight[i, : len(chosen)] = step.weights[row]
+        weight[i, : len(chosen)] = step.weights[row] + gates
         steered |= step.wanted is not None
-        own = step.router_experts[row]
+        own = step.router_experts[row] + free
         wanted[i, : len(own)] = own
     return expert, weight, wanted if steered else None
 

@@ -38,6 +38,8 @@ class Shape:
         Experts a token activates in one layer.
     nbytes
         Bytes of one expert at each tier, ``{16: 147456, 4: 45056, ...}``.
+    free
+        Experts without weights that each layer has besides, numbered from E on; they are no keys.
 
     Attributes
     ----------
@@ -56,6 +58,7 @@ class Shape:
     experts: tuple[int, ...]
     top_k: int
     nbytes: Mapping[int, int]
+    free: int = 0
     offset: tuple[int, ...] = field(init=False, repr=False, compare=False)
     layer_of: np.ndarray = field(init=False, repr=False, compare=False)
     index_of: np.ndarray = field(init=False, repr=False, compare=False)

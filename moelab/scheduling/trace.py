@@ -18,11 +18,12 @@ from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Key, Knobs, LookAhead, Request, Shape, ranked
 from moelab.scheduling.writing import write_atomically
 
-FORMAT = 5
+FORMAT = 6
 OLDEST = 3
 """In traces of version 0.3 a key was (layer, expert); T1, T2, low bits and depth were settings."""
-NEW_IN_5 = 2
-"""Fields of a step that earlier formats lack: the last ones."""
+NEW_IN_5 = NEW_IN_6 = 2
+"""Fields of a step that earlier formats lack, the last ones; where no step has those of 6, format 5
+is written."""
 MOST_BYTES = 512 * 2**20
 """A file larger than this is refused before it is read."""
 MOST_EXPERTS, MOST_LAYERS = 2**20, 2**12
@@ -65,6 +66,8 @@ class LayerInput:
     embedding
         What the embedding layer gave ``[D]``, mean over the tokens, told with layer 0 where a part
         observes ``"embedding"``; not of an encoder-decoder.
+    free, free_weights
+        Chosen experts without weights (see `Shape.free`) and their gate weights, as ``experts``.
     """
 
     layer: int
@@ -79,6 +82,8 @@ class LayerInput:
     unread: tuple[Key, ...] = ()
     probabilities: array[float] | None = None
     embedding: array[float] | None = None
+    free: tuple[tuple[int, ...], ...] = ()
+    free_weights: tuple[tuple[float, ...], ...] = ()
     asked: list[Request] | None = field(default=None, init=False, repr=False, compare=False)
 
     def requests(self) -> list[Request]:
@@ -97,7 +102,7 @@ class LayerInput:
             return self
         same = (self.layer, self.experts, self.weights, self.prefill, self.look_ahead)
         router = (self.wanted, self.wanted_weights, self.norms)  # dataclasses.replace takes longer
-        whole = (self.probabilities, self.embedding)
+        whole = (self.probabilities, self.embedding, self.free, self.free_weights)
         new = LayerInput(*same, *router, tuple(in_flight), tuple(unread), *whole)
         object.__setattr__(new, "asked", self.requests())
         return new
@@ -181,11 +186,13 @@ class Trace:
 
     def document(self) -> dict[str, Any]:
         """All of it as JSON has it."""
-        shape = self.shape
+        shape, free = self.shape, {"free": self.shape.free} if self.shape.free else {}
+        model = {"experts": shape.experts, "top_k": shape.top_k, "nbytes": dict(shape.nbytes)}
+        names = SAVED if free else SAVED[:-NEW_IN_6]
         return {
-            "format": FORMAT,
-            "shape": {"experts": shape.experts, "top_k": shape.top_k, "nbytes": dict(shape.nbytes)},
-            "steps": [[_plain(getattr(s, name)) for name in SAVED] for s in self.steps],
+            "format": FORMAT if free else FORMAT - 1,
+            "shape": model | free,
+            "steps": [[_plain(getattr(s, name)) for name in names] for s in self.steps],
             "changes": [
                 (
                     *(c.at, dataclasses.asdict(c.knobs), c.name, c.fresh, dict(c.parameters or {})),
@@ -261,8 +268,9 @@ def _parts(doc: dict) -> tuple:
 
     steps = []
     for i, row in enumerate(doc["steps"]):
-        lacks = [None] * (NEW_IN_5 if len(row) == len(SAVED) - NEW_IN_5 else 0)
-        given = dict(zip(SAVED, (*row, *lacks), strict=True))
+        lacks = len(SAVED) - len(row)
+        known = lacks in (0, NEW_IN_6, NEW_IN_5 + NEW_IN_6)
+        given = dict(zip(SAVED, (*row, *[None] * (lacks * known)), strict=True))
         _whole(given["layer"], i % shape.layers, i % shape.layers, f"layer of step {i}")
         steps.append(_step(given, shape, key))
     changes = [_change(shape, *row) for row in doc["changes"]]
@@ -305,7 +313,7 @@ def _bits(shape: Shape, bits: Any) -> int:
     return bits
 
 
-def _shape(experts: list, top_k: Any, nbytes: dict) -> Shape:
+def _shape(experts: list, top_k: Any, nbytes: dict, free: Any = 0) -> Shape:
     _whole(len(experts), 1, MOST_LAYERS, "number of layers")
     for count in experts:
         _whole(count, 1, MOST_EXPERTS, "number of experts")
@@ -313,7 +321,7 @@ def _shape(experts: list, top_k: Any, nbytes: dict) -> Shape:
     _whole(top_k, 1, min(experts), "top_k")
     tiers = {_whole(int(b), 1, 32, "bits"): _whole(n, 1, MOST, "bytes") for b, n in nbytes.items()}
     _whole(len(tiers), 1, 32, "number of tiers")
-    return Shape(tuple(experts), top_k, tiers)
+    return Shape(tuple(experts), top_k, tiers, _whole(free, 0, MOST_EXPERTS, "free"))
 
 
 def _change(
@@ -342,10 +350,12 @@ def _change(
     return Change(_whole(at, 0, MOST, "at"), now, name, fresh, own, pinned=pinned or None)
 
 
-def _chosen(experts: list, weights: list, most: int, what: str) -> tuple[tuple, tuple]:
+def _chosen(
+    experts: list, weights: list, most: int, what: str, low: int = 0
+) -> tuple[tuple, tuple]:
     """One token's experts and their weights."""
     for expert in experts:
-        _whole(expert, 0, most - 1, f"expert of {what}")
+        _whole(expert, low, most - 1, f"expert of {what}")
     if len(set(experts)) < len(experts) or len(experts) != len(weights):
         raise ValueError(f"{what} has {len(experts)} experts and {len(weights)} weights")
     return tuple(experts), tuple(_real(w, f"weight of {what}") for w in weights)
@@ -363,6 +373,10 @@ def _step(row: dict[str, Any], shape: Shape, key: Callable[[Any], Key]) -> Layer
         rows = [_chosen(es, ws, most, "a token") for es, ws in each]
         row[experts], row[weights] = tuple(zip(*rows, strict=True))
         _whole(len(rows), tokens, tokens, "tokens of a step")
+    free = zip(row["free"] or (), row["free_weights"] or (), strict=True)
+    found = [_chosen(es, ws, most + shape.free, "a free choice", most) for es, ws in free]
+    _whole(len(found) or tokens, tokens, tokens, "tokens of a step")
+    row["free"], row["free_weights"] = tuple(zip(*found, strict=True)) or ((), ())
     ahead = []
     for layer, es, ws in row["look_ahead"]:
         _whole(layer, 0, shape.layers - 1, "layer ahead")

@@ -78,7 +78,7 @@ def options(lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> di
         "name": info["name"],
         "architecture": info["architecture"].removesuffix("ForCausalLM"),
         "layers": info["layers"],
-        "experts": info["experts_per_layer"],
+        "experts": info["experts_per_layer"] + info.get("free_experts", 0),
         "top_k": info["top_k"],
         "tiers": list(info["tiers"]),
         "expert_bytes": {str(bits): int(n) for bits, n in info["expert_bytes"].items()},
