@@ -179,6 +179,7 @@ def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dic
         "layers": shape.layers,
         "encoder_layers": shape.encoder_layers,
         "experts_per_layer": max(shape.experts),
+        **({"free_experts": shape.free} if shape.free else {}),
         "top_k": shape.top_k,
         "positions": positions(engine.model),
         "tiers": tuple(sorted(shape.nbytes, reverse=True)),

@@ -1,4 +1,4 @@
-"""From `moelab.open` to the last token: five families, the whole engine, a tight budget."""
+"""From `moelab.open` to the last token: six families, the whole engine, a tight budget."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import moelab
 import tiny_models
+from moelab.models.skeleton import model_class, read_config
 from reference import logits_of
 
 PROMPT = "A prompt of more than one hundred tokens, where one byte is one token. " * 2
@@ -18,10 +18,15 @@ NEW = 12
 
 BY_KERNELS = {"hidden_size": 128, "intermediate_size": 64}
 """Whole groups of 64: then the kernels compute gpt-oss's experts too."""
+SLIM = {"SlimMoE, tiny": 448, "SlimMoE, mini": 960}
+"""PhiMoE whose experts were pruned to so many neurons (arXiv 2506.18349)."""
 
 
-@pytest.fixture(scope="module", params=[*tiny_models.FAMILIES, "gpt_oss by kernels"])
+@pytest.fixture(scope="module", params=[*tiny_models.FAMILIES, "gpt_oss by kernels", *SLIM])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param in SLIM:
+        place = tmp_path_factory.mktemp("phimoe_fast")
+        return tiny_models.phimoe(place, intermediate_size=SLIM[request.param])
     name, kernels, _ = request.param.partition(" by kernels")
     place = tmp_path_factory.mktemp(name + "_fast" * bool(kernels))
     return tiny_models.FAMILIES[name](place, **BY_KERNELS if kernels else {})
@@ -39,7 +44,7 @@ def lab(folder):
 @torch.inference_mode()
 def stock_logits(folder: Path, ids: list[int]) -> torch.Tensor:
     """Transformers' own logits `[len(ids), V]` in float32."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model = model_class(read_config(folder)).from_pretrained(
         folder, dtype=torch.float32, experts_implementation="eager"
     )
     return model.eval()(torch.tensor([ids])).logits[0]

@@ -113,11 +113,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "mrope_section": [1, 1, 2],
         }
     },
+    "longcat_flash": {
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 40,
+        "zero_expert_num": 3,
+        "head_dim": 8,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mimo_v2_flash": {"num_key_value_heads": 2, "head_dim": 24},
     "zaya": {"num_experts_per_tok": 1},
 }
-UNDECORATED = ("switch_transformers", "nllb_moe", "llama4")
+UNDECORATED = ("switch_transformers", "nllb_moe", "llama4", "longcat_flash")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of five families, as unhandy as real ones.
+"""Tiny random checkpoints of six families, as unhandy as real ones.
 
 Weights are bfloat16, and shards are dealt tensor by tensor, so that one expert lies in several
 files; sizes are no powers of two. Every family writes a byte-level tokenizer.
@@ -161,6 +161,32 @@ def nllb(folder: Path, **changes: Any) -> Path:
 
 
 ENCODER_DECODERS = {"switch": switch, "nllb": nllb}
+
+
+def phimoe(folder: Path, **changes: Any) -> Path:
+    """As SlimMoE leaves Phi-3.5-MoE: inner sizes 448 (tiny) or 960 (mini) of 6400, fewer heads.
+
+    Heads are pruned and keep their width, so heads x head_dim is no longer the model's width; and
+    config.json has the names of its own code, which is never run.
+    """
+    settings = {
+        "hidden_size": 128,
+        "intermediate_size": 448,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "attention_bias": True,
+        "sliding_window": 512,
+    }
+    config = transformers.PhimoeConfig(**{**_COMMON, **settings, **changes})
+    config.head_dim = 16  # four heads of it are half of the model's width
+    write(transformers.PhimoeForCausalLM(config), folder)
+    own = {"AutoModelForCausalLM": "modeling_slimmoe.PhiMoEForCausalLM"}
+    known = json.loads((folder / "config.json").read_text())
+    names = {"architectures": ["PhiMoEForCausalLM"], "auto_map": own, "head_dim": 16}
+    (folder / "config.json").write_text(json.dumps(known | names))
+    return folder
+
+
 FAMILIES = {
     "qwen3_moe": qwen3_moe,
     "mixtral": mixtral,

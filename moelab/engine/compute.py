@@ -14,7 +14,7 @@ T tokens, K active, D model, n experts of one call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,17 +36,24 @@ class Routed:
     """A layer's routing without what counts for nothing (out of range, weight 0).
 
     ``experts`` and ``weights`` are tuples ``[T][<=K]``; ``idx`` and ``gates`` numpy ``[T, K]``.
+    ``free`` has ``free`` and ``free_weights`` of `LayerInput`, where experts have no weights.
     """
 
-    __slots__ = ("experts", "gates", "idx", "weights")
+    __slots__ = ("experts", "free", "gates", "idx", "weights")
 
-    def __init__(self, idx: torch.Tensor, weights: torch.Tensor, count: int) -> None:
+    def __init__(self, idx: torch.Tensor, weights: torch.Tensor, count: int, free: int = 0) -> None:
         self.idx = idx.numpy()
         self.gates = weights.float().numpy()
         rows = list(zip(self.idx.tolist(), self.gates.tolist(), strict=True))
         kept = [[(e, w) for e, w in zip(*r, strict=True) if 0 <= e < count and w] for r in rows]
         self.experts = tuple(tuple(e for e, _ in r) for r in kept)
         self.weights = tuple(tuple(w for _, w in r) for r in kept)
+        self.free: dict[str, Any] = {}
+        if free:
+            some = range(count, count + free)
+            own = [[(e, w) for e, w in zip(*r, strict=True) if e in some and w] for r in rows]
+            pairs = (tuple(tuple(pair[at] for pair in row) for row in own) for at in (0, 1))
+            self.free = dict(zip(("free", "free_weights"), pairs, strict=True))
 
 
 class Serve(NamedTuple):

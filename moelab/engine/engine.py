@@ -11,6 +11,7 @@ T tokens, K active, E experts, D model.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from moelab.store.foreign import foreign
 from moelab.store.store import Store
 
 Heard = Callable[[int, torch.Tensor, Routed], None]
+_SERVED = (e.HIT, e.LOAD, e.SUBSTITUTE)  # of 0 bits: an expert without weights, nothing to compute
 
 
 class Engine:
@@ -71,6 +73,7 @@ class Engine:
         small_ops.serve_norms(self.model)
         self.dense_bytes = dense.memory_bytes(self.model)
         self.adapter = attach(self.model, self._layer)
+        self.shape = dataclasses.replace(self.shape, free=self.adapter.layers[0].free)
         self.adapter.recorded = store.routing and store.routing.of(lambda: self.token)
         self.compute = ExpertCompute(store, self.adapter)
         self.arena = Arena(dict(store.slot_bytes), settings.budget_bytes)
@@ -220,7 +223,7 @@ class Engine:
             plan = self.scheduler.begin()
         told = "in_flight" in self.scheduler.strategy.observes
         awaited = {k: t for k, t in self._ahead.items() if told and not t.done}
-        if not plan.rows and not awaited:
+        if not (plan.rows or awaited):
             return
         begun = time.perf_counter()
         fetched = self._issue(plan, None)
@@ -231,8 +234,7 @@ class Engine:
     def _record_settings(self, strategy: Strategy, *, fresh: bool) -> None:
         if self.trace is not None:
             at, knobs, values = len(self.trace.steps), self.settings.knobs(), strategy.values
-            change = Change(at, knobs, strategy.name, fresh, values, strategy)
-            self.trace.changes.append(change)
+            self.trace.changes.append(Change(at, knobs, strategy.name, fresh, values, strategy))
 
     # -- one layer of a forward pass --------------------------------------------------------
 
@@ -244,7 +246,7 @@ class Engine:
         weights: torch.Tensor,  # [T, K]
         scale_input: bool,
     ) -> torch.Tensor:
-        routed = Routed(idx, weights, self.shape.experts[layer])
+        routed = Routed(idx, weights, self.shape.experts[layer], self.shape.free)
         if self.reference is not None:
             if self._heard is not None:
                 self._heard(layer, x, routed)
@@ -280,10 +282,9 @@ class Engine:
         observes = self.scheduler.strategy.observes
         ahead: tuple[LookAhead, ...] = ()
         prefill = self.prefill or layer < self.shape.encoder_layers
-        depth = self.scheduler.look_ahead(layer, prefill=prefill)
-        if depth:
-            for coming, idx, weights in self.adapter.look_ahead(layer, depth):
-                guess = Routed(idx, weights, self.shape.experts[coming])
+        if depth := self.scheduler.look_ahead(layer, prefill=prefill):
+            for coming, *choice in self.adapter.look_ahead(layer, depth):
+                guess = Routed(*choice, self.shape.experts[coming])
                 ahead += (LookAhead.of(coming, guess.experts, guess.weights),)
         wanted = None
         if "wanted" in observes and self.adapter.steers(layer):
@@ -300,7 +301,7 @@ class Engine:
             tuple(x.float().norm(dim=-1).tolist()) if "norms" in observes else None,
             unread=self._withdraw(layer) if "unread" in observes else (),
             in_flight=self._not_landed() if "in_flight" in observes else (),
-            **self.adapter.observed(layer, observes),
+            **(self.adapter.observed(layer, observes) | routed.free),
         )
 
     def _not_landed(self) -> tuple[Key, ...]:
@@ -333,13 +334,13 @@ class Engine:
                     pending.clear()
                 self._evict(key, row)
                 continue
-            late = kind == e.HIT and not self.resident[key][1].done
+            late = kind == e.HIT and bits > 0 and not self.resident[key][1].done
             told = (*row[:5], e.LATE, chosen) if late else row
             size = self.shape.nbytes.get(bits, 0)
             self.log.add(self.token, self.at, told, size, time.perf_counter())
             if kind in (e.LOAD, e.PREFETCH):  # right behind its row: the ticket is the last row's
                 self.log.time_by(self._load(key, bits, urgent=kind == e.LOAD))
-            if kind in (e.HIT, e.LOAD, e.SUBSTITUTE) or (kind == e.PREFETCH and batch is None):
+            if bits and (kind in _SERVED or (kind == e.PREFETCH and batch is None)):
                 waiting.append(Serve(chosen, bits, key, load=kind == e.LOAD))
                 pending.add(key)
         return waiting

@@ -215,6 +215,9 @@ class Adapter:
             if self.recorded is not None:
                 idx, weights = choice(self.recorded(layer.index), len(flat))
             out = self._run_layer(layer.index, flat, idx, weights, scale_input)
+            if layer.free:
+                kept = (idx >= layer.num_experts).to(weights.dtype)
+                out = out + flat * (weights * kept).sum(-1, keepdim=True).to(out.dtype)
             self._embedded = None  # a prompt's are megabytes
             return out.view(x.shape)
 

@@ -2,7 +2,7 @@
 
 transformers marks its experts modules with a decorator that sets attributes (`is_transposed`,
 `has_gate`, ...), and gives them fused parameters [E, ...]; that is all `find_moe` looks for, so a
-new family needs no code here. `undecorated` describes three families that lack the decorator. What
+new family needs no code here. `undecorated` describes four families that lack the decorator. What
 it does not know: where weights come from, and who serves an expert.
 """
 
@@ -53,6 +53,9 @@ class MoELayer:
         (name, shape) of one expert's tensors, in the order in which a store keeps them.
     special
         What is known of a family without the decorator, else None.
+    free
+        Experts without weights that the router may choose as well, numbered from E on: each gives
+        its input back (zero-computation experts of LongCat-Flash, copy experts of MoE++).
     """
 
     index: int
@@ -70,6 +73,7 @@ class MoELayer:
     has_post_norm: bool
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
     special: Undecorated | None = field(repr=False)
+    free: int = 0
 
     @property
     def hidden(self) -> int:
@@ -205,6 +209,7 @@ def _describe(
         has_post_norm=module.has_post_expert_norm,
         tensors=_tensors(module, special),
         special=special,
+        free=special.free(module) if special else 0,
     )
 
 

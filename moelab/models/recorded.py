@@ -55,7 +55,11 @@ class Recorded:
 def choice(given: LayerInput, tokens: int) -> Choice:
     """(experts, weights) of so many tokens, ``[tokens, K]``; the recorded rows in turn."""
     rows = [at % len(given.experts) for at in range(tokens)]
-    return _tensors([given.experts[at] for at in rows], [given.weights[at] for at in rows])
+    experts, weights = given.experts, given.weights
+    if given.free:
+        experts = [own + free for own, free in zip(experts, given.free, strict=True)]
+        weights = [own + free for own, free in zip(weights, given.free_weights, strict=True)]
+    return _tensors([experts[at] for at in rows], [weights[at] for at in rows])
 
 
 def ahead(given: LayerInput, last: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""Three families whose experts modules lack transformers' decorator, described by hand.
+"""Four families whose experts modules lack transformers' decorator, described by hand.
 
 Each sets what the decorator would have set (`describe`), says how to read the router's output
 (`choice`), and which forward to replace so that the layer can be served (`forward`). Switch and
@@ -41,6 +41,7 @@ class Undecorated:
     infer: Callable[[Any], None] = lambda _: None
     note: str = ""
     logits: int = 2
+    free: Callable[[Any], int] = lambda _: 0  # experts without weights, see `MoELayer.free`
 
 
 def _describe_single_modules(module: Any) -> None:
@@ -104,6 +105,12 @@ def _llama4_forward(layer: MoELayer, run: Run) -> tuple[nn.Module, Run]:
     return block, forward
 
 
+def _describe_longcat(module: Any) -> None:
+    _describe_llama4(module)
+    module.is_transposed = False
+    module.num_experts = module.num_routed_experts
+
+
 UNDECORATED = {
     "SwitchTransformersExperts": Undecorated(
         *(_describe_single_modules, _switch_choice, _forward, 1, lambda m: m["expert_0"]),
@@ -114,4 +121,10 @@ UNDECORATED = {
         *(_nllb_infer, "both experts of a token are computed; transformers runs experts 0 and 1"),
     ),
     "Llama4TextExperts": Undecorated(_describe_llama4, _llama4_choice, _llama4_forward, logits=1),
+    "LongcatFlashExperts": Undecorated(
+        _describe_longcat,
+        lambda _, output: (output[2], output[1]),
+        lambda layer, run: (layer.module, run),
+        free=lambda module: module.zero_expert_num,
+    ),
 }

@@ -226,7 +226,7 @@ class Clock:
         offset, sizes, loads = self._shape.offset, self._shape.nbytes, self._loads
         for kind, layer, expert, _, bits, _, _ in plan.rows:
             key = offset[layer] + expert
-            if kind in _SERVED:
+            if kind in _SERVED and bits:
                 if kind == LOAD:
                     loads[key] = self._line.submit(sizes[bits], self._now, urgent=True)
                 waiting.append((key, bits))

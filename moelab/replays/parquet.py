@@ -7,7 +7,8 @@ what is loaded back is the same trace, checked like one from JSON. The header (m
 A row: ``step`` of the trace, ``what`` (`WHATS`), ``token`` within the step, ``layer``, ``expert``,
 ``weight`` (the gate's). ``wanted`` is the router's own choice where it was steered, ``ahead`` a
 coming layer's router; of a ``norm`` only the weight counts, ``in flight`` and ``unread`` name keys.
-A ``probability`` is an expert's, of an ``embedding`` each number has the place of an expert.
+A ``probability`` is an expert's, of an ``embedding`` each number has the place of an expert;
+``free`` are chosen experts without weights.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from moelab.replays.foreign import table_document
 from moelab.scheduling.trace import FILES, SAVED
 
 WHATS = ("chosen", "wanted", "ahead", "norm", "in flight", "unread", "step")
-WHATS += ("probability", "embedding")
-CHOSEN, WANTED, AHEAD, NORM, IN_FLIGHT, UNREAD, STEP, PROBABILITY, EMBEDDING = range(len(WHATS))
+WHATS += ("probability", "embedding", "free")
+CHOSEN, WANTED, AHEAD, NORM, IN_FLIGHT, UNREAD, STEP, PROBABILITY, EMBEDDING, FREE = range(10)
 COLUMNS = ("step", "what", "token", "layer", "expert", "weight")
 Row = tuple[int, int, int, int, int, float]
 MOST_ROWS = 1 << 25
@@ -38,7 +39,7 @@ def written(document: dict[str, Any]) -> bytes:
     types = (pa.int32(), pa.uint8(), pa.int32(), pa.int16(), pa.int32(), pa.float64())
     arrays = [pa.array(values, kind) for values, kind in zip(columns, types, strict=True)]
     arrays[1] = pa.DictionaryArray.from_arrays(arrays[1], list(WHATS))
-    steps = [dict(zip(SAVED, step, strict=True)) for step in document["steps"]]
+    steps = [dict(zip(SAVED, step, strict=False)) for step in document["steps"]]
     header = {name: value for name, value in document.items() if name != "steps"}
     header["prompts"] = [i for i, s in enumerate(steps) if s["prefill"] and s["layer"] == 0]
     header["depth"] = max(
@@ -88,12 +89,13 @@ def _pyarrow() -> tuple[Any, Any]:
 
 
 def _rows(at: int, step: list[Any]) -> Iterator[Row]:
-    given = dict(zip(SAVED, step, strict=True))
+    given = dict(zip(SAVED, step, strict=False))  # of format 5 without the last
     layer = given["layer"]
     yield at, STEP, len(given["experts"]), layer, int(given["prefill"]), 0.0
     for what, experts, weights in (
         (CHOSEN, given["experts"], given["weights"]),
         (WANTED, given["wanted"] or (), given["wanted_weights"] or ()),
+        (FREE, given.get("free", ()), given.get("free_weights", ())),
     ):
         for token, (some, gates) in enumerate(zip(experts, weights, strict=True)):
             yield from _choice(at, what, token, layer, some, gates)
@@ -145,7 +147,7 @@ def _step(rows: list[Row]) -> list[Any]:
     told = [list(one) for one in look_ahead]
     if len(chosen) != tokens:
         raise ValueError(f"step {rows[0][0]} has {len(chosen)} tokens of {tokens}")
-    whole = (probabilities, embedding)
+    whole = (probabilities, embedding, *_choices(rest, FREE))
     return [layer, chosen, gates, bool(prefill), told, *own, norms, flying, unread, *whole]
 
 

@@ -45,6 +45,8 @@ class Replay:
         prefill does not count.
     tokens
         What each decoded token would have taken by the clock, where there was one.
+    free
+        Hits of decoded tokens that were of experts without weights, of 0 bytes.
     """
 
     nbytes: dict[int, int]
@@ -52,9 +54,11 @@ class Replay:
     tally: list[int] = field(default_factory=lambda: [0] * len(KINDS))
     bytes: int = 0
     tokens: list[Spent] = field(default_factory=list)
+    free: int = 0
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {kind}s" for kind, count in self.counts.items())
+        counts += f", {self.free} of the hits of 0 bytes" * bool(self.free)
         return f"<Replay: hit ratio {self.hit_ratio:.3f}; {counts}; {self.bytes} bytes read>"
 
     @property
@@ -82,6 +86,7 @@ class Replay:
         tally, nbytes = self.tally, self.nbytes
         for kind, _, _, _, bits, _, _ in rows:
             tally[kind] += 1
+            self.free += kind == HIT and not bits
             if kind in (LOAD, PREFETCH):
                 self.bytes += nbytes[bits]
 

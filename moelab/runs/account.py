@@ -60,6 +60,8 @@ class Account:
         ``waiting`` to be used when the last of these tokens was complete.
     bandwidth
         Bytes a second while something was read; None where nothing was.
+    free
+        Of the hits, those of experts without weights: 0 bytes.
     """
 
     tokens: int
@@ -68,6 +70,7 @@ class Account:
     bytes: float
     guesses: Mapping[str, float]
     bandwidth: float | None
+    free: float = 0.0
 
     @classmethod
     def of(cls, values: np.ndarray, rows: np.ndarray) -> Account:
@@ -91,6 +94,7 @@ class Account:
             mean["bytes"],
             {name: nbytes / count for name, nbytes in guesses(rows).items()},
             bandwidth(rows),
+            int(((rows["kind"] == e.HIT) & (rows["bits"] == 0)).sum()) / count,
         )
 
     @property
@@ -143,7 +147,8 @@ class Account:
             never = ", LRU cannot hit" if limits.evict == LRU and not hits else ""
             return f"the budget is below one token's cycle ({cycle}){never}"
         late = self.requests["late"] / asked if asked else 0.0
-        return f"{hits:.0%} of the requests hit" + f", {late:.0%} come late" * (late >= 0.005)
+        free = f" ({self.free / asked:.0%} of 0 bytes)" if self.free else ""
+        return f"{hits:.0%} of the requests hit{free}" + f", {late:.0%} come late" * (late >= 0.005)
 
     def change_to(self, after: Account, what: str) -> str:
         """What a change did: ``prefetch ahead off -> +1: wait -3 ms, wasted reads +1.2 MB``."""

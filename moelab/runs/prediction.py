@@ -281,7 +281,7 @@ def approximate(trace: Trace, settings: Settings, found: Replay) -> str:
         return "the router is steered"
     if found.counts["skip"] or found.counts["substitute"]:
         return "experts are skipped or substituted, or served at fewer bits"
-    served = {row[4] for row in found.rows if row[0] in (HIT, LOAD, SUBSTITUTE)}
+    served = {row[4] for row in found.rows if row[0] in (HIT, LOAD, SUBSTITUTE)} - {0}
     recorded = {change.knobs.bits for change in trace.changes}
     return "" if served <= recorded else "experts are computed at other bits"
 

@@ -198,7 +198,8 @@ class Run:
         decoded. Times are of the tokens since the device last changed, so that measured and
         emulated ones are never averaged; ``tokens_per_s`` is what a watch shows,
         ``engine_tokens_per_s`` without measuring and set-up. ``hit_ratio`` is hits over requests (a
-        right guess that came too ``late`` is none), ``byte_hit_ratio`` the part of the bytes served
+        right guess that came too ``late`` is none), of which ``free_hits`` are experts without
+        weights (0 bytes), where a model has such; ``byte_hit_ratio`` the part of the bytes served
         that was not loaded on demand, ``stall_share`` the part of the engine's time spent waiting.
         ``setup_ms`` and ``setup_bytes`` went into loading what the strategy wants resident before
         the first token and at changes.

@@ -216,9 +216,9 @@ class Session:
             "used": ((cache.last_token - 1).astype(np.int32), -1),
             "uses": (cache.uses.astype(np.int32), 0),
         }
-        out = {}
+        out, width = {}, max(shape.experts) + shape.free
         for name, (values, none) in found.items():
-            out[name] = np.full((shape.layers, max(shape.experts)), none, values.dtype)
+            out[name] = np.full((shape.layers, width), none, values.dtype)
             out[name][shape.layer_of, shape.index_of] = values
         return out
 

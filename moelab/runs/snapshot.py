@@ -114,7 +114,7 @@ class RunReader:
             "architecture": in_short(run.architecture),
             "layers": shape.layers,
             "encoder_layers": shape.encoder_layers,
-            "experts": max(shape.experts),
+            "experts": max(shape.experts) + shape.free,
             "top_k": shape.top_k,
             "tiers": sorted(shape.nbytes, reverse=True),
             "expert_bytes": {str(bits): int(n) for bits, n in shape.nbytes.items()},
@@ -213,11 +213,13 @@ def _row(
     expert, weight = np.full(size, -1, "<i2"), np.zeros(size, "<f4")
     wanted, steered = np.full_like(expert, -1), False
     for step in steps:
-        i, chosen = step.layer, step.experts[row]
+        i = step.layer
+        free, gates = (f[row] if f else () for f in (step.free, step.free_weights))
+        chosen = step.experts[row] + free
         expert[i, : len(chosen)] = chosen
-        weight[i, : len(chosen)] = step.weights[row]
+        weight[i, : len(chosen)] = step.weights[row] + gates
         steered |= step.wanted is not None
-        own = step.router_experts[row]
+        own = step.router_experts[row] + free
         wanted[i, : len(own)] = own
     return expert, weight, wanted if steered else None
 

@@ -53,10 +53,11 @@ class TokenReport:
     right but still on its way), ``evict``. ``measuring_ms`` went into KL and the likeliest tokens,
     ``setup_ms`` into obeying settings and loading what the strategy wants beforehand.
 
-    ``hits`` were in memory when they were asked for, ``late`` were guessed right but still on their
-    way. ``bytes`` were read from the device (prefetches too), ``load_bytes`` of them on demand,
-    ``setup_bytes`` between the token before and this one; ``hit_bytes`` were served from memory.
-    ``resident_bytes`` is what the resident experts took at its end, loads on their way included.
+    ``hits`` were in memory when they were asked for, ``free_hits`` of them are experts without
+    weights, of 0 bytes; ``late`` were guessed right but still on their way. ``bytes`` were read
+    from the device (prefetches too), ``load_bytes`` of them on demand, ``setup_bytes`` between the
+    token before and this one; ``hit_bytes`` were served from memory. ``resident_bytes`` is what the
+    resident experts took at its end, loads on their way included.
     """
 
     token: int
@@ -80,6 +81,7 @@ class TokenReport:
     load_bytes: int = 0
     late: int = 0
     setup_bytes: int = 0
+    free_hits: int = 0
     measuring_ms: float = 0.0
     setup_ms: float = 0.0
 
@@ -218,6 +220,7 @@ def tally(rows: np.ndarray) -> dict[str, Any]:
         "hit_bytes": int(nbytes[(kind == e.HIT) | (kind == e.SUBSTITUTE)].sum()),
         "load_bytes": read[0],
         "late": late,
+        "free_hits": int(((kind == e.HIT) & (rows["bits"] == 0)).sum()),
         "setup_bytes": setup,
         **{name: counts[code] for name, code in COUNTED.items()},
     }
@@ -282,6 +285,7 @@ def summary(
     whole, timed = figures(values), figures(values[since:], first=since)
     times = [r.total_ms for r in reports[max(1, since) :]]
     hit, load = (sum(getattr(r, n) for r in decoded) for n in ("hit_bytes", "load_bytes"))
+    free = sum(r.free_hits for r in decoded)
     return {
         "tokens": len(reports),
         "tokens_per_s": timed["tokens_per_s"],
@@ -292,6 +296,7 @@ def summary(
         "tpot_ms_median": float(np.median(times)) if times else None,
         "tpot_ms_p99": float(np.quantile(times, 0.99)) if times else None,
         "hit_ratio": whole["hit_ratio"],
+        **({"free_hits": free} if free else {}),
         "byte_hit_ratio": hit / (hit + load) if hit + load else None,
         "bytes_per_token": whole["bytes_per_token"],
         "stall_share": timed["stall_share"],

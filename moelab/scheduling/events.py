@@ -6,8 +6,9 @@ what a replay decides can be held against what a run did. Kinds and causes are c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +72,14 @@ Row = tuple[int, int, int, int, int, int, int]
 """(kind, layer, expert, bits asked, bits, cause, the router's expert) of one decision."""
 
 
+def free_hits(layer: int, free: Sequence[Sequence[int]]) -> list[Row]:
+    """Hits of 0 bits and bytes: experts without weights, each once however many tokens chose it.
+
+    They are always there: never loaded, never evicted, and no part is asked about them.
+    """
+    return [(HIT, layer, one, 0, 0, NONE, one) for one in sorted(set(chain.from_iterable(free)))]
+
+
 class Decision(NamedTuple):
     """One decision in words."""
 
@@ -86,7 +95,7 @@ class Decision(NamedTuple):
 def in_words(row: Row, nbytes: Mapping[int, int]) -> Decision:
     """A row of a plan as a `Decision`."""
     kind, layer, expert, asked, bits, cause, _ = row
-    size = 0 if kind in (DOWNGRADE, SKIP) else nbytes[bits]
+    size = 0 if kind in (DOWNGRADE, SKIP) or not bits else nbytes[bits]
     return Decision(KINDS[kind], layer, expert, asked, bits, size, CAUSES[cause])
 
 

@@ -92,9 +92,9 @@ class Scheduler:
         layer, cache, plan = given.layer, self.cache, LayerPlan(given.layer)
         self._ranking.begin(self.strategy.evict)  # scores are those of this layer, asked once
         self._observe(given, plan)
-        held = cache.held[self._keys[layer]]
-        held &= _NOT_PROTECTED  # their layer has come, right or wrong
+        cache.held[self._keys[layer]] &= _NOT_PROTECTED  # their layer has come, right or wrong
         skips: list[e.Row] = []
+        plan.rows += e.free_hits(layer, given.free)
         loads = self._serve(given, plan, skips)
         # All that this layer computes is needed before the first load looks for room.
         self._need([key for key, *_ in loads])
@@ -271,7 +271,7 @@ class Scheduler:
 
     def _evict_served(self, limit: Limit, plan: LayerPlan) -> int:
         """One of this layer's own goes: the engine computes it before it obeys that row."""
-        served = {row[2] for row in plan.rows if row[0] in (e.HIT, e.LOAD, e.SUBSTITUTE)}
+        served = {row[2] for row in plan.rows if row[4] and row[0] in (e.HIT, e.LOAD, e.SUBSTITUTE)}
         mask = np.zeros(self.shape.n, np.bool_)
         mask[[self.shape.offset[plan.layer] + expert for expert in served]] = True
         mask &= limit.mask(self.cache)

@@ -42,6 +42,8 @@ class Shape:
     encoder_layers
         How many of the layers, the first ones, are an encoder's: only a prompt runs through them. A
         prompt's pass has all layers, a decoded token's begins behind the encoder.
+    free
+        Experts without weights that each layer has besides, numbered from E on; they are no keys.
 
     Attributes
     ----------
@@ -61,6 +63,7 @@ class Shape:
     top_k: int
     nbytes: Mapping[int, int]
     encoder_layers: int = 0
+    free: int = 0
     offset: tuple[int, ...] = field(init=False, repr=False, compare=False)
     layer_of: np.ndarray = field(init=False, repr=False, compare=False)
     index_of: np.ndarray = field(init=False, repr=False, compare=False)

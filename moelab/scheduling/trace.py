@@ -18,11 +18,12 @@ from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Key, Knobs, LookAhead, Request, Shape, ranked
 from moelab.scheduling.writing import write_atomically
 
-FORMAT = 5
+FORMAT = 6
 OLDEST = 3
 """In traces of version 0.3 a key was (layer, expert); T1, T2, low bits and depth were settings."""
-NEW_IN_5 = 2
-"""Fields of a step that earlier formats lack: the last ones."""
+NEW_IN_5 = NEW_IN_6 = 2
+"""Fields of a step that earlier formats lack, the last ones; where no step has those of 6, format 5
+is written."""
 MOST_BYTES = 512 * 2**20
 """A file larger than this is refused before it is read."""
 MOST_EXPERTS, MOST_LAYERS = 2**20, 2**12
@@ -65,6 +66,8 @@ class LayerInput:
     embedding
         What the embedding layer gave ``[D]``, mean over the tokens, told with the first layer that
         a decoded token runs through where a part observes ``"embedding"``.
+    free, free_weights
+        Chosen experts without weights (see `Shape.free`) and their gate weights, as ``experts``.
     """
 
     layer: int
@@ -79,6 +82,8 @@ class LayerInput:
     unread: tuple[Key, ...] = ()
     probabilities: array[float] | None = None
     embedding: array[float] | None = None
+    free: tuple[tuple[int, ...], ...] = ()
+    free_weights: tuple[tuple[float, ...], ...] = ()
     asked: list[Request] | None = field(default=None, init=False, repr=False, compare=False)
 
     def requests(self) -> list[Request]:
@@ -97,7 +102,7 @@ class LayerInput:
             return self
         same = (self.layer, self.experts, self.weights, self.prefill, self.look_ahead)
         router = (self.wanted, self.wanted_weights, self.norms)  # dataclasses.replace takes longer
-        whole = (self.probabilities, self.embedding)
+        whole = (self.probabilities, self.embedding, self.free, self.free_weights)
         new = LayerInput(*same, *router, tuple(in_flight), tuple(unread), *whole)
         object.__setattr__(new, "asked", self.requests())
         return new
@@ -188,12 +193,15 @@ class Trace:
 
     def document(self) -> dict[str, Any]:
         """All of it as JSON has it."""
-        shape, own = self.shape, self.shape.encoder_layers
-        of = {"experts": shape.experts, "top_k": shape.top_k, "nbytes": dict(shape.nbytes)}
+        shape, own = self.shape, {}
+        for name in ("encoder_layers", "free"):
+            own |= {name: getattr(shape, name)} if getattr(shape, name) else {}
+        model = {"experts": shape.experts, "top_k": shape.top_k, "nbytes": dict(shape.nbytes)}
+        names = SAVED if shape.free else SAVED[:-NEW_IN_6]
         return {
-            "format": FORMAT,
-            "shape": of | ({"encoder_layers": own} if own else {}),  # else every version reads it
-            "steps": [[_plain(getattr(s, name)) for name in SAVED] for s in self.steps],
+            "format": FORMAT if own else FORMAT - 1,
+            "shape": model | own,
+            "steps": [[_plain(getattr(s, name)) for name in names] for s in self.steps],
             "changes": [
                 (
                     *(c.at, dataclasses.asdict(c.knobs), c.name, c.fresh, dict(c.parameters or {})),
@@ -269,8 +277,9 @@ def _parts(doc: dict) -> tuple:
 
     steps = []
     for i, row in enumerate(doc["steps"]):
-        lacks = [None] * (NEW_IN_5 if len(row) == len(SAVED) - NEW_IN_5 else 0)
-        given = dict(zip(SAVED, (*row, *lacks), strict=True))
+        lacks = len(SAVED) - len(row)
+        known = lacks in (0, NEW_IN_6, NEW_IN_5 + NEW_IN_6)
+        given = dict(zip(SAVED, (*row, *[None] * (lacks * known)), strict=True))
         behind = steps[-1].layer if steps else shape.layers - 1
         prompt = given["prefill"] is True and behind == shape.layers - 1
         due = 0 if prompt else shape.following(behind)
@@ -316,7 +325,9 @@ def _bits(shape: Shape, bits: Any) -> int:
     return bits
 
 
-def _shape(experts: list, top_k: Any, nbytes: dict, encoder_layers: Any = 0) -> Shape:
+def _shape(
+    experts: list, top_k: Any, nbytes: dict, encoder_layers: Any = 0, free: Any = 0
+) -> Shape:
     _whole(len(experts), 1, MOST_LAYERS, "number of layers")
     for count in experts:
         _whole(count, 1, MOST_EXPERTS, "number of experts")
@@ -325,7 +336,8 @@ def _shape(experts: list, top_k: Any, nbytes: dict, encoder_layers: Any = 0) -> 
     tiers = {_whole(int(b), 1, 32, "bits"): _whole(n, 1, MOST, "bytes") for b, n in nbytes.items()}
     _whole(len(tiers), 1, 32, "number of tiers")
     _whole(encoder_layers, 0, len(experts) - 1, "number of encoder layers")
-    return Shape(tuple(experts), top_k, tiers, encoder_layers)
+    _whole(free, 0, MOST_EXPERTS, "free")
+    return Shape(tuple(experts), top_k, tiers, encoder_layers, free)
 
 
 def _change(
@@ -354,10 +366,12 @@ def _change(
     return Change(_whole(at, 0, MOST, "at"), now, name, fresh, own, pinned=pinned or None)
 
 
-def _chosen(experts: list, weights: list, most: int, what: str) -> tuple[tuple, tuple]:
+def _chosen(
+    experts: list, weights: list, most: int, what: str, low: int = 0
+) -> tuple[tuple, tuple]:
     """One token's experts and their weights."""
     for expert in experts:
-        _whole(expert, 0, most - 1, f"expert of {what}")
+        _whole(expert, low, most - 1, f"expert of {what}")
     if len(set(experts)) < len(experts) or len(experts) != len(weights):
         raise ValueError(f"{what} has {len(experts)} experts and {len(weights)} weights")
     return tuple(experts), tuple(_real(w, f"weight of {what}") for w in weights)
@@ -375,6 +389,10 @@ def _step(row: dict[str, Any], shape: Shape, key: Callable[[Any], Key]) -> Layer
         rows = [_chosen(es, ws, most, "a token") for es, ws in each]
         row[experts], row[weights] = tuple(zip(*rows, strict=True))
         _whole(len(rows), tokens, tokens, "tokens of a step")
+    free = zip(row["free"] or (), row["free_weights"] or (), strict=True)
+    found = [_chosen(es, ws, most + shape.free, "a free choice", most) for es, ws in free]
+    _whole(len(found) or tokens, tokens, tokens, "tokens of a step")
+    row["free"], row["free_weights"] = tuple(zip(*found, strict=True)) or ((), ())
     ahead = []
     for layer, es, ws in row["look_ahead"]:
         _whole(layer, 0, shape.layers - 1, "layer ahead")

@@ -211,6 +211,6 @@ def policy_or_memory(of: Run | Trace, *, experts: int | None = None) -> PolicyOr
 
 def _evicts_only(played: Replay, strategy: Strategy, bits: int) -> bool:
     """Whether hits are due to eviction alone: one size, on demand, the router's own choice."""
-    served = {row[4] for row in played.rows if row[0] in (HIT, LOAD, SUBSTITUTE)}
+    served = {row[4] for row in played.rows if row[0] in (HIT, LOAD, SUBSTITUTE)} - {0}
     more = played.counts["prefetch"] or played.counts["skip"] or played.counts["substitute"]
     return served <= {bits} and not more and not strategy.steers

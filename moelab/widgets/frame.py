@@ -79,7 +79,7 @@ def options(lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> di
         "architecture": in_short(info["architecture"]),
         "layers": info["layers"],
         "encoder_layers": info["encoder_layers"],
-        "experts": info["experts_per_layer"],
+        "experts": info["experts_per_layer"] + info.get("free_experts", 0),
         "top_k": info["top_k"],
         "tiers": list(info["tiers"]),
         "expert_bytes": {str(bits): int(n) for bits, n in info["expert_bytes"].items()},
