@@ -263,9 +263,9 @@ class Lab:
     # -- looking ----------------------------------------------------------------------------
 
     def info(self) -> dict[str, Any]:
-        """The model and what fits: sizes in bytes, counts of experts, whether it can chat."""
+        """Sizes in bytes, counts of experts; ``roofs`` once `moelab.bench.roofline` measured."""
         found = describe(self.name, self._store, self.settings, self._engine)
-        return found | {"chat": has_template(self._tokenizer)}
+        return found | {"chat": has_template(self._tokenizer), "roofs": dict(self._session.roofs)}
 
     def cache_map(self) -> dict[str, np.ndarray]:
         """What is resident now, arrays ``[L, E]``.

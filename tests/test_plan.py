@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 import moelab
-from moelab.runs.plan import STRATEGIES, _reasons, _simplest, surface
+from moelab.runs import eligible as which
+from moelab.runs.plan import _reasons, _simplest, surface
+from moelab.strategies import NAMES
 from moelab.widgets.outlook import Outlook
 
 
@@ -83,6 +85,25 @@ def test_what_cannot_be_is_refused(planned):
     assert 0 <= exact.kl < 1e-6
 
 
+def test_every_strategy_is_tried_that_the_recorded_stream_can_stand_for(planned, monkeypatch):
+    lab, _ = planned
+    run = lab.generate("Once upon a time", max_new_tokens=2, ignore_eos=True)
+    monkeypatch.setattr(which, "AS_LRU", float("inf"))
+    asked = lambda **changes: moelab.predict(run, lab, **changes)  # noqa: E731
+    found = which.eligible(lab, run, asked, {}, ahead=2)
+    # They steer the router or send stand-ins; FineMoE goes by what a run of LRU does not record.
+    other = {"swapmoe", "static_pruning", "pregated", "emoe", "cache_prior", "max_rank", "finemoe"}
+    assert found == [name for name in NAMES if name not in other]
+    assert {"arc", "s3fifo", "flashmoe", "least_stale", "hermes", "edgemoe"} <= set(found)
+    before = lab.settings
+    lab.update(strategy="finemoe")
+    own = lab.generate("Once upon a time", max_new_tokens=2, ignore_eos=True)
+    lab._session.put(before)
+    assert "finemoe" in which.eligible(lab, own, asked, {}, ahead=2)
+    monkeypatch.setattr(which, "AS_LRU", 0)
+    assert which.eligible(lab, run, asked, {}, ahead=2) == ["lru"], "all others take too long"
+
+
 class Said:
     def __init__(self, ms: float) -> None:
         self.token_ms = ms
@@ -96,8 +117,8 @@ def test_of_those_that_are_alike_the_simplest():
         ({"strategy": "lru", "bits": 16, "prefetch": 0}, Said(12.0)),
     ]
     losses = {0: 0.01, 1: 0.001, 2: 0.001, 3: 0.0}
-    assert _simplest(found, losses, 0, 0.05, STRATEGIES) == 2
-    assert _simplest(found, {0: 0.01, 1: 0.2, 2: 0.2}, 0, 0.05, STRATEGIES) == 0
+    assert _simplest(found, losses, 0, 0.05, NAMES) == 2
+    assert _simplest(found, {0: 0.01, 1: 0.2, 2: 0.2}, 0, 0.05, NAMES) == 0
     reasons = _reasons(found, losses | {2: 0.2}, 3, 0.05)
     assert reasons[0] == "bits=16, 12.0 ms (8: 10.2 ms, KL 0.2 is too much)"
 

@@ -10,6 +10,7 @@ import pytest
 
 import moelab
 from moelab.bench import as_json, as_record, roofline, systems
+from moelab.store.devices import DEVICES
 
 CLAIM = systems.System("X", "lfu", "lru", "hits", 1.2, "hits 1.2x", "because")
 
@@ -74,5 +75,23 @@ def test_roofs_by_hand_and_a_prompt_beside_them(demo_lab):
     lowest = rows[list(roofline.ROOFS)].idxmin(axis=1)
     assert rows["limit"].tolist() == lowest.tolist()
     assert found.sentence() in repr(found)
+    told = demo_lab.info()["roofs"][demo_lab.settings.bits]
+    assert told["tokens"] == [1, 4, 4096]
+    assert told["disk"] == rows["disk"].tolist()
+    assert "measured" not in told
     (measured,) = roofline.roofline(demo_lab, (8,)).roofs["measured"]
     assert measured > 0
+    assert demo_lab.info()["roofs"][16]["measured"] == [measured]
+
+
+def test_the_third_roof_is_the_device_of_the_lab_where_that_is_slower_than_the_disk(demo_lab):
+    assert demo_lab.info()["roofs"] == {}
+    demo_lab.update(device="sd_card")
+    found = roofline.roofline(demo_lab, (1, 4), measured=False)
+    flop_of_a_byte = demo_lab.info()["expert_bytes"][16] * 2 * 6
+    assert found.roofs["disk"][0] == pytest.approx(
+        DEVICES["sd_card"].bandwidth_bytes_s / flop_of_a_byte
+    )
+    assert found.turns is None
+    assert DEVICES["sd_card"].title in found.sentence()
+    assert demo_lab.info()["roofs"][16]["device"] == "sd_card"

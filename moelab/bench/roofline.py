@@ -7,8 +7,10 @@ layer asks for E (1 - (1 - k/E)^T) of its experts where all are asked alike, and
 the FLOP of a byte grow with T, until loading is no longer the limit.
 
 The roofs are *modelled* from what this machine does at this model (an expert's kernel on many
-tokens, on one, and the disk), of experts alone and of none in memory; prompts are measured beside
-them, with all else that a token takes. What it does not know: that some experts are asked for more.
+tokens, on one, and the disk, or an emulated device where that is slower), of experts alone and of
+none in memory; prompts are measured beside them, with all else that a token takes. Once measured
+they are in ``lab.info()["roofs"]``, by bits. What it does not know: that some experts are asked
+for more.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from moelab.engine.compute import Routed, Serve
 from moelab.engine.generation import threads
 from moelab.engine.memory import Slot, pages
 from moelab.engine.pace import median_ms
+from moelab.store.devices import device as find_device
 from moelab.views.sheet import Picture, Sheet, Shown, Table, lines
 
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -43,6 +46,8 @@ class Roofline(Shown):
     ----------
     model, bits
         Whose, and at which tier.
+    device
+        Title of what the third roof reads from.
     roofs
         By ``tokens``: ``computing``, ``memory``, ``disk`` (tokens a second, modelled), ``limit``
         (the lowest one's name), and ``measured`` where a prompt was run.
@@ -50,6 +55,7 @@ class Roofline(Shown):
 
     model: str
     bits: int
+    device: str
     roofs: pd.DataFrame
 
     @property
@@ -60,13 +66,11 @@ class Roofline(Shown):
 
     def sentence(self) -> str:
         """What limits a prompt, in one sentence."""
-        lengths = self.roofs["tokens"].tolist()
+        lengths, said = self.roofs["tokens"].tolist(), f"{self.model} at {self.bits} bit, loading"
         if self.turns == lengths[0]:
-            return f"{self.model} at {self.bits} bit: the disk is no prompt's limit (modelled)."
+            return f"{said} is no prompt's limit ({self.device}; modelled)."
         until = f"below {self.turns}" if self.turns else f"up to {lengths[-1]}"
-        return (
-            f"{self.model} at {self.bits} bit: the disk limits prompts {until} tokens (modelled)."
-        )
+        return f"{said} limits prompts {until} tokens ({self.device}; modelled)."
 
     def sheet(self) -> Sheet:
         """Sentence, picture, table."""
@@ -108,12 +112,14 @@ def roofline(
     lengths = tuple(sorted(lengths))
     shape, bits = lab._shape, lab.settings.bits
     machine, layout = lab._session.machine(), lab._store.manifest.layout
+    device = find_device(lab.settings.device)
     flop = 2 * sum(math.prod(size) for _, size in layout.tensors)  # of a token and expert
     peak = flop * MANY / _many_s(lab, bits)
+    computing = machine.computing  # where noise hid an expert in a call, it takes the call's time
     nbytes, count, k = shape.nbytes[bits], max(shape.experts), shape.top_k
     bandwidths = {
-        "memory": 1e3 * nbytes / machine.computing.expert_ms[bits],
-        "disk": machine.disk.bandwidth_bytes_s,
+        "memory": 1e3 * nbytes / (computing.expert_ms[bits] or computing.call_ms),
+        "disk": min(machine.disk.bandwidth_bytes_s, device.bandwidth_bytes_s or math.inf),
     }
     rows: list[dict[str, Any]] = []
     for tokens in lengths:
@@ -125,7 +131,10 @@ def roofline(
         row["limit"] = min(rates, key=rates.__getitem__)
         row[MEASURED] = _prompt(lab, tokens) if measured else math.nan
         rows.append(row)
-    return Roofline(lab.name, bits, pd.DataFrame(rows))
+    found = Roofline(lab.name, bits, device.title, pd.DataFrame(rows))
+    told = found.roofs.drop(columns="limit").dropna(axis="columns").to_dict("list")
+    lab._session.roofs[bits] = {"device": lab.settings.device, **told}
+    return found
 
 
 def _many_s(lab: moelab.Lab, bits: int) -> float:

@@ -167,12 +167,12 @@ class Adapter:
         tap = self._taps.get(layer)
         return tap.unmasked() if tap is not None and tap.steered and tap is self._last else None
 
-    def observed(self, layer: int, observes: frozenset[str]) -> dict[str, array[float] | None]:
+    def observed(self, layer: int, observes: frozenset[str]) -> dict[str, Any]:
         """Of ``"probabilities"`` and ``"embedding"`` what is asked for; see `LayerInput`.
 
         To be called while `layer` is served. Of a recorded run it is what was recorded.
         """
-        found: dict[str, array[float] | None] = {}
+        found: dict[str, Any] = {}  # arrays of float, or None
         for name in observes & {"probabilities", "embedding"}:
             if self.recorded is not None:
                 found[name] = getattr(self.recorded(layer), name)

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from moelab.runs.eligible import aheads, eligible
 from moelab.runs.prediction import Prediction, Predictor
+from moelab.scheduling.events import HIT, LOAD, SKIP, SUBSTITUTE
 from moelab.settings import parse_budget
 from moelab.spelling import in_words
 from moelab.store.devices import device as find_device
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     from moelab.lab import Lab
     from moelab.runs.run import Run
 
-STRATEGIES = ("lru", "lfu", "layer_lru", "moe_infinity", "mixtral_offloading", "hobbit")
-"""Of those that compute what the router asked for."""
 AHEAD = 2
 """Layers to look ahead at most."""
 TOKENS, SCORED = 32, 24
@@ -89,7 +89,7 @@ def plan(
     device: str | None = None,
     max_kl: float = 0.05,
     run: Run | None = None,
-    strategies: Sequence[str] = STRATEGIES,
+    strategies: Sequence[str] | None = None,
     progress: bool | None = None,
 ) -> Plan:
     """Find the fastest settings within a budget and a loss.
@@ -104,7 +104,8 @@ def plan(
         Whose stream is decided again, recorded in this lab with ``prefetch=2`` or more; default: a
         short one is made.
     strategies
-        To choose from, in the order of preference where they are alike.
+        To choose from, in the order of preference where they are alike; default: all that the
+        recorded stream can stand for, see `moelab.runs.eligible`.
     progress
         Show a bar; default as the lab was opened.
 
@@ -137,7 +138,10 @@ def plan(
     bar = lab._progress if progress is None else progress
     with _beside(lab) as second:
         run = run or _recorded(second)
-        found = _candidates(second, Predictor(run, second), fixed, strategies, progress=bar)
+        predict = Predictor(run, second)
+        if strategies is None:
+            strategies = eligible(second, run, predict, fixed, ahead=AHEAD)
+        found = _candidates(second, predict, fixed, strategies, progress=bar)
         found.sort(key=lambda one: one[1].token_ms)
         chosen, losses = _good_enough(second, run, found, max_kl, progress=bar)
     chosen = _simplest(found, losses, chosen, max_kl, strategies)
@@ -249,18 +253,21 @@ def _candidates(
 ) -> Found:
     """Every combination that these settings allow, with what it would take."""
     tiers = sorted(lab._shape.nbytes, reverse=True)
-    every = list(itertools.product(strategies, tiers, range(AHEAD + 1)))
+    every = list(itertools.product(strategies, tiers))
     found: Found = []
     refused = "there is no combination to choose from"
-    for name, bits, ahead in tqdm(every, desc="predicting", unit="setting", disable=not progress):
-        asked = {**fixed, "strategy": name, "bits": bits, "prefetch": ahead}
+    for name, bits in tqdm(every, desc="predicting", unit="setting", disable=not progress):
+        plain = {**fixed, "strategy": name, "bits": bits}
         try:
-            settings = lab.settings.change(lab._shape, make=lab._strategies, **asked)
+            settings = lab.settings.change(lab._shape, make=lab._strategies, **plain)
         except ValueError as error:
             refused = in_words(error)
             continue
-        if settings.prefetch == ahead and settings.bits == bits:  # it may have a way of its own
-            found.append((asked, predict(**asked)))
+        for ahead in aheads(settings.strategy, AHEAD) if settings.bits == bits else ():
+            asked = {**plain, "prefetch": ahead}
+            settings = lab.settings.change(lab._shape, make=lab._strategies, **asked)
+            if settings.prefetch == ahead:  # it may have a way of its own
+                found.append((asked, predict(**asked)))
     if not found:
         raise ValueError(refused)
     return found
@@ -277,26 +284,47 @@ def _good_enough(
 ) -> tuple[int, dict[int, float]]:
     """The first of ``found`` that loses no more than that, and what was measured on the way.
 
-    Those that are as fast as it are measured too: one of them may lose less.
+    Those that are as fast as it are measured too: one of them may lose less. Those that skip, or
+    serve at fewer bits, are measured where they are faster than what does not; and where their bits
+    alone lose too much, they are expected to.
     """
     known: dict[Any, float] = {}  # of one precision, bits say it all
     losses: dict[int, float] = {}
     chosen, limit = None, float("inf")
-    for at, (settings, prediction) in enumerate(tqdm(found, desc="scoring", disable=not progress)):
-        mixed = lab.settings.change(lab._shape, make=lab._strategies, **settings).low_bits
-        of = at if mixed else settings["bits"]
-        if prediction.token_ms > limit and of not in known:
-            continue
+
+    def loss(of: Any, settings: dict[str, Any]) -> float:
         if of not in known:
             lab.update(**settings)
             known[of] = _lost(lab, run)
-        losses[at] = known[of]
-        if chosen is None and losses[at] <= max_kl + ROUNDING:
+        return known[of]
+
+    mixed = [_mixed(prediction, settings["bits"]) for settings, prediction in found]
+    order = sorted(range(len(found)), key=mixed.__getitem__)
+    for at in tqdm(order, desc="scoring", disable=not progress):
+        (settings, prediction), bits = found[at], found[at][0]["bits"]
+        if mixed[at]:
+            if prediction.token_ms * (1 + ALIKE) >= limit or chosen is None or mixed[chosen]:
+                continue
+            if loss(bits, {**settings, "strategy": "lru"}) > max_kl + ROUNDING:
+                continue
+        elif prediction.token_ms > limit and bits not in known:
+            continue
+        losses[at] = loss(at if mixed[at] else bits, settings)
+        if (chosen is None or mixed[at]) and losses[at] <= max_kl + ROUNDING:
             chosen, limit = at, prediction.token_ms * (1 + ALIKE)
     if chosen is None:
-        least = min(losses.values())
+        least = min(known.values())
         raise ValueError(f"max_kl={max_kl}: the least within this budget is {least:.2g} nats")
     return chosen, losses
+
+
+def _mixed(prediction: Prediction, bits: int) -> bool:
+    """Whether an expert was served at other bits than these, by another one, or not at all."""
+    kinds = {(row[0], row[4]) for row in prediction.replay.rows}
+    return any(
+        kind in (SKIP, SUBSTITUTE) or (kind in (HIT, LOAD) and served not in (0, bits))
+        for kind, served in kinds
+    )
 
 
 def _simplest(

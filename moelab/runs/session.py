@@ -75,6 +75,7 @@ class Session:
         self.lock, self._busy = threading.RLock(), threading.Lock()
         self.auto: Auto | None = None
         self._machine: Machine | None = None
+        self.roofs: dict[int, dict[str, Any]] = {}  # by bits: `moelab.bench.roofline`'s
         self._cause = ""  # of the newest change of the budget, where a person made none
 
     def update(self, **changes: Any) -> Settings:
