@@ -173,7 +173,7 @@ class Engine:
         heard
             Is told each layer, its input ``[T, D]`` and its routing.
         """
-        best = max(self.store.tiers)
+        best, deciding = max(self.store.tiers), self.deciding
         self.adapter.release()
         self.reference, self._heard = bits or (lambda _: best), heard
         try:
@@ -181,6 +181,7 @@ class Engine:
         finally:
             self.reference = self._heard = None
             self._steer_all()
+            self.deciding = deciding  # of this token, measuring is no part
 
     def recover(self) -> None:
         """After a failure in the middle of a token: an empty cache, ready for the next run."""
@@ -280,8 +281,7 @@ class Engine:
         observes = self.scheduler.strategy.observes
         ahead: tuple[LookAhead, ...] = ()
         prefill = self.prefill or layer < self.shape.encoder_layers
-        depth = self.scheduler.look_ahead(layer, prefill=prefill)
-        if depth:
+        if depth := self.scheduler.look_ahead(layer, prefill=prefill):
             for coming, idx, weights in self.adapter.look_ahead(layer, depth):
                 guess = Routed(idx, weights, self.shape.experts[coming])
                 ahead += (LookAhead.of(coming, guess.experts, guess.weights),)
