@@ -15,6 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import moelab
 import tiny_models
+from moelab.engine import generation
 from moelab.replays.replay import replay
 from moelab.scheduling.budget import minimum_budget
 from moelab.scheduling.stream import Shape
@@ -191,13 +192,20 @@ def test_a_strategy_is_calibrated_on_pairs(lab):
     lab.update(strategy="lru")
 
 
-def test_what_it_cannot_do_is_said_and_all_else_looks_at_it_as_at_others(lab, tmp_path):
+def test_what_it_cannot_do_is_said_and_all_else_looks_at_it_as_at_others(
+    lab, tmp_path, monkeypatch
+):
     with pytest.raises(ValueError, match="cannot verify a draft: it is an encoder-decoder"):
         lab.generate(SOURCE, max_new_tokens=4, temperature=0, draft_bits=4)
     with pytest.raises(ValueError, match="no chat template"):
         lab.generate([{"role": "user", "content": "Hello"}])
     with pytest.raises(ValueError, match="is an encoder-decoder, and nobody's routing is known"):
         moelab.fit(lab._store.path)
+    with monkeypatch.context() as little:
+        little.setattr(generation.Machine, "spare_bytes", lambda _: 10**6)
+        little.setattr(generation, "WHOLE", 1 << 20)
+        with pytest.raises(MemoryError, match=r"reads a text whole: \d+ tokens take \d+ MB"):
+            generate(lab)
     run = generate(lab)
     assert run.report(tmp_path / "run.html", png=False)
     assert moelab.predict(run, lab, budget="30%").replay.tokens

@@ -1,4 +1,4 @@
-"""From `moelab.open` to the last token: five families, the whole engine, a tight budget."""
+"""From `moelab.open` to the last token: six families, the whole engine, a tight budget."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ BY_KERNELS = {"hidden_size": 128, "intermediate_size": 64}
 """Whole groups of 64: then the kernels compute gpt-oss's experts too."""
 
 
-@pytest.fixture(scope="module", params=[*tiny_models.FAMILIES, "gpt_oss by kernels"])
+FAMILIES = tiny_models.FAMILIES | {"llama4": tiny_models.llama4}
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, "gpt_oss by kernels"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     name, kernels, _ = request.param.partition(" by kernels")
     place = tmp_path_factory.mktemp(name + "_fast" * bool(kernels))
-    return tiny_models.FAMILIES[name](place, **BY_KERNELS if kernels else {})
+    return FAMILIES[name](place, **BY_KERNELS if kernels else {})
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from moelab.engine import kernels
 from moelab.engine.chunks import FEW_TOKENS
 from moelab.engine.engine import Engine
 from moelab.engine.small_ops import GrowingLayer, growing
+from moelab.engine.spare import Machine
 from moelab.models.families import encoder_of
 
 
@@ -243,8 +244,24 @@ class Stream:
         return logits
 
 
+WHOLE = 20
+"""Bytes of each pair of an encoder's tokens and each head: scores, biases and shares as float32."""
+
+
 def encoded(model: Any, source: Sequence[int]) -> Any:
-    """What the encoder makes of a source."""
+    """What the encoder makes of a source.
+
+    Raises
+    ------
+    MemoryError
+        Attention among all of its tokens takes more than the machine can spare.
+    """
+    need = WHOLE * model.config.num_attention_heads * len(source) ** 2
+    if need > 1 << 28 and need > (spare := Machine().spare_bytes()):
+        raise MemoryError(
+            f"an encoder reads a text whole: {len(source)} tokens take {need / 1e6:.0f} MB at "
+            f"once, and this machine can spare {spare / 1e6:.0f} MB; give a shorter text"
+        )
     return encoder_of(model)(torch.tensor([list(source)]))
 
 
