@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import moelab
-from moelab.calibration.probes import texts_of
+from moelab.calibration.probes import read, texts_of
 from moelab.calibration.profile import Profile, Strategies
 from moelab.catalogue import bundled, describe
 from moelab.engine.engine import Engine
@@ -184,7 +184,11 @@ class Lab:
 
     @known_only
     def score(
-        self, text: str | None = None, *, max_tokens: int = 48, progress: bool | None = None
+        self,
+        text: str | tuple[str, str] | None = None,
+        *,
+        max_tokens: int = 48,
+        progress: bool | None = None,
     ) -> Score:
         """Quality under the current settings against the store's best tier, teacher-forced.
 
@@ -194,7 +198,7 @@ class Lab:
         Parameters
         ----------
         text
-            Default: held-out text of each of the demo's domains.
+            Of an encoder-decoder ``(source, target)``. Default: the model's own held-out texts.
         max_tokens
             Tokens taken of each text.
         progress
@@ -215,7 +219,7 @@ class Lab:
         if max_tokens < 2:
             raise ValueError(f"max_tokens={max_tokens}: 2 or more")
         texts = texts_of(self, None if text is None else [text])
-        ids = [self._encode(t)[:max_tokens] for t in texts]
+        ids = [read(self, t, max_tokens) for t in texts]
         if min(map(len, ids)) < 2:
             raise ValueError("nothing to score: the text needs at least two tokens")
         bar = self._progress if progress is None else progress

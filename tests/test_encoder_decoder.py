@@ -15,6 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import moelab
 import tiny_models
+from moelab.engine import generation
 from moelab.replays.replay import replay
 from moelab.scheduling.budget import minimum_budget
 from moelab.scheduling.stream import Shape
@@ -31,11 +32,9 @@ NEW = 12
 PENALTY = {"repetition_penalty": 2.0}  # else a random model with tied weights repeats a token
 
 
-@pytest.fixture(scope="module", params=["switch", "switch untied", "nllb"])
+@pytest.fixture(scope="module", params=tiny_models.ENCODER_DECODERS)
 def folder(request, tmp_path_factory):
-    name, _, untied = request.param.partition(" ")
-    place = tmp_path_factory.mktemp(name + untied)
-    return tiny_models.ENCODER_DECODERS[name](place, tie_word_embeddings=not untied)
+    return tiny_models.ENCODER_DECODERS[request.param](tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +45,10 @@ def lab(folder):
 
 @pytest.fixture(scope="module")
 def stock(folder):
+    return stock_model(folder)
+
+
+def stock_model(folder):
     kind = getattr(transformers, transformers.AutoConfig.from_pretrained(folder).architectures[0])
     model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     for module in model.modules():
@@ -152,6 +155,63 @@ def test_an_oracle_of_the_same_text_loads_least(lab):
         assert decided(replay(best.trace)) == live(best)
         loads, most = (sum(r.loads for r in run.token_reports[1:]) for run in (best, plain))
         assert loads <= most
+
+
+def test_a_head_of_its_own_and_weights_saved_under_every_name_are_read(tmp_path):
+    untied = tiny_models.switch(tmp_path / "untied", tie_word_embeddings=False)
+
+    def repeat(tensors):
+        for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+            tensors[name] = tensors["shared.weight"].clone()
+
+    doubled = tiny_models.edit(tiny_models.switch(tmp_path / "tied"), tmp_path / "twice", repeat)
+    for folder in (untied, doubled):
+        with moelab.open(folder, budget="50%", tiers=(16, 4), progress=False) as lab:
+            assert generate(lab).tokens == stocks(stock_model(folder), lab)
+
+
+def test_a_target_is_scored_given_its_source_and_a_prompt_alone_is_refused(lab):
+    lab.update(strategy="lru", bits=16, budget="60%")
+    pair = (SOURCE, "A text, put short in one sentence.")
+    score = lab.score(pair, progress=False)
+    assert score.tokens == len(lab._encode(pair[1]))
+    assert (score.kl_mean < 1e-6, score.same_top1) == (True, 1)
+    lab.update(bits=4)
+    assert lab.score(pair, progress=False).kl_mean > score.kl_mean
+    with pytest.raises(ValueError, match=r"measured on \(source, target\) pairs"):
+        lab.score(SOURCE, progress=False)
+    lab.update(bits=16)
+
+
+def test_a_strategy_is_calibrated_on_pairs(lab):
+    pairs = [(SOURCE, "A text, put short in one sentence, or in two of them if need be.")] * 2
+    lab.calibrate("edgemoe", texts=pairs, progress=False)
+    lab.update(strategy="edgemoe", budget="60%")
+    run = generate(lab)
+    assert decided(replay(run.trace)) == live(run)
+    lab.update(strategy="lru")
+
+
+def test_what_it_cannot_do_is_said_and_all_else_looks_at_it_as_at_others(
+    lab, tmp_path, monkeypatch
+):
+    with pytest.raises(ValueError, match="cannot verify a draft: it is an encoder-decoder"):
+        lab.generate(SOURCE, max_new_tokens=4, temperature=0, draft_bits=4)
+    with pytest.raises(ValueError, match="no chat template"):
+        lab.generate([{"role": "user", "content": "Hello"}])
+    with pytest.raises(ValueError, match="is an encoder-decoder, and nobody's routing is known"):
+        moelab.fit(lab._store.path)
+    with monkeypatch.context() as little:
+        little.setattr(generation.Machine, "spare_bytes", lambda _: 10**6)
+        little.setattr(generation, "WHOLE", 1 << 20)
+        with pytest.raises(MemoryError, match=r"reads a text whole: \d+ tokens take \d+ MB"):
+            generate(lab)
+    run = generate(lab)
+    assert run.report(tmp_path / "run.html", png=False)
+    assert moelab.predict(run, lab, budget="30%").replay.tokens
+    assert lab.what_if(run, repeats=1, budget="30%")
+    assert (moelab.predictors(run).recall <= 1).all()
+    assert lab.dashboard()._repr_mimebundle_()
 
 
 def test_layers_come_in_the_order_in_which_tokens_run_through_them():

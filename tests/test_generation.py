@@ -14,7 +14,7 @@ import moelab
 from moelab import calibration
 from moelab.calibration import profile
 from moelab.engine.engine import Engine
-from moelab.engine.generation import NotFiniteError, Sampler, Sampling
+from moelab.engine.generation import Ids, NotFiniteError, Sampler, Sampling
 from moelab.engine.memory import Arena
 
 PROMPT = "Elizabeth was not at all surprised to hear that"
@@ -82,7 +82,7 @@ def test_top_k_and_top_p_narrow_a_draw_and_can_be_off(lab):
     assert tokens(temperature=1.5, top_k=1) == tokens(temperature=1.5, top_p=0) == greedy
     assert tokens(temperature=1.5, top_p=1, top_k=-1) != greedy
     assert Sampling(top_k=-1) == Sampling(top_k=0)
-    flat = Sampler(lab._engine.model, Sampling(temperature=1, top_k=3), 1)
+    flat = Sampler(lab._engine.model, Sampling(temperature=1, top_k=3), Ids([0]))
     assert {flat.draw([0], torch.arange(9.0) / 100) for _ in range(60)} == {6, 7, 8}
 
 

@@ -22,14 +22,17 @@ SLIM = {"SlimMoE, tiny": 448, "SlimMoE, mini": 960}
 """PhiMoE whose experts were pruned to so many neurons (arXiv 2506.18349)."""
 
 
-@pytest.fixture(scope="module", params=[*tiny_models.FAMILIES, "gpt_oss by kernels", *SLIM])
+FAMILIES = tiny_models.FAMILIES | {"llama4": tiny_models.llama4}
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, "gpt_oss by kernels", *SLIM])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param in SLIM:
         place = tmp_path_factory.mktemp("phimoe_fast")
         return tiny_models.phimoe(place, intermediate_size=SLIM[request.param])
     name, kernels, _ = request.param.partition(" by kernels")
     place = tmp_path_factory.mktemp(name + "_fast" * bool(kernels))
-    return tiny_models.FAMILIES[name](place, **BY_KERNELS if kernels else {})
+    return FAMILIES[name](place, **BY_KERNELS if kernels else {})
 
 
 @pytest.fixture(scope="module")

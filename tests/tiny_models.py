@@ -111,6 +111,22 @@ def deepseek_v3(folder: Path, **changes: Any) -> Path:
     return write(transformers.DeepseekV3ForCausalLM(config), folder)
 
 
+def llama4(folder: Path, **changes: Any) -> Path:
+    """Top-1 with a weight on the expert's input, a shared expert, attention by chunks."""
+    settings = {
+        "hidden_size": 128,
+        "intermediate_size": 64,
+        "intermediate_size_mlp": 128,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 1,
+        "head_dim": 32,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 32,
+    }
+    config = transformers.Llama4TextConfig(**{**_COMMON, **settings, **changes})
+    return write(transformers.Llama4ForCausalLM(config), folder)
+
+
 def switch(folder: Path, **changes: Any) -> Path:
     """An encoder-decoder, top-1, a dense layer before each sparse one, everything tied."""
     settings = {

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from moelab.calibration.probes import digest_of, texts_of
+from moelab.calibration.probes import Text, digest_of, texts_of
 from moelab.calibration.profile import Partial, Profile, find_profile, model_of
 from moelab.settings import refuse_unknown
 
@@ -32,7 +32,7 @@ def calibrate(
     *,
     again: bool = False,
     progress: bool = True,
-    texts: Sequence[str] | None = None,
+    texts: Sequence[Text] | None = None,
     **options: Any,
 ) -> Profile:
     """The profile of a strategy for the lab's model: found, or measured and saved.

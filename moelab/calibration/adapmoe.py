@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from moelab.calibration.probes import record
+from moelab.calibration.probes import Text, read, record
 from moelab.calibration.profile import Kept, once
-from moelab.engine.generation import Stream
+from moelab.engine.generation import Ids, Stream
 from moelab.runs.quality import kl_divergence
 from moelab.scheduling.trace import Trace
 
@@ -59,11 +59,11 @@ def first_only(engine: Engine, layer: int) -> Iterator[list[float]]:
         adapter._run_layer = serve
 
 
-def costs_of_first_only(engine: Engine, ids: Sequence[int]) -> list[tuple[float, float]]:
+def costs_of_first_only(engine: Engine, ids: Ids) -> list[tuple[float, float]]:
     """(KL divergence, Σ w² left out) of each layer over the positions of one text, as sums."""
 
     def logits() -> torch.Tensor:  # [T, V]
-        return Stream(engine).forward(ids, keep=len(ids))
+        return Stream(engine, ids.source).forward(ids, keep=len(ids))
 
     out = []
     with engine.full_precision():
@@ -115,14 +115,14 @@ def made_from(lab: Lab, *, max_tokens: int = 128) -> dict[str, Any]:  # noqa: AR
 
 
 def make(
-    lab: Lab, texts: Sequence[str], made: dict[str, Any], kept: Kept, *, progress: bool
+    lab: Lab, texts: Sequence[Text], made: dict[str, Any], kept: Kept, *, progress: bool
 ) -> dict[str, Any]:
     """``h`` ``[L]``, ``hits`` ``[L][E + 1]``, ``tau`` and the mean KL that gave h."""
     engine, tokens = lab._engine, made["max_tokens"]
     costs = np.zeros((engine.shape.layers, 2))  # KL and Σ w², sums over all positions
     positions = 0
     for i, text in enumerate(tqdm(texts, disable=not progress, desc="adapmoe")):
-        ids = lab._encode(text)[:tokens]
+        ids = read(lab, text, tokens)
         positions += len(ids)
         costs += once(kept, f"text {i}", partial(costs_of_first_only, engine, ids))
     h = [2 * kl / squares if squares else 0.0 for kl, squares in costs.tolist()]

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from moelab.calibration.hobbit import gate_accuracy
-from moelab.calibration.probes import Evaluator, record
+from moelab.calibration.probes import Evaluator, Text, record
 from moelab.calibration.profile import Kept, once
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.strategies.edgemoe import (
@@ -186,8 +186,11 @@ def paths(lab: Lab, counted: Sequence[str], held_out: Sequence[str]) -> dict[str
     return {"paths": table.to_json(), "accuracy": figures}
 
 
-def split(text: str) -> tuple[str, str]:
-    """The part that is counted and the part held out, cut between two words."""
+def split(text: Text) -> tuple[Text, Text]:
+    """The part that is counted and the part held out, cut between two words; of a pair's target."""
+    if not isinstance(text, str):
+        source, parts = text[0], split(text[1])
+        return (source, str(parts[0])), (source, str(parts[1]))
     cut = text.rfind(" ", 0, int(len(text) * COUNTED) + 1)
     if cut <= 0:
         raise ValueError(f"a text of {len(text)} characters is too short to split: {text!r}")
@@ -223,10 +226,11 @@ def made_from(lab: Lab, *, tolerated: float = TOLERATED, max_tokens: int = 96) -
 
 
 def make(
-    lab: Lab, texts: Sequence[str], made: dict[str, Any], kept: Kept, *, progress: bool
+    lab: Lab, texts: Sequence[Text], made: dict[str, Any], kept: Kept, *, progress: bool
 ) -> dict[str, Any]:
     """The profile's data, see the module's first lines."""
-    counted, held_out = zip(*map(split, texts), strict=True)
+    parts = [split(text) for text in texts]
+    counted, held_out = [first for first, _ in parts], [second for _, second in parts]
     shape, levels, tolerated = lab._shape, made["levels"], made["tolerated"]
     count, best = sum(shape.experts), max(shape.nbytes)
     curves = (len(levels) - 1) * (CURVE_POINTS - 1) + math.ceil(math.log2(count))

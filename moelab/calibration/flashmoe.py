@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from moelab.calibration.probes import halves, record
+from moelab.calibration.probes import Text, halves, record
 from moelab.calibration.profile import Kept, once
 from moelab.engine.generation import threads
 from moelab.replays.bounds import belady_hits
@@ -158,7 +158,7 @@ def made_from(
 
 
 def make(
-    lab: Lab, texts: Sequence[str], made: dict[str, Any], kept: Kept, *, progress: bool
+    lab: Lab, texts: Sequence[Text], made: dict[str, Any], kept: Kept, *, progress: bool
 ) -> dict[str, Any]:
     """The nets, and what they are worth on text they were not trained on.
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from moelab.calibration.probes import halves, record
+from moelab.calibration.probes import Text, halves, record
 from moelab.calibration.profile import Kept, once
 from moelab.scheduling.events import LOAD, SKIP
 from moelab.scheduling.scheduler import Scheduler
@@ -74,7 +74,7 @@ def decide(trace: Trace, strategy: Strategy, knobs: Knobs) -> Outcome:
             score = {r.expert: r.score for r in given.requests()}
             missed += [score[row[2]] for row in plan.rows if row[0] in (LOAD, SKIP)]
             decisions += plan.decisions(nbytes)
-            tokens += given.layer == 0
+            tokens += given.layer == trace.shape.path().start
         if given.layer == trace.shape.layers - 1:
             scheduler.end_of_token()
     penalty = miss_penalty(decisions, nbytes) / max(tokens, 1)
@@ -230,7 +230,7 @@ def made_from(
 
 
 def make(
-    lab: Lab, texts: Sequence[str], made: dict[str, Any], kept: Kept, *, progress: bool
+    lab: Lab, texts: Sequence[Text], made: dict[str, Any], kept: Kept, *, progress: bool
 ) -> dict[str, Any]:
     """T1, T2, the weights, and what they are worth on texts they were not made from.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moelab.engine.compute import Routed
-from moelab.engine.generation import Stream
+from moelab.engine.generation import Ids, Stream, begun_with
 from moelab.scheduling.stream import LookAhead
 from moelab.scheduling.trace import LayerInput, Trace
 from moelab.store.codecs import decode
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from moelab.strategies.edgemoe import Place
 
 
-def texts_of(lab: Lab, texts: Sequence[str] | None) -> list[str]:
+Text = str | tuple[str, str]
+"""A text; of an encoder-decoder a source and what it is to make of it."""
+
+
+def texts_of(lab: Lab, texts: Sequence[Text] | None) -> list[Text]:
     """The texts given, or the model's own probes.
 
     Raises
@@ -34,7 +38,7 @@ def texts_of(lab: Lab, texts: Sequence[str] | None) -> list[str]:
     ValueError
         There are none.
     """
-    found = list(texts) if texts is not None else list(lab.probes().values())
+    found: list[Text] = list(lab.probes().values() if texts is None else texts)
     if not found:
         raise ValueError(
             "this model brings no probe texts; give texts=[...], a few hundred words will do"
@@ -42,13 +46,37 @@ def texts_of(lab: Lab, texts: Sequence[str] | None) -> list[str]:
     return found
 
 
-def digest_of(texts: Sequence[str]) -> str:
+def read(lab: Lab, text: Text, most: int) -> Ids:
+    """Token ids of a text, ``most`` of them.
+
+    Raises
+    ------
+    ValueError
+        A text for an encoder-decoder, which is told what to make of a source, or a pair for any
+        other model.
+    """
+    two = lab._engine.model.config.is_encoder_decoder
+    if isinstance(text, str) == two:
+        ask = "(source, target) pairs of texts" if two else "texts"
+        raise ValueError(f"{str(text)[:60]!r}: this model is measured on {ask}; give those")
+    if isinstance(text, str):
+        return Ids(lab._encode(text)[:most])
+    source, target = text
+    own = begun_with(lab._engine.model, lab._encode(source))
+    return Ids([*own, *lab._encode(target)[:most]], own.source)
+
+
+def digest_of(texts: Sequence[Text]) -> str:
     """A fingerprint of texts, for `made_from`."""
-    return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
+    plain = (text if isinstance(text, str) else "\1".join(text) for text in texts)
+    return hashlib.blake2b("\0".join(plain).encode(), digest_size=8).hexdigest()
 
 
-def halves(text: str) -> tuple[str, str]:
-    """The text cut in two, between words."""
+def halves(text: Text) -> tuple[Text, Text]:
+    """The text cut in two, between words; of a pair the target."""
+    if not isinstance(text, str):
+        source, (first, second) = text[0], halves(text[1])
+        return (source, str(first)), (source, str(second))
     middle = text.find(" ", len(text) // 2)
     cut = len(text) // 2 if middle < 0 else middle
     return text[:cut], text[cut:]
@@ -61,24 +89,25 @@ class Evaluator:
     """
 
     def __init__(
-        self, lab: Lab, texts: Sequence[str] | None = None, *, max_tokens: int = 64
+        self, lab: Lab, texts: Sequence[Text] | None = None, *, max_tokens: int = 64
     ) -> None:
         self._engine = lab._engine
-        self._ids = [lab._encode(t)[:max_tokens] for t in texts_of(lab, texts)]
+        self._ids = [read(lab, t, max_tokens) for t in texts_of(lab, texts)]
 
     def loss(self, bits: Callable[[Place], int] | None = None) -> float:
         """Mean next-token loss in nats; ``bits`` from (layer, expert) to a tier, 0 for nothing."""
         total = 0.0
         with self._engine.full_precision(bits):
             for ids in self._ids:
-                logits = Stream(self._engine).forward(ids, keep=len(ids))[:-1]  # [T - 1, V]
+                stream = Stream(self._engine, ids.source)
+                logits = stream.forward(ids, keep=len(ids))[:-1]  # [T - 1, V]
                 targets = torch.tensor(ids[1:])
                 total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
         return total / sum(len(ids) - 1 for ids in self._ids)
 
 
 def record(
-    lab: Lab, texts: Sequence[str] | None = None, *, tokens: int = 64, look_ahead: int = 0
+    lab: Lab, texts: Sequence[Text] | None = None, *, tokens: int = 64, look_ahead: int = 0
 ) -> Trace:
     """The routing of texts at full precision, as if decoded token by token; no settings in it.
 
@@ -102,6 +131,10 @@ def record(
         asked = engine.adapter.look_ahead(layer, look_ahead) if look_ahead else []
         coming = [(at, Routed(idx, w, trace.shape.experts[at])) for at, idx, w in asked]
         norms = x.float().norm(dim=-1).tolist()
+        if layer < trace.shape.encoder_layers:  # a prompt, read whole
+            told = LayerInput(layer, routed.experts, routed.weights, True, norms=tuple(norms))
+            steps[0].append(told)
+            return
         for t, own in enumerate(zip(routed.experts, routed.weights, strict=True)):
             ahead = (LookAhead(at, its.experts[t], its.weights[t]) for at, its in coming if t)
             experts, weights = ((part,) for part in own)
@@ -109,10 +142,10 @@ def record(
             steps[t].append(told)
 
     for text in texts_of(lab, texts):
-        ids = lab._encode(text)[:tokens]
+        ids = read(lab, text, tokens)
         steps: list[list[LayerInput]] = [[] for _ in ids]  # [T][L]
         with engine.full_precision(heard=heard):
-            Stream(engine).forward(ids)
+            Stream(engine, ids.source).forward(ids)
         trace.steps += itertools.chain(*steps)
     return trace
 
@@ -130,7 +163,7 @@ def expert_norms(lab: Lab) -> list[list[float]]:
 
 
 def soft_counts(
-    lab: Lab, texts: Sequence[str] | None = None, *, tokens: int = 64
+    lab: Lab, texts: Sequence[Text] | None = None, *, tokens: int = 64
 ) -> list[list[float]]:
     """SEER-MoE's soft counts: gate probabilities summed over all tokens of texts, ``[L][E]``.
 
@@ -154,8 +187,9 @@ def soft_counts(
     hooks = [router.register_forward_hook(hear(layer)) for layer, router in routers]
     try:
         for text in texts_of(lab, texts):
+            ids = read(lab, text, tokens)
             with engine.full_precision():
-                Stream(engine).forward(lab._encode(text)[:tokens])
+                Stream(engine, ids.source).forward(ids)
     finally:
         for hook in hooks:
             hook.remove()

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from moelab.calibration.probes import texts_of
-from moelab.engine.generation import Stream
+from moelab.calibration.probes import read, texts_of
+from moelab.engine.generation import Ids, Stream
 from moelab.runs.quality import kl_divergence
 from moelab.store.codecs import decode, encode
 from moelab.store.representations import REPRESENTATIONS, Representation
@@ -63,7 +63,7 @@ def losses(
     asked = list(names)
     if wrong := [name for name in asked if name not in REPRESENTATIONS]:
         raise ValueError(f"{wrong[0]!r} is no form; choose of {', '.join(REPRESENTATIONS)}")
-    ids = [lab._encode(text)[:max_tokens] for text in texts_of(lab, texts)]
+    ids = [read(lab, text, max_tokens) for text in texts_of(lab, texts)]
     found = []
     with lab._session.claimed():
         full = _logits(lab, ids)
@@ -84,9 +84,7 @@ def _bits(store: Store, form: Representation) -> float:
     return sum(bits) / sum(counts)
 
 
-def _logits(
-    lab: Lab, texts: Sequence[Sequence[int]], form: Representation | None = None
-) -> torch.Tensor:
+def _logits(lab: Lab, texts: Sequence[Ids], form: Representation | None = None) -> torch.Tensor:
     """Logits ``[T, V]`` of all texts with every expert at 16 bit or, of a form, what it left."""
     engine = lab._engine
     with ExitStack() as stack:
@@ -94,7 +92,7 @@ def _logits(
         if form is not None:
             engine.compute.store = _Through(lab._store, form)
             stack.callback(setattr, engine.compute, "store", lab._store)
-        return torch.cat([Stream(engine).forward(ids, keep=len(ids)) for ids in texts])
+        return torch.cat([Stream(engine, ids.source).forward(ids, keep=len(ids)) for ids in texts])
 
 
 class _Through(Store):

@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from moelab.calibration.probes import expert_norms, record, soft_counts, texts_of
+from moelab.calibration.probes import Text, expert_norms, read, record, soft_counts, texts_of
 from moelab.calibration.profile import Kept, once
 from moelab.calibration.swapmoe_network import FOLDS, configurations, fitted, off, unseen
-from moelab.engine.generation import Decoder, Stream
+from moelab.engine.generation import Decoder, Ids, Stream
 from moelab.runs.quality import kl_divergence
 from moelab.runs.tokens import tally
 from moelab.scheduling.budget import size
@@ -61,19 +61,25 @@ TIMED_TOKENS = 24
 # -- 1: importance ----------------------------------------------------------------------------
 
 
-def importances(lab: Lab, text: str, tokens: int, norms: Sequence[Sequence[float]]) -> np.ndarray:
-    """‖x‖ · ‖G(x)_i‖ · ‖E_i‖ of every token of a text, ``[L, T, E]``; 0 where not routed to."""
+def importances(lab: Lab, text: Text, tokens: int, norms: Sequence[Sequence[float]]) -> np.ndarray:
+    """‖x‖ · ‖G(x)_i‖ · ‖E_i‖ of every token of a text, ``[L, T, E]``; 0 where not routed to.
+
+    An encoder's are with the first token.
+    """
     trace = record(lab, [text], tokens=tokens)
     shape = trace.shape
     out = np.zeros((shape.layers, trace.tokens, max(shape.experts)))
-    for at, given in enumerate(trace.steps):
-        (x,), (experts,), (gates,) = given.norms or (1.0,), given.experts, given.weights
-        for i, g in zip(experts, gates, strict=True):
-            out[given.layer, at // shape.layers, i] += x * abs(g) * norms[given.layer][i]
+    token = -1
+    for given in trace.steps:
+        token += shape.begins(given.layer, prefill=given.prefill)
+        told = given.norms or (1.0,) * len(given.experts)
+        for x, experts, gates in zip(told, given.experts, given.weights, strict=True):
+            for i, g in zip(experts, gates, strict=True):
+                out[given.layer, token, i] += x * abs(g) * norms[given.layer][i]
     return out
 
 
-def tables(lab: Lab, texts: Sequence[str] | None = None, *, tokens: int = 64) -> dict[str, Any]:
+def tables(lab: Lab, texts: Sequence[Text] | None = None, *, tokens: int = 64) -> dict[str, Any]:
     """What `static_pruning` ranks experts by, and nothing else of this calibration; not saved.
 
     On text of one task it makes task pruning: ``static_pruning(tables(lab, [text]), by="count")``.
@@ -106,7 +112,7 @@ def tables(lab: Lab, texts: Sequence[str] | None = None, *, tokens: int = 64) ->
 
 def _tables(
     lab: Lab,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     tokens: int,
     norms: list[list[float]],
     scores: Sequence[np.ndarray],
@@ -145,13 +151,11 @@ class ShortLayers:
     From texts as token ids ``[text][position]`` and the `importances` of each.
     """
 
-    def __init__(
-        self, engine: Engine, texts: Sequence[Sequence[int]], scores: Sequence[np.ndarray]
-    ) -> None:
+    def __init__(self, engine: Engine, texts: Sequence[Ids], scores: Sequence[np.ndarray]) -> None:
         self._engine, self._texts, self._scores = engine, texts, scores
         self._sum = np.sum([s.sum(1) for s in scores], axis=0)  # [L, E]
         with engine.full_precision():
-            self._full = [Stream(engine).forward(ids, keep=len(ids)) for ids in texts]
+            self._full = [Stream(engine, ids.source).forward(ids, keep=len(ids)) for ids in texts]
 
     def __call__(self, kept: Mapping[int, int], f: int) -> tuple[float, float]:
         """(KL in nats a token, swaps a token) with so many experts ``kept`` of some layers."""
@@ -172,12 +176,12 @@ class ShortLayers:
         return kl / tokens, swaps / tokens
 
     def _logits(
-        self, ids: Sequence[int], chosen: Mapping[int, Sequence[Sequence[int]]], f: int
+        self, ids: Ids, chosen: Mapping[int, Sequence[Sequence[int]]], f: int
     ) -> torch.Tensor:
         """Logits ``[T, V]``: a chunk of f tokens for each layer's next set of experts."""
         adapter, out = self._engine.adapter, []
         with self._engine.full_precision():
-            stream = Stream(self._engine)
+            stream = Stream(self._engine, ids.source)
             try:
                 for at, begin in enumerate(range(0, len(ids), f)):
                     for layer, sets in chosen.items():
@@ -220,7 +224,7 @@ def room_to_swap(lab: Lab) -> int:
     return least
 
 
-def latency(lab: Lab, data: dict[str, Any], ids: Sequence[int], device: str) -> tuple[float, float]:
+def latency(lab: Lab, data: dict[str, Any], ids: Ids, device: str) -> tuple[float, float]:
     """(ms of a token without swaps, ms that each swap adds), medians over decoded tokens.
 
     Half of the experts are resident; every other token's virtual experts are renewed at once.
@@ -241,7 +245,7 @@ def latency(lab: Lab, data: dict[str, Any], ids: Sequence[int], device: str) -> 
         engine.apply(settings)
         engine.new_sequence(record=False)
         engine.prefill = False
-        decoder = Decoder(engine)
+        decoder = Decoder(engine, ids.source)
         for at, token in enumerate(ids[:TIMED_TOKENS]):
             begun = len(engine.log)
             decoder.step([token])
@@ -332,7 +336,7 @@ def made_from(
 
 
 def make(
-    lab: Lab, texts: Sequence[str], made: dict[str, Any], kept: Kept, *, progress: bool
+    lab: Lab, texts: Sequence[Text], made: dict[str, Any], kept: Kept, *, progress: bool
 ) -> dict[str, Any]:
     """The profile's data, see the module's first lines.
 
@@ -344,7 +348,7 @@ def make(
     experts, every = lab._shape.experts, made["every"]
     norms = expert_norms(lab)
     room_to_swap(lab)
-    ids = [lab._encode(text)[: made["max_tokens"]] for text in texts]
+    ids = [read(lab, text, made["max_tokens"]) for text in texts]
     if max(map(len, ids)) < 3:
         raise ValueError("nothing to time: at least one text needs 3 tokens or more")
     scores = [importances(lab, text, made["max_tokens"], norms) for text in texts]

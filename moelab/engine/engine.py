@@ -176,7 +176,7 @@ class Engine:
         heard
             Is told each layer, its input ``[T, D]`` and its routing.
         """
-        best = max(self.store.tiers)
+        best, deciding = max(self.store.tiers), self.deciding
         self.adapter.release()
         self.reference, self._heard = bits or (lambda _: best), heard
         try:
@@ -184,6 +184,7 @@ class Engine:
         finally:
             self.reference = self._heard = None
             self._steer_all()
+            self.deciding = deciding  # of this token, measuring is no part
 
     def recover(self) -> None:
         """After a failure in the middle of a token: an empty cache, ready for the next run."""

@@ -13,7 +13,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from moelab.engine import kernels
 from moelab.engine.chunks import FEW_TOKENS
 from moelab.engine.engine import Engine
 from moelab.engine.small_ops import GrowingLayer, growing
+from moelab.engine.spare import Machine
 from moelab.models.families import encoder_of
 
 
@@ -85,10 +86,16 @@ def warn_of_other_ways(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def source_and_ids(model: Any, prompt: Sequence[int]) -> tuple[list[int], list[int]]:
-    """What an encoder reads of a prompt, and the tokens that the text goes on from.
+class Ids(list[int]):
+    """Token ids of a text, and the ``source`` that an encoder, if there is one, reads before it."""
 
-    A decoder's text goes on from the prompt, an encoder-decoder's from its start token.
+    def __init__(self, ids: Iterable[int], source: Iterable[int] = ()) -> None:
+        super().__init__(ids)
+        self.source = list(source)
+
+
+def begun_with(model: Any, prompt: Sequence[int]) -> Ids:
+    """What a text goes on from: a prompt, or an encoder-decoder's start token.
 
     Raises
     ------
@@ -96,7 +103,7 @@ def source_and_ids(model: Any, prompt: Sequence[int]) -> tuple[list[int], list[i
         An encoder-decoder without one, or with one that is no token.
     """
     if not model.config.is_encoder_decoder:
-        return [], list(prompt)
+        return Ids(prompt)
     asked = [(of, "decoder_start_token_id") for of in (model.generation_config, model.config)]
     asked.append((model.generation_config, "bos_token_id"))
     start = next((s for of, name in asked if (s := getattr(of, name, None)) is not None), None)
@@ -106,15 +113,13 @@ def source_and_ids(model: Any, prompt: Sequence[int]) -> tuple[list[int], list[i
             f"decoder_start_token_id is {start!r}, and a token from 0 to {words - 1} is to begin "
             "the text; put it into the checkpoint's generation_config.json and pack it again"
         )
-    return list(prompt), [start]
+    return Ids([start], prompt)
 
 
 class Sampler:
-    """Draws tokens from logits, after a prompt of ``prompt`` tokens, or what an encoder read."""
+    """Draws tokens from logits, after the ``prompt``."""
 
-    def __init__(
-        self, model: Any, sampling: Sampling, prompt: int, source: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, model: Any, sampling: Sampling, prompt: Ids) -> None:
         self._greedy = sampling.temperature == 0
         self._generator = torch.Generator().manual_seed(sampling.seed)
         config = copy.deepcopy(model.generation_config)
@@ -122,8 +127,8 @@ class Sampler:
         for name, value in (OTHER_WAYS | own | {"do_sample": not self._greedy}).items():
             setattr(config, name, value)  # `update` would log what is at odds in the model's own
         model._prepare_special_tokens(config, device="cpu")
-        read = torch.tensor([list(source)]) if source else None
-        self._steps = model._get_logits_processor(config, prompt, read, device="cpu")
+        read = torch.tensor([prompt.source]) if prompt.source else None
+        self._steps = model._get_logits_processor(config, len(prompt), read, device="cpu")
 
     def draw(self, ids: Sequence[int], logits: torch.Tensor) -> int:
         """The next token after ``ids`` from logits ``[V]``."""
@@ -239,8 +244,24 @@ class Stream:
         return logits
 
 
+WHOLE = 20
+"""Bytes of each pair of an encoder's tokens and each head: scores, biases and shares as float32."""
+
+
 def encoded(model: Any, source: Sequence[int]) -> Any:
-    """What the encoder makes of a source."""
+    """What the encoder makes of a source.
+
+    Raises
+    ------
+    MemoryError
+        Attention among all of its tokens takes more than the machine can spare.
+    """
+    need = WHOLE * model.config.num_attention_heads * len(source) ** 2
+    if need > 1 << 28 and need > (spare := Machine().spare_bytes()):
+        raise MemoryError(
+            f"an encoder reads a text whole: {len(source)} tokens take {need / 1e6:.0f} MB at "
+            f"once, and this machine can spare {spare / 1e6:.0f} MB; give a shorter text"
+        )
     return encoder_of(model)(torch.tensor([list(source)]))
 
 

@@ -19,7 +19,7 @@ import torch
 from moelab.engine import kernels, readers
 from moelab.engine.compute import Batch, Routed, Serve
 from moelab.engine.engine import Engine
-from moelab.engine.generation import Stream, threads
+from moelab.engine.generation import Stream, begun_with, threads
 from moelab.engine.memory import HUGE, Slot, pages
 from moelab.replays.clock import Computing
 from moelab.store.blobs import BlobFile
@@ -136,7 +136,7 @@ def _asking(engine: Engine) -> float:
             found.append(1e3 * (time.perf_counter() - begun))
 
     with engine.full_precision(lambda _: 0, heard):
-        stream = Stream(engine)
+        stream = Stream(engine, begun_with(engine.model, [0]).source)
         for _ in range(4):
             stream.forward([0])
     return statistics.median(found) if found else 0.0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moelab.engine.generation import Reference, likeliest, threads
+from moelab.engine.generation import Ids, Reference, likeliest, threads
 from moelab.runs.run import Likeliest
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Score:
     perplexity_ratio: float
 
 
-def score_ids(engine: Engine, texts: Sequence[Sequence[int]], *, progress: bool = True) -> Score:
+def score_ids(engine: Engine, texts: Sequence[Ids], *, progress: bool = True) -> Score:
     """Score token ids ``[text][position]`` teacher-forced, two or more of each text.
 
     An emulated device is not waited for, unless the strategy goes by what has landed.
@@ -86,14 +86,14 @@ def score_ids(engine: Engine, texts: Sequence[Sequence[int]], *, progress: bool 
 
 
 def _decoded(
-    engine: Engine, ids: Sequence[int], bar: tqdm
+    engine: Engine, ids: Ids, bar: tqdm
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """At each position: full logits ``[V]``, those served, and the token that follows."""
     from moelab.engine.generation import Decoder, Reference  # the kernels are heavy
 
     engine.new_sequence(record=False)
     engine.prefill = False  # one token at a time, under the rules of decoding
-    decoder, reference = Decoder(engine), Reference(engine)
+    decoder, reference = Decoder(engine, ids.source), Reference(engine, ids.source)
     for start in range(0, len(ids), CHUNK):
         chunk = ids[start : start + CHUNK]
         full = reference.logits(ids[: start + len(chunk)], keep=len(chunk))

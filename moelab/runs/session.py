@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moelab.engine.engine import Engine
-from moelab.engine.generation import Sampler, Sampling, source_and_ids, warn_of_other_ways
+from moelab.engine.generation import Sampler, Sampling, begun_with, warn_of_other_ways
 from moelab.engine.pace import measure
 from moelab.engine.process import Process
 from moelab.engine.speculation import Passes
@@ -284,8 +284,8 @@ class Session:
         said = messages(self.tokenizer, prompt, chat)
         text = said[-1]["content"] if said else str(prompt)
         ids = self._checked(encode(self.tokenizer, said)) if said else self.encode(text)
-        source, own = source_and_ids(model := self.engine.model, ids)
-        if (most := positions(model)) and max(len(source), len(own) + max_new_tokens) > most:
+        own = begun_with(model := self.engine.model, ids)
+        if (most := positions(model)) and max(len(own.source), len(own) + max_new_tokens) > most:
             warnings.warn(
                 f"the prompt has {len(ids)} tokens, {max_new_tokens} are to follow, and this model "
                 f"was made for {most} positions; what it writes after them makes no sense",
@@ -335,8 +335,8 @@ class Session:
 
     def _generate(self, run: Run, changes: dict[int, Settings | Mapping[str, Any]]) -> None:
         engine, asked = self.engine, run.request
-        source, context = source_and_ids(engine.model, run._ids)
-        sampler = Sampler(engine.model, asked.sampling, len(context), source)
+        context = begun_with(engine.model, run._ids)
+        sampler, source = Sampler(engine.model, asked.sampling, context), context.source
         passes = Passes(engine, sampler, asked.draft_bits, asked.draft_length, run._eos, source)
         begun = time.perf_counter()  # a draft is in memory by now
         run.history[:1] = [(0, engine.settings)]

@@ -74,7 +74,7 @@ class Shadows:
         players = dict(self._players or {})
         if not players or self._steered():
             return []
-        passes = min(player.at for player in players.values()) // self._layers
+        passes = self._run.trace.shape.passes_of(min(player.at for player in players.values()))
         tokens = bisect.bisect_left(self._run._places, (passes,)) - 1  # the prompt's apart
         if tokens < 1:
             return []

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moelab.engine.generation import NotFiniteError, Sampler, Sampling, Stream, source_and_ids
+from moelab.engine.generation import NotFiniteError, Sampler, Sampling, Stream, begun_with
 from moelab.models.tokenizer_trial import try_tokenizer
 from moelab.runs.session import Session
 from moelab.store.foreign import foreign
@@ -72,11 +72,11 @@ def _try(folder: Path, session: Session) -> None:
             raise ValueError(f"eos_token_id is {ends}, not numbers of tokens")
     with foreign(folder / "config.json"), engine.full_precision(lambda _: 0):
         try:
-            source, ids = source_and_ids(engine.model, [0, 0])
-            logits = Stream(engine, source).forward(ids)[-1]
+            ids = begun_with(engine.model, [0, 0])
+            logits = Stream(engine, ids.source).forward(ids)[-1]
         except NotFiniteError as error:
             raise StoreError(f"{folder.parent}: {error}") from error
     with foreign(folder / "generation_config.json"):
         for own in ({"temperature": 0.0}, {"temperature": 1.0}):
             how = Sampling.of(engine.model, **own)
-            Sampler(engine.model, how, len(ids), source).draw(ids, logits)
+            Sampler(engine.model, how, ids).draw(ids, logits)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moelab.calibration.probes import texts_of
-from moelab.engine.generation import Stream
+from moelab.calibration.probes import read, texts_of
+from moelab.engine.generation import Ids, Stream
 from moelab.opening import open as open_lab
 from moelab.runs.quality import kl_divergence
 from moelab.store.codecs import payload_bytes
@@ -78,7 +78,7 @@ def compare(
         raise ValueError(f"max_tokens={max_tokens}: 2 or more")
     rows = []
     with open_lab(model, tiers=(16, *bits), measure_kl=False, progress=progress) as lab:
-        ids = [lab._encode(text)[:max_tokens] for text in texts_of(lab, texts)]
+        ids = [read(lab, text, max_tokens) for text in texts_of(lab, texts)]
         full, shape = _logits(lab, ids, 16), lab._shape
         layout, weights = lab._store.layout, _weights(lab)
         for tier in bits:
@@ -109,10 +109,10 @@ def _weights(lab: Lab) -> int:
     return lab._shape.n * sum(int(np.prod(shape)) for _, shape in lab._store.layout.tensors)
 
 
-def _logits(lab: Lab, ids: Sequence[Sequence[int]], bits: int) -> list[torch.Tensor]:
+def _logits(lab: Lab, ids: Sequence[Ids], bits: int) -> list[torch.Tensor]:
     """Logits ``[T, V]`` of each text with every expert at one tier."""
     with lab._session.claimed() as engine, engine.full_precision(lambda _: bits):
-        return [Stream(engine).forward(text, keep=len(text)) for text in ids]
+        return [Stream(engine, one.source).forward(one, keep=len(one)) for one in ids]
 
 
 def _kl(full: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
