@@ -96,7 +96,7 @@ class Shadows:
     def _piece(self) -> bool:
         """One token of whoever is furthest behind, or Belady; False where all is followed."""
         trace, layers = self._run.trace, self._layers
-        whole = len(trace.steps) // layers
+        whole = self._run.passes(len(self._run.tokens))  # one under way is not verified yet
         if not whole or not trace.changes:
             return False
         if (players := self._players) is None:
@@ -141,7 +141,7 @@ class Shadows:
                         own = self._begun[name].strategy
                         now = settings.change(trace.shape, strategy=own)
                         changes.append((now.knobs(), None))
-                player.step(trace.steps[at], changes)
+                player.step(trace.steps[at], changes, trace.kept.get(at // trace.shape.layers))
         except BudgetError:  # what is set now is less than it needs
             self._players = {n: p for n, p in self._players.items() if n != name}
 
