@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 import moelab
 import tiny_models
+from moelab.bench.drafts import Drafts, picture
 from moelab.engine.spare import Machine
 from moelab.engine.speculation import Pacing
 from moelab.models.recorded import Recorded
@@ -321,6 +322,45 @@ def test_passes_of_a_file_are_checked_and_counted_anew(run, tmp_path, wrong):
     one |= wrong
     with pytest.raises(ValueError, match="passes"):
         moelab.Recording.load(recording.save(tmp_path / "wrong"))
+
+
+# -- under other settings -------------------------------------------------------------------------
+
+
+def test_a_drafted_run_is_predicted_to_the_byte_and_held_against_one_made(demo_lab, run):
+    found = moelab.predict(run, demo_lab, budget="15%", device="sd_card")
+    made = WhatIf(demo_lab, run, {"budget": "15%"}, repeats=1).go()
+    assert found.bytes_per_token == made.speculation.bytes_per_token
+    assert found.bytes_per_token > run.speculation.bytes_per_token
+    assert len(found.replay.tokens) == len(run.speculation.passes) == len(found.per_token)
+    assert found.bounds()["io_ms"] == pytest.approx(1e3 * found.bytes_per_token / 40e6)
+    spent = found.per_token.to_numpy().sum() / (NEW - 1) + found.draft_ms
+    assert found.token_ms == pytest.approx(spent)
+    assert found.token_ms > found.bounds()["io_ms"]
+    assert "modelled" in repr(found)
+
+
+def test_where_a_draft_pays_is_a_table_over_devices_and_budgets(demo_lab, run):
+    with pytest.raises(ValueError, match="nothing was drafted"):
+        Drafts(demo_lab, greedy(demo_lab), greedy(demo_lab))
+    plain = greedy(demo_lab, ignore_eos=True)
+    with pytest.raises(ValueError, match="two texts differ"):
+        Drafts(demo_lab, run, greedy(demo_lab, PROMPTS[1], ignore_eos=True))
+    drafts = Drafts(demo_lab, run, plain)
+    table = drafts.table(("sd_card", "nvme"), ("25%", "50%"))
+    own = table[table["budget"] == "25%"]
+    assert set(own["drafted_bytes"]) == {run.speculation.bytes_per_token}
+    assert set(own["plain_bytes"]) == {plain.summary()["bytes_per_token"]}
+    assert (table["rival_bytes"] < table["plain_bytes"]).all()
+    faster = table["drafted_tokens_per_s"] > table["rival_tokens_per_s"]
+    assert (faster == table["pays"]).all()
+    assert (faster == (table["needed"] < run.speculation.tokens_per_pass)).all()
+    figure = picture(table)
+    assert "modelled" in figure.layout.title.text
+    assert figure.data[0].z.shape == (2, 2)
+    made = drafts.check(device="sd_card")
+    assert made["shared"] == 1
+    assert made["measured_ms"] > 1e3 * run.speculation.bytes_per_token / 40e6 / 2
 
 
 # -- what is refused ------------------------------------------------------------------------------

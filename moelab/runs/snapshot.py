@@ -52,7 +52,7 @@ class RunReader:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._gates: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []  # [L, K] each
         self._served: list[list] = []
         self._full: list[list | None] = []
@@ -72,13 +72,13 @@ class RunReader:
 
     def passes(self, tokens: int) -> list[dict[str, Any]]:
         """The verified passes among so many tokens, see `passes.COUNTED`."""
-        for one in complete(self.run._verified, tokens)[len(self._passes) :]:
-            lost = for_rejected(
-                self.run._tokens.records(one.token, one.token + 1), kept(self.run, one)
-            )
-            own = (one.token, one.drafted, one.accepted, one.kept, *lost)
-            rejected = [self._text(token) for token in one.rejected]
-            self._passes.append(dict(zip(COUNTED, own, strict=True)) | {"rejected": rejected})
+        with self._lock:
+            for one in complete(self.run._verified, tokens)[len(self._passes) :]:
+                rows = self.run._tokens.records(one.token, one.token + 1)
+                own = (one.token, one.drafted, one.accepted, one.kept)
+                own += for_rejected(rows, kept(self.run, one))
+                rejected = [self._text(token) for token in one.rejected]
+                self._passes.append(dict(zip(COUNTED, own, strict=True)) | {"rejected": rejected})
         return [one for one in self._passes if one["token"] + one["kept"] <= tokens]
 
     def account(self, values: np.ndarray, first: int, last: int | None = None) -> Account:
