@@ -21,6 +21,7 @@ from moelab import demo
 from moelab.demo import smollm2
 from moelab.engine.spare import Machine
 from moelab.models.families import positions
+from moelab.runs.speculation import drafts
 from moelab.scheduling.budget import minimum_budget, size
 from moelab.store.codecs import TIERS
 from moelab.store.ghost import NAME as GHOST
@@ -195,6 +196,7 @@ def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dic
         "non_expert_parameters": sum(
             p.numel() for p in engine.model.parameters() if p.device.type != "meta"
         ),
+        "draft_bits": drafts(engine),
         "dense_bits": engine.dense_bits,
         "dense_bytes": engine.dense_bytes,
         "process_bytes": _process_bytes(engine),

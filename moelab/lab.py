@@ -25,7 +25,7 @@ from moelab.runs.compare import Comparison
 from moelab.runs.quality import Score, score_ids
 from moelab.runs.run import Run
 from moelab.runs.saved import SavedRuns
-from moelab.runs.session import Changes, Session
+from moelab.runs.session import Changes, Lengths, Session
 from moelab.runs.trial import tokenizer_of, trial
 from moelab.runs.what_if import REPEATS, WhatIf, repeated
 from moelab.settings import Settings, known_only, refuse_unknown
@@ -122,7 +122,7 @@ class Lab:
         chat: bool | None = None,
         changes: Changes | None = None,
         draft_bits: int | None = None,
-        draft_length: int = 4,
+        draft_length: Lengths = 4,
     ) -> Run:
         """Generate in the background and return at once.
 
@@ -148,8 +148,8 @@ class Lab:
             Settings to change on the way, just before a token: ``{12: {"bits": 4}}`` as in
             `update`, or a `Settings` as a whole. One that is refused ends the run.
         draft_bits, draft_length
-            All experts at this tier, in memory beside the budget, write so many tokens (1 to 7)
-            of greedy text ahead, which one pass verifies: it is the same; see ``run.speculation``.
+            All experts at this tier, in memory beside the budget, write so many tokens ahead (0 to
+            7, ``"auto"``, ``{0: 4, 9: 2}``); one pass verifies them: greedy text is the same.
 
         Raises
         ------

@@ -349,6 +349,44 @@ def test_hover_says_what_is_under_the_pointer(dash):
     shot(dash.page, "lab-light-hover")
 
 
+def test_a_drafts_tokens_are_told_apart_and_its_length_acts_on_the_next(dash):
+    dash.choose("draft_bits", "2")
+    dash.choose("draft_length", "4")
+    dash.run(tokens=900)
+    rejected = dash.text.locator(".moe-rejected")
+    dash.until(lambda: rejected.count() > 1, "a rejected token")
+    assert dash.text.locator("span.drafted").count() > 3
+    tile = dash.root.locator(".moe-tile").filter(has_text="drafts accepted")
+    assert "tokens a pass" in tile.inner_text()
+    assert dash.root.bounding_box()["height"] <= 800
+    shot(dash.page, "lab-light-draft")
+    before = dash.data("changes")
+    dash.choose("draft_length", "2")
+    dash.until(lambda: dash.data("changes") == before + 1, "the next draft has obeyed")
+    theme(dash.page, "Dark")
+    dash.until(lambda: dash.root.get_attribute("data-theme") == "dark", "dark")
+    shot(dash.page, "lab-dark-draft")
+    dash.until(lambda: dash.data("passes") > 12, "passes")
+    dash.stop()
+    said = kernel(
+        dash.page, "print([n for _, n in lab.run.draft_lengths], lab.run.prompt + lab.run.text)"
+    )
+    assert said.startswith("[4, 2] ")
+    copied = dash.text.evaluate(
+        """node => { const all = new Range(); all.selectNodeContents(node);
+            getSelection().removeAllRanges(); getSelection().addRange(all);
+            const text = `${getSelection()}`; getSelection().removeAllRanges(); return text; }"""
+    )
+    assert copied.split() == said.removeprefix("[4, 2] ").split()
+    rejected.first.click()
+    note = dash.root.locator(".moe-for-draft")
+    dash.until(note.is_visible, "what the token cost")
+    assert "drafted accepted" in note.inner_text()
+    shot(dash.page, "lab-dark-draft-blame")
+    dash.choose("draft_bits", "0")
+    theme(dash.page, "Light")
+
+
 def test_dark_theme_and_all_in_one_view(dash):
     theme(dash.page, "Dark")
     dash.until(lambda: dash.root.get_attribute("data-theme") == "dark", "dark colours")

@@ -16,7 +16,8 @@ import moelab
 from moelab.replays.bounds import belady_hits
 from moelab.replays.clock import Clock, Computing, Spent, _Line
 from moelab.replays.replay import replay
-from moelab.runs.prediction import approximate, decided, typical
+from moelab.runs.fitting import typical
+from moelab.runs.prediction import approximate, decided
 from moelab.runs.shadows import SHADOWS, Shadows
 from moelab.runs.tokens import table
 from moelab.scheduling.stream import Knobs, LookAhead, Shape

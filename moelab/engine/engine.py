@@ -122,10 +122,11 @@ class Engine:
         give_back()
 
     def end_of_token(self, made: int = 1) -> None:
-        """A pass has ``made`` tokens; what follows belongs to the next one."""
-        self.scheduler.end_of_token()
-        self.token += made
-        self.prefill = False
+        """A pass has made so many tokens; what follows belongs to the next one."""
+        self.scheduler.end_of_token(made)
+        if self.trace is not None:
+            self.trace.end_of_pass(made)
+        self.token, self.prefill = self.token + made, False
         self._begin_token()
 
     def apply(self, settings: Settings) -> None:

@@ -12,6 +12,9 @@ products and attention, whose rounding depends on how many rows come at once, ge
 (`one_by_one`). What it does not know: sampling, caches of keys that forget (sliding windows), and
 attention that is not transformers' "sdpa".
 
+A draft writes as many tokens as it is told, or with "auto" as many as it is sure of, by the paper's
+rule (`Pacing`).
+
 T tokens, H heads, n keys, D model width.
 """
 
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +41,11 @@ from moelab.engine.spare import Machine
 
 LONGEST = FEW_TOKENS - 1
 """Drafted tokens of a pass: with the token before them, as many as kernels meet one by one."""
+AUTO = "auto"
+Length = int | str
+"""Tokens of a draft, 0 for none; `AUTO`: as many as the draft is sure of."""
+Lengths = Length | Mapping[int, Length]
+"""One, or token -> length of the drafts from there on."""
 _SDPA, _BY_QUERY = "sdpa", "moelab_by_query"
 _PRODUCTS = (F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
@@ -96,7 +104,8 @@ class Draft:
 class Pass:
     """One verified chain: the run's tokens from ``token`` on, ``kept`` of them.
 
-    ``drafted`` tokens were in the chain, ``accepted`` of them are among those kept.
+    ``drafted`` tokens were in the chain, ``accepted`` of them are among those kept; ``rejected``
+    are the others, in the place of token ``token + accepted``.
     """
 
     token: int
@@ -105,6 +114,34 @@ class Pass:
     kept: int
     draft_ms: float
     verify_ms: float
+    rejected: tuple[int, ...] = ()
+
+
+class Pacing:
+    """When a chain is long enough: LLMCad's rule, where the tree is a chain.
+
+    Drafting ends when the product of the probabilities that the draft gave its tokens falls below
+    ``alpha``. That is halved after a pass in which all were right; after another one it is the
+    share that was wrong (the rule as printed; the paper's text has another one).
+    """
+
+    def __init__(self, alpha: float = 0.01) -> None:
+        self.alpha, self._confidence = alpha, 1.0
+
+    def begin(self) -> None:
+        """A new chain."""
+        self._confidence = 1.0
+
+    def goes_on(self, token: int, logits: torch.Tensor) -> bool:
+        """Whether the chain goes on after ``token``, drawn from logits ``[V]``."""
+        self._confidence *= float((logits[token].float() - logits.float().logsumexp(-1)).exp())
+        return self._confidence >= self.alpha
+
+    def verified(self, drafted: int, accepted: int) -> None:
+        """What became of a chain; one of no token says nothing."""
+        if drafted:
+            wrong = drafted - accepted
+            self.alpha = wrong / drafted if wrong else 0.5 * self.alpha
 
 
 class Passes:
@@ -115,7 +152,8 @@ class Passes:
     engine, sampler
         Who computes tokens, and who draws them.
     draft_bits, length
-        The draft's tier, None for no draft, and how many tokens it writes at a time, at most.
+        The draft's tier, None for no draft, and how many tokens it writes at a time, at most; the
+        length may be set between passes.
     ends
         Tokens that end a text.
     source
@@ -132,13 +170,13 @@ class Passes:
         engine: Engine,
         sampler: Sampler,
         draft_bits: int | None = None,
-        length: int = 0,
+        length: Length = 0,
         ends: Collection[int] = (),
         source: Sequence[int] = (),
     ) -> None:
         self._decoder, self._sampler = Decoder(engine, source), sampler
         self._draft = None if draft_bits is None else Draft(engine, draft_bits)
-        self._length, self._ends = length, ends
+        self.length, self._ends, self._pacing = length, ends, Pacing()
         self._known = 0  # tokens whose keys and values are in the cache
         self.made: list[Pass] = []
 
@@ -149,7 +187,8 @@ class Passes:
         """
         begun, chain = time.perf_counter(), list[int]()
         if self._draft is not None and first:
-            chain = self._chain(context, min(self._length, most - 1))
+            length = LONGEST if self.length == AUTO else int(self.length)
+            chain = self._chain(context, min(length, most - 1))
         drafted = time.perf_counter()
         new = [*context[self._known :], *chain]
         with one_by_one(self._decoder.engine) if chain else contextlib.nullcontext():
@@ -165,7 +204,9 @@ class Passes:
         if self._draft is not None and first:
             accepted = sum(a == b for (a, _), b in zip(out, chain, strict=False))
             ms = 1e3 * (drafted - begun), 1e3 * (time.perf_counter() - drafted)
-            self.made.append(Pass(first, len(chain), accepted, len(out), *ms))
+            self._pacing.verified(len(chain), accepted)
+            rejected = tuple(chain[accepted:])
+            self.made.append(Pass(first, len(chain), accepted, len(out), *ms, rejected))
         return out
 
     def _chain(self, context: Sequence[int], length: int) -> list[int]:
@@ -174,10 +215,13 @@ class Passes:
         if length < 1:
             return chain
         assert self._draft is not None
+        self._pacing.begin()
         with self._draft.serving():
             while len(chain) < length and not (chain and chain[-1] in self._ends):
                 logits = self._decoder.forward([chain[-1]] if chain else context[self._known :])[-1]
                 chain.append(self._sampler.draw([*context, *chain], logits))
+                if self.length == AUTO and not self._pacing.goes_on(chain[-1], logits):
+                    break
         self._decoder.rewind(self._known)
         return chain
 

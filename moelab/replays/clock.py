@@ -69,9 +69,9 @@ class Computing:
     wake_ms: float = 0.0
     after_wait: float = 1.0
 
-    def fitted(self, layers: int, found: Spent, measured: Spent) -> Computing:
-        """As measured tokens were: what these compute beyond ``found`` is the layers'."""
-        more = (measured.compute_ms - found.compute_ms) / layers
+    def fitted(self, layers: int, found: Spent, measured: Spent, rows: float = 1.0) -> Computing:
+        """As measured passes of ``rows`` tokens were: their layers take what ``found`` lacks."""
+        more = (measured.compute_ms - found.compute_ms) / layers / rows
         deciding = measured.deciding_ms / layers
         return dataclasses.replace(
             self, layer_ms=max(0.0, self.layer_ms + more), deciding_ms=deciding
@@ -206,7 +206,7 @@ class Clock:
         each = rows * self._shape.top_k / max(1, len(given.requests())) if rows > 1 else 1.0
         self._finish(self._issue(plan, each), each)
         if given.layer == self._shape.layers - 1:
-            self._work(self._computing.token_ms)
+            self._work(self._computing.token_ms * (1 if given.prefill else rows))
             if not given.prefill:
                 self.tokens.append(Spent(self._compute, self._deciding, 1e3 * self._stall))
             self._compute = self._deciding = self._stall = 0.0

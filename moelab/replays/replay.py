@@ -144,7 +144,8 @@ def replay(
     player.scheduler.warm(trace.resident)
     for i, given in enumerate(trace.steps):
         due = [change for change in changes if change.at == i]
-        player.step(given, [(change.knobs, change.strategy) for change in due])
+        kept = trace.kept.get(trace.shape.passes_of(i))
+        player.step(given, [(change.knobs, change.strategy) for change in due], kept)
     return player.out
 
 
@@ -166,9 +167,12 @@ class Player:
             self.out.tokens = clock.tokens
 
     def step(
-        self, given: LayerInput, changes: Iterable[tuple[Knobs, Strategy | None]] = ()
+        self,
+        given: LayerInput,
+        changes: Iterable[tuple[Knobs, Strategy | None]] = (),
+        kept: int | None = None,
     ) -> None:
-        """One layer's input, before which settings may have changed."""
+        """One layer's input, before which settings may have changed; ``kept`` of its pass stand."""
         scheduler, clock = self.scheduler, self._clock
         if self.at == 0 or (given.prefill and given.layer == 0):
             scheduler.new_sequence()
@@ -187,7 +191,7 @@ class Player:
         if clock:
             clock.step(given, plan)
         if given.layer == scheduler.shape.layers - 1:
-            scheduler.end_of_token()
+            scheduler.end_of_token(kept)
         self.at += 1
 
     def _between(self, plan: LayerPlan) -> None:

@@ -66,7 +66,8 @@ def reasons(trace: Trace, wanted: Collection[int]) -> dict[int, dict[str, Any]]:
 def until(trace: Trace, passes: int) -> Trace:
     """The trace of the first passes, which does not grow."""
     end = trace.shape.steps_of(passes)
-    return Trace(trace.shape, trace.steps[:end], list(trace.changes), list(trace.resident))
+    resident, kept = list(trace.resident), dict(trace.kept)
+    return Trace(trace.shape, trace.steps[:end], list(trace.changes), resident, kept=kept)
 
 
 def by_row(trace: Trace, rows: np.ndarray) -> dict[str, dict[str, Any]]:

@@ -303,8 +303,10 @@ def code_of(document: Mapping[str, Any]) -> str:
     asked |= {n: sampling[n] for n in SAMPLED}
     if doc["ignore_eos"]:
         asked["ignore_eos"] = True
-    bits, length = doc.get("draft", (0, 0))
-    asked |= {"draft_bits": bits, "draft_length": length} if bits else {}
+    if draft := doc.get("draft"):
+        lengths = dict(draft["lengths"])
+        asked["draft_bits"] = draft["bits"]
+        asked["draft_length"] = lengths if len(lengths) > 1 else lengths.get(0, 0)
     if not doc["messages"]:
         asked["chat"] = False  # of a model that could: the text was to go on
     lines = ["import moelab", "", first["code"]]

@@ -97,7 +97,7 @@ class HotSet:
     def learn(self, trace: Trace) -> None:
         """Count a run, each token that chose an expert once."""
         self.uses *= FADES
-        for given in trace.steps:
+        for given in trace.learnt():
             experts = np.concatenate([np.array(row, int) for row in given.router_experts])
             np.add.at(self.uses, self.shape.offset[given.layer] + experts, 1)
 

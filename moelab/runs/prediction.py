@@ -14,21 +14,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from moelab.replays import replay as replays
 from moelab.replays.bounds import belady_hits
-from moelab.replays.clock import Bus, Clock, Spent
+from moelab.replays.clock import Bus, Clock
 from moelab.replays.replay import Replay
+from moelab.runs.fitting import as_measured, disk_as_measured, passes_of, token_ms, typical
 from moelab.runs.rounds import begun
 from moelab.runs.tokens import REQUESTS
 from moelab.runs.what_if import WhatIf, overlaid
-from moelab.scheduling.events import HIT, LOAD, PREFETCH, SUBSTITUTE
+from moelab.scheduling.events import HIT, LOAD, SUBSTITUTE
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Knobs
 from moelab.scheduling.trace import Change, Trace, unrecorded
 from moelab.settings import Settings
-from moelab.store.devices import Device
 from moelab.store.devices import device as find_device
 from moelab.store.machine import Machine
 from moelab.strategies import NEEDS_CALIBRATION, make
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
     from moelab.runs.run import Run
 
 Plan = Sequence[tuple[int, Settings]]
-ENOUGH = 8
-"""Loads of a run that say how fast its disk is."""
 
 
 def replay(
@@ -129,7 +125,7 @@ class Predictor:
         self._machine, self._error = fitted(of, machine), None
         if not isinstance(of, Trace):
             again = typical(decided(self._trace, of.history, of.history, self._machine).tokens)
-            self._error = again.total_ms / _measured(of).total_ms - 1
+            self._error = again.total_ms / typical(passes_of(of)).total_ms - 1
 
     def __call__(self, **changes: Any) -> Prediction:
         """Under these settings; raises what `predict` raises."""
@@ -148,43 +144,10 @@ def fitted(run: Run | Trace, machine: Machine) -> Machine:
     """The machine as this run found it; a trace has no times, and leaves it as it was measured."""
     if isinstance(run, Trace):
         return machine
-    was, layers = _measured(run), len(run.trace.shape.path())
-    machine = dataclasses.replace(machine, disk=_disk(run, machine.disk))
-    found = typical(decided(run.trace, run.history, run.history, machine).tokens)
-    return dataclasses.replace(machine, computing=machine.computing.fitted(layers, found, was))
-
-
-def _disk(run: Run, disk: Device) -> Device:
-    """The disk at the pace of this run's own loads, where there are some: a cache may lie below."""
-    if {report.device for report in run.token_reports} != {"disk"}:
-        return disk
-    rows = run.log.records()
-    rows = rows[np.isin(rows["kind"], (LOAD, PREFETCH)) & (rows["dur_ms"] > 0)]
-    if len(rows) < ENOUGH:
-        return disk
-    rows = rows[np.argsort(rows["start_ms"])]
-    ends = np.maximum.accumulate(rows["start_ms"] + rows["dur_ms"])
-    # Time in which any load was on its way: what each adds behind all before it.
-    begun = np.maximum(rows["start_ms"][1:], ends[:-1])
-    busy = rows["dur_ms"][0] + np.maximum(0.0, ends[1:] - begun).sum()
-    pace = 1e3 * rows["bytes"].sum() / busy
-    return dataclasses.replace(disk, bandwidth_bytes_s=float(pace), latency_ms=0.0)
-
-
-def _measured(run: Run) -> Spent:
-    if run.request.draft_bits is not None:
-        raise ValueError("a pass of this run made several tokens: give a run without a draft")
-    reports = run.token_reports[1:]
-    if not reports:
-        raise ValueError("this run decoded no token: there is nothing to learn its times from")
-    parts = ((r.compute_ms, r.deciding_ms, sum(r.stall_ms.values())) for r in reports)
-    return typical([Spent(*one) for one in parts])
-
-
-def typical(tokens: Sequence[Spent]) -> Spent:
-    """The median of each part."""
-    columns = zip(*(dataclasses.astuple(spent) for spent in tokens), strict=True)
-    return Spent(*map(statistics.median, columns))
+    passes_of(run)  # says what is missing
+    machine = dataclasses.replace(machine, disk=disk_as_measured(run, machine.disk))
+    found = decided(run.trace, run.history, run.history, machine).tokens
+    return dataclasses.replace(machine, computing=as_measured(machine.computing, run, found))
 
 
 def _by_name(name: str, _using: Strategy | None, role: str) -> Strategy:
@@ -317,13 +280,38 @@ class Prediction:
     _basis: tuple[Trace, Settings, Machine] = field(repr=False)
 
     @property
+    def settings(self) -> Settings:
+        """Those it is predicted under, at the end."""
+        return self._basis[1]
+
+    @property
     def token_ms(self) -> float:
-        """Median of the decoded tokens, the engine's own time."""
-        return statistics.median(spent.total_ms for spent in self.replay.tokens)
+        """Median of the decoded tokens, the engine's own time.
+
+        Of a drafted run the mean over the tokens kept, with drafting, which is as measured.
+        """
+        times = [spent.total_ms for spent in self.replay.tokens]
+        if self.draft_ms is None:
+            return statistics.median(times)
+        return sum(times) / self._basis[0].decoded + self.draft_ms
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes read for each decoded token, of a drafted run for each that was kept."""
+        return self.replay.bytes / self._basis[0].decoded
+
+    @property
+    def draft_ms(self) -> float | None:
+        """What drafting took for each token kept, measured; None where nothing was drafted."""
+        found = None if isinstance(self._of, Trace) else self._of.speculation
+        return None if found is None else float(found.passes["draft_ms"].sum()) / found.kept
 
     @property
     def per_token(self) -> pd.DataFrame:
-        """A row for each decoded token: ``compute_ms``, ``deciding_ms``, ``stall_ms``."""
+        """A row for each decoded token: ``compute_ms``, ``deciding_ms``, ``stall_ms``.
+
+        Of a drafted run for each pass, which decodes several; drafting is in none.
+        """
         import pandas as pd
 
         return pd.DataFrame([dataclasses.asdict(spent) for spent in self.replay.tokens])
@@ -343,14 +331,15 @@ class Prediction:
         """
         trace, settings, machine = self._basis
         size, spent = trace.shape.nbytes[settings.bits], typical(self.replay.tokens)
+        own = spent.compute_ms + spent.deciding_ms
         device = find_device(settings.device)
         pace = device.bandwidth_bytes_s or machine.disk.bandwidth_bytes_s or float("inf")
-        tokens, room = len(self.replay.tokens), settings.budget_bytes // size
+        tokens, room = trace.decoded, settings.budget_bytes // size
         best, asked = belady_hits(trace, room)
         io = 1e3 * self.replay.bytes / tokens / pace
         return {
             "io_ms": io,
-            "hidden_ms": max(io, spent.compute_ms + spent.deciding_ms),
+            "hidden_ms": max(io, own * len(self.replay.tokens) / tokens + (self.draft_ms or 0.0)),
             "belady_io_ms": 1e3 * (asked - best) * size / tokens / pace,
             "belady": best / asked,
             "belady_bypass": belady_hits(trace, room, bypass=True)[0] / asked,
@@ -377,7 +366,7 @@ class Prediction:
         rounds = WhatIf(self._lab, self._of, self._changes, repeats)
         rounds.go()
         runs, was = rounds.contenders[0].runs, self._of.tokens
-        ms = statistics.median(run.summary()["tpot_ms_median"] for run in runs)
+        ms = statistics.median(token_ms(run) for run in runs)
         same = [a == b for a, b in zip(was, runs[0].tokens, strict=False)]
         return {
             "predicted_ms": self.token_ms,

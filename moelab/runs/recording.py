@@ -23,6 +23,7 @@ import moelab
 from moelab.engine.log import as_frame
 from moelab.replays.why import by_row, until
 from moelab.runs.account import Account, Limits
+from moelab.runs.passes import of_token
 from moelab.runs.schema import (
     EVENTS,
     GATES,
@@ -241,7 +242,8 @@ class Recording:
         ----------
         token
             From 0. Token 0 carries the prompt: experts that only earlier positions of the prompt
-            used have no gate weight. Of a drafted chain's pass the first token it kept carries all.
+            used have no gate weight. Of a drafted chain's pass the first token it kept carries all,
+            with the experts of rejected ones; of the others only what became of their own is told.
 
         Returns
         -------
@@ -252,7 +254,8 @@ class Recording:
             ``cause``. In ``.attrs``: ``kl``, the likeliest tokens ``served`` and at ``full``
             precision as [text, probability], ``text``, ``total_ms``, and ``layer_wait_ms``, all
             waiting of each layer: that for these experts, and ``evict_ms``, in all layers, for
-            copies that had to leave while they were still on their way.
+            copies that had to leave while they were still on their way; ``draft``: the verified
+            pass that made it, with what rejected tokens cost (`moelab.runs.passes`), or None.
 
         Raises
         ------
@@ -268,24 +271,25 @@ class Recording:
         import pandas as pd
 
         document, events, gates = self.document, self.records, self.gates
-        count = len(document["pieces"])
+        count, layers = len(document["pieces"]), document["model"]["layers"]
         if not (isinstance(token, Integral) and 0 <= token < count):
             raise ValueError(f"there is no token {token!r}; there are 0 to {count - 1}")
-        low, high = np.searchsorted(events["token"], (token, token + 1))
-        rows = events[low:high]
-        out = []
+        draft, out = of_token(document.get("passes", ()), token), []
+        begin = draft["token"] if draft else token
+        rows = events[slice(*np.searchsorted(events["token"], (begin, begin + 1)))]
+        rows = rows if begin == token else rows[rows["kind"] != codes.STALL]
         steered = gates.get("wanted", gates["expert"])[token]
         for layer, experts in enumerate(gates["expert"][token].tolist()):
             here = rows[(rows["layer"] == layer) & (rows["at"] == layer)]
             weights = gates["weight"][token, layer].tolist()
             chosen = {e: w for e, w in zip(experts, weights, strict=True) if e >= 0}
-            out += _layer(layer, here, chosen, [e for e in steered[layer].tolist() if e >= 0])
+            all_of = _layer(layer, here, chosen, [e for e in steered[layer].tolist() if e >= 0])
+            out += [row for row in all_of if begin == token or row[1] in chosen]
         frame = pd.DataFrame(out, columns=list(_NAMES))
         values = self.figures[:, token]
         kl = float(values[COLUMNS.index("kl")])
         waits = rows[(rows["kind"] == codes.STALL) & (rows["at"] >= 0)]
         leaving = waits["cause"] == codes.EVICTED_LATE
-        layers = document["model"]["layers"]
         frame.attrs = {
             "token": token,
             "text": document["pieces"][token],
@@ -295,6 +299,7 @@ class Recording:
             "total_ms": float(values[COLUMNS.index("total_ms")]),
             "layer_wait_ms": np.bincount(waits["at"], waits["dur_ms"], layers).tolist(),
             "evict_ms": float(waits["dur_ms"][leaving].sum()),
+            "draft": draft,
         }
         return frame
 

@@ -144,7 +144,7 @@ class Rounds:
             ignore_eos=asked.ignore_eos,
             chat=bool(asked.messages),
             draft_bits=asked.draft_bits,
-            draft_length=asked.draft_length,
+            draft_length=dict(one.was.draft_lengths),
             changes=dict(one.plan[1:]),
         )
         one.runs.append(run)

@@ -25,7 +25,7 @@ from moelab.store.devices import DEVICES
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moelab.engine.speculation import Pass
+    from moelab.engine.speculation import Length, Lengths, Pass
     from moelab.runs.recording import Recording
     from moelab.runs.speculation import Speculation
     from moelab.scheduling.strategy import Shape
@@ -37,7 +37,8 @@ class Asked:
     """What a run was asked for: the arguments of ``lab.start`` that made it.
 
     ``messages`` is the conversation where the chat template was used, else empty; the prompt is
-    then what was said last. ``draft_bits`` None: no draft.
+    then what was said last. ``draft_bits`` None: no draft; ``draft_length`` is its first one, or
+    those from some tokens on.
     """
 
     prompt: str
@@ -46,7 +47,7 @@ class Asked:
     ignore_eos: bool = False
     messages: tuple[dict[str, str], ...] = ()
     draft_bits: int | None = None
-    draft_length: int = 0
+    draft_length: Lengths = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,8 @@ class Run:
         (token, {setting: new value}) for each change of settings that acted during the run.
     history
         (token, `Settings`): in force from that token on; the first are those it began with.
+    draft_lengths
+        (token, length): how many tokens the draft wrote ahead from there on; empty without one.
     likeliest
         One `Likeliest` for each token so far.
     peak_bytes
@@ -118,6 +121,8 @@ class Run:
         self.history: list[tuple[int, Settings]] = []
         self.likeliest: list[Likeliest] = []
         self.outpaced: set[str] = set()
+        self.draft_lengths: list[tuple[int, Length]] = []
+        self._draft_length: Length = 0
         self._verified: list[Pass] = []
         self._places: list[tuple[int, int]] = []  # of each token: its pass, and the row in it
         self._ids, self._tokenizer, self._eos = ids, tokenizer, eos
@@ -213,6 +218,19 @@ class Run:
         """Where the time and the bytes of tokens ``first`` to before ``last`` went, on average."""
         reports = self.token_reports[:last]
         return Account.of(table(reports[first:]), self._tokens.records(first, len(reports)))
+
+    @property
+    def draft_length(self) -> Length:
+        """Tokens that the draft writes ahead; set it and the next draft obeys, 0: none."""
+        return self._draft_length
+
+    @draft_length.setter
+    def draft_length(self, length: Length) -> None:
+        from moelab.runs.speculation import check_length
+
+        if self.request.draft_bits is None:
+            raise ValueError(f"draft_length={length!r}: begin the run with draft_bits=")
+        self._draft_length = check_length(length)
 
     @property
     def speculation(self) -> Speculation | None:

@@ -23,6 +23,7 @@ from typing import Any
 import fastjsonschema
 import numpy as np
 
+from moelab.runs import passes
 from moelab.runs.account import ENDINGS
 from moelab.runs.rounds import MOST_REPEATS, TIMED
 from moelab.runs.tokens import COLUMNS, STALLS, Noted, fold, summary, table
@@ -101,8 +102,11 @@ _EVICTION = _object(
 _CHANGE = _list([_INDEX, _WORDS], minItems=2, maxItems=2)
 _SHOWN = _WORDS | {"required": ["bits"]}
 _SETTING = _object(token=_INDEX, shown=_SHOWN, code=_TEXT, update=_TEXT, short=_TEXT, about=_TEXT)
+_LENGTH = _list([_INDEX, {"enum": ["auto", *range(64)]}], minItems=2, maxItems=2)
+_DRAFT = _object(bits=_SIZE, lengths=_list(_LENGTH))
+_PASS = _object(**dict.fromkeys(passes.COUNTED, _INDEX), rejected=_list(_TEXT))
 SCHEMA = _object(
-    ("evictions", "ended", "repeats", "sentence", "draft"),
+    ("evictions", "ended", "repeats", "sentence", "draft", "passes"),
     format={"const": FORMAT},
     moelab=_TEXT,
     model=_object(
@@ -122,7 +126,8 @@ SCHEMA = _object(
     max_new_tokens=_INDEX,
     ignore_eos=_FLAG,
     sampling=_object(**dict.fromkeys(SAMPLED, _NUMBER)),
-    draft=_list(_INDEX, minItems=2, maxItems=2),
+    draft=_DRAFT | {"type": ["object", "null"]},
+    passes=_list(_PASS),
     pieces=_list(_TEXT),
     ids=_list(_INDEX),
     error=_TEXT,
@@ -287,6 +292,7 @@ def _folded(d: dict[str, Any]) -> None:
         reports.append(fold(token, noted, events[ends[token - 1] if token else 0 : end]))
         if reports[-1].compute_ms < -1e-3 * (total + 1):
             raise ValueError(f"values: token {token} took less time than its parts")
+    passes.refold(d, events, decoded(d["gates"]["expert"], GATES["expert"]))
     told = d["summary"]
     sums = {"setup_ms": told["setup_ms"], "peak_bytes": told["peak_resident_bytes"]}
     d["summary"] = summary(reports, timing=told["timing"], **sums)

@@ -20,7 +20,7 @@ from moelab.engine.engine import Engine
 from moelab.engine.generation import Sampler, Sampling, begun_with, warn_of_other_ways
 from moelab.engine.pace import measure
 from moelab.engine.process import Process
-from moelab.engine.speculation import Passes
+from moelab.engine.speculation import Lengths, Passes
 from moelab.models.chat import Messages, encode, messages
 from moelab.models.families import positions
 from moelab.runs import speculation
@@ -56,13 +56,7 @@ class Session:
         Of the model, for its runs.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        strategies: MakeStrategy,
-        tokenizer: Any,
-        name: str,
-    ) -> None:
+    def __init__(self, engine: Engine, strategies: MakeStrategy, tokenizer: Any, name: str) -> None:
         self.engine, self.settings = engine, self._checked_settings(engine.settings, engine)
         warn_of_other_ways(engine.model, name)
         self.tokenizer, self._name = tokenizer, name
@@ -272,7 +266,7 @@ class Session:
         chat: bool | None,
         measure_kl: int | None,
         changes: Changes | None,
-        draft: tuple[int | None, int],
+        draft: tuple[int | None, Lengths],
         **sampling: Any,
     ) -> Run:
         """See `moelab.Lab.start`; of ``sampling`` None is as the model has it."""
@@ -337,18 +331,21 @@ class Session:
         engine, asked = self.engine, run.request
         context = begun_with(engine.model, run._ids)
         sampler, source = Sampler(engine.model, asked.sampling, context), context.source
-        passes = Passes(engine, sampler, asked.draft_bits, asked.draft_length, run._eos, source)
+        passes = Passes(engine, sampler, asked.draft_bits, 0, run._eos, source)
         begun = time.perf_counter()  # a draft is in memory by now
         run.history[:1] = [(0, engine.settings)]
         engine.new_sequence()
         assert engine.trace is not None
         run._begin(engine.log, engine.trace)
         measure, run._verified = Measure(engine, source), passes.made
+        lengths = speculation.lengths(asked.draft_length)
         try:
             while not run.ended:
                 self._obey(run, changes)
                 first = len(run.tokens)
-                made = passes.next(context, first, min((asked.max_new_tokens, *changes)) - first)
+                passes.length = speculation.paced(run, lengths)
+                most = min((asked.max_new_tokens, *changes, *lengths)) - first
+                made = passes.next(context, first, most)
                 for row, (token, logits) in enumerate(made):
                     run.likeliest.append(measure(context, logits, first + row, token))
                     # The clock runs on from token to token: all that a person waits for is in one.

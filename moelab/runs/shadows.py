@@ -93,7 +93,7 @@ class Shadows:
         """One token of whoever is furthest behind, or Belady; False where all is followed."""
         trace = self._run.trace
         shape = trace.shape
-        whole = shape.passes_of(len(trace.steps))
+        whole = self._run.passes(len(self._run.tokens))  # one under way is not verified yet
         if not whole or not trace.changes:
             return False
         if (players := self._players) is None:
@@ -139,7 +139,7 @@ class Shadows:
                         own = self._begun[name].strategy
                         now = settings.change(trace.shape, strategy=own)
                         changes.append((now.knobs(), None))
-                player.step(trace.steps[at], changes)
+                player.step(trace.steps[at], changes, trace.kept.get(trace.shape.passes_of(at)))
         except BudgetError:  # what is set now is less than it needs
             self._players = {n: p for n, p in self._players.items() if n != name}
 

@@ -17,7 +17,9 @@ import numpy as np
 
 import moelab
 from moelab.runs.account import Account
+from moelab.runs.passes import COUNTED, for_rejected
 from moelab.runs.schema import EVENTS, FORMAT
+from moelab.runs.speculation import complete, kept
 from moelab.runs.tokens import COLUMNS, STALLS, table, titled
 from moelab.scheduling.events import AHEAD, CAUSES
 from moelab.scheduling.trace import LayerInput, Trace
@@ -50,17 +52,34 @@ class RunReader:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._gates: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []  # [L, K] each
         self._served: list[list] = []
         self._full: list[list | None] = []
         self._settings: list[dict[str, Any]] = []
         self._texts: dict[int, str] = {}
+        self._passes: list[dict[str, Any]] = []
 
     def tokens(self) -> tuple[list[Any], np.ndarray]:
         """Token reports by now, and their figures [T, C]."""
         reports = self.run.token_reports
         return reports, table(reports).astype("<f4")
+
+    def draft(self) -> dict[str, Any] | None:
+        """The draft's tier and its lengths from tokens on, by now; None: there is none."""
+        bits, lengths = self.run.request.draft_bits, self.run.draft_lengths
+        return None if bits is None else {"bits": bits, "lengths": [list(one) for one in lengths]}
+
+    def passes(self, tokens: int) -> list[dict[str, Any]]:
+        """The verified passes among so many tokens, see `passes.COUNTED`."""
+        with self._lock:
+            for one in complete(self.run._verified, tokens)[len(self._passes) :]:
+                rows = self.run._tokens.records(one.token, one.token + 1)
+                own = (one.token, one.drafted, one.accepted, one.kept)
+                own += for_rejected(rows, kept(self.run, one))
+                rejected = [self._text(token) for token in one.rejected]
+                self._passes.append(dict(zip(COUNTED, own, strict=True)) | {"rejected": rejected})
+        return [one for one in self._passes if one["token"] + one["kept"] <= tokens]
 
     def account(self, values: np.ndarray, first: int, last: int | None = None) -> Account:
         """The account of tokens ``first`` to before ``last``, of figures that `tokens` gave."""
@@ -85,7 +104,8 @@ class RunReader:
                 "max_new_tokens": run.request.max_new_tokens,
                 "ignore_eos": run.request.ignore_eos,
                 "sampling": dataclasses.asdict(run.request.sampling),
-                "draft": [run.request.draft_bits or 0, run.request.draft_length],
+                "draft": self.draft(),
+                "passes": self.passes(tokens),
                 "pieces": [r.text for r in reports],
                 "ids": run.tokens[:tokens],
                 "ended": run.ended,

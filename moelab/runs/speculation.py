@@ -3,18 +3,21 @@
 A pass over a drafted chain loads the union of its tokens' experts. What only rejected tokens asked
 for was read for nothing, unless it is still there when it is next asked for. Tokens that follow one
 another share experts, which a cache knows how to use as well: a draft is fairly held against a run
-without one whose budget is larger by ``draft_bytes``.
+without one whose budget is larger by ``draft_bytes``. By that rule a chain reads more on the demo
+at every budget (`moelab.bench.drafts`), so the paper's tree, which reads more a pass, is not here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moelab.engine.speculation import LONGEST, why_not
+from moelab.engine.speculation import AUTO, LONGEST, Length, Lengths, why_not
 from moelab.replays.replay import goes_by_weight
+from moelab.runs.passes import for_rejected
 from moelab.scheduling import events as e
 from moelab.scheduling.parts import Route
 from moelab.scheduling.strategy import Strategy
@@ -58,6 +61,11 @@ class Speculation:
     def accepted(self) -> int:
         """Drafted tokens that the verifier would have written too."""
         return int(self._sum("accepted"))
+
+    @property
+    def kept(self) -> int:
+        """Tokens of the passes: the accepted and the verifier's own."""
+        return int(self._sum("kept"))
 
     @property
     def acceptance(self) -> float | None:
@@ -108,29 +116,44 @@ def speculation(run: Run, made: list[Pass], bits: int) -> Speculation:
     """The account of a run's passes, folded from its trace and its event log."""
     import pandas as pd
 
-    log, shape = run.log.records(), run.trace.shape
-    rows = []
-    # A pass is made before its tokens are measured and noted: one under way is not of it yet.
-    for one in [m for m in list(made) if m.token + m.kept <= len(run.tokens)]:
-        low, high = np.searchsorted(log["token"], (one.token, one.token + one.kept))
-        here = log[low:high]
+    log, rows = run.log.records(), []
+    own = ("token", "drafted", "accepted", "kept", "draft_ms", "verify_ms")
+    for one in complete(made, len(run.tokens)):
+        here = log[slice(*np.searchsorted(log["token"], (one.token, one.token + one.kept)))]
         here = here[here["at"] >= 0]
-        read = np.isin(here["kind"], (e.LOAD, e.PREFETCH))
-        first = run.passes(one.token + 1) - 1
-        steps = run.trace.steps[shape.steps_of(first) : shape.steps_of(first + 1)]
-        kept = {(s.layer, x) for s in steps for row in s.experts[: one.kept] for x in row}
-        loads = here[here["kind"] == e.LOAD]
-        places = zip(loads["layer"].tolist(), loads["expert"].tolist(), strict=True)
-        lost = loads["bytes"][np.array([place not in kept for place in places], bool)]
-        own = (one.token, one.drafted, one.accepted, one.kept, one.draft_ms, one.verify_ms)
-        rows.append((*own, int(here["bytes"][read].sum()), len(lost), int(lost.sum())))
-    names = ("token", "drafted", "accepted", "kept", "draft_ms", "verify_ms")
-    names += ("bytes", "rejected_loads", "rejected_bytes")
-    return Speculation(bits, shape.all_bytes(bits), pd.DataFrame(rows, columns=list(names)))
+        read = here["bytes"][np.isin(here["kind"], (e.LOAD, e.PREFETCH))].sum()
+        lost = for_rejected(here, kept(run, one))
+        rows.append((*(getattr(one, name) for name in own), int(read), *lost))
+    names = (*own, "bytes", "rejected_loads", "rejected_bytes")
+    return Speculation(bits, run.trace.shape.all_bytes(bits), pd.DataFrame(rows, columns=names))
+
+
+def complete(made: Sequence[Pass], tokens: int) -> list[Pass]:
+    """The passes all of whose tokens are noted: one is made before its tokens are measured."""
+    return [one for one in list(made) if one.token + one.kept <= tokens]
+
+
+def kept(run: Run, one: Pass) -> set[tuple[int, int]]:
+    """(layer, expert) of all that the tokens kept of a pass chose."""
+    shape, first = run.trace.shape, run.passes(one.token + 1) - 1
+    steps = run.trace.steps[shape.steps_of(first) : shape.steps_of(first + 1)]
+    return {(s.layer, x) for s in steps for row in s.experts[: one.kept] for x in row}
+
+
+# -- what is asked for ----------------------------------------------------------------------------
+
+
+def drafts(engine: Engine) -> tuple[int, ...]:
+    """Tiers below the best that may draft for this model; none where it cannot verify."""
+    try:
+        engine.store.require_weights("a draft")
+    except ValueError:
+        return ()
+    return () if why_not(engine) else tuple(sorted(engine.shape.nbytes)[:-1])
 
 
 def check(
-    engine: Engine, settings: Settings, sampling: Sampling, bits: int | None, length: int
+    engine: Engine, settings: Settings, sampling: Sampling, bits: int | None, length: Lengths
 ) -> None:
     """Refuse a draft that cannot be, or whose text would not be greedy decoding's own.
 
@@ -144,8 +167,10 @@ def check(
     if bits not in engine.shape.nbytes:
         tiers = ", ".join(str(tier) for tier in sorted(engine.shape.nbytes))
         raise ValueError(f"draft_bits={bits!r}: one of the store's tiers, {tiers}")
-    if not is_whole(length, 1, LONGEST):
-        raise ValueError(f"draft_length={length!r}: a whole number from 1 to {LONGEST}")
+    for token, one in lengths(length).items():
+        if not is_whole(token, 0):
+            raise ValueError(f"draft_length={{{token!r}: ...}}: a key is a token's number from 0")
+        check_length(one)
     if sampling.temperature:
         raise ValueError(
             f"a draft is verified against greedy decoding, and temperature={sampling.temperature}; "
@@ -155,6 +180,35 @@ def check(
     if reason := why_not(engine):
         raise ValueError(f"this model cannot verify a draft: {reason}")
     check_strategy(settings.strategy)
+
+
+def check_length(length: Length) -> Length:
+    """Refuse what is no length of a draft."""
+    if length != AUTO and not is_whole(length, 0, LONGEST):
+        words = f"a whole number from 0 to {LONGEST}, or {AUTO!r}"
+        raise ValueError(f"draft_length={length!r}: {words}")
+    return length
+
+
+def lengths(given: Lengths) -> dict[int, Length]:
+    """Token -> length of the drafts from there on."""
+    return {0: 0, **given} if isinstance(given, Mapping) else {0: given}
+
+
+def paced(run: Run, due: dict[int, Length]) -> Length:
+    """The draft's length for the run's next pass; what is ``due`` by now is obeyed and noted."""
+    if run.request.draft_bits is None:
+        due.clear()
+        return 0
+    token, noted = len(run.tokens), run.draft_lengths
+    for at in sorted(at for at in due if at <= token):
+        run.draft_length = due.pop(at)
+    length = run.draft_length
+    if not noted or noted[-1][1] != length:
+        if noted:
+            run.changes.append((token, {"draft_length": str(length)}))
+        noted.append((token, length))
+    return length
 
 
 def check_strategy(strategy: Strategy) -> None:

@@ -144,11 +144,15 @@ class Part:
         router's unmasked choice), ``"norms"`` (of the layer's input), ``"in_flight"``,
         ``"unread"``, ``"probabilities"`` (of all experts), ``"embedding"``; see
         `moelab.scheduling.trace.LayerInput`.
+    learns
+        Whether what it observes changes what it knows: after a drafted pass of which some tokens
+        were rejected it is put back, and observes those that were kept.
     """
 
     title: ClassVar[str] = ""
     parameters: ClassVar[tuple[Parameter, ...]] = ()
     observes: ClassVar[frozenset[str]] = frozenset()
+    learns: ClassVar[bool] = True
 
     def observe(self, given: LayerInput, view: View) -> None:
         """Told once a layer, before anything is decided about it."""

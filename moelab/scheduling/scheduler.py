@@ -19,6 +19,7 @@ from moelab.scheduling.budget import BudgetError, asked_bits, check_budget
 from moelab.scheduling.cache import Cache
 from moelab.scheduling.events import LayerPlan
 from moelab.scheduling.parts import Part
+from moelab.scheduling.rollback import Unverified
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Key, Knobs, Request, Shape, View
 from moelab.scheduling.trace import LayerInput
@@ -51,8 +52,8 @@ class Scheduler:
         self._prefetched = bytearray(shape.n)  # and not used yet
         self._needed: list[Key] = []  # flagged as needed by the layer at work
         self._ranking = Ranking(self.view)
-        self._index_of = shape.index_of.tolist()
-        self._layer_of = shape.layer_of.tolist()
+        self._index_of, self._layer_of = shape.index_of.tolist(), shape.layer_of.tolist()
+        self._unverified = Unverified(self.view)
         check_budget(shape, strategy, knobs)
         self._adopt(strategy.fresh())
 
@@ -113,8 +114,9 @@ class Scheduler:
         self._release()
         return plan
 
-    def end_of_token(self) -> None:
-        """The model has produced one token."""
+    def end_of_token(self, kept: int | None = None) -> None:
+        """A pass is over; of a drafted one the first ``kept`` rows stand, None: all."""
+        self._unverified.settle(kept)
         self.cache.token = self.view.token = self.view.token + 1
         self.view.prefill = False
 
@@ -177,7 +179,7 @@ class Scheduler:
         self.strategy = strategy
         self.observes = strategy.observes
         self._in_prefill: bool = getattr(strategy.prefetch, "in_prefill", False)
-        self._observers = [p.observe for p in strategy.objects if type(p).observe != Part.observe]
+        self._observers = [p for p in strategy.objects if type(p).observe != Part.observe]
         view.precision = strategy.precision
         view.asked = asked_bits(strategy, view)
         view.asked.flags.writeable = False
@@ -197,6 +199,7 @@ class Scheduler:
         """Take in what happened since the layer before; what was withdrawn leaves."""
         view, cache = self.view, self.cache
         view.layer, view.prefill = given.layer, given.prefill
+        self._unverified.take(given, self._observers)
         if "in_flight" in self.observes:
             cache.in_flight[:] = False
             cache.in_flight[[key for key in given.in_flight if key in cache]] = True
@@ -204,8 +207,8 @@ class Scheduler:
             for key in given.unread:
                 if key in cache:
                     self._evict(key, e.UNREAD, plan)
-        for observe in self._observers:
-            observe(given, view)
+        for part in self._observers:
+            part.observe(given, view)
 
     def _serve(
         self, given: LayerInput, plan: LayerPlan, skips: list[e.Row]
@@ -239,10 +242,8 @@ class Scheduler:
     def _stand_in(self, request: Request) -> Key | None:
         """A resident expert that the route decision sends in place of a missing one."""
         other = self.strategy.route.stand_in(request, self.view)
-        if other is None:
-            return None
-        key = self.shape.key(request.layer, other)
-        return key if key in self.cache else None
+        key = None if other is None else self.shape.key(request.layer, other)
+        return key if key is not None and key in self.cache else None
 
     def _hit(
         self, key: Key, expert: int, bits: int, asked: int, want: int, cause: int, plan: LayerPlan

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,16 +21,11 @@ from moelab.scheduling.writing import write_atomically
 FORMAT = 6
 OLDEST = 3
 """In traces of version 0.3 a key was (layer, expert); T1, T2, low bits and depth were settings."""
-NEW_IN_5 = NEW_IN_6 = 2
-"""Fields of a step that earlier formats lack, the last ones; where no step has those of 6, format 5
-is written."""
-MOST_BYTES = 512 * 2**20
-"""A file larger than this is refused before it is read."""
+NEW_IN_5 = NEW_IN_6 = 2  # fields of a step that earlier formats lack: the last ones
+MOST_BYTES = 512 * 2**20  # a larger file is refused before it is read
 MOST_EXPERTS, MOST_LAYERS = 2**20, 2**12
-LONGEST = 100
-"""Characters of a parameter that is a word."""
-MOST = 2**60
-"""Of bytes; no weight, norm or parameter is larger either."""
+LONGEST = 100  # characters of a parameter that is a word
+MOST = 2**60  # of bytes; no weight, norm or parameter is larger either
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +82,7 @@ class LayerInput:
     asked: list[Request] | None = field(default=None, init=False, repr=False, compare=False)
 
     def requests(self) -> list[Request]:
-        """The layer's unique experts: one token's by falling weight, of more by falling use.
-
-        Worked out once: a stream that is replayed many times is ranked once.
-        """
+        """The layer's unique experts: one token's by falling weight, of more by use; kept."""
         if self.asked is None:
             object.__setattr__(self, "asked", _requests(self))
         assert self.asked is not None
@@ -106,6 +98,12 @@ class LayerInput:
         new = LayerInput(*same, *router, tuple(in_flight), tuple(unread), *whole)
         object.__setattr__(new, "asked", self.requests())
         return new
+
+    def verified(self, kept: int) -> LayerInput:
+        """Its first ``kept`` rows; means over all of them and guesses from all are left out."""
+        names = ("experts", "weights", "wanted", "wanted_weights", "norms")
+        rows = {name: value[:kept] for name in names if (value := getattr(self, name))}
+        return dataclasses.replace(self, **rows, look_ahead=(), probabilities=None, embedding=None)
 
     @property
     def router_experts(self) -> tuple[tuple[int, ...], ...]:
@@ -162,7 +160,8 @@ class Trace:
     """A recorded run: its inputs in order, with settings changes before the step they act on.
 
     ``resident`` is what was in the cache at the start, least recently used first; ``lacks``, what
-    whoever recorded it did not say (see `moelab.replays.foreign`).
+    whoever recorded it did not say (see `moelab.replays.foreign`). ``kept``: pass -> its rows that
+    stand, of drafted passes some of whose tokens were rejected.
     """
 
     shape: Shape
@@ -170,6 +169,7 @@ class Trace:
     changes: list[Change] = field(default_factory=list)
     resident: list[tuple[Key, int]] = field(default_factory=list)
     lacks: tuple[str, ...] = ()
+    kept: dict[int, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -181,15 +181,26 @@ class Trace:
 
     @property
     def decoded(self) -> int:
-        """Tokens that were decoded, those of a drafted pass each."""
+        """Tokens that were decoded, those kept of a drafted pass each."""
         first = self.shape.path().start
-        return sum(len(s.experts) for s in self.steps if s.layer == first and not s.prefill)
+        return sum(len(s.experts) for s in self.learnt() if s.layer == first and not s.prefill)
 
     @property
     def passes(self) -> list[int]:
         """Indices of the steps with which the whole model begins."""
         begins = self.shape.begins
         return [i for i, s in enumerate(self.steps) if begins(s.layer, prefill=s.prefill)]
+
+    def learnt(self) -> Iterator[LayerInput]:
+        """The steps without what was rolled back: what may be learnt from."""
+        for i, given in enumerate(self.steps):
+            kept = self.kept.get(self.shape.passes_of(i))
+            yield given if kept is None else given.verified(kept)
+
+    def end_of_pass(self, kept: int) -> None:
+        """Of the pass that has just ended, ``kept`` rows stand."""
+        if self.steps and not self.steps[-1].prefill and kept < len(self.steps[-1].experts):
+            self.kept[self.shape.passes_of(len(self.steps)) - 1] = kept
 
     def document(self) -> dict[str, Any]:
         """All of it as JSON has it."""
@@ -211,6 +222,7 @@ class Trace:
             ],
             "resident": self.resident,
             "lacks": self.lacks,
+            "kept": sorted(self.kept.items()),
         }
 
     def save(self, path: str | Path) -> Path:
@@ -294,7 +306,11 @@ def _parts(doc: dict) -> tuple:
         raise ValueError("an expert is resident twice")
     lacks = tuple(map(_word, doc.get("lacks", ())))
     _whole(sum(map(len, lacks)), 0, LONGEST * 10, "length of what it lacks")
-    return shape, steps, changes, resident, lacks
+    kept: dict[int, int] = {}
+    for at, rows in doc.get("kept", ()):
+        _whole(at, 0, len(steps) // shape.layers - 1, "drafted pass")
+        kept[at] = _whole(rows, 1, len(steps[at * shape.layers].experts), "rows kept of a pass")
+    return shape, steps, changes, resident, lacks, kept
 
 
 def _whole(value: Any, low: int, high: int, what: str) -> int:

@@ -62,6 +62,7 @@ class Oracle(Evict, Prefetch):
     explained: ClassVar = {"steps until its next use": "the highest leaves"}
     parameters = (Parameter("depth", "layers to fetch ahead, 0: off", 0, 8, 1),)
     in_prefill = True
+    learns = False  # all that it knows was recorded
 
     def __init__(self, routes: Routes, depth: int = 0) -> None:
         self.routes, self.depth = routes, self.parameters[0].checked(depth)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, overload
 import moelab
 from moelab.runs.account import ending
 from moelab.runs.compare import recorded
+from moelab.runs.passes import told
 from moelab.runs.schema import RECORDING
 from moelab.runs.tokens import figures
 from moelab.scheduling.writing import write_atomically
@@ -81,7 +82,8 @@ class Report:
             "changes": d["marks"],
             "origins": d["origins"],
             "map": {"bits": recording.cache_map()["bits"].tobytes()},
-            "whole": figures(values.T[since:], first=since),
+            "whole": figures(values.T[since:], first=since)
+            | (told(d.get("passes", ()), since, count) if d.get("draft") else {}),
             "ended": ending(d.get("ended", ""), count, d["max_new_tokens"]),
         }
         changed = "at the end: " if len(d["settings"]) > 1 else ""
@@ -121,11 +123,14 @@ class Report:
         w, origins = self.frame["whole"], self.frame["origins"]
         since = f" since token {origins[-1]['token']}" if len(origins) > 1 else ""
         tokens = f"{self.frame['first'] + self.frame['count']} tokens"
+        kept = w.get("acceptance")
+        drafts = f", {kept:.0%} of the drafted tokens accepted" if kept is not None else ""
         return (
             f"{self.frame.get('ended') or tokens}, "
             f"{number(w['tokens_per_s'])} tokens/s, hit ratio {number(w['hit_ratio'], '.0%')}, "
             f"{size(w['bytes_per_token'])} read per token, "
-            f"stall share {number(w['stall_share'], '.0%')}, mean KL {number(w['kl_mean'])}{since}"
+            f"stall share {number(w['stall_share'], '.0%')}, mean KL {number(w['kl_mean'])}"
+            f"{drafts}{since}"
         )
 
     def _head(self) -> tuple[str, ...]:

@@ -117,6 +117,7 @@ class Dashboard(anywidget.AnyWidget):
             "model": self._models.choose,
             "run": self._start_run,
             "stop": lambda _: self._lab.run and self._lab.run.stop(),
+            "draft": self._draft,
             "dismiss": lambda _: self._clear_error(),
         }.get(content.get("do", ""))
         if answer is None:
@@ -164,8 +165,17 @@ class Dashboard(anywidget.AnyWidget):
         asked = content["form"]
         chat = {"chat": bool(asked.get("chat"))} if self.options["chat"] else {}
         length = int(asked["max_new_tokens"])
+        if bits := int(asked.get("draft_bits") or 0):  # what is verified is greedy text
+            ahead = {"draft_bits": bits, "draft_length": asked.get("draft_length", "auto")}
+            chat |= {"temperature": 0, **ahead}
         run = self._lab.start(asked["prompt"], max_new_tokens=length, **chat)
         self._mine = weakref.ref(run)
+        self._clear_error()
+
+    def _draft(self, content: dict[str, Any]) -> None:
+        run = self._lab.run
+        if run is not None and run.running and run.request.draft_bits is not None:
+            run.draft_length = content["length"]
         self._clear_error()
 
     def _show_error(self, where: str, error: Exception) -> None:
@@ -383,4 +393,5 @@ def _first_form(offered: dict[str, Any]) -> dict[str, Any]:
         "chat": offered["chat"],
         "shade": "cost",
         "decisions": False,
+        "draft_bits": 0,
     }

@@ -23,6 +23,7 @@ import numpy as np
 
 from moelab import strategies
 from moelab.runs.account import Account, ending
+from moelab.runs.passes import told
 from moelab.runs.shadows import SHADOWS, Shadows
 from moelab.runs.snapshot import RunReader, in_short, origins
 from moelab.runs.tokens import COLUMNS, STALLS, figures
@@ -93,6 +94,7 @@ def options(lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> di
             for name, device in devices.items()
         ],
         "prompts": lab.prompts(),
+        "drafts": list(info.get("draft_bits", ())),
         "chat": bool(info.get("chat")),
         "causes": list(STALLS),
         "columns": list(COLUMNS),
@@ -258,6 +260,8 @@ class Framer:
         since = max(0, began[-1]["token"] - first)
         recent = max(since, len(values) - RECENT_TOKENS)
         cells = self._lab.cache_map()
+        draft = None if reader is None else reader.draft()
+        passes = reader.passes(len(reports)) if reader and draft else None
         return {
             "run": self._number,
             "running": running,
@@ -271,8 +275,10 @@ class Framer:
             "origins": began,
             "map": {k: np.ascontiguousarray(cells[k], t).tobytes() for k, t in MAP_TYPES.items()},
             "resident": self._resident(cells["bits"]),
-            "recent": figures(values[recent:], first=first + recent),
-            "whole": figures(values[since:], first=first + since),
+            "recent": _figures(values, recent, first, passes),
+            "whole": _figures(values, since, first, passes),
+            "draft": draft,
+            "passes": [one for one in passes or () if one["token"] + one["kept"] > first],
             "span": [first + recent, len(reports)],
             "shadows": self.shadows.told(rows) if self.shadows else [],
             **spoken(reader, self._lab.settings, rows, first + recent, running=running),
@@ -283,6 +289,15 @@ class Framer:
         total = sum(self._each[int(b)] * int(n) for b, n in zip(tiers, counts, strict=True))
         budget = int(self._lab.settings.budget_bytes)
         return {"experts": int(counts.sum()), "bytes": total, "budget_bytes": budget}
+
+
+def _figures(
+    values: np.ndarray, begin: int, first: int, passes: list[dict[str, Any]] | None
+) -> dict[str, Any]:
+    """Figures of the tokens from row ``begin`` on, also of passes where there is a draft."""
+    own = figures(values[begin:], first=first + begin)
+    drafts = {} if passes is None else told(passes, first + begin, first + len(values))
+    return own | drafts
 
 
 def spoken(
@@ -333,5 +348,6 @@ def _change(reader: RunReader, rows: np.ndarray, since: int, account: Account) -
         f"{called(name)} {old.get(name, 'none')} \N{RIGHTWARDS ARROW} {value}"
         for name, value in differences(was, now).items()
     )
+    what = what or marks[-1]["label"]  # of the draft, which is no setting
     before = reader.account(rows, max(1, first - RECENT_TOKENS), first)
     return before.change_to(account if since >= last else reader.account(rows, last), what)

@@ -4,6 +4,7 @@ import { layoutOf, partsOf, scaleOf } from "../../moelab/views/static/bars.js";
 import { chance } from "../../moelab/views/static/blame.js";
 import { shareOf } from "../../moelab/views/static/element.js";
 import { inSum, spentOn } from "../../moelab/views/static/figures.js";
+import { describePass, draftFigures, passInWords } from "../../moelab/views/static/passes.js";
 import { spread } from "../../moelab/views/static/tiles.js";
 import { shadesOf, strengthOf } from "../../moelab/views/static/text.js";
 import { inLayer } from "../../moelab/views/static/timeline.js";
@@ -94,4 +95,31 @@ test("the tip tells what a token cost, in its parts", () => {
   assert.equal(said["by the watch"], "5.00 ms");
   assert.ok(!("waiting to evict" in said) && !("prefetches" in said));
   assert.equal(said.KL, "not measured");
+});
+
+const PASSES = [
+  { token: 1, drafted: 4, accepted: 1, kept: 2, rejected: [" a", "\n", " b"], rejected_loads: 3, rejected_bytes: 1.2e6 },
+  { token: 3, drafted: 4, accepted: 4, kept: 5, rejected: [], rejected_loads: 0, rejected_bytes: 0 },
+];
+
+test("a token of a verified pass tells what the draft had to do with it", () => {
+  const told = (token) => Object.fromEntries(describePass(PASSES, token));
+  assert.deepEqual(told(0), {});
+  assert.deepEqual(told(1), { draft: "accepted", "its pass": "1 of 4 accepted", "for rejected tokens": "3 loads, 1.20 MB" });
+  assert.equal(told(2).draft, "by the verifier");
+  assert.equal(told(2)["rejected here"], " a⏎ b");
+  assert.equal(told(7).draft, "by the verifier");
+  assert.match(passInWords(PASSES, 1), /: 1 of 4 drafted accepted; 3 loads, 1.20 MB for rejected tokens$/);
+  assert.match(passInWords(PASSES, 2), /counted with token 1$/);
+  assert.equal(passInWords([], 2), "");
+});
+
+test("figures of passes are of those that began in the span", () => {
+  const close = (a, b) => assert.ok(Math.abs(a - b) < 1e-9);
+  const all = draftFigures(PASSES, 0, 8);
+  close(all.acceptance, 5 / 8);
+  close(all.tokens_per_pass, 3.5);
+  close(all.rejected_bytes, 1.2e6 / 7);
+  assert.deepEqual(draftFigures(PASSES, 3, 8), { acceptance: 1, tokens_per_pass: 5, rejected_bytes: 0 });
+  assert.equal(draftFigures(PASSES, 8, 9).acceptance, null);
 });

@@ -6,6 +6,7 @@ import { cross, filledBar, h, icon, markup, say, shape } from "./element.js";
 import { inSum, spentOn } from "./figures.js";
 import { bytes, kl, millis, within } from "./numbers.js";
 import { brief, inWords, outcomes, wordOf } from "./outcomes.js";
+import { passInWords } from "./passes.js";
 import { waitOf } from "./recording.js";
 
 const WORDY = 2; // experts a layer, up to which a chip has room for words
@@ -163,6 +164,7 @@ export class Blame {
   constructor(layers, tip, { choose, close }) {
     this.title = h("h3");
     this.cost = h("p", { class: "moe-cost" });
+    this.draft = h("p", { class: "moe-for-draft", hidden: true });
     this.five = [h("ol"), h("ol")];
     this.missing = h("p", { class: "moe-soft" });
     this.head = h("h4");
@@ -183,7 +185,7 @@ export class Blame {
     this.node = markup`
       <section class="moe-panel moe-blame" aria-label="What the token cost and why" hidden>
         <header>${this.title}${close && cross("Close what the token cost", close)}</header>
-        ${[this.cost, this.top, this.missing, this.head, this.chips.node]}
+        ${[this.cost, this.draft, this.top, this.missing, this.head, this.chips.node]}
         <div class="moe-legend" aria-hidden="true">${KINDS_SHOWN.map(key)}</div>
       </section>`;
   }
@@ -194,6 +196,8 @@ export class Blame {
     this.node.dataset.token = `${token}`;
     say(this.title, `Token ${token} ${JSON.stringify(pieces[token])}`);
     this.showCost(tokens, token, model.causes);
+    say(this.draft, passInWords(document.passes, token));
+    this.draft.hidden = !this.draft.textContent;
     this.showTop(document.top, pieces[token], token, tokens.kl[token]);
     const many = recording.layers > MOST_ROWS ? ` · ${recording.layers} layers: scroll` : "";
     say(this.head, `experts by layer${token ? "" : ", of the prompt's last position"}${many}`);

@@ -188,13 +188,14 @@ class View {
     this.stage.follow(frame);
     this.runs.whatIf.moved();
     this.settings.ask.show({ running: frame.running });
+    this.settings.draft.show(frame);
     this.errorChanged();
     Object.assign(this.root.dataset, {
       seq: frame.seq, run: frame.run, token: frame.newest,
       under: frame.tokens.budget_bytes.at(-1) ?? "", running: frame.running,
       kl: frame.recent.kl_mean ?? "", stall: frame.recent.stall_share ?? "",
       rate: frame.recent.tokens_per_s ?? "", emulated: frame.origins.at(-1).emulated,
-      changes: frame.changes.length,
+      changes: frame.changes.length, passes: frame.passes?.length ?? 0,
     });
     this.acknowledge(frame.seq);
   }
@@ -214,6 +215,7 @@ class View {
     const { shade, decisions, runs, whatif } = this.model.get("form");
     this.runs.setOpen(Boolean(runs), Boolean(whatif));
     this.settings.ask.sync();
+    this.settings.draft.sync();
     this.settings.decisions.setOpen(Boolean(decisions));
     this.stage.text.setMode(shade === "kl" ? "kl" : "cost");
   }

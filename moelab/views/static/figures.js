@@ -12,6 +12,7 @@ const TILES = [
   ["stall_share", "spent waiting", "stalled", "Stall share: part of the time spent waiting for experts"],
   ["kl_mean", "off full precision", "mean KL", "KL divergence of the next token's distribution"],
 ];
+const DRAFTS = "Drafted tokens that the verifier would have written too; what is read is told for each token kept";
 const MEMORY = "Bytes of resident experts, loads in flight included, of the budget";
 
 /** What a token's time goes into: [column, words]. */
@@ -52,6 +53,9 @@ function ofGuesses({ right = 0, late = 0, wasted = 0 }) {
   return ` · read ahead: ${bytes(right)} right, ${bytes(late)} late, ${bytes(wasted)} wasted`;
 }
 
+const inVainOf = ({ rejected_bytes: lost }) =>
+  lost ? ` · ${bytes(lost)} of the reads for rejected tokens` : "";
+
 export class RunningFigures {
   /** `adopt(name)` puts another strategy in force; null: nobody could. */
   constructor({ dense_bytes = 0, dense_bits, presets = [] }, adopt) {
@@ -64,7 +68,8 @@ export class RunningFigures {
     this.memory.small.before(h("div", { class: "moe-held" }, this.fill, this.beside));
     const words = `Below: attention, head and all else that is no expert's, ${bytes(dense_bytes)}, large weights at ${dense_bits} bit.`;
     if (dense_bytes) this.memory.node.title = `${MEMORY}. ${words}`;
-    const nodes = [...this.tiles, this.memory].map(({ node }) => node);
+    this.drafts = tile("drafts accepted", DRAFTS);
+    const nodes = [...this.tiles, this.drafts, this.memory].map(({ node }) => node);
     this.of = h("p", { class: "moe-of", role: "status" });
     this.spent = h("p");
     this.says = h("b");
@@ -93,6 +98,7 @@ export class RunningFigures {
         past ? `, up to token ${past.token}` : ""}${
         key === "kl_mean" ? "" : ", without token 0, which carries the prompt"}.`;
     }
+    this.showDrafts(frame);
     if (frame.shadows) this.shadows?.show(frame); // the past has none
     const { bytes: held, budget_bytes: budget, experts } = resident;
     say(this.memory.value, bytes(held));
@@ -103,10 +109,20 @@ export class RunningFigures {
     filled(this.beside, this.dense);
     say(this.of, of ? `Of the last run, under other settings: ${of}. Run again for those now set.` : "");
     this.node.classList.toggle("stale", Boolean(of));
-    say(this.spent, `${lately(frame)}${ofGuesses(guesses)}`);
+    say(this.spent, `${lately(frame)}${ofGuesses(guesses)}${inVainOf(recent)}`);
     say(this.says, sentence);
     say(this.moved, change ? ` · ${change}` : "");
     for (const cut of [this.spent, this.lines]) cut.title = cut.textContent; // beyond two lines
+  }
+
+  showDrafts({ draft, recent, whole }) {
+    const { value, small, node } = this.drafts,
+      { tokens_per_pass: yields } = whole;
+    node.hidden = !draft;
+    this.node.classList.toggle("drafted", Boolean(draft));
+    if (!draft) return;
+    say(value, written("acceptance", recent.acceptance));
+    say(small, yields ? `${yields.toFixed(1)} tokens a pass` : "of those drafted");
   }
 }
 

@@ -29,6 +29,7 @@ export function kl(x) {
 /** How a figure of a run is called and written. */
 const FIGURES = {
   tokens_per_s: { title: "tokens/s", write: rate },
+  acceptance: { title: "drafts accepted", write: percent },
   engine_tokens_per_s: { title: "tokens/s, engine alone", write: rate },
   hit_ratio: { title: "hit ratio", write: percent },
   byte_hit_ratio: { title: "byte hit ratio", write: percent },

@@ -2,6 +2,7 @@
 // `Recording.blame` gives in Python.
 
 import { bytes, millis } from "./numbers.js";
+import { passOf } from "./passes.js";
 import { KIND } from "./recording.js";
 /** @import { Recording } from "./recording.js" */
 
@@ -15,7 +16,8 @@ import { KIND } from "./recording.js";
  */
 
 /**
- * For each layer, what became of the router's choices (of a prompt's last position).
+ * For each layer, what became of the router's choices (of a prompt's last position). The events of
+ * a verified pass are its first token's, and so is all waiting in it.
  * @param {Recording} recording
  * @param {number} token
  * @returns {{ chips: Outcome[], wait: number }[]}
@@ -23,9 +25,11 @@ import { KIND } from "./recording.js";
 export function outcomes(recording, token) {
   const { layers, gates, events } = recording,
     served = Array.from({ length: layers }, () => ({ by: new Map(), stands: [], wait: 0 }));
-  const end = recording.upTo(token, layers);
-  for (let i = recording.upTo(token - 1, layers); i < end; i++) {
+  const first = passOf(recording.document.passes, token)?.token ?? token,
+    end = recording.upTo(first, layers);
+  for (let i = recording.upTo(first - 1, layers); i < end; i++) {
     const kind = events.kind[i];
+    if (kind === KIND.stall && first < token) continue;
     if (events.at[i] < 0 || kind === KIND.prefetch || kind === KIND.evict) continue;
     const layer = served[events.at[i]],
       expert = events.expert[i];

@@ -86,7 +86,10 @@ export class Prompt {
 
   run() {
     if (this.running) return;
-    const form = { prompt: this.prompt.value, max_new_tokens: this.count(), chat: this.chat.checked };
+    const form = {
+      ...this.model.get("form"),
+      prompt: this.prompt.value, max_new_tokens: this.count(), chat: this.chat.checked,
+    };
     this.sender.send({ do: "run", form, where: "run" });
   }
 

@@ -2,6 +2,7 @@
 // every so many rows makes the way back short. It makes frames of the same shape as live ones.
 
 import { within } from "./numbers.js";
+import { draftFigures } from "./passes.js";
 import { KIND, KINDS, waitOf } from "./recording.js";
 /** @import { Recording } from "./recording.js" */
 
@@ -99,6 +100,7 @@ export class Replay {
       changes: document.marks,
       first, count: shown, tokens, origins, newest: token, past: { token, layer },
       map: { bits, in_flight, loaded, used, uses, marks: this.marks(token, end) },
+      draft: document.draft ?? null, passes: document.passes ?? [],
       resident: this.resident(bits, token),
       recent: this.figures(Math.max(since, whole - RECENT), whole),
       whole: this.figures(since, whole),
@@ -144,8 +146,10 @@ export class Replay {
       time = sum("total_ms"),
       hits = sum("hits"),
       asked = hits + sum("late") + sum("loads") + sum("skips") + sum("substitutes");
-    const kls = tokens.kl.subarray(begin, end).filter(Number.isFinite);
+    const kls = tokens.kl.subarray(begin, end).filter(Number.isFinite),
+      { draft, passes = [] } = this.recording.document;
     return {
+      ...(draft ? draftFigures(passes, begin, end) : {}),
       tokens: Math.max(0, end - begin),
       tokens_per_s: ratio(1e3 * decoded, time + sum("measuring_ms") + sum("setup_ms")),
       engine_tokens_per_s: ratio(1e3 * decoded, time),

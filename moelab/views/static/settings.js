@@ -4,6 +4,7 @@
 
 import { Budget } from "./budget.js";
 import { Decisions } from "./decisions.js";
+import { Draft } from "./draft.js";
 import { button, cross, h, keep, markup, optionsOf, say, showBadge } from "./element.js";
 import { within } from "./numbers.js";
 import { Prompt } from "./prompt.js";
@@ -167,6 +168,7 @@ export class Settings {
     });
     this.sender = new Sender(model, (on) => this.deaf.show(on));
     this.measure = this.select("measure_kl", optionsOf(MEASURED), Number);
+    this.draft = new Draft(model, options, this.sender);
     this.ask = new Prompt(model, options, this.sender, this.measure);
     const change = (changes, where) => this.sender.change(changes, where),
       settle = () => this.sync();
@@ -218,6 +220,7 @@ export class Settings {
         ${field("Bits", this.bits)}
         ${field("Low bits", this.low_bits)}
         ${field("Prefetch ahead", this.prefetch)}
+        ${this.draft.node}
         ${field("Device", this.device, this.badge)}
       </div>`;
   }
@@ -260,7 +263,7 @@ export class Settings {
     const { bits, low_bits, strategy, device, prefetch } = this;
     const about = {
       budget: this.budget.slider, run: this.ask.prompt,
-      bits, low_bits, strategy, device, prefetch,
+      bits, low_bits, strategy, device, prefetch, draft_length: this.draft.length,
       ...Object.fromEntries(this.decisions.controls()),
     };
     for (const [name, control] of Object.entries(about)) {

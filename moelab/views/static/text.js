@@ -3,6 +3,7 @@
 import { KL_ENDS } from "./bars.js";
 import { h, markup, say, unique } from "./element.js";
 import { millis, nice, onLogScale, quantile } from "./numbers.js";
+import { onOneLine } from "./passes.js";
 
 const REVEAL_MS = 120;
 // What is faint costs nothing per token where the browser knows highlights; elsewhere nothing is.
@@ -41,6 +42,10 @@ export class TokenText {
         <div>${this.prompt}</div>
       </div>`;
     this.scale = h("span", { class: "moe-scale" });
+    this.drafts = markup`
+      <p class="moe-drafts moe-soft" hidden>
+        <u>drafted and accepted</u><i class="moe-rejected" data-words="drafted and rejected"></i>
+      </p>`;
     const name = unique(),
       radio = (value) => h("input", { type: "radio", name, value, onchange: () => onShade(value) });
     this.radios = { cost: radio("cost"), kl: radio("kl") };
@@ -54,7 +59,7 @@ export class TokenText {
           </span>
           ${this.scale}
         </header>
-        ${this.body}
+        ${[this.body, this.drafts]}
       </section>`;
     this.listen();
   }
@@ -81,6 +86,7 @@ export class TokenText {
     if (frame.run !== this.run || frame.first !== this.first || frame.count < this.spans.length) {
       this.body.replaceChildren(h("div", {}, this.prompt));
       this.spans = [];
+      this.told = -1;
       this.follow = true;
     }
     Object.assign(this, { run: frame.run, first: frame.first, frame });
@@ -96,9 +102,28 @@ export class TokenText {
       this.spans.push(span);
       this.paragraph().append(span);
     }
+    this.drafts.hidden = !frame.draft;
+    this.showPasses(frame.passes ?? []);
     if (!frame.past || begin < frame.count) this.shade(begin);
     this.setNow(frame.past?.token ?? null);
     if (this.follow && !frame.past) this.body.scrollTop = this.body.scrollHeight;
+  }
+
+  /**
+   * Accepted tokens are underlined; rejected ones stand before what came in their place. These are
+   * drawn and not written: what is marked, copied or searched is the run's own text.
+   */
+  showPasses(passes) {
+    const at = (token) => this.spans[token - this.first];
+    for (const { token, accepted, rejected } of passes) {
+      if (token <= this.told) continue;
+      this.told = token;
+      for (let i = token; i < token + accepted; i++) at(i)?.classList.add("drafted");
+      const words = onOneLine(rejected),
+        title = `drafted and rejected: ${words}`,
+        place = { "data-token": token + accepted, "data-words": words, title };
+      if (rejected.length) at(token + accepted)?.before(h("i", { class: "moe-rejected", ...place }));
+    }
   }
 
   /** Where the next token goes; after a line's end a new block: older ones are not laid out again. */

@@ -5,6 +5,7 @@
 import { filledBar, h, markup, shareOf } from "./element.js";
 import { inSum, spentOn } from "./figures.js";
 import { bytes, kl, millis, short, within } from "./numbers.js";
+import { describePass } from "./passes.js";
 
 const REST_MS = 90;
 const AGAIN_MS = 500;
@@ -148,7 +149,7 @@ export class Cursor {
 }
 
 /** What the tooltip says of a token: title and rows. */
-export function describeToken({ tokens: t, texts, first }, token) {
+export function describeToken({ tokens: t, texts, first, passes }, token) {
   const i = token - first,
     spent = spentOn(t, i),
     some = (name) => (t[name]?.[i] ? [[name, `${t[name][i]}`]] : []);
@@ -161,6 +162,7 @@ export function describeToken({ tokens: t, texts, first }, token) {
       ["hits", `${t.hits[i]}`],
       ["loads", `${t.loads[i]}`],
       ...["late", "prefetches", "downgrades", "skips", "substitutes"].flatMap(some),
+      ...describePass(passes, token),
       ["KL", Number.isFinite(t.kl[i]) ? kl(t.kl[i]) : "not measured"],
       ["resident", `${bytes(t.resident_bytes[i])} of ${bytes(t.budget_bytes[i])}`],
     ],
