@@ -304,7 +304,7 @@ class Prediction:
     def draft_ms(self) -> float | None:
         """What drafting took for each token kept, measured; None where nothing was drafted."""
         found = None if isinstance(self._of, Trace) else self._of.speculation
-        return None if found is None else float(found.passes["draft_ms"].sum()) / found.kept
+        return None if found is None else found.draft_ms
 
     @property
     def per_token(self) -> pd.DataFrame:

@@ -84,6 +84,11 @@ class Speculation:
         return spent / len(self.passes) if len(self.passes) else None
 
     @property
+    def draft_ms(self) -> float | None:
+        """Drafting, for each token kept; None where there is none."""
+        return self._sum("draft_ms") / self._sum("kept") if len(self.passes) else None
+
+    @property
     def bytes_per_token(self) -> float | None:
         """Bytes read for each token kept, the prompt's apart; None where there is none."""
         return self._sum("bytes") / self._sum("kept") if len(self.passes) else None
