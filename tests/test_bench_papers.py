@@ -7,11 +7,13 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import moelab
 from moelab import bench
 from moelab.bench.cases import ROLES, Case, above_budget, opened, run_figures, settle
+from moelab.bench.kept import Kept
 from moelab.bench.papers import edgemoe, everyone, hobbit, suite, swapmoe
 from moelab.bench.papers.results import FULL, QUICK, Ratio, Results
 
@@ -290,6 +292,24 @@ def test_the_files_are_written_and_the_kept_file_keeps_the_rest(quick, tmp_path)
 # -- Ctrl-C, and what cannot be written ---------------------------------------------------------
 
 
+def test_pieces_are_kept_for_the_same_question_only_and_a_complete_suite_removes_them(capsys):
+    kept = Kept("songs", "demo", QUICK)
+    assert kept.load() is None
+    measured = Results("demo", ["a"], QUICK, runs={A: runs(1, 2)}, scores={A: {"kl_mean": 0.5}})
+    measured.runs[A][0]["hits"] = np.int64(3)
+    kept.save(measured.kept())
+    assert Kept("songs", "demo", FULL).load() is None
+    other = Results("demo", ["a"], QUICK)
+    other.take(Kept("songs", "demo", QUICK).load())
+    assert (other.runs, other.scores, other.pieces) == (measured.runs, measured.scores, 3)
+    assert str(kept.path) in capsys.readouterr().err
+    kept.path.write_text("[")
+    assert kept.load() is None
+    kept.complete()
+    kept.complete()
+    assert not kept.path.exists()
+
+
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured_and_leaves_kept_tables_alone(
     demo_store, tmp_path, monkeypatch
@@ -313,6 +333,16 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_kept_tables_alone(
     assert len(record["cases"]) == 3
     assert "Stopped early" in files.markdown.read_text()
     assert "was here before" in readme.read_text()
+    again: list[Case] = []
+    monkeypatch.setattr(Results, "run", lambda self, case: again.append(case) or done(self))
+
+    def done(self: Results) -> None:  # what was kept is there, and no run of it is made again
+        assert self.runs == half.results.runs
+        raise KeyboardInterrupt
+
+    suite.papers(quick=True, progress=False)
+    assert len(again) == 1
+    assert again[0] not in half.results.runs
 
 
 @pytest.mark.parametrize(

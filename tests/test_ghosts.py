@@ -117,7 +117,20 @@ def test_what_cannot_be_made_is_refused_with_the_number_and_the_way_out(wrong, s
 
 def test_the_papers_regimes_on_a_small_ghost(monkeypatch):
     asked = regimes.Regime({**SMALL, "num_experts": 16}, 3, "50%", "tx2_ssd")
+    stopped, figures = [], regimes._figures
+
+    def stops_after_two(*given):
+        if len(stopped) == 2:
+            raise KeyboardInterrupt
+        stopped.append(figures(*given))
+        return stopped[-1]
+
+    monkeypatch.setattr(regimes, "_figures", stops_after_two)
+    half = regimes.regimes([asked], repeats=2, disk="8MB", progress=False)
+    assert (len(half), half.attrs["complete"]) == (2, False)
+    monkeypatch.setattr(regimes, "_figures", figures)
     frame = regimes.regimes([asked], repeats=2, disk="8MB", progress=False)
+    assert frame[:2].to_dict("records") == half.to_dict("records"), "kept, and not made again"
     assert frame.attrs["complete"]
     assert frame.groupby("contender").size().to_dict() == dict.fromkeys(regimes.CONTENDERS, 2)
     by = frame.groupby("contender").mean(numeric_only=True)

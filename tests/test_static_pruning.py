@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+import tiny_models
 from moelab import demo
 from moelab.calibration.probes import soft_counts
 from moelab.calibration.profile import SHIPPED
+from moelab.calibration.router_change import router_change
 from moelab.calibration.swapmoe import tables
 from moelab.engine.generation import Stream
 from moelab.scheduling.scheduler import Scheduler
@@ -24,6 +26,7 @@ PROFILE = {
     "counts": [[9, 8, 0, 0], [0, 0, 8, 9]],
     "soft": [[1, 5, 6, 2], [4, 3, 2, 1]],
     "importance": [[90, 80, 70, 60], [50, 4, 3, 2]],
+    "change": [[-2, 0.1, -1, 0.3], [0, 0.2, -3, 0.4]],
 }
 
 
@@ -41,6 +44,7 @@ def kept(slots: int, strategy, shape: Shape = SHAPE) -> list[list[int]]:
         ("count", [[0, 1], [2, 3]]),
         ("soft", [[1, 2], [0, 1]]),
         ("importance", [[0, 1], [0, 1]]),
+        ("change", [[1, 3], [1, 3]]),  # with its sign: a row that shrank goes first
     ],
 )
 def test_every_rule_keeps_the_experts_with_its_highest_numbers(by, best):
@@ -115,3 +119,33 @@ def test_pruned_for_a_task_a_model_keeps_what_that_task_needs(demo_lab):
         demo_lab.update(strategy=pruned, budget="50%", bits=16)
         lost.append(demo_lab.score(code[len(code) // 2 :], max_tokens=32, progress=False).kl_mean)
     assert 0 < lost[0] < lost[1]
+
+
+def test_router_change_is_of_two_checkpoints_and_keeps_its_sign(tmp_path):
+    before, norms = tiny_models.qwen3_moe(tmp_path / "before"), []
+
+    def trained(tensors):
+        for name, tensor in sorted(tensors.items()):
+            if name.endswith("gate.weight"):
+                norms.append(tensor.float().norm(dim=1).tolist())
+                tensor[2] *= 1.5
+                tensor[4] *= 0.5
+
+    after = tiny_models.edit(before, tmp_path / "after", trained)
+    found = router_change(before, after)
+    assert np.shape(found) == (3, 6)
+    for row, norm in zip(found, norms, strict=True):
+        assert row[2] == pytest.approx(norm[2] / 2, rel=1e-2)  # of bfloat16
+        assert row[4] == pytest.approx(-norm[4] / 2, rel=1e-2)
+        assert [row[e] for e in (0, 1, 3, 5)] == [0, 0, 0, 0]
+    assert router_change(before, before) == [[0.0] * 6] * 3
+    other = tiny_models.qwen3_moe(tmp_path / "other", num_experts=4)
+    with pytest.raises(ValueError, match="give one architecture's"):
+        router_change(before, other)
+
+
+def test_by_change_without_two_checkpoints_says_how_to_get_it(demo_lab):
+    with pytest.raises(ValueError, match="router_change"):
+        static_pruning(by="change")
+    with pytest.raises(ValueError, match="router_change"):
+        demo_lab.update(strategy="static_pruning", by="change")

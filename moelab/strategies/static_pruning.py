@@ -8,6 +8,7 @@ Other rules for who stays, each from sample text: SEER-MoE's (arXiv 2404.05089) 
 routed to the expert) and soft (gate probabilities summed over all tokens), with its choice between
 as many experts of each layer and the best of the whole model; and gate x norm, as REAP's. On text
 of one task alone it is the part of task-specific pruning (arXiv 2206.00277) that needs no training.
+Of a fine-tuned model the change of the router's norms (arXiv 2405.16646) needs no text at all.
 SEER-MoE's second stage, fine-tuning with fewer active experts, is not here.
 """
 
@@ -47,8 +48,10 @@ class FixedExperts(Allocate, Route, Evict, Prefetch):
     norms, counts, soft, importance
         What is known of the experts ``[L][E]``: ‖E_i‖, and on sample text uses, summed gate
         probabilities and SwapMoE's importance. Without any of them experts rank by their index.
+    change
+        What fine-tuning added to the norm of each one's row of the router ``[L][E]``.
     by
-        Which of them decides: ``"norm"``, ``"count"``, ``"soft"`` or ``"importance"``.
+        Which of them decides: ``"norm"``, ``"count"``, ``"soft"``, ``"importance"``, ``"change"``.
     span
         ``"layer"``: as many of each layer. ``"model"``: the highest of all layers together, n_l as
         it comes, and never fewer than top-k of a layer.
@@ -58,8 +61,8 @@ class FixedExperts(Allocate, Route, Evict, Prefetch):
     parameters = (
         Parameter(
             "by",
-            "Who stays: largest weights, most used, most probable, or largest gate x norm",
-            choices=("norm", "count", "soft", "importance"),
+            "Who stays: largest weights, most used, most probable, gate x norm, router change",
+            choices=("norm", "count", "soft", "importance", "change"),
         ),
         Parameter(
             "span",
@@ -75,12 +78,14 @@ class FixedExperts(Allocate, Route, Evict, Prefetch):
         *,
         soft: Table | None = None,
         importance: Table | None = None,
+        change: Table | None = None,
         by: str = "norm",
         span: str = "layer",
     ) -> None:
         known = zip(FixedExperts.parameters, (by, span), strict=True)
         self.by, self.span = (parameter.checked(value) for parameter, value in known)
         tables = {"norm": norms, "count": counts, "soft": soft, "importance": importance}
+        tables["change"] = change
         self._tables = {name: frozen(table) for name, table in tables.items()}
         self._planned: tuple[tuple[int, str, str], Plan] | None = None
         self._orders: list[np.ndarray] = []  # of each layer [E], the most deserving first
@@ -90,6 +95,11 @@ class FixedExperts(Allocate, Route, Evict, Prefetch):
 
     def check(self) -> None:
         """Raise ValueError where experts are known, but not what this rule ranks them by."""
+        if self.by == "change" and not self._tables["change"]:
+            raise ValueError(
+                "by='change' needs two checkpoints: give the profile a change= that "
+                "moelab.calibration.router_change.router_change(before, after) made"
+            )
         if any(self._tables.values()) and not self._tables[self.by]:
             raise ValueError(
                 f"by={self.by!r}: the profile has no such numbers, an older version made it; "
@@ -231,7 +241,8 @@ def static_pruning(
         of one task. Without it the experts with the lowest indices stay.
     by
         What they rank by: ``"norm"``, ‖E_i‖; ``"count"``, how often they were used; ``"soft"``,
-        their gate probabilities summed over all tokens; ``"importance"``, ‖x‖ ‖G‖ ‖E‖ summed.
+        their gate probabilities summed over all tokens; ``"importance"``, ‖x‖ ‖G‖ ‖E‖ summed;
+        ``"change"``, what fine-tuning did to routers (`moelab.calibration.router_change`).
     span
         ``"layer"``: as many of each layer; ``"model"``: the highest of all layers together.
 
@@ -241,7 +252,7 @@ def static_pruning(
         The profile has no numbers for this rule.
     """
     data = profile or {}
-    more = {name: data.get(name) for name in ("soft", "importance")}
+    more = {name: data.get(name) for name in ("soft", "importance", "change")}
     one = FixedExperts(data.get("norms"), data.get("counts"), **more, by=by, span=span)
     one.check()
     return Strategy("static_pruning", one, allocate=one, route=one, prefetch=one)

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 import moelab
 from moelab.bench.cases import contender
+from moelab.bench.kept import Kept
 from moelab.bench.papers.results import Ratio
 from moelab.bench.tables import Table, circumstances
 from moelab.replays.files import Trace
@@ -107,7 +108,8 @@ def regimes(
     disk
         Of random experts to read, for each ghost; it is freed when the ghost has been measured.
     progress
-        Show a bar. Ctrl-C ends the measuring and gives what there is (``attrs["complete"]``).
+        Show a bar. Ctrl-C ends the measuring and gives what there is (``attrs["complete"]``); the
+        same call goes on after it.
 
     Returns
     -------
@@ -121,13 +123,16 @@ def regimes(
     StoreError
         The disk is short.
     """
-    rows: list[dict[str, Any]] = []
+    kept = Kept("regimes", models, repeats, disk)
+    rows: list[dict[str, Any]] = kept.load() or []
     told: dict[str, Any] = {"models": {}, "complete": False}
     cases = len(models) * repeats * len(CONTENDERS)
-    with contextlib.suppress(KeyboardInterrupt), tqdm(total=cases, disable=not progress) as bar:
+    bar = tqdm(total=cases, initial=len(rows), disable=not progress)
+    with contextlib.suppress(KeyboardInterrupt), bar:
         for regime in models:
-            _measure(regime, repeats, disk, rows, told, bar)
+            _measure(regime, repeats, disk, rows, told, bar, kept)
         told["complete"] = True
+        kept.complete()
     frame = pd.DataFrame(rows)
     frame.attrs = {"suite": "regimes", "repeats": repeats, **told}
     return frame
@@ -139,7 +144,13 @@ def measured(*, quick: bool) -> pd.DataFrame:
 
 
 def _measure(
-    regime: Regime, repeats: int, disk: str, rows: list[dict], told: dict[str, Any], bar: Any
+    regime: Regime,
+    repeats: int,
+    disk: str,
+    rows: list[dict],
+    told: dict[str, Any],
+    bar: Any,
+    kept: Kept,
 ) -> None:
     found = Architecture(regime.model, tiers=TIERS)
     name, model = found.name, regime.model
@@ -156,23 +167,30 @@ def _measure(
     filling = _filling(trace, budget // shape.nbytes[LEAST_BITS])
     bar.set_postfix_str(f"{name}: random experts are written")
     how = {"bits": max(TIERS), "dense_bits": DENSE_BITS, "budget": regime.budget}
+    on = "" if regime.device == "disk" else f", {regime.device} (emulated)"
+    name += on if regime.routing is None else f", recorded{on}"
+    about = (
+        f"{shape.layers} x {max(shape.experts)} experts of "
+        f"{shape.nbytes[max(TIERS)] / 1e6:.0f} MB at 8 bit, top {shape.top_k}; memory for "
+        f"{regime.budget.replace('%', ' %')} of them; routing {whose}"
+    )
+    known = sum(row["model"] == name for row in rows)  # kept of a suite that was stopped
+    todo = list(rotated(list(CONTENDERS), repeats))[known:]
+    if not todo:
+        told["models"][name] = about
+        return
     lab = moelab.ghost(
         model, routing=trace, disk=disk, tiers=TIERS, measure_kl=False, progress=False, **how
     )
-    on = "" if regime.device == "disk" else f", {regime.device} (emulated)"
-    name += on if regime.routing is None else f", recorded{on}"
     try:
-        told["models"][name] = (
-            f"{shape.layers} x {max(shape.experts)} experts of "
-            f"{shape.nbytes[max(TIERS)] / 1e6:.0f} MB at 8 bit, top {shape.top_k}; memory for "
-            f"{regime.budget.replace('%', ' %')} of them; routing {whose}"
-        )
-        for words in rotated(list(CONTENDERS), repeats):
+        told["models"][name] = about
+        for words in todo:
             bar.set_postfix_str(f"{name}: {words}")
             warm = 1 if words in KEEP_NOTHING else filling
             _settle(lab, CONTENDERS[words], regime)
             run = lab.generate("x", max_new_tokens=warm + regime.tokens)
             rows.append({"model": name, "contender": words, **_figures(run, warm, budget)})
+            kept.save(rows)
             bar.update()
     finally:
         moelab.ghost.remove(lab)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -103,6 +103,22 @@ class Results:
 
         prompts = [texts[0] for texts in lab.prompts().values()] or [PROMPT]
         return cls(model, prompts, extent, lab.info(), least)
+
+    @property
+    def pieces(self) -> int:
+        """Runs and scores by now: the first of the suite's work, in its order."""
+        return sum(map(len, self.runs.values())) + len(self.scores)
+
+    def kept(self) -> dict[str, list]:
+        """Runs and scores as JSON has them; what sections ask is not among them."""
+        both = {"runs": self.runs, "scores": self.scores}
+        return {name: [[astuple(c), of] for c, of in all_.items()] for name, all_ in both.items()}
+
+    def take(self, kept: dict[str, list]) -> None:
+        """Go on after what `kept` gave."""
+        self.runs, self.scores = (
+            {Case(*case): of for case, of in kept[name]} for name in ("runs", "scores")
+        )
 
     def run(self, case: Case) -> None:
         """Measure a case once more."""

@@ -3,7 +3,7 @@
 Each section says which cases it needs; a case that several need is measured once. Runs go round all
 cases in rotated order, then once more round those whose speeds HOBBIT's is compared with; then
 quality is scored, then the sections' own questions are answered. What was measured when Ctrl-C came
-is reported as far as it goes.
+is reported as far as it goes; runs and scores are kept, and the same call goes on after them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 import moelab
 from moelab import calibration
 from moelab.bench.cases import Case, settle
+from moelab.bench.kept import Kept
 from moelab.bench.papers import edgemoe, everyone, hobbit, swapmoe
 from moelab.bench.papers.results import FULL, QUICK, Report, Results, Task
 from moelab.bench.tables import as_json, as_markdown, as_rows, circumstances
@@ -93,13 +94,18 @@ def papers(model: str | Path = "demo", *, quick: bool = False, progress: bool = 
         for case in cases:
             if "in_flight" in settle(lab, case).strategy.observes:
                 results.timed.add(case.strategy)
-    work = list(_work(results, cases))
-    complete = False
+    kept = Kept("papers", model, extent, cases)
+    results.take(kept.load() or {"runs": [], "scores": []})
+    work, complete = list(_work(results, cases))[results.pieces :], False
     with contextlib.suppress(KeyboardInterrupt):
         for words, do in (bar := tqdm(work, "papers", disable=not progress)):
             bar.set_postfix_str(words)
+            before = results.pieces
             do()
+            if results.pieces > before:
+                kept.save(results.kept())
         complete = True
+        kept.complete()
     reports = {section.NAME: section.report(results) for section in SECTIONS}
     return Suite(results, reports, complete, circumstances())
 
