@@ -65,7 +65,7 @@ class Profile:
 
 def model_of(store: Store) -> dict[str, Any]:
     """What a profile has to fit: the checkpoint's bytes and the stored tiers."""
-    return {"checkpoint": store.manifest.source_digest, "tiers": sorted(store.tiers)}
+    return {"checkpoint": store.manifest.source_digest, "tiers": sorted(store.manifest.tiers)}
 
 
 def find_profile(

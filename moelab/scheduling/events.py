@@ -6,11 +6,13 @@ what a replay decides can be held against what a run did. Kinds and causes are c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+
+from moelab.scheduling.stream import Shape
 
 KINDS = ("hit", "load", "prefetch", "downgrade", "skip", "substitute", "evict", "stall")
 HIT, LOAD, PREFETCH, DOWNGRADE, SKIP, SUBSTITUTE, EVICT, STALL = range(len(KINDS))
@@ -83,10 +85,10 @@ class Decision(NamedTuple):
     cause: str
 
 
-def in_words(row: Row, nbytes: Mapping[int, int]) -> Decision:
+def in_words(row: Row, shape: Shape) -> Decision:
     """A row of a plan as a `Decision`."""
     kind, layer, expert, asked, bits, cause, _ = row
-    size = 0 if kind in (DOWNGRADE, SKIP) else nbytes[bits]
+    size = 0 if kind in (DOWNGRADE, SKIP) else shape.size(shape.key(layer, expert), bits)
     return Decision(KINDS[kind], layer, expert, asked, bits, size, CAUSES[cause])
 
 
@@ -104,6 +106,6 @@ class LayerPlan:
     layer: int
     rows: list[Row] = field(default_factory=list)
 
-    def decisions(self, nbytes: Mapping[int, int]) -> Iterator[Decision]:
+    def decisions(self, shape: Shape) -> Iterator[Decision]:
         """Every decision of this plan in words."""
-        return (in_words(row, nbytes) for row in self.rows)
+        return (in_words(row, shape) for row in self.rows)

@@ -184,7 +184,8 @@ class Trace:
         shape = self.shape
         return {
             "format": FORMAT,
-            "shape": {"experts": shape.experts, "top_k": shape.top_k, "nbytes": dict(shape.nbytes)},
+            "shape": {"experts": shape.experts, "top_k": shape.top_k, "nbytes": dict(shape.nbytes)}
+            | ({"own": dict(shape.own)} if shape.own else {}),
             "steps": [[_plain(getattr(s, name)) for name in SAVED] for s in self.steps],
             "changes": [
                 (
@@ -305,7 +306,7 @@ def _bits(shape: Shape, bits: Any) -> int:
     return bits
 
 
-def _shape(experts: list, top_k: Any, nbytes: dict) -> Shape:
+def _shape(experts: list, top_k: Any, nbytes: dict, own: Any = ()) -> Shape:
     _whole(len(experts), 1, MOST_LAYERS, "number of layers")
     for count in experts:
         _whole(count, 1, MOST_EXPERTS, "number of experts")
@@ -313,7 +314,12 @@ def _shape(experts: list, top_k: Any, nbytes: dict) -> Shape:
     _whole(top_k, 1, min(experts), "top_k")
     tiers = {_whole(int(b), 1, 32, "bits"): _whole(n, 1, MOST, "bytes") for b, n in nbytes.items()}
     _whole(len(tiers), 1, 32, "number of tiers")
-    return Shape(tuple(experts), top_k, tiers)
+    of_each = {}
+    for bits, sizes in dict(own).items():
+        _whole(len(sizes), sum(experts), sum(experts), "number of sizes")
+        most = tiers[int(bits)]
+        of_each[int(bits)] = tuple(_whole(n, 1, most, "bytes of an expert") for n in sizes)
+    return Shape(tuple(experts), top_k, tiers, of_each)
 
 
 def _change(
