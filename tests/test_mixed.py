@@ -13,6 +13,7 @@ import moelab
 from moelab.bench.cases import run_figures
 from moelab.calibration import mixed
 from moelab.calibration import profile as profiles
+from moelab.calibration.mixed import compared
 from moelab.calibration.mixed_choice import UNITS, choose, chosen_forms, costs_of
 from moelab.calibration.profile import find_profile
 from moelab.engine import kernels
@@ -280,6 +281,15 @@ def test_the_mixed_text_is_nearer_than_that_of_the_tier_of_its_bytes(lab):
     assert kl["mixed"] < kl[3]
 
 
+def test_mixed_tiers_beside_the_tiers_in_whose_bytes_they_are(lab):
+    text = "The little ship sailed out of the harbour, and nobody saw it come back. " * 3
+    found = compared(lab, (3,), ("expert", "layer"), [text]).set_index("by")
+    assert [*found.index] == ["plain", "expert", "layer"]
+    assert (found.loc[["expert", "layer"], "bytes"] <= found.loc["plain", "bytes"]).all()
+    assert found.loc["plain", "bits"] == 8 * 49152 / (3 * 192 * 192)
+    assert found.loc["expert", "KL"] < found.loc["plain", "KL"]
+
+
 def test_a_calibration_goes_on_where_it_was_stopped_and_another_size_measures_nothing(
     demo_store, tmp_path, monkeypatch
 ):
@@ -305,9 +315,9 @@ def test_a_calibration_goes_on_where_it_was_stopped_and_another_size_measures_no
         with pytest.raises(KeyboardInterrupt):
             lab.calibrate("mixed", **of)
         first = lab.calibrate("mixed", **of)
-        assert len(measured) == 7 + 1 + (6 * 10 - 7) + 1  # and the held-out KL
+        assert len(measured) == 7 + 1 + (6 * 10 - 7) + 5  # held out: four tiers and this one
         other = lab.calibrate("mixed", within=4, unit="layer", **of)
-        assert len(measured) == 62 + 1
+        assert len(measured) == 66 + 5
         assert other.data["kl"] == first.data["kl"]
         assert other.data["forms"] != first.data["forms"]
         assert len(list((tmp_path / "profiles").glob("mixed-*.bin"))) == 1

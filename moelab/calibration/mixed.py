@@ -14,7 +14,7 @@
 
 Measured on the first three quarters of each text; ``held_out`` on the rest: KL of the tier, and of
 the store's own. That experts bear few bits is MoQE's (arXiv 2310.02410), that their matrices bear
-them unequally MxMoE's finding; costs and choice are ours.
+them unequally MxMoE's (arXiv 2505.05799); how costs are measured and shared is ours.
 
 L layers, E experts, n experts of the model, P projections, F forms, T tokens.
 """
@@ -22,19 +22,22 @@ L layers, E experts, n experts of the model, P projections, F forms, T tokens.
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from moelab.calibration.edgemoe import COUNTED, split
 from moelab.calibration.mixed_choice import UNITS, chosen_forms
-from moelab.calibration.profile import Kept, _folders, find_profile, once
+from moelab.calibration.probes import texts_of
+from moelab.calibration.profile import Kept, Profile, _folders, find_profile, once
 from moelab.calibration.representations import logits
 from moelab.engine.compute import Routed
 from moelab.engine.generation import Stream
@@ -141,7 +144,7 @@ def sensitivity(
         for digits, bits in [((), 8), *((d, b) for d in together for b in BITS[1:])]:
             trial.form = _form(digits, bits)
             known[trial.form] = once(
-                kept, f"kl {layer} {trial.form}", partial(_kl, lab, ids, full, trial, layer)
+                kept, f"kl {layer} {trial.form}", partial(_kl, lab, ids, full, MIXED, trial, layer)
             )
             bar.update()
         base = known[888] / len(together)
@@ -157,10 +160,15 @@ def sensitivity(
 
 
 def _kl(
-    lab: Lab, ids: Sequence[Sequence[int]], full: torch.Tensor, store: Store, layer: int = -1
+    lab: Lab,
+    ids: Sequence[Sequence[int]],
+    full: torch.Tensor,
+    bits: int,
+    store: Store | None = None,
+    layer: int | None = None,
 ) -> float:
-    """KL in nats a token with a layer, or all of them, at the store's mixed tier."""
-    lossy = logits(lab, ids, lambda at: MIXED if layer in (-1, at[0]) else FULL, store)
+    """KL in nats a token with all experts, or a layer's, at a tier; of another store perhaps."""
+    lossy = logits(lab, ids, lambda at: bits if layer in (None, at[0]) else FULL, store)
     return float(kl_divergence(full, lossy).mean())
 
 
@@ -265,19 +273,15 @@ def make(
     forms = chosen_forms(lab._shape, store.layout, data, made["room"], made["unit"])
     mixed = MixedStore(store, forms, _file(store, forms, progress=progress))
     ids = [lab._encode(text)[:max_tokens] for text in held_out]
-    return data | {"forms": forms, "held_out": _held_out(lab, ids, {"mixed": mixed})}
+    return data | {"forms": forms, "held_out": _held_out(lab, ids, mixed)}
 
 
-def _held_out(
-    lab: Lab, ids: Sequence[Sequence[int]], stores: dict[str, MixedStore]
-) -> dict[str, float]:
-    """KL of mixed tiers and of the store's own of `BITS`."""
+def _held_out(lab: Lab, ids: Sequence[Sequence[int]], mixed: MixedStore) -> dict[str, float]:
+    """KL of the tier, and of the store's own of `BITS`."""
     full = logits(lab, ids)
-    found = {name: _kl(lab, ids, full, store) for name, store in stores.items()}
-    for bits in sorted(set(BITS) & set(lab._store.tiers)):
-        lossy = logits(lab, ids, lambda _, bits=bits: bits)
-        found[str(bits)] = float(kl_divergence(full, lossy).mean())
-    return found
+    of_tiers = sorted(set(BITS) & set(lab._store.tiers))
+    found = {str(bits): _kl(lab, ids, full, bits) for bits in of_tiers}
+    return found | {"mixed": _kl(lab, ids, full, MIXED, mixed)}
 
 
 def _file(store: Store, forms: Sequence[int], *, progress: bool) -> Path:
@@ -307,6 +311,15 @@ def _file(store: Store, forms: Sequence[int], *, progress: bool) -> Path:
     raise OSError(f"cannot write {name} beside {store.path} nor into the cache: {failed}")
 
 
+def _profile(store: Store) -> Profile:
+    profile = find_profile(store, "mixed")
+    if profile is None:
+        raise ValueError(
+            'bits="mixed" needs a calibration of this model: run lab.calibrate("mixed") once'
+        )
+    return profile
+
+
 def opened(store: Store, *, progress: bool = False) -> Store:
     """The store with its tier "mixed", as the calibration chose it.
 
@@ -315,19 +328,60 @@ def opened(store: Store, *, progress: bool = False) -> Store:
     ValueError
         There is no calibration, or one that cannot be of this model.
     """
-    profile = find_profile(store, "mixed")
-    if profile is None:
-        raise ValueError(
-            'bits="mixed" needs a calibration of this model: run lab.calibrate("mixed") once'
-        )
+    profile = _profile(store)
     if wrong := set(forms := profile.data["forms"]) - set(forms_of(store.layout)):
         raise ValueError(f"the profile of mixed bits has a form {wrong.pop()} for other experts")
     return MixedStore(store, forms, _file(store, forms, progress=progress))
 
 
-@contextlib.contextmanager
-def _elsewhere(lab: Lab, forms: Sequence[int]) -> Iterator[MixedStore]:
-    """A mixed tier for as long as it is measured."""
-    with tempfile.TemporaryDirectory() as folder:
-        write(lab._store, forms, file := Path(folder) / "mixed.bin", progress=False)
-        yield MixedStore(lab._store, forms, file)
+# -- what it is worth ------------------------------------------------------------------------------
+
+
+def compared(
+    lab: Lab,
+    within: Sequence[int] = (4, 3),
+    units: Sequence[str] = UNITS,
+    texts: Sequence[str] | None = None,
+    *,
+    max_tokens: int = 96,
+) -> pd.DataFrame:
+    """Mixed tiers beside the tiers in whose bytes they are, on the held-out quarter of texts.
+
+    Choices are made anew from the sensitivity that the calibration measured.
+
+    Returns
+    -------
+    pandas.DataFrame
+        By ``within`` and ``by`` (`UNITS`, and ``"plain"``): ``bits`` of a weight with scales and
+        pages, ``bytes`` of all experts, ``KL`` in nats a token against 16 bit.
+
+    Raises
+    ------
+    ValueError
+        There is no calibration, or no text.
+    RuntimeError
+        The lab is at work.
+
+    Examples
+    --------
+    >>> compared(moelab.open("demo"), within=(3,))  # doctest: +SKIP
+    """
+    store, shape = lab._store, lab._shape
+    data = _profile(store).data
+    ids = [lab._encode(split(text)[1])[:max_tokens] for text in texts_of(lab, texts)]
+    weights = shape.n * sum(math.prod(of) for _, of in store.layout.tensors if len(of) > 1)
+    rows = []
+    with lab._session.claimed():
+        full = logits(lab, ids)
+        for bits in within:
+            room = shape.n * nbytes(store.layout, bits)
+            rows.append((bits, "plain", room, _kl(lab, ids, full, bits)))
+            for unit in units:
+                forms = chosen_forms(shape, store.layout, data, room, unit)
+                with tempfile.TemporaryDirectory() as folder:
+                    write(store, forms, file := Path(folder) / "mixed.bin", progress=False)
+                    kl = _kl(lab, ids, full, MIXED, mixed := MixedStore(store, forms, file))
+                rows.append((bits, unit, mixed.shape.all_bytes(MIXED), kl))
+    frame = pd.DataFrame(rows, columns=["within", "by", "bytes", "KL"])
+    frame.insert(2, "bits", 8 * frame["bytes"] / weights)
+    return frame
