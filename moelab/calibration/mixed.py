@@ -266,9 +266,9 @@ def make(
     total = lab._shape.layers * (2 + len(_projections(lab)) * (len(BITS) - 1))
     with tqdm(total=total, disable=not progress, desc="mixed") as bar:
         before = find_profile(store, "mixed")
-        # One that was made from just this was found already, unless it is to be made again.
-        known = before is not None and before.made_from != made
-        if known and alike.items() <= before.made_from.items():
+        if before is not None and before.made_from == made:
+            before = None  # it was there already: it is to be made again
+        if before is not None and alike.items() <= before.made_from.items():
             data = {name: before.data[name] for name in ("projections", "kl", "errors")}
         else:
             data = sensitivity(lab, counted, max_tokens, kept, bar)
