@@ -185,6 +185,7 @@ def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dic
         "positions": positions(engine.model),
         "tiers": tuple(sorted(shape.nbytes, reverse=True)),
         "expert_bytes": dict(shape.nbytes),
+        **({"own_bytes": shape.own_cells()} if shape.own else {}),
         "all_experts_bytes": shape.all_bytes(max(shape.nbytes)),
         "token_cycle_bytes": shape.token_cycle_bytes(s.bits),
         "minimum_budget_bytes": minimum_budget(shape, s.strategy, s.knobs()),

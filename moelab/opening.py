@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moelab.calibration.mixed import opened as with_mixed
 from moelab.calibration.profile import Strategies
 from moelab.catalogue import CHEAP_BYTES, find_store
 from moelab.lab import Lab
@@ -34,8 +35,8 @@ def open(  # noqa: A001
     model: str | Path = "demo",
     *,
     budget: int | str | None = None,
-    bits: int | None = None,
-    low_bits: int | None = None,
+    bits: int | str | None = None,
+    low_bits: int | str | None = None,
     strategy: str | Strategy = "lru",
     device: str = "disk",
     prefetch: int | None = None,
@@ -62,7 +63,7 @@ def open(  # noqa: A001
         what the machine can spare.
     bits, low_bits
         Tier asked for (default: the strategy's, else the store's best) and the second tier of a
-        pair (default: the strategy's; 0 for none).
+        pair (default: the strategy's; 0 for none). ``"mixed"``: `moelab.calibration.mixed`'s.
     strategy
         A name of ``moelab.strategies.NAMES`` or a `Strategy`.
     device
@@ -94,7 +95,7 @@ def open(  # noqa: A001
             f"dense_bits={dense_bits}: one of {DENSE_BITS}; below 16 with dtype=torch.float32"
         )
     found = find_store(model, tiers=tiers, progress=progress, dense_bits=dense_bits)
-    store = open_store(found, verify=verify)
+    store = _opened(found, (bits, low_bits), verify=verify, progress=progress is True)
     name = model if isinstance(model, str) else str(model.expanduser().absolute())
     strategies = Strategies(store)
     asked = {"bits": bits, "low_bits": low_bits, "prefetch": prefetch, "strategy": strategy}
@@ -110,6 +111,14 @@ def open(  # noqa: A001
         progress=progress is True,
     )
     return _begun(lab, hot_set, follows=budget == "auto")
+
+
+def _opened(found: Path, tiers: Sequence[Any], *, verify: bool, progress: bool) -> Store:
+    store = open_store(found)
+    store = with_mixed(store, progress=progress) if "mixed" in tiers else store
+    if verify:
+        store.verify()
+    return store
 
 
 def _begun(lab: Lab, hot_set: bool, *, follows: bool) -> Lab:

@@ -22,7 +22,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from moelab.scheduling.budget import check_budget
 from moelab.scheduling.strategy import ROLES, Own, Strategy, begun_anew
-from moelab.scheduling.stream import FULL, ZIPPED, Knobs, Shape
+from moelab.scheduling.stream import FULL, MIXED, ZIPPED, Knobs, Shape
 from moelab.store.devices import device as find_device
 from moelab.strategies import NAMES
 from moelab.strategies import make as make_strategy
@@ -59,7 +59,7 @@ class Settings:
     budget_bytes
         Bytes that resident experts of all tiers may take, loads in flight included.
     bits
-        Tier at which experts are asked for.
+        Tier at which experts are asked for; ``"mixed"`` is kept as `MIXED`, a tier's number.
     strategy
         The five decisions, with their parameters.
     device
@@ -112,6 +112,10 @@ class Settings:
             A value is out of range, unknown, or the budget is below one layer's need.
         """
         changes = {_ALIASES.get(name, name): value for name, value in changes.items()}
+        mixed = {n: MIXED for n in ("bits", "low_bits") if changes.get(n) == "mixed"}
+        if mixed and MIXED not in shape.nbytes:
+            raise ValueError('this lab has no mixed tier; open it with moelab.open(bits="mixed")')
+        changes |= mixed
         if isinstance(changes.get("prefetch"), int):
             changes["depth"] = changes.pop("prefetch")
         if "budget" in changes:

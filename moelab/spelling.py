@@ -20,7 +20,7 @@ from typing import Any
 
 from moelab.scheduling.budget import size
 from moelab.scheduling.strategy import ROLES, Own, Strategy, part_title
-from moelab.scheduling.stream import Shape
+from moelab.scheduling.stream import MIXED, Shape
 from moelab.settings import Settings
 from moelab.store.devices import DEVICES
 from moelab.strategies import GROUPS, NAMES, make, maker
@@ -184,7 +184,8 @@ def _alike(one: Strategy, other: Strategy) -> int:
 
 
 def _written(words: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={_word(value)}" for name, value in words.items())
+    mixed = {name: "mixed" for name in ("bits", "low_bits") if words.get(name) == MIXED}
+    return ", ".join(f"{name}={_word(value)}" for name, value in {**words, **mixed}.items())
 
 
 def _word(value: Any) -> str:
@@ -210,11 +211,15 @@ def short(settings: Settings, shape: Shape) -> str:
     """
     s, strategy, low = settings, settings.strategy, settings.low_bits
     share = 100 * s.budget_bytes / shape.all_bytes(max(shape.nbytes))
-    pair = f"/{low}" if low and low < s.bits else ""
+    pair = f"/{_bits(low)}" if low and low < s.bits else ""
     device = DEVICES[s.device].title.partition(",")[0].partition(" (")[0]
     pins = "".join(f", expert {at}.{e} pinned at {b} bit" for (at, e), b in strategy.pinned.items())
     disk = "disk" if s.device == "disk" else device
-    return f"{strategy.full_name}, {share:.3g} %, {s.bits}{pair} bit, {disk}{pins}"
+    return f"{strategy.full_name}, {share:.3g} %, {_bits(s.bits)}{pair} bit, {disk}{pins}"
+
+
+def _bits(bits: int) -> str:
+    return "mixed" if bits == MIXED else str(bits)
 
 
 def in_turn(shorts: Sequence[str]) -> str:
@@ -311,12 +316,12 @@ def sentence(settings: Any, expert_bytes: Mapping[int, int], all_experts_bytes: 
     """Settings in one line: ``budget 5.31 MB = 25% = 24 experts, 16 bit, LRU``."""
     budget, name = settings.budget_bytes, settings.strategy.name
     experts = budget // expert_bytes[settings.bits]
-    low = f", low bits {settings.low_bits}" if settings.low_bits else ""
+    low = f", low bits {_bits(settings.low_bits)}" if settings.low_bits else ""
     ahead = f", prefetch {settings.prefetch} ahead" if settings.prefetch else ""
     strategy = about(settings.strategy) if name.endswith("*") else spelled(name)
     return (
         f"budget {size(budget)} = {budget / all_experts_bytes:.0%} = {experts} experts, "
-        f"{settings.bits} bit{low}, {strategy}{ahead}"
+        f"{_bits(settings.bits)} bit{low}, {strategy}{ahead}"
     )
 
 

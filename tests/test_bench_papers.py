@@ -143,13 +143,13 @@ def test_every_case_has_the_same_prompts_however_often_it_runs():
 
 
 def test_the_log_says_who_was_above_the_budget(mixed_run):
-    nbytes = mixed_run.trace.shape.nbytes
-    start = sum(nbytes[bits] for _, bits in mixed_run.trace.resident)
+    shape = mixed_run.trace.shape
+    start = sum(shape.size(*copy) for copy in mixed_run.trace.resident)
     budgets = [token.budget_bytes for token in mixed_run.token_reports]
     peak = mixed_run.summary()["peak_resident_bytes"]
 
     def above(resident: int, budgets: list[int], events=mixed_run.events) -> int:
-        return above_budget(events, resident, nbytes, budgets)
+        return above_budget(events, resident, shape, budgets)
 
     assert above(start, budgets) == above(start, [peak] * 16) == 0
     assert above(start, [peak - 1] * 16) > 0

@@ -174,7 +174,8 @@ def test_the_demo_brings_its_own_and_they_fit(demo_store, name):
         module = __import__(f"moelab.calibration.{name}", fromlist=[name])
         made_from = {"texts": digest_of(texts_of(lab, None)), **module.made_from(lab)}
         assert found.made_from == json.loads(json.dumps(made_from))
-        lab.update(strategy=name)
+        if name in NAMES:
+            lab.update(strategy=name)
     assert (profiles.SHIPPED / f"{name}.json").stat().st_size < 300_000
 
 

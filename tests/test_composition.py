@@ -178,7 +178,7 @@ class Start(Prefetch):
 
 def test_a_set_up_comes_before_the_first_token_and_only_once():
     s = Scheduler(SHAPE, lru().replace(prefetch=Start()), knobs())
-    assert [(d.layer, d.expert, d.bits, d.cause) for d in s.begin().decisions(NBYTES)] == [
+    assert [(d.layer, d.expert, d.bits, d.cause) for d in s.begin().decisions(SHAPE)] == [
         (2, 5, 16, "set-up"),
         (1, 4, 16, "set-up"),
     ]

@@ -224,8 +224,8 @@ def test_the_budget_is_never_exceeded_whatever_changes_at_whatever_token(lab, sc
     due, seen = dict(script), []
     arena, take = lab._engine.arena, lab._engine.arena.take
 
-    def watched(bits):
-        slot = take(bits)
+    def watched(*copy):
+        slot = take(*copy)
         seen.append(arena.held_bytes <= arena.limit_bytes == lab._engine.settings.budget_bytes)
         return slot
 

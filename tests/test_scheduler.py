@@ -99,7 +99,7 @@ def test_unimportance_is_the_sum_of_the_weights_ranked_before():
 def test_a_tier_pair_serves_misses_high_low_or_not_at_all(first, kind):
     s = Scheduler(SHAPE, lru().tuned(low_bits=4), knobs())
     plan = s.step(step(0, 1, 2, weights=(first, 1 - first)))
-    second = [d for d in plan.decisions(NBYTES) if d.expert == 2]
+    second = [d for d in plan.decisions(SHAPE) if d.expert == 2]
     assert second[-1].kind == kind
     assert (second[-1].bits_asked, second[-1].bits) == (
         16,

@@ -20,7 +20,7 @@ SHAPE = Shape((6, 6, 6, 6), 2, NBYTES)
 
 def decided(plan: LayerPlan, *kinds: str) -> list[Decision]:
     """A plan's decisions in words, all or those of these kinds."""
-    return [d for d in plan.decisions(NBYTES) if not kinds or d.kind in kinds]
+    return [d for d in plan.decisions(SHAPE) if not kinds or d.kind in kinds]
 
 
 def places(decisions: Iterable[Any]) -> list[tuple[int, int]]:

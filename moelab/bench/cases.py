@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import pandas as pd
 
 import moelab
 from moelab.scheduling.events import GUESSED
+from moelab.scheduling.stream import Shape
 
 ROLES = tuple(moelab.strategies.lru().parts)
 """The five decisions; each may be taken from another strategy."""
@@ -154,27 +155,30 @@ def measure(
 def run_figures(run: moelab.Run) -> dict[str, Any]:
     """A run's summary, and what its events say: the numbers of `COUNTED`, and the budget kept."""
     events, tokens, shape = run.events, run.per_token.iloc[1:], run.trace.shape
-    resident = sum(shape.nbytes[bits] for _, bits in run.trace.resident)
+    resident = sum(shape.size(key, bits) for key, bits in run.trace.resident)
     budgets = [token.budget_bytes for token in run.token_reports]
     return run.summary() | {
         "generated": list(run.tokens),
         "compute_ms": float(tokens["compute_ms"].median()),
         "stall_ms": float(tokens["stall_ms"].mean()),
-        "tokens_above_budget": above_budget(events, resident, shape.nbytes, budgets),
+        "tokens_above_budget": above_budget(events, resident, shape, budgets),
         **{name: len(events.query(which)) for name, which in COUNTED.items()},
     }
 
 
-def above_budget(
-    events: pd.DataFrame, resident: int, nbytes: Mapping[int, int], budgets: Sequence[int]
-) -> int:
+def above_budget(events: pd.DataFrame, resident: int, shape: Shape, budgets: Sequence[int]) -> int:
     """Tokens in which the experts took more than the budget, counted from the log alone.
 
-    From a run's events in order, the bytes of the experts in memory when it began, those of an
-    expert by its bits, and the budget of each token.
+    From a run's events in order, the bytes of the experts in memory when it began, those of each
+    expert by the model's shape, and the budget of each token.
     """
-    sign = events["kind"].map({"load": 1, "prefetch": 1, "evict": -1}.get).fillna(0)
-    held = resident + (sign * events["bits"].map(lambda bits: nbytes.get(bits, 0))).cumsum()
+    sign = events["kind"].map({"load": 1, "prefetch": 1, "evict": -1}.get).fillna(0).tolist()
+    columns = (events[name].tolist() for name in ("layer", "expert", "bits"))
+    moved = [
+        way and way * shape.size(shape.key(layer, expert), bits)
+        for way, layer, expert, bits in zip(sign, *columns, strict=True)
+    ]
+    held = resident + np.cumsum(moved)
     return len(set(events.loc[held > events["token"].map(budgets.__getitem__), "token"]))
 
 

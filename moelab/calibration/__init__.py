@@ -1,6 +1,6 @@
 """Calibrations: what a strategy has to know of a model, measured once and kept.
 
-Each of the modules in `NAMES` measures for one strategy, by two functions:
+Each of the modules in `NAMES` measures for one strategy, or for the tier "mixed", by two functions:
 
     made_from(lab, **options)                     the options, checked: what the result depends on
     make(lab, texts, made, kept, *, progress)     the result, plain JSON, from texts and `made`
@@ -23,7 +23,7 @@ from moelab.settings import refuse_unknown
 if TYPE_CHECKING:
     from moelab.lab import Lab
 
-NAMES = ("edgemoe", "hobbit", "swapmoe", "adapmoe", "flashmoe")
+NAMES = ("edgemoe", "hobbit", "swapmoe", "adapmoe", "flashmoe", "mixed")
 
 
 def calibrate(

@@ -14,6 +14,7 @@ import fastjsonschema
 
 from moelab.scheduling.stream import Shape
 from moelab.store.manifest import digest
+from moelab.store.mixed import BITS, FORMS
 from moelab.strategies import CALIBRATED, make
 from moelab.strategies.edgemoe_paths import PathTable
 from moelab.strategies.swapmoe_planner import HIDDEN
@@ -50,6 +51,16 @@ def _fields(name: str, shape: Shape, data: dict[str, Any]) -> dict[str, Any]:
         return {"h": _row(_NUMBER, layers), "hits": table(1), "tau": _NUMBER | {"minimum": 0}}
     if name == "hobbit":
         return {"t1": _SHARE, "t2": _SHARE, "weights": _row(_SHARE, 4)}
+    if name == "mixed":
+        costs = _row(_row(_NUMBER | {"minimum": 0}, len(BITS)), len(data["projections"]))
+        errors = [_row(costs, count) for count in shape.experts]
+        return {
+            "forms": _row({"enum": list(FORMS)}, shape.n),
+            "projections": {"enum": [[[0], [1], [2]], [[0, 1], [2]]]},
+            "kl": _row(costs, layers),
+            "errors": {"type": "array", "items": errors, "minItems": layers, "maxItems": layers},
+            "held_out": _named(r"^\w{1,5}$", _NUMBER),
+        }
     if name == "flashmoe":
         hidden = len(data["nets"][0][0][1])
         nets = [_net(hidden, count) for count in shape.experts]
@@ -130,7 +141,8 @@ def check(name: str, data: Any, shape: Shape) -> None:
 
 def _try(name: str, data: dict[str, Any], shape: Shape) -> None:
     fields = _fields(name, shape, data)
-    known = {"type": "object", "properties": fields, "required": [f for f in fields if f in data]}
+    needed = [f for f in fields if f in data or name == "mixed"]
+    known = {"type": "object", "properties": fields, "required": needed}
     fastjsonschema.validate(known, data)
     if name == "edgemoe":
         PathTable.of(data["paths"]).pairs(shape.experts)  # refuses experts that there are not

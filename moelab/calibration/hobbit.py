@@ -73,7 +73,7 @@ def decide(trace: Trace, strategy: Strategy, knobs: Knobs) -> Outcome:
         if not given.prefill:
             score = {r.expert: r.score for r in given.requests()}
             missed += [score[row[2]] for row in plan.rows if row[0] in (LOAD, SKIP)]
-            decisions += plan.decisions(nbytes)
+            decisions += plan.decisions(trace.shape)
             tokens += given.layer == trace.shape.path().start
         if given.layer == trace.shape.layers - 1:
             scheduler.end_of_token()

@@ -65,7 +65,15 @@ class Profile:
 
 def model_of(store: Store) -> dict[str, Any]:
     """What a profile has to fit: the checkpoint's bytes and the stored tiers."""
-    return {"checkpoint": store.manifest.source_digest, "tiers": sorted(store.tiers)}
+    return {"checkpoint": store.manifest.source_digest, "tiers": sorted(store.manifest.tiers)}
+
+
+def _fits(name: str, model: Any, store: Store) -> bool:
+    """Whether a profile is of this model; "mixed" hangs on no tier but the checkpoint's own."""
+    own = model_of(store)
+    if name == "mixed" and isinstance(model, dict):
+        model = model | {"tiers": own["tiers"]}
+    return model == own
 
 
 def find_profile(
@@ -82,7 +90,7 @@ def find_profile(
     """
     for folder in (*_folders(store), SHIPPED):
         doc = _read(folder / f"{name}.json", {f.name for f in fields(Profile)})
-        if doc and doc["model"] == model_of(store) and made_from in (None, doc["made_from"]):
+        if doc and _fits(name, doc["model"], store) and made_from in (None, doc["made_from"]):
             try:
                 check(name, doc["data"], store.shape)
             except ValueError as error:

@@ -9,7 +9,7 @@ T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -66,10 +66,10 @@ def losses(
     ids = [read(lab, text, max_tokens) for text in texts_of(lab, texts)]
     found = []
     with lab._session.claimed():
-        full = _logits(lab, ids)
+        full = logits(lab, ids)
         for name in asked:
             form = REPRESENTATIONS[name]
-            lossy = _logits(lab, ids, form)
+            lossy = logits(lab, ids, store=_Through(lab._store, form))
             same = (full.argmax(-1) == lossy.argmax(-1)).double().mean()
             kl = kl_divergence(full, lossy).mean()
             found.append(Loss(name, _bits(lab._store, form), float(kl), float(same)))
@@ -84,13 +84,18 @@ def _bits(store: Store, form: Representation) -> float:
     return sum(bits) / sum(counts)
 
 
-def _logits(lab: Lab, texts: Sequence[Ids], form: Representation | None = None) -> torch.Tensor:
-    """Logits ``[T, V]`` of all texts with every expert at 16 bit or, of a form, what it left."""
+def logits(
+    lab: Lab,
+    texts: Sequence[Ids],
+    bits: Callable[[tuple[int, int]], int] = lambda _: FULL,
+    store: Store | None = None,
+) -> torch.Tensor:
+    """Logits ``[T, V]`` of all texts with every expert at its ``bits``, out of another store."""
     engine = lab._engine
     with ExitStack() as stack:
-        stack.enter_context(engine.full_precision(lambda _: FULL))
-        if form is not None:
-            engine.compute.store = _Through(lab._store, form)
+        stack.enter_context(engine.full_precision(bits))
+        if store is not None:
+            engine.compute.store = store
             stack.callback(setattr, engine.compute, "store", lab._store)
         return torch.cat([Stream(engine, ids.source).forward(ids, keep=len(ids)) for ids in texts])
 

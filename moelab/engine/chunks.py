@@ -25,6 +25,7 @@ from moelab.engine.row_dots import MXFP4, Q4_1, TILE, block_dot, block_dots, dot
 from moelab.engine.vectors import half_value, intrinsic_of, kernel
 from moelab.store.blocks import BLOCK
 from moelab.store.groups import GROUP
+from moelab.store.mixed import LEAST
 from moelab.store.zipped import ZIPPED, amend, table_bytes
 
 ROWS = 64
@@ -68,6 +69,14 @@ def group_of(form: int) -> tuple[int, int]:
     if form < 32:
         return GROUP, 4
     return BLOCK, (4 if form == Q4_1 else 1 if form == MXFP4 else 2)
+
+
+@kernel
+def forms_of(form: int) -> tuple[int, int, int]:
+    """Forms of gate, up and down: the digits of a mixed one (`moelab.store.mixed`)."""
+    if form < LEAST:
+        return form, form, form
+    return form // 100, form // 10 % 10, form % 10
 
 
 @kernel
@@ -161,6 +170,14 @@ def _bytes(form: int, rows: int, width: int) -> int:
 
 
 @kernel
+def _first_bytes(form: int, up_form: int, rows: int, width: int) -> int:
+    """Bytes of the first matrix, whose halves may be at bits of their own."""
+    if form == up_form:
+        return _bytes(form, rows, width)
+    return _bytes(form, rows // 2, width) + _bytes(up_form, rows // 2, width)
+
+
+@kernel
 def _row(form: int, matrix: int, rows: int, r: int, row_bytes: int, words: np.ndarray) -> int:
     """The address of row ``r`` of a matrix; of 12 bit that of ``words``, where it now is 16."""
     if form != ZIPPED:
@@ -194,26 +211,34 @@ def _hidden_chunk(job: np.ndarray, index: int) -> None:
     blocks = -(-inner // ROWS)
     e, first = index // blocks, index % blocks * ROWS
     last = min(first + ROWS, inner)
-    form = carray(_i64(job[7]), n)[e]
+    form, up_form, down_form = forms_of(carray(_i64(job[7]), n)[e])
     size, scales = group_of(form)
-    groups, row_bytes = width // size, width * (form & 31) // 8
+    groups, row_bytes, up_bytes = (
+        width // size,
+        width * (form & 31) // 8,
+        width * (up_form & 31) // 8,
+    )
     start, kind = carray(_i64(job[6]), n)[e], activations_of(form)
     rule, two, interleaved, biased = carray(float32_at(job[21]), 5), job[18], job[19], job[20]
     step, lift = (2, 1) if interleaved != 0 else (1, inner)
-    pairs = start + two * inner * row_bytes
-    bias = start + _bytes(form, two * inner, width) + _bytes(form, width, inner)
+    # Gate and up are one matrix of two * inner rows or, where their bits differ, two of inner.
+    apart, rows = form != up_form, inner if form != up_form else two * inner
+    above, up_start = (0, start + _bytes(form, rows, width)) if apart else (lift, start)
+    pairs, up_pairs = start + rows * row_bytes, up_start + rows * up_bytes
+    bias = start + _first_bytes(form, up_form, two * inner, width) + _bytes(down_form, width, inner)
     all_xq = job[11] + kind * tokens * width * 2
     all_xp = job[13] + kind * tokens * (width // BLOCK) * 8
+    other_kind = (activations_of(up_form) - kind) * tokens
+    up_xq, up_xp = other_kind * width * 2, other_kind * (width // BLOCK) * 8
     gate = carray(float32_at(job[9]), (n, tokens))
     act = carray(float32_at(job[15]), (n, tokens, inner))
     hidden, scaled = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     words = np.empty((2, width if form == ZIPPED else 0), np.uint16)
-    meets = 16 if form == ZIPPED else form
+    meets, up_meets = (16, 16) if form == ZIPPED else (form, up_form)
     for r in range(first, last):  # outside: a row comes from memory once, for all tokens
-        w = _row(form, start, two * inner, r * step, row_bytes, words[0])
-        up = w if two == 1 else _row(form, start, two * inner, r * step + lift, row_bytes, words[1])
-        p = pairs + r * step * groups * scales
-        up_p = p + lift * groups * scales
+        w, at = _row(form, start, rows, r * step, row_bytes, words[0]), r * step + above
+        up = w if two == 1 else _row(up_form, up_start, rows, at, up_bytes, words[1])
+        p, up_p = pairs + r * step * groups * scales, up_pairs + at * groups * scales
         own, other, t = np.float32(0), np.float32(0), 0
         if biased != 0:
             own = half_value(bfloat, bias + 2 * r * step)
@@ -224,17 +249,19 @@ def _hidden_chunk(job: np.ndarray, index: int) -> None:
                 x, xq, xp = job[8] + 4 * t * width, all_xq + 2 * t * width, all_xp + 8 * t * groups
                 _dots(meets, bfloat, w, p, x, xq, xp, groups, count, hidden)
                 if two == 2:
-                    _dots(meets, bfloat, up, up_p, x, xq, xp, groups, count, scaled)
+                    xq, xp = xq + up_xq, xp + up_xp
+                    _dots(up_meets, bfloat, up, up_p, x, xq, xp, groups, count, scaled)
                 for i in range(count):
                     act[e, t + i, r] = _activated(rule, hidden[i] + own, scaled[i] + other)
             t += count
-    if meets != 16:
+    if down_form not in (16, ZIPPED):
+        size = group_of(down_form)[0]
         codes = carray(_i16(job[16]), (n, tokens, inner))
         at = job[17] + 8 * e * tokens * (inner // BLOCK)
         a_pairs = carray(float32_at(at), (tokens, inner // size, 2))
         for t in range(tokens):
             if gate[e, t] != 0 or tokens > FEW_TOKENS:
-                quantise(act[e, t], first // size, last // size, form, codes[e, t], a_pairs[t])
+                quantise(act[e, t], first // size, last // size, down_form, codes[e, t], a_pairs[t])
     used(words)
 
 
@@ -244,11 +271,11 @@ def _down_chunk(job: np.ndarray, index: int) -> None:
     n, tokens, width, inner, bfloat = job[1], job[2], job[3], job[4], job[5] != 0
     blocks = -(-width // ROWS)
     e, first = index // blocks, index % blocks * ROWS
-    form = carray(_i64(job[7]), n)[e]
+    gate_form, up_form, form = forms_of(carray(_i64(job[7]), n)[e])
     size, scales = group_of(form)
     groups, row_bytes = inner // size, inner * (form & 31) // 8
     first_rows = job[18] * inner
-    start = carray(_i64(job[6]), n)[e] + _bytes(form, first_rows, width)
+    start = carray(_i64(job[6]), n)[e] + _first_bytes(gate_form, up_form, first_rows, width)
     pairs, bias = start + width * row_bytes, start + _bytes(form, width, inner) + 2 * first_rows
     gate = carray(float32_at(job[9]), (n, tokens))
     out = carray(float32_at(job[10]), (n, tokens, width))

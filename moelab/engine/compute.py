@@ -25,7 +25,7 @@ from moelab.engine.memory import HUGE, Slot, pages
 from moelab.models.adapter import Adapter, expert_forward
 from moelab.models.gating import SWIGLU, rule_of_all
 from moelab.scheduling.stream import Key
-from moelab.store.codecs import decode
+from moelab.store.mixed import decode
 from moelab.store.store import Store
 
 AT_ONCE = 8
@@ -78,7 +78,7 @@ class ExpertCompute:
         found = rule_of_all(layer.module for layer in adapter.layers)
         self.fast = kernels.supports(store.layout, store.manifest, found)
         self.rule, self.biased = found or SWIGLU, store.manifest.has_bias
-        self._full: dict[tuple[int, int], Slot] = {}  # (place, bits) -> memory of full precision
+        self._full: dict[tuple[int, int], Slot] = {}  # (place, bytes) -> memory of full precision
 
     def release(self) -> None:
         """Let go of full precision's memory."""
@@ -110,11 +110,11 @@ class ExpertCompute:
 
     def _read(self, layer: int, serve: Serve, place: int) -> Slot:
         """The expert in one of `AT_ONCE` slots, which the next one in that place writes over."""
-        slot = self._full.get((place, serve.bits))
+        nbytes = self.store.location(layer, serve.expert, serve.bits)[2]
+        slot = self._full.get((place, nbytes))
         if slot is None:
-            nbytes = self.store.slot_bytes[serve.bits]
             slot = Slot(serve.bits, pages(nbytes, huge=nbytes >= HUGE))
-            self._full[place, serve.bits] = slot
+            self._full[place, nbytes] = slot
         self.store.read(layer, serve.expert, serve.bits, into=slot.view)
         return slot
 
@@ -124,6 +124,13 @@ class _Layer:
 
     def __init__(self, compute: ExpertCompute, layer: int, x: torch.Tensor, routed: Routed) -> None:
         self.layer, self._compute, self._x, self._routed = layer, compute, x, routed
+
+    def _coded(self, serve: Serve) -> int:
+        """What the copy's bytes are: its bits, or of "mixed" the form of whoever serves."""
+        store = self._compute.store
+        first = sum(store.experts_per_layer[: self.layer])
+        expert = serve.expert if serve.key < 0 else serve.key - first
+        return store.coded(self.layer, expert, serve.bits)
 
 
 class KernelBatch(_Layer):
@@ -149,7 +156,7 @@ class KernelBatch(_Layer):
         outputs = np.zeros((len(served), *self._in.shape), np.float32)
         kernels.compute_experts(
             np.array([m.addr for _, m in served], np.uintp),
-            np.array([self._compute.layout.form(s.bits) for s, _ in served], np.int64),
+            np.array([self._compute.layout.form(self._coded(s)) for s, _ in served], np.int64),
             self._in.numpy(),
             np.array(gates, np.float32),
             outputs,
@@ -192,7 +199,7 @@ class PrefillBatch(_Layer):
         gates = torch.from_numpy(self._gates(served)) if served else ()
         for (serve, memory), gate in zip(served, gates, strict=True):
             rows = gate.nonzero()[:, 0]
-            y = self._expert(serve.bits, memory, rows, gate[rows, None].to(self._dtype))
+            y = self._expert(self._coded(serve), memory, rows, gate[rows, None].to(self._dtype))
             self._early[serve.expert] = rows, y
             while self._order and self._order[0] in self._early:
                 self._out.index_add_(0, *self._early.pop(self._order.pop(0)))

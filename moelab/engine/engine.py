@@ -338,7 +338,7 @@ class Engine:
                 continue
             late = kind == e.HIT and bits > 0 and not self.resident[key][1].done
             told = (*row[:5], e.LATE, chosen) if late else row
-            size = self.shape.nbytes.get(bits, 0)
+            size = self.shape.size(key, bits) if bits else 0
             self.log.add(self.token, self.at, told, size, time.perf_counter())
             if kind in (e.LOAD, e.PREFETCH):  # right behind its row: the ticket is the last row's
                 self.log.time_by(self._load(key, bits, urgent=kind == e.LOAD))
@@ -377,8 +377,8 @@ class Engine:
         """Submit a load; it holds its memory from now on."""
         # The arena refuses what would exceed the budget. It never has to: the plan's evictions came
         # before this row. Until the ticket is done the slot is the loader's to write.
-        slot = self.arena.take(bits)
-        _, offset, _ = self.store.location(*self.shape.place(key), bits)
+        _, offset, nbytes = self.store.location(*self.shape.place(key), bits)
+        slot = self.arena.take(bits, nbytes)
         ticket = self.loader.submit(self.store.files[bits], offset, slot.view, urgent=urgent)
         self.resident[key] = (slot, ticket)
         if not urgent:

@@ -28,6 +28,7 @@ from moelab.engine.chunks import (
     POOL,
     ROWS,
     activations_of,
+    forms_of,
     group_of,
     job_of,
     quantise,
@@ -44,12 +45,13 @@ from moelab.store.codecs import (
     TIERS,
     ZIPPED,
     Layout,
-    check_blob,
     decode,
     matrices,
     nbytes,
 )
 from moelab.store.manifest import Manifest
+from moelab.store.mixed import FORMS as MIXED_FORMS
+from moelab.store.mixed import check_blob
 
 __all__ = [
     "AVX2",
@@ -67,6 +69,8 @@ KERNEL_TOKENS = 32
 BLOCK_BYTES = 1 << 20
 """Of float32 rows that are widened at a time: they stay in a core's cache."""
 _FORMS = (*KNOWN_TIERS, *FORMS)
+_KNOWN = np.zeros(1 + max(MIXED_FORMS), np.bool_)
+_KNOWN[[*_FORMS, *MIXED_FORMS]] = True
 _UINTP, _INT64, _FLOAT32 = np.dtype(np.uintp), np.dtype(np.int64), np.dtype(np.float32)
 
 
@@ -116,10 +120,14 @@ def _experts(
     n, (tokens, width) = len(addresses), x.shape
     wanted = np.zeros(ACTIVATIONS, np.int64)  # a form that meets them so
     for e in range(n):
-        if addresses[e] == 0 or bits[e] not in _FORMS:
+        if addresses[e] == 0 or not 0 <= bits[e] < len(_KNOWN) or not _KNOWN[bits[e]]:
             return e
-        if bits[e] != 16 and bits[e] != ZIPPED:
-            wanted[activations_of(bits[e])] = bits[e]
+        gate_form, up_form, _ = forms_of(bits[e])
+        if gate_form != up_form and (rule[4] != 0 or rule[5] != 0):  # no gate, or rows in turn
+            return e
+        for form in (gate_form, up_form):
+            if form not in (16, ZIPPED):
+                wanted[activations_of(form)] = form
     # Only rows of tokens that are served are ever filled, and only those are read.
     xq = np.empty((ACTIVATIONS, tokens, width), np.int16)
     x_pairs = np.empty((ACTIVATIONS, tokens * (width // BLOCK), 2), np.float32)
@@ -241,7 +249,7 @@ def compute_experts(
     ----------
     addrs, bits
         uintp and int64 ``[n]``: where each expert's blob starts (at any byte), and its tier's
-        `Layout.form`.
+        `Layout.form`, or its own (`moelab.store.mixed`).
     x, gate, out
         float32 ``[T, H]``, ``[n, T]``, and ``[n, T, H]``, which is written.
     inner : int
@@ -291,7 +299,7 @@ def compute_prefill(
     """
     check_blob(blob, layout, bits)
     shapes = [layout.rows(shape) for _, shape in layout.tensors]
-    if len(x) <= KERNEL_TOKENS or bits < ZIPPED:
+    if len(x) <= KERNEL_TOKENS or bits not in (16, ZIPPED):
         blob = np.ascontiguousarray(blob)
         x, out = x.contiguous(), x.new_empty((1, *x.shape))
         compute_experts(

@@ -1,6 +1,7 @@
 """Memory for resident experts: slots end to end on huge pages, given back in time.
 
-All experts of a tier have one size, so there is no fragmentation. A slot that is free but still
+All experts of a tier have one size (but of "mixed", of whose few sizes each has its own slots), so
+there is no fragmentation. A slot that is free but still
 mapped counts against the limit too: what the arena holds is what the process really has, but for
 the last huge page of each piece of address space (2 MB at most), and while a forked child lives,
 which keeps a copy of what is written over. What it does not know: which expert is in a slot. The
@@ -87,7 +88,7 @@ class Arena:
     Parameters
     ----------
     nbytes
-        Slot size of each tier.
+        Slot size of each tier, where `take` is not told another.
     limit_bytes
         The budget.
     """
@@ -100,18 +101,20 @@ class Arena:
         self.held_bytes = 0
         self.peak_bytes = 0
 
-    def take(self, bits: int) -> Slot:
-        """A slot for one expert at ``bits``; its content is undefined.
+    def take(self, bits: int, nbytes: int = 0) -> Slot:
+        """A slot for one expert at ``bits``, or of these bytes; its content is undefined.
 
         Raises
         ------
         AssertionError
             It would break the budget: a fault in the caller, who must give slots back first.
         """
-        if self._free[bits]:  # mapped, and counted, already
-            return self._free[bits].pop()
-        nbytes = self._nbytes[bits]
-        # Free slots of other tiers make way first: after a change of bits they would stay for good.
+        nbytes = nbytes or self._nbytes[bits]
+        if self._free[nbytes]:  # mapped, and counted, already
+            slot = self._free[nbytes].pop()
+            slot.bits = bits
+            return slot
+        # Free slots of other sizes make way first: after a change of bits they would stay for good.
         self._unmap(self.limit_bytes - nbytes)
         if self.held_bytes + nbytes > self.limit_bytes:
             raise AssertionError(
@@ -120,11 +123,11 @@ class Arena:
             )
         self.held_bytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
-        return self._map(bits)
+        return self._map(bits, nbytes)
 
     def give(self, slot: Slot) -> None:
-        """Take a slot back into its tier's free list; it stays mapped, its next load is sooner."""
-        self._free[slot.bits].append(slot)
+        """Take a slot back into its size's free list; it stays mapped, its next load is sooner."""
+        self._free[slot.nbytes].append(slot)
 
     def set_limit(self, limit_bytes: int) -> None:
         """A new budget; free slots above it return to the system first: never above, even then."""
@@ -142,11 +145,11 @@ class Arena:
                 self.held_bytes -= slot.nbytes
                 if END_TO_END:  # no huge page may grow back over what has been given away
                     slot.advise(_EMPTY, _SMALL)
-                    self._bare[slot.bits].append(slot)
+                    self._bare[slot.nbytes].append(slot)
 
-    def _map(self, bits: int) -> Slot:
+    def _map(self, bits: int, nbytes: int) -> Slot:
         """A slot out of address space that has no memory yet: it comes with the first touch."""
-        bare, nbytes = self._bare[bits], self._nbytes[bits]
+        bare = self._bare[nbytes]
         if not bare:
             count = min(max(SLOTS, SLAB // nbytes), self.limit_bytes // nbytes)
             count = max(1, count) if END_TO_END else 1
@@ -155,5 +158,6 @@ class Arena:
             bare += reversed([*slots])  # the first of them first
             return bare.pop()
         slot = bare.pop()
+        slot.bits = bits
         slot.advise(_HUGE)
         return slot

@@ -24,6 +24,7 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -72,9 +73,10 @@ class Draft:
                 f"a draft of all experts at {bits} bit takes {self.nbytes / 1e6:.0f} MB beside the "
                 f"budget, and this machine can spare {spare / 1e6:.0f} MB; draft with fewer bits"
             )
-        self._engine, self._bits, size = engine, bits, shape.nbytes[bits]
+        self._engine, self._bits = engine, bits
         whole = pages(self.nbytes)
-        slots = (Slot(bits, whole[at : at + size]) for at in range(0, self.nbytes, size))
+        ends = list(accumulate(shape.size(key, bits) for key in range(shape.n)))
+        slots = (Slot(bits, whole[at:end]) for at, end in pairwise([0, *ends]))
         self._slots = {shape.place(key): slot for key, slot in enumerate(slots)}
         for place, slot in self._slots.items():
             store.read(*place, bits, into=slot.view)

@@ -223,12 +223,12 @@ class Clock:
     def _issue(self, plan: LayerPlan, each: float) -> list[tuple[Key, int]]:
         """Do what the rows say, in their order; returns what is to be computed: key and bits."""
         waiting: list[tuple[Key, int]] = []
-        offset, sizes, loads = self._shape.offset, self._shape.nbytes, self._loads
+        offset, size, loads = self._shape.offset, self._shape.size, self._loads
         for kind, layer, expert, _, bits, _, _ in plan.rows:
             key = offset[layer] + expert
             if kind in _SERVED and bits:
                 if kind == LOAD:
-                    loads[key] = self._line.submit(sizes[bits], self._now, urgent=True)
+                    loads[key] = self._line.submit(size(key, bits), self._now, urgent=True)
                 waiting.append((key, bits))
             elif kind == EVICT:
                 if layer == plan.layer and key in dict(waiting):
@@ -236,7 +236,7 @@ class Clock:
                 if key in loads:
                     self._evict(key)
             elif kind == PREFETCH:
-                loads[key] = self._line.submit(sizes[bits], self._now, urgent=False)
+                loads[key] = self._line.submit(size(key, bits), self._now, urgent=False)
                 self._ahead.add(key)
                 if plan.layer < 0:
                     waiting.append((key, bits))

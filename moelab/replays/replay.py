@@ -38,6 +38,8 @@ class Replay:
 
     Attributes
     ----------
+    shape
+        Of the trace.
     rows
         Every decision as codes, see `moelab.scheduling.events`.
     tally, bytes
@@ -49,7 +51,7 @@ class Replay:
         Hits of decoded tokens that were of experts without weights, of 0 bytes.
     """
 
-    nbytes: dict[int, int]
+    shape: Shape
     rows: list[Row] = field(default_factory=list)
     tally: list[int] = field(default_factory=lambda: [0] * len(KINDS))
     bytes: int = 0
@@ -69,7 +71,7 @@ class Replay:
     @property
     def decisions(self) -> list[Decision]:
         """Every decision in words."""
-        return [in_words(row, self.nbytes) for row in self.rows]
+        return [in_words(row, self.shape) for row in self.rows]
 
     @property
     def hit_ratio(self) -> float:
@@ -83,12 +85,12 @@ class Replay:
             self.rows += rows
         if prefill:
             return
-        tally, nbytes = self.tally, self.nbytes
-        for kind, _, _, _, bits, _, _ in rows:
+        tally, size, offset = self.tally, self.shape.size, self.shape.offset
+        for kind, layer, expert, _, bits, _, _ in rows:
             tally[kind] += 1
             self.free += kind == HIT and not bits
             if kind in (LOAD, PREFETCH):
-                self.bytes += nbytes[bits]
+                self.bytes += size(offset[layer] + expert, bits)
 
 
 def replay(
@@ -159,7 +161,7 @@ class Player:
         self, scheduler: Scheduler, clock: Clock | None = None, *, keep: bool = True
     ) -> None:
         self._keep = keep
-        self.scheduler, self.out = scheduler, Replay(dict(scheduler.shape.nbytes))
+        self.scheduler, self.out = scheduler, Replay(scheduler.shape)
         self.at = 0
         """Steps by now."""
         self._clock = clock

@@ -130,7 +130,7 @@ class HotSet:
                 (allocate.layer_bytes(layer, view), cache.layer_bytes[layer]),
                 (allocate.tier_bytes(bits, view), cache.tier_bytes[bits]),
             )
-            size = self.shape.nbytes[bits]
+            size = self.shape.size(key, bits)
             if all(most is None or have + size <= most for most, have in shares):
                 first.warm([(key, bits)])
         live.warm(reversed(cache.items()))

@@ -110,7 +110,7 @@ SCHEMA = _object(
     format={"const": FORMAT},
     moelab=_TEXT,
     model=_object(
-        ("dense_bits", "dense_bytes", "encoder_layers"),
+        ("dense_bits", "dense_bytes", "encoder_layers", "own_bytes"),
         **dict.fromkeys(("name", "architecture"), _TEXT),
         **dict.fromkeys(("layers", "experts", "top_k"), _SIZE),
         encoder_layers=_INDEX,
@@ -120,6 +120,7 @@ SCHEMA = _object(
         all_experts_bytes=_BYTES,
         dense_bits=_SIZE,
         dense_bytes=_BYTES,
+        own_bytes={"type": "object", "additionalProperties": _list(_BYTES | {"minimum": 0})},
     ),
     prompt=_TEXT,
     messages=_list(_WORDS),
@@ -273,10 +274,10 @@ def _folded(d: dict[str, Any]) -> None:
         known = given[name][~np.isnan(given[name])] if name == "kl" else given[name]
         if not ((known >= 0) & (known <= _MOST)).all():  # NaN neither
             raise ValueError(f"values: {name} must be from 0 to {_MOST:g}")
-    events, sizes = records(d["events"]), np.zeros(256)
-    sizes[list(map(int, m["expert_bytes"]))] = list(m["expert_bytes"].values())
+    events, start = records(d["events"]), np.array(list(d["start"].values()), int)
     way = np.array([MOVES.get(kind, 0) for kind in range(len(KINDS))])[events["kind"]]
-    held = sizes[d["start"]["bits"]].sum() + np.append(0, (way * sizes[events["bits"]]).cumsum())
+    moved = way * _sizes(m, *(events[name] for name in d["start"]))
+    held = _sizes(m, *start).sum() + np.append(0, moved.cumsum())
     begins = np.array([origin["token"] for origin in d["origins"]])
     ends = np.searchsorted(events["token"], np.arange(tokens), side="right")
     reports = []
@@ -299,6 +300,19 @@ def _folded(d: dict[str, Any]) -> None:
     d |= {"values": encoded(table(reports).T, "<f4"), "columns": list(COLUMNS)}
 
 
+def _sizes(
+    m: dict[str, Any], layer: np.ndarray, expert: np.ndarray, bits: np.ndarray
+) -> np.ndarray:
+    """Bytes of experts at these bits, [N]."""
+    sizes, own = np.zeros(256), m.get("own_bytes", {})
+    sizes[list(map(int, m["expert_bytes"]))] = list(m["expert_bytes"].values())
+    found = sizes[bits]
+    for tier, cells in own.items():
+        at = bits == int(tier)
+        found[at] = np.array(cells)[layer[at].astype(int) * m["experts"] + expert[at]]
+    return found
+
+
 def _respelled(d: dict[str, Any]) -> None:
     """Write the code of settings from their values: a file's own text is never passed on."""
     for i, entry in enumerate(d["settings"]):
@@ -316,11 +330,15 @@ def _columns(d: dict[str, Any]) -> None:
     m, tokens, start, gates = d["model"], len(d["pieces"]), d["start"], d["gates"]
     if sorted(m["expert_bytes"]) != sorted(map(str, m["tiers"])):
         raise ValueError("model.expert_bytes must name the tiers")
+    own = m.get("own_bytes", {})
+    _among("model.own_bytes", [*own], [*m["expert_bytes"]])
+    lengths = {f"model.own_bytes of {b}": (own[b], m["layers"] * m["experts"]) for b in own}
     _within("model.experts", [m["layers"] * m["experts"]], 1, MOST_EXPERTS)
     _within("model.encoder_layers", [m.get("encoder_layers", 0)], 0, m["layers"])
-    lengths = {"ids": d["ids"], "top.served": d["top"]["served"], "top.full": d["top"]["full"]}
-    for field, values in lengths.items():
-        _long(field, values, tokens)
+    of_tokens = {"ids": d["ids"], "top.served": d["top"]["served"], "top.full": d["top"]["full"]}
+    lengths |= {field: (values, tokens) for field, values in of_tokens.items()}
+    for field, (values, length) in lengths.items():
+        _long(field, values, length)
     for field in ("origins", "settings"):
         _ordered(field, [entry["token"] for entry in d[field]], tokens)
     _among("settings.shown.bits", [s["shown"]["bits"] for s in d["settings"]], [*m["expert_bytes"]])

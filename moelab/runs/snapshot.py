@@ -142,7 +142,7 @@ class RunReader:
             "dense_bits": run.dense[0],
             "dense_bytes": run.dense[1],
             "causes": list(STALLS),
-        }
+        } | ({"own_bytes": {str(b): c for b, c in shape.own_cells().items()}} if shape.own else {})
 
     def _settings_of(self, history: Sequence[tuple[int, Settings]]) -> list[dict[str, Any]]:
         """The settings in force from each token on, in words and as code."""

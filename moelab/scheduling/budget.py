@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -88,13 +87,15 @@ class _Needs:
         self.pinned_bytes = self._pins.used_bytes
         self._view = View(shape, knobs, Cache(shape, 0))
         self._view.precision = strategy.precision
-        asked = asked_bits(strategy, self._view)
-        free = self._pins.bits == 0
-        nbytes: Mapping[int, int] = shape.nbytes
-        self.sizes = [
-            sorted((nbytes[b] for b in asked[at][free[at]].tolist()), reverse=True)[: shape.top_k]
-            for at in map(shape.keys, range(shape.layers))
-        ]
+        asked, low = asked_bits(strategy, self._view), self._view.low_bits
+        needs: list[list[tuple[int, int]]] = [[] for _ in shape.experts]
+        for key in np.flatnonzero(self._pins.bits == 0).tolist():
+            bits = int(asked[key])
+            most = max(shape.size(key, b) for b in (bits, low or bits))  # of "mixed" perhaps low
+            needs[shape.layer_of[key]].append((most, bits))
+        needs = [sorted(own, reverse=True)[: shape.top_k] for own in needs]
+        self.sizes = [[size for size, _ in own] for own in needs]
+        self._bits = [[bits for _, bits in own] for own in needs]
 
     def suffices(self, budget_bytes: int) -> bool:
         shape, view, allocate = self._shape, self._view, self._strategy.allocate
@@ -108,7 +109,7 @@ class _Needs:
         low = getattr(view.precision, "low_bits", None)
         for bits, nbytes in shape.nbytes.items():
             pool = allocate.tier_bytes(bits, view)
-            most = max(sizes.count(nbytes) for sizes in self.sizes)
+            most = max(own.count(bits) for own in self._bits)
             if bits == low:
                 most = max(most, shape.top_k)
             if pool is not None and most * nbytes + self._pins.tier_bytes[bits] > pool:

@@ -84,7 +84,7 @@ class Cache:
         AssertionError
             The copy does not fit or the expert is resident already: a fault in the caller.
         """
-        nbytes = self.shape.nbytes[bits]
+        nbytes = self.shape.size(key, bits)
         if self.bits_of[key]:
             raise AssertionError(f"expert {self.shape.place(key)} is resident already")
         if nbytes > self.free_bytes:
@@ -111,7 +111,7 @@ class Cache:
     def remove(self, key: Key) -> int:
         """Give the room back; returns the bits the copy had."""
         bits = self.bits_of[key]
-        nbytes = self.shape.nbytes[bits]
+        nbytes = self.shape.size(key, bits)
         self.bits_of[key] = 0
         self.held_of[key] &= ~self.PROTECTED  # needed and pinned are not the copy's
         self.in_flight[key] = False

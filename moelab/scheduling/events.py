@@ -6,12 +6,14 @@ what a replay decides can be held against what a run did. Kinds and causes are c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+
+from moelab.scheduling.stream import Shape
 
 KINDS = ("hit", "load", "prefetch", "downgrade", "skip", "substitute", "evict", "stall")
 HIT, LOAD, PREFETCH, DOWNGRADE, SKIP, SUBSTITUTE, EVICT, STALL = range(len(KINDS))
@@ -92,10 +94,11 @@ class Decision(NamedTuple):
     cause: str
 
 
-def in_words(row: Row, nbytes: Mapping[int, int]) -> Decision:
+def in_words(row: Row, shape: Shape) -> Decision:
     """A row of a plan as a `Decision`."""
     kind, layer, expert, asked, bits, cause, _ = row
-    size = 0 if kind in (DOWNGRADE, SKIP) or not bits else nbytes[bits]
+    own = shape.size(shape.key(layer, expert), bits) if bits else 0  # none of a free expert
+    size = 0 if kind in (DOWNGRADE, SKIP) else own
     return Decision(KINDS[kind], layer, expert, asked, bits, size, CAUSES[cause])
 
 
@@ -113,6 +116,6 @@ class LayerPlan:
     layer: int
     rows: list[Row] = field(default_factory=list)
 
-    def decisions(self, nbytes: Mapping[int, int]) -> Iterator[Decision]:
+    def decisions(self, shape: Shape) -> Iterator[Decision]:
         """Every decision of this plan in words."""
-        return (in_words(row, nbytes) for row in self.rows)
+        return (in_words(row, shape) for row in self.rows)

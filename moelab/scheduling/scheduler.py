@@ -159,7 +159,7 @@ class Scheduler:
     def warm(self, resident: Iterable[tuple[Key, int]]) -> None:
         """Begin with these copies (key, bits) in the cache, as far as they fit."""
         for key, bits in resident:
-            if self.shape.nbytes[bits] <= self.cache.free_bytes:
+            if self.shape.size(key, bits) <= self.cache.free_bytes:
                 self.cache.add(key, bits)
 
     def why(self, layer: int) -> dict[int, dict[str, float]]:
@@ -260,7 +260,7 @@ class Scheduler:
 
     def _load(self, key: Key, expert: int, want: int, asked: int, plan: LayerPlan) -> None:
         # Evict before the load takes its room: the budget counts loads in flight.
-        for limit, lack in self._lacks(plan.layer, want, self.shape.nbytes[want]):
+        for limit, lack in self._lacks(plan.layer, want, self.shape.size(key, want)):
             left = self._evict_until(limit, lack, e.ROOM, plan)
             while left > 0:  # a prompt larger than the budget: who was served already goes
                 left -= self._evict_served(limit, plan)
@@ -330,12 +330,12 @@ class Scheduler:
 
         All are found before the first goes: a prefetch that does not fit evicts nobody.
         """
-        bits_of, sizes = self.cache.bits_of, self.shape.nbytes
+        bits_of, size = self.cache.bits_of, self.shape.size
         going: dict[Key, Victims] = {}
-        for limit, lack in self._lacks(self._layer_of[key], want, sizes[want]):
+        for limit, lack in self._lacks(self._layer_of[key], want, size(key, want)):
             inside = [k for k in going if limit.holds(k, bits_of[k])]
-            left = lack - sum(sizes[bits_of[k]] for k in inside)
-            left -= sizes[have] if have and limit.holds(key, have) else 0
+            left = lack - sum(size(k, bits_of[k]) for k in inside)
+            left -= size(key, have) if have and limit.holds(key, have) else 0
             if left <= 0:
                 continue
             victims = self._ranking.within(limit)
@@ -344,7 +344,7 @@ class Scheduler:
             for other in itertools.chain(first, victims.allowed(spared)):
                 if other not in going and other != key:
                     going[other] = victims
-                    left -= sizes[bits_of[other]]
+                    left -= size(other, bits_of[other])
                     if left <= 0:
                         break
             if left > 0:
@@ -387,7 +387,7 @@ class Scheduler:
         self._prefetched[key] = False
         place = (self._layer_of[key], self._index_of[key])
         plan.rows.append((e.EVICT, *place, bits, bits, cause, place[1]))
-        return self.shape.nbytes[bits]
+        return self.shape.size(key, bits)
 
     def _need(self, keys: Iterable[Key]) -> None:
         for key in keys:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 FULL, ZIPPED = 16, 12
 """Bits of two tiers with the same weights; whatever else has fewer bits has lost some of them."""
+MIXED = 5
+"""The tier whose experts have bits of their own (`moelab.store.mixed`), chosen as ``"mixed"``: the
+number is a place in the order of tiers, no count of bits."""
 
 Key = int
 """An expert of the model: ``offset[layer] + expert``."""
@@ -38,12 +41,15 @@ class Shape:
     top_k
         Experts a token activates in one layer.
     nbytes
-        Bytes of one expert at each tier, ``{16: 147456, 4: 45056, ...}``.
+        Bytes of one expert at each tier, ``{16: 147456, 4: 45056, ...}``; of the largest where
+        they differ.
     encoder_layers
         How many of the layers, the first ones, are an encoder's: only a prompt runs through them. A
         prompt's pass has all layers, a decoded token's begins behind the encoder.
     free
         Experts without weights that each layer has besides, numbered from E on; they are no keys.
+    own
+        Bytes of each of the n experts at the tiers where they differ.
 
     Attributes
     ----------
@@ -64,6 +70,7 @@ class Shape:
     nbytes: Mapping[int, int]
     encoder_layers: int = 0
     free: int = 0
+    own: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     offset: tuple[int, ...] = field(init=False, repr=False, compare=False)
     layer_of: np.ndarray = field(init=False, repr=False, compare=False)
     index_of: np.ndarray = field(init=False, repr=False, compare=False)
@@ -97,12 +104,26 @@ class Shape:
         """The keys of a layer, to take its part ``[E]`` of an array over all experts."""
         return slice(self.offset[layer], self.offset[layer + 1])
 
+    def size(self, key: Key, bits: int) -> int:
+        """Bytes of this expert at ``bits``."""
+        own = self.own.get(bits)
+        return self.nbytes[bits] if own is None else own[key]
+
+    def own_cells(self) -> dict[int, list[int]]:
+        """`own` as cells ``[L * E]`` of the layers' most experts; 0 where there is no expert."""
+        at = self.layer_of * max(self.experts) + self.index_of
+        cells = np.zeros((len(self.own), self.layers * max(self.experts)), np.int64)
+        for row, sizes in zip(cells, self.own.values(), strict=True):
+            row[at] = sizes
+        return dict(zip(self.own, cells.tolist(), strict=True))
+
     def all_bytes(self, bits: int) -> int:
         """Bytes of every expert of the model at ``bits``."""
-        return self.n * self.nbytes[bits]
+        own = self.own.get(bits)
+        return self.n * self.nbytes[bits] if own is None else sum(own)
 
     def token_cycle_bytes(self, bits: int) -> int:
-        """Bytes one decoded token touches: top-k x layers x bytes of an expert."""
+        """Bytes one decoded token touches: top-k x layers x bytes of the largest expert."""
         return self.top_k * len(self.path()) * self.nbytes[bits]
 
     # -- the way of a token through the layers ------------------------------------------------

@@ -205,7 +205,7 @@ class Trace:
     def document(self) -> dict[str, Any]:
         """All of it as JSON has it."""
         shape, own = self.shape, {}
-        for name in ("encoder_layers", "free"):
+        for name in ("encoder_layers", "free", "own"):
             own |= {name: getattr(shape, name)} if getattr(shape, name) else {}
         model = {"experts": shape.experts, "top_k": shape.top_k, "nbytes": dict(shape.nbytes)}
         names = SAVED if shape.free else SAVED[:-NEW_IN_6]
@@ -342,7 +342,7 @@ def _bits(shape: Shape, bits: Any) -> int:
 
 
 def _shape(
-    experts: list, top_k: Any, nbytes: dict, encoder_layers: Any = 0, free: Any = 0
+    experts: list, top_k: Any, nbytes: dict, encoder_layers: Any = 0, free: Any = 0, own: Any = ()
 ) -> Shape:
     _whole(len(experts), 1, MOST_LAYERS, "number of layers")
     for count in experts:
@@ -353,7 +353,12 @@ def _shape(
     _whole(len(tiers), 1, 32, "number of tiers")
     _whole(encoder_layers, 0, len(experts) - 1, "number of encoder layers")
     _whole(free, 0, MOST_EXPERTS, "free")
-    return Shape(tuple(experts), top_k, tiers, encoder_layers, free)
+    of_each = {}
+    for bits, sizes in dict(own).items():
+        _whole(len(sizes), sum(experts), sum(experts), "number of sizes")
+        most = tiers[int(bits)]
+        of_each[int(bits)] = tuple(_whole(n, 1, most, "bytes of an expert") for n in sizes)
+    return Shape(tuple(experts), top_k, tiers, encoder_layers, free, of_each)
 
 
 def _change(

@@ -182,6 +182,10 @@ class Store:
         offset = PAGE + (self._first[layer] + expert) * size
         return self.path / experts_file(bits), offset, size
 
+    def coded(self, layer: int, expert: int, bits: int) -> int:
+        """What the bytes of an expert at a tier are: its bits (`moelab.store.mixed` has others)."""
+        return bits
+
     def read(
         self, layer: int, expert: int, bits: int, *, into: np.ndarray | None = None
     ) -> np.ndarray:

@@ -232,7 +232,7 @@ def _asked(trace: Trace, model: Any, memory: float | str | None, bits: int | Non
 def _sized(shape: Shape, model: Any) -> Shape:
     """The shape with the sizes of a model, which must be of the same form."""
     if isinstance(model, Mapping):
-        return Shape(shape.experts, shape.top_k, dict(model))
+        return dataclasses.replace(shape, nbytes=dict(model), own={})
     model = Architecture(model) if isinstance(model, str | Path) else model
     of = getattr(model, "_shape", None) or getattr(model, "shape", None)
     if not isinstance(of, Shape):
@@ -244,4 +244,4 @@ def _sized(shape: Shape, model: Any) -> Shape:
             f"the model has {of.layers} layers x {max(of.experts)} experts, the stream "
             f"{shape.layers} x {max(shape.experts)}: it is another model's"
         )
-    return Shape(shape.experts, shape.top_k, of.nbytes)
+    return dataclasses.replace(shape, nbytes=of.nbytes, own=of.own)

@@ -219,7 +219,7 @@ class Framer:
     """
 
     def __init__(self, lab: Any, info: Mapping[str, Any]) -> None:
-        self._lab, self._each = lab, info["expert_bytes"]
+        self._lab, self._each = lab, info["expert_bytes"] | info.get("own_bytes", {})
         self._number = 0
         self._reader: RunReader | None = None
         self.shadows: Shadows | None = None
@@ -285,10 +285,11 @@ class Framer:
         }
 
     def _resident(self, bits: np.ndarray) -> dict[str, int]:
-        tiers, counts = np.unique(bits[bits > 0], return_counts=True)
-        total = sum(self._each[int(b)] * int(n) for b, n in zip(tiers, counts, strict=True))
+        cells, total = bits.ravel(), 0
+        for tier in np.unique(cells[cells > 0]).tolist():
+            total += int(np.broadcast_to(self._each[tier], cells.shape)[cells == tier].sum())
         budget = int(self._lab.settings.budget_bytes)
-        return {"experts": int(counts.sum()), "bytes": total, "budget_bytes": budget}
+        return {"experts": int(np.count_nonzero(cells)), "bytes": total, "budget_bytes": budget}
 
 
 def _figures(

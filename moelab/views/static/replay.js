@@ -129,10 +129,11 @@ export class Replay {
   }
 
   resident(bits, token) {
-    const { expert_bytes } = this.recording.model,
+    const { expert_bytes, own_bytes = {} } = this.recording.model,
       budget_bytes = this.recording.tokens.budget_bytes[token];
     const held = bits.filter((b) => b > 0),
-      bytes = held.reduce((sum, b) => sum + expert_bytes[b], 0);
+      each = (b, cell) => (b ? (own_bytes[b]?.[cell] ?? expert_bytes[b]) : 0),
+      bytes = bits.reduce((sum, b, cell) => sum + each(b, cell), 0);
     return { experts: held.length, bytes, budget_bytes };
   }
 
