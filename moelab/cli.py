@@ -353,7 +353,7 @@ def _stopped_early(*, complete: bool) -> None:
 
 def _stream(going: Run) -> None:
     """Print a run's text as it comes; Ctrl-C stops it."""
-    print(going.prompt, end="", flush=True)
+    print(going.prompt, end="\n" * bool(going.trace.shape.encoder_layers), flush=True)
     shown = 0
     while True:
         try:

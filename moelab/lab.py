@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import moelab
-from moelab.calibration.probes import read, texts_of
+from moelab.calibration.probes import Text, read, texts_of
 from moelab.calibration.profile import Profile, Strategies
 from moelab.catalogue import bundled, describe
 from moelab.engine.engine import Engine
@@ -184,11 +184,7 @@ class Lab:
 
     @known_only
     def score(
-        self,
-        text: str | tuple[str, str] | None = None,
-        *,
-        max_tokens: int = 48,
-        progress: bool | None = None,
+        self, text: Text | None = None, *, max_tokens: int = 48, progress: bool | None = None
     ) -> Score:
         """Quality under the current settings against the store's best tier, teacher-forced.
 

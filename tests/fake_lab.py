@@ -115,6 +115,7 @@ class FakeLab:
         return {
             "name": self.name,
             "layers": shape.layers,
+            "encoder_layers": 0,
             "experts_per_layer": max(shape.experts),
             "top_k": shape.top_k,
             "tiers": tuple(EXPERT_BYTES),

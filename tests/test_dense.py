@@ -227,6 +227,6 @@ def test_a_growing_cache_holds_what_a_concatenated_one_does():
         assert all(map(torch.equal, want, got))
     assert ours.get_seq_length() == theirs.get_seq_length() == 45
     assert ours._room[0].shape[-2] <= 2 * 45
-    sliding = DynamicCache(config=MistralConfig(num_hidden_layers=2, sliding_window=4))
-    kinds = [type(layer) for layer in sliding.layers]
+    sliding = MistralConfig(num_hidden_layers=2, sliding_window=4)
+    kinds = [type(layer) for layer in DynamicCache(config=sliding).layers]
     assert [type(layer) for layer in small_ops.growing(sliding).layers] == kinds

@@ -17,6 +17,8 @@ import moelab
 import tiny_models
 from moelab.engine import generation
 from moelab.replays.replay import replay
+from moelab.runs.shadows import Shadows
+from moelab.runs.tokens import table
 from moelab.scheduling.budget import minimum_budget
 from moelab.scheduling.stream import Shape
 from moelab.scheduling.trace import Trace
@@ -206,12 +208,19 @@ def test_what_it_cannot_do_is_said_and_all_else_looks_at_it_as_at_others(
         little.setattr(generation, "WHOLE", 1 << 20)
         with pytest.raises(MemoryError, match=r"reads a text whole: \d+ tokens take \d+ MB"):
             generate(lab)
+    lab.update(strategy="lru", bits=16, budget="60%")
     run = generate(lab)
     assert run.report(tmp_path / "run.html", png=False)
     assert moelab.predict(run, lab, budget="30%").replay.tokens
     assert lab.what_if(run, repeats=1, budget="30%")
     assert (moelab.predictors(run).recall <= 1).all()
     assert lab.dashboard()._repr_mimebundle_()
+    shadows = Shadows(run, lab._strategies)
+    while shadows.advance(1):
+        pass
+    told = {one["name"]: one for one in shadows.told(table(run.token_reports))}
+    assert {one["tokens"] for one in told.values()} == {NEW - 1}
+    assert told["run"]["hit_ratio"] == pytest.approx(told["lru"]["hit_ratio"], abs=1e-6)
 
 
 def test_layers_come_in_the_order_in_which_tokens_run_through_them():

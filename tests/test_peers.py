@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moelab.calibration.adapmoe import costs_of_first_only, hit_ratios, tau_for
+from moelab.engine.generation import Ids
 from moelab.replays.bounds import belady_hits
 from moelab.replays.replay import replay
 from moelab.scheduling.budget import minimum_budget
@@ -254,10 +255,10 @@ def test_the_cost_of_the_first_expert_only_is_what_the_engine_would_lose(demo_la
             return 0 if request.layer == 2 and request.rank else asked
 
     text = "It was a dark and stormy night; the rain fell in torrents, except at intervals."
-    ids = demo_lab._encode(text)
+    ids = Ids(demo_lab._encode(text))
     costs = costs_of_first_only(demo_lab._engine, ids)
     assert all(kl > 0 and squares > 0 for kl, squares in costs)
-    shorter = costs_of_first_only(demo_lab._engine, ids[:-1])
+    shorter = costs_of_first_only(demo_lab._engine, Ids(ids[:-1]))
     demo_lab.update(strategy="on_demand", precision=DropSeconds())
     score = demo_lab.score(text, progress=False, max_tokens=len(ids))
     assert shorter[2][0] / (len(ids) - 1) == pytest.approx(score.kl_mean, rel=1e-3)

@@ -173,7 +173,7 @@ def accuracy(table: PathTable, run: Trace) -> dict[str, Any]:
     }
 
 
-def paths(lab: Lab, counted: Sequence[str], held_out: Sequence[str]) -> dict[str, Any]:
+def paths(lab: Lab, counted: Sequence[Text], held_out: Sequence[Text]) -> dict[str, Any]:
     """Measurement 4: the table of the counted texts, and how well it foretells the others."""
     table, frequencies = PathTable(), PathTable()
     for layer, before, experts in sightings(record(lab, counted, tokens=PATH_TOKENS).steps):

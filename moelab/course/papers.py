@@ -124,8 +124,7 @@ def better_thresholds(answer: Any) -> Said:
 def _bytes_and_kl(lab: moelab.Lab, trace: moelab.Trace) -> tuple[float, float]:
     """Bytes read per decoded token of a trace, and KL, under the lab's settings."""
     done = moelab.replay(trace, lab.settings.strategy, lab.settings.knobs())
-    decoded = sum(1 for s in trace.steps if s.layer == 0 and not s.prefill)
-    return done.bytes / decoded, kl_of(lab, tokens=12)
+    return done.bytes / trace.decoded, kl_of(lab, tokens=12)
 
 
 @exercise("03.2")

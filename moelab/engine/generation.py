@@ -193,9 +193,16 @@ class Stream:
 
     ``source``: what an encoder reads before the first token, whole in one pass, because each of its
     tokens attends to all.
+
+    Raises
+    ------
+    ValueError
+        An encoder-decoder is given no source.
     """
 
     def __init__(self, engine: Engine, source: Sequence[int] = ()) -> None:
+        if engine.model.config.is_encoder_decoder and not source:
+            raise ValueError("an encoder-decoder reads a source first: give one")
         self.engine, self._source = engine, list(source)
         self._ids: list[int] = []
         self._read: Any = None  # what the encoder made of the source

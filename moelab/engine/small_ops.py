@@ -80,7 +80,8 @@ def serve_norms(model: nn.Module) -> int:
         own: Any = module
         weight = getattr(own, "weight", None)
         eps: Any = getattr(own, "variance_epsilon", getattr(own, "eps", None))
-        is_norm = type(module).__name__.endswith("Norm") and isinstance(eps, float)
+        named = type(module).__name__.endswith(("RMSNorm", "LayerNorm"))  # T5's are of both kinds
+        is_norm = named and isinstance(eps, float)
         if not is_norm or not isinstance(weight, torch.Tensor) or weight.ndim != 1:
             continue
         if weight.dtype is not torch.float32 or weight.device.type != "cpu":

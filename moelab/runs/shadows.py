@@ -130,8 +130,8 @@ class Shadows:
         assert self._players is not None
         player = self._players[name]
         try:
-            shape = trace.shape
-            while player.at < shape.steps_of(shape.passes_of(player.at) + 1):
+            end = trace.shape.steps_of(trace.shape.passes_of(player.at) + 1)
+            while player.at < end:
                 at, changes = player.at, []
                 pairs = zip(trace.changes[1:], self._run.history[1:], strict=False)
                 for change, (_, settings) in pairs:

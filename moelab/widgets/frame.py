@@ -266,7 +266,7 @@ class Framer:
             "run": self._number,
             "running": running,
             "error": "" if run is None or run.error is None else in_words(run.error),
-            "prompt": "" if run is None else run.prompt + "\n" * bool(run.request.messages),
+            "prompt": "" if run is None else run.prompt + "\n" * _answers(run),
             "first": first,
             "count": len(values),
             "texts": [report.text for report in reports[first:]],
@@ -329,6 +329,11 @@ def spoken(
         "of": short(held, run.trace.shape) if stale else "",
         "ended": "" if running else ending(run.ended, len(rows), asked),
     }
+
+
+def _answers(run: Any) -> bool:
+    """Whether the text is one of its own, and no continuation of the prompt."""
+    return bool(run.request.messages or run.trace.shape.encoder_layers)
 
 
 def _change(reader: RunReader, rows: np.ndarray, since: int, account: Account) -> str:

@@ -28,7 +28,7 @@ from moelab.bench.papers.results import Extent, score
 from moelab.bench.tables import circumstances
 from moelab.course.challenge.own_code import make
 from moelab.course.challenge.tasks import FIXED, Task, find
-from moelab.engine.generation import Reference
+from moelab.engine.generation import Reference, begun_with
 from moelab.replays.bounds import belady_hits
 from moelab.runs.quality import kl_divergence
 
@@ -180,8 +180,9 @@ def _run(task: Task, request: dict[str, Any], prompt: str) -> dict[str, Any]:
             hook.remove()
         if not len(logits) == len(run.tokens) == task.tokens:
             raise ValueError(f"{len(run.tokens)} tokens were written instead of {task.tokens}")
-        context = [*run._ids, *run.tokens[:-1]]
-        full = Reference(engine).logits(context, keep=len(logits))
+        own = begun_with(engine.model, run._ids)
+        context = [*own, *run.tokens[:-1]]
+        full = Reference(engine, own.source).logits(context, keep=len(logits))
     kl = float(kl_divergence(full, torch.stack(logits)).mean())
     shape, summary = run.trace.shape, run.summary()
     hits, asked = belady_hits(run.trace, task.peak_bytes // max(shape.nbytes.values()))
