@@ -87,10 +87,11 @@ def pack(
     destination
         Folder to make. If it is already the store of this source at these tiers, nothing is done.
     tiers
-        Bits to store every expert at, from 16, 12, 8, 4, 3, 2. 16 is the checkpoint's own bytes
+        Bits to store every expert at, from 16, 12, 8, 4, 3, 2, 1. 16 is the checkpoint's own bytes
         (bfloat16 where the checkpoint is float32), 12 the same weights if they are bfloat16 and
-        their exponents alike (`moelab.store.zipped`). Experts that a GGUF file has in blocks of
-        Q8_0, Q4_0, Q4_1 or MXFP4 are copied to the tier of their bits; those above are left out.
+        their exponents alike (`moelab.store.zipped`), 1 ternary weights (1.6 bit and scales).
+        Experts that a GGUF file has in blocks of Q8_0, Q4_0, Q4_1 or MXFP4 are copied to the tier
+        of their bits; those above are left out.
     fit
         A codec's rule of your own: how the range of 64 weights is chosen at 4, 3 and 2 bits, see
         `moelab.store.codecs.Fit`. Size and kernels stay as they are.
