@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NoReturn, TypeAlias
+from types import CodeType
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -123,3 +124,16 @@ def dequantise(
     unpack_codes(codes.reshape(len(scales), -1), scales, bits, groups, values)
     rows = torch.from_numpy(groups).reshape(math.prod(shape[:-1]), -1)
     return rows[:, : shape[-1]].contiguous().reshape(shape)
+
+
+def fingerprint(fit: Fit) -> str:
+    """What tells one rule from another: its name and compiled code."""
+    rule = getattr(fit, "__name__", str(fit)), _portable(getattr(fit, "__code__", None))
+    return repr(rule)
+
+
+def _portable(constant: Any) -> Any:
+    """A constant of compiled code without what differs from one process to the next."""
+    if isinstance(constant, CodeType):
+        return constant.co_code, constant.co_names, [_portable(c) for c in constant.co_consts]
+    return sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
