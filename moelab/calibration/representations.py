@@ -1,4 +1,4 @@
-"""What forms of the experts that are no tier cost in quality: KL on texts, outside any run.
+"""What forms of the experts cost in quality, tiers or none: KL on texts, outside any run.
 
 Each text goes through the model twice in one pass, with the store's 16-bit experts and with every
 matrix of them sent through a form and back; the result is rounded to the 16-bit type, which adds
@@ -9,6 +9,7 @@ T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +20,7 @@ import torch
 from moelab.calibration.probes import texts_of
 from moelab.engine.generation import Stream
 from moelab.runs.quality import kl_divergence
-from moelab.store.codecs import decode, encode
+from moelab.store.codecs import decode, encode, payload_bytes
 from moelab.store.representations import REPRESENTATIONS, Representation
 from moelab.store.store import Store
 
@@ -40,17 +41,19 @@ class Loss(NamedTuple):
 
 def losses(
     lab: Lab,
-    names: Iterable[str] = tuple(REPRESENTATIONS),
+    names: Iterable[str | int] = tuple(REPRESENTATIONS),
     texts: Sequence[str] | None = None,
     *,
     max_tokens: int = 64,
 ) -> list[Loss]:
     """Measure forms of `moelab.store.representations` on texts, by default the model's own probes.
 
+    A number among ``names`` is a tier of the lab's store, as it was packed.
+
     Raises
     ------
     ValueError
-        The store has no 16 bit, there is no such form, or no text.
+        The store has no 16 bit, there is no such form or tier, or no text.
     RuntimeError
         The lab is at work.
 
@@ -61,36 +64,46 @@ def losses(
     if FULL not in lab._store.tiers:
         raise ValueError(f"forms are made from {FULL} bit; this store has {lab._store.tiers}")
     asked = list(names)
-    if wrong := [name for name in asked if name not in REPRESENTATIONS]:
-        raise ValueError(f"{wrong[0]!r} is no form; choose of {', '.join(REPRESENTATIONS)}")
+    if wrong := [n for n in asked if n not in REPRESENTATIONS and n not in lab._store.tiers]:
+        raise ValueError(
+            f"{wrong[0]!r} is no form; choose of {', '.join(REPRESENTATIONS)} and the store's "
+            f"tiers {lab._store.tiers}"
+        )
     ids = [lab._encode(text)[:max_tokens] for text in texts_of(lab, texts)]
     found = []
     with lab._session.claimed():
         full = _logits(lab, ids)
         for name in asked:
-            form = REPRESENTATIONS[name]
-            lossy = _logits(lab, ids, form)
+            form, tier = (None, name) if isinstance(name, int) else (REPRESENTATIONS[name], FULL)
+            lossy = _logits(lab, ids, form, tier)
             same = (full.argmax(-1) == lossy.argmax(-1)).double().mean()
             kl = kl_divergence(full, lossy).mean()
-            found.append(Loss(name, _bits(lab._store, form), float(kl), float(same)))
+            words = name if isinstance(name, str) else f"{tier} bit"
+            found.append(Loss(words, _bits(lab._store, form, tier), float(kl), float(same)))
     return found
 
 
-def _bits(store: Store, form: Representation) -> float:
+def _bits(store: Store, form: Representation | None, tier: int) -> float:
     """Bits a weight over the matrices of an expert."""
     shapes = [store.layout.rows(shape) for _, shape in store.layout.tensors if len(shape) > 1]
     counts = [rows * width for rows, width in shapes]
+    if form is None:
+        ones = sum(math.prod(shape) for _, shape in store.layout.tensors if len(shape) == 1)
+        return 8 * (payload_bytes(store.layout, tier) - 2 * ones) / sum(counts)
     bits = (form.bits(width) * n for (_, width), n in zip(shapes, counts, strict=True))
     return sum(bits) / sum(counts)
 
 
 def _logits(
-    lab: Lab, texts: Sequence[Sequence[int]], form: Representation | None = None
+    lab: Lab,
+    texts: Sequence[Sequence[int]],
+    form: Representation | None = None,
+    tier: int = FULL,
 ) -> torch.Tensor:
-    """Logits ``[T, V]`` of all texts with every expert at 16 bit or, of a form, what it left."""
+    """Logits ``[T, V]`` of all texts with every expert at a tier or, of a form, what it left."""
     engine = lab._engine
     with ExitStack() as stack:
-        stack.enter_context(engine.full_precision(lambda _: FULL))
+        stack.enter_context(engine.full_precision(lambda _: tier))
         if form is not None:
             engine.compute.store = _Through(lab._store, form)
             stack.callback(setattr, engine.compute, "store", lab._store)
