@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from moelab.engine import kernels
-from moelab.store.codecs import TIERS, Layout, decode, encode
+from moelab.store import codecs
+from moelab.store.codecs import TERNARY, Layout, decode, encode
 
+TIERS = (*codecs.TIERS, TERNARY)
 # Integer activations cost this much of the output's norm; float32 ones cost rounding only.
-ACTIVATION_ERROR = {16: 2e-6, 8: 2e-4, 4: 0.03, 3: 0.03, 2: 0.03}
+ACTIVATION_ERROR = {16: 2e-6, 8: 2e-4, 4: 0.03, 3: 0.03, 2: 0.03, 1: 0.03}
 SHAPES = [(192, 128), (64, 320), (192, 192), (256, 64), (320, 448)]
 
 

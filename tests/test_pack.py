@@ -406,8 +406,8 @@ MEMORY = textwrap.dedent(
 def test_a_rule_is_known_again_in_another_process_and_told_from_others():
     rule = "def fit(g, top): return min({uses}(g), key=lambda x: x in {{'a', 'b', 'c'}})"
     code = (
-        "import sys; from moelab.store.pack import _fingerprint\n"
-        "for rule in sys.argv[1:]: exec(rule); print(_fingerprint(fit))"
+        "import sys; from moelab.store.rows import fingerprint\n"
+        "for rule in sys.argv[1:]: exec(rule); print(fingerprint(fit))"
     )
 
     def told(*uses):

@@ -41,6 +41,8 @@ def test_bits_a_weight_count_scales_and_padding():
     assert bits["4 bit, rows"] == 4 + 16 / 192
     assert bits["2 bit, rows"] == 2 + 16 / 192
     assert bits["ternary, rows"] == (39 * 8 + 32) / 192  # 39 bytes for 192 weights, two halves
+    assert bits["ternary, groups"] == 1.875
+    assert REPRESENTATIONS["ternary, groups"].bits(65) == 2 * (13 * 8 + 16) / 65
     assert REPRESENTATIONS["4 bit, groups"].bits(65) == 2 * (64 * 4 + 32) / 65
 
 
@@ -48,16 +50,21 @@ def test_what_costs_more_bits_loses_less():
     w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     of = {name: float((form.through(w) - w).norm()) for name, form in REPRESENTATIONS.items()}
     assert of["4 bit, groups"] < of["4 bit, rows"] < of["2 bit, groups"]
-    assert of["2 bit, groups"] < min(of["2 bit, rows"], of["ternary, rows"])
+    assert of["2 bit, groups"] < min(of["2 bit, rows"], of["ternary, groups"])
+    assert of["ternary, groups"] < of["ternary, rows"]
 
 
 def test_losses_on_the_bundled_model_rank_as_the_errors_do(demo_lab):
     text = "The little ship sailed out of the harbour, and nobody saw it come back."
     before = demo_lab.score(text, progress=False)
-    found = {loss.name: loss for loss in losses(demo_lab, texts=[text])}
-    kl = {name: loss.kl_mean for name, loss in found.items()}
-    assert kl["4 bit, groups"] < kl["4 bit, rows"] < kl["2 bit, groups"] < kl["ternary, rows"]
-    assert found["4 bit, groups"].bits == 4.5
+    names = ["4 bit, groups", "4 bit, rows", "2 bit, groups", "ternary, groups", "ternary, rows", 4]
+    found = losses(demo_lab, names, texts=[text])
+    kl = [one.kl_mean for one in found[:-1]]
+    assert kl == sorted(kl)
+    assert found[0].bits == found[-1].bits == 4.5
+    assert found[-1].name == "4 bit"
+    # A form is rounded to bfloat16 again.
+    assert found[-1].kl_mean == pytest.approx(found[0].kl_mean, rel=0.1)
     assert demo_lab.score(text, progress=False) == before  # the store is as it was
     with pytest.raises(ValueError, match="'9 bit' is no form; choose of 4 bit, groups"):
         losses(demo_lab, ["9 bit"], [text])

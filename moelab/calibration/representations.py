@@ -1,4 +1,4 @@
-"""What forms of the experts that are no tier cost in quality: KL on texts, outside any run.
+"""What forms of the experts cost in quality, tiers or none: KL on texts, outside any run.
 
 Each text goes through the model twice in one pass, with the store's 16-bit experts and with every
 matrix of them sent through a form and back; the result is rounded to the 16-bit type, which adds
@@ -9,6 +9,7 @@ T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +20,7 @@ import torch
 from moelab.calibration.probes import read, texts_of
 from moelab.engine.generation import Ids, Stream
 from moelab.runs.quality import kl_divergence
-from moelab.store.codecs import decode, encode
+from moelab.store.codecs import decode, encode, payload_bytes
 from moelab.store.representations import REPRESENTATIONS, Representation
 from moelab.store.store import Store
 
@@ -40,17 +41,19 @@ class Loss(NamedTuple):
 
 def losses(
     lab: Lab,
-    names: Iterable[str] = tuple(REPRESENTATIONS),
+    names: Iterable[str | int] = tuple(REPRESENTATIONS),
     texts: Sequence[str] | None = None,
     *,
     max_tokens: int = 64,
 ) -> list[Loss]:
     """Measure forms of `moelab.store.representations` on texts, by default the model's own probes.
 
+    A number among ``names`` is a tier of the lab's store, as it was packed.
+
     Raises
     ------
     ValueError
-        The store has no 16 bit, there is no such form, or no text.
+        The store has no 16 bit, there is no such form or tier, or no text.
     RuntimeError
         The lab is at work.
 
@@ -61,25 +64,33 @@ def losses(
     if FULL not in lab._store.tiers:
         raise ValueError(f"forms are made from {FULL} bit; this store has {lab._store.tiers}")
     asked = list(names)
-    if wrong := [name for name in asked if name not in REPRESENTATIONS]:
-        raise ValueError(f"{wrong[0]!r} is no form; choose of {', '.join(REPRESENTATIONS)}")
+    if wrong := [n for n in asked if n not in REPRESENTATIONS and n not in lab._store.tiers]:
+        raise ValueError(
+            f"{wrong[0]!r} is no form; choose of {', '.join(REPRESENTATIONS)} and the store's "
+            f"tiers {lab._store.tiers}"
+        )
     ids = [read(lab, text, max_tokens) for text in texts_of(lab, texts)]
     found = []
     with lab._session.claimed():
         full = logits(lab, ids)
         for name in asked:
-            form = REPRESENTATIONS[name]
-            lossy = logits(lab, ids, store=_Through(lab._store, form))
+            form, tier = (None, name) if isinstance(name, int) else (REPRESENTATIONS[name], FULL)
+            other = None if form is None else _Through(lab._store, form)
+            lossy = logits(lab, ids, tier, other)
             same = (full.argmax(-1) == lossy.argmax(-1)).double().mean()
             kl = kl_divergence(full, lossy).mean()
-            found.append(Loss(name, _bits(lab._store, form), float(kl), float(same)))
+            words = name if isinstance(name, str) else f"{tier} bit"
+            found.append(Loss(words, _bits(lab._store, form, tier), float(kl), float(same)))
     return found
 
 
-def _bits(store: Store, form: Representation) -> float:
+def _bits(store: Store, form: Representation | None, tier: int) -> float:
     """Bits a weight over the matrices of an expert."""
     shapes = [store.layout.rows(shape) for _, shape in store.layout.tensors if len(shape) > 1]
     counts = [rows * width for rows, width in shapes]
+    if form is None:
+        ones = sum(math.prod(shape) for _, shape in store.layout.tensors if len(shape) == 1)
+        return 8 * (payload_bytes(store.layout, tier) - 2 * ones) / sum(counts)
     bits = (form.bits(width) * n for (_, width), n in zip(shapes, counts, strict=True))
     return sum(bits) / sum(counts)
 
@@ -87,13 +98,13 @@ def _bits(store: Store, form: Representation) -> float:
 def logits(
     lab: Lab,
     texts: Sequence[Ids],
-    bits: Callable[[tuple[int, int]], int] = lambda _: FULL,
+    bits: Callable[[tuple[int, int]], int] | int = FULL,
     store: Store | None = None,
 ) -> torch.Tensor:
     """Logits ``[T, V]`` of all texts with every expert at its ``bits``, out of another store."""
     engine = lab._engine
     with ExitStack() as stack:
-        stack.enter_context(engine.full_precision(bits))
+        stack.enter_context(engine.full_precision(bits if callable(bits) else lambda _: bits))
         if store is not None:
             engine.compute.store = store
             stack.callback(setattr, engine.compute, "store", lab._store)

@@ -24,7 +24,7 @@ from moelab.engine.cores import JOB, Pool, done, finish, idle, publish, take
 from moelab.engine.row_dots import MXFP4, Q4_1, TILE, block_dot, block_dots, dot, dots, widen
 from moelab.engine.vectors import half_value, intrinsic_of, kernel
 from moelab.store.blocks import BLOCK
-from moelab.store.groups import GROUP
+from moelab.store.groups import GROUP, TERNARY, code_bytes
 from moelab.store.mixed import LEAST
 from moelab.store.zipped import ZIPPED, amend, table_bytes
 
@@ -35,6 +35,8 @@ FEW_TOKENS = 8
 """Tokens that meet a row one by one; of more, `TILE` at a time."""
 
 HIDDEN, DOWN, LINEAR = 0, 1, 2  # kinds of jobs
+
+TERNARY_BYTES = code_bytes(TERNARY)
 
 ACTIVATIONS = 4  # ways to quantise them: int8 or int16, by groups of 64 or of 32
 
@@ -67,7 +69,7 @@ def job_of(board: int) -> np.ndarray:
 def group_of(form: int) -> tuple[int, int]:
     """Weights of a group of codes, and bytes of what scales them."""
     if form < 32:
-        return GROUP, 4
+        return GROUP, (2 if form == TERNARY else 4)
     return BLOCK, (4 if form == Q4_1 else 1 if form == MXFP4 else 2)
 
 
@@ -158,9 +160,15 @@ def _at_once(tokens: int, t: int) -> int:
 
 
 @kernel
+def _row_bytes(form: int, width: int) -> int:
+    """Bytes of a row's codes."""
+    return width // GROUP * TERNARY_BYTES if form == TERNARY else width * (form & 31) // 8
+
+
+@kernel
 def _bytes(form: int, rows: int, width: int) -> int:
     """Bytes of a matrix: codes, and what scales them."""
-    codes = rows * (width * (form & 31) // 8)
+    codes = rows * _row_bytes(form, width)
     if form == 16:
         return codes
     if form == ZIPPED:
@@ -213,11 +221,8 @@ def _hidden_chunk(job: np.ndarray, index: int) -> None:
     last = min(first + ROWS, inner)
     form, up_form, down_form = forms_of(carray(_i64(job[7]), n)[e])
     size, scales = group_of(form)
-    groups, row_bytes, up_bytes = (
-        width // size,
-        width * (form & 31) // 8,
-        width * (up_form & 31) // 8,
-    )
+    groups = width // size
+    row_bytes, up_bytes = _row_bytes(form, width), _row_bytes(up_form, width)
     start, kind = carray(_i64(job[6]), n)[e], activations_of(form)
     rule, two, interleaved, biased = carray(float32_at(job[21]), 5), job[18], job[19], job[20]
     step, lift = (2, 1) if interleaved != 0 else (1, inner)
@@ -273,7 +278,7 @@ def _down_chunk(job: np.ndarray, index: int) -> None:
     e, first = index // blocks, index % blocks * ROWS
     gate_form, up_form, form = forms_of(carray(_i64(job[7]), n)[e])
     size, scales = group_of(form)
-    groups, row_bytes = inner // size, inner * (form & 31) // 8
+    groups, row_bytes = inner // size, _row_bytes(form, inner)
     first_rows = job[18] * inner
     start = carray(_i64(job[6]), n)[e] + _first_bytes(gate_form, up_form, first_rows, width)
     pairs, bias = start + width * row_bytes, start + _bytes(form, width, inner) + 2 * first_rows

@@ -26,6 +26,7 @@ from moelab.engine.vectors import (
     add_lanes,
     fma,
     from_half,
+    high_products,
     intrinsic,
     kernel,
     load,
@@ -35,8 +36,8 @@ from moelab.engine.vectors import (
     shift_right,
     splat,
 )
-from moelab.store.blocks import BLOCK, KINDS, VALUES
-from moelab.store.groups import GROUP
+from moelab.store.blocks import BLOCK, KINDS, VALUES, Kind
+from moelab.store.groups import GROUP, TERNARY, code_bytes
 from moelab.store.zipped import COMMON, GROUP_BYTES
 
 AHEAD = 1024
@@ -49,7 +50,7 @@ of it is saved between the kernels (three and two runs in turn, two cores of an 
 TILE = 4
 """Tokens that meet a row at once where there are many: their sums stay in registers."""
 FORMS = Q8_0, Q4_0, Q4_1, MXFP4 = tuple(kind.form for kind in KINDS.values())
-_KIND = {kind.form: kind for kind in KINDS.values()}
+_KIND = {kind.form: kind for kind in KINDS.values()} | {TERNARY: Kind(TERNARY, 2, 1)}
 
 
 def _fetch(b: Builder, address: ir.Value, nbytes: int, *, keep: bool) -> None:
@@ -78,6 +79,20 @@ def _scales(b: Builder, at: ir.Value, first: ir.Value, count: int, form: int) ->
     return b.fmul(permute(b, scales, [i // 2 for i in range(2 * count)]), factors)
 
 
+def _trits(b: Builder, group: ir.Value, first: int) -> ir.Value:
+    """32 codes of a ternary group, <32 x i8>: bytes as high halves of words, times 3 ** digit."""
+    nbytes, places = code_bytes(TERNARY), range(first, first + 32)
+    lanes = [place % nbytes for place in places]
+    words = b.bitcast(permute(b, load(b, group, 0, V(I8, 16)), lanes), V(I16, 16))
+    eight = splat(8, 16, I16)
+    halves = b.shl(words, eight), b.and_(words, splat(-256, 16, I16))  # of even places, and of odd
+    even, odd = (
+        high_products(b, b.mul(half, ir.Constant(V(I16, 16), [3 ** (j // nbytes) for j in own])), 3)
+        for half, own in zip(halves, (places[::2], places[1::2]), strict=True)
+    )
+    return b.bitcast(b.or_(even, b.shl(odd, eight)), V(I8, 32))
+
+
 def _codes(b: Builder, group: ir.Value, form: int) -> list[ir.Value]:
     """One packed group: at 8 bit <16 x i16> of codes, below two <32 x i8>, of a pair of blocks."""
     bits = form & 31
@@ -89,6 +104,8 @@ def _codes(b: Builder, group: ir.Value, form: int) -> list[ir.Value]:
         codes = [b.and_(v, splat(15)), b.lshr(v, splat(4))]
         table = ir.Constant(V(I8, 32), 2 * VALUES.tolist())
         return [looked_up(b, some, table) for some in codes] if form == MXFP4 else codes
+    if form == TERNARY:
+        return [_trits(b, group, first) for first in (0, 32)]
     half = load(b, group, 0, V(I8, 16))
     lanes = ir.Constant(V(I32, 32), list(range(32)))
     v = b.shuffle_vector(half, shift_right(b, half, 2), lanes)
@@ -127,7 +144,7 @@ def _group_dot(b: Builder, codes: list[ir.Value], x: ir.Value, form: int) -> ir.
 
 def _together(form: int) -> int:
     """Groups whose codes share a register: two blocks of 4 bit do."""
-    return 2 if form in _KIND and form & 31 == 4 else 1
+    return 2 if form > 32 and form & 31 == 4 else 1
 
 
 def _dots_of_codes(form: int, tokens: int) -> Any:
@@ -136,8 +153,8 @@ def _dots_of_codes(form: int, tokens: int) -> Any:
     The first token's is returned; of several all are written to ``out``. Their codes lie
     ``2 * width`` bytes apart, because those of 8 bit and of fewer share a buffer of int16.
     """
-    bits, size, together = form & 31, BLOCK if form in _KIND else GROUP, _together(form)
-    nbytes = size * bits // 8
+    bits, size, together = form & 31, BLOCK if form > 32 else GROUP, _together(form)
+    nbytes = code_bytes(bits) * size // GROUP
 
     @intrinsic
     def dots(_: Any, r: Any, p: Any, x: Any, xp: Any, n: Any, w: Any, out: Any) -> Any:  # noqa: ARG001
@@ -264,8 +281,10 @@ def _written(b: Builder, found: list[ir.Value], out: ir.Value) -> ir.Value:
     return found[0]
 
 
-_dot8, _dot4, _dot3, _dot2 = (_dots_of_codes(bits, 1) for bits in (8, 4, 3, 2))
-_tile8, _tile4, _tile3, _tile2 = (_dots_of_codes(bits, TILE) for bits in (8, 4, 3, 2))
+_dot8, _dot4, _dot3, _dot2, _dot1 = (_dots_of_codes(bits, 1) for bits in (8, 4, 3, 2, TERNARY))
+_tile8, _tile4, _tile3, _tile2, _tile1 = (
+    _dots_of_codes(bits, TILE) for bits in (8, 4, 3, 2, TERNARY)
+)
 _dot_q8_0, _dot_q4_0, _dot_q4_1, _dot_mxfp4 = (_dots_of_codes(form, 1) for form in FORMS)
 _tile_q8_0, _tile_q4_0, _tile_q4_1, _tile_mxfp4 = (_dots_of_codes(form, TILE) for form in FORMS)
 _dot_bfloat16, _dot_float16 = (_dots_of_half(bfloat, 1) for bfloat in (True, False))
@@ -290,7 +309,11 @@ def dot(
         return _dot4(row, pairs, xq, x_pairs, groups, 0, 0)
     if bits == 3:
         return _dot3(row, pairs, xq, x_pairs, groups, 0, 0)
-    return _dot2(row, pairs, xq, x_pairs, groups, 0, 0)
+    if bits == 2:
+        found = _dot2(row, pairs, xq, x_pairs, groups, 0, 0)
+    else:
+        found = _dot1(row, pairs, xq, x_pairs, groups, 0, 0)
+    return found
 
 
 @kernel
@@ -317,8 +340,10 @@ def dots(
         _tile4(row, pairs, xq, x_pairs, groups, width, out)
     elif bits == 3:
         _tile3(row, pairs, xq, x_pairs, groups, width, out)
-    else:
+    elif bits == 2:
         _tile2(row, pairs, xq, x_pairs, groups, width, out)
+    else:
+        _tile1(row, pairs, xq, x_pairs, groups, width, out)
 
 
 @kernel

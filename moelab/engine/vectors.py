@@ -19,7 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from moelab.store import blocks, zipped
+from moelab.store import blocks, groups, zipped
 from moelab.store.groups import compiled
 
 
@@ -37,7 +37,7 @@ AVX2 = _has_avx2()
 
 intrinsic = cast("Callable[..., Any]", _intrinsic)
 _NAMES = ("vectors.py", "row_dots.py", "cores.py", "chunks.py", "kernels.py")
-_NAMES += (blocks.__file__, zipped.__file__)
+_NAMES += (blocks.__file__, groups.__file__, zipped.__file__)
 _FILES = [Path(__file__).parent / name for name in _NAMES]
 _TEXT = hashlib.blake2b(b"".join(f.read_bytes() for f in _FILES), digest_size=4).hexdigest()
 # Infinities and NaN must mean what they mean, so fastmath's nnan and ninf stay off. A loop that
@@ -141,6 +141,14 @@ def products(b: Builder, codes: Any, x: ir.Value, *, signed: bool) -> ir.Value:
     products = b.mul((b.sext if signed else b.zext)(codes, wide), b.sext(x, wide))
     even, odd = (permute(b, products, list(range(first, lanes, 2))) for first in (0, 1))
     return b.add(even, odd)
+
+
+def high_products(b: Builder, words: Any, factor: int) -> ir.Value:
+    """The upper halves of words <16 x i16>, unsigned, times a factor."""
+    if AVX2:
+        return call(b, "llvm.x86.avx2.pmulhu.w", words.type, words, splat(factor, 16, I16))
+    products = b.mul(b.zext(words, V(I32, 16)), splat(factor, 16, I32))
+    return b.trunc(b.lshr(products, splat(16, 16, I32)), words.type)
 
 
 def looked_up(b: Builder, codes: Any, table: ir.Value) -> ir.Value:

@@ -158,17 +158,22 @@ def expert_forward(module: Any, x: torch.Tensor, tensors: dict[str, torch.Tensor
     Tensor
         [T, D], before the router's weight is applied.
     """
-    weight = {name: t if t.dtype == x.dtype else t.to(x.dtype) for name, t in tensors.items()}
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    h = _linear(x, weight[first], weight.get(first + "_bias"), module.is_transposed)
-    h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
-    h = _linear(h, weight["down_proj"], weight.get("down_proj_bias"), module.is_transposed)
+    h = _linear(expert_hidden(module, x, tensors), tensors, "down_proj", module.is_transposed)
     return module.post_expert_norm(h) if module.has_post_expert_norm else h
 
 
+def expert_hidden(module: Any, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What goes into an expert's second product, [T, F]; see `expert_forward`."""
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    h = _linear(x, tensors, first, module.is_transposed)
+    return module._apply_gate(h) if module.has_gate else module.act_fn(h)
+
+
 def _linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool
+    x: torch.Tensor, tensors: dict[str, torch.Tensor], name: str, transposed: bool
 ) -> torch.Tensor:
+    weight, bias = tensors[name].to(x.dtype), tensors.get(f"{name}_bias")
+    bias = None if bias is None else bias.to(x.dtype)
     if not transposed:
         return F.linear(x, weight, bias)
     return x @ weight if bias is None else x @ weight + bias

@@ -4,40 +4,38 @@ At 16 bit a blob is the checkpoint's own bfloat16 or float16 bytes. Below that e
 becomes unsigned codes (signed at 8 bit) in groups of 64 along its last dimension, followed by one
 float16 (scale, offset) pair per group: ``weight = scale * code + offset``. At 4, 3 and 2 bits each
 group's range is searched, because rounding to the nearest of four levels between min and max
-wastes them on outliers. At 12 bit matrices are the 16-bit ones in fewer bytes (`zipped`).
+wastes them on outliers. At 12 bit matrices are the 16-bit ones in fewer bytes (`zipped`). Tier 1 is
+ternary: weights -scale, 0 and scale, five in a byte, one float16 scale a group; 1.875 bit a weight.
 Biases and other 1-D tensors stay at 16 bit; a last dimension that 64 does
 not divide is padded, and the padding is dropped when decoding. One tier may instead hold the blocks
-of a GGUF file as they are (`blocks`). What the codec does not know is activations: no calibration
-data is used.
+of a GGUF file as they are (`blocks`). What the codec knows of activations is what it is given: the
+Hessians of `gptq`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn, TypeAlias
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
-from moelab.store.blocks import BLOCK, KINDS, VALUES, Kind, pairs_of, take_apart
-from moelab.store.groups import GROUP, fit_ranges, pack_codes, unpack_codes
+from moelab.store.blocks import BLOCK, KINDS, Kind, take_apart
+from moelab.store.groups import GROUP, TERNARY
+from moelab.store.groups import code_bytes as group_bytes
+from moelab.store.rows import Fit, dequantise, quantise, refuse
 from moelab.store.zipped import ZIPPED, code_bytes, table_bytes, unzip_words, zip_words
 
 __all__ = ["GROUP", "KNOWN_TIERS", "PAGE", "TIERS", "ZIPPED", "Fit", "Layout", "decode", "encode"]
-__all__ += ["matrices", "nbytes", "payload_bytes"]
+__all__ += ["TERNARY", "matrices", "nbytes", "payload_bytes"]
 
 TIERS = (16, 8, 4, 3, 2)
 """What is packed unless other tiers are asked for."""
-KNOWN_TIERS = (16, ZIPPED, 8, 4, 3, 2)
+KNOWN_TIERS = (16, ZIPPED, 8, 4, 3, 2, TERNARY)
 PAGE = 4096
-FLOAT16_MAX = 65504.0
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Fit: TypeAlias = Callable[[np.ndarray, int], np.ndarray]
-"""A rule of your own: from groups of weights float32 ``[G, 64]`` and the highest code (15 at 4 bit)
-to float32 ``[G, 2]``, so that ``weight = scale * code + offset`` with codes 0 to the highest."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,12 @@ def nbytes(layout: Layout, bits: int) -> int:
 
 
 def encode(
-    tensors: Mapping[str, torch.Tensor], layout: Layout, bits: int, *, fit: Fit | None = None
+    tensors: Mapping[str, torch.Tensor],
+    layout: Layout,
+    bits: int,
+    *,
+    fit: Fit | None = None,
+    hessians: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> np.ndarray:
     """Turn one expert into a blob.
 
@@ -131,10 +134,12 @@ def encode(
         the layout's blocks matrices are the file's bytes, uint8, row by row.
     layout : Layout
         The expected shapes, and the dtype of the 16-bit tier.
-    bits : {16, 12, 8, 4, 3, 2}
-        The tier.
+    bits : {16, 12, 8, 4, 3, 2, 1}
+        The tier; 1 is ternary.
     fit : callable
         Chooses the range of each group at 4, 3 and 2 bits, see `Fit`; default the searched one.
+    hessians : mapping of str to numpy.ndarray
+        Of matrices that are rounded by GPTQ below 8 bit: X.T @ X of their inputs X, ``[K, K]``.
 
     Returns
     -------
@@ -175,7 +180,7 @@ def encode(
         elif kind:
             parts = take_apart(name, tensor.numpy(), kind)
         else:
-            parts = _quantise(name, tensor, bits, fit)
+            parts = quantise(name, tensor, bits, fit, hessians.get(name))
         for part in parts:
             raw = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
             blob[start : start + raw.size] = raw
@@ -218,7 +223,7 @@ def decode(
         if _stays_half(shape, bits) or bits == ZIPPED:
             found = _half(blob[start:end].copy(), stored, layout.dtype, bits)
         else:
-            found = _dequantise(blob[start:middle], blob[middle:end], stored, bits, kind)
+            found = dequantise(blob[start:middle], blob[middle:end], stored, bits, kind)
         result[name] = (found.t() if layout.turned else found).to(dtype).contiguous()
         start = end
     return result
@@ -276,7 +281,7 @@ def _sizes(shape: tuple[int, ...], bits: int, kind: Kind | None) -> tuple[int, i
         blocks = math.prod(shape) // BLOCK
         return blocks * BLOCK * bits // 8, blocks * kind.scales
     groups = math.prod(shape[:-1]) * -(-shape[-1] // GROUP)
-    return groups * GROUP * bits // 8, groups * 4
+    return groups * group_bytes(bits), groups * (2 if bits == TERNARY else 4)
 
 
 def _half(raw: np.ndarray, shape: tuple[int, ...], dtype: str, bits: int) -> torch.Tensor:
@@ -290,75 +295,5 @@ def _to_half(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
     """The tensor's 16-bit bytes as uint16; refuses what is not finite."""
     half = tensor.to(device="cpu", dtype=dtype).contiguous()
     if not math.isfinite(half.abs().max()):
-        _refuse(name, tensor, torch.finfo(dtype).max)
+        refuse(name, tensor, torch.finfo(dtype).max)
     return half.view(torch.int16).numpy()
-
-
-def _refuse(name: str, tensor: torch.Tensor, limit: float) -> NoReturn:
-    largest = float(tensor.abs().max())
-    if math.isfinite(largest):
-        raise ValueError(
-            f"{name} has weights up to {largest:.3g}, this tier holds at most {limit:.3g}; "
-            "pack with tiers=(16,), which holds all that bfloat16 does"
-        )
-    raise ValueError(f"{name} has NaN or infinite weights; repair the checkpoint first")
-
-
-def _quantise(
-    name: str, tensor: torch.Tensor, bits: int, fit: Fit | None = None
-) -> list[np.ndarray]:
-    """Packed codes uint8 [groups, 8 * bits] and pairs float16 [groups, 2] of one matrix."""
-    w = tensor.to(device="cpu", dtype=torch.float32)
-    if not float(w.abs().max()) <= FLOAT16_MAX:  # NaN too
-        _refuse(name, tensor, FLOAT16_MAX)
-    rows = w.reshape(-1, w.shape[-1]).numpy()
-    padding = -rows.shape[1] % GROUP
-    if padding:  # repeat the row's last weight: it widens no range
-        rows = np.pad(rows, ((0, 0), (0, padding)), mode="edge")
-    groups = np.ascontiguousarray(rows).reshape(-1, GROUP)
-    pairs = np.empty((len(groups), 2), np.float32)
-    if bits == 8:
-        low, high = groups.min(1), groups.max(1)
-        pairs[:, 1] = ((low + high) / 2).astype(np.float16)
-        reach = np.maximum(high - pairs[:, 1], pairs[:, 1] - low) / 127
-        scale = reach.astype(np.float16)
-        scale = np.where(scale < reach, np.nextafter(scale, np.float16(np.inf)), scale)
-        pairs[:, 0] = scale  # rounded up, so that no weight is clipped
-    else:
-        levels = 2**bits - 1
-        if fit is None:
-            fit_ranges(groups, levels, pairs)
-        else:
-            pairs[:] = _fitted(fit, groups, levels)
-        lost = pairs[:, 0] - pairs[:, 0].astype(np.float16)  # much of it when the scale is tiny
-        pairs[:, 1] += lost * (levels / 2)  # keeps the middle of the range where it was
-    stored = np.clip(pairs, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
-    codes = np.empty((len(groups), 8 * bits), np.uint8)
-    pack_codes(groups, stored.astype(np.float32), bits, codes)
-    return [codes, stored]
-
-
-def _fitted(fit: Fit, groups: np.ndarray, levels: int) -> np.ndarray:
-    """What a `Fit` returned, checked before it is stored."""
-    pairs = np.asarray(fit(groups, levels), np.float32)
-    if pairs.shape != (len(groups), 2) or not np.isfinite(pairs).all():
-        raise ValueError(
-            f"fit={getattr(fit, '__name__', fit)!r} returned shape {pairs.shape}; "
-            f"({len(groups)}, 2) of finite (scale, offset) is needed"
-        )
-    return pairs
-
-
-def _dequantise(
-    codes: np.ndarray, pairs: np.ndarray, shape: tuple[int, ...], bits: int, kind: Kind | None
-) -> torch.Tensor:
-    """The float32 tensor of one matrix's packed codes and pairs."""
-    if kind:
-        scales = pairs_of(pairs.reshape(-1, kind.scales), kind)
-    else:
-        scales = pairs.copy().view(np.float16).astype(np.float32).reshape(-1, 2)
-    groups = np.empty((len(scales), BLOCK if kind else GROUP), np.float32)
-    values = VALUES if kind is KINDS["MXFP4"] else VALUES[:0]
-    unpack_codes(codes.reshape(len(scales), -1), scales, bits, groups, values)
-    rows = torch.from_numpy(groups).reshape(math.prod(shape[:-1]), -1)
-    return rows[:, : shape[-1]].contiguous().reshape(shape)

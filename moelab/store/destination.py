@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -171,3 +172,9 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def grown(file: Path) -> BinaryIO:
+    """A file to write into at any place, made if it is not there."""
+    file.touch()
+    return file.open("r+b")

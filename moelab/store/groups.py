@@ -2,6 +2,11 @@
 
 A group is ``weight = scale * code + offset``. The loops are compiled with numba, because the range
 search visits every weight 26 times. They take finite weights only; `codecs` refuses the others.
+
+A ternary group has codes 0 to 2 and ``offset = -scale``: its weights are -scale, 0 and scale. Code
+j is digit j // 13, to base 3, of byte j % 13, which holds ``ceil(256 n / 243)`` of its five digits'
+number n, the first being worth most: times 3, the next digit is what no longer fits the byte. That
+fixed point is llama.cpp's (TQ1_0 in ggml-quants.c).
 """
 
 from __future__ import annotations
@@ -13,6 +18,31 @@ import numpy as np
 from numba import njit
 
 GROUP = 64
+TERNARY = 1
+"""The tier of ternary weights: 13 bytes of codes a group, 1.6 bit a weight, and a float16 scale."""
+IN_A_BYTE = 5  # ternary codes: 3 ** 5 = 243
+
+
+def code_bytes(bits: int) -> int:
+    """Bytes of a group's codes."""
+    return -(-GROUP // IN_A_BYTE) if bits == TERNARY else GROUP * bits // 8
+
+
+def top_code(bits: int) -> int:
+    """The highest code, below 8 bit."""
+    return 2 if bits == TERNARY else 2**bits - 1
+
+
+def fit_scales(groups: np.ndarray) -> np.ndarray:
+    """The scale of least squares of each ternary group, float32 ``[G]``, exactly.
+
+    Where k weights are not 0 their mean magnitude is the best scale, and ``sum ** 2 / k`` is what
+    it explains: so they are the k largest, and k is found by trying all.
+    """
+    sums = np.cumsum(-np.sort(-np.abs(groups), axis=1), axis=1, dtype=np.float64)  # [G, 64]
+    count = np.arange(1, groups.shape[1] + 1)
+    best = (sums * sums / count).argmax(axis=1)
+    return (sums[np.arange(len(groups)), best] / count[best]).astype(np.float32)
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -79,14 +109,23 @@ def _pack_planes(q: np.ndarray, bits: int, packed: np.ndarray) -> None:
 
 
 @compiled()
+def _pack_trits(q: np.ndarray, packed: np.ndarray) -> None:
+    for j in range(len(packed)):
+        number = 0
+        for at in range(j, IN_A_BYTE * len(packed), len(packed)):
+            number = 3 * number + (np.int32(q[at]) if at < GROUP else 0)
+        packed[j] = (256 * number + 242) // 243
+
+
+@compiled()
 def pack_codes(groups: np.ndarray, pairs: np.ndarray, bits: int, packed: np.ndarray) -> None:
     """Round each group to its levels and pack the codes.
 
     8 bit: one signed byte each. 4 bit: code j low, code 32 + j high in byte j. 2 bit: codes j,
     16 + j, 32 + j, 48 + j in byte j. 3 bit: the low two bits as at 2 bit, then 8 bytes, whose
-    byte j holds in bit t the high bit of code 8 t + j.
+    byte j holds in bit t the high bit of code 8 t + j. Ternary: as the module says.
     """
-    low, high = np.float32(0), np.float32(2**bits - 1)
+    low, high = np.float32(0), np.float32(2 if bits == TERNARY else 2**bits - 1)
     if bits == 8:
         low, high = np.float32(-127), np.float32(127)
     q = np.empty(GROUP, np.uint8)
@@ -101,6 +140,8 @@ def pack_codes(groups: np.ndarray, pairs: np.ndarray, bits: int, packed: np.ndar
         elif bits == 4:
             for j in range(32):
                 packed[g, j] = q[j] | q[32 + j] << 4
+        elif bits == TERNARY:
+            _pack_trits(q, packed[g])
         else:
             _pack_planes(q, bits, packed[g])
 
@@ -121,6 +162,11 @@ def unpack_codes(
                 q = np.int32(packed[g, j - high * (size // 2)] >> (4 * high) & 15)
                 if len(values):
                     q = np.int32(values[q])
+            elif bits == TERNARY:
+                rest = np.int32(packed[g, j % packed.shape[1]])
+                for _ in range(j // packed.shape[1]):
+                    rest = 3 * rest & 255
+                q = 3 * rest >> 8
             else:
                 q = np.int32(packed[g, j & 15] >> (2 * (j >> 4)) & 3)
                 if bits == 3:

@@ -21,8 +21,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from types import CodeType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 import transformers
@@ -38,6 +37,7 @@ from moelab.store.blocks import KINDS, own_blocks
 from moelab.store.codecs import KNOWN_TIERS, PAGE, TIERS, ZIPPED, Fit, Layout, encode
 from moelab.store.destination import (
     check_room,
+    grown,
     move,
     partial_folder,
     partial_path,
@@ -46,6 +46,7 @@ from moelab.store.destination import (
 )
 from moelab.store.foreign import foreign
 from moelab.store.hub import SHARDS, HubCheckpoint
+from moelab.store.inputs import Inputs
 from moelab.store.manifest import (
     FORMAT,
     MODEL,
@@ -59,6 +60,7 @@ from moelab.store.manifest import (
 )
 from moelab.store.order import JOURNAL, Journal, Rest, Sizes, steps
 from moelab.store.rounding import Rounding
+from moelab.store.rows import fingerprint
 from moelab.store.source import find, kept, refuse_pointers
 from moelab.store.store import Store
 
@@ -73,6 +75,7 @@ def pack(
     *,
     tiers: Sequence[int] = TIERS,
     fit: Fit | None = None,
+    calibrate: Sequence[str] | None = None,
     overwrite: bool = False,
     progress: bool | Callable[[str], None] = True,
     check: Callable[[Sizes], None] | None = None,
@@ -87,13 +90,17 @@ def pack(
     destination
         Folder to make. If it is already the store of this source at these tiers, nothing is done.
     tiers
-        Bits to store every expert at, from 16, 12, 8, 4, 3, 2. 16 is the checkpoint's own bytes
+        Bits to store every expert at, from 16, 12, 8, 4, 3, 2, 1. 16 is the checkpoint's own bytes
         (bfloat16 where the checkpoint is float32), 12 the same weights if they are bfloat16 and
-        their exponents alike (`moelab.store.zipped`). Experts that a GGUF file has in blocks of
-        Q8_0, Q4_0, Q4_1 or MXFP4 are copied to the tier of their bits; those above are left out.
+        their exponents alike (`moelab.store.zipped`), 1 ternary weights (1.6 bit and scales).
+        Experts that a GGUF file has in blocks of Q8_0, Q4_0, Q4_1 or MXFP4 are copied to the tier
+        of their bits; those above are left out.
     fit
         A codec's rule of your own: how the range of 64 weights is chosen at 4, 3 and 2 bits, see
         `moelab.store.codecs.Fit`. Size and kernels stay as they are.
+    calibrate
+        Texts, a few thousand words: the model runs over them first, and the tiers below 8 bit are
+        rounded by GPTQ so that outputs on these inputs change least (`moelab.store.gptq`).
     overwrite
         Replace another store at the destination. Folders that are not stores are never replaced.
     progress
@@ -110,7 +117,8 @@ def pack(
     Raises
     ------
     StoreError
-        The destination is taken, the disk is too small, or the experts differ in shape.
+        The destination is taken, the disk is too small, the experts differ in shape, or
+        ``calibrate`` is given for a hub's model, a GGUF file or tiers that it does not change.
     ValueError
         The source is no usable checkpoint.
 
@@ -121,7 +129,7 @@ def pack(
     tiers = _check_tiers(tiers)
     destination = Path(destination).expanduser().absolute()
     with _PACKING:
-        work = _Work(*find(source), tiers, progress, fit)
+        work = _Work(*find(source), tiers, progress, fit, calibrate)
         if _is_done(destination, work, overwrite=overwrite):
             return destination
         work.consider(check)
@@ -145,8 +153,9 @@ class _Work:
         tiers: tuple[int, ...],
         progress: bool | Callable[[str], None],
         fit: Fit | None = None,
+        calibrate: Sequence[str] | None = None,
     ) -> None:
-        self.folder, self.fit = folder, fit
+        self.folder, self.fit, self.texts, self.inputs = folder, fit, calibrate, None
         self.bars, self.tell = progress is True, progress if callable(progress) else lambda _: None
         self.kept = kept(folder)
         refuse_pointers([*self.kept, *folder.glob("*.safetensors")])
@@ -159,6 +168,11 @@ class _Work:
             if (folder / "generation_config.json").is_file():
                 GenerationConfig.from_pretrained(folder)
         self.checkpoint = self.reader.checkpoint
+        if calibrate is not None and (self.checkpoint.resumes or min(tiers) >= 8):
+            raise StoreError(
+                f"calibrate rounds a folder's safetensors below 8 bit, not {name!r} at {tiers}; "
+                "download the checkpoint to a folder, or add tiers 4, 3, 2 or 1"
+            )
         stored = self.reader.dtypes
         # Only bfloat16 has the range of every type; float16 is kept where there is nothing else.
         half = torch.float16 if stored == {torch.float16} else torch.bfloat16
@@ -206,7 +220,9 @@ class _Work:
         source = digest("\n".join(lines).encode())
         text = f"{FORMAT} {self.manifest.tiers} {source}"
         if self.fit is not None:
-            text += f" {_fingerprint(self.fit)}"
+            text += f" {digest(fingerprint(self.fit).encode())}"
+        if self.texts is not None:
+            text += f" {digest(repr([*self.texts]).encode())}"
         if self.manifest.layout.turned:
             text += " turned"
         if self.manifest.layout.blocks:
@@ -232,6 +248,10 @@ class _Work:
         self.manifest = replace(self.manifest, id=store_id, source_digest=source_digest)
         for note in self.manifest.notes:
             self._say(f"{self.manifest.source}: {note}")
+        if self.texts is not None:
+            self.tell("running the model over the texts")
+            self.inputs = Inputs(self.folder, self.reader, self.texts)
+            self._note(self.inputs.note())
         (partial / MODEL).mkdir(exist_ok=True)
         for file in self.kept:
             shutil.copyfile(file, partial / MODEL / file.name)
@@ -280,10 +300,10 @@ class _Work:
             self._say(f"{source}: {done} of {every} experts are packed already")
         with ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(_WORKERS))
-            out = {bits: stack.enter_context(_grown(file)) for bits, file in files.items()}
+            out = {bits: stack.enter_context(grown(file)) for bits, file in files.items()}
             for bits, stream in out.items():
                 stream.write(self.manifest.header(bits))
-            rest = Rest(stack.enter_context(_grown(dense)), self.checkpoint, self.reader.found.rest)
+            rest = Rest(stack.enter_context(grown(dense)), self.checkpoint, self.reader.found.rest)
             bar = tqdm(
                 desc="packing", total=every, initial=done, unit="expert", disable=not self.bars
             )
@@ -316,7 +336,10 @@ class _Work:
         given = dict.fromkeys(out, tensors)
         if layout.blocks:
             given[KINDS[layout.blocks].bits] = self.reader(layer, expert, raw=True)
-        blobs = {b: pool.submit(encode, given[b], layout, b, fit=self.fit) for b in out}
+        seen = self.inputs.hessians(layer, expert, tensors) if self.inputs else {}
+        blobs = {
+            b: pool.submit(encode, given[b], layout, b, fit=self.fit, hessians=seen) for b in out
+        }
         matrices = (t for t in tensors.values() if t.ndim > 1 and min(out) < ZIPPED)
         if any(0 < float(t.abs().max()) < _COARSE for t in matrices):
             journal.coarse.add(layer)
@@ -332,12 +355,6 @@ class _Work:
                 self._again.measure(tensors, blob, bits)
 
 
-def _grown(file: Path) -> BinaryIO:
-    """A file to write into at any place, made if it is not there."""
-    file.touch()
-    return file.open("r+b")
-
-
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -347,19 +364,6 @@ def _check_tiers(tiers: Sequence[int]) -> tuple[int, ...]:
     if wrong or not tiers:
         raise StoreError(f"tiers={tuple(tiers)} must be one or more of {KNOWN_TIERS}")
     return tuple(sorted(set(tiers), reverse=True))
-
-
-def _fingerprint(fit: Fit) -> str:
-    """What tells one rule from another: its name and compiled code."""
-    rule = getattr(fit, "__name__", str(fit)), _portable(getattr(fit, "__code__", None))
-    return digest(repr(rule).encode())
-
-
-def _portable(constant: Any) -> Any:
-    """A constant of compiled code without what differs from one process to the next."""
-    if isinstance(constant, CodeType):
-        return constant.co_code, constant.co_names, [_portable(c) for c in constant.co_consts]
-    return sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
 
 
 def _is_done(destination: Path, work: _Work, *, overwrite: bool) -> bool:

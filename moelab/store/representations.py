@@ -2,9 +2,10 @@
 
 `REPRESENTATIONS` has by name what a matrix ``[N, K]`` (a row makes one output) comes back as, and
 the bits of a weight with its scales. A scale a row is EdgeMoE's (arXiv 2308.14352, section III-B)
-and MoQE's (arXiv 2310.02410); ternary rows are QMoE's (arXiv 2310.16795), rounded to the nearest
-instead of by GPTQ, which needs inputs of each expert. What is not here: QMoE's dictionary, which
-makes the many zeros cheaper, and kernels. `moelab.calibration.representations` measures them.
+and MoQE's (arXiv 2310.02410); ternary rows have QMoE's levels (arXiv 2310.16795), rounded to the
+nearest: the tier of ternary weights has one fitted scale for 64, and rounds by GPTQ where it is
+packed with texts. What is not here: QMoE's dictionary, which makes the many zeros cheaper, and
+kernels. `moelab.calibration.representations` measures them, and a store's tiers beside them.
 """
 
 from __future__ import annotations
@@ -15,11 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from moelab.store.codecs import Layout, decode, encode
-from moelab.store.groups import GROUP
-
-A_BYTE = 5
-"""Ternary weights that a byte holds: 3 ** 5 = 243."""
+from moelab.store.codecs import Layout, decode, encode, payload_bytes
+from moelab.store.groups import IN_A_BYTE, TERNARY
 
 
 class Representation(NamedTuple):
@@ -53,9 +51,10 @@ def grouped(w: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _grouped(bits: int) -> Representation:
-    return Representation(
-        lambda width: -(-width // GROUP) * (GROUP * bits + 32) / width, lambda w: grouped(w, bits)
-    )
+    def of_row(width: int) -> float:
+        return 8 * payload_bytes(Layout((("w", (1, width)),), "bfloat16"), bits) / width
+
+    return Representation(of_row, lambda w: grouped(w, bits))
 
 
 def _per_channel(bits: int) -> Representation:
@@ -67,7 +66,8 @@ REPRESENTATIONS = {
     "4 bit, rows": _per_channel(4),
     "2 bit, groups": _grouped(2),
     "2 bit, rows": _per_channel(2),
+    "ternary, groups": _grouped(TERNARY),
     "ternary, rows": Representation(
-        lambda width: (8 * math.ceil(width / A_BYTE) + 32) / width, ternary
+        lambda width: (8 * math.ceil(width / IN_A_BYTE) + 32) / width, ternary
     ),
 }

@@ -22,8 +22,8 @@ from moelab.runs.tokens import COLUMNS
 
 WIDTH, LEFT, RIGHT, DPI = 960, 60, 20, 100  # pixels of the picture, its margins, and an inch
 TIERS = {16: "#482475", 12: "#414487", 8: "#355f8d"}
-TIERS |= {5: "#2a788e", 4: "#21918c", 3: "#44bf70", 2: "#9bd93c"}
-FILL = {16: 1.0, 12: 0.87, 8: 0.74, 5: 0.62, 4: 0.5, 3: 0.36, 2: 0.24}
+TIERS |= {5: "#2a788e", 4: "#21918c", 3: "#44bf70", 2: "#9bd93c", 1: "#d2e21b"}
+FILL = {16: 1.0, 12: 0.87, 8: 0.74, 5: 0.62, 4: 0.5, 3: 0.36, 2: 0.24, 1: 0.14}
 COST, KL, TEXT, SOFT, LINE, CELL = "#d55e00", "#00795a", "#1f2328", "#656d76", "#d0d7de", "#f0f2f5"
 PARTS = {
     "compute": ("#56a0d3", "", TEXT),

@@ -2,11 +2,17 @@
 
 // 5: mixed bits. Viridis, turned so that more bits stand out more from the background in both themes.
 export const TIERS = {
-  light: { 16: "#482475", 12: "#414487", 8: "#355f8d", 5: "#2a788e", 4: "#21918c", 3: "#44bf70", 2: "#9bd93c" },
-  dark: { 16: "#fde725", 12: "#bddf26", 8: "#7ad151", 5: "#4cbd6a", 4: "#22a884", 3: "#2f86a8", 2: "#6a74cf" },
+  light: {
+    16: "#482475", 12: "#414487", 8: "#355f8d", 5: "#2a788e", 4: "#21918c", 3: "#44bf70", 2: "#9bd93c",
+    1: "#d2e21b",
+  },
+  dark: {
+    16: "#fde725", 12: "#bddf26", 8: "#7ad151", 5: "#4cbd6a", 4: "#22a884", 3: "#2f86a8", 2: "#6a74cf",
+    1: "#7a5bb5",
+  },
 };
 // The second cue: how far a cell is filled.
-export const FILL = { 16: 1, 12: 0.87, 8: 0.74, 5: 0.62, 4: 0.5, 3: 0.36, 2: 0.24 };
+export const FILL = { 16: 1, 12: 0.87, 8: 0.74, 5: 0.62, 4: 0.5, 3: 0.36, 2: 0.24, 1: 0.14 };
 
 /** Which variable of the style sheet colours what; one colour per part of a token's time. */
 export const INK = {
