@@ -20,8 +20,9 @@ from moelab.runs.tokens import Noted
 from moelab.scheduling import events as e
 from moelab.scheduling.budget import minimum_budget
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import Change, LayerInput
 from moelab.scheduling.stream import Shape
-from moelab.scheduling.trace import Change, LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.settings import Settings
 from moelab.spelling import differences
 from moelab.strategies import make

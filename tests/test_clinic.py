@@ -9,8 +9,9 @@ import pytest
 import moelab
 from browser import read_sheet
 from moelab.replays.routing import Profile
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.stream import Knobs, Shape
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.strategies import make
 from moelab.views.elsewhere import elsewhere, placed
 

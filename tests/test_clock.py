@@ -20,8 +20,9 @@ from moelab.runs.fitting import typical
 from moelab.runs.prediction import approximate, decided
 from moelab.runs.shadows import SHADOWS, Shadows
 from moelab.runs.tokens import table
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.stream import Knobs, LookAhead, Shape
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.store.devices import Device, Throttle
 from moelab.strategies import make
 from test_policy_or_memory import SHAPE, stream

@@ -8,8 +8,9 @@ import torch
 import moelab
 from moelab.replays.replay import replay
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Allocate, Prediction, Prefetch, Route
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.settings import Settings
 from moelab.strategies import Evict, Parameter, hobbit, lru, make, swapmoe
 from test_scheduler import NBYTES, SHAPE, kinds, knobs, resident, step, token

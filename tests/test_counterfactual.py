@@ -13,8 +13,9 @@ from moelab.runs.what_if import WhatIf, overlaid
 from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.events import KINDS
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.stream import Knobs, Shape
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.spelling import shown_strategy
 from moelab.strategies import NAMES, Evict, make
 

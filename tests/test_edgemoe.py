@@ -18,8 +18,9 @@ from moelab.calibration import profile as profiles
 from moelab.replays.replay import replay
 from moelab.scheduling.cache import Cache
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Knobs, Shape, View
-from moelab.scheduling.trace import LayerInput, LookAhead, Trace
+from moelab.scheduling.trace import LookAhead, Trace
 from moelab.scheduling.victims import Victims
 from moelab.strategies import Prefetch
 from moelab.strategies.basics import KeepNothing

@@ -18,9 +18,10 @@ from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.cache import Cache
 from moelab.scheduling.events import CODES, Decision
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Knobs, LookAhead, Request, Shape, View
 from moelab.scheduling.stream import ranked
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.scheduling.victims import Victims
 from moelab.strategies.basics import LFU, LRU, TierPair
 from moelab.strategies.edgemoe import edgemoe

@@ -31,8 +31,9 @@ from moelab.runs.compare import Comparison
 from moelab.runs.saved import SavedRuns
 from moelab.runs.schema import pack
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.stream import Knobs
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.store.store import Store
 from moelab.strategies import CALIBRATED, NAMES, NEEDS_CALIBRATION, make
 from test_challenges import SIX, Entry, figures

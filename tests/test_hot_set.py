@@ -10,8 +10,9 @@ import pytest
 import moelab
 from moelab.replays.replay import replay
 from moelab.runs.hot_set import FADES, HotSet
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Knobs, Shape
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.strategies import layer_lru, lru
 from toy_engine import NBYTES
 

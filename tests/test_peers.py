@@ -14,9 +14,10 @@ from moelab.replays.replay import replay
 from moelab.scheduling.budget import minimum_budget
 from moelab.scheduling.cache import Cache
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Knobs, LookAhead, Request, Shape, View
 from moelab.scheduling.stream import ranked
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.strategies import Precision, layer_lru, make
 from moelab.strategies.adapmoe import BestShares, SensitivityGate, adapmoe, best_shares
 from moelab.strategies.basics import DropIfCold, drop_if_cold, in_ram

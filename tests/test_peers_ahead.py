@@ -14,8 +14,9 @@ from moelab.replays.replay import replay
 from moelab.runs.prediction import approximate
 from moelab.scheduling.cache import Cache
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Knobs, Shape, View
-from moelab.scheduling.trace import LayerInput, Trace, unrecorded
+from moelab.scheduling.trace import Trace, unrecorded
 from moelab.strategies import make
 from moelab.strategies.finemoe import ExpertMaps, Rows, expert_probabilities, finemoe
 from moelab.strategies.max_rank import max_rank

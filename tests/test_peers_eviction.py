@@ -14,8 +14,9 @@ from moelab.replays.bounds import belady_hits
 from moelab.replays.replay import replay
 from moelab.scheduling.cache import Cache
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Knobs, Shape, View
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.strategies import make
 from moelab.strategies.arc import ARC
 from moelab.strategies.flashmoe import LearnedReuse, Net, flashmoe

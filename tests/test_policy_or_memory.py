@@ -11,8 +11,9 @@ import pytest
 import moelab
 from moelab.replays.bounds import NEVER, belady_hits, requests, reuse_distances, working_set
 from moelab.replays.replay import replay
+from moelab.scheduling.steps import Change, LayerInput
 from moelab.scheduling.stream import Knobs, Shape
-from moelab.scheduling.trace import Change, LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.strategies import Evict, make
 from moelab.views.policy_or_memory import policy_or_memory
 

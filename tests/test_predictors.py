@@ -9,8 +9,9 @@ import pytest
 
 import moelab
 from moelab.replays.clock import Computing
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.stream import LookAhead, Shape
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.store.devices import Device
 from moelab.store.machine import Machine
 

@@ -14,9 +14,10 @@ from moelab.replays.replay import replay
 from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.cache import Cache
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import Change, LayerInput
 from moelab.scheduling.strategy import Knobs, LookAhead, Route, Shape, Strategy
 from moelab.scheduling.stream import ranked
-from moelab.scheduling.trace import Change, LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.scheduling.victims import Victims
 from moelab.strategies import NAMES, Allocate, Evict, Prefetch, lru, make
 from toy_engine import NBYTES, decided, enough, places, resident

@@ -15,9 +15,10 @@ import pytest
 import moelab
 from moelab.replays.replay import replay
 from moelab.scheduling.budget import minimum_budget
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import ROLES, Knobs, Route, Strategy
 from moelab.scheduling.stream import LookAhead
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.strategies import NAMES, Evict, Precision, make, maker
 from moelab.strategies.basics import TierPair
 from toy_engine import NBYTES, SHAPE, Toy

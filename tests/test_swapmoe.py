@@ -17,8 +17,8 @@ from moelab.replays.replay import replay
 from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.cache import Cache
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Knobs, Shape, View
-from moelab.scheduling.trace import LayerInput
 from moelab.store.devices import DEVICES, Device
 from moelab.strategies.static_pruning import static_pruning
 from moelab.strategies.swapmoe import swapmoe

@@ -11,8 +11,8 @@ import pytest
 import moelab
 from moelab.replays.replay import replay
 from moelab.runs import sweep as sweeps
+from moelab.scheduling.steps import Change
 from moelab.scheduling.stream import Knobs
-from moelab.scheduling.trace import Change
 from moelab.strategies import make
 from test_policy_or_memory import stream
 

@@ -7,8 +7,9 @@ import itertools
 import pytest
 
 from moelab.bench.where import RULES, THERE, Costs, where
+from moelab.scheduling.steps import Change, LayerInput
 from moelab.scheduling.strategy import Knobs, Shape
-from moelab.scheduling.trace import Change, LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.store.devices import Device
 from moelab.strategies import lru
 

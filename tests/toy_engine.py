@@ -11,8 +11,9 @@ from typing import Any
 from moelab.scheduling.budget import minimum_budget
 from moelab.scheduling.events import Decision, LayerPlan
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import Change, LayerInput
 from moelab.scheduling.strategy import Knobs, LookAhead, Shape, Strategy
-from moelab.scheduling.trace import Change, LayerInput, Trace
+from moelab.scheduling.trace import Trace
 
 NBYTES = {16: 1600, 8: 800, 4: 400, 2: 200}
 SHAPE = Shape((6, 6, 6, 6), 2, NBYTES)

@@ -31,9 +31,9 @@ import moelab
 from moelab.bench.tables import as_markdown, circumstances
 from moelab.scheduling.events import HIT, LOAD, SKIP, SUBSTITUTE
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Knobs, LookAhead, Shape
-from moelab.scheduling.trace import LayerInput
 
 NBYTES = {16: 1600, 4: 400}
 SMALL, LARGE = (6, 16, 2), (48, 128, 8)

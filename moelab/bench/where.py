@@ -30,8 +30,9 @@ from moelab.runs.prediction import trace_of
 from moelab.runs.run import Run
 from moelab.scheduling.events import LOAD
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.stream import Knobs
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.spelling import number, size
 from moelab.store.devices import Device
 from moelab.store.devices import device as find_device

@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 from moelab.calibration.hobbit import gate_accuracy
 from moelab.calibration.probes import Evaluator, Text, record
 from moelab.calibration.profile import Kept, once
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.steps import LayerInput
+from moelab.scheduling.trace import Trace
 from moelab.strategies.edgemoe import (
     TOLERATED,
     Before,

@@ -17,8 +17,9 @@ import torch
 
 from moelab.engine.compute import Routed
 from moelab.engine.generation import Ids, Stream, begun_with
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.stream import LookAhead
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.store.codecs import decode
 
 if TYPE_CHECKING:

@@ -27,9 +27,10 @@ from moelab.models.adapter import attach, load_skeleton
 from moelab.scheduling import events as e
 from moelab.scheduling.events import LayerPlan
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import Change, LayerInput
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Key, LookAhead
-from moelab.scheduling.trace import Change, LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.settings import Settings
 from moelab.store.foreign import foreign
 from moelab.store.store import Store
@@ -139,8 +140,8 @@ class Engine:
         Exception
             Whatever a part of the strategy raised; `recover` then goes back to the old settings.
         """
-        old = self.settings
-        new_strategy = settings.strategy if settings.strategy is not old.strategy else None
+        old, asked = self.settings, settings.strategy
+        new_strategy = None if asked is old.strategy else asked
         with self.lock:
             plan = self.scheduler.change(settings.knobs(), new_strategy)
         try:
@@ -151,8 +152,7 @@ class Engine:
             # A smaller budget is told when it is kept: evicted and given back before this line.
             self.arena.set_limit(settings.budget_bytes)
             self.settings = settings
-            fresh = not settings.strategy.shares(old.strategy)
-            self._record_settings(settings.strategy, fresh=fresh)
+            self._record_settings(asked, fresh=not asked.shares(old.strategy))
             self._set_up()
             self._steer_all()
         except BaseException:  # a policy of somebody's own: what was in force is what recovers
@@ -262,8 +262,7 @@ class Engine:
             self.deciding += time.perf_counter() - begun
         if self.trace is not None:
             self.trace.steps.append(given)
-        # The scheduler's cache shows the plan's outcome already. From here on it is only obeyed:
-        # when this layer ends, memory holds what the cache says, or a load is on its way there.
+        # When this layer ends, memory holds what the cache says, or a load is on its way there.
         batch = self.compute.batch(layer, x, routed, scale_input)
         self._finish(self._issue(plan, batch), batch)
         if layer + 1 < self.shape.layers:  # its router comes next, and may prefer what is here now
@@ -285,13 +284,11 @@ class Engine:
         ahead: tuple[LookAhead, ...] = ()
         prefill = self.prefill or layer < self.shape.encoder_layers
         if depth := self.scheduler.look_ahead(layer, prefill=prefill):
-            for coming, idx, weights in self.adapter.look_ahead(layer, depth):
-                guess = Routed(idx, weights, self.shape.experts[coming])
+            for coming, *choice in self.adapter.look_ahead(layer, depth):
+                guess = Routed(*choice, self.shape.experts[coming])
                 ahead += (LookAhead.of(coming, guess.experts, guess.weights),)
-        wanted = None
-        if "wanted" in observes and self.adapter.steers(layer):
-            choice = self.adapter.wanted(layer)
-            wanted = Routed(*choice, self.shape.experts[layer]) if choice else None
+        choice = "wanted" in observes and self.adapter.steers(layer) and self.adapter.wanted(layer)
+        wanted = Routed(*choice, self.shape.experts[layer]) if choice else None
         return LayerInput(
             layer,
             routed.experts,
@@ -321,7 +318,7 @@ class Engine:
         """Do what the rows of a plan say, in their order; returns what is to be computed.
 
         Between tokens (no ``batch``) that are the loads to wait for. An eviction comes before the
-        load it makes room for, so the memory held never exceeds the budget.
+        load it makes room for: the memory held never exceeds the budget.
         """
         waiting: list[Serve] = []
         pending: set[Key] = set()  # their bytes are still needed by this layer

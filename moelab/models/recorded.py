@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from moelab.models.undecorated import Choice
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.steps import LayerInput
+from moelab.scheduling.trace import Trace
 
 Step = Callable[[int], LayerInput]
 """From a layer to what was recorded of it for the token at work."""

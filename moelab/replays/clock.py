@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from moelab.scheduling.events import EVICT, HIT, LOAD, PREFETCH, SUBSTITUTE, LayerPlan
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.stream import Key, Shape
-from moelab.scheduling.trace import LayerInput
 
 _SERVED = (HIT, LOAD, SUBSTITUTE)
 

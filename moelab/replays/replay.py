@@ -27,9 +27,10 @@ from moelab.scheduling.events import (
 )
 from moelab.scheduling.parts import Precision
 from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import Change, LayerInput
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Knobs, Shape
-from moelab.scheduling.trace import Change, LayerInput, Trace
+from moelab.scheduling.trace import Trace
 
 
 @dataclass(slots=True, repr=False)

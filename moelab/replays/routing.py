@@ -19,8 +19,9 @@ from statistics import NormalDist
 
 import numpy as np
 
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.stream import Shape
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 
 LAM = 1.5
 CLUSTERS = (4, 16, 64)

@@ -23,9 +23,10 @@ from moelab.runs.rounds import begun
 from moelab.runs.tokens import REQUESTS
 from moelab.runs.what_if import WhatIf, overlaid
 from moelab.scheduling.events import HIT, LOAD, SUBSTITUTE
+from moelab.scheduling.steps import Change
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Knobs
-from moelab.scheduling.trace import Change, Trace, unrecorded
+from moelab.scheduling.trace import Trace, unrecorded
 from moelab.settings import Settings
 from moelab.store.devices import device as find_device
 from moelab.store.machine import Machine

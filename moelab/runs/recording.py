@@ -52,10 +52,8 @@ OUTCOMES = ("skip", "substitute", "downgrade", "load", "late", "prefetched", "hi
 its way · read ahead · was there."""
 _BY_GUESS = {codes.PREFETCHED: "prefetched", codes.LATE: "late"}
 
-_NAMES = (
-    *("layer", "expert", "weight", "outcome", "served", "bits_asked", "bits", "bytes", "cause"),
-    "wait_ms",
-)
+_NAMES = ("layer", "expert", "weight", "outcome", "served", "bits_asked", "bits", "bytes", "cause")
+_NAMES += ("wait_ms",)
 
 
 class Recording:

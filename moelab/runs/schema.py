@@ -361,14 +361,8 @@ def _columns(d: dict[str, Any]) -> None:
 
 def _events(e: dict[str, Any], m: dict[str, Any], tokens: int) -> None:
     rows = {n: decoded(e[n], dtype, f"events.{n}", e["count"]) for n, dtype in EVENTS.items()}
-    limits = {
-        "token": max(1, tokens),
-        "layer": m["layers"],
-        "expert": m["experts"],
-        "bytes": 2**31,
-        "kind": len(KINDS),
-        "cause": len(e["causes"]),
-    }
+    limits = {"token": max(1, tokens), "layer": m["layers"], "expert": m["experts"]}
+    limits |= {"bytes": 2**31, "kind": len(KINDS), "cause": len(e["causes"])}
     for field, most in limits.items():
         _within(f"events.{field}", rows[field], 0, most)
     _within("events.at", rows["at"], -1, m["layers"])

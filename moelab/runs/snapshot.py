@@ -22,7 +22,8 @@ from moelab.runs.schema import EVENTS, FORMAT
 from moelab.runs.speculation import complete, kept
 from moelab.runs.tokens import COLUMNS, STALLS, table, titled
 from moelab.scheduling.events import AHEAD, CAUSES
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.steps import LayerInput
+from moelab.scheduling.trace import Trace
 from moelab.spelling import (
     changed,
     in_words,

@@ -31,7 +31,7 @@ import numpy as np
 from moelab.scheduling.stream import Key, LookAhead, Prediction, Request, View
 
 if TYPE_CHECKING:
-    from moelab.scheduling.trace import LayerInput
+    from moelab.scheduling.steps import LayerInput
 
 
 @runtime_checkable
@@ -143,7 +143,7 @@ class Part:
         What it wants to be told with every layer besides the routing: of ``"wanted"`` (the
         router's unmasked choice), ``"norms"`` (of the layer's input), ``"in_flight"``,
         ``"unread"``, ``"probabilities"`` (of all experts), ``"embedding"``; see
-        `moelab.scheduling.trace.LayerInput`.
+        `moelab.scheduling.steps.LayerInput`.
     learns
         Whether what it observes changes what it knows: after a drafted pass of which some tokens
         were rejected it is put back, and observes those that were kept.

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from moelab.scheduling.parts import Part
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.stream import View
-from moelab.scheduling.trace import LayerInput
 
 _COUNTED = ("last_use", "last_token", "uses", "high_uses")
 

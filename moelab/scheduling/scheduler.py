@@ -20,9 +20,9 @@ from moelab.scheduling.cache import Cache
 from moelab.scheduling.events import LayerPlan
 from moelab.scheduling.parts import Part
 from moelab.scheduling.rollback import Unverified
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Strategy
 from moelab.scheduling.stream import Key, Knobs, Request, Shape, View
-from moelab.scheduling.trace import LayerInput
 from moelab.scheduling.victims import Limit, Ranking, Victims, scores
 
 _NEEDED, _PROTECTED, _PINNED = Cache.NEEDED, Cache.PROTECTED, Cache.PINNED
@@ -204,9 +204,8 @@ class Scheduler:
             cache.in_flight[:] = False
             cache.in_flight[[key for key in given.in_flight if key in cache]] = True
         if "unread" in self.observes:
-            for key in given.unread:
-                if key in cache:
-                    self._evict(key, e.UNREAD, plan)
+            for key in filter(cache.__contains__, given.unread):
+                self._evict(key, e.UNREAD, plan)
         for part in self._observers:
             part.observe(given, view)
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import (
     Allocate,
     Evict,
@@ -29,7 +30,6 @@ from moelab.scheduling.strategy import (
     Strategy,
     View,
 )
-from moelab.scheduling.trace import LayerInput
 from moelab.strategies.edgemoe_paths import Before, Experts, PairTable, PathTable
 
 TOLERATED = 0.02

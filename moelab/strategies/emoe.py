@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Parameter, Prediction, Strategy, View
-from moelab.scheduling.trace import LayerInput
 from moelab.strategies.static_pruning import FixedExperts, Table
 
 

@@ -36,6 +36,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import (
     Evict,
     LookAhead,
@@ -45,7 +46,6 @@ from moelab.scheduling.strategy import (
     Strategy,
     View,
 )
-from moelab.scheduling.trace import LayerInput
 from moelab.strategies.basics import DEPTH
 
 TINY = 1e-12

@@ -25,8 +25,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Evict, Strategy, View
-from moelab.scheduling.trace import LayerInput
 from moelab.strategies.basics import EqualShares
 
 Weights = Sequence[Sequence[Any]]

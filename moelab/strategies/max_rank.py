@@ -17,8 +17,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Parameter, Request, Route, Strategy, View
-from moelab.scheduling.trace import LayerInput
 from moelab.strategies.basics import LRU, GateLookAhead, TierPair
 
 

@@ -46,7 +46,7 @@ from moelab.scheduling.stream import ranked
 from moelab.strategies.basics import DEPTH, expected
 
 if TYPE_CHECKING:
-    from moelab.scheduling.trace import LayerInput
+    from moelab.scheduling.steps import LayerInput
 
 EPSILON = 1e-6
 """Keeps the order of layers among experts that were never activated."""

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import (
     Evict,
     LookAhead,
@@ -26,7 +27,7 @@ from moelab.scheduling.strategy import (
     Strategy,
     View,
 )
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 
 
 class Routes:

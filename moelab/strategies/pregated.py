@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import LookAhead, Prediction, Prefetch, Route, Strategy, View
-from moelab.scheduling.trace import LayerInput
 from moelab.strategies.basics import LRU, expected
 
 

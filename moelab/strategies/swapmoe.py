@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Key, LookAhead, Parameter, Prediction, Strategy, View
-from moelab.scheduling.trace import LayerInput
 from moelab.strategies.static_pruning import FixedExperts, Table, frozen
 from moelab.strategies.swapmoe_planner import Plan, largest
 

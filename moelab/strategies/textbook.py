@@ -19,8 +19,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Evict, Key, View
-from moelab.scheduling.trace import LayerInput
 
 Queue = OrderedDict[Key, int]
 """Names, the next to leave first, and what is counted of each."""

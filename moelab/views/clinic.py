@@ -20,8 +20,8 @@ from moelab.replays.files import Trace
 from moelab.runs.prediction import trace_of
 from moelab.runs.sweep import sweep
 from moelab.scheduling.budget import size
+from moelab.scheduling.steps import Change
 from moelab.scheduling.stream import Knobs, Shape
-from moelab.scheduling.trace import Change
 from moelab.settings import parse_budget
 from moelab.spelling import spelled
 from moelab.store.architecture import Architecture

@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 
 from moelab.runs.prediction import fitted, trace_of
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.steps import LayerInput
+from moelab.scheduling.trace import Trace
 from moelab.store.devices import device as find_device
 from moelab.store.machine import Machine
 
