@@ -293,7 +293,7 @@ def _by_inputs() -> list[Loss]:
         how: dict[str, Any] = {"tiers": (16, 2, 1), "calibrate": later, "progress": False}
         store = moelab.pack(moelab.demo.checkpoint(), Path(folder) / "store", **how)
         with moelab.open(store, measure_kl=False, progress=False) as lab:
-            texts = [str(halves(text)[0]) for text in moelab.demo.probes().values()]
+            texts = [halves(text)[0] for text in moelab.demo.probes().values()]
             found = losses(lab, [2, 1], texts)
     names = "2 bit, GPTQ", "ternary, GPTQ"
     return [one._replace(name=name) for name, one in zip(names, found, strict=True)]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from moelab.calibration.probes import read, texts_of
+from moelab.calibration.probes import Text, read, texts_of
 from moelab.engine.generation import Ids, Stream
 from moelab.runs.quality import kl_divergence
 from moelab.store.codecs import decode, encode, payload_bytes
@@ -42,7 +42,7 @@ class Loss(NamedTuple):
 def losses(
     lab: Lab,
     names: Iterable[str | int] = tuple(REPRESENTATIONS),
-    texts: Sequence[str] | None = None,
+    texts: Sequence[Text] | None = None,
     *,
     max_tokens: int = 64,
 ) -> list[Loss]:

@@ -30,8 +30,9 @@ from moelab import strategies
 from moelab.demo import DOMAINS, HERE, checkpoint, probes, prompts
 from moelab.replays.bounds import belady_hits
 from moelab.replays.replay import replay
+from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Knobs, Shape
-from moelab.scheduling.trace import LayerInput, Trace
+from moelab.scheduling.trace import Trace
 from moelab.store import codecs
 from moelab.store.paths import cache_dir
 from moelab.training.corpus import Corpus, evenly_spaced, prepare

@@ -1,7 +1,7 @@
 """A training that can be stopped at any moment and goes on where it was: what both trainings share.
 
-A checkpoint is one safetensors file: what trains (`delta/…`), AdamW's two moments of it, and the
-state as json.  It takes the place of the one before as a whole; nothing is pickled.
+A checkpoint is one safetensors file: what trains (`delta/…`), AdamW's two moments of it or Muon's
+one, and the state as json.  It takes the place of the one before as a whole; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-KEPT = ("delta", "exp_avg", "exp_avg_sq")
-"""Of each parameter: its values, and AdamW's two moments once it has taken a step."""
+KEPT = ("delta", "exp_avg", "exp_avg_sq", "momentum_buffer")
+"""Of each parameter: its values, and its optimizer's moments once that has taken a step."""
 Trained = Mapping[str, torch.nn.Parameter]
 
 
@@ -81,11 +81,21 @@ def run(
     return not stopped
 
 
-def save(path: Path, trained: Trained, adam: torch.optim.Optimizer, state: State) -> None:
+def _owners(optimizers: Iterable[torch.optim.Optimizer]) -> dict[torch.Tensor, dict[str, Any]]:
+    """By parameter, the state that its optimizer keeps of it."""
+    return {
+        parameter: optimizer.state[parameter]
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def save(path: Path, trained: Trained, state: State, *optimizers: torch.optim.Optimizer) -> None:
     """Write a checkpoint under another name, then in place of the one before it."""
-    tensors = {}
+    tensors, kept = {}, _owners(optimizers)
     for name, parameter in trained.items():
-        parts = {"delta": parameter.detach(), **adam.state[parameter]}
+        parts = {"delta": parameter.detach(), **kept[parameter]}
         tensors |= {f"{key}/{name}": parts[key].contiguous() for key in KEPT if key in parts}
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"state": json.dumps(asdict(state))})
@@ -93,7 +103,7 @@ def save(path: Path, trained: Trained, adam: torch.optim.Optimizer, state: State
 
 
 @torch.no_grad()
-def resume(path: Path, trained: Trained, adam: torch.optim.Optimizer) -> State:
+def resume(path: Path, trained: Trained, *optimizers: torch.optim.Optimizer) -> State:
     """Put a checkpoint's values and moments in place; a new `State` where there is no file.
 
     Raises
@@ -106,6 +116,7 @@ def resume(path: Path, trained: Trained, adam: torch.optim.Optimizer) -> State:
     try:
         with safe_open(path, "pt") as file:
             state, known = State(**json.loads(file.metadata()["state"])), set(file.keys())
+            kept = _owners(optimizers)
             for name, parameter in trained.items():
                 parameter.copy_(file.get_tensor(f"delta/{name}"))
                 moments = {
@@ -114,7 +125,7 @@ def resume(path: Path, trained: Trained, adam: torch.optim.Optimizer) -> State:
                     if f"{key}/{name}" in known
                 }
                 if moments:
-                    adam.state[parameter] = {**moments, "step": torch.tensor(float(state.steps))}
+                    kept[parameter].update(moments, step=torch.tensor(float(state.steps)))
     except (SafetensorError, TypeError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path} is no checkpoint, or damaged ({error}); delete it to begin this training again"

@@ -176,7 +176,7 @@ class Training:
 
     def save(self) -> None:
         """Write the state in place of the old one."""
-        loop.save(self._state, self._trained, self._adam, self.at)
+        loop.save(self._state, self._trained, self.at, self._adam)
 
     def train(self, *, progress: bool = True) -> bool:
         """Go on to the end; False when it was interrupted, and can be resumed."""

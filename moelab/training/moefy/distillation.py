@@ -167,7 +167,7 @@ def distil(
 
     student.train()
     finished = loop.run(
-        state, step, lambda: loop.save(checkpoint, trained, adam, state),
+        state, step, lambda: loop.save(checkpoint, trained, state, adam),
         tokens=course.tokens, every_s=course.every_s, seconds=seconds, progress=progress,
     )  # fmt: skip
     student.eval()

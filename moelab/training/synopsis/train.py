@@ -1,0 +1,353 @@
+"""Train the model that writes synopses: Debian's package lists → pairs → a Switch Transformer.
+
+`python -m moelab.training.synopsis.train` does all of it; stopped with Ctrl-C and started again it
+goes on where it was.  `Recipe` holds everything that decides the result.  With `--experts 1` it
+trains the dense model of the same active size that the card compares with: top-1 of one expert is
+a plain feed-forward layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from moelab.store.paths import cache_dir
+from moelab.training import loop
+from moelab.training.synopsis.corpus import VOCABULARY, Corpus, prepare
+
+PADDING = 0
+IGNORED = -100
+"""The target of a position that has none."""
+NO_LIMIT = 4096
+"""Tokens that an expert may take in one sequence: more than any sequence has."""
+Tokens = list[tuple[list[int], list[int]]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result, besides the corpus."""
+
+    layers: int = 6  # of the encoder, and of the decoder; every second one is sparse
+    experts: int = 16
+    hidden: int = 192
+    ffn: int = 256
+    heads: int = 6
+    head_dim: int = 32
+    vocabulary: int = VOCABULARY
+    epochs: int = 4
+    pairs: int = 32  # in a batch
+    lr: float = 5e-3
+    embedding_lr: float = 5.0  # times lr
+    spike: float = 10.0  # of a first attention weight, see `begin_to_copy`
+    match: float = 0.4
+    warmup_steps: int = 200
+    copying: float = 0.3  # part of the training in which runs of the source are copied, too
+    run: int = 24  # tokens of such a run
+    balance: float = 0.01
+    z: float = 0.001
+    seed: int = 0
+
+
+def build_model(recipe: Recipe) -> Any:
+    """The model as transformers draws its weights but for what `begin_to_copy` sets."""
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    config = SwitchTransformersConfig(
+        vocab_size=recipe.vocabulary,
+        d_model=recipe.hidden,
+        d_kv=recipe.head_dim,
+        d_ff=recipe.ffn,
+        num_layers=recipe.layers,
+        num_decoder_layers=recipe.layers,
+        num_sparse_encoder_layers=recipe.layers // 2,
+        num_sparse_decoder_layers=recipe.layers // 2,
+        num_heads=recipe.heads,
+        num_experts=recipe.experts,
+        expert_capacity=NO_LIMIT,
+        router_jitter_noise=0.0,
+        router_aux_loss_coef=recipe.balance,
+        router_z_loss_coef=recipe.z,
+        dropout_rate=0.0,  # every pair is seen a few times only
+        pad_token_id=PADDING,
+        eos_token_id=1,
+        decoder_start_token_id=PADDING,  # pyright: ignore[reportCallIssue]
+    )
+    torch.manual_seed(recipe.seed)
+    model = SwitchTransformersForConditionalGeneration(config)
+    begin_to_copy(model, recipe.spike, recipe.match)
+    return model
+
+
+@torch.no_grad()
+def begin_to_copy(model: Any, spike: float, match: float) -> None:
+    """First values with which the decoder can say what follows in the source after its last token.
+
+    A summary repeats its source; from random values the model had not learnt to after two epochs.
+    Three heads of the encoder begin by reading the next token and one by the token before (their
+    relative position has a bias of ``spike``). Each cross attention begins by looking for the
+    decoder's own token (its query is ``match`` times its key), and three of its heads write back
+    what the first layer's three have read. The output begins small: tied and wide as the
+    embeddings are, every token would say itself again at first.
+    """
+    model.decoder.final_layer_norm.weight.fill_(0.1)
+    read = model.encoder.block[0].layer[0].SelfAttention
+    width = read.key_value_proj_dim
+    for head, step in ((0, 1), (1, 1), (2, 1), (3, -1)):
+        far = {"num_buckets": read.relative_attention_num_buckets, "max_distance": 128}
+        bucket = read._relative_position_bucket(torch.tensor([[step]]), True, **far)
+        read.relative_attention_bias.weight[int(bucket), head] = spike
+    for block in model.decoder.block:
+        cross = block.layer[1].EncDecAttention
+        cross.q.weight.copy_(match * cross.k.weight)
+        of = slice(3 * width)
+        cross.v.weight[of] = read.o.weight[:, of].T
+        cross.o.weight[:, of] = read.v.weight[of].T
+
+
+class Batch(NamedTuple):
+    """B pairs: sources [B, S] padded with `PADDING`, targets [B, T] with `IGNORED`."""
+
+    source: Tensor
+    target: Tensor
+
+    @classmethod
+    def of(cls, rows: Tokens) -> Batch:
+        """The pairs of token ids as tensors."""
+        sources, targets = ([torch.tensor(ids) for ids in part] for part in zip(*rows, strict=True))
+        return cls(pad_sequence(sources, True, PADDING), pad_sequence(targets, True, IGNORED))
+
+
+class StepLoss(NamedTuple):
+    """What `step_loss` returns; `total.backward()` makes the gradients."""
+
+    cross_entropy: Tensor  # nats per target token
+    copying: Tensor  # nats per copied token, 0 without
+    total: Tensor  # cross-entropy + copying + balance · auxiliary + z · z-loss
+    shares: Tensor  # [sparse layers, E] fraction of the tokens each expert got
+
+
+def runs_of(source: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Decoder inputs and targets [B, length] that continue a run of each source [B, S].
+
+    The run begins anywhere; its first token is given, after `END` in place of the start token.
+    """
+    ends = (source != PADDING).sum(1, keepdim=True)
+    first = (torch.rand(len(source), 1) * (ends - 2).clamp_min(1)).long()
+    at = first + torch.arange(length)
+    run = torch.where(at < ends, source.gather(1, at.clamp_max(source.shape[1] - 1)), IGNORED)
+    given = torch.cat([torch.ones_like(first), run[:, :-1].clamp_min(PADDING)], 1)
+    return given, torch.cat([torch.full_like(first, IGNORED), run[:, 1:]], 1)
+
+
+def step_loss(model: Any, batch: Batch, run: int = 0) -> StepLoss:
+    """Loss of a batch, with the balancing loss (Switch Transformer, eq. 4) and the router z-loss.
+
+    Both are summed over the sparse layers and leave padding out, which transformers' own count in.
+    With `run`, that many tokens of each source are to be copied as well: a decoder that reads a
+    source by what it wrote last has to be able to, and this teaches it sooner than summaries do.
+    """
+    routers: list[Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output: routers.append(output[2]))
+        for name, module in model.named_modules()
+        if name.endswith(".router")
+    ]
+    mask = batch.source != PADDING
+    out = model(input_ids=batch.source, attention_mask=mask.long(), labels=batch.target)
+    for hook in hooks:
+        hook.remove()
+    written = batch.target != IGNORED
+    half = len(routers) // 2
+    balance, z, shares = [], [], []
+    for router, kept in zip(routers, [mask] * half + [written] * half, strict=True):
+        logits = router.float()[kept]
+        probability = logits.softmax(-1)
+        share = F.one_hot(logits.argmax(-1), logits.shape[-1]).float().mean(0)
+        balance.append(logits.shape[-1] * (share * probability.mean(0)).sum())
+        z.append(logits.logsumexp(-1).square().mean())
+        shares.append(share)
+    config, copying = model.config, torch.zeros(())
+    if run:
+        given, wanted = runs_of(batch.source, run)
+        encoded = {"encoder_hidden_states": out.encoder_last_hidden_state}
+        copied = model.decoder(given, encoder_attention_mask=mask.long(), **encoded)
+        logits = model.lm_head(copied.last_hidden_state * config.d_model**-0.5)
+        copying = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten())
+    total = out.loss + copying + config.router_aux_loss_coef * torch.stack(balance).sum()
+    total = total + config.router_z_loss_coef * torch.stack(z).sum()
+    return StepLoss(out.loss.detach(), copying.detach(), total, torch.stack(shares))
+
+
+@torch.no_grad()
+def validation_loss(model: Any, rows: Tokens, pairs: int = 64) -> float:
+    """Mean cross-entropy in nats per target token."""
+    model.eval()
+    rows, total, count = sorted(rows, key=lambda row: len(row[0])), 0.0, 0
+    for at in range(0, len(rows), pairs):
+        batch = Batch.of(rows[at : at + pairs])
+        tokens = int((batch.target != IGNORED).sum())
+        total += float(step_loss(model, batch).cross_entropy) * tokens
+        count += tokens
+    model.train()
+    return total / count
+
+
+def batches(rows: Tokens, epoch: int, pairs: int, seed: int) -> list[list[int]]:
+    """The epoch's batches, as indices of `rows`: sources of like length together, all shuffled."""
+    rng = np.random.default_rng([seed, epoch])
+    lengths = np.array([len(source) for source, _ in rows])
+    order = np.argsort(lengths + rng.uniform(0, 8, len(rows)), kind="stable")
+    cut = [order[at : at + pairs].tolist() for at in range(0, len(order), pairs)]
+    return [cut[at] for at in rng.permutation(len(cut))]
+
+
+class Training:
+    """One training in the folder `out`: `state.safetensors`, then `model/`.
+
+    A folder that holds a state goes on from there.
+    """
+
+    def __init__(self, corpus: Corpus, recipe: Recipe, out: Path) -> None:
+        self.corpus, self.recipe, self.out = corpus, recipe, out
+        out.mkdir(parents=True, exist_ok=True)
+        self.model = build_model(recipe).train()
+        of = dict(self.model.named_parameters())
+        inner = {name for name in of if name.split(".")[-2] in ("q", "k", "v", "o", "wi", "wo")}
+        table = of.pop("shared.weight")
+        groups = [
+            {"params": [p for name, p in of.items() if name not in inner], "factor": 1.0},
+            {"params": [table], "factor": recipe.embedding_lr},
+        ]
+        matrices = [{"params": [of[name] for name in inner], "factor": 1.0}]
+        decay = 0.01
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=decay, fused=True),
+            torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        ]
+        self._state = out / "state.safetensors"
+        self._trained = dict(self.model.named_parameters())
+        self.at = loop.resume(self._state, self._trained, *self._optimizers)
+        asked = asdict(recipe)
+        if self.at.recipe and self.at.recipe != asked:
+            raise ValueError(f"{out} was started with {self.at.recipe}: use another --out")
+        self.at.recipe = asked
+        rows = corpus.tokens["train"]
+        self.tokens = recipe.epochs * sum(len(source) for source, _ in rows)
+        self._epoch, self._order = -1, [[0]]
+        self._steps = recipe.epochs * -(-len(rows) // recipe.pairs)
+
+    def train(self, *, progress: bool = True) -> bool:
+        """Go on to the end; False when it was interrupted, and can be resumed."""
+
+        def save() -> None:
+            loop.save(self._state, self._trained, self.at, *self._optimizers)
+
+        return loop.run(self.at, self._step, save, tokens=self.tokens, progress=progress)
+
+    def _batch(self) -> Batch:
+        rows = self.corpus.tokens["train"]
+        epoch, at = divmod(self.at.steps, self._steps // self.recipe.epochs)
+        if epoch != self._epoch:
+            order = batches(rows, epoch, self.recipe.pairs, self.recipe.seed)
+            self._epoch, self._order = epoch, order
+        return Batch.of([rows[index] for index in self._order[at]])
+
+    def _step(self) -> dict[str, str]:
+        recipe, at = self.recipe, self.at
+        batch = self._batch()
+        torch.manual_seed(at.steps)  # what dropout leaves out is the same after a resumption
+        warm = min(1.0, (at.steps + 1) / recipe.warmup_steps)
+        lr = recipe.lr * warm * (1 - at.steps / self._steps)
+        copies = torch.rand(()) > at.steps / self._steps / recipe.copying
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = step_loss(self.model, batch, recipe.run if copies else 0)
+        loss.total.backward()
+        norm = clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["factor"]
+            optimizer.step()
+            optimizer.zero_grad()
+        at.seen += int((batch.source != PADDING).sum())
+        at.steps += 1
+        if at.steps % 500 == 0 or at.steps == self._steps:
+            self._note(loss, lr, float(norm))
+        told = {"loss": f"{loss.cross_entropy:.3f}", "lr": f"{lr:.1e}"}
+        return told | ({"copying": f"{loss.copying:.3f}"} if loss.copying else {})
+
+    def _note(self, loss: StepLoss, lr: float, norm: float) -> None:
+        """Add this step and the validation loss to the curve."""
+        validation = validation_loss(self.model, self.corpus.tokens["validation"])
+        entry = {
+            "tokens": self.at.seen,
+            "seconds": round(self.at.seconds),
+            "train_loss": round(float(loss.cross_entropy), 4),
+            "copying": round(float(loss.copying), 4),
+            "lr": round(lr, 6),
+            "gradient_norm": round(norm, 3),
+            "least_share": round(float(loss.shares.min()) * self.recipe.experts, 3),
+            "validation": round(validation, 4),
+        }
+        self.at.losses.append(entry)
+        tqdm.write(json.dumps(entry))
+
+    def export(self) -> Path:
+        """Write the bf16 checkpoint, its tokenizer and `training.json` to `model/`."""
+        partial, final = self.out / "model.partial", self.out / "model"
+        shutil.rmtree(partial, ignore_errors=True)
+        model = copy.deepcopy(self.model).to(torch.bfloat16)
+        model.generation_config.max_new_tokens = 48
+        model.save_pretrained(partial)
+        shutil.copytree(self.corpus.folder / "tokenizer", partial, dirs_exist_ok=True)
+        story = {
+            "recipe": asdict(self.recipe),
+            "pairs": {name: len(rows) for name, rows in self.corpus.parts.items()},
+            "tokens": self.at.seen,
+            "steps": self.at.steps,
+            "seconds": round(self.at.seconds),
+            "threads": torch.get_num_threads(),
+            "curve": self.at.losses,
+        }
+        (partial / "training.json").write_text(json.dumps(story, indent=1) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        return final
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="folder of the training (user cache)")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of the corpus (user cache)")] = None,
+    experts: Annotated[int, typer.Option(help="per sparse layer; 1: dense")] = Recipe.experts,
+    epochs: Annotated[int, typer.Option(help="how often every pair is seen")] = Recipe.epochs,
+    lr: Annotated[float, typer.Option(help="peak learning rate")] = Recipe.lr,
+    threads: Annotated[int, typer.Option(help="of torch; 0: one a core", min=0)] = 0,
+) -> None:
+    """Train the synopsis model from Debian's package lists; resumes when run again."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    if threads:
+        torch.set_num_threads(threads)
+    recipe = Recipe(experts=experts, epochs=epochs, lr=lr)
+    default = cache_dir() / "synopsis" / ("run" if experts > 1 else "dense")
+    training = Training(prepare(data), recipe, out or default)
+    if training.train():
+        print(f"trained: {training.export()}")
+    else:
+        print(f"interrupted at {training.at.seen:,} tokens; run the same command to go on")
+
+
+if __name__ == "__main__":
+    typer.run(main)

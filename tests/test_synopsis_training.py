@@ -1,0 +1,174 @@
+"""The training of the model that writes synopses: its pairs, its first weights, its resumption."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moelab.training.synopsis import corpus
+from moelab.training.synopsis.corpus import Corpus, Pair
+from moelab.training.synopsis.train import (
+    IGNORED,
+    PADDING,
+    Batch,
+    Recipe,
+    Training,
+    batches,
+    build_model,
+    runs_of,
+    step_loss,
+)
+
+TINY = Recipe(
+    layers=2, experts=2, hidden=128, ffn=16, heads=4, vocabulary=64, epochs=2, pairs=4, run=6
+)
+
+
+def pair(package: str, text: str = "", source: str = "") -> Pair:
+    return Pair(package, source or package, "utils", text or f"about {package}", "a synopsis")
+
+
+def test_a_description_is_read_as_text():
+    control = " One line that\n is wrapped.\n .\n Features:\n  * a list\n  * of two\n After."
+    assert (
+        corpus.flowing(control) == "One line that is wrapped.\nFeatures:\n* a list\n* of two After."
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("gcc-12-cross", "gcc"), ("python3.11", "python"), ("zlib", "zlib"), ("0ad", "0ad")],
+)
+def test_sources_of_other_versions_are_one_group(source, name):
+    assert corpus.group(source) == name
+
+
+def test_groups_stay_together_and_give_few_pairs():
+    rows = [
+        pair(f"p{i}-{j}", f"text {'abc'[j % 3]} of {i}", f"s-{i}x")
+        for i in range(400)
+        for j in range(3)
+    ]
+    rows += [
+        pair(f"gcc-{v}-{j}", f"word {chr(97 + j)} here", f"gcc-{v}")
+        for v in (11, 12)
+        for j in range(9)
+    ]
+    parts = corpus.split(rows)
+    found = {name: {corpus.group(p.source) for p in part} for name, part in parts.items()}
+    assert not found["train"] & found["test"]
+    assert not found["train"] & found["validation"]
+    every = [p for part in parts.values() for p in part]
+    assert sum(corpus.group(p.source) == "gcc" for p in every) == corpus.PER_GROUP
+    assert parts == corpus.split(rows[::-1])  # by the texts, not by their order
+
+
+def test_texts_that_differ_in_names_only_are_few():
+    rows = [
+        pair(f"lib{chr(97 + i)}", f"the source of crate-{i}", f"rust{'xyz'[i % 3]}{chr(97 + i)}")
+        for i in range(26)
+    ]
+    assert sum(map(len, corpus.split(rows).values())) == corpus.PER_GROUP
+
+
+def test_the_tokenizer_gives_back_what_it_was_given():
+    tokenizer = corpus.train_tokenizer(["Python 3.11 library", "another library 2023"] * 3)
+    for text in ("Python 3.11 library, 2023", "zlib1g: a-b (x86)"):
+        ids = tokenizer.encode(text).ids
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode(ids[-1:], skip_special_tokens=False) == corpus.END
+    first, later = tokenizer.encode("library").ids[0], tokenizer.encode("a library").ids
+    assert first in later  # the same word is the same token at the beginning of a text
+
+
+def test_runs_are_continued_from_where_they_begin():
+    torch.manual_seed(0)
+    source = torch.tensor([[5, 6, 7, 8, 9, 1], [11, 12, 1, PADDING, PADDING, PADDING]])
+    given, wanted = runs_of(source, 4)
+    assert given.shape == wanted.shape == (2, 4)
+    assert (given[:, 0] == 1).all()
+    assert (wanted[:, 0] == IGNORED).all()
+    for row, goal, text in zip(given.tolist(), wanted.tolist(), source.tolist(), strict=True):
+        at = text.index(row[1])
+        length = sum(token != IGNORED for token in goal[1:])
+        assert goal[1 : 1 + length] == text[at + 1 : at + 1 + length]
+        assert goal[1 + length :] == [IGNORED] * (3 - length)
+
+
+def test_the_model_begins_able_to_copy():
+    torch.manual_seed(3)
+    source = torch.randint(2, 500, (16, 24))
+    batch = Batch(source, source[:, :8].contiguous())
+    recipe = replace(Recipe(), layers=2, experts=4, vocabulary=512)
+    begun = step_loss(build_model(recipe).eval(), batch, run=12).copying
+    plain = step_loss(
+        build_model(replace(recipe, spike=0.0, match=0.0)).eval(), batch, run=12
+    ).copying
+    assert begun < plain - 0.02
+
+
+def test_the_losses_leave_padding_out():
+    model = build_model(TINY).eval()
+    source, target = torch.tensor([[5, 6, 7, 1]]), torch.tensor([[8, 9, 1]])
+    wider = Batch(
+        torch.nn.functional.pad(source, (0, 3), value=PADDING),
+        torch.nn.functional.pad(target, (0, 2), value=IGNORED),
+    )
+    for mine, padded in zip(
+        step_loss(model, Batch(source, target)), step_loss(model, wider), strict=True
+    ):
+        torch.testing.assert_close(mine, padded)
+
+
+def test_an_epoch_has_every_pair_once_and_like_lengths_together():
+    rows = [([2] * (3 + i % 40), [3, 1]) for i in range(203)]
+    found = batches(rows, epoch=1, pairs=16, seed=0)
+    assert sorted(i for batch in found for i in batch) == list(range(203))
+    assert (
+        max(max(len(rows[i][0]) for i in b) - min(len(rows[i][0]) for i in b) for b in found) < 15
+    )
+    assert (
+        found
+        == batches(rows, epoch=1, pairs=16, seed=0)
+        != batches(rows, epoch=2, pairs=16, seed=0)
+    )
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Corpus:
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in (5, 9, 6, 8, 7, 9, 5, 6):
+        ids = torch.randint(2, 64, (length,), generator=generator).tolist()
+        rows.append(([*ids, 1], [*ids[:2], 1]))
+    parts = {name: [pair("p")] * len(rows) for name in ("train", "validation")}
+    return Corpus(parts, {"train": rows, "validation": rows[:4]}, tmp_path)
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(pairs, tmp_path):
+    whole = Training(pairs, TINY, tmp_path / "whole")
+    assert whole.train(progress=False)
+    parted = Training(pairs, TINY, tmp_path / "parted")
+    for _ in range(2):
+        parted._step()
+    parted.tokens = parted.at.seen  # it is over, for now: the state is saved
+    assert parted.train(progress=False)
+    resumed = Training(pairs, TINY, tmp_path / "parted")
+    assert resumed.at.steps == 2
+    assert resumed.train(progress=False)
+    assert resumed.at.steps == whole.at.steps == 4
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(
+            resumed.model.state_dict()[name], value, rtol=0, atol=0, msg=name
+        )
+
+
+def test_another_recipe_does_not_go_on_with_a_training(pairs, tmp_path):
+    first = Training(pairs, TINY, tmp_path)
+    first.tokens = 0
+    first.train(progress=False)
+    with pytest.raises(ValueError, match="use another --out"):
+        Training(pairs, replace(TINY, lr=1e-3), tmp_path)
