@@ -146,6 +146,6 @@ def test_router_change_is_of_two_checkpoints_and_keeps_its_sign(tmp_path):
 
 def test_by_change_without_two_checkpoints_says_how_to_get_it(demo_lab):
     with pytest.raises(ValueError, match="router_change"):
-        static_pruning(by="change")
+        static_pruning({"norms": PROFILE["norms"]}, by="change")
     with pytest.raises(ValueError, match="router_change"):
         demo_lab.update(strategy="static_pruning", by="change")

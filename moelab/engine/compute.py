@@ -24,7 +24,7 @@ from moelab.engine.chunks import FEW_TOKENS
 from moelab.engine.memory import HUGE, Slot, pages
 from moelab.models.adapter import Adapter, expert_forward
 from moelab.models.gating import SWIGLU, rule_of_all
-from moelab.scheduling.stream import Key
+from moelab.scheduling.stream import MIXED, Key
 from moelab.store.mixed import decode
 from moelab.store.store import Store
 
@@ -127,6 +127,8 @@ class _Layer:
 
     def _coded(self, serve: Serve) -> int:
         """What the copy's bytes are: its bits, or of "mixed" the form of whoever serves."""
+        if serve.bits != MIXED:
+            return serve.bits
         store = self._compute.store
         first = sum(store.experts_per_layer[: self.layer])
         expert = serve.expert if serve.key < 0 else serve.key - first

@@ -61,7 +61,8 @@ def refold(document: dict[str, Any], events: np.ndarray, experts: np.ndarray) ->
         A pass cannot be one of this run's; the message names it.
     """
     tokens, layers = len(document["pieces"]), document["model"]["layers"]
-    chosen, free = experts.reshape(tokens, layers, -1), 1
+    chosen = experts.reshape(tokens, layers, len(experts) // max(1, tokens * layers))
+    free = 1  # the first token that no pass has made yet
     for i, one in enumerate(document.get("passes", ())):
         accepted, count = one["accepted"], one["kept"]
         begin, end = one["token"], one["token"] + count

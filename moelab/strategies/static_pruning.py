@@ -95,16 +95,15 @@ class FixedExperts(Allocate, Route, Evict, Prefetch):
 
     def check(self) -> None:
         """Raise ValueError where experts are known, but not what this rule ranks them by."""
-        if self.by == "change" and not self._tables["change"]:
-            raise ValueError(
-                "by='change' needs two checkpoints: give the profile a change= that "
-                "moelab.calibration.router_change.router_change(before, after) made"
-            )
         if any(self._tables.values()) and not self._tables[self.by]:
-            raise ValueError(
-                f"by={self.by!r}: the profile has no such numbers, an older version made it; "
-                "measure them once with lab.calibrate('swapmoe', again=True)"
+            how = (
+                "they need two checkpoints: give the profile a change= that "
+                "moelab.calibration.router_change.router_change(before, after) made"
+                if self.by == "change"
+                else "an older version made it; measure them once with "
+                "lab.calibrate('swapmoe', again=True)"
             )
+            raise ValueError(f"by={self.by!r}: the profile has no such numbers; {how}")
 
     # -- who ----------------------------------------------------------------------------------
 
