@@ -284,8 +284,8 @@ class Engine:
         ahead: tuple[LookAhead, ...] = ()
         prefill = self.prefill or layer < self.shape.encoder_layers
         if depth := self.scheduler.look_ahead(layer, prefill=prefill):
-            for coming, *choice in self.adapter.look_ahead(layer, depth):
-                guess = Routed(*choice, self.shape.experts[coming])
+            for coming, idx, weights in self.adapter.look_ahead(layer, depth):
+                guess = Routed(idx, weights, self.shape.experts[coming])
                 ahead += (LookAhead.of(coming, guess.experts, guess.weights),)
         choice = "wanted" in observes and self.adapter.steers(layer) and self.adapter.wanted(layer)
         wanted = Routed(*choice, self.shape.experts[layer]) if choice else None
