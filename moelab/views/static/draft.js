@@ -11,7 +11,7 @@ export class Draft {
   constructor(model, { drafts = [] }, sender) {
     this.model = model;
     this.sender = sender;
-    this.noted = 0;
+    this.noted = "";
     const numbers = Array.from({ length: MOST_AHEAD + 1 }, (_, n) => [n, n ? `${n} ahead` : "pause"]);
     this.bits = h("select", {
       name: "draft_bits", title: ABOUT_BITS,
