@@ -20,11 +20,14 @@ from moelab.replays.replay import replay
 from moelab.runs.shadows import Shadows
 from moelab.runs.tokens import table
 from moelab.scheduling.budget import minimum_budget
-from moelab.scheduling.stream import Shape
+from moelab.scheduling.scheduler import Scheduler
+from moelab.scheduling.steps import LayerInput
+from moelab.scheduling.stream import Knobs, Shape
 from moelab.scheduling.trace import Trace
 from moelab.strategies import NAMES, make
 from moelab.strategies.edgemoe import _distances
 from test_families import nllb_forward
+from test_speculation import inside
 from test_strategies import check_run, decided, live
 
 SOURCE = (
@@ -237,3 +240,54 @@ def test_layers_come_in_the_order_in_which_tokens_run_through_them():
     assert _distances(5, 2, "described")[3].tolist() == [5, 5, 2, 3, 1]
     assert _distances(5, 2, "printed")[3].tolist() == [5, 5, 1, 3, 2]
     assert _distances(5, 2, "described")[1].tolist() == [5, 5, 1, 2, 3]
+
+
+def drafted() -> Trace:
+    """Two texts of a prompt and three passes of two rows each, of all but the first one is kept."""
+    trace = Trace(Shape((4,) * 3, 1, {16: 100}, encoder_layers=1))
+    for text in range(2):
+        for at in range(4):
+            for layer in trace.shape.path(prefill=at == 0):
+                rows = tuple(((text + at * row + layer) % 4,) for row in range(2))
+                trace.steps.append(LayerInput(layer, rows, ((1.0,),) * 2, prefill=at == 0))
+    trace.kept = {2: 1, 3: 1, 6: 1, 7: 1}
+    return trace
+
+
+@pytest.mark.parametrize("name", ["trace.json", "trace.parquet"])
+def test_what_stands_goes_by_the_pass_also_after_another_prompt(name, tmp_path):
+    trace = drafted()
+    rows = [len(given.experts) for given in trace.learnt()]
+    assert rows == [2, 2, 2, 2, 2, 1, 1, 1, 1] * 2
+    assert trace.decoded == 8
+    loaded = Trace.load(trace.save(tmp_path / name))
+    assert loaded.kept == trace.kept
+    assert [len(given.experts) for given in loaded.learnt()] == rows
+    settled = []
+
+    def make_it(*given):
+        scheduler = Scheduler(*given)
+        end = scheduler.end_of_token
+        scheduler.end_of_token = lambda kept=None: (settled.append(kept), end(kept))
+        return scheduler
+
+    replay(loaded, make("lru"), Knobs(600), make=make_it)
+    assert settled == [None, None, 1, 1] * 2
+
+
+@pytest.mark.parametrize("strategy", ["lfu", "moe_infinity", "s3fifo"])
+def test_a_pass_that_begins_behind_the_encoder_is_rolled_back_alone(strategy):
+    trace = drafted()
+    learnt, kept = (Scheduler(trace.shape, one, Knobs(600)) for one in [make(strategy)] * 2)
+    for scheduler, steps in ((learnt, trace.steps), (kept, trace.learnt())):
+        stand = iter([None, None, 1, 1] * 2)
+        for given in steps:
+            if given.prefill and given.layer == 0:
+                scheduler.new_sequence()
+            scheduler.step(given)
+            if given.layer == trace.shape.layers - 1:
+                now = next(stand)
+                scheduler.end_of_token(now if scheduler is learnt else None)
+    assert learnt.cache.uses.tolist() == kept.cache.uses.tolist()
+    known, same = (repr([inside(p) for p in one.strategy.objects]) for one in (learnt, kept))
+    assert known == same

@@ -137,6 +137,7 @@ def test_what_is_replayed_is_what_was_decided(run, tmp_path):
     for path in ("trace.json", "trace.parquet"):
         loaded = Trace.load(run.trace.save(tmp_path / path))
         assert (loaded.steps, loaded.kept) == (run.trace.steps, run.trace.kept)
+        assert loaded.document()["format"] == 6
         again = replay(loaded, strategies={"lru": make("lru")})
         assert words(again.decisions) == decided(run)
 

@@ -89,7 +89,7 @@ def _pyarrow() -> tuple[Any, Any]:
 
 
 def _rows(at: int, step: list[Any]) -> Iterator[Row]:
-    given = dict(zip(SAVED, step, strict=False))  # of format 5 without the last
+    given = dict(zip(SAVED, step, strict=False))  # without free experts it lacks the last
     layer = given["layer"]
     yield at, STEP, len(given["experts"]), layer, int(given["prefill"]), 0.0
     for what, experts, weights in (

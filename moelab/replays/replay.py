@@ -145,9 +145,8 @@ def replay(
     assert first.strategy is not None
     player = Player(make(trace.shape, first.strategy, first.knobs), clock)
     player.scheduler.warm(trace.resident)
-    for i, given in enumerate(trace.steps):
+    for i, (given, kept) in enumerate(trace.with_kept()):
         due = [change for change in changes if change.at == i]
-        kept = trace.kept.get(trace.shape.passes_of(i))
         player.step(given, [(change.knobs, change.strategy) for change in due], kept)
     return player.out
 

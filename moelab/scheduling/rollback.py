@@ -35,7 +35,7 @@ class Unverified:
 
     def take(self, given: LayerInput, parts: Sequence[Part]) -> None:
         """A layer's input is about to be observed by these ``parts``."""
-        if given.layer == 0:
+        if self._view.shape.begins(given.layer, prefill=given.prefill):
             self._given.clear()
         if given.prefill or len(given.experts) < 2:
             return

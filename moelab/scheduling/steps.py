@@ -85,7 +85,7 @@ class LayerInput:
 
     def verified(self, kept: int) -> LayerInput:
         """Its first ``kept`` rows; means over all of them and guesses from all are left out."""
-        names = ("experts", "weights", "wanted", "wanted_weights", "norms")
+        names = ("experts", "weights", "wanted", "wanted_weights", "norms", "free", "free_weights")
         rows = {name: value[:kept] for name in names if (value := getattr(self, name))}
         return dataclasses.replace(self, **rows, look_ahead=(), probabilities=None, embedding=None)
 

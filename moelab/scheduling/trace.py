@@ -34,8 +34,8 @@ class Trace:
     """A recorded run: its inputs in order, with settings changes before the step they act on.
 
     ``resident`` is what was in the cache at the start, least recently used first; ``lacks``, what
-    whoever recorded it did not say (see `moelab.replays.foreign`). ``kept``: pass -> its rows that
-    stand, of drafted passes some of whose tokens were rejected.
+    whoever recorded it did not say (see `moelab.replays.foreign`). ``kept``: place in `passes` ->
+    the rows that stand, of drafted passes some of whose tokens were rejected.
     """
 
     shape: Shape
@@ -67,12 +67,18 @@ class Trace:
 
     def learnt(self) -> Iterator[LayerInput]:
         """The steps without what was rolled back: what may be learnt from."""
-        for i, given in enumerate(self.steps):
-            kept = self.kept.get(self.shape.passes_of(i))
+        for given, kept in self.with_kept():
             yield given if kept is None else given.verified(kept)
 
+    def with_kept(self) -> Iterator[tuple[LayerInput, int | None]]:
+        """Each step, and how many rows of its pass stand; None: all."""
+        at = -1
+        for given in self.steps:
+            at += self.shape.begins(given.layer, prefill=given.prefill)
+            yield given, self.kept.get(at)
+
     def end_of_pass(self, kept: int) -> None:
-        """Of the pass that has just ended, ``kept`` rows stand."""
+        """Of the pass that has just ended, of one prompt, ``kept`` rows stand."""
         if self.steps and not self.steps[-1].prefill and kept < len(self.steps[-1].experts):
             self.kept[self.shape.passes_of(len(self.steps)) - 1] = kept
 
@@ -84,7 +90,7 @@ class Trace:
         model = {"experts": shape.experts, "top_k": shape.top_k, "nbytes": dict(shape.nbytes)}
         names = SAVED if shape.free else SAVED[:-NEW_IN_6]
         return {
-            "format": FORMAT if own else FORMAT - 1,
+            "format": FORMAT if own or self.kept else FORMAT - 1,
             "shape": model | own,
             "steps": [[_plain(getattr(s, name)) for name in names] for s in self.steps],
             "changes": [
@@ -122,7 +128,7 @@ class Trace:
         try:
             _whole(path.stat().st_size, 2, MOST_BYTES, "its size")
             _, read = FILES.get(path.suffix, FILES[""])
-            return cls(*_parts(read(path.read_bytes())))
+            return _of(read(path.read_bytes()))
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as e:
             raise ValueError(
                 f"{path} is not a moelab trace of format {FORMAT} ({e}); record one with "
@@ -150,8 +156,8 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, array) else value
 
 
-def _parts(doc: dict) -> tuple:
-    """Shape, steps, changes and residents of a document, each number held against its range."""
+def _of(doc: dict) -> Trace:
+    """The trace of a document, each number held against its range."""
     _whole(doc["format"], OLDEST, FORMAT, "format")
     shape = _shape(**doc["shape"])
 
@@ -180,11 +186,12 @@ def _parts(doc: dict) -> tuple:
         raise ValueError("an expert is resident twice")
     lacks = tuple(map(_word, doc.get("lacks", ())))
     _whole(sum(map(len, lacks)), 0, LONGEST * 10, "length of what it lacks")
-    kept: dict[int, int] = {}
+    trace = Trace(shape, steps, changes, resident, lacks)
+    passes = trace.passes
     for at, rows in doc.get("kept", ()):
-        _whole(at, 0, len(steps) // shape.layers - 1, "drafted pass")
-        kept[at] = _whole(rows, 1, len(steps[at * shape.layers].experts), "rows kept of a pass")
-    return shape, steps, changes, resident, lacks, kept
+        begun = steps[passes[_whole(at, 0, len(passes) - 1, "drafted pass")]]
+        trace.kept[at] = _whole(rows, 1, len(begun.experts), "rows kept of a pass")
+    return trace
 
 
 def _whole(value: Any, low: int, high: int, what: str) -> int:
