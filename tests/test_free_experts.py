@@ -12,7 +12,11 @@ import transformers
 import moelab
 import tiny_models
 from moelab import strategies
+from moelab.replays.bounds import belady_hits
+from moelab.runs.shadows import Shadows
+from moelab.runs.tokens import table
 from moelab.scheduling import events as e
+from moelab.scheduling.stream import MIXED, Shape
 from moelab.scheduling.trace import Trace
 from moelab.spelling import named
 from reference import logits_of
@@ -48,7 +52,7 @@ def lab(folder, tmp_path_factory):
                 del tensors[name]
 
     real = tiny_models.edit(folder, tmp_path_factory.mktemp("hub") / "real", as_on_the_hub)
-    with moelab.open(real, tiers=(16, 4), budget="50%", measure_kl=False, progress=False) as lab:
+    with moelab.open(real, tiers=(16, 4, 2), budget="50%", measure_kl=False, progress=False) as lab:
         yield lab
 
 
@@ -144,3 +148,57 @@ def test_a_masked_router_may_still_choose_them(lab):
     steered = lab.generate(PROMPT, max_new_tokens=8, temperature=0, ignore_eos=True)
     assert steered.error is None
     assert steered.summary()["free_hits"] > 0
+
+
+def test_own_sizes_have_places_where_free_experts_are():
+    shape = Shape((2, 1), 1, {16: 8, MIXED: 4}, free=2, own={MIXED: (3, 4, 2)})
+    assert shape.own_cells() == {MIXED: [3, 4, 0, 0, 2, 0, 0, 0]}
+
+
+@pytest.mark.slow
+def test_beside_the_mixed_tier_frames_and_recordings_have_them(lab, tmp_path):
+    texts = ["The ship sailed out of the harbour and nobody saw it again."]
+    lab.calibrate("mixed", texts=texts, max_tokens=8, progress=False)
+    with moelab.open(
+        lab._store.path, bits="mixed", budget="50%", measure_kl=False, progress=False
+    ) as mixed:
+        own = mixed.generate(PROMPT, max_new_tokens=4, ignore_eos=True)
+        assert own.error is None
+        assert moelab.Recording.load(own.save(tmp_path / "run")).cache_map()["bits"].any()
+        assert mixed.dashboard()._repr_mimebundle_()
+
+
+def test_the_best_evictions_hit_ratio_counts_them_as_the_others_do(run, lab):
+    found = moelab.replay(run)
+    room = lab._shape.all_bytes(16) // 2 // lab._shape.nbytes[16]
+    best, asked = belady_hits(run.trace, room)
+    assert asked == found.tally[e.HIT] + found.tally[e.LOAD]
+    assert best >= found.tally[e.HIT]
+    assert belady_hits(run.trace, room // 3, per_layer=True)[1] == asked
+    judged = moelab.policy_or_memory(run)
+    assert (judged.now, judged.best) == (found.hit_ratio, best / asked)
+    assert judged.lru[0] == found.free / asked > 0
+    assert judged.lru[judged.cliff] > judged.lru[judged.cliff - 1] == judged.lru[0]
+    assert "LRU hits nothing but experts of 0 bytes below" in judged.sentence()
+    shadows = Shadows(run, lab._strategies)
+    while shadows.advance(1):
+        pass
+    told = {one["name"]: one["hit_ratio"] for one in shadows.told(table(run.token_reports))}
+    assert told["belady"] == best / asked >= told["lru"]
+
+
+def test_what_a_draft_rolls_back_takes_its_free_choices_with_it(lab, tmp_path):
+    how = {"max_new_tokens": 24, "temperature": 0, "ignore_eos": True}
+    lab.update(strategy="lru", budget="50%")
+    drafted = lab.generate(PROMPT, **how, draft_bits=2, draft_length=7)
+    trace = drafted.trace
+    assert trace.kept
+    for given in trace.learnt():
+        rows = zip(given.experts, given.free, given.free_weights, strict=True)
+        assert all(len(own) + len(more) == K == len(own) + len(w) for own, more, w in rows)
+    again = Trace.load(trace.save(tmp_path / "trace.json"))
+    rows = drafted.log.records()
+    live = rows[rows["kind"] != e.STALL][["kind", "layer", "expert", "bits"]].tolist()
+    for told in (trace, again):
+        found = moelab.replay(told, strategies=named())
+        assert [row[:3] + row[4:5] for row in found.rows] == live

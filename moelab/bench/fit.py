@@ -277,7 +277,7 @@ def fit(
         f"demo at a quarter of its experts by the same clock was {off:+.0%} off here. {OFF}"
     )
     distances = np.sort(reuse_distances(trace))
-    distances = distances[distances < NEVER]
+    distances = distances[(distances > 0) & (distances < NEVER)]
     cliff, enough = int(distances[0]), int(distances[math.ceil(MOST_OF * len(distances)) - 1])
     dense_bits = next((b for b in DENSE_BITS if 2 * of.dense_bytes(b) <= whole), DENSE_BITS[-1])
     rest = of.dense_bytes(dense_bits) + PROCESS_BYTES

@@ -7,6 +7,7 @@ from bisect import bisect_left
 
 import numpy as np
 
+from moelab.scheduling.events import free_hits
 from moelab.scheduling.trace import Trace
 
 NEVER = np.iinfo(np.int64).max
@@ -25,6 +26,11 @@ def requests(trace: Trace) -> Stream:
     return warm + [((s.layer, r.expert), not s.prefill) for s in trace.steps for r in s.requests()]
 
 
+def _free(trace: Trace) -> int:
+    """Decoded tokens' requests for experts without weights: hits everywhere, also here."""
+    return sum(len(free_hits(s.layer, s.free)) for s in trace.steps if s.free and not s.prefill)
+
+
 def belady_hits(
     trace: Trace, capacity: int, *, bypass: bool = False, per_layer: bool = False
 ) -> tuple[int, int]:
@@ -40,12 +46,12 @@ def belady_hits(
 
     Source: L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", 1966.
     """
-    stream = requests(trace)
-    if not per_layer:
-        return _best(stream, capacity, bypass=bypass)
-    layers = [[one for one in stream if one[0][0] == at] for at in range(trace.shape.layers)]
-    found = [_best(own, capacity, bypass=bypass) for own in layers]
-    return sum(hits for hits, _ in found), sum(asked for _, asked in found)
+    streams, free = [requests(trace)], _free(trace)
+    if per_layer:
+        layers = range(trace.shape.layers)
+        streams = [[one for one in streams[0] if one[0][0] == at] for at in layers]
+    found = [_best(own, capacity, bypass=bypass) for own in streams]
+    return sum(hits for hits, _ in found) + free, sum(asked for _, asked in found) + free
 
 
 def _best(stream: Stream, capacity: int, *, bypass: bool) -> tuple[int, int]:
@@ -78,9 +84,10 @@ def _best(stream: Stream, capacity: int, *, bypass: bool) -> tuple[int, int]:
 def reuse_distances(trace: Trace) -> np.ndarray:
     """How many experts a cache needs to hit each request of the decoded tokens, int64 ``[R]``.
 
-    That is one more than the other experts asked for since; `NEVER` at first use.
+    That is one more than the other experts asked for since; `NEVER` at first use, 0 of an expert
+    without weights (those first).
     """
-    found: list[int] = []
+    found = [0] * _free(trace)
     times: list[int] = []  # of each expert's last request, rising
     last: dict[tuple[int, int], int] = {}
     for now, (key, counted) in enumerate(requests(trace)):

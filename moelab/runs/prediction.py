@@ -327,11 +327,13 @@ class Prediction:
             ``hidden_ms``, with every wait hidden by perfect guesses, the larger of computing and
             ``io_ms``; ``belady_io_ms``, the bytes that the best eviction would read. As hit ratios:
             ``belady``, and ``belady_bypass`` where what is computed need not be kept. Belady's hold
-            for one size of expert, a cache that all layers share, and loads on demand; a strategy
-            that serves at fewer bits, steers the router or fetches ahead is not bound by them.
+            for one size of expert (the smallest of "mixed"), a cache that all layers share, and
+            loads on demand; a strategy that serves at fewer bits, steers the router or fetches
+            ahead is not bound by them.
         """
         trace, settings, machine = self._basis
-        size, spent = trace.shape.nbytes[settings.bits], typical(self.replay.tokens)
+        shape, spent = trace.shape, typical(self.replay.tokens)
+        size = min(shape.own.get(settings.bits, (shape.nbytes[settings.bits],)))
         own = spent.compute_ms + spent.deciding_ms
         device = find_device(settings.device)
         pace = device.bandwidth_bytes_s or machine.disk.bandwidth_bytes_s or float("inf")

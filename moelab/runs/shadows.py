@@ -145,10 +145,10 @@ class Shadows:
 
 
 def _best(trace: Trace, steps: int) -> float | None:
-    """Belady's hit ratio of so many steps; None where budget or bits changed: he knows one size."""
+    """Belady's hit ratio of so many steps; None where he would know more than one size."""
     knobs = {change.knobs for change in trace.changes if change.at < steps}
-    if len(knobs) != 1:
-        return None
+    if len(knobs) != 1 or {held.bits for held in knobs} & trace.shape.own.keys():
+        return None  # budget or bits changed, or each expert has its own
     (held,) = knobs
     so_far = Trace(trace.shape, trace.steps[:steps], resident=list(trace.resident))
     hits, asked = belady_hits(so_far, held.budget_bytes // trace.shape.nbytes[held.bits])

@@ -24,7 +24,8 @@ FULL, ZIPPED = 16, 12
 """Bits of two tiers with the same weights; whatever else has fewer bits has lost some of them."""
 MIXED = 5
 """The tier whose experts have bits of their own (`moelab.store.mixed`), chosen as ``"mixed"``: the
-number is a place in the order of tiers, no count of bits."""
+number is a place in the order of tiers, no count of bits. By their largest experts' bytes it may be
+below tiers of fewer bits: these are no low tiers beside it then (`Shape.below`)."""
 
 Key = int
 """An expert of the model: ``offset[layer] + expert``."""
@@ -110,12 +111,18 @@ class Shape:
         return self.nbytes[bits] if own is None else own[key]
 
     def own_cells(self) -> dict[int, list[int]]:
-        """`own` as cells ``[L * E]`` of the layers' most experts; 0 where there is no expert."""
-        at = self.layer_of * max(self.experts) + self.index_of
-        cells = np.zeros((len(self.own), self.layers * max(self.experts)), np.int64)
+        """`own` as cells ``[L * E]`` of the layers' most experts, free ones too; else 0."""
+        width = max(self.experts) + self.free
+        at = self.layer_of * width + self.index_of
+        cells = np.zeros((len(self.own), self.layers * width), np.int64)
         for row, sizes in zip(cells, self.own.values(), strict=True):
             row[at] = sizes
         return dict(zip(self.own, cells.tolist(), strict=True))
+
+    def below(self, low: int, bits: int) -> bool:
+        """Whether the tier ``low`` is a lower one; beside `MIXED` it takes fewer bytes, too."""
+        fewer = self.nbytes[low] < self.nbytes[bits]
+        return low < bits and (fewer or MIXED not in (low, bits))
 
     def all_bytes(self, bits: int) -> int:
         """Bytes of every expert of the model at ``bits``."""

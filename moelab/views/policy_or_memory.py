@@ -50,11 +50,13 @@ class PolicyOrMemory:
     best, all
         With the best eviction at this budget; with every expert in memory once it was loaded.
     cliff
-        Fewest experts with which LRU hits at all; None where nothing is asked for twice.
+        Fewest experts with which LRU hits any that has weights; None where nothing is asked for
+        twice.
     enough
         Fewest experts with which LRU hits nine tenths of ``best``.
     lru
-        LRU's hit ratio by number of experts, from 0 on, float ``[E + 1]``.
+        LRU's hit ratio by number of experts, from 0 on (experts without weights are hits there),
+        float ``[E + 1]``.
     belady
         Experts -> hit ratio of the best eviction, at some budgets.
     working_set
@@ -95,11 +97,12 @@ class PolicyOrMemory:
         said += f" ({self.own}.)" if self.own else ""
         if self.cliff is None:
             return f"{said} No expert is asked for twice."
+        nothing = "nothing but experts of 0 bytes" if self.lru[0] else "nothing"
         if not self.enough:  # there is nothing to reach
-            return f"{said} LRU hits nothing below {self._room(self.cliff)}."
+            return f"{said} LRU hits {nothing} below {self._room(self.cliff)}."
         return (
-            f"{said} LRU hits nothing below {self._room(self.cliff)}, and nine tenths of the best "
-            f"from {self._room(self.enough)} on; the last {RECENT} tokens ask for "
+            f"{said} LRU hits {nothing} below {self._room(self.cliff)}, and nine tenths of the "
+            f"best from {self._room(self.enough)} on; the last {RECENT} tokens ask for "
             f"{int(np.median(self.working_set))} experts."
         )
 
@@ -191,7 +194,7 @@ def policy_or_memory(of: Run | Trace, *, experts: int | None = None) -> PolicyOr
     lru = hits / len(distances)
     some = {*np.linspace(1, whole, POINTS).astype(int).tolist(), min(experts, whole)}
     belady = {room: belady_hits(trace, room)[0] / len(distances) for room in sorted(some)}
-    best, reached = belady[min(experts, whole)], np.flatnonzero(hits)
+    best, reached = belady[min(experts, whole)], np.flatnonzero(hits > hits[0])
     enough = np.flatnonzero(lru >= MOST_OF * best)
     return PolicyOrMemory(
         policy,
@@ -213,4 +216,5 @@ def _evicts_only(played: Replay, strategy: Strategy, bits: int) -> bool:
     """Whether hits are due to eviction alone: one size, on demand, the router's own choice."""
     served = {row[4] for row in played.rows if row[0] in (HIT, LOAD, SUBSTITUTE)} - {0}
     more = played.counts["prefetch"] or played.counts["skip"] or played.counts["substitute"]
-    return served <= {bits} and not more and not strategy.steers
+    one = played.shape.own.get(bits) is None and served <= {bits}
+    return one and not more and not strategy.steers
