@@ -189,6 +189,12 @@ class Settings:
             if parameter.tier and value is not None and value not in shape.nbytes:
                 words = f"{name}={value!r} is not in this store; choose one of {tiers} or None"
                 raise ValueError(words)
+            if parameter.tier and value and value < self.bits and not shape.below(value, self.bits):
+                low, bits = ('"mixed"' if b == MIXED else b for b in (value, self.bits))
+                raise ValueError(
+                    f"{name}={low} is no lower tier than bits={bits}: {shape.nbytes[value]} bytes "
+                    f"of the largest expert, and {shape.nbytes[self.bits]}; choose fewer, or None"
+                )
             if parameter.tier and value == ZIPPED < self.bits == FULL:
                 raise ValueError(
                     f"{name}={ZIPPED}: {ZIPPED} bit are the same weights as {FULL}; choose "
@@ -206,10 +212,10 @@ class Settings:
 def _fitted(strategy: Strategy, bits: int, shape: Shape) -> Strategy:
     """What a precision part brings as low bits, or what there is below the bits in force."""
     low = getattr(strategy.precision, "low_bits", None)
-    lower = [b for b in shape.nbytes if b < bits]
-    if low is None or not lower:
+    lower = [b for b in shape.nbytes if shape.below(b, bits)]
+    if low is None or not (lower or bits == MIXED):
         return strategy
-    fits = max((b for b in lower if b <= low), default=min(lower))
+    fits = max((b for b in lower if b <= low), default=min(lower, default=None))
     if fits == low:
         return strategy
     return dataclasses.replace(strategy.tuned(low_bits=fits), keywords=strategy.keywords)

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import itertools
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import moelab
+from moelab.bench import floor
 from moelab.bench.cases import run_figures
-from moelab.calibration import mixed
+from moelab.bench.roofline import roofline
+from moelab.calibration import hobbit, mixed
 from moelab.calibration import profile as profiles
 from moelab.calibration.mixed import compared
 from moelab.calibration.mixed_choice import UNITS, choose, chosen_forms, costs_of
 from moelab.calibration.profile import find_profile
-from moelab.engine import kernels
+from moelab.calibration.representations import losses
+from moelab.engine import kernels, pace, vectors
 from moelab.models.gating import SWIGLU
+from moelab.replays.bounds import belady_hits
 from moelab.replays.replay import replay
+from moelab.runs.shadows import Shadows
+from moelab.runs.tokens import table
 from moelab.scheduling.events import STALL
-from moelab.scheduling.stream import MIXED, Knobs
+from moelab.scheduling.stream import MIXED, Knobs, Shape
 from moelab.scheduling.trace import Trace
+from moelab.settings import Settings
 from moelab.spelling import opened, short
 from moelab.store import codecs
+from moelab.store import mixed as tier
 from moelab.store.codecs import PAGE, Layout
 from moelab.store.manifest import StoreError
 from moelab.store.mixed import (
@@ -36,7 +46,7 @@ from moelab.store.mixed import (
     nbytes,
     pieces,
 )
-from moelab.strategies import lru
+from moelab.strategies import lru, make
 
 PROMPT = "Once upon a time there was a little"
 LAYOUT = Layout((("gate_up_proj", (256, 192)), ("down_proj", (192, 128))), "bfloat16")
@@ -325,3 +335,80 @@ def test_a_calibration_goes_on_where_it_was_stopped_and_another_size_measures_no
         for wrong in ({"within": 1000}, {"unit": "row"}):
             with pytest.raises(ValueError, match="2 bits everywhere|one of expert, layer, model"):
                 lab.calibrate("mixed", **wrong, **of)
+
+
+# -- beside other work ----------------------------------------------------------------------------
+
+
+def test_the_machine_is_timed_with_memory_of_each_ones_size(lab, monkeypatch):
+    lab.update(strategy="lru", bits="mixed", budget="8%")
+    assert roofline(lab, (1, 64), measured=False).roofs["computing"].gt(0).all()
+    engine = lab._engine
+    monkeypatch.setattr(engine.compute, "fast", False)  # by torch, which checks sizes
+    assert pace.measure(engine).computing.expert_ms.keys() == {*engine.store.tiers}
+    read, submit = set(), engine.loader.submit
+
+    def watched(file, offset, into, *, urgent):
+        read.add((offset, len(into)))
+        return submit(file, offset, into, urgent=urgent)
+
+    monkeypatch.setattr(engine.loader, "submit", watched)
+    assert floor.bandwidth(engine, MIXED, seconds=0.05) > 0
+    places = [lab._shape.place(key) for key in range(lab._shape.n)]
+    assert read <= {engine.store.location(*place, MIXED)[1:] for place in places}
+
+
+def test_the_best_eviction_of_one_size_is_no_bound_of_many(lab):
+    lab.update(strategy="lru", bits="mixed", budget="8%")
+    run = lab.generate(PROMPT, max_new_tokens=12, ignore_eos=True, seed=1)
+    shadows = Shadows(run, lab._strategies)
+    while shadows.advance(1):
+        pass
+    assert "belady" not in {one["name"] for one in shadows.told(table(run.token_reports))}
+    assert moelab.policy_or_memory(run).own
+    found, least = moelab.predict(run, lab), min(lab._shape.own[MIXED])
+    hits, asked = belady_hits(run.trace, lab.settings.budget_bytes // least)
+    bounds = found.bounds()
+    assert found.replay.hit_ratio <= bounds["belady"] == hits / asked
+    assert bounds["belady_io_ms"] <= bounds["io_ms"]
+
+
+def test_a_tier_of_fewer_bits_and_as_many_bytes_is_no_low_tier_of_it():
+    own = {MIXED: (300, 400, 200, 100)}
+    shape = Shape((2, 2), 1, {16: 1600, 8: 800, MIXED: 400, 4: 400, 3: 300}, own=own)
+    assert [shape.below(low, MIXED) for low in (4, 3)] == [False, True]
+    assert shape.below(4, 8)
+    assert shape.below(MIXED, 8)
+    high = Settings(6400, 16, make("hobbit")).change(shape, low_bits=4)
+    with pytest.raises(ValueError, match='low_bits=4 is no lower tier than bits="mixed": 400 byt'):
+        high.change(shape, bits="mixed")
+    mixed = Settings(6400, MIXED, lru())
+    assert mixed.change(shape, strategy="hobbit").low_bits == 3
+    few = Shape((2, 2), 1, {16: 1600, MIXED: 400, 4: 400}, own=own)
+    assert mixed.change(few, strategy="hobbit").low_bits is None
+    fake = SimpleNamespace(_store=SimpleNamespace(tiers=tuple(shape.nbytes)), _shape=shape)
+    with pytest.raises(ValueError, match="high=5, low=4: choose two"):
+        hobbit.made_from(fake, high=MIXED, low=4, budget=6400)
+    assert hobbit.made_from(fake, high=MIXED, low=3, budget=6400)["low"] == 3
+
+
+def test_a_draft_loads_each_ones_bytes_and_a_replay_decides_the_same(lab):
+    lab.update(strategy="lru", bits="mixed", budget="8%")
+    how = {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True}
+    plain, run = lab.generate(PROMPT, **how), lab.generate(PROMPT, **how, draft_bits=2)
+    assert run.tokens == plain.tokens
+    assert run_figures(run)["tokens_above_budget"] == 0
+    again = replay(run.trace)
+    decided = [r for r in run.log.records() if r["kind"] != STALL]
+    assert [(r["kind"], r["layer"], r["expert"], r["bits"]) for r in decided] == [
+        (row[0], row[1], row[2], row[4]) for row in again.rows
+    ]
+
+
+def test_its_forms_are_part_of_what_compiled_code_is_known_by():
+    assert Path(tier.__file__) in vectors._FILES
+
+
+def test_its_losses_are_not_asked_by_a_number(lab):
+    with pytest.raises(ValueError, match=r"5 is no form; .*tiers \[16, 8, 4, 3, 2\] \(moelab.cal"):
+        losses(lab, [MIXED])

@@ -141,7 +141,7 @@ def _many_s(lab: moelab.Lab, bits: int) -> float:
     """Seconds of one expert on `MANY` tokens."""
     with lab._session.claimed() as engine, threads(engine.threads), torch.inference_mode():
         store = engine.store
-        slot = Slot(bits, pages(store.slot_bytes[bits]))
+        slot = Slot(bits, pages(store.location(0, 0, bits)[2]))
         store.read(0, 0, bits, into=slot.view)
         x = torch.randn(MANY, store.manifest.hidden, dtype=engine.model.dtype)
         all_to_one = torch.zeros(MANY, 1, dtype=torch.long), torch.ones(MANY, 1)

@@ -216,7 +216,8 @@ def made_from(
         A tier that is not in the store, or not below the other; a depth out of range; another rule.
     """
     best = max(lab._store.tiers) if high is None else high
-    if low not in lab._store.tiers or best not in lab._store.tiers or low >= best:
+    there = {low, best} <= {*lab._store.tiers}
+    if not there or not lab._shape.below(low, best):
         tiers = sorted(lab._store.tiers, reverse=True)
         raise ValueError(f"high={best}, low={low}: choose two of {tiers}, the lower as low")
     if depth not in range(AHEAD + 1):

@@ -20,6 +20,7 @@ import torch
 from moelab.calibration.probes import Text, read, texts_of
 from moelab.engine.generation import Ids, Stream
 from moelab.runs.quality import kl_divergence
+from moelab.scheduling.stream import MIXED
 from moelab.store.codecs import decode, encode, payload_bytes
 from moelab.store.representations import REPRESENTATIONS, Representation
 from moelab.store.store import Store
@@ -48,7 +49,7 @@ def losses(
 ) -> list[Loss]:
     """Measure forms of `moelab.store.representations` on texts, by default the model's own probes.
 
-    A number among ``names`` is a tier of the lab's store, as it was packed.
+    A number among ``names`` is a tier of the lab's store, as it was packed; not "mixed".
 
     Raises
     ------
@@ -63,11 +64,11 @@ def losses(
     """
     if FULL not in lab._store.tiers:
         raise ValueError(f"forms are made from {FULL} bit; this store has {lab._store.tiers}")
-    asked = list(names)
-    if wrong := [n for n in asked if n not in REPRESENTATIONS and n not in lab._store.tiers]:
+    asked, tiers = list(names), [bits for bits in lab._store.tiers if bits != MIXED]
+    if wrong := [n for n in asked if n not in REPRESENTATIONS and n not in tiers]:
         raise ValueError(
             f"{wrong[0]!r} is no form; choose of {', '.join(REPRESENTATIONS)} and the store's "
-            f"tiers {lab._store.tiers}"
+            f'tiers {tiers} (moelab.calibration.mixed.compared measures "mixed")'
         )
     ids = [read(lab, text, max_tokens) for text in texts_of(lab, texts)]
     found = []

@@ -11,7 +11,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,8 @@ def _experts(held: int, work: Work, count: int) -> tuple[float, float, float]:
 def _stored(engine: Engine, bits: int) -> tuple[int, Work]:
     """Experts of the store, through the engine's own batch."""
     store, shape = engine.store, engine.shape
-    slots = slots_for(bits, store.slot_bytes[bits], shape.experts[0], shape.top_k)
+    sizes = [store.location(0, expert, bits)[2] for expert in range(shape.experts[0])]
+    slots = slots_for(bits, sizes, shape.top_k)
     for expert, slot in enumerate(slots):
         store.read(0, expert, bits, into=slot.view)
     # The input as the first router is given it: of the width that the experts take.
@@ -111,10 +112,10 @@ def _stored(engine: Engine, bits: int) -> tuple[int, Work]:
     return len(slots), lambda chosen: compute(batch_of, chosen, slots)
 
 
-def slots_for(bits: int, nbytes: int, experts: int, top_k: int) -> list[Slot]:
-    """Memory of as many experts as a cache does not hold, at least a token's."""
-    held = min(experts, max(top_k, MEMORY_BYTES // nbytes))
-    return [Slot(bits, pages(nbytes, huge=nbytes >= HUGE)) for _ in range(held)]
+def slots_for(bits: int, sizes: Sequence[int], top_k: int) -> list[Slot]:
+    """Memory of as many experts, of these bytes, as a cache does not hold; at least a token's."""
+    held = max(top_k, MEMORY_BYTES // max(sizes))
+    return [Slot(bits, pages(nbytes, huge=nbytes >= HUGE)) for nbytes in sizes[:held]]
 
 
 def compute(batch_of: Callable[[Routed], Batch], chosen: list[int], slots: list[Slot]) -> None:

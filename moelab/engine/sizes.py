@@ -101,7 +101,7 @@ def _with_dense(
 
 def _made_up(of: Architecture, experts: Any, bits: int) -> tuple[int, Work]:
     """Experts of these sizes whose bytes mean nothing: ordinary numbers at every tier."""
-    slots = slots_for(bits, of.shape.nbytes[bits], of.shape.experts[0], of.shape.top_k)
+    slots = slots_for(bits, [of.shape.nbytes[bits]] * of.shape.experts[0], of.shape.top_k)
     for slot in slots:
         slot.view[:] = ORDINARY
     x, layout = torch.ones(1, experts.hidden), of.layout

@@ -19,7 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from moelab.store import blocks, groups, zipped
+from moelab.store import blocks, groups, mixed, zipped
 from moelab.store.groups import compiled
 
 
@@ -37,7 +37,7 @@ AVX2 = _has_avx2()
 
 intrinsic = cast("Callable[..., Any]", _intrinsic)
 _NAMES = ("vectors.py", "row_dots.py", "cores.py", "chunks.py", "kernels.py")
-_NAMES += (blocks.__file__, groups.__file__, zipped.__file__)
+_NAMES += (blocks.__file__, groups.__file__, mixed.__file__, zipped.__file__)
 _FILES = [Path(__file__).parent / name for name in _NAMES]
 _TEXT = hashlib.blake2b(b"".join(f.read_bytes() for f in _FILES), digest_size=4).hexdigest()
 # Infinities and NaN must mean what they mean, so fastmath's nnan and ninf stay off. A loop that
