@@ -7,9 +7,12 @@ import { Sender } from "../../moelab/views/static/settings.js";
 import { Travel } from "../../moelab/views/static/timeline.js";
 
 test("a budget in bytes, of all, in experts", () => {
-  const of = { layers: 2, experts: 8, expert_bytes: { 4: 1e5 }, all_experts_bytes: 6.4e6 };
+  const of = {
+    all_experts: 16, all_bytes: { 4: 1.6e6, 5: 1.2e6 }, own_sizes: [5], all_experts_bytes: 6.4e6,
+  };
   assert.equal(budgetInWords(8e5, 4, of), "800 kB · 13 % · 8 experts at 4 bit");
   assert.match(budgetInWords(6.4e6, 4, of), /all 16 experts/);
+  assert.match(budgetInWords(6e5, 5, of), /· about 8 experts at mixed bits$/);
 });
 
 test("labels of ticks that would touch are pushed apart, inside the slider", () => {

@@ -96,7 +96,7 @@ class Chips {
     const many = this.layers > FEW_ROWS,
       y = Math.max(0, this.now) * this.tall - this.top;
     if (!many || this.now === this.layers - 1 || (y >= 0 && y < SEEN_PX - this.tall)) return;
-    this.top = Math.max(0, Math.max(0, this.now) * this.tall - SEEN_PX / 2);
+    this.top = Math.max(0, at - SEEN_PX / 2);
     this.node.scrollTop = this.top;
   }
 
@@ -168,7 +168,7 @@ export class Blame {
     this.five = [h("ol"), h("ol")];
     this.missing = h("p", { class: "moe-soft" });
     this.head = h("h4");
-    this.chips = new Chips(layers, tip, choose);
+    this.chips = new Chips(model, tip, choose);
     this.full = markup`
       <section title="The model with every expert at its best tier">
         <h4>full precision</h4>${this.five[1]}

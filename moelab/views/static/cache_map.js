@@ -4,7 +4,7 @@
 import { fillBox, fillWords, Sheet, stamp, triangle } from "./canvas.js";
 import { FILL } from "./colours.js";
 import { h, icon, legendKey, markup } from "./element.js";
-import { percent, short } from "./numbers.js";
+import { percent, short, shortTier, tierName } from "./numbers.js";
 import { MARKS } from "./replay.js";
 import { Tiles } from "./tiles.js";
 import { drawWhy } from "./tip.js";
@@ -164,7 +164,7 @@ export class CacheMap {
     const share = total ? ` (${percent(uses[i] / total)}, rank ${rank} of ${this.experts})` : "";
     const left = newest >= 0 && [used[i], loaded[i]].includes(newest) ? ", left again" : "";
     const rows = [
-      ["resident", bits[i] ? `${bits[i]} bit${flight[i] ? ", in flight" : ""}` : `no${left}`],
+      ["resident", bits[i] ? `${tierName(bits[i])}${flight[i] ? ", in flight" : ""}` : `no${left}`],
       ["uses", `${uses[i]}${share}`],
       ["last used", token(used[i], "not in this run")],
       ["last load", token(loaded[i], bits[i] ? "before this run" : "not in this run")],
@@ -197,7 +197,7 @@ export class CacheMap {
       left = legendKey(icon("evict"), "left");
     left.classList.add("moe-only-past");
     this.legend.replaceChildren(
-      ...this.tiers.map((b) => key(`${b}`, "", `--c:${tiers[b]};--f:${100 * FILL[b]}%`)), "bit",
+      ...this.tiers.map((b) => key(shortTier(b), "", `--c:${tiers[b]};--f:${100 * FILL[b]}%`)), "bit",
       key("loaded", "loaded", "", `Loaded for the token shown${EMPTY}`),
       key("in flight", "flight"),
       key("used now", "used", "", `Used by the token shown${EMPTY}`), left,

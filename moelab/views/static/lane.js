@@ -3,7 +3,7 @@
 
 import { fillBox, fillWords, Sheet, stamp } from "./canvas.js";
 import { FILL } from "./colours.js";
-import { within } from "./numbers.js";
+import { tierName, within } from "./numbers.js";
 import { KINDS } from "./recording.js";
 /** @import { Recording } from "./recording.js" */
 
@@ -210,9 +210,9 @@ function happening({ kind, token, at, bits, lower, cause }) {
   const where = at < 0 ? `before token ${token}` : `token ${token}, layer ${at}`;
   const known = cause && cause !== "on demand";
   if (kind === "evict") return `evicted, ${where}`;
-  if (kind === "load") return `loaded at ${bits} bit and used, ${where}`;
-  if (kind === "prefetch") return `prefetched at ${bits} bit, ${where}`;
+  if (kind === "load") return `loaded at ${tierName(bits)} and used, ${where}`;
+  if (kind === "prefetch") return `prefetched at ${tierName(bits)}, ${where}`;
   if (kind === "hit")
-    return `${lower ? "downgrade, " : ""}hit${known ? ` (${cause})` : ""} at ${bits} bit, ${where}`;
+    return `${lower ? "downgrade, " : ""}hit${known ? ` (${cause})` : ""} at ${tierName(bits)}, ${where}`;
   return `${kind}, ${where}`;
 }

@@ -3,7 +3,7 @@
 
 import { cross, filledBar, h, icon, markup, say, shareOf } from "./element.js";
 import { Lane, lifeOf } from "./lane.js";
-import { percent, plural, short } from "./numbers.js";
+import { percent, plural, short, tierName } from "./numbers.js";
 
 const CAUSES = {
   room: "to make room",
@@ -117,7 +117,7 @@ function drawLeft(title, { policy, terms, texts, victim, survivors, tie, error }
     <tr class="${n ? "" : "victim"}">
       <td>${icon(n ? "hit" : "evict")}${n ? "stayed" : "left"}</td>
       <th scope="row">layer ${layer}, expert ${expert}</th>
-      <td>${bits} bit</td>
+      <td>${tierName(bits)}</td>
       ${x.map(cell)}
     </tr>`;
   const heads = terms.map((name, i) => h("th", { scope: "col", title: texts?.[i] || false }, name));
