@@ -194,6 +194,8 @@ def _map(axes: Any, frame: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     axes.imshow(dots, extent=(0, experts, layers, 0), aspect="auto", interpolation="none")
     axes.set_xlim(0, experts)
     axes.spines["bottom"].set_visible(False)
+    if encoder := model.get("encoder_layers"):  # the decoder's are below the line
+        axes.axhline(encoder, color=SOFT, linewidth=1)
     shown = range(0, layers, -(-13 * layers // int(axes.bbox.height)))
     axes.set_yticks(np.array(shown) + 0.5, map(str, shown))
 

@@ -21,6 +21,7 @@ export class CacheMap {
     this.tip = tip;
     this.why = why;
     this.layers = options.layers;
+    this.encoder = options.encoder_layers ?? 0;
     this.experts = options.experts;
     this.tiers = options.tiers;
     this.onPick = onPick;
@@ -79,6 +80,7 @@ export class CacheMap {
     tiles.paint(g, this.frame);
     if (this.frame.past) this.drawPast(g, tiles.grid());
     this.drawAxes(g, tiles.grid());
+    if (this.encoder) this.drawStacks(g, tiles.grid());
     for (const [cell, line] of [[this.chosen, 2.5], [this.at, 2]]) {
       if (cell === null) continue;
       g.strokeStyle = this.look.ink.text;
@@ -114,6 +116,23 @@ export class CacheMap {
     const right = grid.left + this.experts * grid.w;
     fillBox(g, ink.text, 2, Math.max(0.5, y - 0.75), right - 2, 1.5);
     triangle(g, [0, y - 5], [6, y], [0, y + 5]);
+  }
+
+  /** A line between the encoder's layers and the decoder's, which are named where there is room. */
+  drawStacks(g, grid) {
+    const { soft } = this.look.ink,
+      border = this.encoder * grid.t;
+    fillBox(g, soft, 0, border - grid.gap / 2 - 0.5, grid.left + this.experts * grid.w, 1);
+    const name = (words, from, to) => {
+      if (g.measureText(words).width > to - from - 4) return;
+      g.save();
+      g.translate(10, (from + to) / 2);
+      g.rotate(-Math.PI / 2);
+      fillWords(g, soft, "center", words, 0, 0);
+      g.restore();
+    };
+    name("encoder", 0, border);
+    name("decoder", border, this.layers * grid.t);
   }
 
   drawAxes(g, grid) {

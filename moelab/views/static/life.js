@@ -23,10 +23,10 @@ const GLYPHS = [
 ];
 
 export class Life {
-  constructor(look, axis, layers, { go, reason, close }) {
+  constructor(look, axis, model, { go, reason, close }) {
     this.go = go;
     this.reason = reason;
-    this.layers = layers;
+    this.model = model;
     this.of = null;
     this.title = h("h3");
     this.summary = h("span", { class: "moe-soft" });
@@ -44,7 +44,7 @@ export class Life {
 
   /** Whose life is shown; null: none. */
   choose(layer, expert) {
-    this.of = layer === null ? null : { layer, expert, layers: this.layers };
+    this.of = layer === null ? null : { layer, expert, model: this.model };
     this.told = this.lane.chosen = null;
     this.why.hidden = true;
     this.node.hidden = !this.of;
