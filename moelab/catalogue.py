@@ -190,7 +190,7 @@ def describe(name: str, store: Store, settings: Settings, engine: Engine) -> dic
         "token_cycle_bytes": shape.token_cycle_bytes(s.bits),
         "minimum_budget_bytes": minimum_budget(shape, s.strategy, s.knobs()),
         "budget_bytes": s.budget_bytes,
-        "budget_experts": s.budget_bytes // shape.nbytes[s.bits],
+        "budget_experts": s.budget_bytes * shape.n // shape.all_bytes(s.bits),
         "resident_bytes": engine.scheduler.cache.used_bytes,
         "reference_bits": max(shape.nbytes),
         "direct_io": engine.loader.direct,

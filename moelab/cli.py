@@ -120,13 +120,14 @@ def doctor() -> None:
 def info(model: Model = "demo", budget: Budget = None) -> None:
     """Print a model's sizes and what fits the budget."""
     import moelab
+    from moelab.scheduling.budget import bits_in_words
 
     with moelab.open(model, budget=budget) as opened:
         facts = opened.info()
     rows = []
     for name, value in facts.items():
         if name == "expert_bytes":
-            rows += [(f"expert_bytes at {bits} bit", _size(n)) for bits, n in value.items()]
+            rows += [(f"{name} at {bits_in_words(bits)}", _size(n)) for bits, n in value.items()]
         else:
             rows.append((name, _size(value) if name.endswith("_bytes") else _word(value)))
     _print_table(rows)

@@ -29,7 +29,7 @@ from moelab.runs.session import Changes, Lengths, Session
 from moelab.runs.trial import tokenizer_of, trial
 from moelab.runs.what_if import REPEATS, WhatIf, repeated
 from moelab.settings import Settings, known_only, refuse_unknown
-from moelab.spelling import shown
+from moelab.spelling import shown, valued
 from moelab.store.store import Store
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Lab:
         ignore_eos: bool = False,
         chat: bool | None = None,
         changes: Changes | None = None,
-        draft_bits: int | None = None,
+        draft_bits: int | str | None = None,
         draft_length: Lengths = 4,
     ) -> Run:
         """Generate in the background and return at once.
@@ -391,7 +391,7 @@ class Lab:
         self.close()
 
     def __repr__(self) -> str:
-        words = ", ".join(f"{k}={v}" for k, v in shown(self.settings).items())
+        words = ", ".join(f"{k}={valued(k, v)}" for k, v in shown(self.settings).items())
         return f"<Lab {self.name}: {words}>"
 
     def _beside(self, settings: Settings) -> Lab:

@@ -112,17 +112,17 @@ class Settings:
             A value is out of range, unknown, or the budget is below one layer's need.
         """
         changes = {_ALIASES.get(name, name): value for name, value in changes.items()}
-        mixed = {n: MIXED for n in ("bits", "low_bits") if changes.get(n) == "mixed"}
-        if mixed and MIXED not in shape.nbytes:
+        pin = changes.pop("pin", None)
+        named = [changes.get("bits"), changes.get("low_bits"), *dict(pin or {}).values()]
+        if "mixed" in named and MIXED not in shape.nbytes:
             raise ValueError('this lab has no mixed tier; open it with moelab.open(bits="mixed")')
-        changes |= mixed
+        changes |= {n: as_tier(changes[n]) for n in ("bits", "low_bits") if n in changes}
         if isinstance(changes.get("prefetch"), int):
             changes["depth"] = changes.pop("prefetch")
         if "budget" in changes:
             changes["budget_bytes"] = parse_budget(changes.pop("budget"), shape)
         fields = {f.name for f in dataclasses.fields(self)} - {"strategy"}
         own = {name: changes.pop(name) for name in fields & changes.keys()}
-        pin = changes.pop("pin", None)
         strategy, chosen = self._composed(changes, make or _by_name)
         # What the old one brought goes with it.
         if chosen and (strategy.bits or self.strategy.bits):
@@ -132,6 +132,7 @@ class Settings:
         if "low_bits" not in tuned and strategy.precision is not self.strategy.precision:
             strategy = _fitted(strategy, own.get("bits", self.bits), shape)
         pinned = dict((strategy.pinned or self.strategy.pinned) if pin is None else pin)
+        pinned = {place: as_tier(tier) for place, tier in pinned.items()}
         if pinned != strategy.pinned:
             strategy = dataclasses.replace(strategy, pinned=pinned)
         new = dataclasses.replace(self, **own, strategy=strategy)
@@ -182,7 +183,7 @@ class Settings:
         return f"there are {', '.join(names)}; parameters of {strategy.full_name!r}: {own}"
 
     def _check(self, shape: Shape) -> None:
-        tiers = sorted(shape.nbytes, reverse=True)
+        tiers = _choices(shape)
         if type(self.bits) is not int or self.bits not in shape.nbytes:
             raise ValueError(f"bits={self.bits!r} is not in this store; choose one of {tiers}")
         for name, (_, parameter, value) in self.strategy.parameters.items():
@@ -209,6 +210,20 @@ class Settings:
         check_budget(shape, self.strategy, self.knobs())
 
 
+def as_written(bits: Any) -> Any:
+    """A tier as a person writes it: its number, or ``"mixed"``."""
+    return "mixed" if bits == MIXED else bits
+
+
+def as_tier(written: Any) -> Any:
+    """The tier that a person wrote."""
+    return MIXED if written == "mixed" else written
+
+
+def _choices(shape: Shape) -> list[int | str]:
+    return [as_written(bits) for bits in sorted(shape.nbytes, reverse=True)]
+
+
 def _fitted(strategy: Strategy, bits: int, shape: Shape) -> Strategy:
     """What a precision part brings as low bits, or what there is below the bits in force."""
     low = getattr(strategy.precision, "low_bits", None)
@@ -229,8 +244,8 @@ def _check_pin(place: Any, bits: Any, shape: Shape) -> None:
     if not 0 <= layer < shape.layers or not 0 <= expert < shape.experts[layer]:
         raise ValueError(f"pin: there is no expert {expert} in layer {layer}")
     if bits not in shape.nbytes:
-        tiers = sorted(shape.nbytes, reverse=True)
-        raise ValueError(f"pin: {bits!r} bit is not in this store; choose one of {tiers}")
+        words = f"pin={{{place}: {bits!r}}} is not in this store; choose one of {_choices(shape)}"
+        raise ValueError(words)
 
 
 def _by_name(name: str, using: Strategy | None, role: str) -> Strategy:

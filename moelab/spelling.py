@@ -18,10 +18,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moelab.scheduling.budget import size
+from moelab.scheduling.budget import bits_in_words, size, tier_name
 from moelab.scheduling.strategy import ROLES, Own, Strategy, part_title
-from moelab.scheduling.stream import MIXED, Shape
-from moelab.settings import Settings
+from moelab.scheduling.stream import Shape
+from moelab.settings import Settings, as_written
 from moelab.store.devices import DEVICES
 from moelab.strategies import GROUPS, NAMES, make, maker
 
@@ -184,8 +184,10 @@ def _alike(one: Strategy, other: Strategy) -> int:
 
 
 def _written(words: Mapping[str, Any]) -> str:
-    mixed = {name: "mixed" for name in ("bits", "low_bits") if words.get(name) == MIXED}
-    return ", ".join(f"{name}={_word(value)}" for name, value in {**words, **mixed}.items())
+    tiers = {name: as_written(words[name]) for name in ("bits", "low_bits") if name in words}
+    if isinstance(pin := words.get("pin"), Mapping):
+        tiers["pin"] = {place: as_written(bits) for place, bits in pin.items()}
+    return ", ".join(f"{name}={_word(value)}" for name, value in {**words, **tiers}.items())
 
 
 def _word(value: Any) -> str:
@@ -211,15 +213,13 @@ def short(settings: Settings, shape: Shape) -> str:
     """
     s, strategy, low = settings, settings.strategy, settings.low_bits
     share = 100 * s.budget_bytes / shape.all_bytes(max(shape.nbytes))
-    pair = f"/{_bits(low)}" if low and low < s.bits else ""
+    tiers = (s.bits, low) if low and low < s.bits else (s.bits,)
     device = DEVICES[s.device].title.partition(",")[0].partition(" (")[0]
-    pins = "".join(f", expert {at}.{e} pinned at {b} bit" for (at, e), b in strategy.pinned.items())
+    pins = "".join(
+        f", expert {at}.{e} pinned at {bits_in_words(b)}" for (at, e), b in strategy.pinned.items()
+    )
     disk = "disk" if s.device == "disk" else device
-    return f"{strategy.full_name}, {share:.3g} %, {_bits(s.bits)}{pair} bit, {disk}{pins}"
-
-
-def _bits(bits: int) -> str:
-    return "mixed" if bits == MIXED else str(bits)
+    return f"{strategy.full_name}, {share:.3g} %, {bits_in_words(*tiers)}, {disk}{pins}"
 
 
 def in_turn(shorts: Sequence[str]) -> str:
@@ -255,7 +255,7 @@ def shown_strategy(strategy: Strategy) -> dict[str, str]:
     """The strategy's decisions, parameters and pinned experts, as words."""
     parts = {role: part_title(part) for role, part in strategy.parts.items()}
     own = {name: _shown(name, value) for name, (_, _, value) in strategy.parameters.items()}
-    pins = [f"{at}.{e} at {bits} bit" for (at, e), bits in strategy.pinned.items()]
+    pins = [f"{at}.{e} at {bits_in_words(bits)}" for (at, e), bits in strategy.pinned.items()]
     return parts | own | {"pin": ", ".join(pins) or "none"}
 
 
@@ -264,6 +264,8 @@ def _shown(name: str, value: Any) -> str:
         return "off"
     if name == "depth":
         return f"+{value}"
+    if name == "low_bits":
+        return tier_name(value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -312,16 +314,18 @@ def first_line(what: Any) -> str:
     return (inspect.getdoc(what) or "").partition("\n")[0].replace("`", "")
 
 
-def sentence(settings: Any, expert_bytes: Mapping[int, int], all_experts_bytes: int) -> str:
+def sentence(settings: Settings, shape: Shape) -> str:
     """Settings in one line: ``budget 5.31 MB = 25% = 24 experts, 16 bit, LRU``."""
-    budget, name = settings.budget_bytes, settings.strategy.name
-    experts = budget // expert_bytes[settings.bits]
-    low = f", low bits {_bits(settings.low_bits)}" if settings.low_bits else ""
+    budget, bits, name = settings.budget_bytes, settings.bits, settings.strategy.name
+    share = budget / shape.all_bytes(max(shape.nbytes))
+    experts = f"{budget * shape.n // shape.all_bytes(bits)} experts"
+    experts = f"about {experts}" if bits in shape.own else experts
+    low = f", low bits {tier_name(settings.low_bits)}" if settings.low_bits else ""
     ahead = f", prefetch {settings.prefetch} ahead" if settings.prefetch else ""
     strategy = about(settings.strategy) if name.endswith("*") else spelled(name)
     return (
-        f"budget {size(budget)} = {budget / all_experts_bytes:.0%} = {experts} experts, "
-        f"{_bits(settings.bits)} bit{low}, {strategy}{ahead}"
+        f"budget {size(budget)} = {share:.0%} = {experts}, {bits_in_words(bits)}{low}, "
+        f"{strategy}{ahead}"
     )
 
 
@@ -363,8 +367,13 @@ def called(setting: str) -> str:
     return CALLED.get(setting, setting.replace("_", " "))
 
 
+def valued(setting: str, value: str) -> str:
+    """A setting's value of `shown` as a person reads it; there a tier is its number."""
+    return tier_name(int(value)) if setting == "bits" and value.isdecimal() else value
+
+
 def _label(changed: Mapping[str, Any]) -> str:
-    label = ", ".join(f"{called(k)} {v}" for k, v in changed.items())
+    label = ", ".join(f"{called(k)} {valued(k, v)}" for k, v in changed.items())
     return label if len(label) <= LABEL else label[: LABEL - 1].rstrip(" ,") + "…"
 
 

@@ -178,7 +178,7 @@ def test_a_budget_that_cannot_hold_what_is_to_be_kept_is_refused(demo_lab):
         demo_lab.what_if(run, pin=keep, budget="6%")
     for wrong, words in (
         ({(0, 99): 8}, "no expert 99 in layer 0"),
-        ({(0, 1): 5}, "5 bit is not in this store"),
+        ({(0, 1): 5}, r"pin={\(0, 1\): 5} is not in this store"),
         ({0: 8}, r"write \{\(layer, expert\): bits\}"),
     ):
         with pytest.raises(ValueError, match=words):

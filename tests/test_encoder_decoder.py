@@ -226,6 +226,31 @@ def test_what_it_cannot_do_is_said_and_all_else_looks_at_it_as_at_others(
     assert told["run"]["hit_ratio"] == pytest.approx(told["lru"]["hit_ratio"], abs=1e-6)
 
 
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_page_has_an_encoders_layers_with_the_prompt_alone(lab, chromium, tmp_path):
+    run, own = generate(lab), lab.info()["encoder_layers"]
+    page = chromium.new_page(viewport={"width": 1250, "height": 900})
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    run.report(tmp_path / "run.html", png=False)
+    page.goto((tmp_path / "run.html").as_uri())
+    layers = lab.info()["layers"]
+    rows = page.locator(".moe-chips > [role=row]:visible")
+    layer = page.get_by_label("Layer shown")
+    page.get_by_label("Token shown").fill("0")
+    page.locator(".moe-dash[data-past='0']").wait_for()
+    assert (rows.count(), layer.get_attribute("min")) == (layers, "0")
+    page.get_by_label("Token shown").fill("3")
+    page.locator(".moe-dash[data-past='3']").wait_for()
+    assert (rows.count(), layer.get_attribute("min")) == (layers - own, str(own))
+    layer.fill(str(own))
+    page.locator(f".moe-dash[data-layer='{own - 1}']").wait_for()
+    assert layer.get_attribute("aria-valuetext") == f"before layer {own}"
+    page.close()
+    assert not faults
+
+
 def test_layers_come_in_the_order_in_which_tokens_run_through_them():
     shape = Shape((4,) * 5, 1, {16: 100}, encoder_layers=2)
     assert [shape.following(layer) for layer in range(5)] == [1, 2, 3, 4, 2]

@@ -100,6 +100,15 @@ def test_the_hit_ratio_counts_them_and_says_how_many(run):
     assert f"({s['free_hits'] / (hits + loads):.0%} of 0 bytes)" in run.sentence()
 
 
+def test_a_budget_counts_those_alone_that_take_memory(lab, run):
+    offered, layers = lab.dashboard().options, lab.info()["layers"]
+    assert (offered["experts"], offered["free_experts"]) == (E + FREE, FREE)
+    assert offered["all_experts"] == layers * E
+    assert offered["all_bytes"]["16"] == lab.info()["all_experts_bytes"]
+    assert run.recording().document["model"]["free_experts"] == FREE
+    assert f"{layers} layers x {E} experts, top {K}" in moelab.report(run)._head()[0]
+
+
 def test_a_model_without_them_says_nothing(demo_lab):
     plain = demo_lab.generate("Once", max_new_tokens=4)
     assert "free_hits" not in plain.summary()

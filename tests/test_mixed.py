@@ -25,16 +25,19 @@ from moelab.engine import kernels, pace, vectors
 from moelab.models.gating import SWIGLU
 from moelab.replays.bounds import belady_hits
 from moelab.replays.replay import replay
+from moelab.runs.compare import code_of
 from moelab.runs.shadows import Shadows
 from moelab.runs.tokens import table
+from moelab.scheduling.budget import bits_in_words
 from moelab.scheduling.events import STALL
 from moelab.scheduling.stream import MIXED, Knobs, Shape
 from moelab.scheduling.trace import Trace
 from moelab.settings import Settings
-from moelab.spelling import opened, short
+from moelab.spelling import merge_changes, opened, reread, sentence, short
 from moelab.store import codecs
 from moelab.store import mixed as tier
 from moelab.store.codecs import PAGE, Layout
+from moelab.store.groups import TERNARY
 from moelab.store.manifest import StoreError
 from moelab.store.mixed import (
     FORMS,
@@ -272,11 +275,49 @@ def test_a_trace_keeps_the_sizes_and_a_recording_the_bytes(lab, tmp_path):
     assert [*recording.per_token["resident_bytes"]] == [*run.per_token["resident_bytes"]]
 
 
+def test_a_tier_is_called_as_in_the_views():
+    assert [bits_in_words(b) for b in (16, MIXED, TERNARY)] == ["16 bit", "mixed bits", "ternary"]
+    both = bits_in_words(16, 4), bits_in_words(MIXED, 4), bits_in_words(16, TERNARY)
+    assert both == ("16/4 bit", "mixed/4 bit", "16/ternary")
+
+
+def test_pins_and_drafts_are_written_as_bits_are(lab):
+    lab.update(strategy="lru", bits="mixed", budget="30%", pin={(0, 1): "mixed"})
+    try:
+        assert lab.settings.strategy.pinned == {(0, 1): MIXED}
+        assert (code := opened("demo", lab.settings)).endswith("lab.update(pin={(0, 1): 'mixed'})")
+        assert reread(code) == code
+        assert "expert 0.1 pinned at mixed bits" in short(lab.settings, lab._shape)
+        with pytest.raises(ValueError, match=r"choose one of \[16, 8, 'mixed', 4, "):
+            lab.update(pin={(0, 1): 7})
+    finally:
+        lab.update(pin={})
+    ahead = {"draft_bits": "mixed", "draft_length": 2, "temperature": 0}
+    run = lab.generate(PROMPT, max_new_tokens=6, ignore_eos=True, **ahead)
+    assert run.request.draft_bits == MIXED
+    assert "draft_bits='mixed', draft_length=2" in code_of(run.recording().document)
+    with pytest.raises(ValueError, match="draft_bits=7: one of the store's tiers, .* 'mixed', 8"):
+        lab.generate(PROMPT, max_new_tokens=6, **ahead | {"draft_bits": 7})
+
+
+def test_a_budget_is_counted_in_what_an_expert_takes_on_average(lab):
+    lab.update(strategy="lru", bits="mixed", budget="8%")
+    total, n = lab._shape.all_bytes(MIXED), lab._shape.n
+    assert lab.info()["budget_experts"] == lab.settings.budget_bytes * n // total
+    assert total < n * lab._shape.nbytes[MIXED]
+    offered = lab.dashboard().options
+    assert (offered["all_experts"], offered["own_sizes"]) == (n, [MIXED])
+    assert offered["all_bytes"] == {str(b): lab._shape.all_bytes(b) for b in lab._shape.nbytes}
+    words = sentence(lab.settings, lab._shape)
+    assert f"about {lab.info()['budget_experts']} experts, mixed bits, LRU" in words
+
+
 def test_settings_spell_it_in_words(lab):
     lab.update(strategy="lru", bits=4, budget="8%")
     assert lab.update(bits="mixed").bits == MIXED
     assert ', bits="mixed", ' in opened("demo", lab.settings)
-    assert "mixed bit" in short(lab.settings, lab._shape)
+    assert ", mixed bits, " in short(lab.settings, lab._shape)
+    assert merge_changes([(3, {"bits": "5"})])[0]["label"] == "bits mixed"
     refused = pytest.raises(ValueError, match=r"no mixed tier; open it with moelab.open\(bits=")
     with moelab.open("demo", measure_kl=False, progress=False) as plain, refused:
         plain.update(bits="mixed")

@@ -29,6 +29,7 @@ from moelab.engine.compute import Routed, Serve
 from moelab.engine.generation import threads
 from moelab.engine.memory import Slot, pages
 from moelab.engine.pace import median_ms
+from moelab.scheduling.budget import bits_in_words
 from moelab.store.devices import device as find_device
 from moelab.views.sheet import Picture, Sheet, Shown, Table, lines
 
@@ -66,7 +67,8 @@ class Roofline(Shown):
 
     def sentence(self) -> str:
         """What limits a prompt, in one sentence."""
-        lengths, said = self.roofs["tokens"].tolist(), f"{self.model} at {self.bits} bit, loading"
+        lengths = self.roofs["tokens"].tolist()
+        said = f"{self.model} at {bits_in_words(self.bits)}, loading"
         if self.turns == lengths[0]:
             return f"{said} is no prompt's limit ({self.device}; modelled)."
         until = f"below {self.turns}" if self.turns else f"up to {lengths[-1]}"

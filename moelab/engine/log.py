@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moelab.scheduling.budget import bits_in_words
 from moelab.scheduling.events import CANCELLED, CAUSES, DOWNGRADE, DTYPE, KINDS, SKIP, Row
 from moelab.scheduling.writing import write_atomically
 
@@ -101,7 +102,9 @@ class EventLog:
         out = [
             {
                 "name": (
-                    "L{layer} E{expert} {bits} bit".format(**r) if lanes[r["kind"]] else "stall"
+                    f"L{r['layer']} E{r['expert']} {bits_in_words(r['bits'])}"
+                    if lanes[r["kind"]]
+                    else "stall"
                 ),
                 "cat": r["kind"],
                 "ph": "X",

@@ -39,6 +39,7 @@ from moelab.engine.engine import Engine
 from moelab.engine.generation import Decoder, Sampler
 from moelab.engine.memory import Slot, pages
 from moelab.engine.spare import Machine
+from moelab.scheduling.budget import bits_in_words
 
 LONGEST = FEW_TOKENS - 1
 """Drafted tokens of a pass: with the token before them, as many as kernels meet one by one."""
@@ -70,8 +71,9 @@ class Draft:
         self.nbytes = shape.all_bytes(bits)
         if (spare := Machine().spare_bytes()) < self.nbytes:
             raise MemoryError(
-                f"a draft of all experts at {bits} bit takes {self.nbytes / 1e6:.0f} MB beside the "
-                f"budget, and this machine can spare {spare / 1e6:.0f} MB; draft with fewer bits"
+                f"a draft of all experts at {bits_in_words(bits)} takes {self.nbytes / 1e6:.0f} MB "
+                f"beside the budget, and this machine can spare {spare / 1e6:.0f} MB; draft with "
+                "fewer bits"
             )
         self._engine, self._bits = engine, bits
         whole = pages(self.nbytes)

@@ -16,6 +16,7 @@ import numpy as np
 from moelab.runs.recording import Recording
 from moelab.runs.rounds import TIMED
 from moelab.runs.schema import SAMPLED
+from moelab.settings import as_written
 from moelab.spelling import in_turn, number
 
 if TYPE_CHECKING:
@@ -305,7 +306,7 @@ def code_of(document: Mapping[str, Any]) -> str:
         asked["ignore_eos"] = True
     if draft := doc.get("draft"):
         lengths = dict(draft["lengths"])
-        asked["draft_bits"] = draft["bits"]
+        asked["draft_bits"] = as_written(draft["bits"])
         asked["draft_length"] = lengths if len(lengths) > 1 else lengths.get(0, 0)
     if not doc["messages"]:
         asked["chat"] = False  # of a model that could: the text was to go on

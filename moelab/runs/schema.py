@@ -110,10 +110,10 @@ SCHEMA = _object(
     format={"const": FORMAT},
     moelab=_TEXT,
     model=_object(
-        ("dense_bits", "dense_bytes", "encoder_layers", "own_bytes"),
+        ("dense_bits", "dense_bytes", "encoder_layers", "free_experts", "own_bytes"),
         **dict.fromkeys(("name", "architecture"), _TEXT),
         **dict.fromkeys(("layers", "experts", "top_k"), _SIZE),
-        encoder_layers=_INDEX,
+        **dict.fromkeys(("encoder_layers", "free_experts"), _INDEX),
         tiers=_list(_SIZE, minItems=1),
         causes={"const": list(STALLS)},
         expert_bytes={"type": "object", "additionalProperties": _BYTES},

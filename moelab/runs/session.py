@@ -266,7 +266,7 @@ class Session:
         chat: bool | None,
         measure_kl: int | None,
         changes: Changes | None,
-        draft: tuple[int | None, Lengths],
+        draft: tuple[int | str | None, Lengths],
         **sampling: Any,
     ) -> Run:
         """See `moelab.Lab.start`; of ``sampling`` None is as the model has it."""
@@ -288,9 +288,9 @@ class Session:
         if sampling["seed"] is None:
             sampling["seed"] = self.settings.seed
         how = Sampling.of(self.engine.model, **sampling)
-        speculation.check(self.engine, self.settings, how, *draft)
+        ahead = speculation.check(self.engine, self.settings, how, *draft)
         run = Run(
-            Asked(text, max_new_tokens, how, ignore_eos, said, *draft),
+            Asked(text, max_new_tokens, how, ignore_eos, said, *ahead),
             ids,
             self.tokenizer,
             set() if ignore_eos else self.eos(chat=bool(said)),

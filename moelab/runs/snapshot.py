@@ -136,6 +136,7 @@ class RunReader:
             "layers": shape.layers,
             "encoder_layers": shape.encoder_layers,
             "experts": max(shape.experts) + shape.free,
+            **({"free_experts": shape.free} if shape.free else {}),
             "top_k": shape.top_k,
             "tiers": sorted(shape.nbytes, reverse=True),
             "expert_bytes": {str(bits): int(n) for bits, n in shape.nbytes.items()},
@@ -157,7 +158,7 @@ class RunReader:
                     "code": opened(self.run.model, settings, self.run.dense[0]),
                     "update": changed(history[i - 1][1], settings) if i else "",
                     "short": short(settings, shape),
-                    "about": sentence(settings, shape.nbytes, shape.all_bytes(max(shape.nbytes))),
+                    "about": sentence(settings, shape),
                 }
             )
         return list(self._settings)

@@ -21,7 +21,7 @@ from moelab.runs.passes import for_rejected
 from moelab.scheduling import events as e
 from moelab.scheduling.parts import Route
 from moelab.scheduling.strategy import Strategy
-from moelab.settings import is_whole
+from moelab.settings import as_tier, as_written, is_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,20 +158,24 @@ def drafts(engine: Engine) -> tuple[int, ...]:
 
 
 def check(
-    engine: Engine, settings: Settings, sampling: Sampling, bits: int | None, length: Lengths
-) -> None:
-    """Refuse a draft that cannot be, or whose text would not be greedy decoding's own.
+    engine: Engine,
+    settings: Settings,
+    sampling: Sampling,
+    written: int | str | None,
+    length: Lengths,
+) -> tuple[int | None, Lengths]:
+    """The draft's tier and length; refused is one whose text would not be greedy decoding's own.
 
     Raises
     ------
     ValueError
         The message says what to do instead.
     """
-    if bits is None:
-        return
+    if (bits := as_tier(written)) is None:
+        return None, length
     if bits not in engine.shape.nbytes:
-        tiers = ", ".join(str(tier) for tier in sorted(engine.shape.nbytes))
-        raise ValueError(f"draft_bits={bits!r}: one of the store's tiers, {tiers}")
+        tiers = ", ".join(repr(as_written(tier)) for tier in sorted(engine.shape.nbytes))
+        raise ValueError(f"draft_bits={written!r}: one of the store's tiers, {tiers}")
     for token, one in lengths(length).items():
         if not is_whole(token, 0):
             raise ValueError(f"draft_length={{{token!r}: ...}}: a key is a token's number from 0")
@@ -181,10 +185,11 @@ def check(
             f"a draft is verified against greedy decoding, and temperature={sampling.temperature}; "
             "pass temperature=0"
         )
-    engine.store.require_weights(f"draft_bits={bits}")
+    engine.store.require_weights(f"draft_bits={written!r}")
     if reason := why_not(engine):
         raise ValueError(f"this model cannot verify a draft: {reason}")
     check_strategy(settings.strategy)
+    return bits, length
 
 
 def check_length(length: Length) -> Length:

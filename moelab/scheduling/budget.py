@@ -8,9 +8,11 @@ import numpy as np
 
 from moelab.scheduling.cache import Cache
 from moelab.scheduling.strategy import Strategy
-from moelab.scheduling.stream import Knobs, Shape, View
+from moelab.scheduling.stream import MIXED, Knobs, Shape, View
 
 _HUGE = 1 << 60
+_NAMED = {1: "ternary", MIXED: "mixed"}
+"""Tiers whose number is no count of bits a weight."""
 
 
 class BudgetError(ValueError):
@@ -41,8 +43,8 @@ def check_budget(shape: Shape, strategy: Strategy, knobs: Knobs) -> None:
     beside = f" beside {pins} pinned expert{'s'[: pins > 1]}" if pins else ""
     raise BudgetError(
         f"budget {size(knobs.budget_bytes)} is below one layer's need with strategy "
-        f"{strategy.full_name!r} (top-{shape.top_k} at {knobs.bits} bit{beside}: {size(need)}); "
-        f"raise it to {need} bytes ({size(need)}) or more, or choose fewer bits"
+        f"{strategy.full_name!r} (top-{shape.top_k} at {bits_in_words(knobs.bits)}{beside}: "
+        f"{size(need)}); raise it to {need} bytes ({size(need)}) or more, or choose fewer bits"
     )
 
 
@@ -115,6 +117,17 @@ class _Needs:
             if pool is not None and most * nbytes + self._pins.tier_bytes[bits] > pool:
                 return False
         return True
+
+
+def tier_name(bits: int) -> str:
+    """A tier as a person reads it, without its unit: ``16``, ``mixed``, ``ternary``."""
+    return _NAMED.get(bits) or str(bits)
+
+
+def bits_in_words(*tiers: int) -> str:
+    """One tier or more: ``16 bit``, ``16/4 bit``, ``mixed bits``, ``ternary``."""
+    unit = {"mixed": " bits", "ternary": ""}.get(last := tier_name(tiers[-1]), " bit")
+    return "/".join([*map(tier_name, tiers[:-1]), last]) + unit
 
 
 def size(nbytes: float | None) -> str:

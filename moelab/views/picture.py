@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from moelab.runs.tokens import COLUMNS
+from moelab.scheduling.budget import bits_in_words
 
 WIDTH, LEFT, RIGHT, DPI = 960, 60, 20, 100  # pixels of the picture, its margins, and an inch
 TIERS = {16: "#482475", 12: "#414487", 8: "#355f8d"}
@@ -179,7 +180,7 @@ def _map(axes: Any, frame: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     layers, experts = model["layers"], model["experts"]
     bits = np.frombuffer(frame["map"]["bits"], "<u1").reshape(layers, experts)  # [L, E]
     blocks = {tier: "▁▂▃▄▅▆▇█"[round(8 * share) - 1] for tier, share in FILL.items()}
-    legend = ((f"{t} bit {blocks[t]}", TIERS[t], "", "w") for t in model["tiers"])
+    legend = ((f"{bits_in_words(t)} {blocks[t]}", TIERS[t], "", "w") for t in model["tiers"])
     _title(axes, "Cache map", legend)
     tall, wide = 12, 8  # dots of a cell
     full = np.select([bits == tier for tier in FILL], list(FILL.values()), 0.0)
@@ -193,6 +194,8 @@ def _map(axes: Any, frame: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     axes.imshow(dots, extent=(0, experts, layers, 0), aspect="auto", interpolation="none")
     axes.set_xlim(0, experts)
     axes.spines["bottom"].set_visible(False)
+    if encoder := model.get("encoder_layers"):  # the decoder's are below the line
+        axes.axhline(encoder, color=SOFT, linewidth=1)
     shown = range(0, layers, -(-13 * layers // int(axes.bbox.height)))
     axes.set_yticks(np.array(shown) + 0.5, map(str, shown))
 

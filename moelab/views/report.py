@@ -136,7 +136,8 @@ class Report:
     def _head(self) -> tuple[str, ...]:
         """Title, figures and settings."""
         m = self.model
-        shape = f"{m['layers']} layers x {m['experts']} experts, top {m['top_k']}"
+        experts = m["experts"] - m.get("free_experts", 0)
+        shape = f"{m['layers']} layers x {experts} experts, top {m['top_k']}"
         return f"{m['name']} · {m['architecture']} · {shape}", self.figures(), self.settings
 
 

@@ -3,8 +3,8 @@
 The files import each other by name, so that Node and editors read them as they are. Here each
 file follows those it imports, its `import` lines (``import { a } from "./b.js"``) and the word
 `export` are taken away, and all share one scope: no two files may declare the same name. Comments
-on lines of their own stay behind: every widget sends its script. Nothing is installed, and no tool
-has to run before a change is seen.
+stay behind, of styles those on lines of their own: every widget sends both. Nothing is installed,
+and no tool has to run before a change is seen.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ PAGE_STYLES = ("controls", "views", "history", "dashboard", "page")
 
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./(\w+)\.js";\n', re.MULTILINE)
 _COMMENT = re.compile(r"^ *(?://.*|/\*\*(?s:.*?)\*/)\n", re.MULTILINE)
+_BEHIND = re.compile(r"""(?<=[;,{}()\[\]]) +// [^"'`\n]*$""", re.MULTILINE)
+_OF_STYLES = re.compile(r"^ */\*(?s:.*?)\*/\n", re.MULTILINE)
 _EXPORT = re.compile(r"^export (?!default )", re.MULTILINE)
 
 
@@ -47,11 +49,12 @@ def script(entry: str, folder: Path = STATIC) -> str:
 
 def styles(names: Iterable[str]) -> str:
     """The style sheets of these names as one text, in this order."""
-    return "\n".join((STATIC / f"{name}.css").read_text(encoding="utf-8") for name in names)
+    texts = ((STATIC / f"{name}.css").read_text(encoding="utf-8") for name in names)
+    return "\n".join(_OF_STYLES.sub("", text) for text in texts)
 
 
 def _bare(text: str) -> str:
     """A script without what makes it a module, and without comments."""
-    for part in (_IMPORT, _COMMENT, _EXPORT):
+    for part in (_IMPORT, _COMMENT, _BEHIND, _EXPORT):
         text = part.sub("", text)
     return text

@@ -358,8 +358,7 @@ class Dashboard(anywidget.AnyWidget):
         """Return a picture of the newest run, or of what holds now, which needs no kernel."""
         if (run := self._lab.run) is not None:
             return Report.of(run.recording())
-        info = self._lab.info()
-        words = sentence(self._lab.settings, info["expert_bytes"], info["all_experts_bytes"])
+        words = sentence(self._lab.settings, self._lab._shape)
         with self._lock:
             return Report(self._frames().build(), self.options, words)
 

@@ -41,6 +41,7 @@ from moelab.spelling import (
     shown,
     shown_strategy,
     spelled,
+    valued,
 )
 from moelab.views.report import LONGEST
 
@@ -81,9 +82,13 @@ def options(lab: Any, info: Mapping[str, Any], devices: Mapping[str, Any]) -> di
         "layers": info["layers"],
         "encoder_layers": info["encoder_layers"],
         "experts": info["experts_per_layer"] + info.get("free_experts", 0),
+        "free_experts": info.get("free_experts", 0),
+        "all_experts": lab._shape.n,
         "top_k": info["top_k"],
         "tiers": list(info["tiers"]),
         "expert_bytes": {str(bits): int(n) for bits, n in info["expert_bytes"].items()},
+        "all_bytes": {str(bits): int(lab._shape.all_bytes(bits)) for bits in info["tiers"]},
+        "own_sizes": list(lab._shape.own),
         "all_experts_bytes": int(info["all_experts_bytes"]),
         "dense_bits": info["dense_bits"],
         "dense_bytes": int(info["dense_bytes"]),
@@ -351,7 +356,8 @@ def _change(reader: RunReader, rows: np.ndarray, since: int, account: Account) -
         return ""  # a measured and an emulated time have no difference
     old = shown(was) | shown_strategy(was.strategy)
     what = ", ".join(
-        f"{called(name)} {old.get(name, 'none')} \N{RIGHTWARDS ARROW} {value}"
+        f"{called(name)} {valued(name, old.get(name, 'none'))} \N{RIGHTWARDS ARROW} "
+        f"{valued(name, value)}"
         for name, value in differences(was, now).items()
     )
     what = what or marks[-1]["label"]  # of the draft, which is no setting

@@ -2,14 +2,18 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { budgetInWords, placed } from "../../moelab/views/static/budget.js";
 import { aboutRun, nextSort, sorted, ticked } from "../../moelab/views/static/compare.js";
+import { partOf } from "../../moelab/views/static/recording.js";
 import { apart, fronts, stepOf, topOf } from "../../moelab/views/static/scatter.js";
 import { Sender } from "../../moelab/views/static/settings.js";
 import { Travel } from "../../moelab/views/static/timeline.js";
 
 test("a budget in bytes, of all, in experts", () => {
-  const of = { layers: 2, experts: 8, expert_bytes: { 4: 1e5 }, all_experts_bytes: 6.4e6 };
+  const of = {
+    all_experts: 16, all_bytes: { 4: 1.6e6, 5: 1.2e6 }, own_sizes: [5], all_experts_bytes: 6.4e6,
+  };
   assert.equal(budgetInWords(8e5, 4, of), "800 kB · 13 % · 8 experts at 4 bit");
   assert.match(budgetInWords(6.4e6, 4, of), /all 16 experts/);
+  assert.match(budgetInWords(6e5, 5, of), /· about 8 experts at mixed bits$/);
 });
 
 test("labels of ticks that would touch are pushed apart, inside the slider", () => {
@@ -73,7 +77,7 @@ test("what cannot be sent has no kernel any more", () => {
 
 test("a moment stays within the run, and live is the newest again", () => {
   const held = { recording: { count: 10 } },
-    travel = new Travel({ count: () => 10, past: () => held }, 6, () => {}, () => {});
+    travel = new Travel({ count: () => 10, past: () => held }, { layers: 6 }, () => {}, () => {});
   const at = (token, layer) => {
     travel.go(token, layer);
     assert.equal(travel.arrive(), held);
@@ -87,6 +91,20 @@ test("a moment stays within the run, and live is the newest again", () => {
   assert.deepEqual(travel.at, { token: 5, layer: 5 });
   travel.live();
   assert.equal(travel.at, null);
+});
+
+test("a moment of an encoder-decoder is in a layer that its token runs through", () => {
+  const held = { recording: { count: 10 } },
+    model = { layers: 6, encoder_layers: 2 },
+    travel = new Travel({ count: () => 10, past: () => held }, model, () => {}, () => {});
+  const at = (token, layer) => {
+    travel.go(token, layer);
+    travel.arrive();
+    return travel.at.layer;
+  };
+  assert.deepEqual([at(0, -1), at(0, 1), at(3, -1), at(3, 1), at(3, 4)], [-1, 1, 1, 1, 4]);
+  assert.deepEqual([-1, 1, 2, 5].map((l) => partOf(3, l, model)), [0, 0, 1 / 5, 4 / 5]);
+  assert.deepEqual([-1, 1, 5].map((l) => partOf(0, l, model)), [0, 2 / 7, 6 / 7]);
 });
 
 test("runs are sorted by a column, then the other way, then as they were saved", () => {

@@ -32,6 +32,11 @@ test("a difference has a sign, and shares differ in points", () => {
   assert.deepEqual([7, 31.56023467422278].map((x) => n.written("another", x)), ["7", "31.6"]);
 });
 
+test("a tier is called as in Python", () => {
+  assert.deepEqual([16, 5, 1].map(n.tierName), ["16 bit", "mixed bits", "ternary"]);
+  assert.deepEqual([16, 5, 1].map(n.shortTier), ["16", "mixed", "ternary"]);
+});
+
 test("many of a kind", () => {
   assert.deepEqual(
     [n.plural(1, "evict"), n.plural(2, "evict"), n.plural(2, "prefetch"), n.plural(0, "hit")],

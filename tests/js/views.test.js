@@ -65,6 +65,7 @@ test("cells lie on whole pixels and never overlap", () => {
 
 test("words of layers, chances and shares", () => {
   assert.deepEqual([-1, 0, 5].map((l) => inLayer(l, 6)), ["before layer 0", "after layer 0", "all layers"]);
+  assert.deepEqual([1, 2, 5].map((l) => inLayer(l, 6, 2)), ["before layer 2", "after layer 2", "all layers"]);
   assert.deepEqual([0.9999, 0.4914, 0.0003].map(chance), ["1.00", ".491", "<.001"]);
   assert.deepEqual([shareOf(3, 2, 4), shareOf(3, 3, 3), shareOf(null, 0, 1)], [0.5, 1, 1]);
 });

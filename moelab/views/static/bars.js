@@ -5,6 +5,7 @@ import { fillBox, fillWords, hatch, Sheet, triangle } from "./canvas.js";
 import { HATCHED } from "./colours.js";
 import { h, legendKey, markup } from "./element.js";
 import { nice, onLogScale, quantile, within } from "./numbers.js";
+import { partOf } from "./recording.js";
 
 const STEPS = [12, 8, 6, 5, 4, 3, 2, 1.5];
 /** Where the scale of KLs begins and ends. */
@@ -48,7 +49,7 @@ export class LatencyBars {
   constructor(look, cursor, options, onPick) {
     this.look = look;
     this.cursor = cursor;
-    this.layers = options.layers;
+    this.model = options;
     this.parts = partsOf(options);
     this.scale = 0;
     this.keys = {};
@@ -157,7 +158,7 @@ export class LatencyBars {
   drawNow(g, at) {
     const { past, first } = this.frame,
       { ink } = this.look,
-      part = (past.layer + 1) / (this.layers + 1),
+      part = partOf(past.token, past.layer, this.model),
       x = Math.round(at.left + (past.token - first - at.begin + part) * at.step),
       right = at.left + at.shown * at.step;
     fillBox(g, ink.ground, x + 1, at.top - 4, Math.max(0, right - x), this.reach(at), 0.62);

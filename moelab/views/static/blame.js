@@ -7,7 +7,7 @@ import { inSum, spentOn } from "./figures.js";
 import { bytes, kl, millis, within } from "./numbers.js";
 import { brief, inWords, outcomes, wordOf } from "./outcomes.js";
 import { passInWords } from "./passes.js";
-import { waitOf } from "./recording.js";
+import { beginOf, waitOf } from "./recording.js";
 
 const WORDY = 2; // experts a layer, up to which a chip has room for words
 const A_LINE = 4; // chips with room for a shape and two digits
@@ -17,8 +17,10 @@ const SEEN_PX = 300; // as history.css has it
 
 class Chips {
   /** `choose(layer, expert)` is called for a chip that is clicked. */
-  constructor(layers, tip, choose) {
-    this.layers = layers;
+  constructor(model, tip, choose) {
+    this.model = model;
+    this.layers = model.layers;
+    this.begin = 0;
     this.tip = tip;
     this.choose = choose;
     this.rows = [];
@@ -82,8 +84,12 @@ class Chips {
     this.tip.show(x, y, `layer ${layer}, expert ${expert}`, rows);
   }
 
-  show(outcome, K, now) {
+  /** An encoder's layers are a prompt's alone: other tokens have no rows of them. */
+  show(outcome, K, { token, layer: now }) {
     if (K !== this.K) this.build(K);
+    this.begin = beginOf(token, this.model);
+    this.rows.forEach(({ node }, l) => (node.hidden = l < this.begin));
+    if (this.at[0] < this.begin) this.focusable(this.begin, 0);
     this.outcome = outcome;
     this.now = now;
     this.turn += 1;
@@ -94,16 +100,17 @@ class Chips {
   /** In the middle of a token the layer at work is in sight. */
   follow() {
     const many = this.layers > FEW_ROWS,
-      y = Math.max(0, this.now) * this.tall - this.top;
+      at = Math.max(0, this.now - this.begin) * this.tall,
+      y = at - this.top;
     if (!many || this.now === this.layers - 1 || (y >= 0 && y < SEEN_PX - this.tall)) return;
-    this.top = Math.max(0, Math.max(0, this.now) * this.tall - SEEN_PX / 2);
+    this.top = Math.max(0, at - SEEN_PX / 2);
     this.node.scrollTop = this.top;
   }
 
   /** Rows that can be seen; the others when they come into view. */
   fillRows() {
     const many = this.layers > FEW_ROWS,
-      from = many ? Math.max(0, Math.floor(this.top / this.tall) - 1) : 0,
+      from = this.begin + (many ? Math.max(0, Math.floor(this.top / this.tall) - 1) : 0),
       to = many ? Math.min(this.layers, from + FEW_ROWS) : this.layers;
     for (let l = from; l < to; l++) this.fillRow(l);
   }
@@ -141,7 +148,7 @@ class Chips {
     if (!step) return;
     event.preventDefault();
     event.stopPropagation();
-    const layer = within(this.at[0] + step[0], 0, this.layers - 1),
+    const layer = within(this.at[0] + step[0], this.begin, this.layers - 1),
       k = within(this.at[1] + step[1], 0, this.K - 1);
     this.focusable(layer, k);
     this.fillRow(layer);
@@ -161,14 +168,14 @@ const KINDS_SHOWN = ["hit", "prefetch", "late", "load", "downgrade", "skip", "su
 
 export class Blame {
   /** `close` is null where there is nothing to close it for. */
-  constructor(layers, tip, { choose, close }) {
+  constructor(model, tip, { choose, close }) {
     this.title = h("h3");
     this.cost = h("p", { class: "moe-cost" });
     this.draft = h("p", { class: "moe-for-draft", hidden: true });
     this.five = [h("ol"), h("ol")];
     this.missing = h("p", { class: "moe-soft" });
     this.head = h("h4");
-    this.chips = new Chips(layers, tip, choose);
+    this.chips = new Chips(model, tip, choose);
     this.full = markup`
       <section title="The model with every expert at its best tier">
         <h4>full precision</h4>${this.five[1]}
@@ -199,9 +206,10 @@ export class Blame {
     say(this.draft, passInWords(document.passes, token));
     this.draft.hidden = !this.draft.textContent;
     this.showTop(document.top, pieces[token], token, tokens.kl[token]);
-    const many = recording.layers > MOST_ROWS ? ` · ${recording.layers} layers: scroll` : "";
+    const rows = recording.layers - beginOf(token, model),
+      many = rows > MOST_ROWS ? ` · ${rows} layers: scroll` : "";
     say(this.head, `experts by layer${token ? "" : ", of the prompt's last position"}${many}`);
-    this.chips.show(outcomes(recording, token), recording.gates.K, layer);
+    this.chips.show(outcomes(recording, token), recording.gates.K, { token, layer });
   }
 
   showCost(tokens, token, causes) {

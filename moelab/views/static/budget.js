@@ -2,17 +2,18 @@
 // token needs and at everything in the bits now set. Below the red line nothing can run.
 
 import { h, holdOf, markup, say } from "./element.js";
-import { bytes, percent } from "./numbers.js";
+import { bytes, percent, tierName } from "./numbers.js";
 
 const SLIDER = 400;
 const NEVER = "Below the red mark nothing can run: the experts of one layer do not fit";
 
 /** A budget in words. @param {number} budget bytes @param {number} bits */
-export function budgetInWords(budget, bits, { layers, experts, expert_bytes, all_experts_bytes }) {
-  const fit = Math.floor(budget / expert_bytes[bits]),
-    count = fit < layers * experts ? fit : `all ${layers * experts}`,
+export function budgetInWords(budget, bits, { all_experts, all_bytes, own_sizes, all_experts_bytes }) {
+  const fit = Math.floor((budget * all_experts) / all_bytes[bits]),
+    about = own_sizes.includes(bits) ? "about " : "",
+    count = fit < all_experts ? `${about}${fit}` : `all ${all_experts}`,
     share = percent(budget / all_experts_bytes);
-  return `${bytes(budget)} · ${share} · ${count} experts at ${bits} bit`;
+  return `${bytes(budget)} · ${share} · ${count} experts at ${tierName(bits)}`;
 }
 
 /** Where labels of these widths go under their ticks, pushed apart where they would touch, px. */
@@ -63,8 +64,7 @@ export class Budget {
 
   /** Show what holds: the ticks always, the thumb where it is not being moved. */
   sync(now, settled) {
-    const { layers, experts, expert_bytes } = this.options,
-      share = (nbytes) => Math.min(1, nbytes / this.total);
+    const share = (nbytes) => Math.min(1, nbytes / this.total);
     this.bits = now.bits;
     if (settled && !this.held()) {
       this.budget = now.budget_bytes;
@@ -72,8 +72,7 @@ export class Budget {
       this.slider.value = `${Math.round(SLIDER * share(now.budget_bytes))}`;
       this.label(now.budget_bytes);
     }
-    const every = layers * experts * expert_bytes[now.bits];
-    this.placeMarks([share(now.token_cycle_bytes), share(every)]);
+    this.placeMarks([share(now.token_cycle_bytes), share(this.options.all_bytes[now.bits])]);
     this.never.style.setProperty("--at", `${share(now.minimum_budget_bytes)}`);
   }
 

@@ -4,7 +4,7 @@
 import { fillBox, fillWords, Sheet, stamp, triangle } from "./canvas.js";
 import { FILL } from "./colours.js";
 import { h, icon, legendKey, markup } from "./element.js";
-import { percent, short } from "./numbers.js";
+import { percent, short, shortTier, tierName } from "./numbers.js";
 import { MARKS } from "./replay.js";
 import { Tiles } from "./tiles.js";
 import { drawWhy } from "./tip.js";
@@ -21,6 +21,7 @@ export class CacheMap {
     this.tip = tip;
     this.why = why;
     this.layers = options.layers;
+    this.encoder = options.encoder_layers ?? 0;
     this.experts = options.experts;
     this.tiers = options.tiers;
     this.onPick = onPick;
@@ -79,6 +80,7 @@ export class CacheMap {
     tiles.paint(g, this.frame);
     if (this.frame.past) this.drawPast(g, tiles.grid());
     this.drawAxes(g, tiles.grid());
+    if (this.encoder) this.drawStacks(g, tiles.grid());
     for (const [cell, line] of [[this.chosen, 2.5], [this.at, 2]]) {
       if (cell === null) continue;
       g.strokeStyle = this.look.ink.text;
@@ -114,6 +116,23 @@ export class CacheMap {
     const right = grid.left + this.experts * grid.w;
     fillBox(g, ink.text, 2, Math.max(0.5, y - 0.75), right - 2, 1.5);
     triangle(g, [0, y - 5], [6, y], [0, y + 5]);
+  }
+
+  /** A line between the encoder's layers and the decoder's, which are named where there is room. */
+  drawStacks(g, grid) {
+    const { soft } = this.look.ink,
+      border = this.encoder * grid.t;
+    fillBox(g, soft, 0, border - grid.gap / 2 - 0.5, grid.left + this.experts * grid.w, 1);
+    const name = (words, from, to) => {
+      if (g.measureText(words).width > to - from - 4) return;
+      g.save();
+      g.translate(10, (from + to) / 2);
+      g.rotate(-Math.PI / 2);
+      fillWords(g, soft, "center", words, 0, 0);
+      g.restore();
+    };
+    name("encoder", 0, border);
+    name("decoder", border, this.layers * grid.t);
   }
 
   drawAxes(g, grid) {
@@ -164,7 +183,7 @@ export class CacheMap {
     const share = total ? ` (${percent(uses[i] / total)}, rank ${rank} of ${this.experts})` : "";
     const left = newest >= 0 && [used[i], loaded[i]].includes(newest) ? ", left again" : "";
     const rows = [
-      ["resident", bits[i] ? `${bits[i]} bit${flight[i] ? ", in flight" : ""}` : `no${left}`],
+      ["resident", bits[i] ? `${tierName(bits[i])}${flight[i] ? ", in flight" : ""}` : `no${left}`],
       ["uses", `${uses[i]}${share}`],
       ["last used", token(used[i], "not in this run")],
       ["last load", token(loaded[i], bits[i] ? "before this run" : "not in this run")],
@@ -197,7 +216,7 @@ export class CacheMap {
       left = legendKey(icon("evict"), "left");
     left.classList.add("moe-only-past");
     this.legend.replaceChildren(
-      ...this.tiers.map((b) => key(`${b}`, "", `--c:${tiers[b]};--f:${100 * FILL[b]}%`)), "bit",
+      ...this.tiers.map((b) => key(shortTier(b), "", `--c:${tiers[b]};--f:${100 * FILL[b]}%`)), "bit",
       key("loaded", "loaded", "", `Loaded for the token shown${EMPTY}`),
       key("in flight", "flight"),
       key("used now", "used", "", `Used by the token shown${EMPTY}`), left,

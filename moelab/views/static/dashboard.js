@@ -4,6 +4,7 @@
 import { DARK, STRONG } from "./colours.js";
 import { Runs } from "./compare.js";
 import { button, cross, h, keep, markup, optionsOf, say } from "./element.js";
+import { tierName } from "./numbers.js";
 import { array, byName } from "./recording.js";
 import { Settings } from "./settings.js";
 import { KernelSource } from "./source.js";
@@ -139,7 +140,7 @@ class View {
         this.settings.sync();
         this.settings.sender.flush();
         const { budget_bytes, strategy, bits, device } = model.get("controls");
-        const asked = `${bits} bit, ${device}`;
+        const asked = `${tierName(bits)}, ${device}`;
         Object.assign(this.root.dataset, { budget: budget_bytes, strategy, asked });
       },
       "change:form": () => this.formChanged(),

@@ -2,6 +2,7 @@
 // next draft of a running generation obeys. Both are kept in the form.
 
 import { h, keep, markup, optionsOf } from "./element.js";
+import { tierName } from "./numbers.js";
 
 const ABOUT_BITS = "All experts at these bits, in memory beside the budget, write ahead and one pass verifies. From the next run on; its text is greedy";
 const ABOUT_LENGTH = "How many tokens the draft writes at a time; acts on the next draft. auto: as long as it is sure";
@@ -16,7 +17,7 @@ export class Draft {
     this.bits = h("select", {
       name: "draft_bits", title: ABOUT_BITS,
       onchange: () => keep(model, { draft_bits: Number(this.bits.value) }),
-    }, ...optionsOf([[0, "off"], ...drafts.map((bits) => [bits, `${bits} bit`])]));
+    }, ...optionsOf([[0, "off"], ...drafts.map((bits) => [bits, tierName(bits)])]));
     this.length = h("select", {
       name: "draft_length", title: ABOUT_LENGTH, "aria-label": "Tokens drafted ahead",
       onchange: () => this.change(),

@@ -3,8 +3,8 @@
 
 import { fillBox, fillWords, Sheet, stamp } from "./canvas.js";
 import { FILL } from "./colours.js";
-import { within } from "./numbers.js";
-import { KINDS } from "./recording.js";
+import { tierName, within } from "./numbers.js";
+import { KINDS, partOf } from "./recording.js";
 /** @import { Recording } from "./recording.js" */
 
 const LANE = { marks: 10, top: 20, tall: 16, uses: 47, height: 56 };
@@ -16,10 +16,10 @@ const LANE = { marks: 10, top: 20, tall: 16, uses: 47, height: 56 };
  * @param {number} expert
  */
 export function lifeOf(recording, layer, expert) {
-  const { events, rows, layers, start } = recording,
+  const { events, rows, model, start } = recording,
     happened = [],
     spans = [];
-  const when = (i) => events.token[i] + (events.at[i] + 1) / (layers + 1);
+  const when = (i) => events.token[i] + partOf(events.token[i], events.at[i], model);
   let open = null;
   start.layer.forEach((l, i) => {
     if (l === layer && start.expert[i] === expert) open = { from: 0, bits: start.bits[i] };
@@ -189,8 +189,7 @@ export class Lane {
   drawNow(g, axis) {
     const { past } = this.frame;
     if (!past) return;
-    const { layers } = this.expert,
-      x = this.x(past.token + (past.layer + 1) / (layers + 1), axis);
+    const x = this.x(past.token + partOf(past.token, past.layer, this.expert.model), axis);
     fillBox(g, this.look.ink.text, Math.round(x) - 0.5, 0, 1.5, LANE.height);
   }
 
@@ -210,9 +209,9 @@ function happening({ kind, token, at, bits, lower, cause }) {
   const where = at < 0 ? `before token ${token}` : `token ${token}, layer ${at}`;
   const known = cause && cause !== "on demand";
   if (kind === "evict") return `evicted, ${where}`;
-  if (kind === "load") return `loaded at ${bits} bit and used, ${where}`;
-  if (kind === "prefetch") return `prefetched at ${bits} bit, ${where}`;
+  if (kind === "load") return `loaded at ${tierName(bits)} and used, ${where}`;
+  if (kind === "prefetch") return `prefetched at ${tierName(bits)}, ${where}`;
   if (kind === "hit")
-    return `${lower ? "downgrade, " : ""}hit${known ? ` (${cause})` : ""} at ${bits} bit, ${where}`;
+    return `${lower ? "downgrade, " : ""}hit${known ? ` (${cause})` : ""} at ${tierName(bits)}, ${where}`;
   return `${kind}, ${where}`;
 }

@@ -3,7 +3,7 @@
 
 import { cross, filledBar, h, icon, markup, say, shareOf } from "./element.js";
 import { Lane, lifeOf } from "./lane.js";
-import { percent, plural, short } from "./numbers.js";
+import { percent, plural, short, tierName } from "./numbers.js";
 
 const CAUSES = {
   room: "to make room",
@@ -23,10 +23,10 @@ const GLYPHS = [
 ];
 
 export class Life {
-  constructor(look, axis, layers, { go, reason, close }) {
+  constructor(look, axis, model, { go, reason, close }) {
     this.go = go;
     this.reason = reason;
-    this.layers = layers;
+    this.model = model;
     this.of = null;
     this.title = h("h3");
     this.summary = h("span", { class: "moe-soft" });
@@ -44,7 +44,7 @@ export class Life {
 
   /** Whose life is shown; null: none. */
   choose(layer, expert) {
-    this.of = layer === null ? null : { layer, expert, layers: this.layers };
+    this.of = layer === null ? null : { layer, expert, model: this.model };
     this.told = this.lane.chosen = null;
     this.why.hidden = true;
     this.node.hidden = !this.of;
@@ -117,7 +117,7 @@ function drawLeft(title, { policy, terms, texts, victim, survivors, tie, error }
     <tr class="${n ? "" : "victim"}">
       <td>${icon(n ? "hit" : "evict")}${n ? "stayed" : "left"}</td>
       <th scope="row">layer ${layer}, expert ${expert}</th>
-      <td>${bits} bit</td>
+      <td>${tierName(bits)}</td>
       ${x.map(cell)}
     </tr>`;
   const heads = terms.map((name, i) => h("th", { scope: "col", title: texts?.[i] || false }, name));

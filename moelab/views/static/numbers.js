@@ -2,6 +2,13 @@
 
 /** A dash where there was nothing to divide. @param {number | null} x @param {number} digits */
 const fixed = (x, digits) => (Number.isFinite(x) ? x.toFixed(digits) : "–");
+const TIER_NAMES = { 1: "ternary", 5: "mixed" };
+/** A tier without its unit: "16", "mixed", "ternary". @param {number | string} bits */
+export const shortTier = (bits) => TIER_NAMES[bits] ?? `${bits}`;
+/** A tier in words, as moelab.scheduling.budget has them: "16 bit", "mixed bits", "ternary". */
+export const tierName = (bits) =>
+  `${shortTier(bits)}${{ 1: "", 5: " bits" }[bits] ?? " bit"}`;
+
 export const percent = (x) => (x === null ? "–" : `${(100 * x).toFixed(x < 0.1 ? 1 : 0)} %`);
 export const rate = (x) => fixed(x, x < 10 ? 2 : x < 100 ? 1 : 0);
 export const millis = (x) => `${rate(x)} ms`;

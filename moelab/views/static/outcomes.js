@@ -1,7 +1,7 @@
 // What became of each expert a token asked for, read off the events: the same account as
 // `Recording.blame` gives in Python.
 
-import { bytes, millis } from "./numbers.js";
+import { bytes, millis, shortTier, tierName } from "./numbers.js";
 import { passOf } from "./passes.js";
 import { KIND } from "./recording.js";
 /** @import { Recording } from "./recording.js" */
@@ -92,8 +92,8 @@ export const wordOf = (kind) =>
 export function inWords(chip) {
   const words = [wordOf(chip.kind)];
   if (chip.kind === "downgrade")
-    words.push(`${wordOf(chip.from)} at ${chip.bits} bit of ${chip.asked}`);
-  else if (chip.bits) words.push(`${chip.bits} bit`);
+    words.push(`${wordOf(chip.from)} at ${shortTier(chip.bits)} of ${tierName(chip.asked)}`);
+  else if (chip.bits) words.push(tierName(chip.bits));
   if (chip.by !== undefined) words.push(`expert ${chip.by} stood in`);
   if (chip.instead !== undefined) words.push(`the router wanted expert ${chip.instead}`);
   if (chip.bytes) words.push(`${bytes(chip.bytes)} read`);
@@ -104,8 +104,8 @@ export function inWords(chip) {
 /** As much of an outcome as fits into a chip. @param {Outcome} chip */
 export function brief({ kind, bits, asked, by, instead }) {
   if (kind === "skip") return "skipped";
-  if (kind === "downgrade") return `${bits} of ${asked} bit`;
-  if (by !== undefined) return `by ${by}, ${bits} bit`;
-  if (instead !== undefined) return `for ${instead}, ${bits} bit`;
-  return `${wordOf(kind)} ${bits} bit`;
+  if (kind === "downgrade") return `${shortTier(bits)} of ${tierName(asked)}`;
+  if (by !== undefined) return `by ${by}, ${tierName(bits)}`;
+  if (instead !== undefined) return `for ${instead}, ${tierName(bits)}`;
+  return bits ? `${wordOf(kind)} ${tierName(bits)}` : wordOf(kind); // a free expert has none
 }

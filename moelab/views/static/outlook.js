@@ -2,7 +2,7 @@
 // point puts its settings in force.
 
 import { button, h, markup, say } from "./element.js";
-import { bytes } from "./numbers.js";
+import { bytes, tierName } from "./numbers.js";
 import { Scatter } from "./scatter.js";
 
 const ASK = "Predict speed and memory of all settings from the newest run, and measure the loss of each tier";
@@ -62,4 +62,4 @@ export class Outlook {
 const worth = (off) => (off === null || off === undefined ? "" : ` (of this run ${(100 * off).toFixed(0)} % off)`);
 
 const nameOf = ({ strategy, bits, budget_bytes, prefetch }) =>
-  `${strategy}, ${bits} bit, ${bytes(budget_bytes)}${prefetch ? `, look-ahead ${prefetch}` : ""}`;
+  `${strategy}, ${tierName(bits)}, ${bytes(budget_bytes)}${prefetch ? `, look-ahead ${prefetch}` : ""}`;

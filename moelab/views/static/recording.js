@@ -126,6 +126,21 @@ export class Recording {
   }
 }
 
+/**
+ * The first layer that a token runs through: an encoder's are a prompt's alone, which is token 0's.
+ * @param {number} token @param {{ encoder_layers?: number }} model
+ */
+export const beginOf = (token, { encoder_layers = 0 }) => (token > 0 ? encoder_layers : 0);
+
+/**
+ * How much of a token is over once a layer has been decided, counted in its layers: 0 to below 1.
+ * @param {number} token @param {number} layer @param {{ layers: number, encoder_layers?: number }} model
+ */
+export function partOf(token, layer, model) {
+  const begin = beginOf(token, model);
+  return Math.max(0, layer + 1 - begin) / (model.layers + 1 - begin);
+}
+
 /** Waiting of token i, all causes together, ms. */
 export const waitOf = (tokens, causes, i) =>
   causes.reduce((total, cause) => total + tokens[cause][i], 0);

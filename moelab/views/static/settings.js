@@ -6,7 +6,7 @@ import { Budget } from "./budget.js";
 import { Decisions } from "./decisions.js";
 import { Draft } from "./draft.js";
 import { button, cross, h, keep, markup, optionsOf, say, showBadge } from "./element.js";
-import { within } from "./numbers.js";
+import { tierName, within } from "./numbers.js";
 import { Prompt } from "./prompt.js";
 
 class Fault {
@@ -197,7 +197,7 @@ export class Settings {
 
   row() {
     const { tiers, devices } = this.options,
-      bits = tiers.map((b) => [b, `${b} bit`]),
+      bits = tiers.map((b) => [b, tierName(b)]),
       lower = bits.filter(([b]) => b < Math.max(...tiers)),
       layers = [1, 2, 3].map((n) => [n, `${n} layer${n > 1 ? "s" : ""}`]),
       unread = ["unread", "–", { hidden: true }];

@@ -17,8 +17,13 @@ import { Cursor, Tip } from "./tip.js";
 /** The element of a dashboard, and its first line. */
 export const rootOf = (words, props = {}) =>
   h("div", { class: "moe-dash", role: "region", "aria-label": words, ...props });
-export const modelShape = ({ architecture, layers, experts, top_k }) =>
-  `${architecture} · ${layers} layers × ${experts} experts, top ${top_k}`;
+export const modelShape = ({
+  architecture, layers, encoder_layers: encoder = 0, experts, free_experts: free = 0, top_k,
+}) => {
+  const parts = encoder ? ` (${encoder} encoder, ${layers - encoder} decoder)` : "",
+    each = `${experts - free} experts${free ? ` + ${free} of 0 bytes` : ""}`;
+  return `${architecture} · ${layers} layers${parts} × ${each}, top ${top_k}`;
+};
 export const headOf = (...parts) =>
   markup`<header class="moe-head"><h2>moelab</h2>${parts}</header>`;
 
@@ -49,17 +54,17 @@ export class Stage {
     this.bars = new LatencyBars(look, this.cursor, options, go);
     this.text = new TokenText(look, this.cursor, shade, go);
     this.timeline = new Timeline({
-      layers: options.layers, canLive, go,
+      model: options, canLive, go,
       live: () => this.travel.live(),
       play: () => this.travel.toggle(),
       costliest: () => this.goCostliest(),
     });
     this.travel = new Travel(
-      source, options.layers, () => this.queue(), (on) => this.timeline.playing(on),
+      source, options, () => this.queue(), (on) => this.timeline.playing(on),
     );
     const close = canLive ? () => this.leave() : null;
-    this.blame = new Blame(options.layers, this.tip, { choose, close });
-    this.life = new Life(look, () => this.bars.layout(), options.layers, {
+    this.blame = new Blame(options, this.tip, { choose, close });
+    this.life = new Life(look, () => this.bars.layout(), options, {
       go, reason: (row) => source.reason(row), close: () => this.choose(null),
     });
     this.cursor.views.push(() => this.bars.draw(), () => this.text.mark(this.cursor.at));

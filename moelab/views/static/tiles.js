@@ -7,11 +7,12 @@ import { FILL } from "./colours.js";
 const ROOMY = 12; // px a cell needs for a dot with a rim; below it is a square
 
 export class Tiles {
-  constructor(look, sheet, { layers, experts }) {
+  constructor(look, sheet, { layers, experts, encoder_layers }) {
     this.look = look;
     this.sheet = sheet;
     this.layers = layers;
     this.experts = experts;
+    this.left = encoder_layers ? 34 : 22; // the names of two stacks stand beside the layers' numbers
     this.x = this.w = this.y = this.t = new Float64Array();
   }
 
@@ -20,7 +21,7 @@ export class Tiles {
     const { width, height, ratio } = this.sheet;
     if (this.at?.width === width && this.at.height === height && this.at.ratio === ratio)
       return this.at;
-    const left = 22,
+    const { left } = this,
       w = (width - left - 2) / this.experts,
       t = (height - 16) / this.layers,
       gapOf = (size) => (Math.min(w, t) > 9 ? 2 : size > 4 ? 1 : 0); // thin columns would look uneven

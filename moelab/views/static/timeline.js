@@ -4,6 +4,7 @@
 import { still } from "./colours.js";
 import { button, h, markup, say } from "./element.js";
 import { bytes, plural, within } from "./numbers.js";
+import { beginOf } from "./recording.js";
 
 const SWEEP = 6; // stops at a token while playing: its layers, or some of them
 const STOP_MS = 70;
@@ -14,9 +15,10 @@ export class Travel {
    * `source.past()` has the replay there is, or asks for it; `draw()` draws when it can, and
    * `played(on)` is told when playing begins and ends.
    */
-  constructor(source, layers, draw, played) {
+  constructor(source, model, draw, played) {
     this.source = source;
-    this.layers = layers;
+    this.model = model;
+    this.layers = model.layers;
     this.draw = draw;
     this.played = played;
     this.at = this.wanted = null;
@@ -29,9 +31,10 @@ export class Travel {
     const last = this.source.count() - 1,
       end = this.layers - 1,
       now = this.wanted ?? this.at ?? { token: last, layer: end };
+    const goal = token === null ? now.token : within(token, 0, Math.max(0, last)),
+      before = beginOf(goal, this.model) - 1;
     this.wanted = {
-      token: token === null ? now.token : within(token, 0, Math.max(0, last)),
-      layer: layer !== null ? within(layer, -1, end) : token === null ? now.layer : end,
+      token: goal, layer: layer !== null ? within(layer, before, end) : token === null ? now.layer : end,
     };
     if (last >= 0) this.draw();
     else this.wanted = null;
@@ -76,7 +79,7 @@ export class Travel {
         last = this.layers - 1;
       if (layer < last) this.go(token, Math.min(last, layer + stride), { play: true });
       else if (token < this.source.count() - 1)
-        this.go(token + 1, still() ? last : Math.min(last, stride - 1), { play: true });
+        this.go(token + 1, still() ? last : Math.min(last, beginOf(token + 1, this.model) + stride - 1), { play: true });
       else return this.pause();
       return this.tick();
     }, wait);
@@ -96,8 +99,9 @@ const TALLIED = ["hit", "late", "load", "prefetch", "downgrade", "skip", "substi
 
 export class Timeline {
   /** `go(token, layer)`, `live()`, `play()` and `costliest()` are what its controls ask for. */
-  constructor({ layers, canLive, go, live, play, costliest }) {
-    this.layers = layers;
+  constructor({ model, canLive, go, live, play, costliest }) {
+    this.model = model;
+    const { layers } = model;
     const slider = (name, words, max, oninput) =>
       h("input", {
         type: "range", name, min: 0, max, step: 1, "aria-label": words, oninput,
@@ -128,15 +132,17 @@ export class Timeline {
   /** `count` tokens; `at` is {token, layer} in the past and null where the newest is shown. */
   show(count, at, piece) {
     const token = at ? at.token : count - 1,
-      layer = at ? at.layer : this.layers - 1,
+      begin = beginOf(token, this.model),
+      layer = at ? at.layer : this.model.layers - 1,
       top = Math.max(0, count - 1);
     if (+this.token.max !== top) this.token.max = `${top}`;
     this.token.value = `${Math.max(0, token)}`;
+    this.layer.min = `${begin}`;
     this.layer.value = `${layer + 1}`;
     for (const input of [this.token, this.layer, this.play, this.dear]) input.disabled = count < 1;
     const words = piece === undefined ? "" : ` ${JSON.stringify(piece)}`;
     say(this.says, count ? `token ${token} of 0–${top}` : "no token yet");
-    say(this.inLayer, inLayer(layer, this.layers));
+    say(this.inLayer, inLayer(layer, this.model.layers, begin));
     this.token.setAttribute("aria-valuetext", `${this.says.textContent}${words}`);
     this.layer.setAttribute("aria-valuetext", this.inLayer.textContent);
     this.back.setAttribute("aria-pressed", `${!at}`);
@@ -159,6 +165,6 @@ export class Timeline {
   }
 }
 
-/** @param {number} layer @param {number} layers */
-export const inLayer = (layer, layers) =>
-  layer < 0 ? "before layer 0" : layer === layers - 1 ? "all layers" : `after layer ${layer}`;
+/** @param {number} layer @param {number} layers @param {number} begin the token's first layer */
+export const inLayer = (layer, layers, begin = 0) =>
+  layer < begin ? `before layer ${begin}` : layer === layers - 1 ? "all layers" : `after layer ${layer}`;

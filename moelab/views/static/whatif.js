@@ -1,6 +1,7 @@
 // What if: a run made again with the settings as they are now, or with one expert pinned.
 
 import { button, optionsOf, h, markup, say } from "./element.js";
+import { tierName } from "./numbers.js";
 import { Outlook } from "./outlook.js";
 
 export class WhatIf {
@@ -15,7 +16,7 @@ export class WhatIf {
     this.words = h("code");
     this.pins = h("input", { type: "checkbox", onchange: tell });
     this.expert = h("span");
-    const tiers = optionsOf(options.tiers.map((b) => [b, `${b} bit`]));
+    const tiers = optionsOf(options.tiers.map((b) => [b, tierName(b)]));
     this.bits = h("select", { "aria-label": "Bits it is pinned at", onchange: tell }, ...tiers);
     this.outlook = new Outlook(model, stage, adopt);
     this.go = button("Make it again", { class: "moe-again", onclick: () => this.begin() });
