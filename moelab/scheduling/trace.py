@@ -84,7 +84,7 @@ class Trace:
         model = {"experts": shape.experts, "top_k": shape.top_k, "nbytes": dict(shape.nbytes)}
         names = SAVED if shape.free else SAVED[:-NEW_IN_6]
         return {
-            "format": FORMAT if own else FORMAT - 1,
+            "format": FORMAT if own or self.kept else FORMAT - 1,
             "shape": model | own,
             "steps": [[_plain(getattr(s, name)) for name in names] for s in self.steps],
             "changes": [
