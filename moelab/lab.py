@@ -268,7 +268,7 @@ class Lab:
         return found | {"chat": has_template(self._tokenizer), "roofs": dict(self._session.roofs)}
 
     def cache_map(self) -> dict[str, np.ndarray]:
-        """What is resident now, arrays ``[L, E]``.
+        """What is resident now, arrays ``[L, E + free]``: experts without weights come last.
 
         ``bits`` uint8 (0: not resident), ``in_flight`` bool, ``loaded`` and ``used`` int32 (last
         token of this run that did so, -1: none; with a draft ``used`` is a pass), ``uses`` int32.

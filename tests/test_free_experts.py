@@ -13,12 +13,16 @@ import moelab
 import tiny_models
 from moelab import strategies
 from moelab.replays.bounds import belady_hits
+from moelab.replays.clock import Clock, Computing
+from moelab.replays.replay import replay
 from moelab.runs.shadows import Shadows
 from moelab.runs.tokens import table
 from moelab.scheduling import events as e
-from moelab.scheduling.stream import MIXED, Shape
+from moelab.scheduling.steps import LayerInput
+from moelab.scheduling.stream import MIXED, Knobs, Shape
 from moelab.scheduling.trace import Trace
 from moelab.spelling import named
+from moelab.store.architecture import Architecture
 from reference import logits_of
 
 E, FREE, K = 6, 3, 3
@@ -211,3 +215,27 @@ def test_what_a_draft_rolls_back_takes_its_free_choices_with_it(lab, tmp_path):
     for told in (trace, again):
         found = moelab.replay(told, strategies=named())
         assert [row[:3] + row[4:5] for row in found.rows] == live
+
+
+def test_the_clock_computes_those_with_weights_only():
+    shape = Shape((4,), 3, {16: 1000}, free=2)
+    experts, weights = ((0, 1), (0,), (2,)), ((0.5, 0.5), (0.5,), (0.5,))
+    free, own = ((4,), (4, 5), (5, 4)), ((0.1,), (0.1, 0.1), (0.1, 0.1))
+    step = LayerInput(0, experts, weights, free=free, free_weights=own)
+    clock = Clock(shape, Computing(0.0, 0.0, {16: 1.0}), {0: Bus()})
+    replay(Trace(shape, [step]), strategies.make("lru"), Knobs(4000), clock=clock)
+    assert [spent.compute_ms for spent in clock.tokens] == [pytest.approx(4.0)]
+
+
+class Bus:
+    queue = 1
+
+    def due(self, _nbytes, now):
+        return now
+
+
+def test_modelled_routing_says_that_it_does_not_ask_for_them():
+    assert Architecture(CONFIG | {"model_type": "longcat_flash"}).lacking.startswith(
+        f"no request goes to the {FREE} experts of a layer that have no weights"
+    )
+    assert not Architecture("olmoe-1b-7b").lacking

@@ -137,9 +137,31 @@ def test_texts_that_cannot_be_used_are_refused(qwen, tmp_path):
     for wrong in ("one text", [], ["", "a"]):
         with pytest.raises(ValueError, match="calibrate: a list of one or more texts"):
             moelab.pack(qwen, tmp_path / "s", tiers=(2,), calibrate=wrong, progress=False)
+    with pytest.raises(ValueError, match="this model is measured on texts"):
+        moelab.pack(qwen, tmp_path / "s", tiers=(2,), calibrate=[("a", "b")], progress=False)
     with pytest.raises(StoreError, match=r"calibrate rounds .* not 'qwen.*' at \(16, 8\)"):
         moelab.pack(qwen, tmp_path / "s", tiers=(16, 8), calibrate=TEXTS, progress=False)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("family", [tiny_models.switch, tiny_models.nllb])
+def test_an_encoder_decoder_is_packed_on_pairs(family, tmp_path):
+    source = family(tmp_path / "source")
+    pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[1], TEXTS[0][:300])]
+    how = {"tiers": (16, 2), "progress": False}
+    store = Store.open(moelab.pack(source, tmp_path / "own", calibrate=pairs, **how), verify=True)
+    reader = ExpertReader(load_skeleton(source, dtype=torch.float32), source)
+    inputs, seen = Inputs(source, reader, pairs), {True: 0, False: 0}
+    for at in reader.layers:
+        for expert in range(at.num_experts):
+            tensors = reader(at.index, expert)
+            given = inputs.hessians(at.index, expert, tensors)
+            seen[at.encoder] += bool(given)
+            blob = encode(tensors, store.layout, 2, hessians=given)
+            assert (store.read(at.index, expert, 2) == blob).all()
+    assert all(seen.values()), "experts of the encoder and of the decoder are rounded by inputs"
+    with pytest.raises(ValueError, match=r"measured on \(source, target\) pairs of texts"):
+        moelab.pack(source, tmp_path / "s", calibrate=TEXTS, **how)
 
 
 def test_on_the_bundled_model_unseen_text_loses_less(tmp_path):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 import moelab
-from moelab.runs import eligible as which
+from moelab.runs import eligible as eligible_module
+from moelab.runs.eligible import eligible
 from moelab.runs.plan import _reasons, _simplest, surface
+from moelab.scheduling.budget import BudgetError
 from moelab.strategies import NAMES
 from moelab.widgets.outlook import Outlook
 
@@ -85,23 +87,37 @@ def test_what_cannot_be_is_refused(planned):
     assert 0 <= exact.kl < 1e-6
 
 
-def test_every_strategy_is_tried_that_the_recorded_stream_can_stand_for(planned, monkeypatch):
+def test_every_strategy_is_tried_that_the_recorded_stream_can_stand_for(planned):
     lab, _ = planned
     run = lab.generate("Once upon a time", max_new_tokens=2, ignore_eos=True)
-    monkeypatch.setattr(which, "AS_LRU", float("inf"))
-    asked = lambda **changes: moelab.predict(run, lab, **changes)  # noqa: E731
-    found = which.eligible(lab, run, asked, {}, ahead=2)
+    found, left_out = eligible(lab, run, {})
     # They steer the router or send stand-ins; FineMoE goes by what a run of LRU does not record.
     other = {"swapmoe", "static_pruning", "pregated", "emoe", "cache_prior", "max_rank", "finemoe"}
     assert found == [name for name in NAMES if name not in other]
     assert {"arc", "s3fifo", "flashmoe", "least_stale", "hermes", "edgemoe"} <= set(found)
+    assert left_out.keys() == other
+    assert left_out["swapmoe"] == "it steers the router"
+    assert left_out["max_rank"] == "it sends other experts in place of missing ones"
+    assert left_out["finemoe"].endswith("not recorded: embedding, probabilities")
     before = lab.settings
     lab.update(strategy="finemoe")
     own = lab.generate("Once upon a time", max_new_tokens=2, ignore_eos=True)
     lab._session.put(before)
-    assert "finemoe" in which.eligible(lab, own, asked, {}, ahead=2)
-    monkeypatch.setattr(which, "AS_LRU", 0)
-    assert which.eligible(lab, run, asked, {}, ahead=2) == ["lru"], "all others take too long"
+    assert "finemoe" in eligible(lab, own, {})[0]
+
+
+def test_a_budget_below_the_bits_in_force_is_planned_at_fewer(planned, monkeypatch):
+    lab, _ = planned
+    need = {bits: lab._shape.top_k * size for bits, size in lab._shape.nbytes.items()}
+    budget = (need[4] + need[8]) // 2
+    assert lab.settings.bits == 16
+    with pytest.raises(BudgetError):
+        lab.settings.change(lab._shape, budget=budget)
+    monkeypatch.setattr(eligible_module, "NAMES", ("on_demand", "lru", "swapmoe"))
+    plan = moelab.plan(lab, budget=budget, max_kl=5, progress=False)
+    assert plan["bits"] <= 4
+    assert "below one layer's need" in plan.left_out["swapmoe"]
+    assert "not tried, plan.left_out says why: swapmoe" in repr(plan)
 
 
 class Said:

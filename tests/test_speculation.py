@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from importlib.resources import files
 
@@ -133,6 +134,8 @@ def run(demo_lab):
 
 
 def test_what_is_replayed_is_what_was_decided(run, tmp_path):
+    assert run.trace.kept
+    assert run.trace.document()["format"] == 6, "a reader that knows no rolled-back rows refuses it"
     assert words(replay(run.trace).decisions) == decided(run)
     for path in ("trace.json", "trace.parquet"):
         loaded = Trace.load(run.trace.save(tmp_path / path))
@@ -339,6 +342,15 @@ def test_a_drafted_run_is_predicted_to_the_byte_and_held_against_one_made(demo_l
     assert found.token_ms == pytest.approx(spent)
     assert found.token_ms > found.bounds()["io_ms"]
     assert "modelled" in repr(found)
+
+
+def test_one_that_was_stopped_within_its_first_pass_cannot_be_predicted(demo_lab, run, monkeypatch):
+    monkeypatch.setattr(run, "_verified", [])
+    with pytest.raises(ValueError, match="stopped within its first pass: there is nothing to"):
+        moelab.predict(run, demo_lab)
+    prompt = dataclasses.replace(run.trace, steps=[s for s in run.trace.steps if s.prefill])
+    with pytest.raises(ValueError, match="no token was decoded"):
+        moelab.predict(prompt, demo_lab)
 
 
 def test_where_a_draft_pays_is_a_table_over_devices_and_budgets(demo_lab, run):

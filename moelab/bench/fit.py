@@ -331,7 +331,8 @@ def _stream(of: Architecture) -> tuple[Trace, str]:
     own = f"{profile.layers} layers x {profile.experts} experts, top {profile.top_k}"
     said = f"Routing is modelled after {name} ({own})"
     closest = "" if name in of.name.lower() else ", the nearest whose routing is known"
-    return dataclasses.replace(trace, shape=shape), f"{said}{closest}."
+    lacking = f"; {of.lacking}" if of.lacking else ""
+    return dataclasses.replace(trace, shape=shape), f"{said}{closest}{lacking}."
 
 
 @functools.cache

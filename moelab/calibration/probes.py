@@ -17,6 +17,7 @@ import torch
 
 from moelab.engine.compute import Routed
 from moelab.engine.generation import Ids, Stream, begun_with
+from moelab.models.chat import Text, check_text
 from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.stream import LookAhead
 from moelab.scheduling.trace import Trace
@@ -25,10 +26,6 @@ from moelab.store.codecs import decode
 if TYPE_CHECKING:
     from moelab.lab import Lab
     from moelab.strategies.edgemoe import Place
-
-
-Text = str | tuple[str, str]
-"""A text; of an encoder-decoder a source and what it is to make of it."""
 
 
 def texts_of(lab: Lab, texts: Sequence[Text] | None) -> list[Text]:
@@ -56,10 +53,7 @@ def read(lab: Lab, text: Text, most: int) -> Ids:
         A text for an encoder-decoder, which is told what to make of a source, or a pair for any
         other model.
     """
-    two = lab._engine.model.config.is_encoder_decoder
-    if isinstance(text, str) == two:
-        ask = "(source, target) pairs of texts" if two else "texts"
-        raise ValueError(f"{str(text)[:60]!r}: this model is measured on {ask}; give those")
+    text = check_text(text, two=lab._engine.model.config.is_encoder_decoder)
     if isinstance(text, str):
         return Ids(lab._encode(text)[:most])
     source, target = text

@@ -26,6 +26,7 @@ from moelab.engine.chunks import FEW_TOKENS
 from moelab.engine.engine import Engine
 from moelab.engine.small_ops import GrowingLayer, growing
 from moelab.engine.spare import Machine
+from moelab.models.chat import start_token
 from moelab.models.families import encoder_of
 
 
@@ -102,18 +103,8 @@ def begun_with(model: Any, prompt: Sequence[int]) -> Ids:
     ValueError
         An encoder-decoder without one, or with one that is no token.
     """
-    if not model.config.is_encoder_decoder:
-        return Ids(prompt)
-    asked = [(of, "decoder_start_token_id") for of in (model.generation_config, model.config)]
-    asked.append((model.generation_config, "bos_token_id"))
-    start = next((s for of, name in asked if (s := getattr(of, name, None)) is not None), None)
-    words = len(model.get_input_embeddings().weight)
-    if type(start) is not int or not 0 <= start < words:
-        raise ValueError(
-            f"decoder_start_token_id is {start!r}, and a token from 0 to {words - 1} is to begin "
-            "the text; put it into the checkpoint's generation_config.json and pack it again"
-        )
-    return Ids([start], prompt)
+    two = model.config.is_encoder_decoder
+    return Ids([start_token(model)], prompt) if two else Ids(prompt)
 
 
 class Sampler:

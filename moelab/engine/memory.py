@@ -1,12 +1,13 @@
 """Memory for resident experts: slots end to end on huge pages, given back in time.
 
-All experts of a tier have one size (but of "mixed", of whose few sizes each has its own slots), so
-there is no fragmentation. A slot that is free but still
-mapped counts against the limit too: what the arena holds is what the process really has, but for
-the last huge page of each piece of address space (2 MB at most), and while a forked child lives,
-which keeps a copy of what is written over. What it does not know: which expert is in a slot. The
-engine gives a slot back once, after its load is done or withdrawn and its last computation has
-ended; one thread at a time calls the arena.
+Experts have few sizes, one of each tier and some more of the tier "mixed", and a free slot goes to
+the next expert of its size. Where one of another size needs the room, the memory of free slots is
+returned to the system: what fragmentation takes is address space. A slot that is free but still
+mapped counts against the limit: what the arena holds is what the process really has, but for the
+last huge page of each piece of address space (2 MB at most), and while a forked child lives, which
+keeps a copy of what is written over. What it does not know: which expert is in a slot. The engine
+gives a slot back once, after its load is done or withdrawn and its last computation has ended; one
+thread at a time calls the arena.
 
 A direct read names every piece of memory that is not contiguous, and a request to a disk holds a
 limited number (254 here). On pages of 4 KB the disk of a virtual machine (virtio) gave 0.5 to 0.8

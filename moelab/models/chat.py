@@ -1,7 +1,8 @@
 """From a question or a conversation to token ids, by the chat template of the model's tokenizer.
 
 An instruct model expects its template's marks around a message; without them it continues the text
-instead of answering.
+instead of answering. An encoder-decoder is given a source, and begins its text with a token of its
+own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 Messages = Sequence[Mapping[str, str]]
 """A conversation: ``[{"role": "user", "content": "Hello"}, ...]``."""
+Text = str | tuple[str, str]
+"""A text; of an encoder-decoder a source and what it is to make of it."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -120,3 +123,37 @@ def encode(tokenizer: Any, conversation: Messages) -> list[int]:
             "chat=False"
         )
     return ids
+
+
+def check_text(text: Text, *, two: bool) -> Text:
+    """Refuse a text for an encoder-decoder (``two``), and a pair for any other model.
+
+    Raises
+    ------
+    ValueError
+        The message says what to give.
+    """
+    if isinstance(text, str) == two:
+        ask = "(source, target) pairs of texts" if two else "texts"
+        raise ValueError(f"{str(text)[:60]!r}: this model is measured on {ask}; give those")
+    return text
+
+
+def start_token(model: Any) -> int:
+    """The token that an encoder-decoder's text begins with.
+
+    Raises
+    ------
+    ValueError
+        It has none, or one that is no token.
+    """
+    asked = [(of, "decoder_start_token_id") for of in (model.generation_config, model.config)]
+    asked.append((model.generation_config, "bos_token_id"))
+    start = next((s for of, name in asked if (s := getattr(of, name, None)) is not None), None)
+    words = len(model.get_input_embeddings().weight)
+    if type(start) is not int or not 0 <= start < words:
+        raise ValueError(
+            f"decoder_start_token_id is {start!r}, and a token from 0 to {words - 1} is to begin "
+            "the text; put it into the checkpoint's generation_config.json and pack it again"
+        )
+    return start

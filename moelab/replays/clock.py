@@ -202,8 +202,9 @@ class Clock:
         """The engine obeys one layer's plan; after the last layer the token is complete."""
         self._now += self._computing.deciding_ms / 1e3
         self._deciding += self._computing.deciding_ms
-        rows = len(given.experts)  # tokens of one pass, over its experts
-        each = rows * self._shape.top_k / max(1, len(given.requests())) if rows > 1 else 1.0
+        rows = len(given.experts)  # tokens of one pass, over its experts with weights
+        asked = sum(map(len, given.experts))
+        each = asked / max(1, len(given.requests())) if rows > 1 else 1.0
         self._finish(self._issue(plan, each), each)
         if given.layer == self._shape.layers - 1:
             self._work(self._computing.token_ms * (1 if given.prefill else rows))

@@ -2,18 +2,17 @@
 
 Left in are those that leave the router's choice as it is, neither steering it nor sending
 stand-ins; whose inputs are recorded (FineMoE's are in runs that were made with it); that need no
-profile which is not there; and whose predictions do not take much longer than those of LRU.
+profile which is not there; and that fit the budget at some tier.
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moelab.scheduling.parts import Route
 from moelab.scheduling.trace import unrecorded
+from moelab.spelling import in_words
 from moelab.strategies import NAMES
 
 if TYPE_CHECKING:
@@ -21,45 +20,53 @@ if TYPE_CHECKING:
     from moelab.runs.run import Run
     from moelab.scheduling.strategy import Strategy
 
-AS_LRU = 4
-"""As many times as long as those of LRU, predictions of a strategy are too long."""
 
-
-def eligible(
-    lab: Lab, run: Run, predict: Callable[..., object], fixed: Mapping[str, Any], *, ahead: int
-) -> list[str]:
-    """Their names, in the order of `moelab.strategies.GROUPS`.
+def eligible(lab: Lab, run: Run, fixed: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """Their names, in the order of `moelab.strategies.GROUPS`, and why each other is left out.
 
     Parameters
     ----------
     lab, run
         Whose settings hold, and the stream.
-    predict
-        A `Predictor` of that run.
     fixed
-        Settings that are to hold as well.
-    ahead
-        Layers that are looked ahead at most: so many settings of a strategy are to be predicted.
+        Settings that are to hold as well, of which bits are none.
+
+    Raises
+    ------
+    ValueError
+        Not one is left.
     """
-
-    def seconds(name: str) -> float:
-        begun = time.perf_counter()
-        predict(**fixed, strategy=name)
-        return time.perf_counter() - begun
-
-    seconds("lru")  # the first ranks the stream's requests for all that follow
-    longest = AS_LRU * (ahead + 1) * seconds("lru")
     found: list[str] = []
+    left_out: dict[str, str] = {}
     for name in NAMES:
-        with contextlib.suppress(ValueError):  # it lacks a profile, or the budget is too little
-            asked = lab.settings.change(lab._shape, make=lab._strategies, **fixed, strategy=name)
-            of = asked.strategy
-            alters = of.steers or type(of.route).stand_in is not Route.stand_in
-            if alters or unrecorded(run.trace, of):
-                continue
-            if name == "lru" or seconds(name) * len(aheads(of, ahead)) < longest:
-                found.append(name)
-    return found
+        try:
+            of = _fitting(lab, {**fixed, "strategy": name})
+        except ValueError as error:  # it lacks a profile, or the budget is too little
+            left_out[name] = in_words(error)
+            continue
+        if of.steers:
+            left_out[name] = "it steers the router"
+        elif type(of.route).stand_in is not Route.stand_in:
+            left_out[name] = "it sends other experts in place of missing ones"
+        elif lacks := unrecorded(run.trace, of):
+            left_out[name] = f"it goes by what is not recorded: {', '.join(lacks)}"
+        else:
+            found.append(name)
+    if not found:
+        raise ValueError(left_out["lru"])
+    return found, left_out
+
+
+def _fitting(lab: Lab, changes: Mapping[str, Any]) -> Strategy:
+    """The strategy as these settings have it, at the first tier of the fewest bytes that fits."""
+    sizes, refused = lab._shape.nbytes, None
+    for bits in sorted(sizes, key=sizes.__getitem__):
+        try:
+            asked = {**changes, "bits": bits}
+            return lab.settings.change(lab._shape, make=lab._strategies, **asked).strategy
+        except ValueError as error:
+            refused = refused or error
+    raise refused or ValueError("there is no tier to choose from")
 
 
 def aheads(strategy: Strategy, most: int) -> range:

@@ -31,11 +31,12 @@ def passes_of(run: Run) -> list[Spent]:
     Raises
     ------
     ValueError
-        The run decoded no token.
+        The run decoded no token, or was drafted and stopped within its first pass.
     """
     reports = run.token_reports[1:]
+    none = "this run decoded no token: there is nothing to learn its times from"
     if not reports:
-        raise ValueError("this run decoded no token: there is nothing to learn its times from")
+        raise ValueError(none)
     parts = np.array([(r.compute_ms, r.deciding_ms, sum(r.stall_ms.values())) for r in reports])
     if run.speculation is None:
         return [Spent(*one) for one in parts.tolist()]
@@ -43,6 +44,8 @@ def passes_of(run: Run) -> list[Spent]:
     for one in complete(run._verified, len(run.tokens)):
         compute, *rest = parts[one.token - 1 : one.token - 1 + one.kept].sum(axis=0).tolist()
         found.append(Spent(max(0.0, compute - one.draft_ms), *rest))
+    if not found:
+        raise ValueError(none.replace("decoded no token", "was stopped within its first pass"))
     return found
 
 

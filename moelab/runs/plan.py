@@ -58,6 +58,8 @@ class Plan(Mapping[str, Any]):
     table
         Every combination: its settings, predicted ``token_ms`` and ``hit_ratio``, and ``kl`` where
         it was measured.
+    left_out
+        Strategies that were not tried, and why: the recorded stream cannot stand for them.
     """
 
     settings: dict[str, Any]
@@ -65,6 +67,7 @@ class Plan(Mapping[str, Any]):
     kl: float
     reasons: list[str]
     table: pd.DataFrame = field(repr=False)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         return self.settings[name]
@@ -79,7 +82,10 @@ class Plan(Mapping[str, Any]):
         words = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
         ms = self.prediction.token_ms
         head = f"<Plan: {words}: {ms:.1f} ms a token (modelled), KL {self.kl:.4f} (measured)"
-        return "\n".join([head, *(f"  {reason}" for reason in self.reasons)]) + ">"
+        said = [*self.reasons]
+        if self.left_out:
+            said.append(f"not tried, plan.left_out says why: {', '.join(self.left_out)}")
+        return "\n".join([head, *(f"  {one}" for one in said)]) + ">"
 
 
 def plan(
@@ -138,9 +144,10 @@ def plan(
     bar = lab._progress if progress is None else progress
     with _beside(lab) as second:
         run = run or _recorded(second)
-        predict = Predictor(run, second)
+        left_out: dict[str, str] = {}
         if strategies is None:
-            strategies = eligible(second, run, predict, fixed, ahead=AHEAD)
+            strategies, left_out = eligible(second, run, fixed)
+        predict = Predictor(run, second)
         found = _candidates(second, predict, fixed, strategies, progress=bar)
         found.sort(key=lambda one: one[1].token_ms)
         chosen, losses = _good_enough(second, run, found, max_kl, progress=bar)
@@ -153,6 +160,7 @@ def plan(
         losses[chosen],
         _reasons(found, losses, chosen, max_kl),
         _table(found, losses),
+        left_out,
     )
 
 
@@ -260,14 +268,13 @@ def _candidates(
         plain = {**fixed, "strategy": name, "bits": bits}
         try:
             settings = lab.settings.change(lab._shape, make=lab._strategies, **plain)
+            for ahead in aheads(settings.strategy, AHEAD) if settings.bits == bits else ():
+                asked = {**plain, "prefetch": ahead}
+                settings = lab.settings.change(lab._shape, make=lab._strategies, **asked)
+                if settings.prefetch == ahead:  # it may have a way of its own
+                    found.append((asked, predict(**asked)))
         except ValueError as error:
             refused = in_words(error)
-            continue
-        for ahead in aheads(settings.strategy, AHEAD) if settings.bits == bits else ():
-            asked = {**plain, "prefetch": ahead}
-            settings = lab.settings.change(lab._shape, make=lab._strategies, **asked)
-            if settings.prefetch == ahead:  # it may have a way of its own
-                found.append((asked, predict(**asked)))
     if not found:
         raise ValueError(refused)
     return found

@@ -123,6 +123,8 @@ class Predictor:
             raise TypeError(f"this is a {type(on).__name__}; give the lab, or a Machine")
         self._of, self._trace = of, trace_of(of)
         self._lab, machine = (None, on) if isinstance(on, Machine) else (on, on._session.machine())
+        if not self._trace.decoded:
+            raise ValueError("no token was decoded: there is nothing to predict")
         self._machine, self._error = fitted(of, machine), None
         if not isinstance(of, Trace):
             again = typical(decided(self._trace, of.history, of.history, self._machine).tokens)

@@ -302,7 +302,7 @@ class Recording:
         return frame
 
     def cache_map(self, token: int = -1, layer: int | None = None) -> dict[str, np.ndarray]:
-        """What was resident when ``layer`` of ``token`` had been decided, arrays ``[L, E]``.
+        """What was resident when ``layer`` of ``token`` had been decided, arrays ``[L, E + free]``.
 
         Parameters
         ----------

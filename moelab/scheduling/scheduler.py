@@ -18,7 +18,7 @@ from moelab.scheduling import events as e
 from moelab.scheduling.budget import BudgetError, asked_bits, check_budget
 from moelab.scheduling.cache import Cache
 from moelab.scheduling.events import LayerPlan
-from moelab.scheduling.parts import Part
+from moelab.scheduling.parts import Part, Precision
 from moelab.scheduling.rollback import Unverified
 from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.strategy import Strategy
@@ -46,8 +46,7 @@ class Scheduler:
     """
 
     def __init__(self, shape: Shape, strategy: Strategy, knobs: Knobs) -> None:
-        self.shape = shape
-        self.cache = Cache(shape, knobs.budget_bytes)
+        self.shape, self.cache = shape, Cache(shape, knobs.budget_bytes)
         self.view = View(shape, knobs, self.cache)
         self._prefetched = bytearray(shape.n)  # and not used yet
         self._needed: list[Key] = []  # flagged as needed by the layer at work
@@ -93,9 +92,9 @@ class Scheduler:
         layer, cache, plan = given.layer, self.cache, LayerPlan(given.layer)
         self._ranking.begin(self.strategy.evict)  # scores are those of this layer, asked once
         self._observe(given, plan)
-        cache.held[self._keys[layer]] &= _NOT_PROTECTED  # their layer has come, right or wrong
+        self._held[layer] &= _NOT_PROTECTED  # their layer has come, right or wrong
         skips: list[e.Row] = []
-        plan.rows += e.free_hits(layer, given.free)
+        plan.rows += e.free_hits(layer, given.free) if given.free else ()
         loads = self._serve(given, plan, skips)
         # All that this layer computes is needed before the first load looks for room.
         self._need([key for key, *_ in loads])
@@ -188,9 +187,10 @@ class Scheduler:
         for place in strategy.pinned:
             cache.held[shape.key(*place)] |= _PINNED
         cache.in_flight[:] = False
-        self._keys = [shape.keys(layer) for layer in range(shape.layers)]
+        own = [shape.keys(layer) for layer in range(shape.layers)]
+        self._held = [cache.held[keys] for keys in own]  # views: numbers of theirs change in place
         self._budget_limit = Limit()
-        self._layer_limits = [Limit(layer=keys) for keys in self._keys]
+        self._layer_limits = [Limit(layer=keys) for keys in own]
         self._tier_limits = {bits: Limit(tier=bits) for bits in shape.nbytes}
         self._shares = [strategy.allocate.layer_bytes(at, view) for at in range(shape.layers)]
         self._pools = {b: strategy.allocate.tier_bytes(b, view) for b in shape.nbytes}
@@ -284,22 +284,22 @@ class Scheduler:
     def _prefetch(self, given: LayerInput, plan: LayerPlan) -> None:
         shape, view, cache = self.shape, self.view, self.cache
         guess, tier = self.strategy.prefetch, self.strategy.precision.tier
+        chooses = not given.prefill and type(self.strategy.precision).tier is not Precision.tier
         last = given.layer + guess.look_ahead(view)  # a trace may know more than is asked for
         ahead = [a for a in given.look_ahead if a.layer <= last]
-        bits_of, held_of = cache.bits_of, cache.held_of
-        anew: set[int] = set()  # layers whose former guesses are no longer protected
+        bits_of, held_of, spared = cache.bits_of, cache.held_of, _SPARED[0]
+        anew: dict[int, int] = {}  # by layer, whose former guesses no longer count: its cause
         for p in guess.predict(given.layer, ahead, view):
-            key = shape.offset[p.layer] + p.expert
-            if p.layer not in anew:
-                anew.add(p.layer)
-                cache.held[self._keys[p.layer]] &= _NOT_PROTECTED
+            key, at = shape.offset[p.layer] + p.expert, p.layer
+            if at not in anew:
+                anew[at] = e.AHEAD + int(shape.away(given.layer)[at])
+                self._held[at] &= _NOT_PROTECTED
             want = asked = self._asked[key]
             if asked > bits_of[key]:
-                if not given.prefill and not held_of[key] & _PINNED:
+                if chooses and not held_of[key] & _PINNED:
                     request = Request(p.expert, p.weight, p.rank, p.score, 1, p.layer)
                     want = tier(request, asked, view)
-                cause = e.AHEAD + int(shape.away(given.layer)[p.layer])
-                self._prefetched[key] |= self._fetch(key, want, cause, _SPARED[0], plan, p.instead)
+                self._prefetched[key] |= self._fetch(key, want, anew[at], spared, plan, p.instead)
             if bits_of[key]:  # fetched or there before: until its layer comes it may stay
                 held_of[key] |= _PROTECTED
 
@@ -332,8 +332,8 @@ class Scheduler:
         bits_of, size = self.cache.bits_of, self.shape.size
         going: dict[Key, Victims] = {}
         for limit, lack in self._lacks(self._layer_of[key], want, size(key, want)):
-            inside = [k for k in going if limit.holds(k, bits_of[k])]
-            left = lack - sum(size(k, bits_of[k]) for k in inside)
+            inside = [k for k in going if limit.holds(k, bits_of[k])] if going else ()
+            left = lack - sum([size(k, bits_of[k]) for k in inside])
             left -= size(key, have) if have and limit.holds(key, have) else 0
             if left <= 0:
                 continue

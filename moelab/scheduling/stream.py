@@ -107,6 +107,8 @@ class Shape:
 
     def size(self, key: Key, bits: int) -> int:
         """Bytes of this expert at ``bits``."""
+        if not self.own:  # asked for every copy that comes or goes
+            return self.nbytes[bits]
         own = self.own.get(bits)
         return self.nbytes[bits] if own is None else own[key]
 

@@ -96,6 +96,13 @@ class Architecture:
         half = {name for name, _ in half_plan(self.model, self.layers, stored)}
         return {name: (shape, name in half) for name, shape in own.items()}
 
+    @property
+    def lacking(self) -> str:
+        """What modelled routing leaves out of this model, as a clause; empty: nothing."""
+        free = self.layers[0].free
+        words = f"no request goes to the {free} experts of a layer that have no weights"
+        return f"{words}: more is read and computed than would be" if free else ""
+
     def dense_bytes(self, bits: int = 16) -> int:
         """Memory of all weights that are no expert's, the large ones kept at ``bits``."""
         total = 0

@@ -69,6 +69,7 @@ class GhostStore(Store):
         kind = "modelled" if "modelled" in words else "recorded"
         ahead = any(step.look_ahead for step in trace.steps)
         asked = "" if ahead else "; no router was asked ahead"
+        asked += f"; {found.lacking}" if found.lacking and kind == "modelled" else ""
         self.manifest = Manifest(
             id=digest(str(path).encode()),
             source=f"{said['name']} (ghost)",

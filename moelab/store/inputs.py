@@ -3,8 +3,9 @@
 The model runs once over the texts in float32, its experts read from the checkpoint one at a time.
 Each layer's inputs and routing are kept, bfloat16 ``[T, D]`` and ``[T, K]`` (16 MB a layer for 4096
 tokens of a model 2048 wide); an expert's Hessians are made of them when it is packed. Each text is
-cut into passes of `PASS` tokens, and every pass reads the experts that it chooses. What it does not
-know: inputs as they become once earlier layers are rounded.
+cut into passes of `PASS` tokens, and every pass reads the experts that it chooses; of an
+encoder-decoder a source and its target are one pass. What it does not know: inputs as they become
+once earlier layers are rounded.
 
 T tokens, K active, D model width.
 """
@@ -18,10 +19,10 @@ import numpy as np
 import torch
 
 from moelab.models.adapter import attach
-from moelab.models.chat import load_tokenizer
+from moelab.models.chat import Text, check_text, load_tokenizer, start_token
 from moelab.models.checkpoint import ExpertReader
 from moelab.models.families import expert_forward, expert_hidden
-from moelab.models.skeleton import load_skeleton
+from moelab.models.skeleton import load_skeleton, read_config
 
 PASS = 512
 FEW = 16
@@ -39,23 +40,30 @@ class Inputs:
     Raises
     ------
     ValueError
-        There is no text, or an empty one.
+        There is no text, an empty one, or one that is no (source, target) pair where the model is
+        an encoder-decoder.
     """
 
     @torch.inference_mode()
-    def __init__(self, folder: Path, reader: ExpertReader, texts: Sequence[str]) -> None:
-        tokenizer = load_tokenizer(folder)
-        ids = [] if isinstance(texts, str) else [tokenizer(text)["input_ids"] for text in texts]
-        if not ids or not all(ids):
+    def __init__(self, folder: Path, reader: ExpertReader, texts: Sequence[Text]) -> None:
+        tokenizer, two = load_tokenizer(folder), read_config(folder).is_encoder_decoder
+        given = () if isinstance(texts, str) else [check_text(text, two=two) for text in texts]
+        parts = [(text,) if isinstance(text, str) else text for text in given]
+        ids = [[tokenizer(part)["input_ids"] for part in text] for text in parts]
+        if not ids or not all(map(all, ids)):
             raise ValueError("calibrate: a list of one or more texts, none of them empty")
-        self._reader, self.tokens = reader, sum(map(len, ids))
+        self._reader, self.tokens = reader, sum(len(part) for text in ids for part in text)
         # [L] of passes: inputs of experts [T, D], and which of them each token chose [T, K]
         self._seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in reader.layers]
         self._scales: list[list[torch.Tensor]] = [[] for _ in reader.layers]
         model = load_skeleton(folder, dtype=torch.float32, checkpoint=reader.checkpoint).float()
         adapter = attach(model, self._run)
         self._layers = adapter.layers
-        for text in ids:
+        for *source, text in ids:
+            if source:
+                own = torch.tensor([[start_token(model), *text]])
+                model(torch.tensor(source), decoder_input_ids=own, use_cache=False)
+                continue
             for at in range(0, len(text), PASS):
                 model(torch.tensor([text[at : at + PASS]]), use_cache=False)
         adapter.detach()

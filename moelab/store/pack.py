@@ -28,7 +28,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from moelab.models.chat import load_tokenizer
+from moelab.models.chat import Text, load_tokenizer
 from moelab.models.checkpoint import ExpertReader
 from moelab.models.inventory import inventory
 from moelab.models.shards import DTYPES, Checkpoint
@@ -75,7 +75,7 @@ def pack(
     *,
     tiers: Sequence[int] = TIERS,
     fit: Fit | None = None,
-    calibrate: Sequence[str] | None = None,
+    calibrate: Sequence[Text] | None = None,
     overwrite: bool = False,
     progress: bool | Callable[[str], None] = True,
     check: Callable[[Sizes], None] | None = None,
@@ -99,8 +99,8 @@ def pack(
         A codec's rule of your own: how the range of 64 weights is chosen at 4, 3 and 2 bits, see
         `moelab.store.codecs.Fit`. Size and kernels stay as they are.
     calibrate
-        Texts, a few thousand words: the model runs over them first, and the tiers below 8 bit are
-        rounded by GPTQ so that outputs on these inputs change least (`moelab.store.gptq`).
+        Texts, a few thousand words, or an encoder-decoder's (source, target) pairs: tiers below 8
+        bit are rounded by GPTQ so that outputs on these change least (`moelab.store.gptq`).
     overwrite
         Replace another store at the destination. Folders that are not stores are never replaced.
     progress
@@ -153,7 +153,7 @@ class _Work:
         tiers: tuple[int, ...],
         progress: bool | Callable[[str], None],
         fit: Fit | None = None,
-        calibrate: Sequence[str] | None = None,
+        calibrate: Sequence[Text] | None = None,
     ) -> None:
         self.folder, self.fit, self.texts, self.inputs = folder, fit, calibrate, None
         self.bars, self.tell = progress is True, progress if callable(progress) else lambda _: None

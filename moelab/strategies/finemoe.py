@@ -17,11 +17,11 @@ the new one: the most redundant.
 
 Not as there: a layer's guesses are at most ``most`` times k, because here a prefetch takes its room
 when it is issued, and where nothing is alike δ = 1 asks for all experts. The embedding is told with
-layer 0, so that layer 0 itself is never fetched. Visits are those of this sequence. A prompt is one
-pass, with the mean of its tokens. Misses are read before guesses, where the paper's pause them all.
-Of an encoder-decoder a pass is the decoder's. The store begins empty and learns from the runs; it
-has 256 entries where the authors' demo has
-1000, because a run's trace keeps a copy of it; it takes 4 · C · (n + D) bytes beside the budget.
+the first layer that a decoded token runs through, so that this one is never fetched. Visits are
+those of this sequence. A prompt is one pass, with the mean of its tokens. Misses are read before
+guesses, where the paper's pause them all. Of an encoder-decoder a pass is the decoder's. The store
+begins empty and learns from the runs; it has 256 entries where the authors' demo has 1000, because
+a run's trace keeps a copy of it; it takes 4 · C · (n + D) bytes beside the budget.
 
 Where a trace has no probabilities, or a model no router to be asked, P is the gate weights of those
 chosen, and 0 of the others; without the embedding the first d layers are looked up by P_1 too.
