@@ -217,7 +217,9 @@ def test_what_it_cannot_do_is_said_and_all_else_looks_at_it_as_at_others(
     assert moelab.predict(run, lab, budget="30%").replay.tokens
     assert lab.what_if(run, repeats=1, budget="30%")
     assert (moelab.predictors(run).recall <= 1).all()
-    assert lab.dashboard()._repr_mimebundle_()
+    board = lab.dashboard()
+    assert board._repr_mimebundle_()
+    board.close()
     shadows = Shadows(run, lab._strategies)
     while shadows.advance(1):
         pass

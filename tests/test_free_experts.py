@@ -178,7 +178,9 @@ def test_beside_the_mixed_tier_frames_and_recordings_have_them(lab, tmp_path):
         own = mixed.generate(PROMPT, max_new_tokens=4, ignore_eos=True)
         assert own.error is None
         assert moelab.Recording.load(own.save(tmp_path / "run")).cache_map()["bits"].any()
-        assert mixed.dashboard()._repr_mimebundle_()
+        board = mixed.dashboard()
+        assert board._repr_mimebundle_()
+        board.close()  # its thread is counted elsewhere
 
 
 def test_the_best_evictions_hit_ratio_counts_them_as_the_others_do(run, lab):
