@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from transformers import SwitchTransformersForConditionalGeneration
 
 from moelab.training.synopsis import corpus
 from moelab.training.synopsis.corpus import Corpus, Pair
@@ -160,6 +163,16 @@ def test_a_resumed_training_is_the_uninterrupted_one(pairs, tmp_path):
     assert resumed.at.steps == 2
     assert resumed.train(progress=False)
     assert resumed.at.steps == whole.at.steps == 4
+    (tmp_path / "tokenizer").mkdir()  # the corpus's
+    made = resumed.export()
+    again = SwitchTransformersForConditionalGeneration.from_pretrained(made)
+    assert again.generation_config.max_new_tokens == 48
+    assert json.loads((made / "training.json").read_text())["pairs"] == {
+        "train": 8,
+        "validation": 8,
+    }
+    with safe_open(made / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(
             resumed.model.state_dict()[name], value, rtol=0, atol=0, msg=name

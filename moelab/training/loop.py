@@ -6,8 +6,10 @@ one, and the state as json.  It takes the place of the one before as a whole; no
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -89,6 +91,28 @@ def _owners(optimizers: Iterable[torch.optim.Optimizer]) -> dict[torch.Tensor, d
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
+
+
+def export(
+    out: Path, model: Any, tokenizer: Path, settings: Mapping[str, Any], state: State, **story: Any
+) -> Path:
+    """Write the bf16 checkpoint, its tokenizer and `training.json` to ``out/model``.
+
+    ``settings``: of its generation; ``story``: what `training.json` tells besides the state.
+    """
+    partial, final = out / "model.partial", out / "model"
+    shutil.rmtree(partial, ignore_errors=True)
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    model.generation_config.update(**settings)
+    model.save_pretrained(partial)
+    shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
+    told = {"recipe": state.recipe, "tokens": state.seen, "steps": state.steps}
+    told |= {"seconds": round(state.seconds), "threads": torch.get_num_threads()}
+    told |= {"curve": state.losses} | story
+    (partial / "training.json").write_text(json.dumps(told, indent=1) + "\n")
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    return final
 
 
 def save(path: Path, trained: Trained, state: State, *optimizers: torch.optim.Optimizer) -> None:

@@ -9,11 +9,9 @@ random weights, one that began with the first one's (`--init`, see CARD.md).
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -221,29 +219,11 @@ class Training:
 
     def export(self) -> Path:
         """Write the bf16 checkpoint, its tokenizer and `training.json` to `model/`."""
-        from transformers import GenerationConfig
-
-        partial, final = self.out / "model.partial", self.out / "model"
-        shutil.rmtree(partial, ignore_errors=True)
-        model = copy.deepcopy(self.model).to(torch.bfloat16)
-        model.generation_config = GenerationConfig(**SAMPLING)
-        model.save_pretrained(partial)
-        shutil.copytree(self.corpus.folder / "tokenizer", partial, dirs_exist_ok=True)
-        story = {
-            "recipe": asdict(self.recipe),
-            "tokens": self.at.seen,
-            "steps": self.at.steps,
-            "seconds": round(self.at.seconds),
-            "threads": torch.get_num_threads(),
-            "curve": self.at.losses,
-        }
-        before = self.init and self.init / "training.json"
+        before, story = self.init and self.init / "training.json", {}
         if before and before.is_file():
             story["before"] = json.loads(before.read_text())
-        (partial / "training.json").write_text(json.dumps(story, indent=1) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        return final
+        tokenizer = self.corpus.folder / "tokenizer"
+        return loop.export(self.out, self.model, tokenizer, SAMPLING, self.at, **story)
 
 
 def main(

@@ -8,10 +8,8 @@ a plain feed-forward layer.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -307,25 +305,10 @@ class Training:
 
     def export(self) -> Path:
         """Write the bf16 checkpoint, its tokenizer and `training.json` to `model/`."""
-        partial, final = self.out / "model.partial", self.out / "model"
-        shutil.rmtree(partial, ignore_errors=True)
-        model = copy.deepcopy(self.model).to(torch.bfloat16)
-        model.generation_config.max_new_tokens = 48
-        model.save_pretrained(partial)
-        shutil.copytree(self.corpus.folder / "tokenizer", partial, dirs_exist_ok=True)
-        story = {
-            "recipe": asdict(self.recipe),
-            "pairs": {name: len(rows) for name, rows in self.corpus.parts.items()},
-            "tokens": self.at.seen,
-            "steps": self.at.steps,
-            "seconds": round(self.at.seconds),
-            "threads": torch.get_num_threads(),
-            "curve": self.at.losses,
-        }
-        (partial / "training.json").write_text(json.dumps(story, indent=1) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        return final
+        pairs = {name: len(rows) for name, rows in self.corpus.parts.items()}
+        tokenizer = self.corpus.folder / "tokenizer"
+        limit = {"max_new_tokens": 48}
+        return loop.export(self.out, self.model, tokenizer, limit, self.at, pairs=pairs)
 
 
 def main(
