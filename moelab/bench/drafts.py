@@ -18,6 +18,7 @@ import typer
 import moelab
 from moelab.bench.tables import as_markdown
 from moelab.runs.prediction import Prediction, Predictor
+from moelab.scheduling.budget import bits_in_words
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -92,11 +93,9 @@ class Drafts:
         return self._drafted(**changes).check(repeats)
 
     def __repr__(self) -> str:
-        told = self.speculation
-        return (
-            f"<Drafts at {told.draft_bits} bit: {told.tokens_per_pass or 0:.2f} tokens a pass, "
-            f"{told.acceptance or 0:.0%} accepted>"
-        )
+        told, bits = self.speculation, bits_in_words(self.speculation.draft_bits)
+        each, right = told.tokens_per_pass or 0, told.acceptance or 0
+        return f"<Drafts at {bits}: {each:.2f} tokens a pass, {right:.0%} accepted>"
 
 
 def picture(table: pd.DataFrame, *, versus: str = "rival") -> go.Figure:

@@ -20,6 +20,7 @@ import torch
 from moelab.calibration.probes import Text, read, texts_of
 from moelab.engine.generation import Ids, Stream
 from moelab.runs.quality import kl_divergence
+from moelab.scheduling.budget import bits_in_words
 from moelab.scheduling.stream import MIXED
 from moelab.store.codecs import decode, encode, payload_bytes
 from moelab.store.representations import REPRESENTATIONS, Representation
@@ -80,7 +81,7 @@ def losses(
             lossy = logits(lab, ids, tier, other)
             same = (full.argmax(-1) == lossy.argmax(-1)).double().mean()
             kl = kl_divergence(full, lossy).mean()
-            words = name if isinstance(name, str) else f"{tier} bit"
+            words = name if isinstance(name, str) else bits_in_words(tier)
             found.append(Loss(words, _bits(lab._store, form, tier), float(kl), float(same)))
     return found
 
