@@ -26,7 +26,7 @@ from moelab.training.synopsis.train import (
 )
 
 TINY = Recipe(
-    layers=2, experts=2, hidden=128, ffn=16, heads=4, vocabulary=64, epochs=2, pairs=4, run=6
+    layers=2, experts=2, hidden=128, ffn=16, heads=5, vocabulary=64, epochs=2, pairs=4, run=6
 )
 
 
@@ -106,11 +106,11 @@ def test_the_model_begins_able_to_copy():
     source = torch.randint(2, 500, (16, 24))
     batch = Batch(source, source[:, :8].contiguous())
     recipe = replace(Recipe(), layers=2, experts=4, vocabulary=512)
-    begun = step_loss(build_model(recipe).eval(), batch, run=12).copying
-    plain = step_loss(
-        build_model(replace(recipe, spike=0.0, match=0.0)).eval(), batch, run=12
-    ).copying
-    assert begun < plain - 0.02
+    begun, plain = (
+        step_loss(build_model(first).eval(), batch, run=12).copying
+        for first in (recipe, replace(recipe, spike=0.0, match=0.0, loud=1.0, quiet=1.0))
+    )
+    assert begun < 0.6 * plain
 
 
 def test_the_losses_leave_padding_out():
