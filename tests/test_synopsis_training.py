@@ -14,6 +14,7 @@ from transformers import SwitchTransformersForConditionalGeneration
 from moelab.training.synopsis import corpus
 from moelab.training.synopsis.corpus import Corpus, Pair
 from moelab.training.synopsis.train import (
+    COMMON,
     IGNORED,
     PADDING,
     Batch,
@@ -21,13 +22,11 @@ from moelab.training.synopsis.train import (
     Training,
     batches,
     build_model,
-    runs_of,
+    renamed,
     step_loss,
 )
 
-TINY = Recipe(
-    layers=2, experts=2, hidden=128, ffn=16, heads=5, vocabulary=64, epochs=2, pairs=4, run=6
-)
+TINY = Recipe(layers=2, experts=2, hidden=128, ffn=16, heads=5, vocabulary=64, epochs=2, pairs=4)
 
 
 def pair(package: str, text: str = "", source: str = "") -> Pair:
@@ -87,27 +86,37 @@ def test_the_tokenizer_gives_back_what_it_was_given():
     assert first in later  # the same word is the same token at the beginning of a text
 
 
-def test_runs_are_continued_from_where_they_begin():
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("Foo is a tool that counts. It is quick.", "tool"),
+        ("libfoo provides the codecs of X, and more.", "codecs of X"),
+        ("Small and quick: a shell.", "Small and quick"),
+    ],
+)
+def test_a_lead_is_what_the_first_sentence_says(text, what):
+    assert corpus.lead(text) == what
+
+
+def test_what_a_target_repeats_is_renamed_as_its_source():
     torch.manual_seed(0)
-    source = torch.tensor([[5, 6, 7, 8, 9, 1], [11, 12, 1, PADDING, PADDING, PADDING]])
-    given, wanted = runs_of(source, 4)
-    assert given.shape == wanted.shape == (2, 4)
-    assert (given[:, 0] == 1).all()
-    assert (wanted[:, 0] == IGNORED).all()
-    for row, goal, text in zip(given.tolist(), wanted.tolist(), source.tolist(), strict=True):
-        at = text.index(row[1])
-        length = sum(token != IGNORED for token in goal[1:])
-        assert goal[1 : 1 + length] == text[at + 1 : at + 1 + length]
-        assert goal[1 + length :] == [IGNORED] * (3 - length)
+    source, target = torch.randint(700, 3000, (4, 30)), torch.randint(3001, 4000, (4, 8))
+    target[:, 2:5], target[0, 6:] = source[:, 9:12], IGNORED
+    target[1, 0] = source[1, 0] = COMMON - 1
+    new = renamed(Batch(source, target), 0.5, 4096)
+    assert 0.4 < float((new.source != source).float().mean()) < 0.6
+    assert (new.target[:, 2:5] == new.source[:, 9:12]).all()
+    assert (new.target[:, 5:] == target[:, 5:]).all()
+    assert new.target[1, 0] == new.source[1, 0] == COMMON - 1
+    assert (new.source >= COMMON - 1).all()
 
 
 def test_the_model_begins_able_to_copy():
     torch.manual_seed(3)
     source = torch.randint(2, 500, (16, 24))
-    batch = Batch(source, source[:, :8].contiguous())
     recipe = replace(Recipe(), layers=2, experts=4, vocabulary=512)
     begun, plain = (
-        step_loss(build_model(first).eval(), batch, run=12).copying
+        step_loss(build_model(first).eval(), Batch(source, source[:, :12].clone())).cross_entropy
         for first in (recipe, replace(recipe, spike=0.0, match=0.0, loud=1.0, quiet=1.0))
     )
     assert begun < 0.6 * plain
@@ -148,7 +157,8 @@ def pairs(tmp_path: Path) -> Corpus:
         ids = torch.randint(2, 64, (length,), generator=generator).tolist()
         rows.append(([*ids, 1], [*ids[:2], 1]))
     parts = {name: [pair("p")] * len(rows) for name in ("train", "validation")}
-    return Corpus(parts, {"train": rows, "validation": rows[:4]}, tmp_path)
+    leads = [[*source[1:3], 1] for source, _ in rows]
+        return Corpus(parts, {"train": rows, "validation": rows[:4]}, leads, tmp_path)
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(pairs, tmp_path):

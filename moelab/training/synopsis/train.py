@@ -30,6 +30,8 @@ from moelab.training.synopsis.corpus import VOCABULARY, Corpus, prepare
 PADDING = 0
 IGNORED = -100
 """The target of a position that has none."""
+COMMON = 600
+"""Tokens before this one are bytes and the first that the tokenizer learnt: parts of most words."""
 NO_LIMIT = 4096
 """Tokens that an expert may take in one sequence: more than any sequence has."""
 Tokens = list[tuple[list[int], list[int]]]
@@ -55,8 +57,9 @@ class Recipe:
     loud: float = 2.0
     quiet: float = 0.1
     warmup_steps: int = 50
-    copying: float = 0.3  # part of the training in which runs of the source are copied, too
-    run: int = 24  # tokens of such a run
+    leads: float = 0.5  # part of the training in which fewer and fewer targets are leads
+    renamed: float = 0.2  # of the tokens that are not `COMMON`, see `renamed`
+    dropout: float = 0.05
     balance: float = 0.01
     z: float = 0.001
     seed: int = 0
@@ -81,7 +84,7 @@ def build_model(recipe: Recipe) -> Any:
         router_jitter_noise=0.0,
         router_aux_loss_coef=recipe.balance,
         router_z_loss_coef=recipe.z,
-        dropout_rate=0.0,  # every pair is seen a few times only
+        dropout_rate=recipe.dropout,
         pad_token_id=PADDING,
         eos_token_id=1,
         decoder_start_token_id=PADDING,  # pyright: ignore[reportCallIssue]
@@ -149,30 +152,30 @@ class StepLoss(NamedTuple):
     """What `step_loss` returns; `total.backward()` makes the gradients."""
 
     cross_entropy: Tensor  # nats per target token
-    copying: Tensor  # nats per copied token, 0 without
-    total: Tensor  # cross-entropy + copying + balance · auxiliary + z · z-loss
+    total: Tensor  # cross-entropy + balance · auxiliary + z · z-loss
     shares: Tensor  # [sparse layers, E] fraction of the tokens each expert got
 
 
-def runs_of(source: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Decoder inputs and targets [B, length] that continue a run of each source [B, S].
+def renamed(batch: Batch, share: float, vocabulary: int) -> Batch:
+    """The batch with that share of the vocabulary's rarer tokens replaced by others at random.
 
-    The run begins anywhere; its first token is given, after `END` in place of the start token.
+    Where a target repeats a token of its source it still does: what a summary takes from its source
+    is to be read there, not remembered of names seen before.
     """
-    ends = (source != PADDING).sum(1, keepdim=True)
-    first = (torch.rand(len(source), 1) * (ends - 2).clamp_min(1)).long()
-    at = first + torch.arange(length)
-    run = torch.where(at < ends, source.gather(1, at.clamp_max(source.shape[1] - 1)), IGNORED)
-    given = torch.cat([torch.ones_like(first), run[:, :-1].clamp_min(PADDING)], 1)
-    return given, torch.cat([torch.full_like(first, IGNORED), run[:, 1:]], 1)
+    every = torch.arange(vocabulary)
+    chosen = (torch.rand(vocabulary) < share) & (every >= COMMON)
+    other = torch.where(
+        chosen, torch.randint(min(COMMON, vocabulary - 1), vocabulary, (vocabulary,)), every
+    )
+    repeats = (batch.target[:, :, None] == batch.source[:, None]).any(2)
+    target = torch.where(repeats, other[batch.target.clamp_min(0)], batch.target)
+    return Batch(other[batch.source], target)
 
 
-def step_loss(model: Any, batch: Batch, run: int = 0) -> StepLoss:
+def step_loss(model: Any, batch: Batch) -> StepLoss:
     """Loss of a batch, with the balancing loss (Switch Transformer, eq. 4) and the router z-loss.
 
     Both are summed over the sparse layers and leave padding out, which transformers' own count in.
-    With `run`, that many tokens of each source are to be copied as well: a decoder that reads a
-    source by what it wrote last has to be able to, and this teaches it sooner than summaries do.
     """
     routers: list[Tensor] = []
     hooks = [
@@ -194,16 +197,10 @@ def step_loss(model: Any, batch: Batch, run: int = 0) -> StepLoss:
         balance.append(logits.shape[-1] * (share * probability.mean(0)).sum())
         z.append(logits.logsumexp(-1).square().mean())
         shares.append(share)
-    config, copying = model.config, torch.zeros(())
-    if run:
-        given, wanted = runs_of(batch.source, run)
-        encoded = {"encoder_hidden_states": out.encoder_last_hidden_state}
-        copied = model.decoder(given, encoder_attention_mask=mask.long(), **encoded)
-        logits = model.lm_head(copied.last_hidden_state * config.d_model**-0.5)
-        copying = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten())
-    total = out.loss + copying + config.router_aux_loss_coef * torch.stack(balance).sum()
+    config = model.config
+    total = out.loss + config.router_aux_loss_coef * torch.stack(balance).sum()
     total = total + config.router_z_loss_coef * torch.stack(z).sum()
-    return StepLoss(out.loss.detach(), copying.detach(), total, torch.stack(shares))
+    return StepLoss(out.loss.detach(), total, torch.stack(shares))
 
 
 @torch.no_grad()
@@ -278,17 +275,24 @@ class Training:
         if epoch != self._epoch:
             order = batches(rows, epoch, self.recipe.pairs, self.recipe.seed)
             self._epoch, self._order = epoch, order
-        return Batch.of([rows[index] for index in self._order[at]])
+        leads = max(0.0, 1 - self.at.steps / self._steps / self.recipe.leads)
+        chosen = [
+            (
+                rows[index][0],
+                self.corpus.leads[index] if float(torch.rand(())) < leads else rows[index][1],
+            )
+            for index in self._order[at]
+        ]
+        return renamed(Batch.of(chosen), self.recipe.renamed, self.recipe.vocabulary)
 
     def _step(self) -> dict[str, str]:
         recipe, at = self.recipe, self.at
+        torch.manual_seed(at.steps)  # what is drawn is the same after a resumption
         batch = self._batch()
-        torch.manual_seed(at.steps)  # what dropout leaves out is the same after a resumption
         warm = min(1.0, (at.steps + 1) / recipe.warmup_steps)
         lr = recipe.lr * warm * (1 - at.steps / self._steps)
-        copies = torch.rand(()) > at.steps / self._steps / recipe.copying
         with torch.autocast("cpu", torch.bfloat16):
-            loss = step_loss(self.model, batch, recipe.run if copies else 0)
+            loss = step_loss(self.model, batch)
         loss.total.backward()
         norm = clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self._optimizers:
@@ -300,8 +304,7 @@ class Training:
         at.steps += 1
         if at.steps % 500 == 0 or at.steps == self._steps:
             self._note(loss, lr, float(norm))
-        told = {"loss": f"{loss.cross_entropy:.3f}", "lr": f"{lr:.1e}"}
-        return told | ({"copying": f"{loss.copying:.3f}"} if loss.copying else {})
+        return {"loss": f"{loss.cross_entropy:.3f}", "lr": f"{lr:.1e}"}
 
     def _note(self, loss: StepLoss, lr: float, norm: float) -> None:
         """Add this step and the validation loss to the curve."""
@@ -310,7 +313,6 @@ class Training:
             "tokens": self.at.seen,
             "seconds": round(self.at.seconds),
             "train_loss": round(float(loss.cross_entropy), 4),
-            "copying": round(float(loss.copying), 4),
             "lr": round(lr, 6),
             "gradient_norm": round(norm, 3),
             "least_share": round(float(loss.shares.min()) * self.recipe.experts, 3),
