@@ -158,7 +158,7 @@ def pairs(tmp_path: Path) -> Corpus:
         rows.append(([*ids, 1], [*ids[:2], 1]))
     parts = {name: [pair("p")] * len(rows) for name in ("train", "validation")}
     leads = [[*source[1:3], 1] for source, _ in rows]
-        return Corpus(parts, {"train": rows, "validation": rows[:4]}, leads, tmp_path)
+    return Corpus(parts, {"train": rows, "validation": rows[:4]}, leads, tmp_path)
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(pairs, tmp_path):
