@@ -103,10 +103,11 @@ def test_probe_perplexities_are_those_of_the_card(shipped, card):
 
 
 def test_the_card_says_what_was_measured(card):
-    from moelab.training.page import curve_svg, render
+    from moelab.training.page import curve_svg, losses, render
 
     assert (demo.HERE / "CARD.md").read_text("utf-8") == render(card)
-    for drawn in (demo.HERE / "curve.svg").read_text("utf-8"), curve_svg(card["training"]["curve"]):
+    now = curve_svg(losses(card["training"]["curve"]))
+    for drawn in (demo.HERE / "curve.svg").read_text("utf-8"), now:
         assert all(f">{domain} " in drawn for domain in demo.DOMAINS)
     shipped = json.loads((demo.checkpoint() / "training.json").read_text())
     assert card["training"] == shipped
@@ -205,6 +206,7 @@ def test_leakage_counts_repeated_passages():
     [
         ("train", "--data"),
         ("card", "--data"),
+        ("synopsis.card", "--dense"),
         ("moefy.__main__", "--delta"),
     ],
 )

@@ -43,8 +43,10 @@ from moelab.training.page import (
     ROUTING_WINDOWS,
     SAMPLE_SEED,
     curve_svg,
+    losses,
     render,
 )
+from moelab.training.routing import chosen, reuse, rounded, skew
 
 SHARES = (0.25, 0.5)  # of all experts that fit
 SAMPLE_TOKENS = 70
@@ -83,40 +85,6 @@ def routing_of(model: Any, rows: Tensor) -> Routing:
     return Routing(*map(torch.stack, zip(*seen, strict=True)))
 
 
-def chosen(index: Tensor, experts: int) -> Tensor:
-    """[..., K] indices as [..., E] zeros and ones."""
-    return torch.zeros(*index.shape[:-1], experts).scatter_(-1, index, 1.0)
-
-
-def skew(routings: dict[str, Routing], experts: int) -> dict[str, Any]:
-    """How uneven the routing is, within a domain and between domains."""
-    means = [chosen(r.experts, experts).mean((1, 2)) for r in routings.values()]
-    shares = torch.stack(means) / next(iter(routings.values())).experts.shape[-1]  # [domain, L, E]
-    mean, quarter = shares.mean(0), experts // 4
-
-    def entropy(p: Tensor) -> Tensor:
-        return -(p * p.clamp_min(1e-12).log2()).sum(-1)
-
-    top = shares.topk(quarter, -1)[0].sum(-1)  # [domain, L]
-    return {
-        "top_quarter_share": {d: _round(q) for d, q in zip(routings, top, strict=True)},
-        "top_quarter_share_all_domains": _round(mean.topk(quarter, -1)[0].sum(-1)),
-        "busiest_over_mean": _round(mean.amax(-1) * experts),
-        "idlest_over_mean": _round(mean.amin(-1) * experts),
-        "between_domains_bits": _round(entropy(mean) - entropy(shares).mean(0)),
-    }
-
-
-def reuse(routings: dict[str, Routing], experts: int) -> list[float]:
-    """By layer: the share of a token's experts that the token before used too."""
-    rates = []
-    for routing in routings.values():
-        used = chosen(routing.experts, experts)  # [L, B, T, E]
-        after = used[:, :, 1:]
-        rates.append((after * used[:, :, :-1]).sum((1, 2, 3)) / after.sum((1, 2, 3)))
-    return _round(torch.stack(rates).mean(0))
-
-
 @torch.no_grad()
 def look_ahead_recall(model: Any, routings: dict[str, Routing], width: int) -> list[float]:
     """Recall of each layer's router asked one layer early, from the second layer on.
@@ -129,7 +97,7 @@ def look_ahead_recall(model: Any, routings: dict[str, Routing], width: int) -> l
         early = torch.einsum("lbtd,led->lbte", routing.inputs[:-1], gates).topk(width, -1).indices
         named = chosen(early, gates.shape[1])
         recalls.append(named.gather(-1, routing.experts[1:]).mean((1, 2, 3)))
-    return _round(torch.stack(recalls).mean(0))
+    return rounded(torch.stack(recalls).mean(0))
 
 
 def trace_of(routing: Routing, shape: Shape) -> Trace:
@@ -204,10 +172,6 @@ def sample(model: Any, tokenizer: Any, prompt: str) -> str:
     return tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
 
 
-def _round(values: Tensor) -> list[float]:
-    return [round(v, 4) for v in values.tolist()]
-
-
 def take(folder: Path, corpus: Corpus) -> dict[str, Any]:
     """Measure a checkpoint; what `card.json` holds."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -255,8 +219,10 @@ def take(folder: Path, corpus: Corpus) -> dict[str, Any]:
             for d, t in probes().items()
         },
         "routing": {
-            **skew(routings, experts),
-            "reuse": reuse(routings, experts),
+            **skew({d: chosen(r.experts, experts).sum((1, 2)) for d, r in routings.items()}),
+            "reuse": rounded(
+                reuse((x for r in routings.values() for x in r.experts.unbind(1)), experts)
+            ),
             "look_ahead": {
                 str(k): look_ahead_recall(model, routings, k) for k in (active, 2 * active)
             },
@@ -281,7 +247,7 @@ def main(
     card = take(model or checkpoint(), prepare(data or cache_dir() / "demo" / "corpus"))
     (out / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     (out / "CARD.md").write_text(render(card), encoding="utf-8")
-    (out / "curve.svg").write_text(curve_svg(card["training"]["curve"]), encoding="utf-8")
+    (out / "curve.svg").write_text(curve_svg(losses(card["training"]["curve"])), encoding="utf-8")
     print(f"wrote {out / 'CARD.md'}")
 
 

@@ -5,6 +5,7 @@ The words are those of `card_template.md`; no figure is typed by hand.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from statistics import mean
@@ -23,18 +24,27 @@ SAMPLE_SEED = 0
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito
 
 
-def curve_svg(curve: list[dict[str, Any]]) -> str:
-    """Validation cross-entropy by domain over tokens, as SVG."""
+def losses(curve: list[dict[str, Any]]) -> dict[str, pd.Series]:
+    """Validation cross-entropy by domain over million tokens."""
+    found = pd.DataFrame([point["validation"] for point in curve])
+    found.index = [point["tokens"] / 1e6 for point in curve]
+    return {str(domain): line for domain, line in found.items()}
+
+
+def curve_svg(curves: Mapping[str, pd.Series]) -> str:
+    """Cross-entropy over million tokens, a line of each name, as SVG."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    losses = pd.DataFrame(
-        [point["validation"] for point in curve], index=[point["tokens"] / 1e6 for point in curve]
-    )
-    losses.columns = [f"{domain} {losses[domain].iloc[-1]:.2f}" for domain in losses]
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes = losses.plot(ax=figure.subplots(), color=COLOURS, grid=True)
+    axes = figure.subplots()
+    axes.set_prop_cycle(color=COLOURS)
+    for name, line in curves.items():
+        axes.plot(line, label=f"{name} {line.iloc[-1]:.2f}")
     axes.set(xlabel="million training tokens", ylabel="cross-entropy, nats per token")
+    axes.grid()
+    axes.margins(x=0)
+    axes.legend()
     out = StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "moelab"}):
         figure.savefig(out, format="svg", metadata={"Date": None})
@@ -111,12 +121,17 @@ def _sources(corpus: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def thinned(points: Sequence[Any]) -> list[Any]:
+    """About ten of them, with the first and the last."""
+    picked = list(points[:: max(1, len(points) // 10)])
+    return picked + [points[-1]] * (picked[-1] is not points[-1])
+
+
 def _curve(curve: list[dict[str, Any]]) -> str:
-    picked = curve[:: max(1, len(curve) // 10)]
     rows = [
         [f"{p['tokens'] / 1e6:.2f} M", f"{p['seconds'] / 60:.0f}",
          *(f"{p['validation'][d]:.2f}" for d in DOMAINS)]
-        for p in picked + curve[-1:] * (picked[-1] is not curve[-1])
+        for p in thinned(curve)
     ]  # fmt: skip
     return table(["tokens", "minutes", *DOMAINS], rows)
 
@@ -130,21 +145,27 @@ def _perplexities(card: dict[str, Any]) -> str:
     return table(["domain", "perplexity", "perplexity of the probe", "leakage"], rows)
 
 
-def _routing(routing: dict[str, Any]) -> str:
+def skew_rows(routing: dict[str, Any], domain: str = "domain") -> list[list[str]]:
+    """The rows of a table of `routing.skew` and `routing.reuse`, a column a layer."""
+
     def row(name: str, values: list[float]) -> list[str]:
         return [name, *(f"{value:.2f}" for value in values)]
 
     def shares(name: str, values: list[float]) -> list[str]:
         return [name, *map(percent, values)]
 
-    rows = [
-        *(shares(f"top quarter, {d}", routing["top_quarter_share"][d]) for d in DOMAINS),
-        shares("top quarter, all domains", routing["top_quarter_share_all_domains"]),
+    return [
+        *(shares(f"top quarter, {d}", top) for d, top in routing["top_quarter_share"].items()),
+        shares(f"top quarter, all {domain}s", routing["top_quarter_share_all_domains"]),
         row("busiest expert / mean", routing["busiest_over_mean"]),
         row("idlest expert / mean", routing["idlest_over_mean"]),
-        row("domain information (bits)", routing["between_domains_bits"]),
+        row(f"{domain} information (bits)", routing["between_domains_bits"]),
         shares("reuse by the next token", routing["reuse"]),
     ]
+
+
+def _routing(routing: dict[str, Any]) -> str:
+    rows = skew_rows(routing)
     for k, values in routing["look_ahead"].items():
         rows.append([f"look-ahead recall, top-{k}", "", *map(percent, values)])
     return table(["layer", *map(str, range(len(routing["reuse"])))], rows)

@@ -1,5 +1,5 @@
 """How the second bundled model, which writes a package's synopsis from its description, was made.
 
-`corpus` reads the pairs out of Debian's package lists, `train` trains, `card` measures and writes
-the card.
+`corpus` reads the pairs out of Debian's package lists, `train` trains, `baselines` are what a
+synopsis is worth without a network, `card` measures and `page` writes the card.
 """
