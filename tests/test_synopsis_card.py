@@ -20,7 +20,7 @@ from moelab.training.synopsis.corpus import END, PAD, Corpus, Pair, train_tokeni
 from moelab.training.synopsis.page import MODELS, OTHERS, curves, render
 from moelab.training.synopsis.train import PADDING, Recipe, build_model
 
-TINY = Recipe(layers=2, experts=4, hidden=128, ffn=16, heads=4, vocabulary=300)
+TINY = Recipe(layers=2, experts=4, hidden=128, ffn=16, heads=5, vocabulary=300)
 THINGS = ("parser", "server", "font", "driver", "puzzle")
 CURVE = [
     {"tokens": n * 10**6, "seconds": 60 * n, "train_loss": 5 / n, "validation": 6 / n}

@@ -57,7 +57,7 @@ class Recipe:
     loud: float = 2.0
     quiet: float = 0.1
     warmup_steps: int = 50
-    leads: float = 0.5  # part of the training in which fewer and fewer targets are leads
+    leads: float = 0.3  # share of the targets that are leads, at last: see `Training.lead_share`
     renamed: float = 0.2  # of the tokens that are not `COMMON`, see `renamed`
     dropout: float = 0.05
     balance: float = 0.01
@@ -272,13 +272,20 @@ class Training:
 
         return loop.run(self.at, self._step, save, tokens=self.tokens, progress=progress)
 
+    def lead_share(self) -> float:
+        """Share of the targets that are leads: all at first, then fewer.
+
+        Some stay to the end: a synopsis that the model is not sure of is better begun as a lead.
+        """
+        return max(self.recipe.leads, 1 - 2 * self.at.steps / self._steps)
+
     def _batch(self) -> Batch:
         rows = self.corpus.tokens["train"]
         epoch, at = divmod(self.at.steps, self._steps // self.recipe.epochs)
         if epoch != self._epoch:
             order = batches(rows, epoch, self.recipe.pairs, self.recipe.seed)
             self._epoch, self._order = epoch, order
-        leads = max(0.0, 1 - self.at.steps / self._steps / self.recipe.leads)
+        leads = self.lead_share()
         chosen = [
             (
                 rows[index][0],
