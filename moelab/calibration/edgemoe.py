@@ -11,7 +11,8 @@
 The paper's loss is that of a task's metric (Rouge-2, say). Ours is the relative rise of perplexity
 against full precision, exp(NLL - NLL_full) - 1. The paper's codec scales symmetrically per output
 channel; moelab's stores have a scale and a minimum per group of 64, so INT2 costs less here.
-Everything is measured on the first three quarters of each text; `held_out` figures on the rest.
+Everything is measured on the first three quarters of each text, of several pairs on three quarters
+of them; `held_out` figures on the rest.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from moelab.calibration.hobbit import gate_accuracy
-from moelab.calibration.probes import Evaluator, Text, record
+from moelab.calibration.probes import Evaluator, Text, parted, record
 from moelab.calibration.profile import Kept, once
 from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.trace import Trace
@@ -230,8 +231,7 @@ def make(
     lab: Lab, texts: Sequence[Text], made: dict[str, Any], kept: Kept, *, progress: bool
 ) -> dict[str, Any]:
     """The profile's data, see the module's first lines."""
-    parts = [split(text) for text in texts]
-    counted, held_out = [first for first, _ in parts], [second for _, second in parts]
+    counted, held_out = parted(texts, 1 - COUNTED, split)
     shape, levels, tolerated = lab._shape, made["levels"], made["tolerated"]
     count, best = sum(shape.experts), max(shape.nbytes)
     curves = (len(levels) - 1) * (CURVE_POINTS - 1) + math.ceil(math.log2(count))

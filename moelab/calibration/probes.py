@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,23 @@ def halves(text: Text) -> tuple[Text, Text]:
     middle = text.find(" ", len(text) // 2)
     cut = len(text) // 2 if middle < 0 else middle
     return text[:cut], text[cut:]
+
+
+def parted(
+    texts: Sequence[Text], held_out: float, cut: Callable[[Text], tuple[Text, Text]] = halves
+) -> tuple[list[Text], list[Text]]:
+    """Texts to measure on, and those held out: each is ``cut``.
+
+    Of several pairs whole ones are held out, this share spread evenly, at least one: the rest of
+    a sentence is no text that a model would be asked for.
+    """
+    if len(texts) < 2 or any(isinstance(text, str) for text in texts):
+        parts = [cut(text) for text in texts]
+        return [first for first, _ in parts], [second for _, second in parts]
+    out = {
+        at for at in range(len(texts)) if math.ceil((at + 1) * held_out) > math.ceil(at * held_out)
+    }
+    return [t for at, t in enumerate(texts) if at not in out], [texts[at] for at in sorted(out)]
 
 
 class Evaluator:
