@@ -15,7 +15,8 @@ import torch
 import moelab
 from moelab import calibration
 from moelab.calibration import profile as profiles
-from moelab.calibration.probes import Evaluator, digest_of, expert_norms, record, texts_of
+from moelab.calibration.figures import Evaluator
+from moelab.calibration.probes import digest_of, expert_norms, parted, record, texts_of
 from moelab.calibration.profile import once
 from moelab.replays.replay import replay
 from moelab.scheduling.stream import Knobs
@@ -191,11 +192,24 @@ def test_every_strategy_can_be_chosen_by_name_on_the_demo(demo_store):
 
 def test_loss_is_that_of_the_full_model_and_bits_move_it_in_order(lab):
     evaluator = Evaluator(lab, max_tokens=24)
-    loss = {bits: evaluator.loss(lambda _, b=bits: b) for bits in (16, 8, 4, 2)}
-    assert evaluator.loss() == loss[16]
+    loss = {bits: evaluator(lambda _, b=bits: b)[0] for bits in (16, 8, 4, 2)}
+    assert evaluator()[0] == loss[16]
     assert abs(loss[8] - loss[16]) < 0.01 < loss[2] - loss[16]
-    one_gone = evaluator.loss(lambda key: 0 if key == (0, 0) else 16)
-    assert loss[16] != one_gone < evaluator.loss(lambda _: 0)
+    one_gone = evaluator(lambda key: 0 if key == (0, 0) else 16)[0]
+    assert loss[16] != one_gone < evaluator(lambda _: 0)[0]
+
+
+def test_whole_pairs_are_held_out_and_texts_cut():
+    pairs = [(str(at), f"{at} words of it") for at in range(8)]
+    counted, held_out = parted(pairs, 0.25)
+    assert held_out == [pairs[0], pairs[4]]
+    assert counted == [pair for pair in pairs if pair not in held_out]
+    assert [len(part) for part in parted(pairs, 0.5)] == [4, 4]
+    assert parted(pairs[:2], 0.25) == ([pairs[1]], [pairs[0]])
+    (first,), (second,) = parted(pairs[:1], 0.5)
+    assert first[0] == second[0] == "0"
+    assert first[1] + second[1] == pairs[0][1]
+    assert parted(["one two", "three four"], 0.5) == (["one", "three"], [" two", " four"])
 
 
 def test_the_recorded_routing_is_that_of_decoding(lab):

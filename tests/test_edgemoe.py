@@ -15,6 +15,7 @@ import moelab
 from moelab.calibration import edgemoe as calibration
 from moelab.calibration import find_profile
 from moelab.calibration import profile as profiles
+from moelab.calibration.figures import FIGURES
 from moelab.replays.replay import replay
 from moelab.scheduling.cache import Cache
 from moelab.scheduling.scheduler import Scheduler
@@ -475,16 +476,16 @@ class StubEvaluator:
     calls = 0
     fails_at = -1
 
-    def __init__(self, lab, texts, *, max_tokens):
-        self.shape = lab._shape
+    def __init__(self, lab, texts, *, max_tokens, quality, most):
+        self.shape, self.figure = lab._shape, object.__new__(FIGURES[quality])
 
-    def loss(self, bits):
+    def __call__(self, bits):
         if StubEvaluator.calls == StubEvaluator.fails_at:
             raise KeyboardInterrupt
         StubEvaluator.calls += 1
         worth = {16: lambda _: 0, 8: lambda _: 0, 4: lambda _: 0.001, 2: lambda e: 0.002 + e / 100}
         keys = ((layer, e) for layer, n in enumerate(self.shape.experts) for e in range(n))
-        return 1 + sum(worth[bits(key)](key[1]) for key in keys)
+        return [1 + sum(worth[bits(key)](key[1]) for key in keys)]
 
 
 class StubLab:

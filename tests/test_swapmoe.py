@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from moelab.calibration.swapmoe import numbers_kept, renewed
 from moelab.calibration.swapmoe_network import configurations, off, unseen
+from moelab.calibration.swapmoe_quality import numbers_kept, renewed
 from moelab.replays.replay import replay
 from moelab.scheduling.budget import BudgetError, minimum_budget
 from moelab.scheduling.cache import Cache

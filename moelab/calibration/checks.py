@@ -12,6 +12,7 @@ from typing import Any
 
 import fastjsonschema
 
+from moelab.calibration.figures import FIGURES
 from moelab.scheduling.stream import Shape
 from moelab.store.manifest import digest
 from moelab.store.mixed import BITS, FORMS
@@ -47,6 +48,7 @@ def _fields(name: str, shape: Shape, data: dict[str, Any]) -> dict[str, Any]:
         rows = [_row(_NUMBER, count + more) for count in shape.experts]
         return {"type": "array", "items": rows, "minItems": layers, "maxItems": layers}
 
+    quality = {"enum": list(FIGURES)}
     if name == "adapmoe":
         return {"h": _row(_NUMBER, layers), "hits": table(1), "tau": _NUMBER | {"minimum": 0}}
     if name == "hobbit":
@@ -72,6 +74,7 @@ def _fields(name: str, shape: Shape, data: dict[str, Any]) -> dict[str, Any]:
             "levels": _named(r"^\d{1,2}$", _NUMBER),
             "curves": _named(r"^\d{1,2}/\d{1,2}$", {"items": _row(_NUMBER, 2), "type": "array"}),
             "tolerated": _NUMBER | {"minimum": 0},
+            "quality": quality,
             "paths": _named(rf"^\d{{1,6}}(:({place})?)*$", {"type": "array", "items": _WHOLE}),
         }
     counts = {"type": "array", "items": _WHOLE | {"minimum": 1}, "minItems": 1, "maxItems": 64}
@@ -85,6 +88,7 @@ def _fields(name: str, shape: Shape, data: dict[str, Any]) -> dict[str, Any]:
         "base_ms": _NUMBER | {"exclusiveMinimum": 0},
         "swap_ms": _NUMBER | {"minimum": 0},
         "network": _network(layers),
+        "quality": quality,
         "planned_by": {"enum": ["network", "added"]},
     }
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from moelab.calibration.probes import Text, halves, record
+from moelab.calibration.probes import Text, parted, record
 from moelab.calibration.profile import Kept, once
 from moelab.engine.generation import threads
 from moelab.replays.bounds import belady_hits
@@ -168,8 +168,7 @@ def make(
         ``nets`` ``[L]``: three pairs of matrix ``[out][in]`` and bias ``[out]``; ``held_out``, see
         `hit_ratios`; ``tokens`` of the two halves.
     """
-    parts = zip(*map(halves, texts), strict=True)
-    trace, held_out = (record(lab, half, tokens=made["max_tokens"]) for half in parts)
+    trace, held_out = (record(lab, h, tokens=made["max_tokens"]) for h in parted(texts, 0.5))
     by_text, nets = uses(trace), []
     how = {name: made[name] for name in ("hidden", "epochs", "seed")}
     for layer in tqdm(range(trace.shape.layers), disable=not progress, desc="flashmoe"):

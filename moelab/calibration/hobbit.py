@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from moelab.calibration.probes import Text, halves, record
+from moelab.calibration.probes import Text, parted, record
 from moelab.calibration.profile import Kept, once
 from moelab.scheduling.events import LOAD, SKIP
 from moelab.scheduling.scheduler import Scheduler
@@ -245,10 +245,8 @@ def make(
         misses, ``missed``, the quantiles of theirs, and ``penalty`` per token of hobbit, equal
         (weights), lru, lfu; ``penalty_ahead`` with it on.
     """
-    parts = zip(*map(halves, texts), strict=True)
-    trace, held_out = (
-        record(lab, half, tokens=made["max_tokens"], look_ahead=AHEAD) for half in parts
-    )
+    how = {"tokens": made["max_tokens"], "look_ahead": AHEAD}
+    trace, held_out = (record(lab, half, **how) for half in parted(texts, 0.5))
     alike = {"budget_bytes": made["budget_bytes"], "bits": made["high"], "low_bits": made["low"]}
     depth, share = made["depth"], made["high_share"]
 

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 from moelab.calibration.edgemoe import COUNTED, split
 from moelab.calibration.mixed_choice import UNITS, chosen_forms
-from moelab.calibration.probes import Text, read, texts_of
+from moelab.calibration.probes import Text, parted, read, texts_of
 from moelab.calibration.profile import Kept, Profile, _folders, find_profile, once
 from moelab.calibration.representations import logits
 from moelab.engine.compute import Routed
@@ -260,7 +260,7 @@ def make(
     lab: Lab, texts: Sequence[Text], made: dict[str, Any], kept: Kept, *, progress: bool
 ) -> dict[str, Any]:
     """The profile's data, see the module's first lines; the tier's file is written as well."""
-    counted, held_out = zip(*map(split, texts), strict=True)
+    counted, held_out = parted(texts, 1 - COUNTED, split)
     max_tokens, store = made["max_tokens"], lab._store
     alike = {name: value for name, value in made.items() if name not in ("room", "unit")}
     total = lab._shape.layers * (2 + len(_projections(lab)) * (len(BITS) - 1))
@@ -370,7 +370,8 @@ def compared(
     """
     store, shape = lab._store, lab._shape
     data = _profile(store).data
-    ids = [read(lab, split(text)[1], max_tokens) for text in texts_of(lab, texts)]
+    held_out = parted(texts_of(lab, texts), 1 - COUNTED, split)[1]
+    ids = [read(lab, text, max_tokens) for text in held_out]
     weights = shape.n * sum(math.prod(of) for _, of in store.layout.tensors if len(of) > 1)
     rows = []
     with lab._session.claimed():

@@ -1,4 +1,4 @@
-"""Probe texts through the whole model: its loss at any bits, its routing; and its experts' norms.
+"""Probe texts: what is measured on which; their routing through the whole model; experts' norms.
 
 Everything here works outside budget, cache and clock: a text goes through the model in one pass,
 each expert at the tier that is asked for, read through the page cache.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,6 @@ from moelab.store.codecs import decode
 
 if TYPE_CHECKING:
     from moelab.lab import Lab
-    from moelab.strategies.edgemoe import Place
 
 
 def texts_of(lab: Lab, texts: Sequence[Text] | None) -> list[Text]:
@@ -95,28 +95,21 @@ def halves(text: Text) -> tuple[Text, Text]:
     return text[:cut], text[cut:]
 
 
-class Evaluator:
-    """Quality of the model with each expert at bits of its own, on a few texts.
+def parted(
+    texts: Sequence[Text], held_out: float, cut: Callable[[Text], tuple[Text, Text]] = halves
+) -> tuple[list[Text], list[Text]]:
+    """Texts to measure on, and those held out: each is ``cut``.
 
-    Nothing may run in the lab. By default on the model's own probe texts, so many tokens of each.
+    Of several pairs whole ones are held out, this share spread evenly, at least one: the rest of
+    a sentence is no text that a model would be asked for.
     """
-
-    def __init__(
-        self, lab: Lab, texts: Sequence[Text] | None = None, *, max_tokens: int = 64
-    ) -> None:
-        self._engine = lab._engine
-        self._ids = [read(lab, t, max_tokens) for t in texts_of(lab, texts)]
-
-    def loss(self, bits: Callable[[Place], int] | None = None) -> float:
-        """Mean next-token loss in nats; ``bits`` from (layer, expert) to a tier, 0 for nothing."""
-        total = 0.0
-        with self._engine.full_precision(bits):
-            for ids in self._ids:
-                stream = Stream(self._engine, ids.source)
-                logits = stream.forward(ids, keep=len(ids))[:-1]  # [T - 1, V]
-                targets = torch.tensor(ids[1:])
-                total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-        return total / sum(len(ids) - 1 for ids in self._ids)
+    if len(texts) < 2 or any(isinstance(text, str) for text in texts):
+        parts = [cut(text) for text in texts]
+        return [first for first, _ in parts], [second for _, second in parts]
+    out = {
+        at for at in range(len(texts)) if math.ceil((at + 1) * held_out) > math.ceil(at * held_out)
+    }
+    return [t for at, t in enumerate(texts) if at not in out], [texts[at] for at in sorted(out)]
 
 
 def record(

@@ -6,7 +6,8 @@
    probabilities and its importance,
 2. quality and swaps, for every layer, number of experts kept n and update interval f: the layer
    alone works under the mask that SwapMoE would give it, renewed every f tokens by the importance
-   of the unmasked model, while all other layers are whole; loss is mean KL against the full model,
+   of the unmasked model, while all other layers are whole; loss is that of a figure of quality
+   (`figures`), the paper's being Rouge-2 of summaries and ours by default the mean KL,
 3. the same of random configurations, all layers short at once, and a small network fitted on them:
    the paper's estimator (its appendix A.2). Of the two estimators that one plans which is nearer on
    configurations it was not made from; both errors are told,
@@ -14,7 +15,7 @@
 5. with these estimates the planner's configuration for each budget (`swapmoe_planner`).
 
 A swap takes no time in measurements 2 and 3: what is late in a run is a little worse than its
-estimate.
+estimate. By Rouge-2 they take (F x L x (N - 1) + tried) x 24 summaries.
 
 T tokens, L layers, E experts, N numbers kept, F intervals.
 """
@@ -23,18 +24,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
-from moelab.calibration.probes import Text, expert_norms, read, record, soft_counts, texts_of
+from moelab.calibration.figures import FIGURES, asked_for
+from moelab.calibration.probes import Text, expert_norms, record, soft_counts, texts_of
 from moelab.calibration.profile import Kept, once
 from moelab.calibration.swapmoe_network import FOLDS, configurations, fitted, off, unseen
-from moelab.engine.generation import Decoder, Ids, Stream
-from moelab.runs.quality import kl_divergence
+from moelab.calibration.swapmoe_quality import ShortLayers, numbers_kept
+from moelab.engine.generation import Decoder, Ids
 from moelab.runs.tokens import tally
 from moelab.scheduling.budget import size
 from moelab.settings import parse_budget
@@ -48,7 +49,6 @@ from moelab.strategies.swapmoe_planner import (
 )
 
 if TYPE_CHECKING:
-    from moelab.engine.engine import Engine
     from moelab.lab import Lab
 
 EVERY = (4, 16, 64)
@@ -129,79 +129,6 @@ def _tables(
     return found | ({"soft": _short(soft)} if soft else {})
 
 
-def renewed(scores: np.ndarray, start: np.ndarray, f: int, n: int) -> Iterator[list[int]]:
-    """One layer's n virtual experts for each f tokens, as `VirtualExperts` ranks them.
-
-    From the importance of each token, ``[T, E]``, and that to begin with, ``[E]``.
-    """
-    order = sorted(range(len(start)), key=lambda e: -start[e])
-    for begin in range(0, len(scores), f):
-        chosen = order[:n]
-        yield chosen
-        seen = scores[begin : begin + f].sum(0)
-        order = sorted(order, key=lambda e: (-seen[e], e not in chosen))
-
-
-# -- 2: quality -------------------------------------------------------------------------------
-
-
-class ShortLayers:
-    """Measures a model, at full precision, of which some layers keep only a few experts.
-
-    From texts as token ids ``[text][position]`` and the `importances` of each.
-    """
-
-    def __init__(self, engine: Engine, texts: Sequence[Ids], scores: Sequence[np.ndarray]) -> None:
-        self._engine, self._texts, self._scores = engine, texts, scores
-        self._sum = np.sum([s.sum(1) for s in scores], axis=0)  # [L, E]
-        with engine.full_precision():
-            self._full = [Stream(engine, ids.source).forward(ids, keep=len(ids)) for ids in texts]
-
-    def __call__(self, kept: Mapping[int, int], f: int) -> tuple[float, float]:
-        """(KL in nats a token, swaps a token) with so many experts ``kept`` of some layers."""
-        experts, tokens = self._engine.shape.experts, sum(map(len, self._texts))
-        short = {layer: n for layer, n in kept.items() if n < experts[layer]}
-        kl = swaps = 0.0
-        if not short:  # all are whole
-            return kl, swaps
-        for ids, scores, full in zip(self._texts, self._scores, self._full, strict=True):
-            chosen = {}
-            for layer, n in short.items():
-                own = scores[layer, :, : experts[layer]]
-                start = self._sum[layer, : experts[layer]] - own.sum(0)  # other texts'
-                chosen[layer] = list(renewed(own, start, f, n))
-                pairs = itertools.pairwise(chosen[layer])
-                swaps += sum(len(set(b) - set(a)) for a, b in pairs)
-            kl += float(kl_divergence(full, self._logits(ids, chosen, f)).sum())
-        return kl / tokens, swaps / tokens
-
-    def _logits(
-        self, ids: Ids, chosen: Mapping[int, Sequence[Sequence[int]]], f: int
-    ) -> torch.Tensor:
-        """Logits ``[T, V]``: a chunk of f tokens for each layer's next set of experts."""
-        adapter, out = self._engine.adapter, []
-        with self._engine.full_precision():
-            stream = Stream(self._engine, ids.source)
-            try:
-                for at, begin in enumerate(range(0, len(ids), f)):
-                    for layer, sets in chosen.items():
-                        mask = np.zeros(self._engine.shape.experts[layer], bool)
-                        mask[list(sets[at])] = True
-                        adapter.steer(layer, mask)
-                    chunk = ids[begin : begin + f]
-                    out.append(stream.forward(chunk, keep=len(chunk)))
-            finally:
-                adapter.release()
-        return torch.cat(out)
-
-
-def numbers_kept(top_k: int, experts: int) -> tuple[int, ...]:
-    """Where quality is measured: denser where few are kept, because it bends there."""
-    parts = (round(experts * part) for part in (1 / 4, 3 / 8, 1 / 2, 3 / 4))
-    more = (n for n in parts if n > top_k)
-    return tuple(sorted({top_k, min(top_k + 1, experts), experts, *more}))
-
-
 # -- 4: latency -------------------------------------------------------------------------------
 
 
@@ -261,28 +188,27 @@ def latency(lab: Lab, data: dict[str, Any], ids: Ids, device: str) -> tuple[floa
 # -- 5: the plans -----------------------------------------------------------------------------
 
 
-def plans(
-    lab: Lab, estimates: Estimates, percent: Sequence[float], nats: float | None, seed: int
-) -> dict:
+def plans(lab: Lab, data: dict[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
     """The planner's configuration for each budget, by experts that fit, beside uniform's."""
-    shape, made = lab._shape, dict[int, Plan]()
-    for slots in sorted({int(part * sum(shape.experts) / 100) for part in percent}):
+    shape, found, estimates = lab._shape, dict[int, Plan](), Estimates.of(data)
+    nats, loss = made["nats_per_slowdown"], "kl" if data["quality"] == "kl" else "loss"
+    for slots in sorted({int(part * sum(shape.experts) / 100) for part in made["percent"]}):
         if slots >= shape.layers * shape.top_k:
-            own: dict[str, Any] = {"start": list(made.values()), "seed": seed}
+            own: dict[str, Any] = {"start": list(found.values()), "seed": made["seed"]}
             if nats is None:
-                made[slots] = plan_to_the_bend(estimates, slots, shape, **own)
+                found[slots] = plan_to_the_bend(estimates, slots, shape, **own)
             else:
-                made[slots] = plan_within(estimates, slots, shape, nats_per_slowdown=nats, **own)
+                found[slots] = plan_within(estimates, slots, shape, nats_per_slowdown=nats, **own)
     return {
         str(slots): {
             "f": plan.f,
             "experts": list(plan.experts),
-            "kl": estimates.kl(plan),
-            "added_kl": estimates.added(plan),
+            loss: estimates.kl(plan),
+            f"added_{loss}": estimates.added(plan),
             "ms": estimates.ms(plan),
-            "uniform_kl": estimates.kl(uniform(slots, shape, plan.f)),
+            f"uniform_{loss}": estimates.kl(uniform(slots, shape, plan.f)),
         }
-        for slots, plan in made.items()
+        for slots, plan in found.items()
     }
 
 
@@ -299,6 +225,8 @@ def made_from(
     tried: int = TRIED,
     device: str = "disk",
     seed: int = 0,
+    quality: str = "kl",
+    pairs: int | None = None,
 ) -> dict[str, Any]:
     """What the profile depends on besides the texts.
 
@@ -312,8 +240,9 @@ def made_from(
         Budgets to plan for: numbers are percent of all experts, texts as `moelab.open` takes them
         (``"25%"``, ``"2GB"``).
     nats_per_slowdown
-        KL that twice the time of a token is worth to the planner (ours); None, as the paper has it:
-        updates are as frequent as they may be before the time of a token bends up.
+        Loss that twice the time of a token is worth to the planner (ours), in nats of KL unless
+        by another ``quality``; None, as the paper has it: updates are as frequent as they may be
+        before the time of a token bends up.
     tried
         Random configurations that the paper's estimator of quality is fitted on; 0: losses of one
         short layer at a time are added up instead (ours).
@@ -321,6 +250,15 @@ def made_from(
         Where the latency is measured.
     seed
         Of the genetic search.
+    quality
+        The figure the planner goes by: ``"kl"``, ``"loss"`` or of an encoder-decoder ``"rouge2"``.
+    pairs
+        Texts that it is measured on; default all, 24 for Rouge-2.
+
+    Raises
+    ------
+    ValueError
+        Too few configurations to fit anything on, or the model has none of that figure.
     """
     if tried and tried < 2 * FOLDS:
         raise ValueError(f"tried={tried}: at least {2 * FOLDS} configurations, or 0 for none")
@@ -331,8 +269,8 @@ def made_from(
     ]
     made = {"max_tokens": max_tokens, "every": sorted(every), "percent": sorted(parts)}
     made |= {"nats_per_slowdown": nats_per_slowdown, "device": device, "seed": seed}
-    # Version 0.3 had no network: its profiles are named as it named them.
-    return made | ({"tried": tried} if tried else {})
+    # Version 0.3 had one figure and no network: its profiles are named as it named them.
+    return made | ({"tried": tried} if tried else {}) | asked_for(lab, quality, pairs, "kl")
 
 
 def make(
@@ -348,46 +286,63 @@ def make(
     experts, every = lab._shape.experts, made["every"]
     norms = expert_norms(lab)
     room_to_swap(lab)
-    ids = [read(lab, text, made["max_tokens"]) for text in texts]
-    if max(map(len, ids)) < 3:
+    quality, tokens = made.get("quality", "kl"), made["max_tokens"]
+    figure = FIGURES[quality](lab, texts, tokens, made.get("pairs"))
+    if max(map(len, figure.ids)) < 3:
         raise ValueError("nothing to time: at least one text needs 3 tokens or more")
-    scores = [importances(lab, text, made["max_tokens"], norms) for text in texts]
+    scores = [importances(lab, text, tokens, norms) for text in figure.texts]
     numbers = numbers_kept(lab._shape.top_k, max(experts))
-    short = ShortLayers(lab._engine, ids, scores)
+    short = ShortLayers(lab._engine, figure, scores, norms)
 
-    def measured(f: int, layer: int, n: int) -> tuple[float, float]:
-        return once(kept, f"layer {layer}, {n} experts, every {f}", lambda: short({layer: n}, f))
-
-    def run(plan: Plan) -> float:
-        layers = dict(enumerate(plan.experts))
-        return once(kept, f"{plan.experts} experts, every {plan.f}", lambda: short(layers, plan.f))[
-            0
-        ]
+    def run(name: str, experts: Mapping[int, int], f: int) -> Sequence[Any]:
+        return once(kept, f"{name} experts, every {f}", lambda: short(experts, f))
 
     wanted = list(itertools.product(every, range(len(experts)), numbers))
-    found = [measured(*one) for one in tqdm(wanted, disable=not progress, desc="swapmoe")]
-    tables = np.array(found).reshape(len(every), len(experts), len(numbers), 2)
-    data = _tables(lab, texts, made["max_tokens"], norms, scores) | {
+    found = [
+        run(f"layer {layer}, {n}", {layer: n}, f)
+        for f, layer, n in tqdm(wanted, disable=not progress, desc="swapmoe")
+    ]
+    tables = np.array([one[:2] for one in found]).reshape(len(every), len(experts), -1, 2)
+    data = _tables(lab, figure.texts, tokens, norms, scores) | {
+        "quality": quality,
         "every": every,
         "kept": list(numbers),
         "loss": _short(tables[..., 0].tolist()),
         "swaps": _short(tables[..., 1].tolist()),
     }
-    data["base_ms"], data["swap_ms"] = latency(lab, data, max(ids, key=len), made["device"])
+    if errors := [one[2] for one in found if len(one) > 2 and one[2]]:
+        data["standard_error"] = float(np.median(errors))
+    longest = max(figure.ids, key=len)
+    data["base_ms"], data["swap_ms"] = latency(lab, data, longest, made["device"])
     if made.get("tried"):
         some = configurations(experts, lab._shape.top_k, every, made["tried"], made["seed"])
-        kls = [run(plan) for plan in tqdm(some, disable=not progress, desc="configurations")]
-        added = [Estimates.of(data).added(plan) for plan in some]
-        data["tried"] = [
-            [p.f, list(p.experts), kl] for p, kl in zip(some, _short(kls), strict=True)
+        losses = [
+            run(str(plan.experts), dict(enumerate(plan.experts)), plan.f)[0]
+            for plan in tqdm(some, disable=not progress, desc="configurations")
         ]
-        data["off"] = {"network": off(unseen(some, kls, experts), kls), "added": off(added, kls)}
-        data["network"] = dataclasses.asdict(fitted(some, kls, experts))
-        data["planned_by"] = min(data["off"], key=lambda name: data["off"][name])
-    data["plans"] = plans(
-        lab, Estimates.of(data), made["percent"], made["nats_per_slowdown"], made["seed"]
-    )
+        data["tried"] = [
+            [p.f, list(p.experts), loss] for p, loss in zip(some, _short(losses), strict=True)
+        ]
+        data |= _network(data, some, losses, figure.least, experts)
+    data["plans"] = plans(lab, data, made)
     return data
+
+
+def _network(
+    data: dict[str, Any],
+    some: Sequence[Plan],
+    losses: Sequence[float],
+    least: float,
+    experts: Sequence[int],
+) -> dict[str, Any]:
+    """The paper's estimator, how far either is off, and which one plans."""
+    said = {
+        "network": unseen(some, losses, experts, least),
+        "added": [Estimates.of(data).added(plan) for plan in some],
+    }
+    wrong = {name: off(told, losses, least) for name, told in said.items()}
+    network = dataclasses.asdict(fitted(some, losses, experts, least))
+    return {"off": wrong, "network": network, "planned_by": min(wrong, key=lambda n: wrong[n])}
 
 
 def _short(table: Any) -> Any:

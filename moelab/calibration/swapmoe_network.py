@@ -17,7 +17,7 @@ from moelab.strategies.swapmoe_planner import HIDDEN, Network, Plan, inputs
 
 STEPS, DECAY, FOLDS = 600, 0.01, 6
 LEAST = 1e-5
-"""Nats a token: KLs below are noise, and count as so much."""
+"""Losses below are noise, and count as so much; of a KL in nats a token."""
 
 
 def configurations(
@@ -33,10 +33,12 @@ def configurations(
     return found
 
 
-def fitted(plans: Sequence[Plan], kls: Sequence[float], experts: Sequence[int]) -> Network:
-    """The network that gives these KLs, as near as it can."""
+def fitted(
+    plans: Sequence[Plan], losses: Sequence[float], experts: Sequence[int], least: float = LEAST
+) -> Network:
+    """The network that gives these losses, as near as it can."""
     seen = torch.tensor(np.array([inputs(p, experts) for p in plans]), dtype=torch.float32)
-    wanted = torch.tensor([math.log(max(kl, LEAST)) for kl in kls])
+    wanted = torch.tensor([math.log(max(loss, least)) for loss in losses])
     generator = torch.Generator().manual_seed(0)
     spread = seen.shape[1] ** -0.5
     hidden, out = (
@@ -56,22 +58,25 @@ def fitted(plans: Sequence[Plan], kls: Sequence[float], experts: Sequence[int]) 
     return Network(hidden, hidden_bias, out, out_bias, list(experts))
 
 
-def unseen(plans: Sequence[Plan], kls: Sequence[float], experts: Sequence[int]) -> list[float]:
+def unseen(
+    plans: Sequence[Plan], losses: Sequence[float], experts: Sequence[int], least: float = LEAST
+) -> list[float]:
     """What the network says of each configuration when it was fitted on the other folds."""
     out = [0.0] * len(plans)
     for fold in range(FOLDS):
         others = [at for at in range(len(plans)) if at % FOLDS != fold]
-        network = fitted([plans[at] for at in others], [kls[at] for at in others], experts)
+        given = [plans[at] for at in others], [losses[at] for at in others]
+        network = fitted(*given, experts, least)
         for at in range(fold, len(plans), FOLDS):
             out[at] = network.kl(plans[at])
     return out
 
 
-def off(said: Sequence[float], kls: Sequence[float]) -> float:
+def off(said: Sequence[float], losses: Sequence[float], least: float = LEAST) -> float:
     """Median factor between estimates and measurements, above 1: 1.5 is half too much or too few.
 
     >>> off([1.0, 4.0, 3.0], [2.0, 2.0, 3.0])
     2.0
     """
-    logs = np.log(np.maximum([said, kls], LEAST))
+    logs = np.log(np.maximum([said, losses], least))
     return float(np.exp(np.median(np.abs(logs[0] - logs[1]))))

@@ -183,7 +183,7 @@ class Stream:
     """A growing sequence with its key-value cache.
 
     ``source``: what an encoder reads before the first token, whole in one pass, because each of its
-    tokens attends to all.
+    tokens attends to all. ``read``: what the encoder made of it, None until then.
 
     Raises
     ------
@@ -196,7 +196,7 @@ class Stream:
             raise ValueError("an encoder-decoder reads a source first: give one")
         self.engine, self._source = engine, list(source)
         self._ids: list[int] = []
-        self._read: Any = None  # what the encoder made of the source
+        self.read: Any = None
         self._cache = growing(engine.model.config)
         weights = (p for p in engine.model.parameters() if p.device.type != "meta")
         self._tiny = sum(p.numel() for p in weights) < TINY_PARAMETERS
@@ -222,15 +222,15 @@ class Stream:
         NotFiniteError
             They have a NaN or an infinity; the message says at which token, and where from.
         """
-        reads = self._source if self._read is None else ()
+        reads = self._source if self.read is None else ()
         # Of a few tokens torch's own operations are small ones.
         few = self._tiny or max(len(ids), len(reads)) <= FEW_TOKENS
         kernels.POOL.threads = 1 if self._tiny else self.engine.threads
         with threads(1 if few else self.engine.threads):
             if reads:
-                self._read = encoded(self.engine.model, reads)
+                self.read = encoded(self.engine.model, reads)
             kept = {"past_key_values": self._cache, "use_cache": True}
-            logits = logits_of(self.engine.model, ids, self._read, keep, **kept)  # [keep, V]
+            logits = logits_of(self.engine.model, ids, self.read, keep, **kept)  # [keep, V]
             self._ids += ids
             largest = logits.amax(-1)  # [keep]; of a NaN it is NaN, and -inf may be a mask
             if not (finite := largest.isfinite()).all():

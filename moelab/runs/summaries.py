@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moelab.engine.generation import Ids, Sampler, Sampling, Stream, begun_with
 from moelab.runs.quality import Score, score_ids, unhurried
@@ -25,11 +25,20 @@ class Writer:
     def __init__(self, session: Session, most: int) -> None:
         self._model, self._engine = session.engine.model, session.engine
         self._tokenizer, self._ends, self._most = session.tokenizer, session.eos(chat=False), most
+        self._condition: Any = None
+        self._read: dict[tuple[int, ...], Any] = {}
+
+    def keep(self, condition: Any) -> None:
+        """From now on the encoder's pass over a source serves again, while this is the same."""
+        if condition is None or condition != self._condition:
+            self._read.clear()
+        self._condition = condition
 
     def __call__(self, source: Sequence[int], after: Callable[[], object] = lambda: None) -> str:
         """The summary of a source's token ids; ``after`` is called after each token's pass."""
         context = begun_with(self._model, source)
         stream, first = Stream(self._engine, context.source), len(context)
+        stream.read = self._read.get(of := tuple(source))
         sampler = Sampler(self._model, Sampling.of(self._model, temperature=0.0), context)
         new = list(context)
         for _ in range(self._most):
@@ -38,6 +47,8 @@ class Writer:
             context += new
             if new[0] in self._ends:
                 break
+        if self._condition is not None:
+            self._read[of] = stream.read
         return self._tokenizer.decode(context[first:], skip_special_tokens=True)
 
 

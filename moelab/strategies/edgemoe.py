@@ -164,7 +164,7 @@ class BitAssignment(Allocate):
     parameters = (
         Parameter(
             "tolerated",
-            "P: loss of quality allowed (relative rise of perplexity); more experts at fewer bits",
+            "P: loss allowed, by the figure it was calibrated with; more experts at fewer bits",
             0.0,
             0.25,
             0.005,

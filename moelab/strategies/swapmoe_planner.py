@@ -84,10 +84,10 @@ def largest(plans: Mapping[int, Plan], slots: int, shape: Shape) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """E_accuracy of the paper's appendix A.2: a small ReLU network from a configuration to its KL.
+    """E_accuracy of the paper's appendix A.2: a small ReLU network, configuration to loss.
 
     Inputs are log2(f) and the part of its experts that each layer keeps; what comes out is the
-    logarithm of KL in nats a token. `moelab.calibration.swapmoe` fits it.
+    logarithm of the loss, by default KL in nats a token. `moelab.calibration.swapmoe` fits it.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ class Network:
         return inputs(plan, self.experts)
 
     def kl(self, plan: Plan) -> float:
-        """Estimated KL in nats a token; none where every layer is whole."""
+        """Estimated loss; none where every layer is whole."""
         if tuple(plan.experts) == tuple(self.experts):
             return 0.0
         seen = np.asarray(self.hidden) @ self.inputs(plan) + np.asarray(self.hidden_bias)
@@ -130,7 +130,8 @@ class Estimates:
     every, kept
         Update intervals f in inputs, and experts kept n, at which was measured; ascending.
     loss, swaps
-        ``[F][L][N]``: KL in nats a token, and swaps a token, with only layer l short.
+        ``[F][L][N]``: loss of quality, and swaps a token, with only layer l short. The loss is of
+        the figure that the profile was made with: KL in nats a token unless another was asked for.
     base_ms, swap_ms
         Time of a token without a swap, and what each swap adds.
     network
@@ -155,7 +156,7 @@ class Estimates:
         return cls(tuple(every), tuple(kept), *rest, network=network)
 
     def kl(self, plan: Plan) -> float:
-        """Estimated loss of quality, KL in nats a token."""
+        """Estimated loss of quality, of the same figure."""
         return self.network.kl(plan) if self.network else self.added(plan)
 
     def added(self, plan: Plan) -> float:
@@ -167,7 +168,7 @@ class Estimates:
         return self.base_ms + self.swap_ms * self._sum(self.swaps, plan)
 
     def cost(self, plan: Plan, nats_per_slowdown: float) -> float:
-        """KL + ``nats_per_slowdown`` x (relative time - 1): what the planner makes small."""
+        """Loss + ``nats_per_slowdown`` x (relative time - 1): what the planner makes small."""
         return self.kl(plan) + nats_per_slowdown * (self.ms(plan) / self.base_ms - 1)
 
     def prices(self, f: int, shape: Shape, nats_per_slowdown: float) -> list[list[float]]:
