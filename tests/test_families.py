@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import reference
@@ -28,17 +30,15 @@ from moelab.models.skeleton import blank_model
 IDS = torch.tensor([[3, 17, 99, 4, 250, 31, 77]])
 NO_LOOK_AHEAD = {"flint", "jamba", "nemotron_h"}  # tiny, they have one MoE layer only
 ASKED_PER_TOKEN = {"deepseek_v4", "nllb_moe", "zaya"}  # routers with more inputs than one
-NOT_TINY = {
-    "deepseek_ocr2": "its vision part cannot be built small",
-    "diffusion_gemma": "block diffusion: it does not generate token by token",
-    "dots3_note": "its embeddings cannot be built small",
-    "ernie4_5_vl_moe": "its text and vision experts differ in size",
-    "glm5_next": "its text part has no MoE layer at this size",
-    "mistral_large4": "its vision part cannot be built small",
-    "muse_spark": "its vision part cannot be built small",
+SILENT = {
+    "diffusion_gemma": "it denoises a block of tokens at once; it does not generate token by token",
     "openai_privacy_filter": "a token classifier: it does not generate",
-    "qwen3_omni_moe": "its audio part cannot be built small",
-    "unlimited_ocr": "its vision part cannot be built small",
+    "vitpose_backbone": "it finds poses in pictures",
+}
+NOT_SERVED = {
+    "dbrx": "its experts are rows of matrices that all of them share, and no router chooses",
+    "doge": "an expert is one row of a table, and tens of thousands are looked up as words are",
+    "jetmoe": "heads of its attention are experts too, run in two halves around the keys",
 }
 
 
@@ -100,8 +100,8 @@ def saved(name: str, folder: Path) -> nn.Module:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tiny_families.names())
 def test_family_is_served_exactly_also_with_dense_weights_at_16_bit(name, tmp_path, monkeypatch):
-    if name in NOT_TINY:
-        pytest.skip(NOT_TINY[name])
+    if name in SILENT:
+        pytest.skip(SILENT[name])
     theirs = saved(name, tmp_path)
     monkeypatch.setattr(skeleton, "LARGE", 1 << 40)  # all dense weights as float32 at first
     if name == "nllb_moe":
@@ -109,7 +109,8 @@ def test_family_is_served_exactly_also_with_dense_weights_at_16_bit(name, tmp_pa
         monkeypatch.setattr(experts, "forward", nllb_forward)
     blank = blank_model(tmp_path)
     reader = ExpertReader(blank, tmp_path)
-    assert inventory(blank, reader.layers, reader.checkpoint, reader.found) == ()
+    notes = inventory(blank, reader.layers, reader.checkpoint, reader.found)
+    assert ["pictures" in note for note in notes] == [True] * bool(blank.left_out)
     served = Served(tmp_path)
     expected, got = logits(theirs), logits(served.model)
     assert (got - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
@@ -121,6 +122,20 @@ def test_family_is_served_exactly_also_with_dense_weights_at_16_bit(name, tmp_pa
     assert len(dense.serve(served.model)) > 1
     off, limit = (logits(served.model) - expected).abs().max(), 1e-4 * max(1, expected.abs().max())
     assert off <= limit or off <= 2 * shaken(theirs, expected)
+
+
+def test_no_family_with_experts_is_forgotten():
+    root = Path(transformers.models.__path__[0])
+    sources = {file.parent.name: file.read_text() for file in root.glob("*/modeling_*.py")}
+    experts = re.compile(r"^class \w+(Experts|MoE|Moe)\(", re.MULTILINE)
+    found = {name for name, source in sources.items() if experts.search(source)}
+    assert found == {*tiny_families.names(), *SILENT, *NOT_SERVED}
+
+
+@pytest.mark.parametrize("name", NOT_SERVED)
+def test_what_is_not_served_is_refused(name):
+    with pytest.raises(LookupError, match="no experts that moelab knows how to serve"):
+        tiny_families.build(name)
 
 
 def shaken(model: nn.Module, expected: torch.Tensor) -> float:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import moelab
+import tiny_families
 import tiny_models
 from moelab.models.skeleton import model_class, read_config
 from reference import logits_of
@@ -22,7 +27,33 @@ SLIM = {"SlimMoE, tiny": 448, "SlimMoE, mini": 960}
 """PhiMoE whose experts were pruned to so many neurons (arXiv 2506.18349)."""
 
 
-FAMILIES = tiny_models.FAMILIES | {"llama4": tiny_models.llama4}
+def with_pictures(name: str, folder: Path) -> Path:
+    """A model that reads pictures too, as its family writes it."""
+    model = tiny_families.build(name, "ForConditionalGeneration")
+    return tiny_models.write(model, folder)
+
+
+def omni(folder: Path) -> Path:
+    """A whole checkpoint: one model thinks, another speaks, in which moelab has no part."""
+    with_pictures("qwen3_omni_moe", folder / "thinker")
+    config = json.loads((folder / "thinker" / "config.json").read_text())
+    shutil.copy(folder / "thinker" / "tokenizer.json", folder)
+    shutil.copy(folder / "thinker" / "tokenizer_config.json", folder)
+    names = {
+        "model_type": "qwen3_omni_moe",
+        "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+    }
+    (folder / "config.json").write_text(json.dumps(names | {"thinker_config": config}))
+    tensors = {"talker.model.norm.weight": torch.ones(8), "code2wav.decoder.0.bias": torch.ones(8)}
+    for file in (folder / "thinker").glob("*.safetensors"):
+        tensors |= {f"thinker.{key}": tensor for key, tensor in load_file(file).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+PICTURES = ("dots3_note", "ernie4_5_vl_moe", "llama4")
+FAMILIES = tiny_models.FAMILIES | {"llama4": tiny_models.llama4, "qwen3_omni": omni}
+FAMILIES |= {f"{name}, pictures": partial(with_pictures, name) for name in PICTURES}
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, "gpt_oss by kernels", *SLIM])
@@ -31,7 +62,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         place = tmp_path_factory.mktemp("phimoe_fast")
         return tiny_models.phimoe(place, intermediate_size=SLIM[request.param])
     name, kernels, _ = request.param.partition(" by kernels")
-    place = tmp_path_factory.mktemp(name + "_fast" * bool(kernels))
+    place = tmp_path_factory.mktemp(name.replace(", ", "_") + "_fast" * bool(kernels))
     return FAMILIES[name](place, **BY_KERNELS if kernels else {})
 
 
@@ -47,10 +78,16 @@ def lab(folder):
 @torch.inference_mode()
 def stock_logits(folder: Path, ids: list[int]) -> torch.Tensor:
     """Transformers' own logits `[len(ids), V]` in float32."""
-    model = model_class(read_config(folder)).from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager"
+    config = read_config(folder)
+    model = model_class(config).from_pretrained(
+        folder, config=config, dtype=torch.float32, experts_implementation="eager"
     )
     return model.eval()(torch.tensor([ids])).logits[0]
+
+
+def test_opening_says_what_of_a_checkpoint_no_text_uses(lab, folder):
+    notes = [note for note in lab.info()["notes"] if "pictures and sound" in note]
+    assert len(notes) == ("pictures" in folder.name or "omni" in folder.name)
 
 
 def generate(lab: moelab.Lab) -> moelab.Run:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from moelab.models.config import _names
 from moelab.models.families import find_moe
 
 LIMIT = 10_000_000  # parameters
@@ -67,7 +68,7 @@ SIZES: dict[str, Any] = {
     "mamba_chunk_size": 8,
     "ssm_state_size": 8,
     "n_groups": 1,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 512,
     "num_experts": EXPERTS,
     "num_local_experts": EXPERTS,
     "n_routed_experts": EXPERTS,
@@ -101,10 +102,68 @@ OTHER_SIZES: dict[str, Any] = {  # vision and audio parts, which are built but n
     "num_heads": 2,
     "num_attention_heads": 2,
     "deepstack_visual_indexes": [0],
+    "vocab_size": 260,
+    "num_key_value_heads": 2,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": TOP_K,
+    "moe_intermediate_size": 32,
+    "head_dim": 16,
+    "d_model": 32,
+    "output_dim": 64,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "downsample_hidden_size": 8,
+    "adapter_in_dim": 32,
+    "adapter_input_size": 32,
+    "adapter_out_dim": 64,
+    "projection_intermediate_size": 32,
+    "projector_input_dim": 32,
+    "projector_output_dim": 32,
+    "vision_output_dim": 32,
+    "decoder_dim": 32,
+    "codebook_size": 64,
+    "mlp_dim": 32,
+    "output_channels": 16,
+    "downsample_channels": [16, 32],
+    "global_attn_indexes": [0],
+    "image_size": 64,
+    "patch_size": 8,
 }
 SPECIAL: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "dots1": {"n_shared_experts": 1},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "dots3_note": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 24,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 16,
+        "vision_config": {"mlp_layer_types": ["sparse"]},
+    },
+    "ernie4_5_vl_moe": {
+        "moe_intermediate_size": [40, 24],
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [3, 3, 2],
+        },
+    },
+    "glm5_next": {
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        "qk_rope_head_dim": 0,
+    },
+    "muse_spark": {
+        "moe_hidden_size": 48,
+        "out_hidden_size": 32,
+        "projector_hidden_size": 32,
+        "audio_config": {"patch_sizes": [4], "hidden_sizes": [16], "depths": [1]},
+    },
     "glm4v_moe": {
         "rope_parameters": {
             "rope_type": "default",
@@ -121,9 +180,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mimo_v2_flash": {"num_key_value_heads": 2, "head_dim": 24},
+    "step3p7": {
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "share_expert_dim": 40,
+        "sliding_window": 4,
+        "swiglu_limits": [0.0, 0.0, 0.5],
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
-UNDECORATED = ("switch_transformers", "nllb_moe", "llama4", "longcat_flash")
+UNDECORATED = ("switch_transformers", "nllb_moe", "llama4", "longcat_flash", "step3p7")
 
 
 @cache
@@ -138,32 +204,30 @@ def names() -> tuple[str, ...]:
     return (*found, *UNDECORATED)
 
 
-def classes(name: str) -> Iterator[type]:
-    """The generating classes of a package."""
+def classes(name: str, ends: str = "") -> Iterator[type]:
+    """The generating classes of a package, whose names end so."""
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     for key, value in vars(module).items():
         own = inspect.isclass(value) and value.__module__ == module.__name__
-        if own and key.endswith(("ForCausalLM", "ForConditionalGeneration")):
+        if own and key.endswith(("ForCausalLM", "ForConditionalGeneration")) and key.endswith(ends):
             yield value
 
 
-def shrink(config_class: type, name: str) -> PreTrainedConfig:
+def shrink(config_class: type, name: str, sizes: Any = None) -> PreTrainedConfig:
     """A family's configuration with small sizes, parts included."""
-    known = {f.name for f in fields(config_class)}
-    sizes = SIZES | SPECIAL.get(name, {})
+    sizes = sizes or SIZES | SPECIAL.get(name, {})
+    special = sizes.keys() - SIZES.keys() - OTHER_SIZES.keys()
+    known = {f.name for f in fields(config_class)} | special & _names(config_class)
     values = {k: v for k, v in sizes.items() if k in known}
-    for part, part_class in (getattr(config_class, "sub_configs", None) or {}).items():
-        if not hasattr(part_class, "__dataclass_fields__"):
-            continue
-        if "text" in part or "thinker" in part:
-            values[part] = shrink(part_class, name)
-        else:
-            have = {f.name for f in fields(part_class)}
-            values[part] = {k: v for k, v in OTHER_SIZES.items() if k in have}
+    for part, spec in config_class.sub_configs_defaults.items():
+        fixed = hasattr(spec.config_class, "model_type")  # else it is AutoConfig
+        kind = spec.config_class if fixed else CONFIG_MAPPING[spec.model_type]
+        text = "text" in part or "thinker" in part
+        values[part] = shrink(kind, name, sizes if text else OTHER_SIZES | sizes.get(part, {}))
     return config_class(**values)
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, ends: str = "") -> nn.Module:
     """The first generating class of a family that can be built tiny and has experts.
 
     Raises
@@ -172,7 +236,7 @@ def build(name: str) -> nn.Module:
         None can; says why for each.
     """
     reasons = []
-    for family in classes(name):
+    for family in classes(name, ends):
         try:
             config = shrink(family.config_class, name)
             config._experts_implementation = "eager"

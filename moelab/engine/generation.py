@@ -267,7 +267,7 @@ def logits_of(model: Any, ids: Sequence[int], read: Any, keep: int, **kept: Any)
     """Logits ``[keep, V]`` at the end of ``ids``, of a decoder that ``read`` is for or none."""
     tokens = torch.tensor([list(ids)])
     if read is None:
-        return model(tokens, logits_to_keep=keep, **kept).logits[0]
+        return model(tokens, logits_to_keep=keep, **kept).logits[0, -keep:]  # a few ignore it
     return model(encoder_outputs=read, decoder_input_ids=tokens, **kept).logits[0, -keep:]
 
 

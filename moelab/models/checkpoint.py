@@ -103,11 +103,15 @@ def split(model: PreTrainedModel, layers: Sequence[MoELayer], checkpoint: Checkp
         elif key == weight:  # its scale is read along with it
             layer, parameter = place
             converter = by_pattern.get(pattern) if pattern is not None else None
+            number, targets = _expert_number(key), converter.target_patterns if converter else []
+            if len(targets) == 2 and (number or 0) >= layer.num_experts:  # ERNIE's, of pictures
+                unused[key] = target.replace(*targets)
+                continue
             source = experts.setdefault(layer.index, {}).setdefault(
                 parameter, Source(f"{layer.name}.{parameter}", converter)
             )
             group = pattern or target.rpartition(".")[2]
-            source.groups.setdefault(group, {})[_expert_number(key)] = key
+            source.groups.setdefault(group, {})[number] = key
     return Split(experts, rest, unused)
 
 
@@ -265,6 +269,7 @@ class ExpertReader:
             return piece[0] if fused else piece
         # transformers' own operations, on one expert; a converter keeps what it was given
         converter: Any = copy.deepcopy(source.converter)
+        del converter.target_patterns[1:]
         for pattern, piece in pieces.items():
             converter.add_tensor(source.target, "", pattern, piece)
         done = converter.convert(source.target, model=self._model, config=self._model.config)

@@ -24,6 +24,10 @@ MOST = {"layer": 2048, "layers": 2048, "experts": 65536}
 ALWAYS = {"architectures", "quantization_config", "torch_dtype", "decoder_start_token_id"}
 CHOOSES_CODE = {"attn_implementation", "auto_map", "distributed_config", "experts_implementation"}
 CHOOSES_CODE |= {"fusion_config", "transformers_weights"}  # the last: which file is read
+THINKS = {
+    "qwen3_omni_moe": ("thinker_config", "Qwen3OmniMoeThinkerForConditionalGeneration"),
+}
+"""Of several models in a checkpoint the one that writes text: its key in config.json, its class."""
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -56,6 +60,11 @@ def make_config(data: Mapping[str, Any]) -> PreTrainedConfig:
         transformers has no such family, or a count is beyond `MOST`.
     """
     kind = data.get("model_type")
+    if isinstance(kind, str) and kind in THINKS:
+        part, name = THINKS[kind]
+        whole = {k: v for k, v in data.items() if k == "quantization_config"}
+        own = {"model_type": f"{kind}_thinker"} | (data.get(part) or {}) | {"architectures": [name]}
+        return make_config(whole | own)
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type is {str(kind)[:100]!r}, which it does not have")
     for name, number in _counts(data):
@@ -117,6 +126,7 @@ def _names(kind: type[PreTrainedConfig]) -> frozenset[str]:
         for member in vars(base).values():
             if isinstance(member, FunctionType):
                 own |= set(_texts(member.__code__))
+    own |= {a + b for a in own if a.endswith("_") for b in own}  # f"swa_{name}"
     free = {name for name in own if not callable(getattr(kind, name, None))}  # no method of it
     return frozenset(name for name in free | ALWAYS if name[0] != "_") - CHOOSES_CODE
 

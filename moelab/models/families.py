@@ -2,7 +2,7 @@
 
 transformers marks its experts modules with a decorator that sets attributes (`is_transposed`,
 `has_gate`, ...), and gives them fused parameters [E, ...]; that is all `find_moe` looks for, so a
-new family needs no code here. `undecorated` describes four families that lack the decorator. What
+new family needs no code here. `undecorated` describes five families that lack the decorator. What
 it does not know: where weights come from, and who serves an expert.
 """
 
@@ -285,6 +285,23 @@ def encoder_of(model: Any) -> Any:
     """The encoder of an encoder-decoder; None of any other model."""
     whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return model.get_encoder() if whole else None
+
+
+def text_only(model: Any) -> None:
+    """Take from a model what no text uses; its `left_out` then begins the names of that.
+
+    It is what lies beside the decoder, for pictures and sound, and ERNIE's experts of pictures.
+    """
+    model.left_out = ()
+    used = {id(m) for m in (*model.get_decoder().modules(), model.get_output_embeddings())}
+    for name, parent in () if encoder_of(model) is not None else model.named_modules():
+        for child, module in [*parent.named_children()]:
+            path = f"{name}.{child}.".lstrip(".")
+            beside = not any(id(m) in used for m in module.modules())
+            weights = any(True for _ in module.parameters())
+            if (beside and weights) or path.endswith(".vision_moe.experts."):
+                setattr(parent, child, None)
+                model.left_out += (path,)
 
 
 def positions(model: nn.Module) -> int | None:

@@ -25,6 +25,7 @@ from moelab.models.shards import DTYPES, FP8, SCALE, Checkpoint
 
 _PREDICTS = re.compile(r"^(.*\.layers\.\d+\.)(eh_proj|enorm|hnorm|shared_head)\.")
 _MTP = re.compile(r"(^|\.)mtp[._]")
+_SPEAKS = re.compile(r"^(talker|code2wav)\.")
 _ACTIVATIONS = re.compile(r"\.(activation_scale|input_scale|kv_scale|[kv]_scale)$")
 
 
@@ -108,11 +109,14 @@ def _ignored(
     """What has no place and needs none, by kind; a ValueError for the rest."""
     predicting = {m[1] for key in found.unused if (m := _PREDICTS.match(key))}
     kinds: dict[str, list[str]] = {}
+    left_out: Any = model.left_out  # see `families.text_only`
     for key, target in found.unused.items():
         if _MTP.search(key) or key.startswith(tuple(predicting)):
             kind = "layers that predict several tokens at once"
         elif _ACTIVATIONS.search(key):
             kind = "scales of activations and of the attention's cache"
+        elif target.startswith(left_out) or _SPEAKS.match(key):
+            kind = "parts for pictures and sound, which no text uses"
         else:
             kind = "" if target in unexpected else "what transformers leaves out too"
         kinds.setdefault(kind, []).append(key)

@@ -30,7 +30,7 @@ from transformers import (
 
 from moelab.models.checkpoint import QUANTISED, split
 from moelab.models.config import make_config, read_json
-from moelab.models.families import MoELayer, expert_parameter, find_moe
+from moelab.models.families import MoELayer, expert_parameter, find_moe, text_only
 from moelab.models.inventory import no_bars, refuse_incomplete
 from moelab.models.shards import DTYPES, SCALE, Checkpoint, LazyTensor
 
@@ -131,9 +131,11 @@ def blank_model(path: str | os.PathLike[str]) -> PreTrainedModel:
 
 
 def blank_of(config: PreTrainedConfig) -> PreTrainedModel:
-    """Make the model that a configuration asks for, all of it on the meta device."""
+    """Make what reads and writes text of a configuration's model, all on the meta device."""
     with torch.device("meta"):
-        return model_class(config)._from_config(config)
+        model = model_class(config)._from_config(config)
+    text_only(model)
+    return model
 
 
 LOCAL: dict[str, bool] = {"local_files_only": True, "trust_remote_code": False}
@@ -229,6 +231,10 @@ def _skeleton_class(
     """The family's class, but missing experts stay on meta, and weights of `plan` in its dtype."""
 
     class Skeleton(family):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            text_only(self)
+
         def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
             parent: Any = super()
             return parent._get_dtype_plan(dtype) | plan

@@ -1,4 +1,4 @@
-"""Four families whose experts modules lack transformers' decorator, described by hand.
+"""Five families whose experts modules lack transformers' decorator, described by hand.
 
 Each sets what the decorator would have set (`describe`), says how to read the router's output
 (`choice`), and which forward to replace so that the layer can be served (`forward`). Switch and
@@ -111,6 +111,11 @@ def _describe_longcat(module: Any) -> None:
     module.num_experts = module.num_routed_experts
 
 
+def _describe_step(module: Any) -> None:
+    module.has_gate = True
+    module.is_transposed = module.has_bias = module.has_post_expert_norm = False
+
+
 UNDECORATED = {
     "SwitchTransformersExperts": Undecorated(
         *(_describe_single_modules, _switch_choice, _forward, 1, lambda m: m["expert_0"]),
@@ -121,6 +126,12 @@ UNDECORATED = {
         *(_nllb_infer, "both experts of a token are computed; transformers runs experts 0 and 1"),
     ),
     "Llama4TextExperts": Undecorated(_describe_llama4, _llama4_choice, _llama4_forward, logits=1),
+    "Step3p7Experts": Undecorated(
+        _describe_step,
+        lambda _, output: (output[2], output[1]),
+        lambda layer, run: (layer.module, run),
+        logits=0,
+    ),
     "LongcatFlashExperts": Undecorated(
         _describe_longcat,
         lambda _, output: (output[2], output[1]),
