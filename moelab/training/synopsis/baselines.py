@@ -1,7 +1,8 @@
 """What a summary is worth that needs no network: the text's own first words, or a neighbour's.
 
-Rouge rewards repeating the source, so its first words are no straw man; the nearest neighbour says
-what looking up among the training pairs would give.
+Rouge rewards repeating the source, so its first words are no straw man, and a lead (`corpus.lead`)
+is what the model itself is first taught to write; the nearest neighbour says what looking up among
+the training pairs would give.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moelab.training.synopsis.corpus import Pair
+from moelab.training.synopsis.corpus import Pair, lead
 
 WORD = re.compile(r"[a-z0-9]+")
 
 
-def lead(text: str, words: int) -> str:
+def first_words(text: str, words: int) -> str:
     """The first words of a text."""
     return " ".join(text.split()[:words])
 
@@ -65,8 +66,9 @@ class Nearest:
 def baselines(train: Sequence[Pair]) -> dict[str, Callable[[str], str]]:
     """By name, what writes a synopsis from a description."""
     return {
-        "first 8 words": lambda text: lead(text, 8),
-        "first 12 words": lambda text: lead(text, 12),
+        "first 8 words": lambda text: first_words(text, 8),
+        "first 12 words": lambda text: first_words(text, 12),
         "first sentence": first_sentence,
+        "lead": lead,
         "nearest neighbour": Nearest(train),
     }

@@ -24,6 +24,7 @@ from torch import Tensor
 from moelab.demo import HERE
 from moelab.demo.synopsis import checkpoint
 from moelab.demo.synopsis import pairs as bundled
+from moelab.runs.rouge import f_measures
 from moelab.scheduling.writing import write_atomically
 from moelab.store.paths import cache_dir
 from moelab.training.page import curve_svg
@@ -129,15 +130,6 @@ def routers(model: Any) -> list[tuple[str, Any]]:
     return [(f"{side} {block}", module) for (side, _, block, *_), module in found]
 
 
-def scores(written: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """Rouge-1, Rouge-2 and Rouge-L [N, 3]: F-measures of stemmed words."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(METRICS, use_stemmer=True)
-    each = [scorer.score(r, w) for w, r in zip(written, references, strict=True)]
-    return np.array([[score[name].fmeasure for name in METRICS] for score in each])
-
-
 def interval(differences: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
     """Mean difference [N] and its 95 % interval, by a bootstrap of whole groups."""
     of = np.unique(groups, return_inverse=True)[1]
@@ -171,7 +163,7 @@ def sections(pairs: Sequence[Pair], least: int = LEAST) -> list[str]:
 def quality(test: Sequence[Pair], texts: dict[str, list[str]], labels: list[str]) -> dict[str, Any]:
     """Rouge of each writer's texts, intervals of the differences, and Rouge by section."""
     references, sources = [p.synopsis for p in test], [p.text for p in test]
-    each = {name: scores(written, references) for name, written in texts.items()}
+    each = {name: f_measures(written, references) for name, written in texts.items()}
     rouge = {n: _figures(e) | of_words(texts[n], sources) for n, e in each.items()}
     ours, dense = MODELS
     best = max((n for n in texts if n not in MODELS), key=lambda n: rouge[n]["rouge2"])
@@ -257,7 +249,7 @@ def samples(test: Sequence[Pair], texts: list[str]) -> list[dict[str, Any]]:
             **{name: getattr(test[at], name) for name in ("package", "section", "text")},
             "synopsis": test[at].synopsis,
             "written": texts[at],
-            "rouge2": _figures(scores([texts[at]], [test[at].synopsis]))["rouge2"],
+            "rouge2": _figures(f_measures([texts[at]], [test[at].synopsis]))["rouge2"],
         }
         for at in list(first.values())[:SAMPLES]
     ]

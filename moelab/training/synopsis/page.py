@@ -12,11 +12,12 @@ from typing import Any
 
 import pandas as pd
 
+from moelab.runs.rouge import Rouge
 from moelab.training.markdown import percent, table
 from moelab.training.page import skew_rows, thinned
 from moelab.training.synopsis.corpus import HELD_OUT, LONGEST, PER_GROUP
 
-METRICS = ("rouge1", "rouge2", "rougeL")
+METRICS = Rouge._fields
 MODELS = ("this model", "dense")
 OTHERS = "others"
 LEAST = 20  # test pairs of a section that is told by itself
