@@ -43,7 +43,7 @@ def bench(
     Parameters
     ----------
     model
-        ``"demo"``, a store, a checkpoint folder or a hub id.
+        As for `moelab.open`.
     strategies
         Contenders, see `contender`.
     budgets, devices
