@@ -16,16 +16,17 @@ import numpy as np
 import torch
 
 import moelab
-from moelab.calibration.probes import Text, read, texts_of
+from moelab.calibration.probes import to_score
 from moelab.calibration.profile import Profile, Strategies
 from moelab.catalogue import bundled_probes, bundled_prompts, describe
 from moelab.engine.engine import Engine
-from moelab.models.chat import Messages, has_template
+from moelab.models.chat import Messages, Texts, has_template
 from moelab.runs.compare import Comparison
-from moelab.runs.quality import Score, score_ids
+from moelab.runs.quality import Score
 from moelab.runs.run import Run
 from moelab.runs.saved import SavedRuns
 from moelab.runs.session import Changes, Lengths, Session
+from moelab.runs.summaries import score
 from moelab.runs.trial import tokenizer_of, trial
 from moelab.runs.what_if import REPEATS, WhatIf, repeated
 from moelab.settings import Settings, known_only, refuse_unknown
@@ -184,19 +185,21 @@ class Lab:
 
     @known_only
     def score(
-        self, text: Text | None = None, *, max_tokens: int = 48, progress: bool | None = None
+        self, text: Texts | None = None, *, max_tokens: int = 48, progress: bool | None = None
     ) -> Score:
         """Quality under the current settings against the store's best tier, teacher-forced.
 
         Every position is decoded through the engine, so misses are downgraded as they would be in
         a run. An emulated device is not waited for, unless the strategy goes by what has landed.
+        An encoder-decoder also writes each source's summary under either, for its Rouge.
 
         Parameters
         ----------
         text
-            Of an encoder-decoder ``(source, target)``. Default: the model's own held-out texts.
+            One or a list; of an encoder-decoder pairs ``(source, reference)``. Default: the
+            model's own held-out texts.
         max_tokens
-            Tokens taken of each text.
+            Tokens taken of each text, and of a summary at most.
         progress
             Show a bar; default as the lab was opened.
 
@@ -205,22 +208,18 @@ class Lab:
         RuntimeError
             A run is going on.
         ValueError
-            The text has fewer than two tokens, or is not given for a model without probes.
+            A text has fewer than two tokens, is none of this model's kind, or is not given for a
+            model without probes.
 
         Examples
         --------
         >>> lab.score("Once upon a time there was a man who", progress=False).tokens
         9
         """
-        if max_tokens < 2:
-            raise ValueError(f"max_tokens={max_tokens}: 2 or more")
-        texts = texts_of(self, None if text is None else [text])
-        ids = [read(self, t, max_tokens) for t in texts]
-        if min(map(len, ids)) < 2:
-            raise ValueError("nothing to score: the text needs at least two tokens")
+        found = to_score(self, text, max_tokens)
         bar = self._progress if progress is None else progress
-        with self._session.claimed() as engine:
-            return score_ids(engine, ids, progress=bar)
+        with self._session.claimed():
+            return score(self._session, *found, max_tokens, progress=bar)
 
     def calibrate(
         self, strategy: str, *, again: bool = False, progress: bool | None = None, **options: Any
@@ -359,10 +358,7 @@ class Lab:
         >>> lab.save_run(name="first")
         'first'
         """
-        run = run or self.run
-        if run is None:
-            raise ValueError("there is no run to save yet; lab.generate(prompt) makes one")
-        return self.saved.add(run, name)
+        return self.saved.add(run or self.run, name)
 
     pins, pin = saved, save_run  # their names up to version 0.3
 

@@ -18,7 +18,10 @@ import moelab
 
 TOP = Path(__file__).parent.parent
 PACKAGE = TOP / "moelab"
-HEAVY = ("torch", "transformers", "numba", "pandas", "IPython", "ipywidgets", "anywidget", "typer")
+HEAVY = (
+    *("torch", "transformers", "numba", "pandas", "IPython", "ipywidgets", "anywidget", "typer"),
+    *("rouge_score", "nltk"),
+)
 
 UPWARDS = (
     ("scheduling",),

@@ -17,7 +17,7 @@ import torch
 
 from moelab.engine.compute import Routed
 from moelab.engine.generation import Ids, Stream, begun_with
-from moelab.models.chat import Text, check_text
+from moelab.models.chat import Text, Texts, check_text, listed
 from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.stream import LookAhead
 from moelab.scheduling.trace import Trace
@@ -36,7 +36,8 @@ def texts_of(lab: Lab, texts: Sequence[Text] | None) -> list[Text]:
     ValueError
         There are none.
     """
-    found: list[Text] = list(lab.probes().values() if texts is None else texts)
+    own = lab.probes().values() if texts is None else ()  # of each domain one text, or several
+    found = [text for some in own for text in listed(some)] if texts is None else list(texts)
     if not found:
         raise ValueError(
             "this model brings no probe texts; give texts=[...], a few hundred words will do"
@@ -59,6 +60,23 @@ def read(lab: Lab, text: Text, most: int) -> Ids:
     source, target = text
     own = begun_with(lab._engine.model, lab._encode(source))
     return Ids([*own, *lab._encode(target)[:most]], own.source)
+
+
+def to_score(lab: Lab, text: Texts | None, most: int) -> tuple[list[Ids], list[str]]:
+    """Token ids of one text, of several or of the model's own; and of pairs the whole targets.
+
+    Raises
+    ------
+    ValueError
+        There is no text, fewer than two tokens of one, or one that this model does not take.
+    """
+    if most < 2:
+        raise ValueError(f"max_tokens={most}: 2 or more")
+    texts = texts_of(lab, None if text is None else listed(text))
+    ids = [read(lab, one, most) for one in texts]
+    if min(map(len, ids)) < 2:
+        raise ValueError("nothing to score: the text needs at least two tokens")
+    return ids, [one[1] for one in texts if not isinstance(one, str)]
 
 
 def digest_of(texts: Sequence[Text]) -> str:

@@ -15,6 +15,8 @@ Messages = Sequence[Mapping[str, str]]
 """A conversation: ``[{"role": "user", "content": "Hello"}, ...]``."""
 Text = str | tuple[str, str]
 """A text; of an encoder-decoder a source and what it is to make of it."""
+Texts = Text | Sequence[Text]
+"""One or several."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -125,6 +127,12 @@ def encode(tokenizer: Any, conversation: Messages) -> list[int]:
     return ids
 
 
+def listed(text: Texts) -> list[Text]:
+    """One or several as a list; a tuple of two texts is one pair."""
+    several = isinstance(text, list) or (isinstance(text, tuple) and not _is_pair(text))
+    return list(text) if several else [text]  # pyright: ignore[reportReturnType]
+
+
 def check_text(text: Text, *, two: bool) -> Text:
     """Refuse a text for an encoder-decoder (``two``), and a pair for any other model.
 
@@ -133,10 +141,17 @@ def check_text(text: Text, *, two: bool) -> Text:
     ValueError
         The message says what to give.
     """
-    if isinstance(text, str) == two:
+    if not (_is_pair(text) if two else isinstance(text, str)):
         ask = "(source, target) pairs of texts" if two else "texts"
         raise ValueError(f"{str(text)[:60]!r}: this model is measured on {ask}; give those")
+    if two and not all(part.strip() for part in text):
+        raise ValueError(f"{str(text)[:60]}: source and target need at least one word each")
     return text
+
+
+def _is_pair(text: Any) -> bool:
+    of_two = isinstance(text, list | tuple) and len(text) == 2
+    return of_two and all(isinstance(part, str) for part in text)
 
 
 def start_token(model: Any) -> int:

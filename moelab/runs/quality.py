@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from moelab.engine.generation import Ids, Reference, likeliest, threads
+from moelab.runs.rouge import Rouge
 from moelab.runs.run import Likeliest
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ class Score:
     """Teacher-forced quality over a text.
 
     KL in nats per token (full against degraded), ``same_top1`` the share of tokens whose likeliest
-    next token is the same, perplexities over the text, ``perplexity_ratio`` = degraded / full.
+    next token is the same, perplexities over the text, ``perplexity_ratio`` = degraded / full. Of
+    an encoder-decoder ``rouge`` of its greedy summaries, ``rouge_full`` at full precision.
     """
 
     tokens: int
@@ -49,29 +52,35 @@ class Score:
     perplexity: float
     perplexity_full: float
     perplexity_ratio: float
+    rouge: Rouge | None = None
+    rouge_full: Rouge | None = None
+
+
+@contextlib.contextmanager
+def unhurried(engine: Engine) -> Iterator[None]:
+    """Inside, an emulated device is not waited for, unless the strategy goes by what has landed."""
+    if "in_flight" not in engine.scheduler.strategy.observes:
+        engine.loader.use("disk")
+    try:
+        yield
+    finally:
+        engine.loader.use(engine.settings.device)
 
 
 def score_ids(engine: Engine, texts: Sequence[Ids], *, progress: bool = True) -> Score:
-    """Score token ids ``[text][position]`` teacher-forced, two or more of each text.
-
-    An emulated device is not waited for, unless the strategy goes by what has landed.
-    """
+    """Score token ids ``[text][position]`` teacher-forced, two or more of each text."""
     from tqdm.auto import tqdm
 
     engine.store.require_weights("a score")
     kl, same, nll = [], [], []
-    if "in_flight" not in engine.scheduler.strategy.observes:
-        engine.loader.use("disk")
-    try:
-        with tqdm(total=sum(map(len, texts)), disable=not progress, desc="score") as bar:
-            for ids in texts:
-                for full, served, target in _decoded(engine, ids, bar):
-                    kl.append(float(kl_divergence(full, served)))
-                    same.append(bool(full.argmax() == served.argmax()))
-                    logs = [torch.log_softmax(x.double(), -1) for x in (full, served)]
-                    nll.append([-float(log[target]) for log in logs])
-    finally:
-        engine.loader.use(engine.settings.device)
+    total = sum(map(len, texts))
+    with unhurried(engine), tqdm(total=total, disable=not progress, desc="score") as bar:
+        for ids in texts:
+            for full, served, target in _decoded(engine, ids, bar):
+                kl.append(float(kl_divergence(full, served)))
+                same.append(bool(full.argmax() == served.argmax()))
+                logs = [torch.log_softmax(x.double(), -1) for x in (full, served)]
+                nll.append([-float(log[target]) for log in logs])
     full, degraded = np.exp(np.mean(nll, axis=0)).tolist()
     return Score(
         tokens=len(kl),

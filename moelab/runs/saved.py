@@ -48,12 +48,19 @@ class SavedRuns(Mapping[str, Recording]):
     def __len__(self) -> int:
         return len(self._saved)
 
-    def add(self, run: Run | Recording, name: str = "") -> str:
+    def add(self, run: Run | Recording | None, name: str = "") -> str:
         """Save a run as it stands now; returns its name, numbered where it was taken.
 
         A run that is saved already keeps its name where no other is given, and is saved as it
         stands now: it may have been repeated since.
+
+        Raises
+        ------
+        ValueError
+            There is no run.
         """
+        if run is None:
+            raise ValueError("there is no run to save yet; lab.generate(prompt) makes one")
         recording = recorded(run)
         ids, short = recording.document["ids"], settings_of(recording.document)
         with self._lock:
