@@ -20,7 +20,7 @@ from moelab.calibration.probes import to_score
 from moelab.calibration.profile import Profile, Strategies
 from moelab.catalogue import bundled_probes, bundled_prompts, describe
 from moelab.engine.engine import Engine
-from moelab.models.chat import Messages, Texts, has_template
+from moelab.models.chat import Messages, Text, Texts, has_template
 from moelab.runs.compare import Comparison
 from moelab.runs.quality import Score
 from moelab.runs.run import Run

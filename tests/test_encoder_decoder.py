@@ -249,6 +249,13 @@ def test_a_page_has_an_encoders_layers_with_the_prompt_alone(lab, chromium, tmp_
     layer.fill(str(own))
     page.locator(f".moe-dash[data-layer='{own - 1}']").wait_for()
     assert layer.get_attribute("aria-valuetext") == f"before layer {own}"
+    for width in (1250, 400):
+        page.set_viewport_size({"width": width, "height": 900})
+        panel = page.locator(".moe-text.beside")
+        source, text = (panel.locator("> div").nth(i).bounding_box() for i in (0, 1))
+        assert source["x"] + source["width"] <= text["x"], "side by side"
+        box = panel.bounding_box()
+        assert box["y"] <= text["y"] < box["y"] + box["height"], "in sight"
     page.close()
     assert not faults
 
