@@ -15,6 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import moelab
 import tiny_models
+from moelab.bench import bench
 from moelab.engine import generation
 from moelab.replays.replay import replay
 from moelab.runs.shadows import Shadows
@@ -226,6 +227,15 @@ def test_what_it_cannot_do_is_said_and_all_else_looks_at_it_as_at_others(
     told = {one["name"]: one for one in shadows.told(table(run.token_reports))}
     assert {one["tokens"] for one in told.values()} == {NEW - 1}
     assert told["run"]["hit_ratio"] == pytest.approx(told["lru"]["hit_ratio"], abs=1e-6)
+
+
+def test_a_plan_and_a_bench_measure_loss_on_what_it_makes_of_a_source(lab, folder):
+    lab.update(strategy="lru", bits=16, budget="60%")
+    chosen = moelab.plan(lab, budget="60%", max_kl=50, strategies=["lru"], progress=False)
+    assert chosen["strategy"] == "lru"
+    how = {"strategies": ["lru + 4 bit"], "budgets": ["60%"], "devices": ["disk"], "tokens": 4}
+    found = bench(lab._store.path, **how, repeats=1, prompt=SOURCE, progress=False)
+    assert found["kl_mean"].item() > 0
 
 
 @pytest.mark.browser

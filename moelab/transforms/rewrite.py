@@ -65,7 +65,7 @@ def transform(
     Parameters
     ----------
     model
-        ``"demo"``, ``"smollm2-moe"``, ``"synopsis"`` or a checkpoint folder with safetensors.
+        ``"demo"``, ``"smollm2-moe"`` or a checkpoint folder with safetensors.
     how
         ``"puzzle"``, ``"resmoe"``, ``"merge"`` or ``"slim"``.
     to
