@@ -1,7 +1,7 @@
 """From a model's name to a packed store on this machine, and what `lab.info` says of it.
 
-``"demo"``, ``"smollm2-moe"``, a store, a checkpoint folder or a hub id; checkpoints are packed once
-into the user's cache and found there the next time.
+``"demo"``, ``"smollm2-moe"``, ``"synopsis"``, a store, a checkpoint folder or a hub id; checkpoints
+are packed once into the user's cache and found there the next time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from moelab import demo
-from moelab.demo import smollm2
+from moelab.demo import smollm2, synopsis
 from moelab.engine.spare import Machine
+from moelab.models.chat import Text
 from moelab.models.families import positions
 from moelab.runs.speculation import drafts
 from moelab.scheduling.budget import minimum_budget, size
@@ -37,17 +38,18 @@ if TYPE_CHECKING:
 CHEAP_BYTES = 256 * 2**20
 """Below this a model is small: float32, and compared with full precision by default."""
 
-SMOLLM2 = smollm2.NAME
+SMOLLM2, SYNOPSIS = smollm2.NAME, synopsis.NAME
 
 Progress = bool | Callable[[str], None]
 
 
 def offered() -> dict[str, str]:
     """By name of the model what keeps it from being opened here, in words; empty if nothing."""
-    if not smollm2.DELTA.is_file():
-        return {"demo": ""}
-    built = smollm2.is_built(smollm2.folder(smollm2.DELTA, smollm2.TOP_K))
-    return {"demo": "", SMOLLM2: "" if built else smollm2.missing()}
+    found = {"demo": ""}
+    if smollm2.DELTA.is_file():
+        built = smollm2.is_built(smollm2.folder(smollm2.DELTA, smollm2.TOP_K))
+        found[SMOLLM2] = "" if built else smollm2.missing()
+    return found | ({SYNOPSIS: ""} if synopsis.is_here() else {})
 
 
 def known() -> list[str]:
@@ -57,11 +59,35 @@ def known() -> list[str]:
     return list(KNOWN)
 
 
-def bundled(name: str, what: str) -> dict[str, Any]:
-    """The ``"prompts"`` or held-out ``"probes"`` by domain that a model is offered with."""
-    if name == SMOLLM2 and what == "prompts":
+def bundled(model: str | Path, progress: Progress = True) -> Path | None:
+    """The checkpoint of the model that goes by this name here, made now if it has to be."""
+    made: dict[str, Callable[[], Path]] = {
+        "demo": demo.checkpoint,
+        SMOLLM2: partial(smollm2.build, progress=progress),
+        SYNOPSIS: synopsis.checkpoint,
+    }
+    return made[model]() if isinstance(model, str) and model in made else None
+
+
+def bundled_prompts(name: str) -> dict[str, list[str]]:
+    """The prompts by domain that a model is offered with."""
+    if name == SMOLLM2:
         return deepcopy(smollm2.PROMPTS)
-    return getattr(demo, what)() if name in ("demo", SMOLLM2) else {}
+    if name == SYNOPSIS:
+        return synopsis.prompts()
+    return demo.prompts() if name == "demo" else {}
+
+
+def bundled_probes(name: str) -> dict[str, Text]:
+    """The held-out texts by domain that a model is measured on."""
+    if name == SYNOPSIS:
+        return {**synopsis.probes()}
+    return {**demo.probes()} if name in ("demo", SMOLLM2) else {}
+
+
+def reference(name: str, prompt: str) -> str:
+    """What people wrote of a held-out text that the model is to put short; else empty."""
+    return synopsis.references().get(prompt.strip(), "") if name == SYNOPSIS else ""
 
 
 def find_store(
@@ -79,14 +105,12 @@ def find_store(
         The name is no store, no checkpoint and no hub id; the message says what would be.
     StoreError
         Disk or memory are too small for it, of which ``dense_bits`` is a part.
-    ImportError
-        The model comes in a package that is not installed; the message holds the command.
+    ImportError, FileNotFoundError
+        A bundled model needs a package, or weights, that are not here; the message says what to do.
     """
     packed = partial(_packed, tiers=tiers, progress=progress, dense_bits=dense_bits)
-    if model == "demo":
-        return packed(demo.checkpoint(), "demo")
-    if model == SMOLLM2:
-        return packed(smollm2.build(progress=progress), SMOLLM2)
+    if (own := bundled(model, progress)) is not None:
+        return packed(own, str(model))
     if is_hub_id(model):
         return packed(str(model), str(model).replace("/", "--"))
     path = Path(model).expanduser().absolute()  # whatever the working directory is later
@@ -98,9 +122,9 @@ def find_store(
     if (path / "config.json").is_file():
         return packed(path, path.resolve().name)
     raise ValueError(
-        f"model {model!r} is not 'demo', {SMOLLM2!r}, a store (a folder with manifest.json), "
-        "a checkpoint (a folder with config.json and safetensors), a GGUF file or a hub id like "
-        "'org/name'"
+        f"model {model!r} is not 'demo', {SMOLLM2!r}, {SYNOPSIS!r}, a store (a folder with "
+        "manifest.json), a checkpoint (a folder with config.json and safetensors), a GGUF file or "
+        "a hub id like 'org/name'"
     )
 
 

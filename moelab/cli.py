@@ -35,7 +35,8 @@ app = typer.Typer(
 app.add_typer(challenges, name="challenge")
 
 Model = Annotated[
-    str, typer.Argument(help='"demo", a store, a checkpoint folder or a Hugging Face hub id.')
+    str,
+    typer.Argument(help='"demo", "smollm2-moe", "synopsis", a store, a checkpoint or a hub id.'),
 ]
 Budget = Annotated[
     str | None,
@@ -200,7 +201,7 @@ def pack(
 @app.command()
 def run(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="What the text begins with.")],
+    prompt: Annotated[str, typer.Argument(help="What the text begins with, or is made of.")],
     budget: Budget = None,
     bits: Annotated[int | None, typer.Option(help="Tier; default the store's best.")] = None,
     low_bits: Annotated[int | None, typer.Option(help="Tier of unimportant misses.")] = None,

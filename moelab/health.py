@@ -326,24 +326,28 @@ def cache_folder() -> Iterator[Check]:
         yield _line("cache folder", f"{folder}, {free / 1e9:.1f} GB free", few, MOVE_CACHE)
 
 
-def demo_store() -> Iterator[Check]:
-    """Whether the bundled model is there, and packed already."""
+def bundled_stores() -> Iterator[Check]:
+    """Whether the bundled models are there, and packed already."""
     from moelab import catalogue, demo
+    from moelab.demo import synopsis
     from moelab.store.codecs import TIERS
     from moelab.store.store import Store, StoreError
 
-    checkpoint = demo.checkpoint()
-    store = catalogue.destination(checkpoint, "demo", TIERS)
-    if not (checkpoint / "model.safetensors").is_file():
-        yield Check("demo", "problem", f"{checkpoint} has no weights", f"{AGAIN} moelab")
-    elif not (store / "manifest.json").is_file():
-        yield _line("demo", "not packed yet: that takes some seconds when it is first opened")
-    else:
+    lacks: dict[str, State] = {"demo": "problem", synopsis.NAME: "note"}
+    for name, made in {"demo": demo.checkpoint, synopsis.NAME: synopsis.checkpoint}.items():
+        try:
+            store = catalogue.destination(made(), name, TIERS)
+        except FileNotFoundError as error:
+            yield Check(name, lacks[name], f"its weights are not here: {error}", f"{AGAIN} moelab")
+            continue
+        if not (store / "manifest.json").is_file():
+            yield _line(name, "not packed yet: that takes some seconds when it is first opened")
+            continue
         try:
             Store.open(store, verify=True)
-            yield _line("demo", f"packed, and every blob's checksum is right: {store}")
+            yield _line(name, f"packed, and every blob's checksum is right: {store}")
         except StoreError as error:
-            yield Check("demo", "problem", f"its store is damaged: {error}", f"rm -r {store}")
+            yield Check(name, "problem", f"its store is damaged: {error}", f"rm -r {store}")
 
 
 def disk() -> Iterator[Check]:
@@ -376,4 +380,4 @@ def disk_paces(folder: Path) -> tuple[dict[int, float], bool]:
         return paces(blobs, BLOCK_BYTES), blobs.direct
 
 
-CHECKS = (python, packages, torch, kernels, front_end, memory, cache_folder, demo_store, disk)
+CHECKS = (python, packages, torch, kernels, front_end, memory, cache_folder, bundled_stores, disk)

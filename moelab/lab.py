@@ -18,9 +18,9 @@ import torch
 import moelab
 from moelab.calibration.probes import to_score
 from moelab.calibration.profile import Profile, Strategies
-from moelab.catalogue import bundled, describe
+from moelab.catalogue import bundled_probes, bundled_prompts, describe
 from moelab.engine.engine import Engine
-from moelab.models.chat import Messages, Texts, has_template
+from moelab.models.chat import Messages, Text, Texts, has_template
 from moelab.runs.compare import Comparison
 from moelab.runs.quality import Score
 from moelab.runs.run import Run
@@ -364,11 +364,11 @@ class Lab:
 
     def prompts(self) -> dict[str, list[str]]:
         """Prompts by domain; empty for models that bring none."""
-        return bundled(self.name, "prompts")
+        return bundled_prompts(self.name)
 
-    def probes(self) -> dict[str, str]:
-        """Held-out text by domain; empty for models that bring none."""
-        return bundled(self.name, "probes")
+    def probes(self) -> dict[str, Text]:
+        """Held-out text (of an encoder-decoder a pair) by domain; empty where a model has none."""
+        return bundled_probes(self.name)
 
     def dashboard(self) -> Dashboard:
         """The live view: show it as the last line of a notebook cell."""

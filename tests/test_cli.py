@@ -108,7 +108,7 @@ def test_run_prints_prompt_text_and_summary(call, store):
         (["run", "STORE", PROMPT, "--device", "tape"], r"unknown device 'tape'.*hdd"),
         (["run", "STORE", PROMPT, "--bits", "5"], r"bits=5 is not in this store.*16, 4"),
         (["run", "STORE", ""], r"the prompt is empty"),
-        (["info", "no-such-model"], r"no-such-model.*not 'demo', 'smollm2-moe', a store"),
+        (["info", "no-such-model"], r"no-such-model.*not 'demo', .*'synopsis', a store"),
         (["pack", "no-such-model", "somewhere"], r"no-such-model"),
         (["pack", "STORE", "somewhere", "--tiers", "16,x"], r"--tiers '16,x': write numbers"),
         (["bench", "--model", "STORE", "--strategies", "lru + wings"], r"'wings'.*'look-ahead'"),

@@ -10,7 +10,7 @@ import pytest
 import moelab
 from fake_lab import FakeLab
 from moelab import catalogue
-from moelab.demo import smollm2
+from moelab.demo import smollm2, synopsis
 from moelab.runs.saved import SavedRuns
 from moelab.widgets import Dashboard
 
@@ -42,6 +42,7 @@ class Chatty(FakeLab):
 def dashboard(monkeypatch):
     monkeypatch.setattr(smollm2, "missing", lambda: "")
     monkeypatch.setattr(smollm2, "DELTA", Path(__file__))
+    monkeypatch.setattr(synopsis, "is_here", lambda: True)
     lab = FakeLab(token_ms=0.05)
     lab.name = "demo"
     dashboard = Dashboard(lab)
@@ -69,7 +70,8 @@ def chosen(dashboard, name):
 
 def test_the_models_by_name_are_offered_and_the_one_shown_is_said(dashboard):
     assert dashboard.models["now"] == "demo"
-    assert [one["name"] for one in dashboard.models["offered"]] == ["demo", "smollm2-moe"]
+    names = [one["name"] for one in dashboard.models["offered"]]
+    assert names == ["demo", "smollm2-moe", "synopsis"]
 
 
 @pytest.fixture
@@ -298,6 +300,8 @@ def test_saved_runs_are_those_of_the_model_shown(dashboard, other):
 
 def test_a_model_this_copy_of_moelab_came_without_is_not_offered(dashboard, monkeypatch):
     monkeypatch.setattr(smollm2, "DELTA", Path(__file__).with_name("not there"))
+    assert list(catalogue.offered()) == ["demo", "synopsis"]
+    monkeypatch.setattr(synopsis, "is_here", lambda: False)
     assert list(catalogue.offered()) == ["demo"]
 
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import moelab
 import tiny_models
+from moelab.bench import bench
 from moelab.engine import generation
 from moelab.replays.replay import replay
 from moelab.runs.shadows import Shadows
@@ -228,6 +229,15 @@ def test_what_it_cannot_do_is_said_and_all_else_looks_at_it_as_at_others(
     assert told["run"]["hit_ratio"] == pytest.approx(told["lru"]["hit_ratio"], abs=1e-6)
 
 
+def test_a_plan_and_a_bench_measure_loss_on_what_it_makes_of_a_source(lab, folder):
+    lab.update(strategy="lru", bits=16, budget="60%")
+    chosen = moelab.plan(lab, budget="60%", max_kl=50, strategies=["lru"], progress=False)
+    assert chosen["strategy"] == "lru"
+    how = {"strategies": ["lru + 4 bit"], "budgets": ["60%"], "devices": ["disk"], "tokens": 4}
+    found = bench(lab._store.path, **how, repeats=1, prompt=SOURCE, progress=False)
+    assert found["kl_mean"].item() > 0
+
+
 @pytest.mark.browser
 @pytest.mark.slow
 def test_a_page_has_an_encoders_layers_with_the_prompt_alone(lab, chromium, tmp_path):
@@ -249,6 +259,13 @@ def test_a_page_has_an_encoders_layers_with_the_prompt_alone(lab, chromium, tmp_
     layer.fill(str(own))
     page.locator(f".moe-dash[data-layer='{own - 1}']").wait_for()
     assert layer.get_attribute("aria-valuetext") == f"before layer {own}"
+    for width in (1250, 400):
+        page.set_viewport_size({"width": width, "height": 900})
+        panel = page.locator(".moe-text.beside")
+        source, text = (panel.locator("> div").nth(i).bounding_box() for i in (0, 1))
+        assert source["x"] + source["width"] <= text["x"], "side by side"
+        box = panel.bounding_box()
+        assert box["y"] <= text["y"] < box["y"] + box["height"], "in sight"
     page.close()
     assert not faults
 

@@ -14,6 +14,7 @@ import pytest
 import moelab
 from conftest import CACHE
 from moelab import health
+from moelab.demo import synopsis
 from moelab.engine.spare import Machine
 from moelab.health import Check, Diagnosis
 
@@ -55,17 +56,24 @@ def test_the_disk_is_measured_through_the_loader_and_nothing_is_left_behind(foun
 def test_a_packed_demo_is_checked_blob_by_blob(found, demo_store, tmp_path, monkeypatch):
     assert "checksum" in found["demo"].found
     monkeypatch.setenv("MOELAB_CACHE", str(tmp_path))
-    assert "not packed yet" in states(health.demo_store)["demo"][1]
+    assert "not packed yet" in states(health.bundled_stores)["demo"][1]
     broken = tmp_path / demo_store.relative_to(CACHE)
     broken.parent.mkdir(parents=True)
     broken.symlink_to(demo_store)
-    assert "checksum" in states(health.demo_store)["demo"][1]
+    assert "checksum" in states(health.bundled_stores)["demo"][1]
     broken.unlink()
     broken.mkdir()
     (broken / "manifest.json").write_text("{}")
-    state, told, mend = states(health.demo_store)["demo"]
+    state, told, mend = states(health.bundled_stores)["demo"]
     assert (state, mend) == ("problem", f"rm -r {broken}")
     assert "damaged" in told
+
+
+def test_a_copy_without_the_second_model_s_weights_is_healthy_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(synopsis, "MODEL", tmp_path)
+    state, told, mend = states(health.bundled_stores)["synopsis"]
+    assert (state, "its weights are not here" in told) == ("note", True)
+    assert mend.endswith("moelab")
 
 
 # -- what can be wrong --------------------------------------------------------------------------

@@ -225,7 +225,7 @@ def test_opening_a_store_a_checkpoint_or_nothing(demo_store, tmp_path):
     with moelab.open(moelab.demo.checkpoint(), tiers=(16, 4), progress=False) as lab:
         assert lab.info()["tiers"] == (16, 4)
     for nothing in ("no-such-model", tmp_path):
-        with pytest.raises(ValueError, match="is not 'demo', 'smollm2-moe', a store"):
+        with pytest.raises(ValueError, match="is not 'demo', 'smollm2-moe', 'synopsis', a store"):
             moelab.open(nothing)
 
 

@@ -69,10 +69,11 @@ def test_the_top_level_holds_only_what_a_newcomer_needs(files):
 
 def test_the_repository_stays_small(files):
     sizes = {str(f.relative_to(TOP)): f.stat().st_size for f in files}
-    assert sum(sizes.values()) < 60 * MB
+    assert sum(sizes.values()) < 90 * MB
     most = {name: 2 * MB if name.endswith(".gif") else MB for name in sizes}
     most["moelab/demo/smollm2.safetensors"] = 20 * MB
-    assert {n: s for n, s in sizes.items() if s > most[n] and "demo/model/" not in n} == {}
+    models = ("moelab/demo/model/", "moelab/demo/synopsis_model/")
+    assert {n: s for n, s in sizes.items() if s > most[n] and not n.startswith(models)} == {}
 
 
 def test_notebooks_are_committed_without_outputs(files):
@@ -260,7 +261,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
         timeout=120,
     )
     (made,) = folder.glob("*.whl")
-    assert made.stat().st_size < 60 * MB
+    assert made.stat().st_size < 75 * MB
     with zipfile.ZipFile(made) as opened:
         yield opened
 

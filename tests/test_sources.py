@@ -247,7 +247,7 @@ def test_a_lab_goes_on_when_the_working_directory_changes(qwen, tmp_path, monkey
         assert lab.generate("Hi", max_new_tokens=2).error is None
 
 
-@pytest.mark.parametrize("name", ["demo", "smollm2-moe", "org/name"])
+@pytest.mark.parametrize("name", ["demo", "smollm2-moe", "synopsis", "org/name"])
 def test_a_path_named_like_a_model_is_a_path(name, tmp_path, monkeypatch, qwen):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="is not 'demo'"):

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 import moelab
 from moelab.bench.cases import PROMPT, Case, measure, opened, row, settle
 from moelab.bench.tables import figures, worded
+from moelab.models.chat import Text
 from moelab.runs.rounds import rotated
 
 STRATEGIES = ("on_demand", "lru", "lru + look-ahead", "lru + mixed 16/4")
@@ -43,7 +44,7 @@ def bench(
     Parameters
     ----------
     model
-        ``"demo"``, a store, a checkpoint folder or a hub id.
+        As for `moelab.open`.
     strategies
         Contenders, see `contender`.
     budgets, devices
@@ -56,7 +57,7 @@ def bench(
         Timed runs per row; the row is their median.
     quality
         Score the KL against full precision too: on the model's own held-out texts, else on the
-        prompt.
+        prompt; of an encoder-decoder on what it makes of that with all experts in memory.
     seed
         Of the lab.
 
@@ -82,7 +83,7 @@ def bench(
     if tokens < 2 or repeats < 1:
         raise ValueError(f"tokens={tokens}, repeats={repeats}: need 2 tokens and 1 repeat or more")
     cases = [Case(*c) for c in itertools.product(strategies, budgets, devices)]
-    prompt, settings = _check(model, cases, prompt)
+    prompt, settings, text = _check(model, cases, prompt, tokens if quality else 0)
     scored = {(c.strategy, c.budget) for c in cases} if quality else set()
     runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
     scores: dict[tuple[str, str], dict[str, float]] = {}
@@ -95,7 +96,7 @@ def bench(
         for strategy, budget in sorted(scored):
             bar.set_postfix_str(f"quality of {strategy}, {budget}")
             with opened(model, Case(strategy, budget, "disk"), seed=seed) as lab:
-                score = lab.score(None if lab.probes() else prompt, progress=False)
+                score = lab.score(text, progress=False)
             scores[strategy, budget] = {"kl_mean": score.kl_mean, "same_top1": score.same_top1}
             bar.update()
     frame = pd.DataFrame(
@@ -116,9 +117,9 @@ def report(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _check(
-    model: str | Path, cases: Sequence[Case], prompt: str | None
-) -> tuple[str, dict[Case, dict[str, Any]]]:
-    """Refuse what would fail later; return the prompt and each case's settings in full."""
+    model: str | Path, cases: Sequence[Case], prompt: str | None, tokens: int
+) -> tuple[str, dict[Case, dict[str, Any]], Text | None]:
+    """Refuse what would fail later; the prompt, each case's settings in full, and what to score."""
     with moelab.open(model, budget="100%", measure_kl=False) as lab:
         settings = {
             case: {name: getattr(now, name) for name in SETTINGS}
@@ -126,4 +127,10 @@ def _check(
             if (now := settle(lab, case))
         }
         own = [text for texts in lab.prompts().values() for text in texts]
-    return prompt if prompt is not None else next(iter(own), PROMPT), settings
+        prompt = prompt if prompt is not None else next(iter(own), PROMPT)
+        text: Text | None = None if lab.probes() else prompt
+        if text and tokens and lab.info()["encoder_layers"]:
+            lab.update(strategy="lru", bits=max(lab.info()["tiers"]), budget="100%")
+            run = lab.generate(prompt, max_new_tokens=tokens, temperature=0, ignore_eos=True)
+            text = prompt, run.text
+    return prompt, settings, text

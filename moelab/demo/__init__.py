@@ -2,8 +2,8 @@
 
 `checkpoint()` is the small one's folder, which stock transformers loads (`Qwen3MoeForCausalLM`);
 `prompts()` and `probes()` are text it never saw in training, by domain.  How it was trained is in
-`moelab.training.train`, what it does in `CARD.md`; the other one is in `smollm2`, its card is
-`SMOLLM2.md`.  Importing this module imports nothing heavy.
+`moelab.training.train`, what it does in `CARD.md`; the others are in `smollm2` and `synopsis`, with
+cards of their own.  Importing this module imports nothing heavy.
 """
 
 from __future__ import annotations

@@ -18,6 +18,11 @@ from moelab.demo import HERE
 NAME = "synopsis"
 MODEL = HERE / "synopsis_model"
 PAIRS = HERE / "synopsis_pairs.json"
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
+READABLE = range(120, 601)
+"""Letters of a description that is offered to be chosen: it fits into a field."""
+OFFERED = 2
+"""Of a section's descriptions, at most."""
 
 
 class Pair(NamedTuple):
@@ -35,13 +40,17 @@ def checkpoint() -> Path:
     FileNotFoundError
         When the weights are not installed.
     """
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not (MODEL / name).is_file():
-            raise FileNotFoundError(
-                f"{MODEL / name} is missing: reinstall moelab, or train the model with "
-                "`python -m moelab.training.synopsis.train`"
-            )
+    if not is_here():
+        raise FileNotFoundError(
+            f"{MODEL} does not hold {', '.join(FILES)}: reinstall moelab, or train the model with "
+            "`python -m moelab.training.synopsis.train`"
+        )
     return MODEL
+
+
+def is_here() -> bool:
+    """Whether this copy of moelab came with the weights."""
+    return all((MODEL / name).is_file() for name in FILES)
 
 
 @cache
@@ -56,3 +65,24 @@ def pairs(part: Literal["validation", "test"] = "test") -> dict[str, list[Pair]]
     """
     rows = _held_out()[part]
     return {section: [Pair(*pair) for pair in found] for section, found in rows.items()}
+
+
+def prompts() -> dict[str, list[str]]:
+    """Held-out descriptions of the test part to choose from, `OFFERED` of a section at most."""
+    found = {
+        section: [pair.text for pair in these if len(pair.text) in READABLE][:OFFERED]
+        for section, these in pairs("test").items()
+    }
+    return {section: texts for section, texts in found.items() if texts}
+
+
+def probes() -> dict[str, Pair]:
+    """A held-out pair of each section of the validation part, to measure quality on."""
+    return {section: these[0] for section, these in pairs("validation").items()}
+
+
+@cache
+def references() -> dict[str, str]:
+    """Every held-out description and what Debian says of it in one line."""
+    every = (pair for part in ("validation", "test") for of in pairs(part).values() for pair in of)
+    return {pair.text.strip(): pair.synopsis for pair in every}

@@ -323,6 +323,12 @@ def code_of(document: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ")"])
 
 
+def given(document: Mapping[str, Any]) -> str:
+    """The prompt as it stands before a text: on a line of its own before an answer or a summary."""
+    own = document["messages"] or document["model"].get("encoder_layers")
+    return document["prompt"] + "\n" * bool(own)
+
+
 # -- inside ---------------------------------------------------------------------------------------
 
 
@@ -343,7 +349,7 @@ def _marked(doc: Mapping[str, Any], at: int | None) -> str:
         before, here, after = "".join(pieces[:at]), "".join(pieces[at : at + 1]), pieces[at + 1 :]
         mark = f"<mark title='token {at}: the first that differs'>{here or '∎'}</mark>"
         body = f"{before}{mark}<span class='since'>{''.join(after)}</span>"
-    return f"<span class='given'>{escape(doc['prompt'])}</span>{body}"
+    return f"<span class='given'>{escape(given(doc))}</span>{body}"
 
 
 def _span(ends: tuple[float, float]) -> str:

@@ -282,7 +282,8 @@ def _candidates(
 
 def _lost(lab: Lab, run: Run) -> float:
     """Mean KL of the settings in force: on the model's probes, or on what the run wrote."""
-    text = None if lab.probes() else run.prompt + run.text
+    wrote = (run.prompt, run.text) if lab._shape.encoder_layers else run.prompt + run.text
+    text = None if lab.probes() else wrote
     return lab.score(text, max_tokens=SCORED, progress=False).kl_mean
 
 

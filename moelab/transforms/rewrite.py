@@ -20,8 +20,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from moelab import demo
-from moelab.demo import smollm2
+from moelab.catalogue import bundled
 from moelab.models.config import make_config, read_json
 from moelab.models.families import expert_parameter, find_moe
 from moelab.models.inventory import inventory
@@ -126,10 +125,8 @@ def transform(
 
 
 def _source(model: str | Path, progress: bool | Callable[[str], None]) -> Path:
-    if model == "demo":
-        return demo.checkpoint()
-    if model == smollm2.NAME:
-        return smollm2.build(progress=progress)
+    if (own := bundled(model, progress)) is not None:
+        return own
     if is_hub_id(model):
         raise ValueError(
             f"{model!r} is a hub id, and every tensor of it is needed: download it once with "

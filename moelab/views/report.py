@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import moelab
 from moelab.runs.account import ending
-from moelab.runs.compare import recorded
+from moelab.runs.compare import given, recorded
 from moelab.runs.passes import told
 from moelab.runs.schema import RECORDING
 from moelab.runs.tokens import figures
@@ -74,7 +74,7 @@ class Report:
         first = max(0, count - LONGEST)
         values = recording.figures
         frame = {
-            "prompt": d["prompt"] + "\n" * bool(d["messages"]),
+            "prompt": given(d),
             "first": first,
             "count": count - first,
             "texts": d["pieces"][first:],

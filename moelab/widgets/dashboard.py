@@ -388,7 +388,7 @@ def _first_form(offered: dict[str, Any]) -> dict[str, Any]:
     prompts = [p for domain in offered["prompts"].values() for p in domain]
     return {
         "prompt": prompts[0] if prompts else "Once upon a time",
-        "max_new_tokens": 200,
+        "max_new_tokens": 48 if offered["encoder_layers"] else 200,
         "chat": offered["chat"],
         "shade": "cost",
         "decisions": False,

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moelab.runs.compare import Comparison, code_of, settings_of
+from moelab.runs.compare import Comparison, code_of, given, settings_of
 from moelab.runs.what_if import WhatIf, since
 from moelab.spelling import changed, in_words, plain
 
@@ -104,7 +104,7 @@ class Drawer:
             "names": beside.names,
             "at": beside.diverges_at,
             "verdict": beside.verdict(),
-            "prompts": [d["prompt"] for d in documents],
+            "prompts": list(map(given, documents)),
             "pieces": [d["pieces"] for d in documents],
             "settings": list(map(settings_of, documents)),
             "figures": [list(map(plain, row)) for row in table.itertuples()],

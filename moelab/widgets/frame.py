@@ -44,6 +44,7 @@ from moelab.spelling import (
     valued,
 )
 from moelab.views.report import LONGEST
+from moelab.widgets.reference import Reference
 
 RECENT_TOKENS = 16
 """The large figures cover this many tokens, so that they follow a slider."""
@@ -227,6 +228,7 @@ class Framer:
         self._lab, self._each = lab, info["expert_bytes"] | info.get("own_bytes", {})
         self._number = 0
         self._reader: RunReader | None = None
+        self._reference: Reference | None = None
         self.shadows: Shadows | None = None
 
     def newest(self) -> tuple[int, RunReader | None]:
@@ -234,9 +236,11 @@ class Framer:
         run = self._lab.run
         if run is None:
             self._number, self._reader, self.shadows = 0, None, None
+            self._reference = None
         elif self._reader is None or run is not self._reader.run:
             self._number, self._reader = next(_NUMBERS), RunReader(run)
             self.shadows = Shadows(run, self._lab._strategies)
+            self._reference = Reference(self._lab.name, run)
         return self._number, self._reader
 
     def follow(self, frame: Mapping[str, Any], period: float) -> None:
@@ -272,6 +276,7 @@ class Framer:
             "running": running,
             "error": "" if run is None or run.error is None else in_words(run.error),
             "prompt": "" if run is None else run.prompt + "\n" * _answers(run),
+            "reference": self._reference.told(running=running) if self._reference else "",
             "first": first,
             "count": len(values),
             "texts": [report.text for report in reports[first:]],

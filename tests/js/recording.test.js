@@ -6,7 +6,7 @@ import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import { lifeOf } from "../../moelab/views/static/lane.js";
 import { inWords, outcomes } from "../../moelab/views/static/outcomes.js";
-import { byName, Recording, waitOf, withBuffers } from "../../moelab/views/static/recording.js";
+import { byName, given, Recording, waitOf, withBuffers } from "../../moelab/views/static/recording.js";
 import { costliest, digest, Replay } from "../../moelab/views/static/replay.js";
 
 const path = process.env.MOELAB_RECORDED,
@@ -16,6 +16,13 @@ const path = process.env.MOELAB_RECORDED,
 
 const near = (a, b, words) =>
   assert.ok(a === b || Math.abs(a - b) <= 1e-5 * Math.max(Math.abs(a), Math.abs(b)), `${words}: ${a} is not ${b}`);
+
+test("an answer and a summary begin on a line of their own, what goes on does not", () => {
+  const prompt = "What is it?",
+    after = (messages, encoder_layers) => given({ prompt, messages, model: { encoder_layers } });
+  assert.equal(after([], undefined), prompt);
+  for (const own of [after([{ role: "user" }], 0), after([], 3)]) assert.equal(own, `${prompt}\n`);
+});
 
 test("figures of tokens are as Python's", { skip }, () => {
   const replay = new Replay(opened());

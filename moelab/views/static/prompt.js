@@ -14,8 +14,10 @@ export class Prompt {
     this.sender = sender;
     this.prompts = options.prompts;
     this.running = this.deaf = false;
+    const source = options.encoder_layers > 0, // read whole, and longer
+      name = source ? "Source" : "Prompt";
     this.prompt = h("textarea", {
-      rows: 2, "aria-label": "Prompt", spellcheck: "false",
+      class: source && "moe-source", "aria-label": name, spellcheck: "false",
       oninput: () => keep(model, { prompt: this.prompt.value }),
       onkeydown: (e) => {
         if (e.key !== "Enter" || !(e.ctrlKey || e.metaKey)) return;
@@ -37,7 +39,7 @@ export class Prompt {
     this.node = markup`
       <div class="moe-row moe-ask">
         <div class="moe-field">
-          <span class="moe-prompt-head"><span>Prompt</span>${this.starts}</span>
+          <span class="moe-prompt-head"><span>${name}</span>${this.starts}</span>
           ${this.prompt}
         </div>
         <div class="moe-go">

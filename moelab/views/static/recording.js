@@ -126,6 +126,10 @@ export class Recording {
   }
 }
 
+/** The prompt before a text: on a line of its own before an answer, and before what is made of it. */
+export const given = ({ prompt, messages, model }) =>
+  messages.length || model.encoder_layers ? `${prompt}\n` : prompt;
+
 /**
  * The first layer that a token runs through: an encoder's are a prompt's alone, which is token 0's.
  * @param {number} token @param {{ encoder_layers?: number }} model

@@ -3,7 +3,7 @@
 
 import { within } from "./numbers.js";
 import { draftFigures } from "./passes.js";
-import { KIND, KINDS, waitOf } from "./recording.js";
+import { given, KIND, KINDS, waitOf } from "./recording.js";
 /** @import { Recording } from "./recording.js" */
 
 const EVERY_ROWS = 16384;
@@ -93,7 +93,7 @@ export class Replay {
     const since = origins.at(-1).token;
     return {
       run: recording.run,
-      prompt: document.messages.length ? `${document.prompt}\n` : document.prompt,
+      prompt: given(document),
       error: document.error,
       causes: recording.model.causes,
       texts: recording.pieces.slice(first, first + shown),

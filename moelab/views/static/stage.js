@@ -52,7 +52,7 @@ export class Stage {
     this.figures = new RunningFigures(options, adopt);
     this.map = new CacheMap(look, this.tip, why, options, choose);
     this.bars = new LatencyBars(look, this.cursor, options, go);
-    this.text = new TokenText(look, this.cursor, shade, go);
+    this.text = new TokenText(look, this.cursor, options.encoder_layers > 0, shade, go);
     this.timeline = new Timeline({
       model: options, canLive, go,
       live: () => this.travel.live(),

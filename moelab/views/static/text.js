@@ -24,8 +24,11 @@ export const strengthOf = (x, ends) =>
   Number.isFinite(x) ? Math.round(68 * onLogScale(x, ends)) : 0;
 
 export class TokenText {
-  /** `onShade(mode)` and `onPick(token)` are called where somebody chooses. */
-  constructor(look, cursor, onShade, onPick) {
+  /**
+   * `beside`: the text is one of its own and stands beside what it is made of. `onShade(mode)` and
+   * `onPick(token)` are called where somebody chooses.
+   */
+  constructor(look, cursor, beside, onShade, onPick) {
     this.look = look;
     this.cursor = cursor;
     this.onPick = onPick;
@@ -35,12 +38,14 @@ export class TokenText {
     this.follow = true;
     this.mode = "cost";
     this.later = new Range();
+    this.beside = beside;
     this.prompt = h("span", { class: "moe-prompt" });
     this.body = markup`
       <div class="moe-text" tabindex="0" role="group"
         aria-label="Generated text; arrow keys move from token to token, Enter shows what a token cost and why">
-        <div>${this.prompt}</div>
       </div>`;
+    this.clear();
+    this.reference = h("p", { class: "moe-drafts", hidden: true });
     this.scale = h("span", { class: "moe-scale" });
     this.drafts = markup`
       <p class="moe-drafts moe-soft" hidden>
@@ -59,7 +64,7 @@ export class TokenText {
           </span>
           ${this.scale}
         </header>
-        ${[this.body, this.drafts]}
+        ${[this.body, this.drafts, this.reference]}
       </section>`;
     this.listen();
   }
@@ -84,13 +89,17 @@ export class TokenText {
 
   show(frame) {
     if (frame.run !== this.run || frame.first !== this.first || frame.count < this.spans.length) {
-      this.body.replaceChildren(h("div", {}, this.prompt));
+      this.clear();
       this.spans = [];
       this.told = -1;
       this.follow = true;
     }
     Object.assign(this, { run: frame.run, first: frame.first, frame });
     say(this.prompt, frame.prompt);
+    if (!frame.past) {
+      say(this.reference, frame.reference ?? "");
+      this.reference.hidden = !frame.reference;
+    }
     const begin = this.spans.length;
     for (let i = begin; i < frame.count; i++) {
       const span = h(
@@ -106,7 +115,9 @@ export class TokenText {
     this.showPasses(frame.passes ?? []);
     if (!frame.past || begin < frame.count) this.shade(begin);
     this.setNow(frame.past?.token ?? null);
-    if (this.follow && !frame.past) this.body.scrollTop = this.body.scrollHeight;
+    const bottom = (node) => node.getBoundingClientRect().bottom;
+    if (this.follow && !frame.past && bottom(this.out.lastElementChild) > bottom(this.body))
+      this.body.scrollTop = this.body.scrollHeight;
   }
 
   /**
@@ -126,12 +137,20 @@ export class TokenText {
     }
   }
 
+  /** No token; they follow the prompt, or stand in a column of their own. */
+  clear() {
+    const first = h("div", {}, this.prompt);
+    this.out = this.beside ? h("div", {}, h("div")) : this.body;
+    this.body.replaceChildren(first, ...(this.beside ? [this.out] : []));
+    this.body.classList.toggle("beside", this.beside);
+  }
+
   /** Where the next token goes; after a line's end a new block: older ones are not laid out again. */
   paragraph() {
-    const last = this.body.lastElementChild;
+    const last = this.out.lastElementChild;
     if (last.childElementCount < PARAGRAPH || !last.lastChild.textContent.endsWith("\n"))
       return last;
-    return this.body.appendChild(h("div"));
+    return this.out.appendChild(h("div"));
   }
 
   /** What came after the moment shown is faint; null: the newest is shown. */
