@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import moelab
+import tiny_models
 from moelab import bench
 from moelab.bench.cases import ROLES, Case, above_budget, opened, run_figures, settle
 from moelab.bench.kept import Kept
-from moelab.bench.papers import edgemoe, everyone, hobbit, suite, swapmoe
-from moelab.bench.papers.results import FULL, QUICK, Ratio, Results
+from moelab.bench.papers import edgemoe, everyone, hobbit, paths, suite, swapmoe
+from moelab.bench.papers.results import FULL, QUICK, Change, Ratio, Results
 
 TABLES = Path(__file__).parent.parent / "notebooks" / "PAPERS_MEASURED.md"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -289,6 +290,92 @@ def test_the_files_are_written_and_the_kept_file_keeps_the_rest(quick, tmp_path)
     assert names == {"README.md", "pictures", "p.json", "p.md"}  # nothing half written is left
 
 
+# -- summaries by Rouge-2 -----------------------------------------------------------------------
+
+WORDS = re.findall(r"\w+", "a small package of tools that read and write files of many other kinds")
+PAIRS = [(" ".join(WORDS[i:] + WORDS[:i]), " ".join(WORDS[i : i + 3])) for i in range(8)]
+
+
+def test_a_change_is_of_the_same_texts_and_told_apart_beyond_two_standard_errors():
+    change = Change.of([0.5, 0.2, 0.3], [0.4, 0.2, 0.1])
+    assert change.mean == pytest.approx(0.1)
+    assert change.error == pytest.approx(0.1 / 3**0.5)
+    assert str(change) == "+0.1000 ± 0.0577"
+    assert not change.told_apart
+    assert Change.of([0.5, 0.4, 0.4], [0.2, 0.2, 0.1]).told_apart
+
+
+def test_summaries_are_written_once_for_each_choice_of_bits(demo_lab):
+    words = [edgemoe.RUNGS[name] for name in edgemoe.RUNGS] + ["lru", "hobbit", "swapmoe"]
+    cases = [Case(who, "100%", on) for who in words for on in edgemoe.DEVICES]
+    of_texts, of_pairs = Results("demo", ["a"], QUICK), Results("x", ["a"], QUICK, pairs=PAIRS)
+    for results in (of_texts, of_pairs):
+        known = {}
+        for case in cases:
+            results.note(case, settle(demo_lab, case), known)
+    written = {of_pairs.scored_as(case) for case in cases}
+    fixed = {case.strategy for case in written if case.device == "disk"}
+    assert fixed == {"in_ram", "in_ram + 8 bit", "in_ram + 4 bit", edgemoe.BITS, "hobbit"}
+    assert {case.device for case in written if case.strategy == "swapmoe"} == set(edgemoe.DEVICES)
+    assert len({of_texts.scored_as(case) for case in cases}) == len(words) + 1
+
+
+def test_paths_are_ranked_by_their_tokens_and_the_table_is_tried_on_others():
+    common, rare = [[1, 2, 3]] * 97, [[1, 2, 4], [5, 6, 7], [0, 0, 0]]
+    told = paths.shares(np.array([[1, 2, 3], [1, 2, 3], [5, 6, 7]]), np.array(common + rare), 8)
+    assert (told["tokens"], told["distinct"], told["needed"]) == (100, 4, 3)
+    assert (told["of_distinct"], told["of_possible"]) == (0.75, 3 / 8**3)
+    assert (told["top"], told["top_unseen"], told["once"]) == (0.97, 0.97, 0.75)
+    counted = np.array([[1, 2, 3], [4, 2, 5], [4, 2, 5]])
+    rows = paths.foretold(counted, np.array([[1, 2, 3], [4, 2, 5], [9, 3, 5]]), 10)
+    assert [row["layer"] for row in rows] == [1, 2]
+    assert [row["table"] for row in rows] == pytest.approx([2 / 3, 1])  # layer 2 by what is known
+    assert [row["frequencies"] for row in rows] == pytest.approx([2 / 3, 2 / 3])
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tiny_models.switch(
+        tmp_path_factory.mktemp("switch"), num_experts=4, num_layers=4, num_decoder_layers=4,
+        num_sparse_decoder_layers=2,
+    )  # fmt: skip
+    few = {"tried": 0, "every": (4,), "percent": (25, 50), "max_tokens": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "BY_ROUGE", {"edgemoe": {"max_tokens": 8}, "swapmoe": few})
+        with pytest.raises(ValueError, match="says whose"):
+            suite.papers(folder, quick=True, progress=False)
+        return suite.papers(folder, pairs=(PAIRS[:2], PAIRS[2:]), quick=True, progress=False)
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_gets_the_two_papers_tables_by_rouge(written, tmp_path):
+    assert list(written.reports) == [edgemoe.NAME, paths.NAME, swapmoe.NAME]
+    assert written.complete
+    ladder = frame(written, edgemoe.NAME).set_index("rung")
+    assert list(ladder.index) == list(edgemoe.RUNGS)
+    assert ladder["Rouge-2"].between(0, 1).all()
+    lost = ladder[edgemoe.AGAINST]
+    assert {rung for rung in ladder.index if not lost[rung]} == {"everything in RAM", "on demand"}
+    assert lost.drop(["everything in RAM", "on demand"]).str.contains("±").all()
+    assert {r for r in ladder.index if ladder["same text"][r] == "yes"} == set(edgemoe.SAME_BITS)
+    walked = frame(written, paths.NAME).set_index("")
+    assert walked.loc["encoder", "tokens"] > walked.loc["decoder", "tokens"] > 0
+    assert (walked["20 % cover"] <= 1).all()
+    assert len(frame(written, paths.NAME, 1)) == 2  # the second sparse layer of each
+    swaps = frame(written, swapmoe.NAME).query("strategy == 'swapmoe'").set_index("budget")
+    assert swaps["stalls a run"].tolist() == swaps["tokens above budget"].tolist() == [0, 0]
+    assert swaps.loc["100%", "Rouge-2"] == ladder.loc["everything in RAM", "Rouge-2"]
+    assert frame(written, swapmoe.NAME, 1)["planned over uniform"].str.contains("±").all()
+    text, page = written.markdown(), tmp_path / "page.md"
+    assert "Rouge-2 (F, stemmed) of 2 greedy summaries" in text
+    assert "nan" not in text.lower().split()
+    begin, end = suite.marks(written.results.model)
+    page.write_text(f"{suite.BEGIN}\nthe demo's\n{suite.END}\n{begin}\n{end}\n")
+    assert bench.Files(tables=page, picture=tmp_path / "p.svg").write(written) == [page]
+    assert "the demo's" in page.read_text()
+    assert "### EdgeMoE: few paths" in page.read_text()
+
+
 # -- Ctrl-C, and what cannot be written ---------------------------------------------------------
 
 
@@ -297,11 +384,13 @@ def test_pieces_are_kept_for_the_same_question_only_and_a_complete_suite_removes
     assert kept.load() is None
     measured = Results("demo", ["a"], QUICK, runs={A: runs(1, 2)}, scores={A: {"kl_mean": 0.5}})
     measured.runs[A][0]["hits"] = np.int64(3)
+    measured.answer(lambda: measured.found.update(asked=1))
     kept.save(measured.kept())
     assert Kept("songs", "demo", FULL).load() is None
     other = Results("demo", ["a"], QUICK)
     other.take(Kept("songs", "demo", QUICK).load())
-    assert (other.runs, other.scores, other.pieces) == (measured.runs, measured.scores, 3)
+    assert (other.runs, other.scores, other.pieces) == (measured.runs, measured.scores, 4)
+    assert other.found == {"asked": 1}
     assert str(kept.path) in capsys.readouterr().err
     kept.path.write_text("[")
     assert kept.load() is None
