@@ -17,6 +17,7 @@ from moelab.bench.cases import ROLES, Case, above_budget, opened, run_figures, s
 from moelab.bench.kept import Kept
 from moelab.bench.papers import edgemoe, everyone, hobbit, paths, suite, swapmoe
 from moelab.bench.papers.results import FULL, QUICK, Change, Ratio, Results
+from moelab.bench.tables import circumstances
 
 TABLES = Path(__file__).parent.parent / "notebooks" / "PAPERS_MEASURED.md"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -331,6 +332,57 @@ def test_paths_are_ranked_by_their_tokens_and_the_table_is_tried_on_others():
     assert [row["layer"] for row in rows] == [1, 2]
     assert [row["table"] for row in rows] == pytest.approx([2 / 3, 1])  # layer 2 by what is known
     assert [row["frequencies"] for row in rows] == pytest.approx([2 / 3, 2 / 3])
+
+
+INFO = {"top_k": 1, "all_experts_bytes": 96_000, "encoder_layers": 1}
+
+
+def of_summaries() -> Results:
+    """As if measured: each case's Rouge-2 by its memory, and paths of three kinds."""
+    measured = Results("synopsis", ["a"], FULL, INFO, lambda _: 1000, chosen=PAIRS, pairs=PAIRS)
+    run = runs(10)[0] | dict.fromkeys(("ttft_ms", "bytes_per_token", "budget_bytes"), 50.0)
+    run |= dict.fromkeys(("tokens_above_budget", "stalls_in_prompt", "kl_mean"), 0)
+    for case in [*edgemoe.cases(measured), *swapmoe.cases(measured)]:
+        share = float(case.budget[:-1]) / 100 if case.budget.endswith("%") else 0.75
+        measured.runs[case] = [run | {"peak_resident_bytes": int(96_000 * share)}] * 2
+        each = [share / 4 + 0.01 * n * (share < 1) for n in range(len(PAIRS))]
+        measured.scores[measured.scored_as(case)] = {"rouge2": sum(each) / len(each), "each": each}
+    bits = {"tolerated": 0.02, "low": 2, "high": 4, "experts at low": 7, "calibrated loss": 0.01}
+    both = {
+        name: {"experts": experts, "rouge2": 0.1, "each": [x] * 7 + [0.2]}
+        for name, experts, x in (("planned", [2, 1], 0.1), ("uniform", [1, 2], 0.05))
+    }
+    walked = {"encoder": np.eye(4, 3, dtype=int), "decoder": np.eye(3, dtype=int)}
+    measured.found = {
+        "edgemoe bits": bits,
+        "plans": {"33%": both},
+        "paths": [{"stack": s, **paths.shares(w, w, 4)} for s, w in walked.items()],
+        "foretold": [{"stack": s, **r} for s, w in walked.items() for r in paths.foretold(w, w, 4)],
+        "stale gate": 0.5,
+    }
+    return measured
+
+
+def test_of_summaries_theirs_stand_beside_ours_with_errors():
+    measured = of_summaries()
+    reports = {section.NAME: section.report(measured) for section in suite.OF_SUMMARIES}
+    ladder = reports[edgemoe.NAME].tables[0].frame.set_index("rung")
+    assert ladder.loc["everything in RAM", edgemoe.AGAINST] == ""
+    assert "±" in ladder.loc["+ bit assignment", edgemoe.AGAINST]
+    assert "KL" not in ladder
+    beside = {row.what: row.ours for report in reports.values() for row in report.versus}
+    assert "Rouge-2 -0.0275 ± 0.0087" in beside["loss"]
+    assert beside["against the whole model, budget 33%"].startswith("-67% memory, +0% latency, ")
+    assert "against the whole model, budget 63%" in beside
+    assert "15% " in beside["Rouge-2 over static pruning"]
+    assert beside["Rouge-2 over an even split of the same memory"] == "33% +0.0438 ± 0.0062"
+    assert beside["the most frequent 20 % of the paths, encoder"].startswith("cover 25.0%")
+    done = suite.Suite(measured, reports, complete=True, circumstances=circumstances())
+    text = done.markdown()
+    assert "papers --model synopsis`: summaries to their end" in text
+    assert f"Rouge-2 (F, stemmed) of {len(PAIRS)} greedy summaries" in text
+    assert "nan" not in text.lower().split()
+    json.loads(json.dumps(done.record()))
 
 
 @pytest.fixture(scope="module")
