@@ -338,7 +338,7 @@ def _bench_papers(model: str, files: Files, *, quick: bool) -> None:
     """Measure the papers' suite, write, print."""
     from moelab.bench.papers.suite import papers
 
-    files.check(quick=quick)
+    files.check(quick=quick, model=model)
     done = papers(model, quick=quick)
     for written in files.write(done):
         print(f"moelab: wrote {written}", file=sys.stderr)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 import moelab
+import tiny_models
 from moelab import bench
 from moelab.bench.cases import ROLES, Case, above_budget, opened, run_figures, settle
 from moelab.bench.kept import Kept
-from moelab.bench.papers import edgemoe, everyone, hobbit, suite, swapmoe
-from moelab.bench.papers.results import FULL, QUICK, Ratio, Results
+from moelab.bench.papers import edgemoe, everyone, hobbit, paths, suite, swapmoe
+from moelab.bench.papers.results import FULL, QUICK, Change, Ratio, Results
+from moelab.bench.tables import circumstances
 
 TABLES = Path(__file__).parent.parent / "notebooks" / "PAPERS_MEASURED.md"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -289,6 +291,143 @@ def test_the_files_are_written_and_the_kept_file_keeps_the_rest(quick, tmp_path)
     assert names == {"README.md", "pictures", "p.json", "p.md"}  # nothing half written is left
 
 
+# -- summaries by Rouge-2 -----------------------------------------------------------------------
+
+WORDS = re.findall(r"\w+", "a small package of tools that read and write files of many other kinds")
+PAIRS = [(" ".join(WORDS[i:] + WORDS[:i]), " ".join(WORDS[i : i + 3])) for i in range(8)]
+
+
+def test_a_change_is_of_the_same_texts_and_told_apart_beyond_two_standard_errors():
+    change = Change.of([0.5, 0.2, 0.3], [0.4, 0.2, 0.1])
+    assert change.mean == pytest.approx(0.1)
+    assert change.error == pytest.approx(0.1 / 3**0.5)
+    assert str(change) == "+0.1000 ± 0.0577"
+    assert not change.told_apart
+    assert Change.of([0.5, 0.4, 0.4], [0.2, 0.2, 0.1]).told_apart
+
+
+def test_summaries_are_written_once_for_each_choice_of_bits(demo_lab):
+    words = [edgemoe.RUNGS[name] for name in edgemoe.RUNGS] + ["lru", "hobbit", "swapmoe"]
+    cases = [Case(who, "100%", on) for who in words for on in edgemoe.DEVICES]
+    of_texts, of_pairs = Results("demo", ["a"], QUICK), Results("x", ["a"], QUICK, pairs=PAIRS)
+    for results in (of_texts, of_pairs):
+        known = {}
+        for case in cases:
+            results.note(case, settle(demo_lab, case), known)
+    written = {of_pairs.scored_as(case) for case in cases}
+    fixed = {case.strategy for case in written if case.device == "disk"}
+    assert fixed == {"in_ram", "in_ram + 8 bit", "in_ram + 4 bit", edgemoe.BITS, "hobbit"}
+    assert {case.device for case in written if case.strategy == "swapmoe"} == set(edgemoe.DEVICES)
+    assert len({of_texts.scored_as(case) for case in cases}) == len(words) + 1
+
+
+def test_paths_are_ranked_by_their_tokens_and_the_table_is_tried_on_others():
+    common, rare = [[1, 2, 3]] * 97, [[1, 2, 4], [5, 6, 7], [0, 0, 0]]
+    told = paths.shares(np.array([[1, 2, 3], [1, 2, 3], [5, 6, 7]]), np.array(common + rare), 8)
+    assert (told["tokens"], told["distinct"], told["needed"]) == (100, 4, 3)
+    assert (told["of_distinct"], told["of_possible"]) == (0.75, 3 / 8**3)
+    assert (told["top"], told["top_unseen"], told["once"]) == (0.97, 0.97, 0.75)
+    counted = np.array([[1, 2, 3], [4, 2, 5], [4, 2, 5]])
+    rows = paths.foretold(counted, np.array([[1, 2, 3], [4, 2, 5], [9, 3, 5]]), 10)
+    assert [row["layer"] for row in rows] == [1, 2]
+    assert [row["table"] for row in rows] == pytest.approx([2 / 3, 1])  # layer 2 by what is known
+    assert [row["frequencies"] for row in rows] == pytest.approx([2 / 3, 2 / 3])
+
+
+INFO = {"top_k": 1, "all_experts_bytes": 96_000, "encoder_layers": 1}
+
+
+def of_summaries() -> Results:
+    """As if measured: each case's Rouge-2 by its memory, and paths of three kinds."""
+    measured = Results("synopsis", ["a"], FULL, INFO, lambda _: 1000, chosen=PAIRS, pairs=PAIRS)
+    run = runs(10)[0] | dict.fromkeys(("ttft_ms", "bytes_per_token", "budget_bytes"), 50.0)
+    run |= dict.fromkeys(("tokens_above_budget", "stalls_in_prompt", "kl_mean"), 0)
+    for case in [*edgemoe.cases(measured), *swapmoe.cases(measured)]:
+        share = float(case.budget[:-1]) / 100 if case.budget.endswith("%") else 0.75
+        measured.runs[case] = [run | {"peak_resident_bytes": int(96_000 * share)}] * 2
+        each = [share / 4 + 0.01 * n * (share < 1) for n in range(len(PAIRS))]
+        measured.scores[measured.scored_as(case)] = {"rouge2": sum(each) / len(each), "each": each}
+    bits = {"tolerated": 0.02, "low": 2, "high": 4, "experts at low": 7, "calibrated loss": 0.01}
+    both = {
+        name: {"experts": experts, "rouge2": 0.1, "each": [x] * 7 + [0.2]}
+        for name, experts, x in (("planned", [2, 1], 0.1), ("uniform", [1, 2], 0.05))
+    }
+    walked = {"encoder": np.eye(4, 3, dtype=int), "decoder": np.eye(3, dtype=int)}
+    measured.found = {
+        "edgemoe bits": bits,
+        "plans": {"33%": both},
+        "paths": [{"stack": s, **paths.shares(w, w, 4)} for s, w in walked.items()],
+        "foretold": [{"stack": s, **r} for s, w in walked.items() for r in paths.foretold(w, w, 4)],
+        "stale gate": 0.5,
+    }
+    return measured
+
+
+def test_of_summaries_theirs_stand_beside_ours_with_errors():
+    measured = of_summaries()
+    reports = {section.NAME: section.report(measured) for section in suite.OF_SUMMARIES}
+    ladder = reports[edgemoe.NAME].tables[0].frame.set_index("rung")
+    assert ladder.loc["everything in RAM", edgemoe.AGAINST] == ""
+    assert "±" in ladder.loc["+ bit assignment", edgemoe.AGAINST]
+    assert "KL" not in ladder
+    beside = {row.what: row.ours for report in reports.values() for row in report.versus}
+    assert "Rouge-2 -0.0275 ± 0.0087" in beside["loss"]
+    assert beside["against the whole model, budget 33%"].startswith("-67% memory, +0% latency, ")
+    assert "against the whole model, budget 63%" in beside
+    assert "15% " in beside["Rouge-2 over static pruning"]
+    assert beside["Rouge-2 over an even split of the same memory"] == "33% +0.0438 ± 0.0062"
+    assert beside["the most frequent 20 % of the paths, encoder"].startswith("cover 25.0%")
+    done = suite.Suite(measured, reports, complete=True, circumstances=circumstances())
+    text = done.markdown()
+    assert "papers --model synopsis`: summaries to their end" in text
+    assert f"Rouge-2 (F, stemmed) of {len(PAIRS)} greedy summaries" in text
+    assert "nan" not in text.lower().split()
+    json.loads(json.dumps(done.record()))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tiny_models.switch(
+        tmp_path_factory.mktemp("switch"), num_experts=4, num_layers=4, num_decoder_layers=4,
+        num_sparse_decoder_layers=2,
+    )  # fmt: skip
+    few = {"tried": 0, "every": (4,), "percent": (25, 50), "max_tokens": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "BY_ROUGE", {"edgemoe": {"max_tokens": 8}, "swapmoe": few})
+        with pytest.raises(ValueError, match="says whose"):
+            suite.papers(folder, quick=True, progress=False)
+        return suite.papers(folder, pairs=(PAIRS[:2], PAIRS[2:]), quick=True, progress=False)
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_gets_the_two_papers_tables_by_rouge(written, tmp_path):
+    assert list(written.reports) == [edgemoe.NAME, paths.NAME, swapmoe.NAME]
+    assert written.complete
+    ladder = frame(written, edgemoe.NAME).set_index("rung")
+    assert list(ladder.index) == list(edgemoe.RUNGS)
+    assert ladder["Rouge-2"].between(0, 1).all()
+    lost = ladder[edgemoe.AGAINST]
+    assert {rung for rung in ladder.index if not lost[rung]} == {"everything in RAM", "on demand"}
+    assert lost.drop(["everything in RAM", "on demand"]).str.contains("±").all()
+    assert {r for r in ladder.index if ladder["same text"][r] == "yes"} == set(edgemoe.SAME_BITS)
+    walked = frame(written, paths.NAME).set_index("")
+    assert walked.loc["encoder", "tokens"] > walked.loc["decoder", "tokens"] > 0
+    assert (walked["20 % cover"] <= 1).all()
+    assert len(frame(written, paths.NAME, 1)) == 2  # the second sparse layer of each
+    swaps = frame(written, swapmoe.NAME).query("strategy == 'swapmoe'").set_index("budget")
+    assert swaps["stalls a run"].tolist() == swaps["tokens above budget"].tolist() == [0, 0]
+    assert swaps.loc["100%", "Rouge-2"] == ladder.loc["everything in RAM", "Rouge-2"]
+    assert frame(written, swapmoe.NAME, 1)["planned over uniform"].str.contains("±").all()
+    text, page = written.markdown(), tmp_path / "page.md"
+    assert "Rouge-2 (F, stemmed) of 2 greedy summaries" in text
+    assert "nan" not in text.lower().split()
+    begin, end = suite.marks(written.results.model)
+    page.write_text(f"{suite.BEGIN}\nthe demo's\n{suite.END}\n{begin}\n{end}\n")
+    assert bench.Files(tables=page, picture=tmp_path / "p.svg").write(written) == [page]
+    assert "the demo's" in page.read_text()
+    assert "### EdgeMoE: few paths" in page.read_text()
+
+
 # -- Ctrl-C, and what cannot be written ---------------------------------------------------------
 
 
@@ -297,11 +436,13 @@ def test_pieces_are_kept_for_the_same_question_only_and_a_complete_suite_removes
     assert kept.load() is None
     measured = Results("demo", ["a"], QUICK, runs={A: runs(1, 2)}, scores={A: {"kl_mean": 0.5}})
     measured.runs[A][0]["hits"] = np.int64(3)
+    measured.answer(lambda: measured.found.update(asked=1))
     kept.save(measured.kept())
     assert Kept("songs", "demo", FULL).load() is None
     other = Results("demo", ["a"], QUICK)
     other.take(Kept("songs", "demo", QUICK).load())
-    assert (other.runs, other.scores, other.pieces) == (measured.runs, measured.scores, 3)
+    assert (other.runs, other.scores, other.pieces) == (measured.runs, measured.scores, 4)
+    assert other.found == {"asked": 1}
     assert str(kept.path) in capsys.readouterr().err
     kept.path.write_text("[")
     assert kept.load() is None

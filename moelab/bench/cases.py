@@ -146,10 +146,9 @@ def measure(
     model: str | Path, case: Case, prompt: str, *, tokens: int, seed: int, **how: Any
 ) -> dict[str, Any]:
     """Run a case once; its `run_figures`. ``how`` goes to ``lab.generate``."""
+    how = {"ignore_eos": True, "measure_kl": False} | how
     with opened(model, case, seed=seed) as lab:
-        return run_figures(
-            lab.generate(prompt, max_new_tokens=tokens, ignore_eos=True, measure_kl=False, **how)
-        )
+        return run_figures(lab.generate(prompt, max_new_tokens=tokens, **how))
 
 
 def run_figures(run: moelab.Run) -> dict[str, Any]:

@@ -34,6 +34,7 @@ FIGURES: dict[str, tuple[Callable[[Row], float], str]] = {
     "KL": (lambda row: row.get("kl_mean", math.nan), "{:.4f}"),
     "same top-1": (lambda row: row.get("same_top1", math.nan), "{:.1%}"),
     "perplexity": (lambda row: row.get("perplexity_ratio", math.nan) - 1, "{:+.1%}"),
+    "Rouge-2": (lambda row: row.get("rouge2", math.nan), "{:.4f}"),
 }
 
 

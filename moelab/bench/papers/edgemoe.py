@@ -37,6 +37,10 @@ RUNGS = {
 SAME_BITS = tuple(name for name, words in RUNGS.items() if words.startswith(PRELOAD))
 
 
+WHOLE = Case("in_ram", "100%", "disk")
+AGAINST = "against the whole model"
+
+
 def _devices(results: Results) -> list[str]:
     return results.extent.choose(DEVICES[:1], DEVICES)
 
@@ -62,10 +66,10 @@ def cases(results: Results) -> list[Case]:
 
 def tasks(results: Results) -> list[Task]:
     """What the profile says of the assignment that is used, and fewer bits for all else."""
-    return [
-        ("EdgeMoE's bits", lambda: _assigned_bits(results)),
-        ("EdgeMoE's non-experts", lambda: _dense_bits(results)),
-    ]
+    asked = [("EdgeMoE's bits", lambda: _assigned_bits(results))]
+    if not results.pairs:
+        asked.append(("EdgeMoE's non-experts", lambda: _dense_bits(results)))
+    return asked
 
 
 def _assigned_bits(results: Results) -> None:
@@ -101,9 +105,10 @@ def report(results: Results) -> Report:
     """The ladder as a table, a row a rung; theirs beside ours."""
     rows = [row for name in RUNGS if (row := _row(results, name))]
     bits = results.found.get("edgemoe bits")
+    by = "Rouge-2 less by" if results.pairs else "perplexity more by"
     chosen = (
         f" The assignment holds {bits['experts at low']} experts at {bits['low']} bit and the "
-        f"others at {bits['high']}: perplexity {bits['calibrated loss']:+.1%} on the text it was "
+        f"others at {bits['high']}: {by} {bits['calibrated loss']:.1%} on the text it was "
         f"made on (tolerated: {bits['tolerated']:.0%}), in the table on text it never saw."
         if bits
         else ""
@@ -142,7 +147,8 @@ def _row(results: Results, name: str) -> dict[str, Any] | None:
         "budget MB": f"{rows[0]['budget_bytes'] / 1e6:.2f}",
         **results.on_devices("s/token", each),
         "peak MB": max(row["peak_resident_bytes"] for row in rows) / 1e6,
-        **figures(rows[0], "perplexity", "KL"),
+        **figures(rows[0], *results.quality),
+        **({AGAINST: results.lost(each[0], WHOLE)} if results.pairs else {}),
         "same text": same,
     }
 
@@ -170,11 +176,13 @@ def _versus(results: Results, rows: list[dict[str, Any]]) -> list[Versus]:
         out.append(Versus(f"decode speed over {over}", *theirs, ours))
     whole, memory = by[steps[-1]], by["everything in RAM"]["peak MB"]
     less = f"{memory / whole['peak MB']:.1f}x"
-    loss = f"perplexity {whole['perplexity']:+.1%}"
+    loss = (
+        f"Rouge-2 {whole[AGAINST]}" if results.pairs else f"perplexity {whole['perplexity']:+.1%}"
+    )
     same = f"{by['+ preload']['same text']} and {whole['same text']}"
     return [
         *out,
         Versus("memory below everything in RAM", "2.1-38.6x", "TX2, Pi 4B", less),
-        Versus("loss", "under 2 % (Rouge-2)", "", loss, "unseen text"),
+        Versus("loss", "under 2 % of Rouge-2", "", loss, "unseen text"),
         Versus("same text with preload and with the buffer", "by design", "", same, "all runs"),
     ]

@@ -3,7 +3,8 @@
 The n-th run of every case is given the same prompt, each of another domain (a case that is run more
 often gets the same prompts again), and samples as the model's own settings say under one seed; so
 runs are compared in pairs, and contenders that compute the same write the same text. (Greedy text
-of a small model falls into loops, which flatter every cache.)
+of a small model falls into loops, which flatter every cache.) An encoder-decoder writes greedy
+summaries to their end instead, and its quality is their Rouge-2, the papers' own metric.
 """
 
 from __future__ import annotations
@@ -20,9 +21,16 @@ import numpy as np
 import moelab
 from moelab.bench.cases import PROMPT, Case, measure, opened, row, settle
 from moelab.bench.tables import Table, Versus, figures
+from moelab.runs.quality import unhurried
+from moelab.runs.rouge import f_measures
+from moelab.runs.summaries import Writer
+from moelab.strategies import Allocate, Precision, Route
+from moelab.strategies.basics import TierPair
 
 Task = tuple[str, Callable[[], None]]
 """What a progress bar shows, and what is to be done."""
+Pairs = Sequence[tuple[str, str]]
+"""A source and what people make of it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class Extent:
 
 FULL = Extent(tokens=32, repeats=3, texts=100, scored=40)
 QUICK = Extent(tokens=5, repeats=1, texts=2, scored=8, quick=True)
+SUMMARIES = Extent(tokens=48, repeats=3, texts=256, scored=48)
+"""Of an encoder-decoder: pairs are its texts, and a summary ends where it ends."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,28 @@ class Ratio:
         return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
 
 
+@dataclass(frozen=True)
+class Change:
+    """Mean of what pairs of texts gained, with its standard error."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Change:
+        """Of the same texts, in their order."""
+        gains = np.subtract(ours, theirs)
+        return cls(float(gains.mean()), float(gains.std(ddof=1) / math.sqrt(len(gains))))
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether it is more than two standard errors from 0."""
+        return abs(self.mean) > 2 * self.error
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.error:.4f}"
+
+
 @dataclass
 class Results:
     """Everything measured so far; what was not is left out, so that half a suite still reports."""
@@ -89,42 +121,60 @@ class Results:
     scores: dict[Case, dict[str, Any]] = field(default_factory=dict)
     # strategies whose decisions hang on when loads land; scored on the case's own device
     timed: set[str] = field(default_factory=set)
-    # what tasks of a section measured, by name
+    # what tasks of a section measured, by name, and how many tasks did
     found: dict[str, Any] = field(default_factory=dict)
+    answered: int = 0
+    # of an encoder-decoder, (source, reference): to choose on, and to measure on
+    chosen: Pairs = ()
+    pairs: Pairs = ()
+    # another case whose summaries are this one's
+    alike: dict[Case, Case] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, lab: moelab.Lab, model: str, extent: Extent) -> Results:
-        """Nothing measured yet, of an open lab."""
+    def of(
+        cls, lab: moelab.Lab, model: str, extent: Extent, chosen: Pairs = (), pairs: Pairs = ()
+    ) -> Results:
+        """Nothing measured yet, of an open lab; the prompts are what has the longest references."""
 
         @cache
         def least(contender: str) -> int:
             settle(lab, Case(contender, "100%", "disk"))
             return lab.info()["minimum_budget_bytes"]
 
-        prompts = [texts[0] for texts in lab.prompts().values()] or [PROMPT]
-        return cls(model, prompts, extent, lab.info(), least)
+        longest = sorted(pairs, key=lambda pair: -len(pair[1]))[: extent.repeats]
+        prompts = [source for source, _ in longest]
+        prompts = prompts or [texts[0] for texts in lab.prompts().values()] or [PROMPT]
+        pairs = pairs[: extent.texts]
+        return cls(model, prompts, extent, lab.info(), least, chosen=chosen, pairs=pairs)
 
     @property
     def pieces(self) -> int:
-        """Runs and scores by now: the first of the suite's work, in its order."""
-        return sum(map(len, self.runs.values())) + len(self.scores)
+        """Runs, scores and answers by now: the first of the suite's work, in its order."""
+        return sum(map(len, self.runs.values())) + len(self.scores) + self.answered
 
-    def kept(self) -> dict[str, list]:
-        """Runs and scores as JSON has them; what sections ask is not among them."""
+    def kept(self) -> dict[str, Any]:
+        """All that was measured, as JSON has it."""
         both = {"runs": self.runs, "scores": self.scores}
-        return {name: [[astuple(c), of] for c, of in all_.items()] for name, all_ in both.items()}
+        kept = {name: [[astuple(c), of] for c, of in all_.items()] for name, all_ in both.items()}
+        return kept | {"found": self.found, "answered": self.answered}
 
-    def take(self, kept: dict[str, list]) -> None:
+    def answer(self, task: Callable[[], None]) -> None:
+        """Do a section's task."""
+        task()
+        self.answered += 1
+
+    def take(self, kept: dict[str, Any]) -> None:
         """Go on after what `kept` gave."""
         self.runs, self.scores = (
             {Case(*case): of for case, of in kept[name]} for name in ("runs", "scores")
         )
+        self.found, self.answered = kept["found"], kept["answered"]
 
     def run(self, case: Case) -> None:
         """Measure a case once more."""
         runs = self.runs.setdefault(case, [])
-        prompt = self.prompt_of(len(runs))
-        runs.append(measure(self.model, case, prompt, tokens=self.extent.tokens, seed=self.seed))
+        how = {"ignore_eos": not self.pairs, "tokens": self.extent.tokens, "seed": self.seed}
+        runs.append(measure(self.model, case, self.prompt_of(len(runs)), **how))
 
     def prompt_of(self, run: int) -> str:
         """The prompt of the n-th run of any case."""
@@ -132,12 +182,55 @@ class Results:
 
     def scored_as(self, case: Case) -> Case:
         """The case whose quality is this one's."""
-        return case if case.strategy in self.timed else replace(case, device="disk")
+        own = case if case.strategy in self.timed else replace(case, device="disk")
+        return self.alike.get(own, own)
+
+    def note(self, case: Case, settings: moelab.Settings, known: dict[Any, Case]) -> None:
+        """Note what a case's quality hangs on: time, or of summaries nothing but the bits.
+
+        ``known``: who was noted first with the same bits.
+        """
+        strategy = settings.strategy
+        if "in_flight" in strategy.observes:
+            self.timed.add(case.strategy)
+            return
+        own, parts = replace(case, device="disk"), strategy.parts
+        low, allocate = getattr(parts["precision"], "low_bits", None), parts["allocate"]
+        exact = type(parts["precision"]) in (Precision, TierPair) and low is None
+        if self.pairs and exact and type(parts["route"]) is Route:
+            chosen = type(allocate).bits is not Allocate.bits
+            given = [(p.name, getattr(allocate, p.name)) for p in allocate.parameters if chosen]
+            self.alike[own] = known.setdefault((settings.bits, chosen, *given), own)
+
+    @property
+    def quality(self) -> tuple[str, ...]:
+        """The figures that a case is scored by."""
+        return ("Rouge-2",) if self.pairs else ("perplexity", "KL")
+
+    def change(self, case: Case, other: Case) -> Change | None:
+        """Rouge-2 of a case over another's, text by text; None where one is missing."""
+        cases = [self.scored_as(one) for one in (case, other)]
+        both = [self.scores[one]["each"] for one in cases if "each" in self.scores.get(one, ())]
+        return Change.of(*both) if len(both) == len(cases) else None
+
+    def lost(self, case: Case, whole: Case) -> str:
+        """`change` against the whole model, also as a share of it; empty where there is none."""
+        change = self.change(case, whole)
+        if change is None or self.scored_as(case) == self.scored_as(whole):
+            return ""
+        share = change.mean / (self.scores[self.scored_as(whole)]["rouge2"] or math.nan)
+        return f"{change} ({share:+.1%})"
 
     def score(self, case: Case) -> None:
         """Measure the quality of a case, one that is `scored_as` itself."""
         with opened(self.model, case, seed=self.seed) as lab:
-            self.scores[case] = score(lab, self.extent)
+            self.scores[case] = self.scored(lab)
+
+    def scored(self, lab: moelab.Lab) -> dict[str, Any]:
+        """Quality under an open lab's settings."""
+        if self.pairs:
+            return summaries(lab, self.pairs, self.extent.scored)
+        return score(lab, self.extent)
 
     def rows(self, cases: Sequence[Case]) -> dict[Case, dict[str, Any]]:
         """The cases that were measured, each with its row: figures and quality."""
@@ -189,6 +282,18 @@ def unseen(lab: moelab.Lab) -> list[str]:
     """Texts that no calibration saw: the last quarter of each that the model brings."""
     texts = [text[len(text) * 3 // 4 :].partition(" ")[2] for text in lab.probes().values()]
     return texts or [PROMPT]
+
+
+def summaries(lab: moelab.Lab, pairs: Pairs, most: int) -> dict[str, Any]:
+    """Rouge-2 of greedy summaries of at most so many tokens: the mean, and ``each``."""
+    written = []
+    with lab._session.claimed() as engine, unhurried(engine):
+        write = Writer(lab._session, most)
+        for source, _ in pairs:
+            engine.new_sequence(record=False)
+            written.append(write(lab._encode(source), engine.end_of_token))
+    each = f_measures(written, [wanted for _, wanted in pairs], ["rouge2"])[:, 0].round(6)
+    return {"rouge2": float(each.mean()), "each": each.tolist()}
 
 
 def score(lab: moelab.Lab, extent: Extent) -> dict[str, Any]:
