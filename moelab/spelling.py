@@ -246,7 +246,7 @@ def shown(settings: Settings) -> dict[str, str]:
     del words["budget_bytes"]
     return words | {
         "strategy": settings.strategy.full_name,
-        "budget": f"{settings.budget_bytes / 1e6:.3g} MB",
+        "budget": f"{brief(settings.budget_bytes / 1e6)} MB",
         "measure_kl": {0: "off", 1: "on"}.get(every, f"every {every} tokens"),
     }
 
@@ -332,6 +332,18 @@ def sentence(settings: Settings, shape: Shape) -> str:
 def number(value: float | None, form: str = ".3g") -> str:
     """A figure, or a dash where there is none."""
     return "-" if value is None else format(value, form)
+
+
+def brief(value: float, digits: int = 3) -> str:
+    """A figure to so many digits; a larger one whole, never with an exponent.
+
+    Examples
+    --------
+    >>> brief(12.345), brief(999.7), brief(382.0, 2)
+    ('12.3', '1000', '382')
+    """
+    whole = round(abs(value)) >= 10**digits
+    return f"{value:.0f}" if whole else f"{value:.{digits}g}"
 
 
 def plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ import tiny_models
 from moelab.runs.account import Account, Limits, ending
 from moelab.runs.tokens import COLUMNS, REQUESTS, STALLS
 from moelab.scheduling import events as e
+from moelab.spelling import brief
 from moelab.strategies import NAMES, NEEDS_CALIBRATION
 
 TOKENS = 7
@@ -183,6 +184,12 @@ def test_a_change_is_told_part_by_part_with_what_was_read_for_nothing():
         "prefetch 0 -> 1: wait \N{MINUS SIGN}3 ms, wasted reads +1.7 MB"
     )
     assert before.change_to(before, "bits 4").endswith("no part of a token moved by 0.5 ms")
+
+
+def test_a_figure_on_the_screen_never_has_an_exponent():
+    told = [brief(value) for value in (0.0, 0.1234, 12.345, 999.4, 999.7, 1236.0, -20_000.0)]
+    assert told == ["0", "0.123", "12.3", "999", "1000", "1236", "-20000"]
+    assert [brief(value, 2) for value in (9.96, 99.6, 382.0)] == ["10", "100", "382"]
 
 
 def test_reads_beside_each_other_share_the_time_of_the_device():

@@ -16,7 +16,7 @@ import numpy as np
 from moelab.runs.tokens import COLUMNS, REQUESTS, STALLS
 from moelab.scheduling import events as e
 from moelab.scheduling.strategy import part_title
-from moelab.spelling import size
+from moelab.spelling import brief, size
 from moelab.strategies import lru
 
 LRU = part_title(lru().evict)
@@ -124,9 +124,9 @@ class Account:
         }
         name = max(parts, key=lambda bound: parts[bound][0])
         part, words = parts[name]
-        said = [f"{name}: {part:.3g} of {self.total_ms:.3g} ms {words}"]
+        said = [f"{name}: {brief(part)} of {brief(self.total_ms)} ms {words}"]
         if name != "disk-bound" and self.wait_ms >= LEAST_MS:
-            said[0] += f", {self.wait_ms:.3g} {self._waiting()}"
+            said[0] += f", {brief(self.wait_ms)} {self._waiting()}"
         if self.bytes:
             speed = f" at {size(self.bandwidth)}/s" if self.bandwidth else ""
             said.append(f"{size(self.bytes)} a token{speed}")
@@ -138,7 +138,7 @@ class Account:
         several = [cause for cause in causes if self.ms[cause] >= SEEN_MS]
         if len(several) < 2:
             return f"wait {_WORDS[causes[0]]}"
-        return "wait: " + ", ".join(f"{self.ms[c]:.3g} {_WORDS[c]}" for c in several)
+        return "wait: " + ", ".join(f"{brief(self.ms[c])} {_WORDS[c]}" for c in several)
 
     def _reason(self, limits: Limits) -> str:
         asked, cycle = sum(self.requests.values()), size(limits.cycle_bytes)
@@ -158,7 +158,7 @@ class Account:
         moved = {word: after.ms[part] - self.ms[part] for part, word in parts.items()}
         moved |= {"wait": after.wait_ms - self.wait_ms}
         told = [
-            f"{w} {_signed(ms, f'{abs(ms):.2g} ms')}"
+            f"{w} {_signed(ms, f'{brief(abs(ms), 2)} ms')}"
             for w, ms in moved.items()
             if abs(ms) >= LEAST_MS
         ]

@@ -20,6 +20,7 @@ import numpy as np
 
 from moelab.runs.tokens import COLUMNS
 from moelab.scheduling.budget import bits_in_words
+from moelab.spelling import brief
 
 WIDTH, LEFT, RIGHT, DPI = 960, 60, 20, 100  # pixels of the picture, its margins, and an inch
 TIERS = {16: "#482475", 12: "#414487", 8: "#355f8d"}
@@ -245,7 +246,7 @@ def _memory(axes: Any, values: Mapping[str, np.ndarray]) -> None:
     _steps(axes, held, edges, 0, fc="#b8c0c8", lw=0)
     _steps(axes, budget, edges, None, fill=False, ec=TEXT, ls="--", lw=0.8)
     axes.set_ylim(0, 1.15 * most)
-    axes.set_yticks([0, most], ["0", f"{most:.3g}"])
+    axes.set_yticks([0, most], ["0", brief(most)])
     words = "experts in memory, MB; dashed: budget"
     axes.text(1, 1.04, words, transform=axes.transAxes, ha="right", color=SOFT, size=7)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab.runs.compare import Comparison, code_of, given, settings_of
 from moelab.runs.what_if import WhatIf, since
-from moelab.spelling import changed, in_words, plain
+from moelab.spelling import brief, changed, in_words, plain
 
 if TYPE_CHECKING:
     from moelab.settings import Settings
@@ -170,7 +170,7 @@ class Drawer:
 def spoken(old: Settings, new: Settings) -> str:
     """What differs, as in ``lab.update``, but for bytes, which nobody reads."""
     nbytes = r"\bbudget=([\d_]+)"
-    return re.sub(nbytes, lambda m: f"budget={int(m[1]) / 1e6:.3g} MB", changed(old, new))
+    return re.sub(nbytes, lambda m: f"budget={brief(int(m[1]) / 1e6)} MB", changed(old, new))
 
 
 def rows(saved: Any) -> list[dict[str, Any]]:
