@@ -101,6 +101,7 @@ def _run(name: str, card: dict[str, Any]) -> str:
         f"descriptions in {run['steps']} steps, {run['seconds'] / 60:.0f} minutes with "
         f"{run['threads']} threads, to a validation loss of {run['curve'][-1]['validation']:.3f}. "
         f"{'Otherwise than this model' if ours else 'Settings'}: `{', '.join(settings)}`"
+        f"{run.get('note', '')}"
     )
 
 
