@@ -218,8 +218,8 @@ class Results:
         change = self.change(case, whole)
         if change is None or self.scored_as(case) == self.scored_as(whole):
             return ""
-        share = change.mean / (self.scores[self.scored_as(whole)]["rouge2"] or math.nan)
-        return f"{change} ({share:+.1%})"
+        of = self.scores[self.scored_as(whole)]["rouge2"]
+        return f"{change} ({change.mean / of:+.1%})" if of else str(change)
 
     def score(self, case: Case) -> None:
         """Measure the quality of a case, one that is `scored_as` itself."""
