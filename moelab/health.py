@@ -333,12 +333,17 @@ def bundled_stores() -> Iterator[Check]:
     from moelab.store.codecs import TIERS
     from moelab.store.store import Store, StoreError
 
-    lacks: dict[str, State] = {"demo": "problem", synopsis.NAME: "note"}
+    train = "python -m moelab.training.synopsis.train"
+    lacks: dict[str, tuple[State, str]] = {
+        "demo": ("problem", f"{AGAIN} moelab"),
+        synopsis.NAME: ("note", train),
+    }
     for name, made in {"demo": demo.checkpoint, synopsis.NAME: synopsis.checkpoint}.items():
         try:
             store = catalogue.destination(made(), name, TIERS)
         except FileNotFoundError as error:
-            yield Check(name, lacks[name], f"its weights are not here: {error}", f"{AGAIN} moelab")
+            worth, command = lacks[name]
+            yield Check(name, worth, f"its weights are not here: {error}", command)
             continue
         if not (store / "manifest.json").is_file():
             yield _line(name, "not packed yet: that takes some seconds when it is first opened")

@@ -73,7 +73,7 @@ def test_a_copy_without_the_second_model_s_weights_is_healthy_and_says_so(tmp_pa
     monkeypatch.setattr(synopsis, "MODEL", tmp_path)
     state, told, mend = states(health.bundled_stores)["synopsis"]
     assert (state, "its weights are not here" in told) == ("note", True)
-    assert mend.endswith("moelab")
+    assert mend == "python -m moelab.training.synopsis.train"
 
 
 # -- what can be wrong --------------------------------------------------------------------------

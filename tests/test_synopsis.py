@@ -70,12 +70,18 @@ def test_without_its_weights_it_is_not_offered_and_opening_it_says_what_is_missi
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(synopsis, "MODEL", tmp_path)
+    monkeypatch.setattr(synopsis, "cache_dir", lambda: tmp_path)
     assert "synopsis" not in catalogue.offered()
-    with pytest.raises(FileNotFoundError, match=r"model.safetensors, .*: reinstall moelab, or"):
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors, .*: train the model with"):
         moelab.open("synopsis")
     (tmp_path / "config.json").touch()
     with pytest.raises(FileNotFoundError):
         synopsis.checkpoint()
+    trained = tmp_path / "synopsis" / "run" / "model"
+    trained.mkdir(parents=True)
+    for name in synopsis.FILES:
+        (trained / name).touch()
+    assert synopsis.checkpoint() == trained
 
 
 def test_with_its_weights_it_is_offered(tiny, monkeypatch):

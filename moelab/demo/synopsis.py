@@ -1,19 +1,22 @@
-"""The bundled Switch Transformer that writes a package's one-line synopsis from its description.
+"""The Switch Transformer that writes a package's one-line synopsis from its description.
 
 `checkpoint()` is its folder, which stock transformers loads
 (`SwitchTransformersForConditionalGeneration`); `pairs()` are descriptions it never saw in training
 with the synopses that Debian gives them, by section of the archive.  How it was trained is in
-`moelab.training.synopsis`, what it does in `SYNOPSIS.md`.
+`moelab.training.synopsis`, whose command writes it to the user's cache; weights beside this file go
+before these.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from moelab.demo import HERE
+from moelab.store.paths import cache_dir
 
 NAME = "synopsis"
 MODEL = HERE / "synopsis_model"
@@ -33,24 +36,28 @@ class Pair(NamedTuple):
 
 
 def checkpoint() -> Path:
-    """Folder of the bundled checkpoint: config, bf16 safetensors and tokenizer.
+    """Folder of the checkpoint, bundled or trained here: config, bf16 safetensors and tokenizer.
 
     Raises
     ------
     FileNotFoundError
-        When the weights are not installed.
+        When there is none.
     """
-    if not is_here():
-        raise FileNotFoundError(
-            f"{MODEL} does not hold {', '.join(FILES)}: reinstall moelab, or train the model with "
-            "`python -m moelab.training.synopsis.train`"
-        )
-    return MODEL
+    places = MODEL, cache_dir() / NAME / "run" / "model"
+    for folder in places:
+        if all((folder / name).is_file() for name in FILES):
+            return folder
+    raise FileNotFoundError(
+        f"{' and '.join(map(str, places))} do not hold {', '.join(FILES)}: train the model with "
+        "`python -m moelab.training.synopsis.train` (2 cores, about 2 hours)"
+    )
 
 
 def is_here() -> bool:
-    """Whether this copy of moelab came with the weights."""
-    return all((MODEL / name).is_file() for name in FILES)
+    """Whether the weights are."""
+    with contextlib.suppress(FileNotFoundError):
+        return bool(checkpoint())
+    return False
 
 
 @cache

@@ -47,7 +47,7 @@ class Pair:
 def _list(kind: str) -> Iterator[str]:
     """The paragraphs of one of apt's lists of Debian 12's main part."""
     if shutil.which("apt-get") is None:
-        raise RuntimeError(f"apt-get is not here: {HINT}; the trained model is bundled")
+        raise RuntimeError(f"apt-get is not here: {HINT}")
     filters = [f"Created-By: {kind}", "Codename: bookworm", "Component: main"]
     english = ["-o", "Acquire::Languages=en"]
     command = ["apt-get", *english, "indextargets", "--format", "$(FILENAME)", *filters]

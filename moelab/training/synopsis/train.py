@@ -3,8 +3,7 @@
 `python -m moelab.training.synopsis.train` does all of it; stopped with Ctrl-C and started again it
 goes on where it was.  `Recipe` holds everything that decides the result.  With `--experts 1` it
 trains the dense model of the same active size that the card compares with: top-1 of one expert is
-a plain feed-forward layer.  The bundled model's run was begun with `leads` falling to 0 at half of
-it and went on with today's rule at step 1,788, the dense model's at step 2,294.
+a plain feed-forward layer.
 """
 
 from __future__ import annotations
