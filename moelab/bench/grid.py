@@ -127,10 +127,10 @@ def _check(
             if (now := settle(lab, case))
         }
         own = [text for texts in lab.prompts().values() for text in texts]
-        prompt = prompt if prompt is not None else next(iter(own), PROMPT)
-        text: Text | None = None if lab.probes() else prompt
+        asked = prompt if prompt is not None else next(iter(own), PROMPT)
+        text: Text | None = None if lab.probes() else asked
         if text and tokens and lab.info()["encoder_layers"]:
             lab.update(strategy="lru", bits=max(lab.info()["tiers"]), budget="100%")
-            run = lab.generate(prompt, max_new_tokens=tokens, temperature=0, ignore_eos=True)
-            text = prompt, run.text
-    return prompt, settings, text
+            run = lab.generate(asked, max_new_tokens=tokens, temperature=0, ignore_eos=True)
+            text = asked, run.text
+    return asked, settings, text

@@ -105,7 +105,8 @@ def split(model: PreTrainedModel, layers: Sequence[MoELayer], checkpoint: Checkp
             converter = by_pattern.get(pattern) if pattern is not None else None
             number, targets = _expert_number(key), converter.target_patterns if converter else []
             if len(targets) == 2 and (number or 0) >= layer.num_experts:  # ERNIE's, of pictures
-                unused[key] = target.replace(*targets)
+                of_text, of_pictures = targets
+                unused[key] = target.replace(of_text, of_pictures)
                 continue
             source = experts.setdefault(layer.index, {}).setdefault(
                 parameter, Source(f"{layer.name}.{parameter}", converter)
