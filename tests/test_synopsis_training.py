@@ -92,6 +92,7 @@ def test_the_tokenizer_gives_back_what_it_was_given():
         ("Foo is a tool that counts. It is quick.", "tool"),
         ("libfoo provides the codecs of X, and more.", "codecs of X"),
         ("Small and quick: a shell.", "Small and quick"),
+        ("zsh-5: Zsh is a shell.", "shell"),
     ],
 )
 def test_a_lead_is_what_the_first_sentence_says(text, what):

@@ -29,7 +29,7 @@ OFFERED = 2
 
 
 class Pair(NamedTuple):
-    """A package's description, and what Debian says of it in one line."""
+    """A package's name and description, and what Debian says of it in one line."""
 
     text: str
     synopsis: str

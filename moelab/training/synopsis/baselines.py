@@ -14,19 +14,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moelab.training.synopsis.corpus import Pair, lead
+from moelab.training.synopsis.corpus import Pair, lead, unnamed
 
 WORD = re.compile(r"[a-z0-9]+")
 
 
 def first_words(text: str, words: int) -> str:
-    """The first words of a text."""
-    return " ".join(text.split()[:words])
+    """The first words of a description."""
+    return " ".join(unnamed(text).split()[:words])
 
 
 def first_sentence(text: str) -> str:
     """All up to the first full stop, question or exclamation mark before a space."""
-    return re.split(r"(?<=[.!?])\s", text)[0]
+    return re.split(r"(?<=[.!?])\s", unnamed(text))[0]
 
 
 class Nearest:

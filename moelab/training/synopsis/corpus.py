@@ -1,5 +1,8 @@
 """Pairs of a Debian package's description and its one-line synopsis, split by source package.
 
+A description is read with the package's name before it, ``name: description``, as Debian shows it:
+the name says what the description often does not (``-dev``, ``-doc``, ``lib...-perl``).
+
 They are read from apt's own lists (`Packages` and `Translation-en` of Debian 12, main), which
 `apt-get -o Acquire::Languages=en update` brings.  Sources that differ in a version only (gcc-11,
 gcc-12) are one group; a group gives at most eight pairs, and so does a text that differs from
@@ -15,7 +18,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +38,10 @@ HINT = "run `apt-get -o Acquire::Languages=en update` on a Debian 12 system or c
 
 @dataclass(frozen=True)
 class Pair:
-    """One package: what it is called, where it belongs, and the two texts."""
+    """One package: what it is called, where it belongs, and the two texts.
+
+    ``text`` is the description, with the name before it once the pairs are `split`.
+    """
 
     package: str
     source: str
@@ -99,7 +105,7 @@ def lead(text: str, words: int = 16) -> str:
     what it repeats it repeats in order (Zhu et al. 2021, "Leveraging Lead Bias for Zero-shot
     Abstractive News Summarization", pretrain on leads alike).
     """
-    first = re.split(r"(?<=[.!?])\s", text)[0]
+    first = re.split(r"(?<=[.!?])\s", unnamed(text))[0]
     says = re.match(
         r".{0,60}?\b(?:is|are|provides|contains|implements)\s+(?:an?\s|the\s)?(.+)",
         first,
@@ -139,7 +145,14 @@ def split(rows: list[Pair]) -> dict[str, list[Pair]]:
     seen = {pair.text for pair in parts["train"]}
     for name in HELD_OUT:
         parts[name] = [pair for pair in parts[name] if pair.text not in seen]
-    return parts
+    return {
+        name: [replace(p, text=f"{p.package}: {p.text}") for p in parts[name]] for name in parts
+    }
+
+
+def unnamed(text: str) -> str:
+    """A description without the package's name before it."""
+    return re.sub(r"^[a-z0-9][a-z0-9+.-]+: ", "", text)
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
