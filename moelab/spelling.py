@@ -335,14 +335,14 @@ def number(value: float | None, form: str = ".3g") -> str:
 
 
 def brief(value: float, digits: int = 3) -> str:
-    """A figure to so many digits; a larger one whole, never with an exponent.
+    """A figure to so many digits; a larger one whole, without an exponent.
 
     Examples
     --------
     >>> brief(12.345), brief(999.7), brief(382.0, 2)
     ('12.3', '1000', '382')
     """
-    whole = round(abs(value)) >= 10**digits
+    whole = math.isfinite(value) and round(abs(value)) >= 10**digits
     return f"{value:.0f}" if whole else f"{value:.{digits}g}"
 
 

@@ -34,7 +34,7 @@ class Recorded:
             "pieces": [f" <{i}>" for i in ids],
             "max_new_tokens": 64,
             "ignore_eos": False,
-            "messages": [],
+            "messages": [], "model": {},
             "sampling": {
                 "temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seed": 3,
             },

@@ -147,7 +147,7 @@ def test_a_refused_run_leaves_the_lab_free(lab, options, message):
         (moelab.Lab.score, {"budget": "25%"},
          r"lab.score\(\) takes no 'budget', a setting: lab.update\(budget='25%'\)"),
         (lambda lab, **k: lab.calibrate("edgemoe", **k), {"token": 4},
-         r"lab.calibrate\('edgemoe'\) takes no 'token'; .*there are tolerated, max_tokens, texts"),
+         r"lab.calibrate\('edgemoe'\) takes no 'token'; .*.* quality, pairs, texts"),
         (moelab.Lab.update, {"token": 4}, "unknown setting 'token'; there are allocate, bits"),
         (lambda _, **k: moelab.open("demo", **k), {"evict": object()},
          r"moelab.open\(\) takes no 'evict', a setting: lab.update\(evict=...\)"),

@@ -73,6 +73,7 @@ class Measured:
         self._evaluator, self._kept, self._done, self._on = evaluator, kept, done, on
         self._known: dict[str, Parts] = {}
         self.full = self._parts("full", lambda _: best)
+        self._evaluator.figure.loss(self.full, self.full)  # refuses what can lose nothing
 
     def __call__(self, name: str, bits: Callable[[Place], int]) -> float:
         """The loss under its figure; ``name`` says which assignment it is."""
@@ -261,15 +262,15 @@ def make(
     total = 2 * (1 + len(levels)) + count + curves + 2
     with tqdm(total=total, disable=not progress, desc="edgemoe") as bar:
         loss = Measured(Evaluator(lab, counted, **how), best, kept, bar.update)
+        unseen = Measured(Evaluator(lab, held_out, **how), best, kept, bar.update, "held out: ")
         data = sensitivity(loss, shape.experts, levels, tolerated)
         if noise := loss.noise():
             data["full"], data["standard_errors"] = float(np.mean(loss.full)), noise
-        loss = Measured(Evaluator(lab, held_out, **how), best, kept, bar.update, "held out: ")
         bits = Sensitivity.of(data).bits(tolerated)
-        assigned = loss(f"assigned for {tolerated}", bits.__getitem__)
-        of_levels = {str(level): loss.level(level) for level in levels}
+        assigned = unseen(f"assigned for {tolerated}", bits.__getitem__)
+        of_levels = {str(level): unseen.level(level) for level in levels}
         data["held_out"] = {"levels": of_levels, "assigned": assigned}
-        if noise := loss.noise():
+        if noise := unseen.noise():
             data["held_out"]["standard_errors"] = noise
         walked = once(kept, "paths", lambda: paths(lab, counted, held_out))
         bar.total = bar.n + 1

@@ -2,8 +2,8 @@
 
 `checkpoint()` is the small one's folder, which stock transformers loads (`Qwen3MoeForCausalLM`);
 `prompts()` and `probes()` are text it never saw in training, by domain.  How it was trained is in
-`moelab.training.train`, what it does in `CARD.md`; the others are in `smollm2` and `synopsis`, with
-cards of their own.  Importing this module imports nothing heavy.
+`moelab.training.train`, what it does in `CARD.md`; the others are in `smollm2`, whose card is
+`SMOLLM2.md`, and `synopsis`.  Importing this module imports nothing heavy.
 """
 
 from __future__ import annotations

@@ -280,7 +280,8 @@ def named(device: str) -> str:
 
 def unseen(lab: moelab.Lab) -> list[str]:
     """Texts that no calibration saw: the last quarter of each that the model brings."""
-    texts = [text[len(text) * 3 // 4 :].partition(" ")[2] for text in lab.probes().values()]
+    found = [text for text in lab.probes().values() if isinstance(text, str)]
+    texts = [text[len(text) * 3 // 4 :].partition(" ")[2] for text in found]
     return texts or [PROMPT]
 
 

@@ -1,4 +1,4 @@
-"""The suite ``papers``: EdgeMoE, HOBBIT, SwapMoE and everyone together, on a bundled model.
+"""The suite ``papers``: EdgeMoE, HOBBIT, SwapMoE and everyone together, on one model.
 
 Each section says which cases it needs; a case that several need is measured once. Runs go round all
 cases in rotated order, then once more round those whose speeds HOBBIT's is compared with; then
@@ -119,15 +119,15 @@ def papers(
         Of an encoder-decoder: (source, reference) to choose bits and plans on, and others to
         measure on; default those that ``"synopsis"`` brings.
     quick
-        A minute's worth: few tokens, one repeat, fewer devices and budgets. It shows that
-        everything works; its figures mean little.
+        A minute's worth, once calibrated: few tokens, one repeat, fewer devices and budgets. It
+        shows that everything works; its figures mean little.
     progress
         Show a bar. Ctrl-C ends the measuring and reports what there is (``complete`` is False).
 
     Raises
     ------
     ValueError
-        A case is refused, or an encoder-decoder has no pairs; nothing has been measured then.
+        A case is refused, or an encoder-decoder has too few pairs; nothing has been measured then.
     """
     how = {"budget": "100%", "measure_kl": False}  # room to calibrate in
     with moelab.open(model, **how, progress=progress) as lab:
@@ -137,6 +137,8 @@ def papers(
                 f"{str(model)!r} writes summaries: papers(model, pairs=(...)) says whose"
             )
         chosen, tried = (pairs or held_out()) if two else ((), ())
+        if two and min(len(chosen), len(tried)) < 2:
+            raise ValueError(f"pairs=({len(chosen)}, {len(tried)} pairs): give 2 or more of each")
         sections = OF_SUMMARIES if two else SECTIONS
         for name in (one for one in calibration.NAMES if one in CALIBRATED.values()):
             if not two:

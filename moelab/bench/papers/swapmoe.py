@@ -96,6 +96,7 @@ def report(results: Results) -> Report:
     return Report("SwapMoE: no token waits", text, tables, versus)
 
 
+NEAR = 5  # points between a budget and the paper's that stand beside each other
 READING = "ms to read a source"
 FORMATS = {
     **dict.fromkeys(("stalls a run", "stalls in prompt", "tokens above budget"), "{:.0f}"),
@@ -146,6 +147,8 @@ def _versus(by: dict[Case, dict[str, Any]], results: Results) -> list[Versus]:
     whole, rows = by[WHOLE], []
     for percent, theirs in HEADLINE.items():
         budget = min(_budgets(results), key=lambda b: abs(float(b.rstrip("%")) - percent))
+        if abs(float(budget.rstrip("%")) - percent) > NEAR:
+            continue
         if row := by.get(Case("swapmoe", budget, DEVICE)):
             less = {
                 what: f"{row[name] / whole[name] - 1:+.0%} {what}"

@@ -1,4 +1,4 @@
-"""How the second bundled model, which writes a package's synopsis from its description, was made.
+"""How the model is made that writes a package's synopsis from its description.
 
 `corpus` reads the pairs out of Debian's package lists, `train` trains, `baselines` are what a
 synopsis is worth without a network, `card` measures and `page` writes the card.

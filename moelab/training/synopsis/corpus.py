@@ -194,7 +194,15 @@ class Corpus:
 
 
 def prepare(folder: Path | None = None) -> Corpus:
-    """Read, split and tokenise into `folder` (user cache); what was made before is read again."""
+    """Read, split and tokenise into `folder` (user cache); what was made before is read again.
+
+    Raises
+    ------
+    ValueError
+        What is there was made by a version that read descriptions without names.
+    RuntimeError
+        apt or its lists are not here.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -217,6 +225,8 @@ def prepare(folder: Path | None = None) -> Corpus:
         partial.replace(kept)
     raw = json.loads(kept.read_text())
     parts = {name: [Pair(**row) for row in rows] for name, rows in raw.items()}
+    if unnamed(parts["train"][0].text) == parts["train"][0].text:
+        raise ValueError(f"{kept} has descriptions without their package's name: delete {folder}")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
     tokens = {
         name: list(
