@@ -147,6 +147,24 @@ def test_every_strategy_keeps_its_contract(lab, name, tmp_path):
     assert all(entry["error"] == "" for entry in recording.evictions.values())
 
 
+def test_swapmoe_brings_in_what_the_source_called_for_while_its_text_is_decoded(lab):
+    lab.update(strategy="lru", bits=16, budget="100%")
+    lab._engine.recover()
+    lab.update(strategy=moelab.strategies.swapmoe(f=1, swaps=0), budget="60%")
+    run, shape, own = generate(lab), lab._shape, lab._shape.encoder_layers
+    check_run(lab, run)
+    assert decided(replay(run.trace)) == live(run)
+    came = run.events[(run.events.kind == "prefetch") & (run.events.layer < own)]
+    assert len(came) > 0 == len(came[came.token == 0])
+    part, view = lab._engine.scheduler.strategy.route, lab._engine.scheduler.view
+    for layer in range(own):
+        expected = set(part.order(layer, view)[: part.plan(view).experts[layer]].tolist())
+        before = {key - shape.offset[layer] for key, _ in run.trace.resident}
+        assert set(came[came.layer == layer].expert) <= expected - before
+    stalls = run.events[(run.events.kind == "stall") & (run.events.token > 0)]
+    assert len(stalls) == 0
+
+
 def test_an_oracle_of_the_same_text_loads_least(lab):
     lab.update(strategy="lru", bits=16, budget="100%")
     lab._engine.recover()

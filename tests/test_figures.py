@@ -249,6 +249,8 @@ def test_a_short_layer_begins_with_the_other_texts_most_important_and_is_renewed
     loss, swaps, error = layers(short, 2)
     assert (swaps >= 0, error >= 0, loss > 0) == (True, True, True)
     assert layers({0: 3, 1: 3}, 2) == (0, 0, None)
+    # The encoder's best expert is another one in each text: a swap a text, however short it is.
+    assert layers({0: 1}, 10**6)[1] * sum(map(len, figure.ids)) == pytest.approx(2)
 
 
 @pytest.mark.parametrize("name", ["edgemoe", "swapmoe"])

@@ -346,6 +346,49 @@ def test_a_part_of_it_alone_falls_back_to_the_router():
     assert visible(s) == [3, 4]
 
 
+# -- an encoder --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [(2, 3), (3, 2), (5, 2), (1, 1)])
+@pytest.mark.parametrize("kept", [2, 3])
+def test_an_encoders_experts_are_swapped_for_the_next_source_while_its_text_is_decoded(
+    encoder, decoder, kept
+):
+    shape = Shape((6,) * (encoder + decoder), 2, {16: B}, encoder_layers=encoder)
+    # With top-k of each layer one free slot is all there is to swap by: it must come back.
+    s = begun(shape, kept * shape.layers + (kept == 2), swapmoe(f=1))
+    flying, came = set(), []
+
+    def step(layer, **own):
+        held = s.cache.used_bytes
+        plan = s.step(dataclasses.replace(told(layer, 0, 1, in_flight=flying), **own))
+        by = {"hit": [], "prefetch": [], "evict": []}
+        for d in plan.decisions(shape):
+            by[d.kind].append((d.layer, d.expert))
+            held += B * ((d.kind == "prefetch") - (d.kind == "evict"))
+            assert held <= s.cache.budget_bytes
+        assert by["hit"] == [(layer, 0), (layer, 1)]
+        assert not flying & {shape.key(*at) for at in by["evict"]}
+        flying.clear()
+        flying.update(shape.key(*at) for at in by["prefetch"])  # they land one layer on
+        return by["prefetch"]
+
+    for layer in shape.path(prefill=True):
+        gates = {"wanted": ((5, 4),), "wanted_weights": ((0.6, 0.4),)} if layer < encoder else {}
+        assert not step(layer, prefill=True, **gates)
+    for _ in range(5 * encoder):
+        s.end_of_token()
+        for layer in shape.path():
+            came += step(layer)
+    assert sorted(came) == [(at, e) for at in range(encoder) for e in (4, 5)]
+    for at in range(shape.layers):
+        called_for = {4, 5, 0} if kept == 3 else {4, 5}
+        assert residents(s, at) == (called_for if at < encoder else set(range(kept)))
+    s.new_sequence()
+    assert s.begin().rows == []
+    assert visible(s, 0) == sorted(residents(s, 0))
+
+
 # -- in the engine -------------------------------------------------------------------------
 
 

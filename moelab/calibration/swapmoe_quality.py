@@ -2,7 +2,8 @@
 
 Texts that are given go through under masks which follow the importance of the unmasked model. A
 summary that is written has masks which follow what the routers would have chosen as it was written,
-as in a run. Either way a swap takes no time, and a prompt swaps nothing.
+as in a run. Either way a swap takes no time, and a prompt swaps nothing: an encoder reads a source
+with what the other texts called for, and its one renewal a text counts as swaps.
 
 T tokens, L layers, E experts.
 """
@@ -63,17 +64,19 @@ class ShortLayers:
     def __call__(self, kept: Mapping[int, int], f: int) -> tuple[float, float, float | None]:
         """(loss, swaps a token, standard error) with so many experts ``kept`` of some layers."""
         experts = self._engine.shape.experts
+        encoder = self._engine.shape.encoder_layers
         short = {layer: n for layer, n in kept.items() if n < experts[layer]}
         if not short:  # all are whole
             return 0.0, 0.0, None
-        whole = not any(layer < self._engine.shape.encoder_layers for layer in short)
+        whole = not any(layer < encoder for layer in short)
         self._figure.write.keep("whole" if whole else None)
         chosen, swaps = [], 0
         for at, scores in enumerate(self._scores):
-            sets = {
-                layer: list(renewed(scores[layer, :, : experts[layer]], start, f, short[layer]))
-                for layer, start in self._starts(at, short).items()
-            }
+            sets: dict[int, list[list[int]]] = {}
+            for layer, start in self._starts(at, short).items():
+                every = f if layer >= encoder else 1  # a source's importance is all with token 0
+                each = renewed(scores[layer, :, : experts[layer]], start, every, short[layer])
+                sets[layer] = list(each)
             pairs = (pair for each in sets.values() for pair in itertools.pairwise(each))
             swaps += sum(len(set(b) - set(a)) for a, b in pairs)
             chosen.append(sets)

@@ -13,7 +13,8 @@ computed (asynchronous), and the router sees a newcomer only when its bytes have
 experts a layer keeps, and f, come from the planner where a profile is given (`swapmoe_planner`).
 
 What it does not do: while a prompt is read nothing is swapped. The prompt runs on the virtual
-experts there are, and counts for the next update.
+experts there are, and counts for the next update. Nor is an encoder's source read by those that it
+calls for: they come in while its text is decoded, behind the decoder's own, for the next source.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from typing import Any
 import numpy as np
 
 from moelab.scheduling.steps import LayerInput
-from moelab.scheduling.strategy import Key, LookAhead, Parameter, Prediction, Strategy, View
+from moelab.scheduling.strategy import (
+    Key,
+    LookAhead,
+    Parameter,
+    Prediction,
+    Shape,
+    Strategy,
+    View,
+)
 from moelab.strategies.static_pruning import FixedExperts, Table, frozen
 from moelab.strategies.swapmoe_planner import Plan, largest
 
@@ -150,7 +159,14 @@ class VirtualExperts(FixedExperts):
     def predict(
         self, layer: int, look_ahead: Sequence[LookAhead], view: View
     ) -> Iterable[Prediction]:
-        """Swap-ins of this layer: it has served its token, and the next is a token away."""
+        """Swap-ins of this layer: it has served its token, and the next is a token away.
+
+        And then of the encoder's layers that are its to renew: their turn is the next prompt.
+        """
+        for at in (layer, *_renews(layer, view.shape)):
+            yield from self._swap_ins(at, view)
+
+    def _swap_ins(self, layer: int, view: View) -> Iterable[Prediction]:
         at = view.shape.keys(layer)
         on_their_way = np.count_nonzero(view.in_flight[at])
         chosen = self.order(layer, view)[: self.plan(view).experts[layer]]
@@ -172,7 +188,8 @@ class VirtualExperts(FixedExperts):
             return None
         rank = self.rank(view)[view.shape.keys(layer)]
         going &= rank >= self.plan(view).experts[layer]
-        going[self._serving] = False
+        if layer == view.layer:
+            going[self._serving] = False
         last = int(np.where(going, rank, -1).argmax())
         return view.shape.key(layer, last) if going[last] else None
 
@@ -181,8 +198,13 @@ class VirtualExperts(FixedExperts):
     def after_layer(self, layer: int, view: View) -> Iterable[Key]:
         """A newcomer that came into the free slot has landed: the least important one leaves it.
 
-        So do copies below the bits asked for: they are leftovers of other settings.
+        So do copies below the bits asked for: they are leftovers of other settings. An encoder's
+        layers give the free slot back while tokens are decoded.
         """
+        for at in (layer, *_renews(layer, view.shape)):
+            yield from self._leavers(at, view)
+
+    def _leavers(self, layer: int, view: View) -> Sequence[Key]:
         nbytes, kept = view.shape.nbytes[view.knobs.bits], self.plan(view).experts[layer]
         if view.cache.layer_bytes[layer] <= kept * nbytes:
             return []
@@ -196,6 +218,12 @@ class VirtualExperts(FixedExperts):
         none = [np.zeros(count) for count in view.shape.experts]
         since = [self._importance.get(at, zeros) for at, zeros in enumerate(none)]
         return {"importance since the update": np.concatenate(since), **super().terms(view)}
+
+
+def _renews(layer: int, shape: Shape) -> range:
+    """The encoder's layers that a decoder's layer swaps for; together they are all, each once."""
+    own = shape.encoder_layers
+    return range(layer - own, own, shape.layers - own) if layer >= own else range(0)
 
 
 def swapmoe(

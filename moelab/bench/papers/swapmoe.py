@@ -33,8 +33,9 @@ PLANS = ("planned", "uniform")
 SHORT = ("swapmoe", "static_pruning")
 PAPER = "Jetson Nano, AGX Orin"
 OF_ENCODERS = (
-    " Virtual experts are renewed while tokens are decoded; an encoder works only on a source, so "
-    "that its own stay those that it began with, the most important on the validation pairs."
+    " Virtual experts are swapped while tokens are decoded, an encoder's too: a source is read by "
+    "those that the one before it called for, the first by the most important on the validation "
+    "pairs."
 )
 
 
