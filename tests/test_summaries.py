@@ -102,7 +102,7 @@ def test_a_summary_ends_with_the_text(lab, monkeypatch):
         ([("w1", "w2", "w3")], r"is measured on \(source, target\) pairs"),
         ([("w1", "w2"), ("w1", " ")], r"\('w1', ' '\): source and target need at least one word"),
         (("", "w2"), "source and target need at least one word"),
-        ([], "brings no probe texts"),
+        ([], "an empty list of texts: give one or more"),
         (None, "brings no probe texts"),
     ],
 )

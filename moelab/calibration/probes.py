@@ -38,6 +38,8 @@ def texts_of(lab: Lab, texts: Sequence[Text] | None) -> list[Text]:
     """
     own = lab.probes().values() if texts is None else ()  # of each domain one text, or several
     found = [text for some in own for text in listed(some)] if texts is None else list(texts)
+    if not found and texts is not None:
+        raise ValueError("an empty list of texts: give one or more; None: the model's own probes")
     if not found:
         raise ValueError(
             "this model brings no probe texts; give texts=[...], a few hundred words will do"
