@@ -18,7 +18,7 @@ import torch
 
 from moelab.engine.compute import Routed
 from moelab.engine.generation import Ids, Stream, begun_with
-from moelab.models.chat import Text, Texts, check_text, listed
+from moelab.models.chat import Text, Texts, check_text, listed, takes_pairs
 from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.stream import LookAhead
 from moelab.scheduling.trace import Trace
@@ -56,7 +56,7 @@ def read(lab: Lab, text: Text, most: int) -> Ids:
         A text for an encoder-decoder, which is told what to make of a source, or a pair for any
         other model.
     """
-    text = check_text(text, two=lab._engine.model.config.is_encoder_decoder)
+    text = check_text(text, two=takes_pairs(lab._engine.model))
     if isinstance(text, str):
         return Ids(lab._encode(text)[:most])
     source, target = text
