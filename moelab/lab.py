@@ -216,10 +216,8 @@ class Lab:
         >>> lab.score("Once upon a time there was a man who", progress=False).tokens
         9
         """
-        found = to_score(self, text, max_tokens)
         bar = self._progress if progress is None else progress
-        with self._session.claimed():
-            return score(self._session, *found, max_tokens, progress=bar)
+        return self._scored(text, max_tokens, progress=bar)
 
     def calibrate(
         self, strategy: str, *, again: bool = False, progress: bool | None = None, **options: Any
@@ -394,3 +392,9 @@ class Lab:
         """A second lab on the same store, with memory and weights of its own."""
         how = self._engine.opened | {"name": self.name, "strategies": self._strategies}
         return Lab(self._store, settings, **how)
+
+    def _scored(self, text: Texts | None, most: int = 48, **how: bool) -> Score:
+        """`score`; ``summaries=False`` leaves these and their Rouge out."""
+        found = to_score(self, text, most)
+        with self._session.claimed():
+            return score(self._session, *found, most, **how)

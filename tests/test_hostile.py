@@ -152,6 +152,12 @@ def test_what_a_family_knows_reaches_it_and_nothing_else():
     assert callable(made.to_dict)
 
 
+def test_a_part_that_is_no_object_is_refused():
+    for value in ("x", [1], 7):
+        with pytest.raises(ValueError, match="thinker_config is .*, no JSON object"):
+            make_config({"model_type": "qwen3_omni_moe", "thinker_config": value})
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "gpt_oss", "llama4", "qwen3_vl_moe"])
 def test_a_saved_configuration_comes_back_as_it_was(kind):
     config = CONFIG_MAPPING[kind]()

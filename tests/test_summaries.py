@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import moelab
+import tiny_models
 import word_summaries
+from moelab.bench import grid
+from moelab.bench.cases import Case
+from moelab.calibration.probes import to_score
 from moelab.runs import summaries
+from moelab.runs.plan import _lost
+from moelab.runs.quality import score_ids
 from moelab.runs.rouge import Rouge, f_measures, rouge
+from moelab.runs.run import Run
 from moelab.store.devices import DEVICES
 from moelab.strategies import make
 
@@ -76,14 +85,43 @@ def test_a_summary_is_what_generate_writes_under_these_settings(lab, change):
 
 def test_a_score_leaves_the_teacher_forced_figures_as_they_are_without_summaries(lab, monkeypatch):
     lab.update(bits=4, budget="50%")
-    pair = SOURCES[0], "w1 w2 w3"
+    pairs = [(SOURCES[0], "w1 w2 w3")] * 2
     lab._engine.recover()
-    score = lab.score([pair, pair], max_tokens=3)
+    score = lab.score(pairs, max_tokens=3)
+    assert score.rouge is not None
+    monkeypatch.delattr(summaries, "Writer")  # nothing is written from here on
     lab._engine.recover()
-    monkeypatch.setattr(summaries, "rouge", lambda *_: None)
-    alone = lab.score([pair, pair], max_tokens=3)
-    assert alone.rouge is None
-    assert (alone.kl_mean, alone.perplexity) == (score.kl_mean, score.perplexity)
+    with lab._session.claimed() as engine:
+        alone = score_ids(engine, to_score(lab, pairs, 3)[0], progress=False)
+    assert replace(score, rouge=None, rouge_full=None) == alone
+    lab._engine.recover()
+    assert lab._scored(pairs, 3, progress=False, summaries=False) == alone
+
+
+def test_what_needs_no_summary_writes_none_and_a_blank_text_is_scored_on_its_source(
+    lab, monkeypatch
+):
+    monkeypatch.delattr(summaries, "Writer")
+    lab.update(bits=4)
+    run = lab.generate(SOURCES[0], max_new_tokens=3)
+    assert _lost(lab, run) > 0
+    monkeypatch.setattr(Run, "text", property(lambda _: " ", lambda *_: None), raising=False)
+    assert _lost(lab, run) > 0
+    case = Case("lru", "100%", "disk")
+    pair = grid._check(lab._store.path, [case], SOURCES[0], 2)[2]
+    assert pair == (SOURCES[0], SOURCES[0])
+    how = {"strategies": ["lru"], "budgets": ["100%"], "devices": ["disk"], "tokens": 2}
+    found = grid.bench(lab._store.path, **how, repeats=1, prompt=SOURCES[0], progress=False)
+    assert found["kl_mean"].item() < 1e-6
+
+
+def test_an_encoder_without_experts_is_still_read_with_a_source(tmp_path):
+    folder = tiny_models.nllb(tmp_path / "m", encoder_sparse_step=0)
+    with moelab.open(folder, budget="100%", tiers=(16,), progress=False) as lab:
+        assert lab.info()["encoder_layers"] == 0
+        run = lab.generate(SOURCES[0], max_new_tokens=3)
+        assert _lost(lab, run) < 1e-6
+        assert isinstance(grid._check(lab._store.path, [], SOURCES[0], 2)[2], tuple)
 
 
 def test_a_summary_ends_with_the_text(lab, monkeypatch):
@@ -102,7 +140,7 @@ def test_a_summary_ends_with_the_text(lab, monkeypatch):
         ([("w1", "w2", "w3")], r"is measured on \(source, target\) pairs"),
         ([("w1", "w2"), ("w1", " ")], r"\('w1', ' '\): source and target need at least one word"),
         (("", "w2"), "source and target need at least one word"),
-        ([], "brings no probe texts"),
+        ([], "an empty list of texts: give one or more"),
         (None, "brings no probe texts"),
     ],
 )
@@ -112,8 +150,6 @@ def test_what_is_no_pair_of_texts_is_refused(lab, text, said):
 
 
 def test_other_models_take_texts_and_have_no_rouge(tmp_path):
-    import tiny_models
-
     with moelab.open(tiny_models.mixtral(tmp_path / "m"), budget="100%", progress=False) as lab:
         one, two = (lab.score(text) for text in ("A text.", "Another one."))
         both = lab.score(["A text.", "Another one."])

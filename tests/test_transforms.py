@@ -21,6 +21,7 @@ from moelab.transforms.layers import Layers, Size
 from moelab.transforms.merge import by_outputs, by_weights, grouped
 from moelab.transforms.puzzle import merged
 from moelab.transforms.resmoe import barycentre
+from test_lab_families import omni
 
 TEXT = "It was the best of times, it was the worst of times."
 
@@ -322,6 +323,17 @@ def test_deepseek_keeps_its_sizes_under_puzzle(checkpoints, tmp_path):
     assert logits(load(made)).isfinite().all()
     tensors = {k: v for f in made.glob("*.safetensors") for k, v in load_file(f).items()}
     assert tensors.keys() == Checkpoint(checkpoints["deepseek_v3"]).info.keys()
+
+
+def test_parts_for_pictures_and_sound_are_copied(tmp_path):
+    source = omni(tmp_path / "omni")
+    made = transform(source, "puzzle", tmp_path / "made", progress=False)
+    before, after = Checkpoint(source), Checkpoint(made)
+    assert after.info.keys() == before.info.keys()
+    beside = ("thinker.visual.", "thinker.audio_tower.", "talker.")
+    parts = [key for key in before.info if key.startswith(beside)]
+    assert len(parts) > 10
+    assert all(torch.equal(before.tensor(key), after.tensor(key)) for key in parts)
 
 
 @pytest.mark.slow

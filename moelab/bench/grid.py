@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 import moelab
 from moelab.bench.cases import PROMPT, Case, measure, opened, row, settle
 from moelab.bench.tables import figures, worded
-from moelab.models.chat import Text
+from moelab.models.chat import Text, pair_of, takes_pairs
 from moelab.runs.rounds import rotated
 
 STRATEGIES = ("on_demand", "lru", "lru + look-ahead", "lru + mixed 16/4")
@@ -96,7 +96,7 @@ def bench(
         for strategy, budget in sorted(scored):
             bar.set_postfix_str(f"quality of {strategy}, {budget}")
             with opened(model, Case(strategy, budget, "disk"), seed=seed) as lab:
-                score = lab.score(text, progress=False)
+                score = lab._scored(text, progress=False, summaries=False)
             scores[strategy, budget] = {"kl_mean": score.kl_mean, "same_top1": score.same_top1}
             bar.update()
     frame = pd.DataFrame(
@@ -129,8 +129,8 @@ def _check(
         own = [text for texts in lab.prompts().values() for text in texts]
         asked = prompt if prompt is not None else next(iter(own), PROMPT)
         text: Text | None = None if lab.probes() else asked
-        if text and tokens and lab.info()["encoder_layers"]:
+        if text and tokens and takes_pairs(lab._engine.model):
             lab.update(strategy="lru", bits=max(lab.info()["tiers"]), budget="100%")
             run = lab.generate(asked, max_new_tokens=tokens, temperature=0, ignore_eos=True)
-            text = asked, run.text
+            text = pair_of(asked, run.text)
     return asked, settings, text

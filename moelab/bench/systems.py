@@ -203,7 +203,8 @@ def _live(
                 now = settle(lab, Case(case.strategy, case.budget, "disk"))
                 if "in_flight" in now.strategy.observes:  # it decides by what has landed
                     settle(lab, case)
-                loss[w] = lab.score(None if lab.probes() else prompt, progress=False).kl_mean
+                text = None if lab.probes() else prompt
+                loss[w] = lab._scored(text, progress=False, summaries=False).kl_mean
     for w in rotated([*loss], repeats):
         bar.set_postfix_str(f"{place}: {w}")
         found = measure(place, cases[w], prompt, tokens=tokens, seed=0, temperature=0)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from moelab.calibration.probes import Text, read, texts_of
 from moelab.engine.generation import Stream
+from moelab.models.chat import takes_pairs
 from moelab.runs.quality import kl_divergence
 from moelab.runs.rouge import f_measures
 from moelab.runs.summaries import Writer
@@ -165,7 +166,7 @@ def asked_for(lab: Lab, quality: str, pairs: int | None, default: str) -> dict[s
     """
     if quality not in FIGURES:
         raise ValueError(f"quality={quality!r}: one of {', '.join(FIGURES)}")
-    if quality == "rouge2" and not lab._engine.model.config.is_encoder_decoder:
+    if quality == "rouge2" and not takes_pairs(lab._engine.model):
         raise ValueError(
             "quality='rouge2' is of summaries, and this model goes on with a text; "
             "choose 'kl' or 'loss'"

@@ -18,7 +18,7 @@ import torch
 
 from moelab.engine.compute import Routed
 from moelab.engine.generation import Ids, Stream, begun_with
-from moelab.models.chat import Text, Texts, check_text, listed
+from moelab.models.chat import Text, Texts, check_text, listed, takes_pairs
 from moelab.scheduling.steps import LayerInput
 from moelab.scheduling.stream import LookAhead
 from moelab.scheduling.trace import Trace
@@ -38,6 +38,8 @@ def texts_of(lab: Lab, texts: Sequence[Text] | None) -> list[Text]:
     """
     own = lab.probes().values() if texts is None else ()  # of each domain one text, or several
     found = [text for some in own for text in listed(some)] if texts is None else list(texts)
+    if not found and texts is not None:
+        raise ValueError("an empty list of texts: give one or more; None: the model's own probes")
     if not found:
         raise ValueError(
             "this model brings no probe texts; give texts=[...], a few hundred words will do"
@@ -54,7 +56,7 @@ def read(lab: Lab, text: Text, most: int) -> Ids:
         A text for an encoder-decoder, which is told what to make of a source, or a pair for any
         other model.
     """
-    text = check_text(text, two=lab._engine.model.config.is_encoder_decoder)
+    text = check_text(text, two=takes_pairs(lab._engine.model))
     if isinstance(text, str):
         return Ids(lab._encode(text)[:most])
     source, target = text

@@ -133,6 +133,16 @@ def listed(text: Texts) -> list[Text]:
     return list(text) if several else [text]  # pyright: ignore[reportReturnType]
 
 
+def takes_pairs(model: Any) -> bool:
+    """Whether a model's texts are (source, target) pairs: it is an encoder-decoder."""
+    return bool(model.config.is_encoder_decoder)
+
+
+def pair_of(source: str, written: str) -> tuple[str, str]:
+    """A pair to score of a source and what was written of it; the source twice if that is blank."""
+    return source, written if written.strip() else source
+
+
 def check_text(text: Text, *, two: bool) -> Text:
     """Refuse a text for an encoder-decoder (``two``), and a pair for any other model.
 

@@ -57,13 +57,15 @@ def make_config(data: Mapping[str, Any]) -> PreTrainedConfig:
     Raises
     ------
     ValueError
-        transformers has no such family, or a count is beyond `MOST`.
+        transformers has no such family, a count is beyond `MOST`, or a part is no object.
     """
     kind = data.get("model_type")
     if isinstance(kind, str) and kind in THINKS:
         part, name = THINKS[kind]
         whole = {k: v for k, v in data.items() if k == "quantization_config"}
-        own = {"model_type": f"{kind}_thinker"} | (data.get(part) or {}) | {"architectures": [name]}
+        if not isinstance(thinks := data.get(part) or {}, Mapping):
+            raise ValueError(f"{part} is {str(thinks)[:100]!r}, no JSON object")
+        own = {"model_type": f"{kind}_thinker", **thinks, "architectures": [name]}
         return make_config(whole | own)
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type is {str(kind)[:100]!r}, which it does not have")

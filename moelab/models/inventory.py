@@ -75,6 +75,13 @@ def inventory(
     return _ignored(model, found, report.unexpected_keys, path)
 
 
+def of_senses(model: PreTrainedModel, found: Split) -> set[str]:
+    """The tensors of the parts for pictures and sound, which no text uses."""
+    left_out: Any = model.left_out  # see `families.text_only`
+    unused = found.unused.items()
+    return {key for key, target in unused if target.startswith(left_out) or _SPEAKS.match(key)}
+
+
 def refuse_incomplete(
     missing: Iterable[str], mismatched: Iterable[tuple], layers: Sequence[MoELayer], path: Path
 ) -> None:
@@ -109,13 +116,13 @@ def _ignored(
     """What has no place and needs none, by kind; a ValueError for the rest."""
     predicting = {m[1] for key in found.unused if (m := _PREDICTS.match(key))}
     kinds: dict[str, list[str]] = {}
-    left_out: Any = model.left_out  # see `families.text_only`
+    senses = of_senses(model, found)
     for key, target in found.unused.items():
         if _MTP.search(key) or key.startswith(tuple(predicting)):
             kind = "layers that predict several tokens at once"
         elif _ACTIVATIONS.search(key):
             kind = "scales of activations and of the attention's cache"
-        elif target.startswith(left_out) or _SPEAKS.match(key):
+        elif key in senses:
             kind = "parts for pictures and sound, which no text uses"
         else:
             kind = "" if target in unexpected else "what transformers leaves out too"

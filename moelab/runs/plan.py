@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from moelab.models.chat import pair_of, takes_pairs
 from moelab.runs.eligible import aheads, eligible
 from moelab.runs.prediction import Prediction, Predictor
 from moelab.scheduling.events import HIT, LOAD, SKIP, SUBSTITUTE
@@ -282,9 +283,10 @@ def _candidates(
 
 def _lost(lab: Lab, run: Run) -> float:
     """Mean KL of the settings in force: on the model's probes, or on what the run wrote."""
-    wrote = (run.prompt, run.text) if lab._shape.encoder_layers else run.prompt + run.text
+    two = takes_pairs(lab._engine.model)
+    wrote = pair_of(run.prompt, run.text) if two else run.prompt + run.text
     text = None if lab.probes() else wrote
-    return lab.score(text, max_tokens=SCORED, progress=False).kl_mean
+    return lab._scored(text, SCORED, progress=False, summaries=False).kl_mean
 
 
 def _good_enough(

@@ -53,7 +53,13 @@ class Writer:
 
 
 def score(
-    session: Session, ids: Sequence[Ids], references: Sequence[str], most: int, *, progress: bool
+    session: Session,
+    ids: Sequence[Ids],
+    references: Sequence[str],
+    most: int,
+    *,
+    progress: bool,
+    summaries: bool = True,
 ) -> Score:
     """Score token ids as `score_ids` does, and where there are references the summaries' Rouge.
 
@@ -69,9 +75,11 @@ def score(
         Tokens of a summary at most.
     progress
         Show bars: of the tokens, then of the summaries.
+    summaries
+        Write them, which takes two texts a pair.
     """
     engine, found = session.engine, score_ids(session.engine, ids, progress=progress)
-    if not references:
+    if not (references and summaries):
         return found
     from tqdm.auto import tqdm
 

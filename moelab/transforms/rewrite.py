@@ -1,9 +1,9 @@
 """A checkpoint rewritten by one of the ideas: `transform`, which stock transformers loads again.
 
 Layer by layer: one layer's experts are in memory, in float32, however large the model is. Each
-layer becomes a file of its own and what else the model uses is copied, in a folder beside the
-destination that takes its name at the very end. A writer that is stopped leaves that folder, and
-the same call goes on after the last file that is whole.
+layer becomes a file of its own and what else the model uses is copied, with its parts for pictures
+and sound, in a folder beside the destination that takes its name at the very end. A writer that is
+stopped leaves that folder, and the same call goes on after the last file that is whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from moelab.catalogue import bundled
 from moelab.models.config import make_config, read_json
 from moelab.models.families import expert_parameter, find_moe
-from moelab.models.inventory import inventory
+from moelab.models.inventory import inventory, of_senses
 from moelab.models.shards import read_header
 from moelab.models.skeleton import blank_of
 from moelab.scheduling.writing import write_atomically
@@ -228,9 +228,9 @@ class _Rewriting:
             yield f"layer {at.index}", make
 
     def _other_files(self) -> Iterator[tuple[str, Callable[[], dict]]]:
-        checkpoint = self.layers.checkpoint
+        checkpoint, found = self.layers.checkpoint, self.layers.reader.found
         routers = {key for at in self.layers.moe for key in self.layers.router(at.index)}
-        rest = self.layers.reader.found.rest.keys() - routers
+        rest = found.rest.keys() - routers | of_senses(self.layers.model, found)
         for shard in sorted({checkpoint.info[key].shard for key in rest}):
             keys = sorted(key for key in rest if checkpoint.info[key].shard == shard)
             yield (

@@ -40,6 +40,7 @@ from moelab.bench.papers.results import (
 )
 from moelab.bench.tables import as_json, as_markdown, as_rows, circumstances
 from moelab.demo import synopsis
+from moelab.models.chat import takes_pairs
 from moelab.runs.rounds import rotated
 from moelab.scheduling.writing import write_atomically
 from moelab.strategies import CALIBRATED
@@ -131,7 +132,7 @@ def papers(
     """
     how = {"budget": "100%", "measure_kl": False}  # room to calibrate in
     with moelab.open(model, **how, progress=progress) as lab:
-        two = bool(lab.info()["encoder_layers"])
+        two = takes_pairs(lab._engine.model)
         if two and pairs is None and model != synopsis.NAME:
             raise ValueError(
                 f"{str(model)!r} writes summaries: papers(model, pairs=(...)) says whose"
