@@ -123,6 +123,11 @@ def test_the_model_begins_able_to_copy():
     assert begun < 0.6 * plain
 
 
+def test_too_few_heads_are_refused():
+    with pytest.raises(ValueError, match=r"heads=4: 5 or more"):
+        build_model(replace(TINY, heads=4))
+
+
 def test_the_losses_leave_padding_out():
     model = build_model(TINY).eval()
     source, target = torch.tensor([[5, 6, 7, 1]]), torch.tensor([[8, 9, 1]])

@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
 
 def checkpoint() -> Path:
-    """Folder of the checkpoint, bundled or trained here: config, bf16 safetensors and tokenizer.
+    """Folder of the checkpoint: config, bf16 safetensors and tokenizer; trained here if not beside this.
 
     Raises
     ------
@@ -49,7 +49,7 @@ def checkpoint() -> Path:
             return folder
     raise FileNotFoundError(
         f"{' and '.join(map(str, places))} do not hold {', '.join(FILES)}: train the model with "
-        "`python -m moelab.training.synopsis.train` (on Debian 12, some hours)"
+        "`python -m moelab.training.synopsis.train` (on Debian 12, an hour of a core)"
     )
 
 

@@ -102,8 +102,8 @@ def lead(text: str, words: int = 16) -> str:
     """What the first sentence says that it is: ``foo is a tool that ...`` → ``tool``.
 
     The model learns to write these first: a summary begins near the beginning of its source, and
-    what it repeats it repeats in order (Zhu et al. 2021, "Leveraging Lead Bias for Zero-shot
-    Abstractive News Summarization", pretrain on leads alike).
+    what it repeats it repeats in order. (Zhu et al. 2021, arXiv 1912.11602, pretrain on predicting
+    the lead from the rest of an article; here it stays in the source.)
     """
     first = re.split(r"(?<=[.!?])\s", unnamed(text))[0]
     says = re.match(

@@ -111,6 +111,8 @@ def begin_to_copy(model: Any, recipe: Recipe) -> None:
     times, so that layers add little to them at first.
     """
     spike, match, loud, quiet = recipe.spike, recipe.match, recipe.loud, recipe.quiet
+    if recipe.heads < 5:
+        raise ValueError(f"heads={recipe.heads}: 5 or more, so many begin by reading a near token")
     model.decoder.final_layer_norm.weight.fill_(1.5)
     for name, weight in model.named_parameters():
         if name.split(".")[-2] in ("o", "wo"):
