@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
 
 def checkpoint() -> Path:
-    """Folder of the checkpoint: config, bf16 safetensors and tokenizer; trained here if not beside this.
+    """Folder of config, bf16 safetensors and tokenizer: beside this file, or trained here.
 
     Raises
     ------
