@@ -13,6 +13,7 @@ from transformers import SwitchTransformersForConditionalGeneration
 
 from moelab.training.synopsis import corpus
 from moelab.training.synopsis.corpus import Corpus, Pair
+from moelab.training.synopsis.reward import rewarded, worth
 from moelab.training.synopsis.train import (
     COMMON,
     IGNORED,
@@ -26,7 +27,10 @@ from moelab.training.synopsis.train import (
     step_loss,
 )
 
-TINY = Recipe(layers=2, experts=2, hidden=128, ffn=16, heads=5, vocabulary=64, epochs=2, pairs=4)
+TINY = replace(
+    Recipe(layers=2, experts=2, hidden=128, ffn=16, heads=5, vocabulary=64, epochs=2, pairs=4),
+    reward_steps=2,
+)
 
 
 def pair(package: str, text: str = "", source: str = "") -> Pair:
@@ -164,6 +168,8 @@ def pairs(tmp_path: Path) -> Corpus:
         rows.append(([*ids, 1], [*ids[:2], 1]))
     parts = {name: [pair("p")] * len(rows) for name in ("train", "validation")}
     leads = [[*source[1:3], 1] for source, _ in rows]
+    (tmp_path / "tokenizer").mkdir()
+    corpus.train_tokenizer(["a text"]).save(str(tmp_path / "tokenizer" / "tokenizer.json"))
     return Corpus(parts, {"train": rows, "validation": rows[:4]}, leads, tmp_path)
 
 
@@ -171,15 +177,15 @@ def test_a_resumed_training_is_the_uninterrupted_one(pairs, tmp_path):
     whole = Training(pairs, TINY, tmp_path / "whole")
     assert whole.train(progress=False)
     parted = Training(pairs, TINY, tmp_path / "parted")
-    for _ in range(2):
+    for _ in range(5):
         parted._step()
     parted.tokens = parted.at.seen  # it is over, for now: the state is saved
     assert parted.train(progress=False)
     resumed = Training(pairs, TINY, tmp_path / "parted")
-    assert resumed.at.steps == 2
+    assert resumed.at.steps == 5
     assert resumed.train(progress=False)
-    assert resumed.at.steps == whole.at.steps == 4
-    (tmp_path / "tokenizer").mkdir()  # the corpus's
+    assert resumed.at.steps == whole.at.steps == 6
+    assert [list(entry)[2] for entry in whole.at.losses] == ["train_loss", "worth"]
     made = resumed.export()
     again = SwitchTransformersForConditionalGeneration.from_pretrained(made)
     assert again.generation_config.max_new_tokens == 48
@@ -193,6 +199,35 @@ def test_a_resumed_training_is_the_uninterrupted_one(pairs, tmp_path):
         torch.testing.assert_close(
             resumed.model.state_dict()[name], value, rtol=0, atol=0, msg=name
         )
+
+
+def test_what_is_worth_more_becomes_likelier():
+    """A model whose summaries are right when they are short learns to end them."""
+    tokenizer = corpus.train_tokenizer(["one two three"] * 3)
+    torch.manual_seed(0)
+    model = build_model(replace(TINY, vocabulary=300))
+    source = torch.tensor([tokenizer.encode("one two").ids] * 8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+
+    def decode(rows: list[list[int]]) -> list[str]:
+        return ["one two" if 1 in row[:4] else "three four" for row in rows]
+
+    found = []
+    for _ in range(12):
+        made = rewarded(model, source, ["one two"] * 8, decode, 4)
+        made.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(made.worth.mean()))
+    assert made.worth.shape == (8, 4)
+    assert found[0] < 0.5
+    assert sum(found[-3:]) / 3 > 0.9
+
+
+def test_the_worth_is_of_pairs_and_order():
+    assert worth(["a cat sat", "a dog", ""], ["a cat sat"] * 3).tolist() == pytest.approx(
+        [1.5, 0.2, 0.0]
+    )
 
 
 def test_another_recipe_does_not_go_on_with_a_training(pairs, tmp_path):

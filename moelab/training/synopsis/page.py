@@ -31,7 +31,7 @@ def curves(card: dict[str, Any]) -> dict[str, pd.Series]:
     ours, dense = (card["training"][name]["curve"] for name in MODELS)
 
     def line(points: list[dict[str, Any]], figure: str) -> pd.Series:
-        return pd.Series([p[figure] for p in points], [p["tokens"] / 1e6 for p in points])
+        return pd.Series({p["tokens"] / 1e6: p[figure] for p in points if figure in p})
 
     return {
         "this model": line(ours, "validation"),
@@ -107,11 +107,11 @@ def _run(name: str, card: dict[str, Any]) -> str:
 
 def _curve(curve: list[dict[str, Any]]) -> str:
     rows = [
-        [f"{p['tokens'] / 1e6:.2f} M", f"{p['seconds'] / 60:.0f}", f"{p['train_loss']:.2f}",
-         f"{p['validation']:.2f}"]
+        [f"{p['tokens'] / 1e6:.2f} M", f"{p['seconds'] / 60:.0f}", f"{p['validation']:.2f}",
+         *(f"{p[kind]:.2f}" if kind in p else "" for kind in ("train_loss", "worth"))]
         for p in thinned(curve)
     ]  # fmt: skip
-    return table(["tokens", "minutes", "a batch of training", "validation"], rows)
+    return table(["tokens", "minutes", "validation", "a batch of training", "its worth"], rows)
 
 
 def _rouge(card: dict[str, Any]) -> str:

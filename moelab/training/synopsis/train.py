@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
@@ -26,6 +27,7 @@ from tqdm.auto import tqdm
 from moelab.store.paths import cache_dir
 from moelab.training import loop
 from moelab.training.synopsis.corpus import VOCABULARY, Corpus, prepare
+from moelab.training.synopsis.reward import Rewarded, rewarded
 
 PADDING = 0
 IGNORED = -100
@@ -48,7 +50,8 @@ class Recipe:
     heads: int = 6
     head_dim: int = 32
     vocabulary: int = VOCABULARY
-    epochs: int = 3
+    epochs: int = 4
+    longest: int = 128  # tokens of a source; the rest of a longer one is left out of the training
     pairs: int = 32  # in a batch
     lr: float = 2e-3
     embedding_lr: float = 5.0  # times lr
@@ -59,6 +62,9 @@ class Recipe:
     warmup_steps: int = 50
     leads: float = 0.3  # share of the targets that are leads, at last: see `Training.lead_share`
     renamed: float = 0.2  # of the tokens that are not `COMMON`, see `renamed`
+    reward_steps: int = 600  # after the epochs, see `reward`
+    reward_lr: float = 3e-4  # at first; linearly to 0
+    draws: int = 4  # of each pair
     dropout: float = 0.05
     balance: float = 0.01
     z: float = 0.001
@@ -159,6 +165,10 @@ class StepLoss(NamedTuple):
     cross_entropy: Tensor  # nats per target token
     total: Tensor  # cross-entropy + balance · auxiliary + z · z-loss
     shares: Tensor  # [sparse layers, E] fraction of the tokens each expert got
+
+    def told(self) -> tuple[str, float]:
+        """What the curve calls this, and the figure."""
+        return "train_loss", float(self.cross_entropy)
 
 
 def renamed(batch: Batch, share: float, vocabulary: int) -> Batch:
@@ -261,10 +271,19 @@ class Training:
         if self.at.recipe and self.at.recipe != asked:
             raise ValueError(f"{out} was started with {self.at.recipe}: use another --out")
         self.at.recipe = asked
-        rows = corpus.tokens["train"]
-        self.tokens = recipe.epochs * sum(len(source) for source, _ in rows)
+        end = [self.model.config.eos_token_id]
+        cut = recipe.longest - 1
+        rows = self._rows = [
+            (source if len(source) <= recipe.longest else source[:cut] + end, target)
+            for source, target in corpus.tokens["train"]
+        ]
         self._epoch, self._order = -1, [[0]]
         self._steps = recipe.epochs * -(-len(rows) // recipe.pairs)
+        every = range(self._steps, self._steps + recipe.reward_steps)
+        self.tokens = recipe.epochs * sum(len(source) for source, _ in rows)
+        self.tokens += sum(len(rows[index][0]) for step in every for index in self._indices(step))
+        file = corpus.folder / "tokenizer" / "tokenizer.json"
+        self._decode = Tokenizer.from_file(str(file)).decode_batch
 
     def train(self, *, progress: bool = True) -> bool:
         """Go on to the end; False when it was interrupted, and can be resumed."""
@@ -279,57 +298,69 @@ class Training:
 
         Some stay to the end: a synopsis that the model is not sure of is better begun as a lead.
         """
-        return max(self.recipe.leads, 1 - 2 * self.at.steps / self._steps)
+        return max(self.recipe.leads, 1 - 4 * self.at.steps / self._steps)
 
-    def _batch(self) -> Batch:
-        rows = self.corpus.tokens["train"]
-        epoch, at = divmod(self.at.steps, self._steps // self.recipe.epochs)
+    def _indices(self, step: int) -> list[int]:
+        """The pairs of a step's batch."""
+        recipe = self.recipe
+        epoch, at = divmod(step, self._steps // recipe.epochs)
         if epoch != self._epoch:
-            order = batches(rows, epoch, self.recipe.pairs, self.recipe.seed)
+            order = batches(self._rows, epoch, recipe.pairs, recipe.seed)
             self._epoch, self._order = epoch, order
+        return self._order[at]
+
+    def _likely(self) -> StepLoss:
+        """Cross-entropy of the step's batch, in which some targets are leads and tokens renamed."""
         leads = self.lead_share()
         chosen = [
             (
-                rows[index][0],
-                self.corpus.leads[index] if float(torch.rand(())) < leads else rows[index][1],
+                self._rows[index][0],
+                self.corpus.leads[index] if float(torch.rand(())) < leads else self._rows[index][1],
             )
-            for index in self._order[at]
+            for index in self._indices(self.at.steps)
         ]
-        return renamed(Batch.of(chosen), self.recipe.renamed, self.recipe.vocabulary)
+        batch = renamed(Batch.of(chosen), self.recipe.renamed, self.recipe.vocabulary)
+        return step_loss(self.model.train(), batch)
+
+    def _rewarded(self) -> Rewarded:
+        """`rewarded` of the step's batch."""
+        indices = self._indices(self.at.steps)
+        source, _ = Batch.of([self._rows[index] for index in indices])
+        references = [self.corpus.parts["train"][index].synopsis for index in indices]
+        return rewarded(self.model, source, references, self._decode, self.recipe.draws)
 
     def _step(self) -> dict[str, str]:
         recipe, at = self.recipe, self.at
         torch.manual_seed(at.steps)  # what is drawn is the same after a resumption
-        batch = self._batch()
-        warm = min(1.0, (at.steps + 1) / recipe.warmup_steps)
-        lr = recipe.lr * warm * (1 - at.steps / self._steps)
+        later = at.steps - self._steps
+        if later < 0:
+            warm = min(1.0, (at.steps + 1) / recipe.warmup_steps)
+            lr = recipe.lr * warm * (1 - at.steps / self._steps)
+        else:
+            lr = recipe.reward_lr * (1 - later / recipe.reward_steps)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = step_loss(self.model, batch)
+            loss = self._likely() if later < 0 else self._rewarded()
         loss.total.backward()
         norm = clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["factor"]
+                group["lr"] = lr * (group["factor"] if later < 0 else 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        at.seen += int((batch.source != PADDING).sum())
+        at.seen += sum(len(self._rows[index][0]) for index in self._indices(at.steps))
         at.steps += 1
-        if at.steps % 500 == 0 or at.steps == self._steps:
-            self._note(loss, lr, float(norm))
-        return {"loss": f"{loss.cross_entropy:.3f}", "lr": f"{lr:.1e}"}
+        what, figure = loss.told()
+        last = at.steps in (self._steps, self._steps + recipe.reward_steps)
+        if last or at.steps % (500 if later < 0 else 100) == 0:
+            figures = {what: round(figure, 4), "gradient_norm": round(float(norm), 3)}
+            self._note(figures | {"lr": round(lr, 6)})
+        return {what: f"{figure:.3f}", "lr": f"{lr:.1e}"}
 
-    def _note(self, loss: StepLoss, lr: float, norm: float) -> None:
+    def _note(self, figures: dict[str, float]) -> None:
         """Add this step and the validation loss to the curve."""
         validation = validation_loss(self.model, self.corpus.tokens["validation"])
-        entry = {
-            "tokens": self.at.seen,
-            "seconds": round(self.at.seconds),
-            "train_loss": round(float(loss.cross_entropy), 4),
-            "lr": round(lr, 6),
-            "gradient_norm": round(norm, 3),
-            "least_share": round(float(loss.shares.min()) * self.recipe.experts, 3),
-            "validation": round(validation, 4),
-        }
+        at = {"tokens": self.at.seen, "seconds": round(self.at.seconds)}
+        entry = at | figures | {"validation": round(validation, 4)}
         self.at.losses.append(entry)
         tqdm.write(json.dumps(entry))
 
