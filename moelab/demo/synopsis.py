@@ -49,7 +49,7 @@ def checkpoint() -> Path:
             return folder
     raise FileNotFoundError(
         f"{' and '.join(map(str, places))} do not hold {', '.join(FILES)}: train the model with "
-        "`python -m moelab.training.synopsis.train` (on Debian 12, an hour of a core)"
+        "`python -m moelab.training.synopsis.train` (on Debian 12, an hour and a half of a core)"
     )
 
 

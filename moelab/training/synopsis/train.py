@@ -63,7 +63,7 @@ class Recipe:
     leads: float = 0.3  # share of the targets that are leads, at last: see `Training.lead_share`
     renamed: float = 0.2  # of the tokens that are not `COMMON`, see `renamed`
     reward_steps: int = 600  # after the epochs, see `reward`
-    reward_lr: float = 3e-4  # at first; linearly to 0
+    reward_lr: float = 6e-4  # at first; linearly to 0
     draws: int = 4  # of each pair
     dropout: float = 0.05
     balance: float = 0.01
