@@ -48,7 +48,7 @@ from moelab.strategies import CALIBRATED
 SECTIONS = (edgemoe, hobbit, swapmoe, everyone)
 OF_SUMMARIES = (edgemoe, paths, swapmoe)
 BY_ROUGE: dict[str, dict[str, Any]] = {
-    "edgemoe": {"quality": "rouge2"},
+    "edgemoe": {"quality": "rouge2", "pairs": 96},
     "swapmoe": {"quality": "kl", "pairs": 24, "every": (4, 16)},
 }
 """How summaries are calibrated for: bits by Rouge-2, as in the paper; the planner, which weighs one
