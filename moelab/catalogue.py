@@ -49,7 +49,7 @@ def offered() -> dict[str, str]:
     if smollm2.DELTA.is_file():
         built = smollm2.is_built(smollm2.folder(smollm2.DELTA, smollm2.TOP_K))
         found[SMOLLM2] = "" if built else smollm2.missing()
-    return found | ({SYNOPSIS: ""} if synopsis.is_here() else {})
+    return found | {SYNOPSIS: ""}
 
 
 def known() -> list[str]:

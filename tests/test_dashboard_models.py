@@ -10,7 +10,7 @@ import pytest
 import moelab
 from fake_lab import FakeLab
 from moelab import catalogue
-from moelab.demo import smollm2, synopsis
+from moelab.demo import smollm2
 from moelab.runs.saved import SavedRuns
 from moelab.widgets import Dashboard
 
@@ -42,7 +42,6 @@ class Chatty(FakeLab):
 def dashboard(monkeypatch):
     monkeypatch.setattr(smollm2, "missing", lambda: "")
     monkeypatch.setattr(smollm2, "DELTA", Path(__file__))
-    monkeypatch.setattr(synopsis, "is_here", lambda: True)
     lab = FakeLab(token_ms=0.05)
     lab.name = "demo"
     dashboard = Dashboard(lab)
@@ -301,8 +300,6 @@ def test_saved_runs_are_those_of_the_model_shown(dashboard, other):
 def test_a_model_this_copy_of_moelab_came_without_is_not_offered(dashboard, monkeypatch):
     monkeypatch.setattr(smollm2, "DELTA", Path(__file__).with_name("not there"))
     assert list(catalogue.offered()) == ["demo", "synopsis"]
-    monkeypatch.setattr(synopsis, "is_here", lambda: False)
-    assert list(catalogue.offered()) == ["demo"]
 
 
 def test_a_model_whose_package_is_missing_is_offered_with_the_command_to_get_it(

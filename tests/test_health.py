@@ -69,12 +69,11 @@ def test_a_packed_demo_is_checked_blob_by_blob(found, demo_store, tmp_path, monk
     assert "damaged" in told
 
 
-def test_a_copy_without_the_second_model_s_weights_is_healthy_and_says_so(tmp_path, monkeypatch):
+def test_a_copy_without_a_bundled_model_s_weights_is_broken_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(synopsis, "MODEL", tmp_path)
-    monkeypatch.setattr(synopsis, "cache_dir", lambda: tmp_path)
     state, told, mend = states(health.bundled_stores)["synopsis"]
-    assert (state, "its weights are not here" in told) == ("note", True)
-    assert mend == "python -m moelab.training.synopsis.train"
+    assert (state, "its weights are not here" in told) == ("problem", True)
+    assert mend == f"{health.AGAIN} moelab"
 
 
 # -- what can be wrong --------------------------------------------------------------------------

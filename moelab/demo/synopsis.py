@@ -3,20 +3,17 @@
 `checkpoint()` is its folder, which stock transformers loads
 (`SwitchTransformersForConditionalGeneration`); `pairs()` are descriptions it never saw in training
 with the synopses that Debian gives them, by section of the archive.  How it was trained is in
-`moelab.training.synopsis`, whose command writes it to the user's cache; weights beside this file go
-before these.
+`moelab.training.synopsis`, what it does in `SYNOPSIS.md`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from moelab.demo import HERE
-from moelab.store.paths import cache_dir
 
 NAME = "synopsis"
 MODEL = HERE / "synopsis_model"
@@ -36,28 +33,20 @@ class Pair(NamedTuple):
 
 
 def checkpoint() -> Path:
-    """Folder of config, bf16 safetensors and tokenizer: beside this file, or trained here.
+    """Folder of the bundled checkpoint: config, bf16 safetensors and tokenizer.
 
     Raises
     ------
     FileNotFoundError
-        When there is none.
+        When the weights are not installed.
     """
-    places = MODEL, cache_dir() / NAME / "run" / "model"
-    for folder in places:
-        if all((folder / name).is_file() for name in FILES):
-            return folder
-    raise FileNotFoundError(
-        f"{' and '.join(map(str, places))} do not hold {', '.join(FILES)}: train the model with "
-        "`python -m moelab.training.synopsis.train` (on Debian 12, an hour and a half of a core)"
-    )
-
-
-def is_here() -> bool:
-    """Whether the weights are."""
-    with contextlib.suppress(FileNotFoundError):
-        return bool(checkpoint())
-    return False
+    for name in FILES:
+        if not (MODEL / name).is_file():
+            raise FileNotFoundError(
+                f"{MODEL / name} is missing: reinstall moelab, or train such a model with `python "
+                "-m moelab.training.synopsis.train` (on Debian 12, an hour and a half of a core)"
+            )
+    return MODEL
 
 
 @cache
