@@ -105,14 +105,7 @@ def report(results: Results) -> Report:
     """The ladder as a table, a row a rung; theirs beside ours."""
     rows = [row for name in RUNGS if (row := _row(results, name))]
     bits = results.found.get("edgemoe bits")
-    by = "Rouge-2 less by" if results.pairs else "perplexity more by"
-    chosen = (
-        f" The assignment holds {bits['experts at low']} experts at {bits['low']} bit and the "
-        f"others at {bits['high']}: {by} {bits['calibrated loss']:.1%} on the text it was "
-        f"made on (tolerated: {bits['tolerated']:.0%}), in the table on text it never saw."
-        if bits
-        else ""
-    )
+    chosen = f" {_said(bits, summaries=bool(results.pairs))}" if bits else ""
     text = (
         "Seconds per decoded token, peak memory of the experts and loss, one decision added at a "
         "time. Preloading and the buffer may change time only: *same text* says whether every run "
@@ -122,6 +115,19 @@ def report(results: Results) -> Report:
     if dense := results.found.get("dense bits"):
         tables.append(Table(DENSE, pd.DataFrame(dense), {"MB": "{:.2f}"}))
     return Report("EdgeMoE: the ladder", text, tables, _versus(results, rows))
+
+
+def _said(bits: dict[str, Any], *, summaries: bool) -> str:
+    """The assignment in words, and what it costs where it was made."""
+    held = f"{bits['experts at low']} experts at {bits['low']} bit and the others at"
+    held = held if bits["experts at low"] else "every expert at"
+    what, loss = "perplexity", bits["calibrated loss"]
+    if summaries:
+        what, loss = "Rouge-2", -loss
+    return (
+        f"The assignment holds {held} {bits['high']} bit: {what} {loss:+.1%} on the text it was "
+        f"made on (tolerated: {bits['tolerated']:.0%}), in the table on text it never saw."
+    )
 
 
 WHY_MORE = (
