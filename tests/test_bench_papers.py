@@ -203,7 +203,6 @@ def test_the_ladder_has_every_rung_and_preloading_never_changes_the_text(quick):
     assert budget["on demand"] < budget["+ buffer (EdgeMoE)"] < budget["everything in RAM"]
 
 
-@pytest.mark.slow
 def test_what_the_bits_cost_where_they_were_chosen_is_told_with_its_sign():
     bits = {"tolerated": 0.02, "low": 2, "high": 4, "experts at low": 7, "calibrated loss": 0.015}
     assert "holds 7 experts at 2 bit and the others at 4 bit: perplexity +1.5%" in edgemoe._said(
@@ -213,6 +212,7 @@ def test_what_the_bits_cost_where_they_were_chosen_is_told_with_its_sign():
     assert "holds every expert at 2 bit: Rouge-2 +1.6%" in edgemoe._said(every, summaries=True)
 
 
+@pytest.mark.slow
 def test_hobbit_meets_everyone_and_its_questions_are_answered(quick):
     speeds = frame(quick, hobbit.NAME)
     assert set(speeds["strategy"]) == {hobbit.OURS, *hobbit.OTHERS}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+import moelab
 from moelab.demo import HERE, synopsis
 from moelab.training.page import curve_svg
 from moelab.training.synopsis.card import Opened, write
@@ -40,6 +41,16 @@ def test_the_card_is_of_these_weights(card):
     assert sum(same) >= len(same) - 1  # elsewhere, a tie may fall otherwise
 
 
+def test_the_lab_writes_what_stock_transformers_writes_whatever_the_budget():
+    texts = [pairs[0].text for pairs in synopsis.pairs().values()][:6]
+    wanted = write(Opened.of(synopsis.checkpoint()), texts).texts
+    with moelab.open("synopsis", budget="100%", measure_kl=False, progress=False) as lab:
+        for budget in ("100%", "10%"):
+            lab.update(budget=budget)
+            found = [lab.generate(text, temperature=0).text for text in texts]
+            assert [text.strip() for text in found] == wanted
+
+
 def test_it_is_clearly_above_every_baseline_and_not_below_a_dense_model_trained_alike(card):
     figures = {name: found["rouge2"] for name, found in card["rouge"].items()}
     ours = figures.pop(OURS)
@@ -49,6 +60,7 @@ def test_it_is_clearly_above_every_baseline_and_not_below_a_dense_model_trained_
     assert card["against"].keys() == {DENSE, best}
     assert card["against"][best]["low"] > 0.04
     assert card["against"][DENSE]["difference"] > 0  # 0 is in its interval too
+    # before the reward steps
     loss = [min(p["validation"] for p in card["training"][name]["curve"]) for name in MODELS]
     assert loss[0] < loss[1] - 0.05
     active = [card["models"][name]["active_parameters"] for name in MODELS]

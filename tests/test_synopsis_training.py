@@ -185,7 +185,8 @@ def test_a_resumed_training_is_the_uninterrupted_one(pairs, tmp_path):
     assert resumed.at.steps == 5
     assert resumed.train(progress=False)
     assert resumed.at.steps == whole.at.steps == 6
-    assert [list(entry)[2] for entry in whole.at.losses] == ["train_loss", "worth"]
+    assert ["worth" in entry for entry in whole.at.losses] == [False, True]
+    assert 0 < whole.at.losses[0]["least_share"] <= 1
     made = resumed.export()
     again = SwitchTransformersForConditionalGeneration.from_pretrained(made)
     assert again.generation_config.max_new_tokens == 48
@@ -214,12 +215,16 @@ def test_what_is_worth_more_becomes_likelier():
 
     found = []
     for _ in range(12):
-        made = rewarded(model, source, ["one two"] * 8, decode, 4)
+        with torch.autocast("cpu", torch.bfloat16):  # as in training
+            made = rewarded(model, source, ["one two"] * 8, decode, 4)
         made.total.backward()
+        assert model.decoder.block[0].layer[0].SelfAttention.q.weight.grad is not None
         optimizer.step()
         optimizer.zero_grad()
         found.append(float(made.worth.mean()))
     assert made.worth.shape == (8, 4)
+    with pytest.raises(ValueError, match="draws=1: 2 or more"):
+        rewarded(model, source, ["one two"] * 8, decode, 1)
     assert found[0] < 0.5
     assert sum(found[-3:]) / 3 > 0.9
 

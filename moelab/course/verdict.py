@@ -175,5 +175,5 @@ def belady(trace: moelab.Trace, experts: int) -> float:
 
 def kl_of(lab: moelab.Lab, *, texts: int = 3, tokens: int = 10) -> float:
     """Mean KL under the lab's settings, in nats, on a little of `unseen` texts."""
-    found = [lab._scored(t, tokens, progress=False, summaries=False) for t in unseen(lab, texts)]
+    found = [lab.score(t, max_tokens=tokens, progress=False) for t in unseen(lab, texts)]
     return sum(score.kl_mean for score in found) / len(found)

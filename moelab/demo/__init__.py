@@ -1,9 +1,9 @@
-"""The bundled models: a small Mixture-of-Experts, really trained, and what makes `smollm2-moe`.
+"""The bundled models: two small ones, really trained, and what makes `smollm2-moe`.
 
-`checkpoint()` is the small one's folder, which stock transformers loads (`Qwen3MoeForCausalLM`);
+`checkpoint()` is the demo's folder, which stock transformers loads (`Qwen3MoeForCausalLM`);
 `prompts()` and `probes()` are text it never saw in training, by domain.  How it was trained is in
 `moelab.training.train`, what it does in `CARD.md`; the others are in `smollm2`, whose card is
-`SMOLLM2.md`, and `synopsis`.  Importing this module imports nothing heavy.
+`SMOLLM2.md`, and `synopsis`, whose card is `SYNOPSIS.md`.  Importing this imports nothing heavy.
 """
 
 from __future__ import annotations

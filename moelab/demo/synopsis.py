@@ -42,10 +42,7 @@ def checkpoint() -> Path:
     """
     for name in FILES:
         if not (MODEL / name).is_file():
-            raise FileNotFoundError(
-                f"{MODEL / name} is missing: reinstall moelab, or train such a model with `python "
-                "-m moelab.training.synopsis.train` (on Debian 12, an hour and a half of a core)"
-            )
+            raise FileNotFoundError(f"{MODEL / name} is missing: reinstall moelab")
     return MODEL
 
 

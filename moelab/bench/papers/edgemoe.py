@@ -111,7 +111,7 @@ def report(results: Results) -> Report:
         "time. Preloading and the buffer may change time only: *same text* says whether every run "
         f"wrote the tokens that the bits alone wrote.{chosen}"
     )
-    tables = [Table("EdgeMoE's ladder", pd.DataFrame(rows), note=WHY_MORE)]
+    tables = [Table("EdgeMoE's ladder", pd.DataFrame(rows), note=_note(bits))]
     if dense := results.found.get("dense bits"):
         tables.append(Table(DENSE, pd.DataFrame(dense), {"MB": "{:.2f}"}))
     return Report("EdgeMoE: the ladder", text, tables, _versus(results, rows))
@@ -133,9 +133,14 @@ def _said(bits: dict[str, Any], *, summaries: bool) -> str:
 WHY_MORE = (
     "Loss on unseen text tends to be above what was tolerated: the experts were ranked, and their "
     "number chosen, by losses measured with noise on a few texts, and what looks harmless there is "
-    "partly luck of those texts (winner's curse). Ratios of speed: median of paired runs, in "
-    "brackets the lowest and the highest."
+    "partly luck of those texts (winner's curse). "
 )
+
+
+def _note(bits: dict[str, Any] | None) -> str:
+    """Under the ladder: why it loses more, where a choice was made, and what ratios are."""
+    ratios = "Ratios of speed: median of paired runs, in brackets the lowest and the highest."
+    return WHY_MORE * bool(bits and bits["experts at low"]) + ratios
 
 
 def _row(results: Results, name: str) -> dict[str, Any] | None:

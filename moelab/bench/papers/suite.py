@@ -214,7 +214,7 @@ def _asked(results: Results) -> str:
     """The rest of the command, the model and how much a run writes."""
     if results.pairs:
         return f" --model {results.model}`: summaries to their end, greedy, "
-    return f"`: the bundled model, {results.extent.tokens} tokens a run, "
+    return f"`: the demo, {results.extent.tokens} tokens a run, "
 
 
 def _judged(results: Results) -> str:
@@ -223,10 +223,16 @@ def _judged(results: Results) -> str:
         return ""
     return (
         f": Rouge-2 (F, stemmed) of {len(results.pairs)} greedy summaries against what people "
-        f"wrote; bits and plans were chosen on {len(results.chosen)} other pairs. A difference is "
+        f"wrote; bits were chosen on {_of('edgemoe', results)} other pairs, plans on "
+        f"{_of('swapmoe', results)} of these. A difference is "
         "the mean over the same pairs, ± its standard error: below twice that it is not told apart "
         "from none"
     )
+
+
+def _of(name: str, results: Results) -> int:
+    """On how many pairs a calibration measured quality."""
+    return min(BY_ROUGE[name]["pairs"], len(results.chosen))
 
 
 def between_markers(text: str, new: str, model: str | Path = "demo") -> str:

@@ -1,5 +1,5 @@
 """How the model is made that writes a package's synopsis from its description.
 
-`corpus` reads the pairs out of Debian's package lists, `train` trains, `baselines` are what a
-synopsis is worth without a network, `card` measures and `page` writes the card.
+`corpus` reads the pairs out of Debian's package lists, `train` trains, at last by `reward`,
+`baselines` are what a synopsis is worth without a network, `card` measures, `page` writes it down.
 """

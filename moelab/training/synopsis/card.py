@@ -294,7 +294,7 @@ def take(model: Path, dense: Path, corpus: Corpus) -> dict[str, Any]:
 
 
 def main(
-    model: Annotated[Path | None, typer.Option(help="checkpoint folder (the trained one)")] = None,
+    model: Annotated[Path | None, typer.Option(help="checkpoint folder (the bundled one)")] = None,
     dense: Annotated[Path | None, typer.Option(help="of the dense model (user cache)")] = None,
     data: Annotated[Path | None, typer.Option(help="folder of the corpus (user cache)")] = None,
     out: Annotated[Path, typer.Option(help="where to write")] = HERE,

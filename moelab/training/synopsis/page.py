@@ -96,11 +96,13 @@ def _run(name: str, card: dict[str, Any]) -> str:
     ours = card["training"][MODELS[0]]["recipe"] if name != MODELS[0] else {}
     settings = [f"{k}={v}" for k, v in run["recipe"].items() if ours.get(k) != v]
     least, threads = min(point["validation"] for point in run["curve"]), run["threads"]
+    last = run["curve"][-1]["validation"]
     return (
         f"**{name}**: {model['parameters'] / 1e6:.2f} M parameters, "
         f"{model['active_parameters'] / 1e6:.2f} M active. {run['tokens'] / 1e6:.2f} M tokens of "
         f"descriptions in {run['steps']} steps, {run['seconds'] / 60:.0f} minutes with "
-        f"{threads} thread{'s' * (threads > 1)}; lowest validation loss {least:.3f}. "
+        f"{threads} thread{'s' * (threads > 1)}; validation loss {least:.3f} at its lowest, "
+        f"{last:.3f} at the end. "
         f"{'Otherwise than this model' if ours else 'Settings'}: `{', '.join(settings)}`"
         f"{run.get('note', '')}"
     )

@@ -3,8 +3,9 @@
 Cross-entropy makes likely what Debian wrote, word by word; the likeliest synopsis need not be the
 one that has most in common with what somebody might have written.  So the last part of the training
 draws some from the model and makes those likelier that have more in common with Debian's than the
-others of the same description: REINFORCE, each draw's baseline the mean of the other draws
-(Kool et al. 2019; for summaries Paulus et al. 2017, arXiv 1705.04304).
+others of the same description: REINFORCE, each draw against the mean of its description's draws
+(Kool et al. 2019), in units of the draws' mean spread.  Paulus et al. (2017, arXiv 1705.04304)
+trained summaries by Rouge like this, against the greedy one.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ class Rewarded(NamedTuple):
     worth: Tensor  # [B, draws]
     total: Tensor
 
-    def told(self) -> tuple[str, float]:
-        """What the curve calls this, and the figure."""
-        return "worth", float(self.worth.mean())
+    def told(self) -> dict[str, float]:
+        """Its figures, as the curve names them."""
+        return {"worth": float(self.worth.mean())}
 
 
 def worth(texts: Sequence[str], references: Sequence[str]) -> Tensor:
-    """Rouge-2, and half of Rouge-L for those that have no pair of words right ``[texts]``."""
+    """Rouge-2 plus half of Rouge-L ``[texts]``: these tell apart those without a right pair too."""
     found = f_measures(texts, references, ("rouge2", "rougeL"))
     return torch.from_numpy(found[:, 0] + found[:, 1] / 2).float()
 
@@ -45,8 +46,16 @@ def rewarded(
 ) -> Rewarded:
     """Loss by which summaries of the sources [B, S] that are worth more become likelier.
 
-    ``decode`` turns token ids into texts without their ends; the model is used as in `eval`.
+    ``references``: one of each source. ``decode`` turns token ids into texts without their ends.
+    The model is left in `eval`.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two draws: each is held against the others.
     """
+    if draws < 2:
+        raise ValueError(f"draws={draws}: 2 or more, each is held against the others")
     model.eval()
     end, padding = model.config.eos_token_id, model.config.pad_token_id
     mask = (source != padding).long()
@@ -59,6 +68,7 @@ def rewarded(
             num_return_sequences=draws,
             max_new_tokens=LONGEST,
         )[:, 1:]
+    torch.clear_autocast_cache()  # older torch keeps what was cast without gradients
     texts = decode(written.tolist())
     each = worth(texts, [text for text in references for _ in range(draws)]).view(-1, draws)
     better = (each - each.mean(1, keepdim=True)) / (each.std(1, keepdim=True).mean() + 1e-6)

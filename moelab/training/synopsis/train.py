@@ -166,9 +166,10 @@ class StepLoss(NamedTuple):
     total: Tensor  # cross-entropy + balance · auxiliary + z · z-loss
     shares: Tensor  # [sparse layers, E] fraction of the tokens each expert got
 
-    def told(self) -> tuple[str, float]:
-        """What the curve calls this, and the figure."""
-        return "train_loss", float(self.cross_entropy)
+    def told(self) -> dict[str, float]:
+        """Its figures, as the curve names them; the least share is of an even one."""
+        least = float(self.shares.min()) * self.shares.shape[1]
+        return {"train_loss": float(self.cross_entropy), "least_share": least}
 
 
 def renamed(batch: Batch, share: float, vocabulary: int) -> Batch:
@@ -349,18 +350,17 @@ class Training:
             optimizer.zero_grad()
         at.seen += sum(len(self._rows[index][0]) for index in self._indices(at.steps))
         at.steps += 1
-        what, figure = loss.told()
+        told = loss.told()
         last = at.steps in (self._steps, self._steps + recipe.reward_steps)
         if last or at.steps % (500 if later < 0 else 100) == 0:
-            figures = {what: round(figure, 4), "gradient_norm": round(float(norm), 3)}
-            self._note(figures | {"lr": round(lr, 6)})
-        return {what: f"{figure:.3f}", "lr": f"{lr:.1e}"}
+            self._note(told | {"lr": lr, "gradient_norm": float(norm)})
+        return {name: f"{figure:.3f}" for name, figure in told.items()} | {"lr": f"{lr:.1e}"}
 
     def _note(self, figures: dict[str, float]) -> None:
         """Add this step and the validation loss to the curve."""
-        validation = validation_loss(self.model, self.corpus.tokens["validation"])
+        figures |= {"validation": validation_loss(self.model, self.corpus.tokens["validation"])}
         at = {"tokens": self.at.seen, "seconds": round(self.at.seconds)}
-        entry = at | figures | {"validation": round(validation, 4)}
+        entry = at | {name: round(figure, 6) for name, figure in figures.items()}
         self.at.losses.append(entry)
         tqdm.write(json.dumps(entry))
 
