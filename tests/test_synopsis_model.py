@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 
 import moelab
+from moelab.bench.grid import bench
 from moelab.demo import HERE, synopsis
 from moelab.training.page import curve_svg
 from moelab.training.synopsis.card import Opened, write
@@ -49,6 +50,12 @@ def test_the_lab_writes_what_stock_transformers_writes_whatever_the_budget():
             lab.update(budget=budget)
             found = [lab.generate(text, temperature=0).text for text in texts]
             assert [text.strip() for text in found] == wanted
+
+
+def test_a_bench_of_it_ends_where_its_summaries_end():
+    how = {"strategies": ["lru"], "budgets": ["25%"], "devices": ["disk"], "quality": False}
+    frame = bench("synopsis", tokens=48, repeats=1, **how)
+    assert 2 <= frame["tokens"][0] < 30
 
 
 def test_it_is_clearly_above_every_baseline_and_not_below_a_dense_model_trained_alike(card):

@@ -127,6 +127,15 @@ def test_the_model_begins_able_to_copy():
     assert begun < 0.6 * plain
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"draws": 1}, "draws=1: 2 or more"), ({"epochs": 0}, "epochs=0"), ({"lr": -1}, "above 0")],
+)
+def test_a_recipe_that_cannot_train_is_refused_before_it_does(setting, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **setting)
+
+
 def test_too_few_heads_are_refused():
     with pytest.raises(ValueError, match=r"heads=4: 5 or more"):
         build_model(replace(TINY, heads=4))
@@ -173,7 +182,11 @@ def pairs(tmp_path: Path) -> Corpus:
     return Corpus(parts, {"train": rows, "validation": rows[:4]}, leads, tmp_path)
 
 
-def test_a_resumed_training_is_the_uninterrupted_one(pairs, tmp_path):
+def test_a_resumed_training_is_the_uninterrupted_one(pairs, tmp_path, monkeypatch):
+    def decode(rows: list[list[int]]) -> list[str]:  # some are right
+        return ["a synopsis" if sum(row) % 2 else "b c" for row in rows]
+
+    monkeypatch.setattr(Training, "decode", lambda self, rows: decode(rows))
     whole = Training(pairs, TINY, tmp_path / "whole")
     assert whole.train(progress=False)
     parted = Training(pairs, TINY, tmp_path / "parted")
@@ -186,6 +199,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(pairs, tmp_path):
     assert resumed.train(progress=False)
     assert resumed.at.steps == whole.at.steps == 6
     assert ["worth" in entry for entry in whole.at.losses] == [False, True]
+    assert whole.at.losses[1]["gradient_norm"] > 0
     assert 0 < whole.at.losses[0]["least_share"] <= 1
     made = resumed.export()
     again = SwitchTransformersForConditionalGeneration.from_pretrained(made)

@@ -83,14 +83,15 @@ def bench(
     if tokens < 2 or repeats < 1:
         raise ValueError(f"tokens={tokens}, repeats={repeats}: need 2 tokens and 1 repeat or more")
     cases = [Case(*c) for c in itertools.product(strategies, budgets, devices)]
-    prompt, settings, text = _check(model, cases, prompt, tokens if quality else 0)
+    prompt, settings, text, two = _check(model, cases, prompt, tokens if quality else 0)
+    how = {"temperature": 0, "ignore_eos": not two}  # behind its end a summary repeats itself
     scored = {(c.strategy, c.budget) for c in cases} if quality else set()
     runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
     scores: dict[tuple[str, str], dict[str, float]] = {}
     with tqdm(total=len(cases) * repeats + len(scored), disable=not progress, desc="bench") as bar:
         for case in rotated(cases, repeats):
             bar.set_postfix_str(str(case))
-            run = measure(model, case, prompt, tokens=tokens, seed=seed, temperature=0)
+            run = measure(model, case, prompt, tokens=tokens, seed=seed, **how)
             runs[case].append(run)
             bar.update()
         for strategy, budget in sorted(scored):
@@ -118,8 +119,11 @@ def report(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _check(
     model: str | Path, cases: Sequence[Case], prompt: str | None, tokens: int
-) -> tuple[str, dict[Case, dict[str, Any]], Text | None]:
-    """Refuse what would fail later; the prompt, each case's settings in full, and what to score."""
+) -> tuple[str, dict[Case, dict[str, Any]], Text | None, bool]:
+    """Refuse what would fail later; the prompt, each case's settings in full, and what to score.
+
+    Last, whether the model summarises.
+    """
     with moelab.open(model, budget="100%", measure_kl=False) as lab:
         settings = {
             case: {name: getattr(now, name) for name in SETTINGS}
@@ -129,8 +133,9 @@ def _check(
         own = [text for texts in lab.prompts().values() for text in texts]
         asked = prompt if prompt is not None else next(iter(own), PROMPT)
         text: Text | None = None if lab.probes() else asked
-        if text and tokens and takes_pairs(lab._engine.model):
+        two = takes_pairs(lab._engine.model)
+        if text and tokens and two:
             lab.update(strategy="lru", bits=max(lab.info()["tiers"]), budget="100%")
             run = lab.generate(asked, max_new_tokens=tokens, temperature=0, ignore_eos=True)
             text = pair_of(asked, run.text)
-    return asked, settings, text
+    return asked, settings, text, two

@@ -18,7 +18,8 @@ from moelab.demo import HERE
 NAME = "synopsis"
 MODEL = HERE / "synopsis_model"
 PAIRS = HERE / "synopsis_pairs.json"
-FILES = ("config.json", "model.safetensors", "tokenizer.json")
+FILES = ("config.json", "generation_config.json", "model.safetensors")
+FILES += ("tokenizer.json", "tokenizer_config.json")
 READABLE = range(120, 601)
 """Letters of a description that is offered to be chosen: it fits into a field."""
 OFFERED = 2

@@ -38,7 +38,7 @@ class Rewarded(NamedTuple):
 def worth(texts: Sequence[str], references: Sequence[str]) -> Tensor:
     """Rouge-2 plus half of Rouge-L ``[texts]``: these tell apart those without a right pair too."""
     found = f_measures(texts, references, ("rouge2", "rougeL"))
-    return torch.from_numpy(found[:, 0] + found[:, 1] / 2).float()
+    return torch.from_numpy(found[:, 0] + found[:, 1] / 2)
 
 
 def rewarded(
@@ -71,7 +71,8 @@ def rewarded(
     torch.clear_autocast_cache()  # older torch keeps what was cast without gradients
     texts = decode(written.tolist())
     each = worth(texts, [text for text in references for _ in range(draws)]).view(-1, draws)
-    better = (each - each.mean(1, keepdim=True)) / (each.std(1, keepdim=True).mean() + 1e-6)
+    spread = each.std(1, keepdim=True).mean() + 1e-6
+    better = ((each - each.mean(1, keepdim=True)) / spread).float()
     after = (written == end).cumsum(1) - (written == end).long()  # behind the first end
     target = torch.where(after == 0, written, -100)
     encoded = model.encoder(input_ids=source, attention_mask=mask)

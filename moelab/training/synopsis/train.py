@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from moelab.store.paths import cache_dir
 from moelab.training import loop
+from moelab.training.synopsis.copying import begin_to_copy
 from moelab.training.synopsis.corpus import VOCABULARY, Corpus, prepare
 from moelab.training.synopsis.reward import Rewarded, rewarded
 
@@ -70,6 +71,14 @@ class Recipe:
     z: float = 0.001
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        least = {"experts": 1, "epochs": 1, "pairs": 1, "reward_steps": 0, "draws": 2}
+        for name, limit in least.items():
+            if getattr(self, name) < limit:
+                raise ValueError(f"{name}={getattr(self, name)}: {limit} or more")
+        if min(self.lr, self.reward_lr) <= 0:
+            raise ValueError(f"lr={self.lr}, reward_lr={self.reward_lr}: above 0")
+
 
 def build_model(recipe: Recipe) -> Any:
     """The model as transformers draws its weights but for what `begin_to_copy` sets."""
@@ -102,48 +111,6 @@ def build_model(recipe: Recipe) -> Any:
             setattr(module, "dropout", 0.0)  # noqa: B010  of attention weights: a quarter of a step
     begin_to_copy(model, recipe)
     return model
-
-
-@torch.no_grad()
-def begin_to_copy(model: Any, recipe: Recipe) -> None:
-    """First values with which the decoder can say what follows in the source after its last tokens.
-
-    A summary repeats its source; from random values the model had not learnt to after two epochs.
-    Heads begin by reading one near token (its relative position has a bias of ``spike``): three of
-    the encoder's the next one, one the token before, one the one before that, and two of the
-    decoder's the same as these. Each cross attention begins by looking for the decoder's own tokens
-    (its query is ``match`` times its key), and three of its heads write back what the first layer's
-    three have read. These are ``loud`` times as strong as drawn and all other outputs ``quiet``
-    times, so that layers add little to them at first.
-    """
-    spike, match, loud, quiet = recipe.spike, recipe.match, recipe.loud, recipe.quiet
-    if recipe.heads < 5:
-        raise ValueError(f"heads={recipe.heads}: 5 or more, so many begin by reading a near token")
-    model.decoder.final_layer_norm.weight.fill_(1.5)
-    for name, weight in model.named_parameters():
-        if name.split(".")[-2] in ("o", "wo"):
-            weight.mul_(quiet)
-    read, written = (
-        part.block[0].layer[0].SelfAttention for part in (model.encoder, model.decoder)
-    )
-    width = read.key_value_proj_dim
-    ahead, back = slice(3 * width), slice(3 * width, 5 * width)
-    read.o.weight[:, ahead] *= loud / quiet
-    read.o.weight[:, back] /= quiet
-    read.v.weight[back] *= loud
-    written.v.weight[back] = read.v.weight[back]
-    written.o.weight[:, back] = read.o.weight[:, back]
-    far = {"num_buckets": read.relative_attention_num_buckets, "max_distance": 128}
-    for head, step in enumerate((1, 1, 1, -1, -2)):
-        for of, both in ((read, True), (written, False)):
-            if both or step < 0:
-                bucket = read._relative_position_bucket(torch.tensor([[step]]), both, **far)
-                of.relative_attention_bias.weight[int(bucket), head] = spike
-    for block in model.decoder.block:
-        cross = block.layer[1].EncDecAttention
-        cross.q.weight.copy_(match * cross.k.weight)
-        cross.v.weight[ahead] = read.o.weight[:, ahead].T / loud
-        cross.o.weight[:, ahead] = read.v.weight[ahead].T
 
 
 class Batch(NamedTuple):
@@ -284,7 +251,9 @@ class Training:
         self.tokens = recipe.epochs * sum(len(source) for source, _ in rows)
         self.tokens += sum(len(rows[index][0]) for step in every for index in self._indices(step))
         file = corpus.folder / "tokenizer" / "tokenizer.json"
-        self._decode = Tokenizer.from_file(str(file)).decode_batch
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: delete {corpus.folder}, it is made again")
+        self._tokenizer = Tokenizer.from_file(str(file))
 
     def train(self, *, progress: bool = True) -> bool:
         """Go on to the end; False when it was interrupted, and can be resumed."""
@@ -328,7 +297,11 @@ class Training:
         indices = self._indices(self.at.steps)
         source, _ = Batch.of([self._rows[index] for index in indices])
         references = [self.corpus.parts["train"][index].synopsis for index in indices]
-        return rewarded(self.model, source, references, self._decode, self.recipe.draws)
+        return rewarded(self.model, source, references, self.decode, self.recipe.draws)
+
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        """Token ids as texts."""
+        return self._tokenizer.decode_batch(rows)
 
     def _step(self) -> dict[str, str]:
         recipe, at = self.recipe, self.at
