@@ -70,6 +70,7 @@ class Auto:
 
     def __init__(self, session: Any, *, machine: Machine | None = None) -> None:
         self._session, self._machine = weakref.ref(session), machine or Machine()
+        session.auto = self  # before the thread looks whether it still is
         threading.Thread(target=self._follow, name="moelab-budget", daemon=True).start()
 
     def _follow(self) -> None:
