@@ -237,8 +237,6 @@ def test_what_is_worth_more_becomes_likelier():
         optimizer.zero_grad()
         found.append(float(made.worth.mean()))
     assert made.worth.shape == (8, 4)
-    with pytest.raises(ValueError, match="draws=1: 2 or more"):
-        rewarded(model, source, ["one two"] * 8, decode, 1)
     assert found[0] < 0.5
     assert sum(found[-3:]) / 3 > 0.9
 

@@ -47,15 +47,8 @@ def rewarded(
     """Loss by which summaries of the sources [B, S] that are worth more become likelier.
 
     ``references``: one of each source. ``decode`` turns token ids into texts without their ends.
-    The model is left in `eval`.
-
-    Raises
-    ------
-    ValueError
-        Fewer than two draws: each is held against the others.
+    ``draws``: two or more, each is held against the others. The model is left in `eval`.
     """
-    if draws < 2:
-        raise ValueError(f"draws={draws}: 2 or more, each is held against the others")
     model.eval()
     end, padding = model.config.eos_token_id, model.config.pad_token_id
     mask = (source != padding).long()
