@@ -113,6 +113,20 @@ def test_a_lab_opened_with_auto_follows_and_what_it_follows_ends_with_it(demo_st
         moelab.open(demo_store, budget="automatic")
 
 
+def test_a_session_has_what_it_follows_before_that_looks(monkeypatch):
+    class OneSession:
+        auto = None
+
+    class AtOnce(threading.Thread):
+        def start(self):
+            seen.append(session.auto)
+
+    seen, session = [], OneSession()
+    monkeypatch.setattr(auto.threading, "Thread", AtOnce)
+    followed = auto.Auto(session)
+    assert seen == [followed]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_lab_whose_budget_cannot_follow_any_more_does_not_say_that_it_does(demo_lab, machine):
     machine.spare_bytes = lambda _: 1 / 0
